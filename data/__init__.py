@@ -1,0 +1,30 @@
+"""Text in, chunks of tokens out, at a position that can be saved and found again."""
+
+from .corpus import CorpusSpec, DocumentStream, open_source
+from .errors import UserError
+from .loader import ChunkLoader, ReaderSpec
+from .reader import IGNORED, Chunk, DocumentReader, WindowReader, joined_tokens
+from .tokenizer import BYTES, Encoder, byte_tokenizer, load_tokenizer, model_vocab_size
+from .validation import ValidationSet, document_validation, window_validation
+
+__all__ = [
+    "BYTES",
+    "IGNORED",
+    "Chunk",
+    "ChunkLoader",
+    "CorpusSpec",
+    "DocumentReader",
+    "DocumentStream",
+    "Encoder",
+    "ReaderSpec",
+    "UserError",
+    "ValidationSet",
+    "WindowReader",
+    "byte_tokenizer",
+    "document_validation",
+    "joined_tokens",
+    "load_tokenizer",
+    "model_vocab_size",
+    "open_source",
+    "window_validation",
+]

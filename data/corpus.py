@@ -1,0 +1,201 @@
+"""From a name to documents: which source a corpus is, which part of it a reader owns, and in what order.
+
+    corpus name -> Source -> share of a reader -> windows of W documents, each permuted by (seed, epoch, window) -> documents
+
+A window is the unit of position. Its address (epoch, number, shard, index, hint) is known before it is read, and the k-th document of a window is
+always the same one; so any document is found again from a few numbers, by reading at most W documents.
+"""
+
+import hashlib
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from .errors import UserError
+from .sources import HubDataset, JsonLines, Parquet, Place, Record, Source, TextFiles
+
+PYTHON_STDLIB = "python-stdlib"
+STDLIB_EXCLUDED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
+# Whole modules, so that no file of a held-out package is seen in training. Of every kind the library has: parsing, mathematics, files, structures.
+STDLIB_HELD_OUT = {
+    *("argparse", "calendar", "csv", "fractions", "heapq", "json", "pathlib", "queue", "random", "shutil", "statistics", "textwrap", "zipfile")
+}
+Split = Literal["train", "validation", "all"]
+
+
+@dataclass(frozen=True)
+class CorpusSpec:
+    """What names a corpus; the fields of the same names in a recipe's `data` section say more."""
+
+    corpus: str
+    subset: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    text_field: str = "text"
+    skip_broken: bool = False
+    held_out: float = 0.0
+    """Fraction of documents that are for validation, chosen by a hash of their text (not used by python-stdlib, which names modules)."""
+
+
+def stdlib_files(part: Split) -> tuple[list[Path], Path]:
+    """Source files of the running interpreter's standard library, sorted by path, and their root."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = []
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).parts
+        if STDLIB_EXCLUDED & set(parts):
+            continue
+        is_held_out = parts[0].removesuffix(".py") in STDLIB_HELD_OUT
+        if part == "all" or is_held_out == (part == "validation"):
+            files.append(path)
+    return files, root
+
+
+def _local_files(pattern: str) -> list[Path]:
+    """Files a path, folder or glob names, sorted; hidden ones aside. Empty if there is nothing of that name."""
+    path = Path(pattern).expanduser()
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        return sorted(p for p in path.rglob("*") if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts))
+    if not any(character in pattern for character in "*?["):
+        return []
+    anchor = Path(path.anchor) if path.is_absolute() else Path()
+    return sorted(p for p in anchor.glob(str(path.relative_to(anchor))) if p.is_file())
+
+
+def _kind(path: Path) -> str:
+    suffixes = path.suffixes[-2:]
+    if path.suffix == ".parquet":
+        return "parquet"
+    return "jsonl" if path.suffix == ".jsonl" or (suffixes[:1] == [".jsonl"] and path.suffix in (".gz", ".zst")) else "text"
+
+
+def open_source(spec: CorpusSpec, part: Split = "train") -> Source:
+    """The source behind a corpus name: python-stdlib, a local file, folder or glob, or a dataset of the hub.
+
+    Raises:
+        UserError: nothing of that name, no documents in it, or files of several kinds.
+    """
+    if spec.corpus == PYTHON_STDLIB:
+        files, root = stdlib_files(part)
+        return TextFiles(files, root, spec.skip_broken)
+    files = _local_files(spec.corpus)
+    if not files:
+        if Path(spec.corpus).expanduser().is_dir():
+            raise UserError(("data.corpus", f"the folder {spec.corpus} holds no files"))
+        looks_like_hub_id = spec.corpus.count("/") <= 1 and not spec.corpus.startswith((".", "~", "/")) and not Path(spec.corpus).suffix
+        if not looks_like_hub_id:
+            raise UserError(("data.corpus", f"there is no file, folder or match for {spec.corpus} (looked from {Path.cwd()})"))
+        return HubDataset(spec.corpus, spec.subset, spec.split, spec.revision, spec.text_field, spec.skip_broken)
+    if all(path.stat().st_size == 0 for path in files):
+        raise UserError(("data.corpus", f"{spec.corpus} is empty"))
+    kinds = {_kind(path) for path in files}
+    if len(kinds) > 1:
+        raise UserError(("data.corpus", f"{spec.corpus} mixes {', '.join(sorted(kinds))} files; name one kind with a glob such as DIR/*.jsonl"))
+    kind = kinds.pop()
+    if kind == "text":
+        root = Path(spec.corpus).expanduser()
+        return TextFiles(files, root if root.is_dir() else root.parent, spec.skip_broken)
+    return (JsonLines if kind == "jsonl" else Parquet)(files, spec.text_field, spec.skip_broken)
+
+
+def is_held_out(text: str, fraction: float) -> bool:
+    """Whether a document is for validation: a function of its text alone, so that copies of it fall on the same side."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < fraction * 2**64
+
+
+@dataclass(frozen=True)
+class WindowAddress:
+    """Where a window begins."""
+
+    epoch: int = 0
+    number: int = 0
+    shard: int = 0
+    """Which of the reader's own shards, counted from 0."""
+    index: int = 0
+    hint: Any = None
+
+
+@dataclass
+class Window:
+    """W documents (fewer at the end of an epoch) in the order in which they are emitted."""
+
+    address: WindowAddress
+    documents: list[Record]
+    following: WindowAddress
+    num_skipped: int
+
+
+class DocumentStream:
+    """A reader's share of a corpus as an endless stream of windows.
+
+    Args:
+        spec, part: the corpus.
+        reader, num_readers: this reader owns shards `reader`, `reader + num_readers`, ... where the number of shards divides by the number of
+            readers; otherwise it reads all and keeps every num_readers-th document.
+        window: documents per window.
+        seed: of the permutations; None keeps the corpus's order.
+    """
+
+    def __init__(self, spec: CorpusSpec, part: Split, reader: int, num_readers: int, window: int, seed: int | None):
+        self.spec, self.part, self.reader, self.num_readers, self.size, self.seed = spec, part, reader, num_readers, window, seed
+        self.source = open_source(spec, part)
+        self.owns_shards = self.source.num_shards % num_readers == 0
+        self.shards = range(reader, self.source.num_shards, num_readers) if self.owns_shards else range(self.source.num_shards)
+        self._records: Iterator[Record] | None = None
+        self._next: WindowAddress | None = None
+
+    def window(self, address: WindowAddress) -> Window:
+        """Read a window; going on from the previous one costs no seeking."""
+        if address != self._next or self._records is None:
+            self._records = self._read(address.shard, Place(address.index, address.hint))
+            self._shard, self._index = address.shard, address.index
+        documents: list[Record] = []
+        num_skipped = 0
+        while len(documents) < self.size:
+            record = next(self._records, None)
+            if record is None:
+                self._shard += 1
+                if self._shard == len(self.shards):
+                    break
+                self._records, self._index = self._read(self._shard, Place()), 0
+                continue
+            self._index = record.index + 1
+            if not self.owns_shards and (self.shards[self._shard] + record.index) % self.num_readers != self.reader:
+                continue
+            if record.text is None:
+                num_skipped += 1
+            elif self._is_wanted(record.text):
+                documents.append(record)
+        if self._shard == len(self.shards):
+            following = WindowAddress(address.epoch + 1)
+        else:
+            following = replace(address, number=address.number + 1, shard=self._shard, index=self._index, hint=self.source.hint())
+        self._next = following
+        if self.seed is not None:
+            order = np.random.default_rng([self.seed, self.reader, address.epoch, address.number]).permutation(len(documents))
+            documents = [documents[i] for i in order]
+        return Window(address, documents, following, num_skipped)
+
+    def _read(self, shard: int, place: Place) -> Iterator[Record]:
+        return self.source.read(self.shards[shard], place)
+
+    def _is_wanted(self, text: str) -> bool:
+        if self.part == "all" or self.spec.corpus == PYTHON_STDLIB:  # the files were chosen already
+            return True
+        return is_held_out(text, self.spec.held_out) == (self.part == "validation")
+
+    def one_epoch(self) -> Iterator[Record]:
+        """Every document once."""
+        address = WindowAddress()
+        while address.epoch == 0:
+            window = self.window(address)
+            yield from window.documents
+            address = window.following
+

@@ -1,0 +1,219 @@
+"""Readers: the corpus as a stream of chunks, at a position that can be saved and found again.
+
+    documents -> <bos> text <eos> -> lanes -> chunk {input_ids, shift_labels, document_starts}  [lanes, time]
+
+A document of n tokens gives n + 1 positions: inputs `<bos> t1 .. tn`, targets `t1 .. tn <eos>`. Targets are made from the whole document before it
+is cut, so none is lost at a chunk's edge, and every position of a stream is scored. A reader's state says, for each lane, which document is
+under way (the window it came from, its number in it) and how many tokens of it are done. It travels with the chunk, so what is saved is what was
+consumed, whatever was prefetched.
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .corpus import CorpusSpec, DocumentStream, Split, Window, WindowAddress
+from .errors import UserError
+from .tokenizer import Encoder
+
+IGNORED = -100  # a target that is not scored, as everywhere in transformers
+
+
+@dataclass
+class Chunk:
+    """What one step sees of one reader's lanes."""
+
+    reader: int
+    input_ids: np.ndarray
+    """int64 [lanes, time]"""
+    shift_labels: np.ndarray
+    """int64 [lanes, time]; -100 is not scored"""
+    document_starts: np.ndarray
+    """bool [lanes, time]"""
+    documents: list[list[str]]
+    """For each lane, the names of the documents in it."""
+    state: dict[str, Any]
+    """The reader's position after this chunk; JSON."""
+
+    @property
+    def num_scored(self) -> int:
+        return int((self.shift_labels != IGNORED).sum())
+
+
+def empty_chunk(reader: int, lanes: int, time: int, pad: int = 0) -> Chunk:
+    """A chunk of padding, to be filled."""
+    shape = (lanes, time)
+    ids, labels = np.full(shape, pad, np.int64), np.full(shape, IGNORED, np.int64)
+    return Chunk(reader, ids, labels, np.zeros(shape, bool), [[] for _ in range(lanes)], {})
+
+
+@dataclass
+class Lane:
+    """One row of the batch: the document under way."""
+
+    tokens: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    """int32, `<bos> text <eos>`; empty before the first document"""
+    offset: int = 0
+    """Positions already emitted."""
+    name: str = ""
+    window: WindowAddress | None = None
+    number: int = 0
+    """Which document of its window."""
+
+    @property
+    def num_left(self) -> int:
+        return max(len(self.tokens) - 1 - self.offset, 0)
+
+    def emit(self, chunk: Chunk, row: int, column: int) -> int:
+        """Write as many positions as fit into a row from `column` on; returns how many."""
+        count = min(self.num_left, chunk.input_ids.shape[1] - column)
+        piece = self.tokens[self.offset : self.offset + count + 1]
+        chunk.input_ids[row, column : column + count] = piece[:-1]
+        chunk.shift_labels[row, column : column + count] = piece[1:]
+        chunk.document_starts[row, column] = self.offset == 0
+        chunk.documents[row].append(self.name)
+        self.offset += count
+        return count
+
+
+class DocumentReader:
+    """Order `documents`: lanes are filled in turn, each going on with its document and taking the stream's next when that ends.
+
+    Args:
+        spec: the corpus.
+        encoder: text to tokens.
+        reader, num_readers: which share of the corpus.
+        lanes, chunk: shape of a chunk.
+        window: documents that are shuffled together.
+        seed: of the shuffle.
+        state: where to go on, as a chunk carried it; None starts anew.
+    """
+
+    def __init__(
+        self,
+        spec: CorpusSpec,
+        encoder: Encoder,
+        reader: int,
+        num_readers: int,
+        lanes: int,
+        chunk: int,
+        window: int,
+        seed: int,
+        state: dict[str, Any] | None = None,
+    ):
+        self.encoder, self.reader, self.chunk = encoder, reader, chunk
+        self.stream = DocumentStream(spec, "train", reader, num_readers, window, seed)
+        self.lanes = [Lane() for _ in range(lanes)]
+        if state is None:
+            self.window, self.number = self.stream.window(WindowAddress()), 0
+            self.num_skipped = self.window.num_skipped
+            self._check_size(spec.corpus, num_readers)
+        else:
+            self._restore(state)
+
+    def _check_size(self, corpus: str, num_readers: int) -> None:
+        """A first chunk must not need a second epoch."""
+        needed, lanes = len(self.lanes) * self.chunk, len(self.lanes)
+        documents, address = list(self.window.documents), self.window.following
+        found = sum(len(self.encoder(document.text or "")) - 1 for document in documents[: needed + 1])
+        while found < needed and address.epoch == 0:
+            following = self.stream.window(address)
+            documents += following.documents
+            found += sum(len(self.encoder(document.text or "")) - 1 for document in following.documents)
+            address = following.following
+        share = f"reader {self.reader}'s share (1 of {num_readers}) of {corpus}" if num_readers > 1 else corpus
+        if not documents:
+            raise UserError(("data.corpus", f"{share} holds no documents; use fewer readers (batch.readers) or another corpus"))
+        if found < needed:
+            raise UserError(
+                ("data.corpus", f"{share} has {found} tokens, fewer than one chunk of {lanes} lanes x {self.chunk}; lower batch.lanes or batch.chunk")
+            )
+        if len(documents) < lanes and address.epoch > 0:
+            raise UserError(
+                ("data.corpus", f"{share} has {len(documents)} documents for {lanes} lanes; lower batch.lanes, or set data.order to windows")
+            )
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        windows: dict[tuple[int, int], Window] = {}  # lanes mostly share a few
+
+        def find(address: dict[str, Any]) -> Window:
+            key = (address["epoch"], address["number"])
+            if key not in windows:
+                windows[key] = self.stream.window(WindowAddress(**address))
+            return windows[key]
+
+        for lane, saved in zip(self.lanes, state["lanes"], strict=True):
+            if saved is not None:
+                self._start(lane, find(saved["window"]), saved["number"])
+                lane.offset = saved["offset"]
+        self.window, self.number = find(state["window"]), state["number"]
+        self.num_skipped = state["num_skipped"]
+
+    def _start(self, lane: Lane, window: Window, number: int) -> None:
+        document = window.documents[number]
+        assert document.text is not None
+        lane.tokens, lane.offset = self.encoder(document.text), 0
+        lane.name, lane.window, lane.number = document.name, window.address, number
+
+    def _next_document(self, lane: Lane) -> None:
+        while self.number == len(self.window.documents):
+            self.window, self.number = self.stream.window(self.window.following), 0
+            self.num_skipped += self.window.num_skipped
+        self._start(lane, self.window, self.number)
+        self.number += 1
+
+    def state(self) -> dict[str, Any]:
+        """Where this reader is; JSON."""
+        lanes = [
+            None if lane.num_left == 0 or lane.window is None else {"window": asdict(lane.window), "number": lane.number, "offset": lane.offset}
+            for lane in self.lanes
+        ]
+        return {"window": asdict(self.window.address), "number": self.number, "num_skipped": self.num_skipped, "lanes": lanes}
+
+    def next_chunk(self) -> Chunk:
+        """The next `chunk` tokens of every lane."""
+        chunk = empty_chunk(self.reader, len(self.lanes), self.chunk)
+        for row, lane in enumerate(self.lanes):
+            column = 0
+            while column < self.chunk:
+                if lane.num_left == 0:
+                    self._next_document(lane)
+                column += lane.emit(chunk, row, column)
+        chunk.state = self.state()
+        return chunk
+
+
+class WindowReader:
+    """Order `windows`: crops of one long text, drawn by (seed, step, reader); nothing is carried from one to the next.
+
+    The published character-level Shakespeare set-up. The text is all documents joined; its last `held_out` part is for validation.
+    """
+
+    def __init__(self, tokens: np.ndarray, reader: int, lanes: int, chunk: int, seed: int, state: dict[str, Any] | None = None):
+        if len(tokens) <= chunk:
+            raise UserError(("data.corpus", f"the text has {len(tokens)} tokens, too few for a crop of batch.chunk {chunk} + 1"))
+        self.tokens, self.reader, self.lanes, self.chunk, self.seed = tokens, reader, lanes, chunk, seed
+        self.step = 0 if state is None else state["step"]
+
+    def next_chunk(self) -> Chunk:
+        """Crops for the next step."""
+        generator = np.random.default_rng([self.seed, self.step, self.reader])
+        chunk = empty_chunk(self.reader, self.lanes, self.chunk)
+        for row, start in enumerate(generator.integers(0, len(self.tokens) - self.chunk, self.lanes)):
+            piece = self.tokens[start : start + self.chunk + 1]
+            chunk.input_ids[row], chunk.shift_labels[row] = piece[:-1], piece[1:]
+            chunk.documents[row].append(f"tokens {start} to {start + self.chunk}")
+        chunk.document_starts[:, 0] = True
+        self.step += 1
+        chunk.state = {"step": self.step}
+        return chunk
+
+
+def joined_tokens(spec: CorpusSpec, part: Split, encoder: Encoder) -> np.ndarray:
+    """The whole corpus as one text, int32: its first or last part (by position) for training or validation."""
+    stream = DocumentStream(spec, "all", 0, 1, window=1024, seed=None)
+    pieces = [encoder.encode(record.text) for record in stream.one_epoch() if record.text is not None]
+    tokens = np.concatenate(pieces) if pieces else np.zeros(0)
+    edge = len(tokens) if part == "all" else round(len(tokens) * (1 - spec.held_out))
+    return (tokens[edge:] if part == "validation" else tokens[:edge]).astype(np.int32)

@@ -1,0 +1,131 @@
+"""Tokenizers: bytes, or any of Hugging Face's.
+
+The byte tokenizer is an ordinary `PreTrainedTokenizerFast` that needs no download: byte b has id b; then come <bos>, <eos> and <pad>. Text that
+contains such a name stays text.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .errors import UserError
+
+BYTES = "bytes"
+SPECIAL_TOKENS = ("<bos>", "<eos>", "<pad>")
+
+
+def _byte_alphabet() -> list[str]:
+    """The printable character that the byte-level pre-tokenizer writes for each byte, by byte value (the GPT-2 table).
+
+    Printable Latin-1 stands for itself; the remaining bytes take the code points from 256 on, in order.
+    """
+    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(256, 512))
+    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+
+
+def byte_tokenizer() -> Any:
+    """A `PreTrainedTokenizerFast` over the 256 bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {character: byte for byte, character in enumerate(_byte_alphabet())}
+    vocabulary |= {token: 256 + i for i, token in enumerate(SPECIAL_TOKENS)}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    bos, eos, pad = SPECIAL_TOKENS
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, vocabulary[bos])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=bos,
+        eos_token=eos,
+        pad_token=pad,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        model_max_length=2**30,
+    )
+
+
+def load_tokenizer(name: str) -> Any:
+    """`"bytes"`, or what `AutoTokenizer.from_pretrained` loads from a folder or the hub, with bos, eos and pad filled in from each other.
+
+    Raises:
+        UserError: it cannot be loaded, is not a fast tokenizer, or has no token that could end a document.
+    """
+    if name == BYTES:
+        return byte_tokenizer()
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # the hub client, the file system and the parsers each raise their own
+        message = str(error).splitlines()[0]
+        raise UserError(("data.tokenizer", f"cannot load {name!r} (bytes, a folder, or a hub id): {type(error).__name__}: {message}")) from error
+    if not tokenizer.is_fast:
+        raise UserError(("data.tokenizer", f"{name!r} has no fast (tokenizers) version"))
+    end = tokenizer.eos_token or tokenizer.bos_token
+    if end is None:
+        raise UserError(("data.tokenizer", f"{name!r} has neither an eos nor a bos token, so a document cannot end"))
+    tokenizer.eos_token = end
+    tokenizer.bos_token = tokenizer.bos_token or end
+    tokenizer.pad_token = tokenizer.pad_token or end
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+@dataclass
+class Encoder:
+    """Text to a document's tokens, `<bos> text <eos>`; small enough to be sent to a worker process, which needs no transformers."""
+
+    bos: int
+    eos: int
+    backend_json: str | None
+    """None: bytes."""
+    _backend: Any = field(default=None, repr=False)
+
+    @classmethod
+    def of(cls, tokenizer: Any, name: str) -> "Encoder":
+        """The encoder of a tokenizer that `load_tokenizer(name)` returned."""
+        backend_json = None if name == BYTES else tokenizer.backend_tokenizer.to_str()
+        return cls(tokenizer.bos_token_id, tokenizer.eos_token_id, backend_json)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_backend": None}
+
+    def __call__(self, text: str) -> np.ndarray:
+        """int32 [1 + tokens + 1]. A special token's name in the text is text."""
+        return np.concatenate([[self.bos], self.encode(text), [self.eos]]).astype(np.int32)
+
+    def encode(self, text: str) -> np.ndarray:
+        """The tokens of the text alone."""
+        if self.backend_json is None:
+            return np.frombuffer(text.encode(), dtype=np.uint8)
+        return np.asarray(self._tokenizer().encode(text, add_special_tokens=False).ids, dtype=np.int32)
+
+    def num_bytes(self, tokens: np.ndarray) -> int:
+        """Bytes of the text that these tokens spell."""
+        if self.backend_json is None:
+            return len(tokens)
+        return num_bytes(self._tokenizer().decode(tokens.tolist(), skip_special_tokens=False))
+
+    def _tokenizer(self) -> Any:
+        if self._backend is None:
+            from tokenizers import Tokenizer
+
+            self._backend = Tokenizer.from_str(self.backend_json)
+            self._backend.encode_special_tokens = True
+        return self._backend
+
+
+def num_bytes(text: str) -> int:
+    """Bytes of UTF-8, what bits per byte divides by."""
+    return len(text.encode())
+
+
+def model_vocab_size(tokenizer: Any, multiple: int = 8) -> int:
+    """Rows of the model's embedding: the tokenizer's ids, rounded up for the matrix units."""
+    return -(-len(tokenizer) // multiple) * multiple

@@ -1,0 +1,79 @@
+"""The cells: what a minimal RNN computes from its input before anything recurs.
+
+A cell is a few projections of x and a formula that turns them into the coefficients (a, b) of h_t = a_t * h_{t-1} + b_t. No gate sees h_{t-1};
+that is what makes the recurrence linear, and the whole sequence one scan.
+
+    minGRU    a = 1 - z,      b = z * c(u)            z = sigmoid(k)
+    minLSTM   a = f / (f+i),  b = i / (f+i) * c(u)    f = sigmoid(p), i = sigmoid(q)
+
+with pre-activations k, p, q, u = W x and c the candidate activation. Source: Feng et al., arXiv 2410.01201, sections 3.1 and 3.2; minGRU with
+c = tanh is GILR of Martin & Cundy (ICLR 2018).
+
+Numerics: a is computed in fp32 whatever the dtype of the projections, and as sigmoid(-k), never 1 - sigmoid(k): near a = 1 (a long memory) the
+second form loses every digit, and bfloat16 cannot hold a memory longer than 256 tokens at all.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CANDIDATE_ACTIVATIONS = ("g", "none", "tanh", "silu")
+
+
+def candidate(u: Tensor, activation: str) -> Tensor:
+    """c(u), elementwise. `g` is the paper's positive candidate: u + 0.5 where u >= 0, sigmoid(u) below."""
+    if activation == "none":
+        return u
+    if activation == "g":
+        return torch.where(u >= 0, u + 0.5, torch.sigmoid(u))
+    return torch.tanh(u) if activation == "tanh" else F.silu(u)
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """x in fp32, or fp64 if it is that already."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def mingru(k: Tensor, u: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """Coefficients of the minGRU: k, u [batch, time, width] -> a (at least fp32), b (dtype of u)."""
+    k = at_least_fp32(k)
+    return torch.sigmoid(-k), (torch.sigmoid(k) * candidate(at_least_fp32(u), activation)).to(u.dtype)
+
+
+def minlstm(p: Tensor, q: Tensor, u: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """Coefficients of the minLSTM: p (forget), q (input), u [batch, time, width] -> a (at least fp32), b (dtype of u).
+
+    a = f / (f + i) = sigmoid(-d) with d = log(i / f) = softplus(-p) - softplus(-q), which neither overflows nor divides.
+    """
+    d = F.softplus(-at_least_fp32(p)) - F.softplus(-at_least_fp32(q))
+    return torch.sigmoid(-d), (torch.sigmoid(d) * candidate(at_least_fp32(u), activation)).to(u.dtype)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One entry of the registry."""
+
+    num_gates: int
+    """Projections that are gates; one more, the candidate, follows them."""
+    coefficients: Callable[..., tuple[Tensor, Tensor]]
+    """(gate, ..., candidate pre-activation, activation name) -> (a, b)."""
+    gate_bias: Callable[[Tensor], Tensor]
+    """Memory lengths [width], in tokens -> gate biases [num_gates, width] with 1 / (1 - a) equal to them where the input says nothing."""
+
+
+def _mingru_bias(memory: Tensor) -> Tensor:
+    return -torch.log(memory - 1).unsqueeze(0)
+
+
+def _minlstm_bias(memory: Tensor) -> Tensor:
+    log_ratio = torch.log(memory - 1)  # sigmoid(x) / sigmoid(-x) = exp(x)
+    return torch.stack([log_ratio, -log_ratio])
+
+
+CELLS = {
+    "mingru": Cell(num_gates=1, coefficients=mingru, gate_bias=_mingru_bias),
+    "minlstm": Cell(num_gates=2, coefficients=minlstm, gate_bias=_minlstm_bias),
+}

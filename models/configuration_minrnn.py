@@ -1,0 +1,118 @@
+"""What a minimal RNN language model is made of: sizes, cell, block, and the two presets."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+
+from .cells import CANDIDATE_ACTIVATIONS, CELLS
+from .scan import BACKENDS
+
+# The block as published (Feng et al., arXiv 2410.01201): norm, causal conv of width 4, cell with the positive candidate g, down-projection;
+# norm, MLP. The default block differs where our ablations say so (ARCHITECTURE.md): identity candidate, output gate, gated MLP, weights drawn
+# with the standard deviation of their fan-in, decays spread over memory lengths.
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": {"candidate_activation": "g", "output_gate": False, "gated_mlp": False, "hidden_act": "gelu", "memory_length": 2.0},
+}
+
+
+@strict
+class MinRNNConfig(PreTrainedConfig):
+    r"""Configuration of [`MinRNNModel`] and [`MinRNNForCausalLM`].
+
+    Args:
+        vocab_size: Number of rows of the embedding; at least the tokenizer's, usually rounded up.
+        hidden_size: Width of the residual stream.
+        num_hidden_layers: Number of blocks.
+        cell: Name of the recurrent cell, `"mingru"` or `"minlstm"`.
+        expansion_factor: Recurrent width / hidden_size (the paper's alpha).
+        candidate_activation: Activation of the candidate: `"g"` (x + 0.5 for x >= 0, else sigmoid), `"none"`, `"tanh"` or `"silu"`.
+        output_gate: Multiply the cell's output by silu of one more projection.
+        conv_kernel: Width of the causal depthwise convolution before the cell; 0 or 1 for none.
+        intermediate_size: Width of the MLP; 0 for none.
+        hidden_act: Activation of the MLP.
+        gated_mlp: MLP as down(act(gate) * up) (as in Llama) instead of down(act(up)).
+        memory_length: Before training, the channels' memory lengths 1 / (1 - a) are spread log-uniformly from 2 to this many tokens; 2
+            starts every gate half open.
+        initializer_range: Standard deviation of the weights; `None` for fan_in ** -0.5.
+        dropout: Probability of dropping an element of a block's output, in training.
+        rms_norm_eps: Epsilon of the RMS norms.
+        tie_word_embeddings: Use the embedding as output projection.
+        max_position_embeddings: The longest input that harnesses should send. The recurrence itself has no limit.
+        scan_backend: Backend of the scan (see `scan.linear_scan`); `None` for the fastest on the device.
+        use_cache: Return the state, so that the sequence can go on.
+        bos_token_id: First token of every document.
+        eos_token_id: Last token of every document.
+        pad_token_id: Padding.
+
+    Raises:
+        ValueError: values that do not fit, all of them in one message.
+    """
+
+    model_type = "minrnn"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 264
+    hidden_size: int = 256
+    num_hidden_layers: int = 4
+    cell: str = "mingru"
+    expansion_factor: int | float = 1.5
+    candidate_activation: str = "none"
+    output_gate: bool = True
+    conv_kernel: int = 4
+    intermediate_size: int = 512
+    hidden_act: str = "silu"
+    gated_mlp: bool = True
+    memory_length: int | float = 256.0
+    initializer_range: int | float | None = None
+    dropout: int | float = 0.0
+    rms_norm_eps: int | float = 1e-6
+    tie_word_embeddings: bool = True
+    max_position_embeddings: int = 65_536
+    scan_backend: str | None = None
+    use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if problems := self.problems():
+            raise ValueError("MinRNNConfig: " + "; ".join(f"{name}: {problem}" for name, problem in problems.items()))
+
+    def problems(self) -> dict[str, str]:
+        """What is wrong with the values, by field; empty if nothing is."""
+        found = {}
+        choices = {"cell": tuple(CELLS), "candidate_activation": CANDIDATE_ACTIVATIONS, "scan_backend": (None, *BACKENDS)}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                found[name] = f"{getattr(self, name)!r} is none of {', '.join(map(str, allowed))}"
+        if self.hidden_act not in ACT2FN:
+            found["hidden_act"] = f"{self.hidden_act!r} is no activation of transformers (silu, gelu, relu, ...)"
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings", "expansion_factor"):
+            if getattr(self, name) <= 0:
+                found[name] = f"must be positive, not {getattr(self, name)}"
+        for name in ("intermediate_size", "conv_kernel"):
+            if getattr(self, name) < 0:
+                found[name] = f"must be 0 (none) or more, not {getattr(self, name)}"
+        if not 0.0 <= self.dropout < 1.0:
+            found["dropout"] = f"must be in [0, 1), not {self.dropout}"
+        if self.memory_length < 2.0:
+            found["memory_length"] = f"must be at least 2 tokens, not {self.memory_length}"
+        if self.initializer_range is not None and self.initializer_range <= 0:
+            found["initializer_range"] = f"must be positive, or null for fan_in ** -0.5, not {self.initializer_range}"
+        return found
+
+    @classmethod
+    def from_preset(cls, preset: str, **fields: Any) -> "MinRNNConfig":
+        """`"default"` or `"paper"`, with `fields` on top."""
+        if preset not in PRESETS:
+            raise ValueError(f"There is no preset {preset!r}; choose one of {', '.join(PRESETS)}.")
+        return cls(**{**PRESETS[preset], **fields})
+
+    @property
+    def recurrent_size(self) -> int:
+        """Channels of the recurrence."""
+        return round(self.hidden_size * self.expansion_factor)

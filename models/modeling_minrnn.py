@@ -1,0 +1,320 @@
+"""Minimal RNN language models for transformers.
+
+    input_ids -> embedding -> blocks -> norm -> logits
+    block:  x + down(cell(conv(norm(x)))),   then   x + mlp(norm(x))
+    cell:   projections -> (a, b) -> linear_scan -> h  [* silu(gate)]
+
+The state of a block is (h, last conv inputs); it enters with `past_key_values` and leaves the same way, so a sequence may be cut anywhere.
+Two kinds of boundary inside a batch are exact in the scan and in the convolution alike:
+
+- `document_starts`: the decay is zero there (the input is kept) and no conv tap reaches across;
+- padding, on either side: rows are first packed to the left, so that padding is always on the right, where nothing real can see it. In the
+  recurrence a pad is (a, b) = (1, 0); the conv state is taken where the row ends.
+
+Shapes: B batch, T time, H hidden_size, R recurrent_size, K conv_kernel.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .cache import MinRNNCache
+from .cells import CELLS
+from .configuration_minrnn import MinRNNConfig
+from .conv import causal_conv, next_conv_state, taps_within_document
+from .scan import linear_scan
+
+State = tuple[Tensor | None, Tensor | None]  # recurrent [B, R] fp32, conv inputs [B, K-1, H]
+
+
+@dataclass(frozen=True)
+class Boundaries:
+    """Where rows hold something else than one running text; computed once, used by every block."""
+
+    document_starts: Tensor | None  # bool [B, T]
+    lengths: Tensor | None  # [B], real tokens of each row; padding is on the right
+    taps: list[Tensor] | None  # for conv tap j = 1 .. K-1, bool [B, T]: may it read
+
+    @classmethod
+    def of(cls, document_starts: Tensor | None, lengths: Tensor | None, kernel: int) -> "Boundaries":
+        if document_starts is not None and lengths is not None:
+            document_starts = document_starts & (torch.arange(document_starts.shape[1], device=lengths.device) < lengths.unsqueeze(1))
+        taps = None if document_starts is None else taps_within_document(document_starts, kernel)
+        return cls(document_starts, lengths, taps)
+
+
+class MinRNNMixer(nn.Module):
+    """conv -> projections -> scan -> gate -> down-projection: the half of a block that looks back in time."""
+
+    def __init__(self, config: MinRNNConfig):
+        super().__init__()
+        self.cell = CELLS[config.cell]
+        self.activation, self.backend, self.output_gate = config.candidate_activation, config.scan_backend, config.output_gate
+        self.memory_length = config.memory_length
+        self.kernel = max(config.conv_kernel, 1)
+        self.num_projections = self.cell.num_gates + 1 + int(config.output_gate)
+        self.conv_weight = nn.Parameter(torch.empty(config.hidden_size, self.kernel)) if self.kernel > 1 else None
+        self.in_proj = nn.Linear(config.hidden_size, self.num_projections * config.recurrent_size, bias=False)
+        self.gate_bias = nn.Parameter(torch.empty(self.cell.num_gates, config.recurrent_size))
+        self.out_proj = nn.Linear(config.recurrent_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, state: State, boundaries: Boundaries) -> tuple[Tensor, State]:
+        """x [B, T, H] -> [B, T, H], and the state after it."""
+        recurrent, conv = state
+        next_conv = None
+        if self.conv_weight is not None:
+            next_conv = next_conv_state(x, conv, self.kernel, boundaries.document_starts, boundaries.lengths)
+            x = causal_conv(x, self.conv_weight, conv, boundaries.taps)
+        projected = self.in_proj(x).chunk(self.num_projections, dim=-1)
+        gates = [projected[i] + self.gate_bias[i] for i in range(self.cell.num_gates)]
+        a, b = self.cell.coefficients(*gates, projected[self.cell.num_gates], self.activation)
+        if boundaries.document_starts is not None:
+            a = a.masked_fill(boundaries.document_starts.unsqueeze(-1), 0)
+        if boundaries.lengths is not None:
+            is_pad = (torch.arange(x.shape[1], device=x.device) >= boundaries.lengths.unsqueeze(1)).unsqueeze(-1)
+            a, b = a.masked_fill(is_pad, 1), b.masked_fill(is_pad, 0)
+        h, recurrent = linear_scan(a, b, recurrent, backend=self.backend)
+        if self.output_gate:
+            h = h * nn.functional.silu(projected[-1])
+        return self.out_proj(h), (recurrent, next_conv)
+
+
+class MinRNNMLP(nn.Module):
+    """down(act(up(x))), or down(act(gate(x)) * up(x))."""
+
+    def __init__(self, config: MinRNNConfig):
+        super().__init__()
+        self.act, self.gated = ACT2FN[config.hidden_act], config.gated_mlp
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size * (2 if config.gated_mlp else 1), bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.gated:
+            return self.down_proj(self.act(self.up_proj(x)))
+        gate, up = self.up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(self.act(gate) * up)
+
+
+class MinRNNBlock(GradientCheckpointingLayer):
+    """Mixer and MLP, each behind a norm and around a residual."""
+
+    def __init__(self, config: MinRNNConfig):
+        super().__init__()
+        self.mixer_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mixer = MinRNNMixer(config)
+        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps) if config.intermediate_size else None
+        self.mlp = MinRNNMLP(config) if config.intermediate_size else None
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, state: State, boundaries: Boundaries) -> tuple[Tensor, State]:
+        """x [B, T, H] -> [B, T, H], and the state after it."""
+        mixed, state = self.mixer(self.mixer_norm(x), state, boundaries)
+        x = x + self.dropout(mixed)
+        if self.mlp is not None and self.mlp_norm is not None:
+            x = x + self.dropout(self.mlp(self.mlp_norm(x)))
+        return x, state
+
+
+class MinRNNPreTrainedModel(PreTrainedModel):
+    """Initialisation and what transformers needs to know."""
+
+    config: MinRNNConfig
+    config_class = MinRNNConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MinRNNBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _is_stateful = True
+    _can_record_outputs = {"hidden_states": MinRNNBlock}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Every projection keeps the variance of its input; what is added to the residual stream shrinks with the number of additions."""
+        std = self.config.initializer_range
+        if isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=std or self.config.hidden_size**-0.5)
+        elif isinstance(module, nn.Linear):
+            init.normal_(module.weight, std=std or module.in_features**-0.5)
+        elif isinstance(module, nn.RMSNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, MinRNNMixer):
+            if module.conv_weight is not None:
+                init.normal_(module.conv_weight, std=module.kernel**-0.5)
+            octaves = torch.rand(module.gate_bias.shape[1]) * math.log(self.config.memory_length / 2)
+            init.copy_(module.gate_bias, module.cell.gate_bias(2 * octaves.exp()).to(module.gate_bias))
+        elif isinstance(module, MinRNNBlock):
+            num_additions = self.config.num_hidden_layers * (2 if module.mlp is not None else 1)
+            for projection in (module.mixer.out_proj, module.mlp.down_proj if module.mlp is not None else None):
+                if projection is not None:
+                    init.normal_(projection.weight, std=(std or projection.in_features**-0.5) * num_additions**-0.5)
+
+
+class MinRNNModel(MinRNNPreTrainedModel):
+    """The model without its head."""
+
+    def __init__(self, config: MinRNNConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(MinRNNBlock(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embed_tokens = value
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: MinRNNCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        document_starts: Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """As `MinRNNForCausalLM.forward`, up to the last hidden state [B, T, H]."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("MinRNNModel takes exactly one of input_ids and inputs_embeds.")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        time = x.shape[1]
+        if document_starts is not None and document_starts.shape != x.shape[:2]:
+            raise ValueError(f"document_starts must be [batch, time] = {tuple(x.shape[:2])}, but is {tuple(document_starts.shape)}.")
+        if use_cache and past_key_values is None:
+            past_key_values = MinRNNCache(self.config.num_hidden_layers)
+
+        order = packing_order(attention_mask, time)
+        lengths = None
+        if order is not None:
+            assert attention_mask is not None
+            lengths = attention_mask[:, -time:].bool().sum(1)
+            x = x.gather(1, order.unsqueeze(-1).expand_as(x))
+            document_starts = None if document_starts is None else document_starts.gather(1, order)
+        boundaries = Boundaries.of(document_starts, lengths, max(self.config.conv_kernel, 1))
+
+        for i, block in enumerate(self.layers):
+            layer = None if past_key_values is None else past_key_values.layers[i]
+            state = (None, None) if layer is None else (layer.recurrent, layer.conv)
+            x, state = block(x, state, boundaries)
+            if layer is not None and use_cache:
+                layer.replace(*state, num_tokens=time)
+        x = self.norm(x)
+
+        if order is not None:
+            x = torch.empty_like(x).scatter(1, order.unsqueeze(-1).expand_as(x), x)
+        return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=past_key_values if use_cache else None)
+
+
+def packing_order(attention_mask: Tensor | None, time: int) -> Tensor | None:
+    """Indices [B, T] that bring each row's real tokens to the left, in order; None if nothing is padded.
+
+    `attention_mask` [B, >= T] is 1 for real tokens; only its last T columns belong to this call (generate() passes the whole past).
+    """
+    if attention_mask is None:
+        return None
+    if attention_mask.ndim != 2 or attention_mask.shape[1] < time:
+        raise ValueError(f"attention_mask must be [batch, time] with at least {time} columns, but is {tuple(attention_mask.shape)}.")
+    mask = attention_mask[:, -time:].bool()
+    return None if bool(mask.all()) else torch.argsort(~mask, dim=1, stable=True)
+
+
+class MinRNNForCausalLM(MinRNNPreTrainedModel, GenerationMixin):
+    """The language model: [`MinRNNModel`] and a linear head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: MinRNNConfig):
+        super().__init__(config)
+        self.model = MinRNNModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head = new_embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: MinRNNCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        document_starts: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Logits of the next token, the loss, and the state.
+
+        Args:
+            input_ids: [batch, time].
+            attention_mask: [batch, time] or longer (the last `time` columns count); 0 is padding, on either side. Real tokens get the logits
+                they would get without it; logits at padding mean nothing.
+            past_key_values: State to go on from. It is updated in place when `use_cache`.
+            inputs_embeds: [batch, time, hidden_size] instead of input_ids.
+            labels: [batch, time], the input_ids themselves (-100 where nothing is scored): shifted inside, as everywhere in transformers. A
+                target at a document start is masked.
+            use_cache: Return the state after the last token.
+            document_starts: bool [batch, time], True where a new document begins: nothing before it is seen from there on.
+            shift_labels: [batch, time], targets that are already shifted (made before a sequence was cut); used instead of labels.
+            num_items_in_batch: Number of scored tokens to divide the summed loss by; by default those of this call.
+            logits_to_keep: Compute logits for the last n positions (0: all), or for these positions.
+
+        Returns:
+            `loss` (scalar, nats per scored token), `logits` [batch, time, vocab_size], `past_key_values`.
+        """
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            document_starts=document_starts,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        assert hidden is not None
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden[:, kept])
+
+        loss = None
+        if labels is not None and shift_labels is None:
+            shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+            if document_starts is not None:
+                shift_labels = shift_labels.masked_fill(nn.functional.pad(document_starts[:, 1:], (0, 1)), -100)
+        if shift_labels is not None:
+            loss = self.loss_function(
+                logits, None, vocab_size=self.config.vocab_size, shift_labels=shift_labels, num_items_in_batch=num_items_in_batch
+            )
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+        )
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
+        """generate() starts from our own kind of state unless it was given one or told to use none."""
+        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = MinRNNCache(self.config.num_hidden_layers)
+
+
+__all__ = ["MinRNNForCausalLM", "MinRNNModel", "MinRNNPreTrainedModel"]
