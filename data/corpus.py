@@ -198,4 +198,3 @@ class DocumentStream:
             window = self.window(address)
             yield from window.documents
             address = window.following
-

@@ -127,7 +127,10 @@ class DocumentReader:
             raise UserError(("data.corpus", f"{share} holds no documents; use fewer readers (batch.readers) or another corpus"))
         if found < needed:
             raise UserError(
-                ("data.corpus", f"{share} has {found} tokens, fewer than one chunk of {lanes} lanes x {self.chunk}; lower batch.lanes or batch.chunk")
+                (
+                    "data.corpus",
+                    f"{share} has {found} tokens, fewer than one chunk of {lanes} lanes x {self.chunk}; lower batch.lanes or batch.chunk",
+                )
             )
         if len(documents) < lanes and address.epoch > 0:
             raise UserError(

@@ -64,7 +64,9 @@ def load_tokenizer(name: str) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # the hub client, the file system and the parsers each raise their own
         message = str(error).splitlines()[0]
-        raise UserError(("data.tokenizer", f"cannot load {name!r} (bytes, a folder, or a hub id): {type(error).__name__}: {message}")) from error
+        raise UserError(
+            ("data.tokenizer", f"cannot load {name!r} (bytes, a folder, or a hub id): {type(error).__name__}: {message}")
+        ) from error
     if not tokenizer.is_fast:
         raise UserError(("data.tokenizer", f"{name!r} has no fast (tokenizers) version"))
     end = tokenizer.eos_token or tokenizer.bos_token

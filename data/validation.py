@@ -15,7 +15,6 @@ from .errors import UserError
 from .reader import Chunk, Lane, empty_chunk
 from .tokenizer import Encoder, num_bytes
 
-
 VALIDATION_SEED = 0  # of the order in which held-out documents are taken: one set for every run, whatever its seed
 
 
@@ -80,7 +79,9 @@ def document_validation(
         if max_tokens is not None and total >= max_tokens:
             break
     if total == 0:
-        raise UserError(("data.validation_fraction", f"no document of {spec.corpus} is held out; raise it, or name a corpus in data.validation"))
+        raise UserError(
+            ("data.validation_fraction", f"no document of {spec.corpus} is held out; raise it, or name a corpus in data.validation")
+        )
     return _deal(reader, documents, num_lanes, chunk, size)
 
 

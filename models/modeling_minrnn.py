@@ -29,7 +29,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .cache import MinRNNCache
-from .cells import CELLS
+from .cells import CELLS, at_least_fp32
 from .configuration_minrnn import MinRNNConfig
 from .conv import causal_conv, next_conv_state, taps_within_document
 from .scan import linear_scan
@@ -233,6 +233,18 @@ def packing_order(attention_mask: Tensor | None, time: int) -> Tensor | None:
     return None if bool(mask.all()) else torch.argsort(~mask, dim=1, stable=True)
 
 
+def next_token_loss(logits: Tensor, shift_labels: Tensor, num_items: int | Tensor | None) -> Tensor:
+    """Cross-entropy in nats, summed over scored tokens and divided by `num_items` (their number, if None); at least fp32.
+
+    transformers' own ForCausalLMLoss, but that it does not round fp64 to fp32.
+    """
+    logits = at_least_fp32(logits).flatten(0, 1)
+    targets = shift_labels.to(logits.device).flatten()
+    if num_items is None:
+        return nn.functional.cross_entropy(logits, targets, ignore_index=-100)
+    return nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum") / num_items
+
+
 class MinRNNForCausalLM(MinRNNPreTrainedModel, GenerationMixin):
     """The language model: [`MinRNNModel`] and a linear head."""
 
@@ -304,12 +316,8 @@ class MinRNNForCausalLM(MinRNNPreTrainedModel, GenerationMixin):
             if document_starts is not None:
                 shift_labels = shift_labels.masked_fill(nn.functional.pad(document_starts[:, 1:], (0, 1)), -100)
         if shift_labels is not None:
-            loss = self.loss_function(
-                logits, None, vocab_size=self.config.vocab_size, shift_labels=shift_labels, num_items_in_batch=num_items_in_batch
-            )
-        return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
-        )
+            loss = next_token_loss(logits, shift_labels, num_items_in_batch)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
         """generate() starts from our own kind of state unless it was given one or told to use none."""

@@ -24,8 +24,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import scan_numba, scan_torch
+from .scan_numba import backward as numba_backward
+from .scan_numba import forward as numba_forward
+from .scan_numba import is_available as numba_is_available
 from .scan_torch import accumulate_dtype
+from .scan_torch import backward as torch_backward
+from .scan_torch import forward as torch_forward
 
 BACKENDS = ("reference", "torch", "numba")
 
@@ -105,14 +109,14 @@ def _register(name: str, forward: Callable, backward: Callable) -> Callable[[Ten
 
 _SCANS = {
     "reference": _register("reference", reference_forward, reference_backward),
-    "torch": _register("torch", scan_torch.forward, scan_torch.backward),
-    "numba": _register("numba", scan_numba.forward, scan_numba.backward),
+    "torch": _register("torch", torch_forward, torch_backward),
+    "numba": _register("numba", numba_forward, numba_backward),
 }
 
 
 def default_backend(device: torch.device) -> str:
     """The fastest backend that runs on `device`."""
-    return "numba" if device.type == "cpu" and scan_numba.is_available() else "torch"
+    return "numba" if device.type == "cpu" and numba_is_available() else "torch"
 
 
 def _check(a: Tensor, b: Tensor, h0: Tensor | None, backend: str) -> None:
@@ -132,7 +136,7 @@ def _check(a: Tensor, b: Tensor, h0: Tensor | None, backend: str) -> None:
         raise ValueError(f"There is no scan backend {backend!r}; choose one of {', '.join(BACKENDS)}, or none for the fastest here.")
     if backend == "numba" and b.device.type not in ("cpu", "meta"):
         raise ValueError(f"The numba backend runs on the CPU, but the tensors are on {b.device}; use backend='torch' or none.")
-    if backend == "numba" and not scan_numba.is_available():
+    if backend == "numba" and not numba_is_available():
         raise ValueError("The numba backend needs the package numba: pip install numba, or use backend='torch'.")
 
 

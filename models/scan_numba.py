@@ -36,7 +36,7 @@ def is_available() -> bool:
 if numba is not None:
 
     @intrinsic
-    def widen(typingctx, value):  # noqa: ANN001, ANN201 - numba reads the types of its arguments
+    def widen(typingctx, value):
         """A number to compute with: the bits of a bfloat16 (uint16) as float32, floats as they are."""
         if value != types.uint16:
             return value(value), lambda context, builder, signature, args: args[0]
@@ -48,7 +48,7 @@ if numba is not None:
         return types.float32(value), codegen
 
     @intrinsic
-    def narrow(typingctx, value, like):  # noqa: ANN001, ANN201
+    def narrow(typingctx, value, like):
         """`value` as an element of the array `like` holds it: float32 rounded to nearest even where it holds bfloat16 bits."""
         if like.dtype != types.uint16:
             target = like.dtype

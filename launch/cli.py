@@ -1,0 +1,63 @@
+"""The `minrnn` command."""
+
+import argparse
+import sys
+from pathlib import Path
+
+USAGE = """usage: minrnn COMMAND ...
+
+  train      pretrain a model from a recipe        minrnn train --config quickstart [--section.field VALUE ...]
+  generate   continue a prompt                     minrnn generate runs/quickstart/model --prompt "def main"
+  export     a run's checkpoint as a transformers  minrnn export runs/quickstart --out my-model
+             model
+
+`minrnn COMMAND --help` says more. Several processes: accelerate launch -m minrnn.pipeline.train --config RECIPE ...
+"""
+
+
+def _export(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser("minrnn export", description="Export a checkpoint of a run: weights, code, tokenizer, model card.")
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run, e.g. runs/quickstart")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; an export that is there is replaced")
+    parser.add_argument("--step", type=int, help="step of the checkpoint (default: the newest valid one)")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp64"), default="fp32", help="dtype of the weights (default: %(default)s)")
+    arguments = parser.parse_args(argv)
+    from ..pipeline.export import export_run
+
+    checkpoint = export_run(arguments.run, arguments.out, arguments.step, arguments.dtype)
+    print(f"{checkpoint} exported to {arguments.out}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Dispatch to a command; a user's mistakes end with status 2 and a line for each."""
+    argv = sys.argv[1:] if argv is None else argv
+    command, rest = (argv[0], argv[1:]) if argv else ("--help", [])
+    if command in ("--help", "-h"):
+        print(USAGE)
+        return
+    if command == "train":
+        from ..pipeline.train import main as train
+
+        train(rest)
+        return
+    from ..data.errors import UserError
+
+    try:
+        if command == "generate":
+            from .generate import main as generate
+
+            generate(rest)
+        elif command == "export":
+            _export(rest)
+        else:
+            import difflib
+
+            near = difflib.get_close_matches(command, ("train", "generate", "export"), n=1)
+            raise UserError((command, "unknown command" + (f" (did you mean {near[0]}?)" if near else "; minrnn --help lists them")))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""Checkpoints: whole or not there.
+
+    checkpoints/step-000200/
+        model.safetensors         parameters, under their names
+        optimizer.safetensors     exp_avg.NAME, exp_avg_sq.NAME, step.NAME
+        reader-0000.safetensors   the carried state of a reader's lanes
+        reader-0000.json          the reader's position in the corpus
+        config.yaml               the resolved recipe
+        manifest.json             every file's size and SHA-256, written last
+
+A checkpoint is built in a hidden folder, synced to disk, and renamed. Only a folder whose manifest holds for every file is one; older ones are
+removed after the new one is valid. Nothing in it depends on the number of processes: the writing is shared, the result is not.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..models import MinRNNCache
+from .processes import gathered
+
+MANIFEST = "manifest.json"
+
+
+@dataclass
+class ReaderState:
+    """What one reader has at a cut."""
+
+    position: dict[str, Any] | None
+    """Where the corpus goes on; None before the first chunk."""
+    cache: MinRNNCache | None
+    """The carried state of its lanes; None where nothing is carried."""
+
+
+def checkpoint_name(step: int) -> str:
+    """Folder name of a step."""
+    return f"step-{step:06d}"
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> tuple[str, dict[str, Any]]:
+    """Write and sync a file; returns its entry in the manifest."""
+    write(path)
+    _sync(path)
+    return path.name, {"size": path.stat().st_size, "sha256": _digest(path)}
+
+
+def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"{key}.{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
+    return tensors
+
+
+def save(
+    folder: Path,
+    step: int,
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    readers: dict[int, ReaderState],
+    config: dict[str, Any],
+    info: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Write the checkpoint of a step. Called by all processes, each with its own readers.
+
+    Args:
+        folder: `checkpoints/` of the run.
+        model, optimizer: the unwrapped model and torch's optimizer.
+        config: the resolved recipe.
+        info: goes into the manifest (tokens so far, versions).
+        keep: newest checkpoints that stay.
+
+    Raises:
+        OSError: in every process, if any of them could not write; older checkpoints stay as they are.
+    """
+    final, building = folder / checkpoint_name(step), folder / f".{checkpoint_name(step)}.building"
+    if accelerator.is_main_process:
+        shutil.rmtree(building, ignore_errors=True)
+        building.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    files: dict[str, Any] = {}
+    failure = None
+    try:
+        for index, reader in readers.items():
+            stem = f"reader-{index:04d}"
+            carried = {} if reader.cache is None else reader.cache.state_dict()
+            files.update([_write(building / f"{stem}.safetensors", lambda path, carried=carried: save_file(carried, path))])
+            position = json.dumps(reader.position)
+            files.update([_write(building / f"{stem}.json", lambda path, position=position: path.write_text(position))])
+        if accelerator.is_main_process:
+            parameters = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
+            files.update([_write(building / "model.safetensors", lambda path: save_file(parameters, path, metadata={"format": "pt"}))])
+            files.update([_write(building / "config.yaml", lambda path: path.write_text(yaml.safe_dump(config, sort_keys=False)))])
+        if accelerator.process_index == accelerator.num_processes - 1:
+            files.update([_write(building / "optimizer.safetensors", lambda path: save_file(_moments(model, optimizer), path))])
+    except OSError as error:
+        failure = f"{type(error).__name__}: {error} (rank {accelerator.process_index})"
+    parts = gathered(accelerator, [(files, failure)])
+    if failures := [failure for _, failure in parts if failure]:
+        raise OSError(f"The checkpoint of step {step} could not be written: {'; '.join(failures)}. Older checkpoints are untouched.")
+    if accelerator.is_main_process:
+        manifest = {**info, "step": step, "files": dict(sorted(item for files, _ in parts for item in files.items()))}
+        _write(building / MANIFEST, lambda path: path.write_text(json.dumps(manifest, indent=1)))
+        _sync(building)
+        shutil.rmtree(final, ignore_errors=True)  # only ever an invalid one of the same step
+        building.rename(final)
+        _sync(folder)
+        _remove_old(folder, keep)
+    accelerator.wait_for_everyone()
+    return final
+
+
+def _remove_old(folder: Path, keep: int) -> None:
+    for path in steps_in(folder)[keep:]:
+        grave = path.with_name(f".{path.name}.removing")
+        path.rename(grave)  # so that no half-removed folder keeps the name
+        shutil.rmtree(grave, ignore_errors=True)
+    for leftover in folder.glob(".step-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def steps_in(folder: Path) -> list[Path]:
+    """Folders that are named as checkpoints, newest first."""
+    return sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest, after checking every file against it.
+
+    Raises:
+        ValueError: naming the file that is missing, cut short or changed.
+    """
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        files = manifest["files"].items()
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path / MANIFEST} is missing or unreadable ({type(error).__name__})") from None
+    for name, entry in files:
+        file = path / name
+        if not file.is_file():
+            raise ValueError(f"{file} is missing")
+        if file.stat().st_size != entry["size"]:
+            raise ValueError(f"{file} has {file.stat().st_size} bytes instead of {entry['size']}: it was cut short or changed")
+        if _digest(file) != entry["sha256"]:
+            raise ValueError(f"{file} is not what was written (its SHA-256 differs)")
+    return manifest
+
+
+def newest_valid(folder: Path, warn: Callable[[str], object]) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint whose every file is as it was written, and its manifest; `warn` hears of each that is not."""
+    for path in steps_in(folder):
+        try:
+            return path, read_manifest(path)
+        except ValueError as error:
+            warn(f"checkpoint {path.name} is not used: {error}")
+    return None
+
+
+def load_parameters(path: Path, model: nn.Module) -> None:
+    """Copy the parameters into the model.
+
+    Raises:
+        ValueError: names or shapes that are not the model's.
+    """
+    saved, own = load_file(path / "model.safetensors"), dict(model.named_parameters())
+    if saved.keys() != own.keys():
+        raise ValueError(f"{path} holds another model: {sorted(saved.keys() ^ own.keys())[:4]} differ")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            if parameter.shape != saved[name].shape:
+                raise ValueError(f"{path} holds another model: {name} is {tuple(saved[name].shape)}, not {tuple(parameter.shape)}")
+            parameter.copy_(saved[name])
+
+
+def load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Put the moments back."""
+    saved = load_file(path / "optimizer.safetensors")
+    for name, parameter in model.named_parameters():
+        state = {}
+        for key in {full.split(".", 1)[0] for full in saved if full.split(".", 1)[1] == name}:
+            tensor = saved[f"{key}.{name}"]
+            state[key] = tensor.to(parameter.device) if key != "step" or optimizer.defaults.get("fused") else tensor
+        optimizer.state[parameter] = state
+
+
+def load_reader(path: Path, index: int, num_layers: int, device: torch.device) -> ReaderState:
+    """One reader's position and carried state."""
+    position = json.loads((path / f"reader-{index:04d}.json").read_text())
+    carried = load_file(path / f"reader-{index:04d}.safetensors")
+    return ReaderState(position, MinRNNCache(num_layers).load_state_dict(carried, device) if carried else None)

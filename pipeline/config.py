@@ -1,0 +1,208 @@
+"""What a recipe may say. Each section is one class, each field says what it does; `minrnn train --help` prints this file.
+
+A recipe is YAML with these sections; `--section.field value` on the command line wins over it. `read_recipe` (recipe.py) puts both together and
+reports every mistake at once.
+"""
+
+import re
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, create_model
+
+from ..models import MinRNNConfig
+from ..models.configuration_minrnn import PRESETS
+
+
+class Section(BaseModel):
+    """A section of a recipe: unknown keys are errors, and docstrings are descriptions."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False)
+
+    def problems(self) -> dict[str, str]:
+        """What is wrong with values that have the right types, by field."""
+        return {}
+
+
+class RunSection(Section):
+    """The run itself."""
+
+    dir: str = Field("runs/default", min_length=1)
+    """The run's own folder: config.yaml, metrics.jsonl, loss.png, samples.txt, checkpoints/, model/."""
+    seed: int = Field(0, ge=0)
+    """Of the weights, the data order and the dropout. The same seed gives the same run."""
+    resume: Literal["auto", "never", "must"] = "auto"
+    """auto: go on from the newest valid checkpoint in run.dir, if there is one. never: refuse a folder that holds one. must: refuse one that holds none."""
+    change: list[str] = []
+    """Settings that are meant to differ from those the run was started with, e.g. [optim.lr]; any other difference stops a resume."""
+
+
+_TOKENIZER_FIELDS = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def _documented_fields(docstring: str) -> dict[str, str]:
+    """The `name: text` entries of a Google-style Args section."""
+    args = docstring.split("Args:")[1].split("Raises:")[0]
+    entries = re.findall(r"^        (\w+): (.*?)(?=^        \w+: |\Z)", args, flags=re.MULTILINE | re.DOTALL)
+    return {name: " ".join(text.split()) for name, text in entries}
+
+
+class _ModelBase(Section):
+    preset: Literal["default", "paper"] = "default"
+    """Where the fields below start from: `paper` is the block as published, `default` ours."""
+    init_from: str | None = None
+    """An export (a folder or a hub id) whose configuration and weights the run starts from."""
+
+    def fields(self) -> dict[str, Any]:
+        """The fields of MinRNNConfig that the user set."""
+        return {name: value for name, value in self.model_dump(exclude={"preset", "init_from"}).items() if name in self.model_fields_set}
+
+    def problems(self) -> dict[str, str]:
+        fields = {**PRESETS[self.preset], **self.fields()}
+        config = MinRNNConfig()
+        for name, value in fields.items():
+            setattr(config, name, value)
+        return config.problems()
+
+
+_descriptions = _documented_fields(MinRNNConfig.__doc__ or "")
+ModelSection = create_model(
+    "ModelSection",
+    __base__=_ModelBase,
+    __doc__="The model: the fields of MinRNNConfig. The vocabulary and its special tokens come from the tokenizer.",
+    **{
+        name: (annotation, Field(getattr(MinRNNConfig, name), description=_descriptions[name]))
+        for name, annotation in MinRNNConfig.__annotations__.items()
+        if name in _descriptions and name not in _TOKENIZER_FIELDS
+    },
+)
+
+
+class DataSection(Section):
+    """What is read, and in which order."""
+
+    corpus: str = Field("python-stdlib", min_length=1)
+    """python-stdlib (the interpreter's own library), a file, folder or glob (parquet, jsonl, jsonl.gz, jsonl.zst, text), or a dataset of the hub."""
+    subset: str | None = None
+    """Configuration of a hub dataset, e.g. sample-10BT."""
+    split: str = "train"
+    """Split of a hub dataset."""
+    revision: str | None = None
+    """Commit, tag or branch of a hub dataset; pin a commit for a run that can be repeated."""
+    text_field: str = "text"
+    """Column or key that holds a document's text."""
+    skip_broken: bool = False
+    """Leave out documents that are not UTF-8, not JSON, or without text (they are counted) instead of stopping."""
+    order: Literal["documents", "windows"] = "documents"
+    """documents: every lane reads documents to their end. windows: random crops of the joined text, nothing carried."""
+    tokenizer: str = Field("bytes", min_length=1)
+    """bytes, or a tokenizer of the hub or a folder."""
+    shuffle_window: int = Field(1024, ge=1)
+    """Documents that are shuffled together; resuming reads at most this many again."""
+    validation: str | None = None
+    """A corpus of its own for validation. Otherwise python-stdlib's held-out modules, or `validation_fraction` of the corpus."""
+    validation_split: str = "validation"
+    """Split of a hub dataset in `validation`."""
+    validation_fraction: float = Field(0.01, gt=0.0, lt=1.0)
+    """Share of the documents (of the text's end, in order windows) that is held out."""
+    validation_tokens: int | None = Field(500_000, ge=1)
+    """Validate on whole documents until they have this many tokens; null for all."""
+    workers: int = Field(1, ge=0)
+    """Processes that read ahead; 0 reads in the training process."""
+
+
+class BatchSection(Section):
+    """The global batch: readers x lanes x chunk tokens, whatever the number of processes."""
+
+    readers: int = Field(1, ge=1)
+    """Corpus cursors. Processes share them evenly and accumulate gradients over theirs, so this is also the largest number of processes."""
+    lanes: int = Field(16, ge=1)
+    """Rows of a reader's chunk: streams of documents side by side."""
+    chunk: int = Field(256, ge=1)
+    """Tokens of a lane that one step sees, and how far gradients reach."""
+    carry_state: bool = True
+    """Hand the state from one chunk to the next (reset at documents)."""
+
+
+class OptimSection(Section):
+    """AdamW; no decay on gates, norms, biases, convolutions and embeddings."""
+
+    lr: float = Field(4e-3, gt=0)
+    """Peak learning rate."""
+    schedule: Literal["wsd", "cosine", "constant"] = "wsd"
+    """After the warmup: wsd holds, then falls linearly over the last `decay_fraction` of the steps; cosine falls all the way."""
+    warmup_steps: int = Field(50, ge=0)
+    """Steps of linear warmup."""
+    decay_fraction: float = Field(0.3, ge=0.0, le=1.0)
+    """Share of the steps in which wsd falls."""
+    final_lr_fraction: float = Field(0.0, ge=0.0, le=1.0)
+    """What the schedule falls to, as a fraction of the peak."""
+    weight_decay: float = Field(0.1, ge=0.0)
+    """Decoupled decay of the output and MLP projections."""
+    beta1: float = Field(0.9, ge=0.0, lt=1.0)
+    """Decay of the first moment."""
+    beta2: float = Field(0.95, ge=0.0, lt=1.0)
+    """Decay of the second moment."""
+    eps: float = Field(1e-8, gt=0.0)
+    """Added to the root of the second moment."""
+    clip: float | None = Field(1.0, gt=0.0)
+    """Largest norm of the gradient; null for no clipping."""
+
+
+class TrainSection(Section):
+    """The loop."""
+
+    steps: int = Field(1000, ge=1)
+    """Optimizer steps in all. A finished run goes on when this is raised."""
+    precision: Literal["fp32", "bf16", "fp64"] = "fp32"
+    """bf16 is autocast over fp32 weights; the recurrent state is fp32 all the same."""
+    gradient_checkpointing: bool = False
+    """Recompute blocks in the backward pass instead of keeping their activations."""
+    log_every: int = Field(10, ge=1)
+    """Steps between lines of metrics.jsonl."""
+    eval_every: int | None = Field(None, ge=1)
+    """Steps between validations; null for one at the end."""
+    save_every: int | None = Field(None, ge=1)
+    """Steps between checkpoints; null for one at the end (and when the run is interrupted)."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """Newest checkpoints that are kept."""
+    prompts: list[str] = [""]
+    """What the samples in samples.txt begin with."""
+    sample_tokens: int = Field(200, ge=0)
+    """Tokens per sample; 0 for no samples."""
+
+
+class TrackingSection(Section):
+    """MLflow, best effort: training never waits for it and never stops for it."""
+
+    uri: str | None = "sqlite:///mlflow.db"
+    """Tracking server or database; null for none."""
+    experiment: str = "minrnn"
+    """MLflow experiment."""
+
+
+class Recipe(Section):
+    """A whole run."""
+
+    run: RunSection = RunSection()
+    model: Any = Field(default_factory=ModelSection)
+    data: DataSection = DataSection()
+    batch: BatchSection = BatchSection()
+    optim: OptimSection = OptimSection()
+    train: TrainSection = TrainSection()
+    tracking: TrackingSection = TrackingSection()
+
+    def model_fields_resolved(self) -> dict[str, Any]:
+        """Every field of MinRNNConfig that a recipe can set: the user's, then the preset's, then the default."""
+        values = self.model.model_dump(exclude={"preset", "init_from"})
+        return {**values, **PRESETS[self.model.preset], **self.model.fields()}
+
+
+SECTIONS: dict[str, type[Section]] = {
+    "run": RunSection,
+    "model": ModelSection,
+    "data": DataSection,
+    "batch": BatchSection,
+    "optim": OptimSection,
+    "train": TrainSection,
+    "tracking": TrackingSection,
+}

@@ -1,0 +1,99 @@
+"""A run's folder: who may write in it, and where to go on."""
+
+import fcntl
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+from accelerate import Accelerator
+
+from ..data import UserError
+from .checkpoint import newest_valid, steps_in
+from .config import Recipe
+from .metrics import cut_metrics
+from .processes import from_main
+from .recipe import check_unchanged, resolved
+
+
+@dataclass
+class RunFolder:
+    """An opened folder; keep it as long as the run lasts (it holds the lock)."""
+
+    path: Path
+    checkpoint: Path | None
+    """Where to go on, or None to begin."""
+    manifest: dict[str, Any]
+    """Of the checkpoint; empty without one."""
+    lock: IO[str] | None
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+
+def warn(message: str) -> None:
+    """One line on standard error."""
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def open_folder(recipe: Recipe, accelerator: Accelerator) -> RunFolder:
+    """Create or reopen `run.dir`; all processes agree on the checkpoint to go on from.
+
+    Raises:
+        UserError: another run is writing there, run.resume does not allow what is there, or the run was started with other settings.
+    """
+    path = Path(recipe.run.dir)
+    lock, found, problems = None, None, []
+    if accelerator.is_main_process:
+        try:
+            lock = _lock(path)
+            found = _where_to_go_on(path, recipe)
+        except UserError as error:
+            problems = error.problems
+        except OSError as error:
+            problems = [("run.dir", f"cannot write to {path}: {error.strerror}")]
+    found, problems = from_main(accelerator, (found, problems))
+    if problems:
+        raise UserError(*problems)
+    checkpoint, manifest = found or (None, {})
+    if accelerator.is_main_process:
+        cut_metrics(path / "metrics.jsonl", manifest.get("step", 0))
+        _write_config(path, recipe)
+    return RunFolder(path, checkpoint, manifest, lock)
+
+
+def _lock(path: Path) -> IO[str]:
+    path.mkdir(parents=True, exist_ok=True)
+    lock = (path / ".lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(("run.dir", f"another process is training in {path}; wait for it, or name another folder")) from None
+    return lock
+
+
+def _where_to_go_on(path: Path, recipe: Recipe) -> tuple[Path, dict[str, Any]] | None:
+    folder, resume = path / "checkpoints", recipe.run.resume
+    if resume == "never":
+        if steps_in(folder):
+            raise UserError(
+                ("run.resume", f"never, but {path} already holds {steps_in(folder)[0].name}; remove the folder or name another run.dir")
+            )
+        return None
+    found = newest_valid(folder, warn)
+    if found is not None:
+        check_unchanged(yaml.safe_load((found[0] / "config.yaml").read_text()), recipe, str(path))
+    elif resume == "must":
+        raise UserError(("run.resume", f"must, but {path} holds no valid checkpoint"))
+    elif broken := steps_in(folder):
+        raise UserError(("run.dir", f"none of the {len(broken)} checkpoints in {folder} is valid (see above); remove them to begin anew"))
+    return found
+
+
+def _write_config(path: Path, recipe: Recipe) -> None:
+    unfinished = path / ".config.yaml"
+    unfinished.write_text(yaml.safe_dump(resolved(recipe), sort_keys=False))
+    os.replace(unfinished, path / "config.yaml")

@@ -1,0 +1,358 @@
+"""The training loop, top to bottom.
+
+    train         set up -> steps -> finish
+    one step      for each of my readers: chunk -> forward with that reader's state -> backward;  clip, step
+    between them  log, validate, save; leave if asked to
+
+The loss of a step is one mean over all scored tokens of the global batch, whatever the number of readers, processes and accumulations.
+"""
+
+import hashlib
+import math
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from accelerate import Accelerator
+from torch import nn
+from tqdm import tqdm
+
+from ..data import Chunk, ChunkLoader, CorpusSpec, Encoder, ReaderSpec, UserError, load_tokenizer, model_vocab_size
+from ..models import MinRNNForCausalLM
+from . import checkpoint, processes
+from .checkpoint import ReaderState
+from .config import Recipe
+from .evaluation import validate, validation_sets
+from .export import export_model, model_config, sample
+from .folder import RunFolder, open_folder, warn
+from .interrupt import Interrupt, leave
+from .machine import keep_freed_memory, matmul_rate, training_flops_per_token
+from .metrics import append_metrics, draw_loss
+from .optim import build_optimizer, learning_rate
+from .recipe import flatten, resolved
+from .tracking import Tracker
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the gradient is not a number any more."""
+
+
+@dataclass
+class Run:
+    """Everything that lasts as long as the run."""
+
+    recipe: Recipe
+    accelerator: Accelerator
+    folder: RunFolder
+    tokenizer: Any
+    encoder: Encoder
+    model: nn.Module
+    """As Accelerate prepared it."""
+    optimizer: Any
+    """As Accelerate prepared it."""
+    readers: dict[int, ReaderState]
+    """This process's readers and where they are."""
+    loader: ChunkLoader
+    step: int
+    tokens: int
+    matmul_rate: float
+    tracker: Tracker | None = None
+    bar: Any = None
+    validation: list | None = None
+    latest: dict[str, float] = field(default_factory=dict)
+    """Of the latest validation."""
+
+    @property
+    def plain_model(self) -> MinRNNForCausalLM:
+        return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def is_main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    def say(self, message: str) -> None:
+        """A line above the progress bar, from the main process."""
+        if self.is_main:
+            tqdm.write(message, file=sys.stderr)
+
+
+def train(recipe: Recipe) -> None:
+    """Run a recipe to its end, from wherever its folder says.
+
+    Raises:
+        UserError: something the user can mend.
+        NonFiniteError: the loss or gradient is not finite; the last checkpoint is as it was.
+        SystemExit: after SIGINT or SIGTERM, with 128 + the signal, everything saved.
+    """
+    processes.check_readers(recipe.batch.readers)
+    keep_freed_memory()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    accelerator = processes.start(recipe.train.precision)
+    folder = open_folder(recipe, accelerator)
+    if folder.manifest.get("step", 0) >= recipe.train.steps and (folder.path / "model").is_dir():
+        if accelerator.is_main_process:
+            print(
+                f"{folder.path} is finished: step {folder.manifest['step']} of {recipe.train.steps}, model in {folder.path / 'model'}. Raise train.steps to go on."
+            )
+        return
+    run = _set_up(recipe, accelerator, folder)
+    status = "FAILED"
+    try:
+        with Interrupt() as interrupt:
+            _steps(run, interrupt)
+            status = "KILLED" if interrupt.requested else "FINISHED"
+            if interrupt.requested is None:
+                _finish(run)
+    finally:
+        run.loader.close()
+        if run.bar is not None:
+            run.bar.close()
+        if run.tracker is not None:
+            run.tracker.close(status)
+    if interrupt.requested:
+        message = f"Saved step {run.step} of {recipe.train.steps} in {folder.path}; the same command goes on from there."
+        leave(interrupt.requested, message, run.is_main)
+
+
+def _set_up(recipe: Recipe, accelerator: Accelerator, folder: RunFolder) -> Run:
+    rate = matmul_rate(accelerator.device, DTYPES[recipe.train.precision])  # before anything runs beside it
+    tokenizer = load_tokenizer(recipe.data.tokenizer)
+    encoder = Encoder.of(tokenizer, recipe.data.tokenizer)
+    per_process = recipe.batch.readers // accelerator.num_processes
+    mine = range(accelerator.process_index * per_process, (accelerator.process_index + 1) * per_process)
+    vocab_size = folder.manifest.get("vocab_size") or model_vocab_size(tokenizer)
+    config = model_config(recipe.model_fields_resolved(), tokenizer, vocab_size)
+    readers = {reader: ReaderState(None, None) for reader in mine}
+    if folder.checkpoint is not None:
+        load = checkpoint.load_reader
+        readers = {reader: load(folder.checkpoint, reader, config.num_hidden_layers, accelerator.device) for reader in mine}
+    spec = ReaderSpec(
+        _corpus(recipe),
+        recipe.data.order,
+        encoder,
+        recipe.batch.readers,
+        recipe.batch.lanes,
+        recipe.batch.chunk,
+        recipe.data.shuffle_window,
+        recipe.run.seed,
+    )
+    loader = ChunkLoader(spec, list(mine), [reader.position for reader in readers.values()], recipe.data.workers)
+
+    torch.manual_seed(recipe.run.seed)
+    model = MinRNNForCausalLM(config)
+    if recipe.model.init_from and folder.checkpoint is None:
+        _warm_start(model, recipe.model.init_from)
+    model.to(DTYPES["fp64" if recipe.train.precision == "fp64" else "fp32"])
+    if recipe.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    optimizer = build_optimizer(model, recipe.optim)
+    if folder.checkpoint is not None:
+        checkpoint.load_parameters(folder.checkpoint, model)
+    model.to(accelerator.device)
+    if folder.checkpoint is not None:
+        checkpoint.load_optimizer(folder.checkpoint, model, optimizer)
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    processes.check_wrapped(accelerator, prepared)
+    prepared.train()
+
+    step, tokens = folder.manifest.get("step", 0), folder.manifest.get("tokens", 0)
+    run = Run(recipe, accelerator, folder, tokenizer, encoder, prepared, optimizer, readers, loader, step, tokens, rate)
+    if run.is_main:
+        if recipe.tracking.uri is not None:
+            run.tracker = Tracker(folder.path, recipe.tracking.uri, recipe.tracking.experiment, flatten(resolved(recipe)), warn)
+        run.bar = tqdm(total=recipe.train.steps, initial=step, unit="step", dynamic_ncols=True)
+    batch, layout = recipe.batch, f"{accelerator.num_processes} process(es) on {accelerator.device.type}, {recipe.train.precision}"
+    run.say(
+        f"{folder.path}: {config.cell}, {model.num_parameters():,} parameters, {batch.readers} x {batch.lanes} x {batch.chunk} tokens a step, {layout}; "
+        + (f"going on from step {step}" if step else "from the beginning")
+    )
+    return run
+
+
+def _corpus(recipe: Recipe) -> CorpusSpec:
+    data = recipe.data
+    held_out = 0.0 if data.validation is not None else data.validation_fraction
+    return CorpusSpec(data.corpus, data.subset, data.split, data.revision, data.text_field, data.skip_broken, held_out)
+
+
+def _warm_start(model: MinRNNForCausalLM, name: str) -> None:
+    """Take the weights of an export of the same shape."""
+    try:
+        source = MinRNNForCausalLM.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UserError(("model.init_from", f"cannot load {name}: {str(error).splitlines()[0]}")) from None
+    theirs, ours = source.config.to_dict(), model.config.to_dict()
+    shaping = (
+        "hidden_size",
+        "num_hidden_layers",
+        "vocab_size",
+        "cell",
+        "expansion_factor",
+        "output_gate",
+        "conv_kernel",
+        "intermediate_size",
+        "gated_mlp",
+    )
+    if different := [key for key in shaping if theirs[key] != ours[key]]:
+        raise UserError(*((f"model.{key}", f"is {ours[key]!r}, but {name} (model.init_from) has {theirs[key]!r}") for key in different))
+    model.load_state_dict(source.state_dict())
+
+
+def _steps(run: Run, interrupt: Interrupt) -> None:
+    recipe, chunks = run.recipe, iter(run.loader)
+    clock, tokens_at_clock = time.perf_counter(), run.tokens
+    while run.step < recipe.train.steps:
+        batch = _next_batch(run, chunks)
+        num_scored, stop = processes.total(run.accelerator, [sum(c.num_scored for c in batch), interrupt.requested is not None])
+        if stop:
+            interrupt.requested = interrupt.requested or 15
+            _save(run)
+            return
+        step = run.step + 1
+        lr = learning_rate(recipe.optim, step, recipe.train.steps)
+        loss, grad_norm = _one_step(run, step, batch, num_scored, lr)
+        run.step, run.tokens = step, run.tokens + recipe.batch.readers * recipe.batch.lanes * recipe.batch.chunk
+        is_last = step == recipe.train.steps
+
+        if step % recipe.train.log_every == 0 or is_last:
+            now = time.perf_counter()
+            rate = (run.tokens - tokens_at_clock) / (now - clock)
+            clock, tokens_at_clock = now, run.tokens
+            reached = rate * training_flops_per_token(run.plain_model.num_parameters()) / (run.matmul_rate * run.accelerator.num_processes)
+            entry = {"kind": "train", "step": step, "tokens": run.tokens, "loss": loss, "grad_norm": grad_norm, "lr": lr}
+            _record(run, {**entry, "tokens_per_second": round(rate, 1), "matmul_fraction": round(reached, 4)})
+            if run.bar is not None:
+                run.bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s", refresh=False)
+        if run.bar is not None:
+            run.bar.update()
+        paused = time.perf_counter()
+        if is_last or _is_due(step, recipe.train.eval_every):
+            _validate(run)
+        if is_last or _is_due(step, recipe.train.save_every):
+            _save(run)
+        clock += time.perf_counter() - paused
+
+
+def _is_due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def _next_batch(run: Run, chunks: Any) -> list[Chunk]:
+    """The next chunk of each of this process's readers."""
+    try:
+        return next(chunks)
+    except UserError as error:
+        if not run.is_main:  # a document that only this process read
+            print(error, file=sys.stderr)
+        raise
+
+
+def _one_step(run: Run, step: int, batch: list[Chunk], num_scored: float, lr: float) -> tuple[float, float]:
+    """Forward and backward for each reader, then the update; returns the loss and the norm of the gradient."""
+    recipe, accelerator = run.recipe, run.accelerator
+    losses = []
+    for i, chunk in enumerate(batch):
+        reader = run.readers[chunk.reader]
+        _seed(recipe.run.seed, step, chunk.reader)
+        is_last = i == len(batch) - 1
+        with nullcontext() if is_last else accelerator.no_sync(run.model):
+            output = run.model(
+                input_ids=processes.to_device(chunk.input_ids, accelerator),
+                shift_labels=processes.to_device(chunk.shift_labels, accelerator),
+                document_starts=processes.to_device(chunk.document_starts, accelerator) if chunk.document_starts.any() else None,
+                past_key_values=reader.cache,
+                use_cache=recipe.batch.carry_state,
+                num_items_in_batch=num_scored / accelerator.num_processes,  # DDP divides the sum of gradients by the number of processes
+            )
+            accelerator.backward(output.loss)
+        losses.append(output.loss.detach().double() / accelerator.num_processes)
+        reader.cache = output.past_key_values.detach_() if recipe.batch.carry_state else None
+        reader.position = chunk.state
+    norm = accelerator.clip_grad_norm_(run.model.parameters(), recipe.optim.clip or math.inf)
+    *mine, grad_norm = torch.stack([*losses, torch.as_tensor(norm).double()]).tolist()
+    (loss,) = processes.total(accelerator, [sum(mine)])
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        _stop_non_finite(run, step, batch, mine, loss, grad_norm)
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    return loss, grad_norm
+
+
+def _seed(seed: int, step: int, reader: int) -> None:
+    """Dropout depends on (seed, step, reader) alone: nothing to save, and no layout changes it."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{reader}".encode(), digest_size=7).digest()
+    torch.manual_seed(int.from_bytes(digest, "big"))
+
+
+def _stop_non_finite(run: Run, step: int, batch: list[Chunk], losses: list[float], loss: float, grad_norm: float) -> None:
+    """Say which step, reader and documents; nothing has been updated or saved."""
+    mine = [
+        f"reader {chunk.reader}: {', '.join(sorted({name for lane in chunk.documents for name in lane}))}"
+        for chunk, value in zip(batch, losses, strict=True)
+        if not math.isfinite(value)
+    ]
+    where = processes.gathered(run.accelerator, mine) or ["every reader's loss is finite, the gradient is not"]
+    latest = checkpoint.steps_in(run.folder.path / "checkpoints")
+    kept = f"the last checkpoint, {latest[0]}, is as it was" if latest else "there is no checkpoint yet"
+    raise NonFiniteError(f"step {step}: loss {loss}, gradient norm {grad_norm}. In {'; '.join(where)}. Nothing was saved; {kept}.")
+
+
+def _record(run: Run, entry: dict[str, Any]) -> None:
+    if run.is_main:
+        append_metrics(run.folder.metrics, entry)
+        if run.tracker is not None:
+            run.tracker.log(entry)
+
+
+def _validate(run: Run) -> None:
+    if run.validation is None:
+        run.validation = validation_sets(run.recipe, _corpus(run.recipe), run.encoder, range(min(run.readers), max(run.readers) + 1))
+    start = time.perf_counter()
+    run.latest = validate(run.plain_model, run.validation, run.accelerator, run.recipe.batch.carry_state)
+    seconds = round(time.perf_counter() - start, 2)
+    _record(run, {"kind": "validation", "step": run.step, "tokens": run.tokens, **run.latest, "seconds": seconds})
+    run.say(f"step {run.step}: held-out loss {run.latest['loss']:.4f} nats/token, {run.latest['bits_per_byte']:.4f} bits/byte")
+    if run.is_main:
+        draw_loss(run.folder.metrics, run.folder.path / "loss.png", run.folder.path.name)
+
+
+def _save(run: Run) -> None:
+    folder = run.folder.path / "checkpoints"
+    if (folder / checkpoint.checkpoint_name(run.step)) == run.folder.checkpoint:
+        return  # nothing happened since it was loaded
+    info = {
+        "tokens": run.tokens,
+        "vocab_size": run.plain_model.config.vocab_size,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    keep, config = run.recipe.train.keep_checkpoints, resolved(run.recipe)
+    optimizer = getattr(run.optimizer, "optimizer", run.optimizer)
+    checkpoint.save(folder, run.step, run.accelerator, run.plain_model, optimizer, run.readers, config, info, keep)
+
+
+def _finish(run: Run) -> None:
+    """Export, samples, the last picture."""
+    if run.is_main:
+        folder, recipe = run.folder.path, run.recipe
+        score = f", {run.latest['bits_per_byte']:.3f} bits per byte on held-out documents" if run.latest else ""
+        if recipe.train.sample_tokens:
+            texts = sample(run.plain_model, run.tokenizer, recipe.train.prompts, recipe.train.sample_tokens, recipe.run.seed)
+            (folder / "samples.txt").write_text("".join(f"=== prompt {p!r}\n{t}\n\n" for p, t in zip(recipe.train.prompts, texts, strict=True)))
+        draw_loss(run.folder.metrics, folder / "loss.png", folder.name)
+        export_model(run.plain_model, run.tokenizer, folder / "model", resolved(recipe), run.tokens, score)
+        if run.tracker is not None:
+            for name in ("config.yaml", "loss.png", "samples.txt"):
+                if (folder / name).exists():
+                    run.tracker.artifact(folder / name)
+        run.say(f"finished: model, samples.txt and loss.png are in {folder}")
+    run.accelerator.wait_for_everyone()

@@ -1,0 +1,73 @@
+"""metrics.jsonl is the truth about a run; loss.png draws it."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All whole lines; the last one may have been cut by a crash."""
+    if not path.exists():
+        return []
+    entries = []
+    for line in path.read_text().splitlines():
+        try:
+            entries.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return entries
+
+
+def cut_metrics(path: Path, step: int) -> None:
+    """Remove, in one atomic step, what was written after `step`: it will be written again."""
+    if path.exists():
+        kept = [entry for entry in read_metrics(path) if entry["step"] <= step]
+        replacement = path.with_suffix(".cut")
+        replacement.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+        os.replace(replacement, path)
+
+
+def append_metrics(path: Path, entry: dict[str, Any]) -> None:
+    """One more line, visible at once."""
+    with path.open("a") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
+def draw_loss(metrics: Path, picture: Path, title: str) -> None:
+    """Training loss (thin: every logged step, thick: smoothed) and validation loss over tokens, with bits per byte at the validations."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    entries = read_metrics(metrics)
+    train = [(entry["tokens"], entry["loss"]) for entry in entries if entry["kind"] == "train"]
+    validation = [entry for entry in entries if entry["kind"] == "validation"]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    if train:
+        tokens, losses = zip(*train, strict=True)
+        axes.plot(tokens, losses, color="tab:blue", alpha=0.3, linewidth=0.8)
+        axes.plot(tokens, _smoothed(losses), color="tab:blue", label="training (smoothed)")
+        axes.set_ylim(0.9 * min(losses[len(losses) // 10 :]), min(max(losses), 2.5 * sorted(losses)[len(losses) // 2]))
+    if validation:
+        axes.plot([e["tokens"] for e in validation], [e["loss"] for e in validation], "o-", color="tab:orange", label="held-out documents")
+        for entry in validation:
+            note = f"{entry['bits_per_byte']:.2f} bits/byte"
+            axes.annotate(note, (entry["tokens"], entry["loss"]), textcoords="offset points", xytext=(0, 9), ha="center", fontsize=8)
+    axes.set(xlabel="tokens", ylabel="loss (nats per token)", title=title)
+    axes.grid(alpha=0.3)
+    if train or validation:
+        axes.legend()
+    unfinished = picture.with_suffix(".part.png")
+    figure.savefig(unfinished, dpi=120)
+    os.replace(unfinished, picture)
+
+
+def _smoothed(values: tuple[float, ...], weight: float = 0.9) -> list[float]:
+    """Exponential moving average, corrected for its start."""
+    average, smoothed = 0.0, []
+    for i, value in enumerate(values, 1):
+        average = weight * average + (1 - weight) * value
+        smoothed.append(average / (1 - weight**i))
+    return smoothed

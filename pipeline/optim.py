@@ -1,0 +1,45 @@
+"""AdamW and its learning rate."""
+
+import math
+
+import torch
+from torch import nn
+
+from .config import OptimSection
+
+# Decay pulls a weight towards zero. For a gate that means half open, for a norm silence, for an embedding being forgotten while its token is rare.
+WITHOUT_DECAY = ("embed_tokens", "in_proj", "gate_bias", "conv_weight", "norm")
+
+
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay applies: matrices that are neither gates, norms, biases, convolutions nor embeddings."""
+    return parameter.ndim >= 2 and not any(part in name for part in WITHOUT_DECAY)
+
+
+def build_optimizer(model: nn.Module, config: OptimSection) -> torch.optim.AdamW:
+    """AdamW over two groups, with and without decay. The learning rate is set before each step (`learning_rate`)."""
+    named = list(model.named_parameters())
+    groups = [
+        {"params": [p for n, p in named if decays(n, p)], "weight_decay": config.weight_decay},
+        {"params": [p for n, p in named if not decays(n, p)], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
+    )
+
+
+def learning_rate(config: OptimSection, step: int, num_steps: int) -> float:
+    """Learning rate of step 1 .. num_steps.
+
+    All schedules rise linearly over `warmup_steps`. `wsd` (warmup, stable, decay: Hu et al., arXiv 2404.06395) falls linearly over its last
+    part, `cosine` from the end of the warmup on.
+    """
+    warmup = min(1.0, step / config.warmup_steps) if config.warmup_steps else 1.0
+    progress = 0.0  # of the fall
+    if config.schedule == "wsd":
+        length = config.decay_fraction * num_steps
+        progress = max(0.0, (step - (num_steps - length)) / length) if length > 0 else 0.0
+    elif config.schedule == "cosine":
+        length = max(num_steps - config.warmup_steps, 1)
+        progress = 0.5 - 0.5 * math.cos(math.pi * min(max((step - config.warmup_steps) / length, 0.0), 1.0))
+    return config.lr * min(warmup, 1.0 - (1.0 - config.final_lr_fraction) * progress)

@@ -1,0 +1,206 @@
+"""A recipe from its file and the command line: every mistake found at once, each on a line of its own."""
+
+import difflib
+import sys
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from ..data.errors import UserError
+from .config import SECTIONS, Recipe
+
+# What may change when a run goes on: where it lives, how long it is, how often it reports, how it is watched. Everything else decides the losses.
+FREE_ON_RESUME = {
+    *("run.dir", "run.resume", "run.change", "data.workers", "data.validation_tokens"),
+    *(
+        "train.steps",
+        "train.log_every",
+        "train.eval_every",
+        "train.save_every",
+        "train.keep_checkpoints",
+        "train.prompts",
+        "train.sample_tokens",
+    ),
+}
+FIXED_ON_RESUME = ("model.", "batch.", "data.corpus", "data.order", "data.tokenizer", "data.shuffle_window", "run.seed")
+
+USAGE = """usage: minrnn train --config RECIPE [--section.field VALUE ...]
+       accelerate launch [--num_processes N ...] -m minrnn.pipeline.train --config RECIPE [--section.field VALUE ...]
+
+Train a minimal RNN language model. RECIPE is a YAML file, or the name of one that comes with minrnn ({recipes}).
+The same command goes on after any interruption. Examples:
+
+  minrnn train --config quickstart
+  minrnn train --config quickstart --run.dir runs/wide --model.hidden_size 384 --optim.lr 2e-3
+"""
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Recipes that come with the package, by name."""
+    folder = Path(str(resources.files("minrnn.launch.recipes")))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def help_text() -> str:
+    """Usage and every setting with its default."""
+    lines = [USAGE.format(recipes=", ".join(shipped_recipes()))]
+    for section, cls in SECTIONS.items():
+        lines.append(f"{section}: {' '.join((cls.__doc__ or '').split())}")
+        for name, field in cls.model_fields.items():
+            lines.append(f"  --{section}.{name}  [{field.get_default(call_default_factory=True)}]\n        {field.description}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def parse_arguments(argv: list[str]) -> tuple[str | None, dict[str, str]]:
+    """`--config RECIPE` and the overrides by key, from `--key value` and `--key=value`."""
+    config, overrides, problems = None, {}, []
+    words = iter(argv)
+    for word in words:
+        if not word.startswith("--"):
+            problems.append((word, "is no option; settings are written --section.field VALUE"))
+            continue
+        key, equals, value = word.removeprefix("--").partition("=")
+        if not equals:
+            following = next(words, None)
+            if following is None:
+                problems.append((key, "lacks a value"))
+                continue
+            value = following
+        if key == "config":
+            config = value
+        else:
+            overrides[key] = value
+    if problems:
+        raise UserError(*problems)
+    return config, overrides
+
+
+def _load_yaml(name: str) -> dict[str, Any]:
+    path = shipped_recipes().get(name, Path(name))
+    try:
+        loaded = yaml.safe_load(path.read_text())
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise UserError(("--config", f"cannot read {name}: {reason}; recipes that come with minrnn: {', '.join(shipped_recipes())}")) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(("--config", f"{name} is not YAML: {' '.join(str(error).split())}")) from None
+    if not isinstance(loaded or {}, dict):
+        raise UserError(("--config", f"{name} must hold sections ({', '.join(SECTIONS)}), not a {type(loaded).__name__}"))
+    return loaded or {}
+
+
+def _known_keys() -> list[str]:
+    return [f"{section}.{name}" for section, cls in SECTIONS.items() for name in cls.model_fields]
+
+
+def _unknown(key: str) -> tuple[str, str]:
+    """The problem of an unknown key, with the nearest known one."""
+    known = _known_keys()
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    if not near:  # the field may be right and the section wrong
+        near = [other for other in known if other.split(".")[1] == key.rsplit(".", 1)[-1]][:1]
+    return key, "unknown key" + (f" (did you mean {near[0]}?)" if near else f" (sections: {', '.join(SECTIONS)})")
+
+
+def _message(error: Any) -> str:
+    return f"{error['msg'][0].lower()}{error['msg'][1:]}, not {error['input']!r}" if error["type"] != "missing" else error["msg"]
+
+
+def build_recipe(values: dict[str, Any]) -> Recipe:
+    """A recipe from nested values.
+
+    Raises:
+        UserError: everything that is wrong.
+    """
+    problems: dict[str, str] = {}
+    sections = {}
+    for section in values.keys() - SECTIONS.keys():
+        near = difflib.get_close_matches(section, SECTIONS, n=1)
+        problems[section] = "unknown section" + (f" (did you mean {near[0]}?)" if near else f" (there are {', '.join(SECTIONS)})")
+    for section, cls in SECTIONS.items():
+        given = values.get(section)
+        try:
+            built = sections[section] = cls.model_validate({} if given is None else given)
+            problems |= {f"{section}.{name}": problem for name, problem in built.problems().items()}
+        except ValidationError as error:
+            for one in error.errors():
+                key = ".".join([section, *map(str, one["loc"][:1])])
+                if one["type"] == "extra_forbidden":
+                    key, problem = _unknown(key)
+                else:
+                    problem = _message(one)
+                problems.setdefault(key, problem)
+    for key in sections["run"].change if "run" in sections else ():
+        if key not in _known_keys():
+            problems["run.change"] = ": ".join(_unknown(key))
+        elif key.startswith(FIXED_ON_RESUME):
+            problems["run.change"] = (
+                f"{key} cannot change within a run; start another with its own run.dir (model.init_from takes the weights along)"
+            )
+    if problems:
+        raise UserError(*problems.items())
+    return Recipe.model_construct(**sections)
+
+
+def read_recipe(argv: list[str]) -> Recipe:
+    """The recipe that a command line names, overrides applied.
+
+    Raises:
+        UserError: everything that is wrong with it.
+    """
+    config, overrides = parse_arguments(argv)
+    values = _load_yaml(config) if config else {}
+    problems = []
+    for key, text in overrides.items():
+        section, dot, name = key.partition(".")
+        if not dot or section not in SECTIONS:
+            problems.append(_unknown(key))
+            continue
+        given = values.setdefault(section, {})
+        if isinstance(given, dict):
+            given[name] = text if text == "" else yaml.safe_load(text)
+    try:
+        recipe = build_recipe(values)
+    except UserError as error:
+        raise UserError(*problems, *error.problems) from None
+    if problems:
+        raise UserError(*problems)
+    return recipe
+
+
+def resolved(recipe: Recipe) -> dict[str, Any]:
+    """Everything the recipe says, defaults included: what config.yaml holds."""
+    values = {name: getattr(recipe, name).model_dump(mode="json") for name in SECTIONS}
+    values["model"] = {"preset": recipe.model.preset, "init_from": recipe.model.init_from, **recipe.model_fields_resolved()}
+    return values
+
+
+def flatten(values: dict[str, Any]) -> dict[str, Any]:
+    """{"run": {"dir": ...}} -> {"run.dir": ...}"""
+    return {f"{section}.{name}": value for section, fields in values.items() for name, value in fields.items()}
+
+
+def check_unchanged(saved: dict[str, Any], recipe: Recipe, folder: str) -> None:
+    """A run goes on with the settings it was started with.
+
+    Raises:
+        UserError: each setting that differs, is not free to, and was not named in run.change.
+    """
+    old, new = flatten(saved), flatten(resolved(recipe))
+    allowed = FREE_ON_RESUME | set(recipe.run.change)
+    different = [key for key in new if key in old and old[key] != new[key] and key not in allowed and not key.startswith("tracking.")]
+    if different:
+        advice = "set it back, name another run.dir, or accept it with --run.change"
+        raise UserError(
+            *((key, f"is {new[key]!r}, but the run in {folder} was started with {old[key]!r}; {advice} [{key}]") for key in different)
+        )
+
+
+def exit_with(error: UserError) -> None:
+    """Print the problems and leave with status 2."""
+    print(error, file=sys.stderr)
+    raise SystemExit(2)

@@ -1,0 +1,32 @@
+"""`python -m minrnn.pipeline.train --config RECIPE [--section.field VALUE ...]`, alone or under `accelerate launch`."""
+
+import os
+import sys
+
+from .recipe import exit_with, help_text, read_recipe
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Read the recipe, train. A user's mistakes end it with status 2 and a line for each."""
+    from ..data.errors import UserError
+
+    argv = sys.argv[1:] if argv is None else argv
+    if "--help" in argv or "-h" in argv:
+        print(help_text())
+        return
+    try:
+        recipe = read_recipe(argv)
+        from .loop import train
+
+        train(recipe)
+    except UserError as error:
+        if os.environ.get("RANK", "0") != "0":
+            raise SystemExit(2) from None
+        exit_with(error)
+    except KeyboardInterrupt:
+        print("Interrupted before the first step; nothing to save.", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()
