@@ -2,8 +2,9 @@
 
     corpus name -> Source -> share of a reader -> windows of W documents, each permuted by (seed, epoch, window) -> documents
 
-A window is the unit of position. Its address (epoch, number, shard, index, hint) is known before it is read, and the k-th document of a window is
-always the same one; so any document is found again from a few numbers, by reading at most W documents.
+A window is the unit of position. Its address (epoch, number, shard, index, hint) is known before it is read, and the k-th
+document of a window is always the same one; so any document is found again from a few numbers, by reading at most W
+documents.
 """
 
 import hashlib
@@ -20,7 +21,7 @@ from .sources import HubDataset, JsonLines, Parquet, Place, Record, Source, Text
 
 PYTHON_STDLIB = "python-stdlib"
 STDLIB_EXCLUDED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
-# Whole modules, so that no file of a held-out package is seen in training. Of every kind the library has: parsing, mathematics, files, structures.
+# Whole modules, so that no file of a held-out package is seen in training; of every kind that the library has.
 STDLIB_HELD_OUT = {
     *("argparse", "calendar", "csv", "fractions", "heapq", "json", "pathlib", "queue", "random", "shutil", "statistics", "textwrap", "zipfile")
 }

@@ -1,8 +1,9 @@
 """Chunks for the training loop, prefetched in worker processes.
 
-Each worker serves whole readers, so a reader's chunks come in order whatever the number of workers, and the loop always gets one chunk of each of
-its readers, in their order. A worker is a fresh interpreter that imports only what reading needs; torch's DataLoader would do, but for two things:
-it forks or re-imports the training program, and it raises from a signal handler, in the middle of a save, when a group's SIGTERM ends a worker.
+Each worker serves whole readers, so a reader's chunks come in order whatever the number of workers, and the loop always
+gets one chunk of each of its readers, in their order. A worker is a fresh interpreter that imports only what reading needs.
+torch's DataLoader would do, but for two things: it forks or re-imports the training program, and it raises from a signal
+handler, in the middle of a save, when a group's SIGTERM ends a worker.
 """
 
 import pickle

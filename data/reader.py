@@ -2,10 +2,10 @@
 
     documents -> <bos> text <eos> -> lanes -> chunk {input_ids, shift_labels, document_starts}  [lanes, time]
 
-A document of n tokens gives n + 1 positions: inputs `<bos> t1 .. tn`, targets `t1 .. tn <eos>`. Targets are made from the whole document before it
-is cut, so none is lost at a chunk's edge, and every position of a stream is scored. A reader's state says, for each lane, which document is
-under way (the window it came from, its number in it) and how many tokens of it are done. It travels with the chunk, so what is saved is what was
-consumed, whatever was prefetched.
+A document of n tokens gives n + 1 positions: inputs `<bos> t1 .. tn`, targets `t1 .. tn <eos>`. Targets are made from the
+whole document before it is cut, so none is lost at a chunk's edge, and every position of a stream is scored. A reader's
+state says, for each lane, which document is under way (the window it came from, its number in it) and how many tokens of it
+are done. It travels with the chunk, so what is saved is what was consumed, whatever was prefetched.
 """
 
 from dataclasses import asdict, dataclass, field

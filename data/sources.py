@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol, cast
 
 import fsspec
 
@@ -39,7 +39,10 @@ class Record:
 class Source(Protocol):
     """Documents in a fixed order, in shards."""
 
-    num_shards: int
+    @property
+    def num_shards(self) -> int:
+        """Number of shards."""
+        ...
 
     def read(self, shard: int, start: Place) -> Iterator[Record]:
         """Documents of a shard from `start` on."""
@@ -116,7 +119,7 @@ class JsonLines:
     def read(self, shard: int, start: Place) -> Iterator[Record]:
         path = self.paths[shard]
         is_plain = path.suffix == ".jsonl"
-        with fsspec.open(str(path), "rb", compression=None if is_plain else "infer") as file:
+        with cast(BinaryIO, fsspec.open(str(path), "rb", compression=None if is_plain else "infer")) as file:
             index, self._offset = 0, 0 if is_plain else None
             if is_plain and start.hint is not None:
                 file.seek(start.hint)

@@ -116,6 +116,7 @@ class Encoder:
 
     def _tokenizer(self) -> Any:
         if self._backend is None:
+            assert self.backend_json is not None
             from tokenizers import Tokenizer
 
             self._backend = Tokenizer.from_str(self.backend_json)

@@ -29,6 +29,7 @@ def load(name: str) -> tuple[Any, Any]:
         UserError: they cannot be loaded.
     """
     import torch
+    from torch import nn
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from .. import models  # noqa: F401 - registers the model type, so no remote code is needed
@@ -39,7 +40,7 @@ def load(name: str) -> tuple[Any, Any]:
     except (OSError, ValueError) as error:
         raise UserError(("MODEL", f"cannot load {name}: {str(error).splitlines()[0]}")) from None
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    return model.to(device).eval(), tokenizer
+    return nn.Module.to(model, device).eval(), tokenizer
 
 
 def main(argv: list[str]) -> None:

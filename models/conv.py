@@ -2,8 +2,8 @@
 
     y_t = sum_j weight_j * x_{t-j},    j = 0 .. K-1
 
-Tap j reads j tokens back. At a cut, the last K-1 inputs are the state. A tap that would reach across a document start reads zero, so that packed
-documents are convolved as if each stood alone.
+Tap j reads j tokens back. At a cut, the last K-1 inputs are the state. A tap that would reach across a document start reads zero, so that
+packed documents are convolved as if each stood alone.
 """
 
 import torch
@@ -11,7 +11,10 @@ from torch import Tensor
 
 
 def taps_within_document(document_starts: Tensor, kernel: int) -> list[Tensor]:
-    """For tap j = 1 .. kernel-1, where it may read: no document starts at t-j+1 .. t. document_starts bool [batch, time] -> [batch, time] each."""
+    """For tap j = 1 .. kernel-1, where it may read: no document starts at t-j+1 .. t.
+
+    bool [batch, time] -> bool [batch, time] each.
+    """
     allowed, blocked = [], torch.zeros_like(document_starts)
     for j in range(1, kernel):
         shifted = torch.zeros_like(document_starts)

@@ -8,7 +8,11 @@ numba has no bfloat16: such arrays come in as their bits (uint16), are widened i
 Kernels run on plain Python threads without the GIL, as many as torch uses: numba's own thread pool may neither be forked nor entered twice.
 """
 
+# pyright: reportPossiblyUnboundVariable=false, reportCallIssue=false
+# (numba may be missing, and rewrites the signatures of its intrinsics)
+
 import functools
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -122,7 +126,7 @@ def run_tasks(kernel_function, arguments: tuple, num_tasks: int) -> None:
         return
     edges = [num_tasks * i // num_threads for i in range(num_threads + 1)]
     pool = _pool(torch.get_num_threads())
-    others = [pool.submit(kernel_function, *arguments, low, high) for low, high in zip(edges[1:], edges[2:], strict=False)]
+    others = [pool.submit(kernel_function, *arguments, low, high) for low, high in itertools.pairwise(edges[1:])]
     kernel_function(*arguments, edges[0], edges[1])
     for other in others:
         other.result()

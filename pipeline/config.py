@@ -5,6 +5,7 @@ reports every mistake at once.
 """
 
 import re
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
@@ -31,7 +32,7 @@ class RunSection(Section):
     seed: int = Field(0, ge=0)
     """Of the weights, the data order and the dropout. The same seed gives the same run."""
     resume: Literal["auto", "never", "must"] = "auto"
-    """auto: go on from the newest valid checkpoint in run.dir, if there is one. never: refuse a folder that holds one. must: refuse one that holds none."""
+    """auto: go on from the newest valid checkpoint in run.dir, if any. never: refuse a folder that has one. must: one without."""
     change: list[str] = []
     """Settings that are meant to differ from those the run was started with, e.g. [optim.lr]; any other difference stops a resume."""
 
@@ -65,23 +66,20 @@ class _ModelBase(Section):
 
 
 _descriptions = _documented_fields(MinRNNConfig.__doc__ or "")
-ModelSection = create_model(
-    "ModelSection",
-    __base__=_ModelBase,
-    __doc__="The model: the fields of MinRNNConfig. The vocabulary and its special tokens come from the tokenizer.",
-    **{
-        name: (annotation, Field(getattr(MinRNNConfig, name), description=_descriptions[name]))
-        for name, annotation in MinRNNConfig.__annotations__.items()
-        if name in _descriptions and name not in _TOKENIZER_FIELDS
-    },
-)
+_model_fields: dict[str, Any] = {
+    name: (annotation, Field(getattr(MinRNNConfig, name), description=_descriptions[name]))
+    for name, annotation in MinRNNConfig.__annotations__.items()
+    if name in _descriptions and name not in _TOKENIZER_FIELDS
+}
+_model_doc = "The model: the fields of MinRNNConfig. The vocabulary and its special tokens come from the tokenizer."
+ModelSection = create_model("ModelSection", __base__=_ModelBase, __doc__=_model_doc, **_model_fields)
 
 
 class DataSection(Section):
     """What is read, and in which order."""
 
     corpus: str = Field("python-stdlib", min_length=1)
-    """python-stdlib (the interpreter's own library), a file, folder or glob (parquet, jsonl, jsonl.gz, jsonl.zst, text), or a dataset of the hub."""
+    """python-stdlib (the interpreter's own), a file, folder or glob (parquet, jsonl, jsonl.gz, jsonl.zst, text), or a hub dataset."""
     subset: str | None = None
     """Configuration of a hub dataset, e.g. sample-10BT."""
     split: str = "train"
@@ -180,16 +178,18 @@ class TrackingSection(Section):
     """MLflow experiment."""
 
 
-class Recipe(Section):
+@dataclass
+class Recipe:
     """A whole run."""
 
-    run: RunSection = RunSection()
-    model: Any = Field(default_factory=ModelSection)
-    data: DataSection = DataSection()
-    batch: BatchSection = BatchSection()
-    optim: OptimSection = OptimSection()
-    train: TrainSection = TrainSection()
-    tracking: TrackingSection = TrackingSection()
+    run: RunSection
+    model: Any
+    """A ModelSection, whose fields are made from MinRNNConfig's."""
+    data: DataSection
+    batch: BatchSection
+    optim: OptimSection
+    train: TrainSection
+    tracking: TrackingSection
 
     def model_fields_resolved(self) -> dict[str, Any]:
         """Every field of MinRNNConfig that a recipe can set: the user's, then the preset's, then the default."""

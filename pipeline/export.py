@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import yaml
+from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from ..data import UserError, load_tokenizer
@@ -111,7 +112,7 @@ def export_run(run: Path, out: Path, step: int | None = None, dtype: str = "fp32
     fields = {name: value for name, value in config["model"].items() if name not in ("preset", "init_from")}
     model = MinRNNForCausalLM(model_config(fields, tokenizer, manifest["vocab_size"]))
     load_parameters(path, model)
-    model.to({"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}[dtype])
+    nn.Module.to(model, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}[dtype])
     out.parent.mkdir(parents=True, exist_ok=True)
     export_model(model, tokenizer, out, config, manifest["tokens"])
     return path
@@ -125,6 +126,7 @@ def sample(model: PreTrainedModel, tokenizer: Any, prompts: list[str], num_token
     model.eval()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        ids = model.generate(**inputs, max_new_tokens=num_tokens, do_sample=True, temperature=0.8, top_k=0, pad_token_id=tokenizer.pad_token_id)
+        generate: Any = model.generate
+        ids = generate(**inputs, max_new_tokens=num_tokens, do_sample=True, temperature=0.8, top_k=0, pad_token_id=tokenizer.pad_token_id)
     model.train(was_training)
     return tokenizer.batch_decode(ids, skip_special_tokens=True)

@@ -13,7 +13,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -70,7 +70,7 @@ class Run:
 
     @property
     def plain_model(self) -> MinRNNForCausalLM:
-        return self.accelerator.unwrap_model(self.model)
+        return cast(MinRNNForCausalLM, self.accelerator.unwrap_model(self.model))
 
     @property
     def is_main(self) -> bool:
@@ -98,9 +98,8 @@ def train(recipe: Recipe) -> None:
     folder = open_folder(recipe, accelerator)
     if folder.manifest.get("step", 0) >= recipe.train.steps and (folder.path / "model").is_dir():
         if accelerator.is_main_process:
-            print(
-                f"{folder.path} is finished: step {folder.manifest['step']} of {recipe.train.steps}, model in {folder.path / 'model'}. Raise train.steps to go on."
-            )
+            done = f"{folder.path} is finished: step {folder.manifest['step']} of {recipe.train.steps}"
+            print(f"{done}, model in {folder.path / 'model'}. Raise train.steps to go on.")
         return
     run = _set_up(recipe, accelerator, folder)
     status = "FAILED"
@@ -149,13 +148,13 @@ def _set_up(recipe: Recipe, accelerator: Accelerator, folder: RunFolder) -> Run:
     model = MinRNNForCausalLM(config)
     if recipe.model.init_from and folder.checkpoint is None:
         _warm_start(model, recipe.model.init_from)
-    model.to(DTYPES["fp64" if recipe.train.precision == "fp64" else "fp32"])
+    nn.Module.to(model, DTYPES["fp64" if recipe.train.precision == "fp64" else "fp32"])
     if recipe.train.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     optimizer = build_optimizer(model, recipe.optim)
     if folder.checkpoint is not None:
         checkpoint.load_parameters(folder.checkpoint, model)
-    model.to(accelerator.device)
+    nn.Module.to(model, accelerator.device)
     if folder.checkpoint is not None:
         checkpoint.load_optimizer(folder.checkpoint, model, optimizer)
     prepared, optimizer = accelerator.prepare(model, optimizer)
@@ -168,11 +167,10 @@ def _set_up(recipe: Recipe, accelerator: Accelerator, folder: RunFolder) -> Run:
         if recipe.tracking.uri is not None:
             run.tracker = Tracker(folder.path, recipe.tracking.uri, recipe.tracking.experiment, flatten(resolved(recipe)), warn)
         run.bar = tqdm(total=recipe.train.steps, initial=step, unit="step", dynamic_ncols=True)
-    batch, layout = recipe.batch, f"{accelerator.num_processes} process(es) on {accelerator.device.type}, {recipe.train.precision}"
-    run.say(
-        f"{folder.path}: {config.cell}, {model.num_parameters():,} parameters, {batch.readers} x {batch.lanes} x {batch.chunk} tokens a step, {layout}; "
-        + (f"going on from step {step}" if step else "from the beginning")
-    )
+    batch = recipe.batch
+    size = f"{config.cell}, {model.num_parameters():,} parameters, {batch.readers} x {batch.lanes} x {batch.chunk} tokens a step"
+    layout = f"{accelerator.num_processes} process(es) on {accelerator.device.type}, {recipe.train.precision}"
+    run.say(f"{folder.path}: {size}, {layout}; {f'going on from step {step}' if step else 'from the beginning'}")
     return run
 
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from .config import OptimSection
 
-# Decay pulls a weight towards zero. For a gate that means half open, for a norm silence, for an embedding being forgotten while its token is rare.
+# Decay pulls towards zero: a gate to half open, a norm to silence, an embedding to nothing while its token is rare.
 WITHOUT_DECAY = ("embed_tokens", "in_proj", "gate_bias", "conv_weight", "norm")
 
 

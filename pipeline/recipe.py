@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from ..data.errors import UserError
 from .config import SECTIONS, Recipe
 
-# What may change when a run goes on: where it lives, how long it is, how often it reports, how it is watched. Everything else decides the losses.
+# What may change when a run goes on: where it lives, how long it is, how it reports. Everything else decides the losses.
 FREE_ON_RESUME = {
     *("run.dir", "run.resume", "run.change", "data.workers", "data.validation_tokens"),
     *(
@@ -143,7 +143,7 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
             )
     if problems:
         raise UserError(*problems.items())
-    return Recipe.model_construct(**sections)
+    return Recipe(**sections)
 
 
 def read_recipe(argv: list[str]) -> Recipe:

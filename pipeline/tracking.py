@@ -117,8 +117,8 @@ class Tracker:
 def prepare_sqlite(path: Path) -> None:
     """Create an MLflow database whole or not at all.
 
-    Its first start migrates the schema step by step: a kill on the way leaves a file that never opens again, and two first starts at once crash.
-    So it is made under a lock, under another name, and renamed.
+    Its first start migrates the schema step by step: a kill on the way leaves a file that never opens again, and two first
+    starts at once crash. So it is made under a lock, under another name, and renamed.
     """
     if path.exists():
         return
