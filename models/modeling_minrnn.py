@@ -24,7 +24,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .cache import MinRNNCache
@@ -175,7 +175,6 @@ class MinRNNModel(MinRNNPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.embed_tokens = value
 
-    @merge_with_config_defaults
     @capture_outputs
     def forward(
         self,
@@ -190,6 +189,9 @@ class MinRNNModel(MinRNNPreTrainedModel):
         """As `MinRNNForCausalLM.forward`, up to the last hidden state [B, T, H]."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("MinRNNModel takes exactly one of input_ids and inputs_embeds.")
+        # transformers' own defaults switch the cache off under gradient checkpointing, where keys and values would be written twice; our
+        # blocks return their state instead of writing it, and training carries it from chunk to chunk.
+        use_cache = self.config.use_cache if use_cache is None else use_cache
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         time = x.shape[1]
         if document_starts is not None and document_starts.shape != x.shape[:2]:

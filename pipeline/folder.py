@@ -20,7 +20,7 @@ from .recipe import check_unchanged, resolved
 
 @dataclass
 class RunFolder:
-    """An opened folder; keep it as long as the run lasts (it holds the lock)."""
+    """An opened folder, locked until it is closed or the process ends."""
 
     path: Path
     checkpoint: Path | None
@@ -32,6 +32,11 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    def close(self) -> None:
+        """Let others write there."""
+        if self.lock is not None:
+            self.lock.close()
 
 
 def warn(message: str) -> None:
@@ -57,6 +62,8 @@ def open_folder(recipe: Recipe, accelerator: Accelerator) -> RunFolder:
             problems = [("run.dir", f"cannot write to {path}: {error.strerror}")]
     found, problems = from_main(accelerator, (found, problems))
     if problems:
+        if lock is not None:
+            lock.close()
         raise UserError(*problems)
     checkpoint, manifest = found or (None, {})
     if accelerator.is_main_process:

@@ -7,11 +7,11 @@
 The loss of a step is one mean over all scored tokens of the global batch, whatever the number of readers, processes and accumulations.
 """
 
+import contextlib
 import hashlib
 import math
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm import tqdm
 
-from ..data import Chunk, ChunkLoader, CorpusSpec, Encoder, ReaderSpec, UserError, load_tokenizer, model_vocab_size
+from ..data import Chunk, ChunkLoader, CorpusSpec, Encoder, ReaderSpec, UserError, ValidationSet, load_tokenizer, model_vocab_size
 from ..models import MinRNNForCausalLM
 from . import checkpoint, processes
 from .checkpoint import ReaderState
@@ -51,7 +51,6 @@ class Run:
     accelerator: Accelerator
     folder: RunFolder
     tokenizer: Any
-    encoder: Encoder
     model: nn.Module
     """As Accelerate prepared it."""
     optimizer: Any
@@ -59,12 +58,12 @@ class Run:
     readers: dict[int, ReaderState]
     """This process's readers and where they are."""
     loader: ChunkLoader
+    validation: list[ValidationSet]
     step: int
     tokens: int
     matmul_rate: float
     tracker: Tracker | None = None
     bar: Any = None
-    validation: list | None = None
     latest: dict[str, float] = field(default_factory=dict)
     """Of the latest validation."""
 
@@ -75,6 +74,14 @@ class Run:
     @property
     def is_main(self) -> bool:
         return self.accelerator.is_main_process
+
+    def close(self, status: str) -> None:
+        """Stop what runs beside the loop."""
+        self.loader.close()
+        if self.bar is not None:
+            self.bar.close()
+        if self.tracker is not None:
+            self.tracker.close(status)
 
     def say(self, message: str) -> None:
         """A line above the progress bar, from the main process."""
@@ -95,29 +102,25 @@ def train(recipe: Recipe) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     accelerator = processes.start(recipe.train.precision)
-    folder = open_folder(recipe, accelerator)
-    if folder.manifest.get("step", 0) >= recipe.train.steps and (folder.path / "model").is_dir():
-        if accelerator.is_main_process:
-            done = f"{folder.path} is finished: step {folder.manifest['step']} of {recipe.train.steps}"
-            print(f"{done}, model in {folder.path / 'model'}. Raise train.steps to go on.")
-        return
-    run = _set_up(recipe, accelerator, folder)
-    status = "FAILED"
-    try:
-        with Interrupt() as interrupt:
-            _steps(run, interrupt)
-            status = "KILLED" if interrupt.requested else "FINISHED"
-            if interrupt.requested is None:
-                _finish(run)
-    finally:
-        run.loader.close()
-        if run.bar is not None:
-            run.bar.close()
-        if run.tracker is not None:
-            run.tracker.close(status)
-    if interrupt.requested:
-        message = f"Saved step {run.step} of {recipe.train.steps} in {folder.path}; the same command goes on from there."
-        leave(interrupt.requested, message, run.is_main)
+    with contextlib.closing(open_folder(recipe, accelerator)) as folder:
+        if folder.manifest.get("step", 0) >= recipe.train.steps and (folder.path / "model").is_dir():
+            if accelerator.is_main_process:
+                done = f"{folder.path} is finished: step {folder.manifest['step']} of {recipe.train.steps}"
+                print(f"{done}, model in {folder.path / 'model'}. Raise train.steps to go on.")
+            return
+        run = _set_up(recipe, accelerator, folder)
+        status = "FAILED"
+        try:
+            with Interrupt() as interrupt:
+                _steps(run, interrupt)
+                status = "KILLED" if interrupt.requested else "FINISHED"
+                if interrupt.requested is None:
+                    _finish(run)
+        finally:
+            run.close(status)
+        if interrupt.requested:
+            message = f"Saved step {run.step} of {recipe.train.steps} in {folder.path}; the same command goes on from there."
+            leave(interrupt.requested, message, run.is_main)
 
 
 def _set_up(recipe: Recipe, accelerator: Accelerator, folder: RunFolder) -> Run:
@@ -144,13 +147,15 @@ def _set_up(recipe: Recipe, accelerator: Accelerator, folder: RunFolder) -> Run:
     )
     loader = ChunkLoader(spec, list(mine), [reader.position for reader in readers.values()], recipe.data.workers)
 
+    validation = validation_sets(recipe, _corpus(recipe), encoder, mine)
+
     torch.manual_seed(recipe.run.seed)
     model = MinRNNForCausalLM(config)
     if recipe.model.init_from and folder.checkpoint is None:
         _warm_start(model, recipe.model.init_from)
     nn.Module.to(model, DTYPES["fp64" if recipe.train.precision == "fp64" else "fp32"])
     if recipe.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     optimizer = build_optimizer(model, recipe.optim)
     if folder.checkpoint is not None:
         checkpoint.load_parameters(folder.checkpoint, model)
@@ -162,7 +167,7 @@ def _set_up(recipe: Recipe, accelerator: Accelerator, folder: RunFolder) -> Run:
     prepared.train()
 
     step, tokens = folder.manifest.get("step", 0), folder.manifest.get("tokens", 0)
-    run = Run(recipe, accelerator, folder, tokenizer, encoder, prepared, optimizer, readers, loader, step, tokens, rate)
+    run = Run(recipe, accelerator, folder, tokenizer, prepared, optimizer, readers, loader, validation, step, tokens, rate)
     if run.is_main:
         if recipe.tracking.uri is not None:
             run.tracker = Tracker(folder.path, recipe.tracking.uri, recipe.tracking.experiment, flatten(resolved(recipe)), warn)
@@ -260,7 +265,7 @@ def _one_step(run: Run, step: int, batch: list[Chunk], num_scored: float, lr: fl
         reader = run.readers[chunk.reader]
         _seed(recipe.run.seed, step, chunk.reader)
         is_last = i == len(batch) - 1
-        with nullcontext() if is_last else accelerator.no_sync(run.model):
+        with contextlib.nullcontext() if is_last else accelerator.no_sync(run.model):
             output = run.model(
                 input_ids=processes.to_device(chunk.input_ids, accelerator),
                 shift_labels=processes.to_device(chunk.shift_labels, accelerator),
@@ -312,8 +317,6 @@ def _record(run: Run, entry: dict[str, Any]) -> None:
 
 
 def _validate(run: Run) -> None:
-    if run.validation is None:
-        run.validation = validation_sets(run.recipe, _corpus(run.recipe), run.encoder, range(min(run.readers), max(run.readers) + 1))
     start = time.perf_counter()
     run.latest = validate(run.plain_model, run.validation, run.accelerator, run.recipe.batch.carry_state)
     seconds = round(time.perf_counter() - start, 2)
@@ -339,14 +342,13 @@ def _save(run: Run) -> None:
 
 
 def _finish(run: Run) -> None:
-    """Export, samples, the last picture."""
+    """Samples and the exported model."""
     if run.is_main:
         folder, recipe = run.folder.path, run.recipe
         score = f", {run.latest['bits_per_byte']:.3f} bits per byte on held-out documents" if run.latest else ""
         if recipe.train.sample_tokens:
             texts = sample(run.plain_model, run.tokenizer, recipe.train.prompts, recipe.train.sample_tokens, recipe.run.seed)
             (folder / "samples.txt").write_text("".join(f"=== prompt {p!r}\n{t}\n\n" for p, t in zip(recipe.train.prompts, texts, strict=True)))
-        draw_loss(run.folder.metrics, folder / "loss.png", folder.name)
         export_model(run.plain_model, run.tokenizer, folder / "model", resolved(recipe), run.tokens, score)
         if run.tracker is not None:
             for name in ("config.yaml", "loss.png", "samples.txt"):

@@ -42,9 +42,9 @@ def draw_loss(metrics: Path, picture: Path, title: str) -> None:
     entries = read_metrics(metrics)
     train = [(entry["tokens"], entry["loss"]) for entry in entries if entry["kind"] == "train"]
     validation = [entry for entry in entries if entry["kind"] == "validation"]
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5))
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    axes = figure.add_axes((0.08, 0.12, 0.9, 0.8))
     if train:
         tokens, losses = zip(*train, strict=True)
         axes.plot(tokens, losses, color="tab:blue", alpha=0.3, linewidth=0.8)

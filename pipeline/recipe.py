@@ -193,11 +193,15 @@ def check_unchanged(saved: dict[str, Any], recipe: Recipe, folder: str) -> None:
     old, new = flatten(saved), flatten(resolved(recipe))
     allowed = FREE_ON_RESUME | set(recipe.run.change)
     different = [key for key in new if key in old and old[key] != new[key] and key not in allowed and not key.startswith("tracking.")]
+
+    def problem(key: str) -> str:
+        advice = "set it back, or name another run.dir"
+        if not key.startswith(FIXED_ON_RESUME):
+            advice += f", or accept the change with --run.change [{key}]"
+        return f"is {new[key]!r}, but the run in {folder} was started with {old[key]!r}; {advice}"
+
     if different:
-        advice = "set it back, name another run.dir, or accept it with --run.change"
-        raise UserError(
-            *((key, f"is {new[key]!r}, but the run in {folder} was started with {old[key]!r}; {advice} [{key}]") for key in different)
-        )
+        raise UserError(*((key, problem(key)) for key in different))
 
 
 def exit_with(error: UserError) -> None:

@@ -1,0 +1,142 @@
+"""What the loop computes."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import Values, losses
+from minrnn.data import BYTES, CorpusSpec, Encoder, ReaderSpec, UserError, load_tokenizer
+from minrnn.models import MinRNNForCausalLM
+from minrnn.pipeline import loop
+from minrnn.pipeline.optim import build_optimizer, learning_rate
+from minrnn.pipeline.recipe import build_recipe
+
+Run = Callable[[Values], Path]
+
+
+def test_the_losses_are_those_of_a_loop_written_by_hand(values: Values, run_recipe: Run):
+    """Readers, accumulation, carried state, clipping, schedule: as a page of torch says."""
+    values["train"] |= {"precision": "fp64", "steps": 6}
+    values["model"]["dropout"] = 0.0
+    folder = run_recipe(values)
+    recipe = build_recipe(values)
+    data, batch = recipe.data, recipe.batch
+    encoder = Encoder.of(load_tokenizer(BYTES), BYTES)
+    corpus = CorpusSpec(data.corpus, held_out=data.validation_fraction)
+    readers = ReaderSpec(corpus, "documents", encoder, 2, batch.lanes, batch.chunk, data.shuffle_window, 0).open([0, 1], [None, None])
+    torch.manual_seed(0)
+    model = MinRNNForCausalLM(MinRNNForCausalLM.from_pretrained(folder / "model").config).double()
+    optimizer = build_optimizer(model, recipe.optim)
+    states, expected = [None, None], []
+    for step in range(1, 7):
+        chunks = [reader.next_chunk() for reader in readers]
+        total = torch.zeros((), dtype=torch.float64)
+        for i, chunk in enumerate(chunks):
+            ids, labels, starts = (torch.from_numpy(x) for x in (chunk.input_ids, chunk.shift_labels, chunk.document_starts))
+            output = model(ids, document_starts=starts, past_key_values=states[i], use_cache=True)
+            states[i] = output.past_key_values.detach_()
+            total = total + torch.nn.functional.cross_entropy(output.logits.flatten(0, 1), labels.flatten(), reduction="mean") / 2
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(recipe.optim, step, 6)
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append((step, total.item()))
+    np.testing.assert_allclose(losses(folder), expected, rtol=1e-9)
+
+
+def test_gradient_checkpointing_and_read_ahead_change_nothing(values: Values, run_recipe: Run, tmp_path: Path):
+    plain = losses(run_recipe(values))
+    values["run"]["dir"] = str(tmp_path / "other")
+    values["train"]["gradient_checkpointing"] = True
+    values["data"]["workers"] = 2
+    assert losses(run_recipe(values)) == plain
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_precisions_stay_near_fp64(values: Values, run_recipe: Run, precision: str, tmp_path: Path):
+    values["model"]["dropout"] = 0.0
+    results = {}
+    for name in ("fp64", precision):
+        values["run"]["dir"], values["train"]["precision"] = str(tmp_path / name), name
+        results[name] = [loss for _, loss in losses(run_recipe(values))]
+    np.testing.assert_allclose(results[precision], results["fp64"], rtol={"fp32": 1e-5, "bf16": 2e-2}[precision])
+
+
+def test_validation_is_the_loss_of_whole_documents(values: Values, run_recipe: Run):
+    """Each held-out document alone through the exported model gives the sum that the run reported."""
+    values["data"]["validation_tokens"] = None
+    folder = run_recipe(values)
+    model = MinRNNForCausalLM.from_pretrained(folder / "model").eval()
+    recipe = build_recipe(values)
+    spec = CorpusSpec(recipe.data.corpus, held_out=0.1)
+    from minrnn.data import DocumentStream
+
+    encoder = Encoder.of(load_tokenizer(BYTES), BYTES)
+    nats, tokens, num_bytes = 0.0, 0, 0
+    for record in DocumentStream(spec, "validation", 0, 1, 64, None).one_epoch():
+        assert record.text is not None
+        ids = torch.from_numpy(encoder(record.text).astype(np.int64)).unsqueeze(0)
+        with torch.no_grad():
+            logits = model(ids[:, :-1]).logits
+        nats += torch.nn.functional.cross_entropy(logits[0].double(), ids[0, 1:], reduction="sum").item()
+        tokens, num_bytes = tokens + ids.shape[1] - 1, num_bytes + len(record.text.encode())
+    last = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][-1]
+    assert last["kind"] == "validation"
+    assert last["validation_tokens"] == tokens
+    assert last["loss"] == pytest.approx(nats / tokens, rel=1e-5)
+    assert last["bits_per_byte"] == pytest.approx(nats / num_bytes / np.log(2), rel=1e-5)
+
+
+def test_a_non_finite_loss_stops_before_anything_is_saved(values: Values, run_recipe: Run, monkeypatch):
+    values["train"]["save_every"] = 1
+    original, calls = MinRNNForCausalLM.forward, []
+
+    def forward(self, *args, **kwargs):
+        output = original(self, *args, **kwargs)
+        if kwargs.get("num_items_in_batch", 1) != 1:  # training, not validation
+            calls.append(1)
+            if len(calls) == 10:  # step 5, second reader
+                output.loss = output.loss * float("nan")
+        return output
+
+    monkeypatch.setattr(MinRNNForCausalLM, "forward", forward)
+    with pytest.raises(loop.NonFiniteError, match=r"step 5: .*reader 1: .*words\.jsonl:\d+.*step-000004, is as it was"):
+        run_recipe(values)
+    folder = Path(values["run"]["dir"])
+    assert (folder / "checkpoints" / "step-000004" / "manifest.json").exists()
+    assert not (folder / "checkpoints" / "step-000005").exists()
+    assert [step for step, _ in losses(folder)] == [1, 2, 3, 4]
+
+
+def test_warm_start_takes_the_weights_of_an_export(values: Values, run_recipe: Run, tmp_path: Path):
+    first = run_recipe(values)
+    final = losses(first, "validation")[-1][1]
+    values["run"]["dir"], values["model"]["init_from"] = str(tmp_path / "second"), str(first / "model")
+    values["optim"]["lr"] = 1e-12
+    second = run_recipe(values)
+    assert losses(second, "validation")[0][1] == pytest.approx(final, rel=1e-6)
+    values["run"]["dir"] = str(tmp_path / "third")
+    values["model"]["hidden_size"] = 24
+    with pytest.raises(UserError, match=r"model\.hidden_size: is 24, but .* has 16"):
+        run_recipe(values)
+
+
+def test_a_run_leaves_what_the_readme_promises(values: Values, run_recipe: Run):
+    folder = run_recipe(values)
+    assert {"config.yaml", "metrics.jsonl", "loss.png", "samples.txt", "checkpoints", "model"} <= {path.name for path in folder.iterdir()}
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["step-000008", "step-000012"]
+    entry = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
+    assert {"kind", "step", "tokens", "loss", "grad_norm", "lr", "tokens_per_second", "matmul_fraction"} <= entry.keys()
+    assert entry["tokens"] == 2 * 2 * 24
+
+
+def test_readers_that_processes_cannot_share(values: Values, run_recipe: Run, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UserError, match=r"batch\.readers: 2 readers cannot be shared evenly by 3"):
+        run_recipe(values)

@@ -1,0 +1,174 @@
+"""Stopped and resumed = never stopped, to the bit."""
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Values, losses
+from minrnn.data import UserError
+from minrnn.pipeline import checkpoint, loop
+
+Run = Callable[[Values], Path]
+
+
+class Crash(BaseException):
+    """Ends the training where it stands, as a kill would: nothing catches it, nothing is saved."""
+
+
+def crash_at(monkeypatch: pytest.MonkeyPatch, step: int, how: Callable[[], object]) -> None:
+    original = loop._one_step
+
+    def one_step(run: loop.Run, number: int, *arguments):
+        result = original(run, number, *arguments)
+        if number == step:
+            how()
+        return result
+
+    monkeypatch.setattr(loop, "_one_step", one_step)
+
+
+def crash() -> None:
+    raise Crash
+
+
+@pytest.fixture
+def undisturbed(values: Values, run_recipe: Run, tmp_path: Path) -> Path:
+    return run_recipe({**values, "run": {"dir": str(tmp_path / "undisturbed")}})
+
+
+@pytest.mark.parametrize("stops", [(1,), (5, 10), (4, 5), (11, 11), (12, 3)])
+def test_crashes_leave_no_trace(values: Values, run_recipe: Run, undisturbed: Path, monkeypatch, stops: tuple[int, ...]):
+    for stop in stops:
+        with monkeypatch.context() as patched:
+            crash_at(patched, stop, crash)
+            with contextlib.suppress(Crash):
+                run_recipe(values)
+    folder = run_recipe(values)
+    for kind in ("train", "validation"):
+        assert losses(folder, kind) == losses(undisturbed, kind)
+    assert [step for step, _ in losses(folder)] == list(range(1, 13))
+    assert (folder / "model" / "model.safetensors").read_bytes() == (undisturbed / "model" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("order", ["documents", "windows"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_leaves(values: Values, run_recipe: Run, monkeypatch, tmp_path, number: signal.Signals, order: str, capfd):
+    values["data"]["order"] = order
+    whole = run_recipe({**values, "run": {"dir": str(tmp_path / "undisturbed")}})
+    with monkeypatch.context() as patched:
+        crash_at(patched, 7, lambda: os.kill(os.getpid(), number))
+        with pytest.raises(SystemExit) as left:
+            run_recipe(values)
+    assert left.value.code == 128 + number
+    assert "Saved step 7 of 12" in capfd.readouterr().err
+    folder = Path(values["run"]["dir"])
+    assert checkpoint.steps_in(folder / "checkpoints")[0].name == "step-000007"
+    assert losses(run_recipe(values)) == losses(whole)
+
+
+def test_a_crash_while_saving_leaves_the_last_checkpoint(values: Values, run_recipe: Run, undisturbed: Path, monkeypatch):
+    folder = Path(values["run"]["dir"])
+    original, calls = checkpoint._write, []
+
+    def write(path: Path, function):
+        calls.append(path)
+        if path.parent.name.startswith(".step-000008") and len([p for p in calls if p.parent == path.parent]) == 4:
+            raise Crash
+        return original(path, function)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "_write", write)
+        with pytest.raises(Crash):
+            run_recipe(values)
+    assert [path.name for path in checkpoint.steps_in(folder / "checkpoints")] == ["step-000004"]
+    assert losses(run_recipe(values)) == losses(undisturbed)
+    assert not list((folder / "checkpoints").glob(".step*"))
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "missing", "manifest"])
+def test_a_damaged_checkpoint_is_named_and_passed_over(values: Values, run_recipe: Run, undisturbed: Path, monkeypatch, damage: str, capfd):
+    with monkeypatch.context() as patched:
+        crash_at(patched, 10, crash)
+        with pytest.raises(Crash):
+            run_recipe(values)
+    newest = Path(values["run"]["dir"]) / "checkpoints" / "step-000008"
+    victim = newest / ("manifest.json" if damage == "manifest" else "optimizer.safetensors")
+    content = bytearray(victim.read_bytes())
+    if damage == "missing":
+        victim.unlink()
+    else:
+        content[len(content) // 2] ^= 1
+        victim.write_bytes(content if damage == "flipped" else content[: len(content) // 2])
+    folder = run_recipe(values)
+    message = capfd.readouterr().err
+    assert "step-000008 is not used" in message
+    assert victim.name in message
+    assert losses(folder) == losses(undisturbed)
+
+
+def test_no_valid_checkpoint_is_not_a_fresh_start(values: Values, run_recipe: Run):
+    folder = run_recipe(values)
+    for path in checkpoint.steps_in(folder / "checkpoints"):
+        (path / "manifest.json").unlink()
+    with pytest.raises(UserError, match="none of the 2 checkpoints"):
+        run_recipe({**values, "train": {**values["train"], "steps": 20}})
+
+
+def test_a_finished_run_says_so_and_goes_on_when_it_is_lengthened(values: Values, run_recipe: Run, capsys):
+    folder = run_recipe(values)
+    before = (folder / "metrics.jsonl").read_text()
+    run_recipe(values)
+    assert "is finished: step 12 of 12" in capsys.readouterr().out
+    assert (folder / "metrics.jsonl").read_text() == before
+    values["train"]["steps"] = 15
+    assert [step for step, _ in losses(run_recipe(values))] == list(range(1, 16))
+
+
+def test_a_run_cut_before_its_export_is_finished_by_the_next_start(values: Values, run_recipe: Run, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "_finish", lambda run: crash())
+        with pytest.raises(Crash):
+            run_recipe(values)
+    folder = run_recipe(values)
+    assert (folder / "model" / "config.json").exists()
+    assert [step for step, _ in losses(folder, "validation")] == [6, 12]
+
+
+def test_resume_modes(values: Values, run_recipe: Run):
+    values["run"]["resume"] = "must"
+    with pytest.raises(UserError, match="holds no valid checkpoint"):
+        run_recipe(values)
+    values["run"]["resume"] = "never"
+    run_recipe(values)
+    with pytest.raises(UserError, match="already holds step-000012"):
+        run_recipe(values)
+
+
+def test_other_settings_are_refused_by_name_unless_meant(values: Values, run_recipe: Run):
+    folder = run_recipe(values)
+    values["optim"]["lr"], values["model"]["hidden_size"], values["train"]["steps"] = 1e-3, 32, 14
+    with pytest.raises(UserError) as refused:
+        run_recipe(values)
+    assert [key for key, _ in refused.value.problems] == ["model.hidden_size", "optim.lr"]
+    assert "0.004" in str(refused.value)
+    values["model"]["hidden_size"] = 16
+    values["run"]["change"] = ["optim.lr"]
+    run_recipe(values)
+    assert len(losses(folder)) == 14
+
+
+def test_two_trainings_cannot_share_a_folder(values: Values, run_recipe: Run, monkeypatch):
+    refused = []
+
+    def second() -> None:
+        with pytest.raises(UserError, match="another process is training") as error:
+            run_recipe(values)
+        refused.append(error.value)
+
+    with monkeypatch.context() as patched:
+        crash_at(patched, 3, second)
+        run_recipe(values)
+    assert len(refused) == 1
