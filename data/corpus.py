@@ -8,8 +8,10 @@ documents.
 """
 
 import hashlib
+import os
+import re
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +22,7 @@ from .errors import UserError
 from .sources import HubDataset, JsonLines, Parquet, Place, Record, Source, TextFiles
 
 PYTHON_STDLIB = "python-stdlib"
+FILE_SUFFIXES = (".txt", ".md", ".py", ".csv", ".json", ".jsonl", ".gz", ".zst", ".parquet")  # of names that are no hub ids
 STDLIB_EXCLUDED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
 # Whole modules, so that no file of a held-out package is seen in training; of every kind that the library has.
 STDLIB_HELD_OUT = {
@@ -45,12 +48,13 @@ class CorpusSpec:
 def stdlib_files(part: Split) -> tuple[list[Path], Path]:
     """Source files of the running interpreter's standard library, sorted by path, and their root."""
     root = Path(sysconfig.get_paths()["stdlib"])
+    found: list[Path] = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in STDLIB_EXCLUDED]  # site-packages may hold a hundred thousand files
+        found += [Path(folder, name) for name in names if name.endswith(".py")]
     files = []
-    for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).parts
-        if STDLIB_EXCLUDED & set(parts):
-            continue
-        is_held_out = parts[0].removesuffix(".py") in STDLIB_HELD_OUT
+    for path in sorted(found):
+        is_held_out = path.relative_to(root).parts[0].removesuffix(".py") in STDLIB_HELD_OUT
         if part == "all" or is_held_out == (part == "validation"):
             files.append(path)
     return files, root
@@ -58,15 +62,21 @@ def stdlib_files(part: Split) -> tuple[list[Path], Path]:
 
 def _local_files(pattern: str) -> list[Path]:
     """Files a path, folder or glob names, sorted; hidden ones aside. Empty if there is nothing of that name."""
+
+    def visible(paths: Iterable[Path], root: Path) -> list[Path]:
+        return sorted(p for p in paths if p.is_file() and not any(part.startswith(".") for part in p.relative_to(root).parts))
+
     path = Path(pattern).expanduser()
     if path.is_file():
         return [path]
     if path.is_dir():
-        return sorted(p for p in path.rglob("*") if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts))
+        return visible(path.rglob("*"), path)
     if not any(character in pattern for character in "*?["):
         return []
     anchor = Path(path.anchor) if path.is_absolute() else Path()
-    return sorted(p for p in anchor.glob(str(path.relative_to(anchor))) if p.is_file())
+    while not re.search(r"[*?[]", path.parts[len(anchor.parts)]):  # folders before the first pattern may be hidden
+        anchor = anchor / path.parts[len(anchor.parts)]
+    return visible(anchor.glob(str(path.relative_to(anchor))), anchor)
 
 
 def _kind(path: Path) -> str:
@@ -89,7 +99,7 @@ def open_source(spec: CorpusSpec, part: Split = "train") -> Source:
     if not files:
         if Path(spec.corpus).expanduser().is_dir():
             raise UserError(("data.corpus", f"the folder {spec.corpus} holds no files"))
-        looks_like_hub_id = spec.corpus.count("/") <= 1 and not spec.corpus.startswith((".", "~", "/")) and not Path(spec.corpus).suffix
+        looks_like_hub_id = re.fullmatch(r"\w[\w-]*(/\w[\w.-]*)?", spec.corpus) and not spec.corpus.endswith(FILE_SUFFIXES)
         if not looks_like_hub_id:
             raise UserError(("data.corpus", f"there is no file, folder or match for {spec.corpus} (looked from {Path.cwd()})"))
         return HubDataset(spec.corpus, spec.subset, spec.split, spec.revision, spec.text_field, spec.skip_broken)
@@ -178,7 +188,7 @@ class DocumentStream:
             following = WindowAddress(address.epoch + 1)
         else:
             following = replace(address, number=address.number + 1, shard=self._shard, index=self._index, hint=self.source.hint())
-        self._next = following
+        self._next = following if self._shard < len(self.shards) else None  # an epoch begins with a fresh iterator
         if self.seed is not None:
             order = np.random.default_rng([self.seed, self.reader, address.epoch, address.number]).permutation(len(documents))
             documents = [documents[i] for i in order]

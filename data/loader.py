@@ -6,6 +6,7 @@ torch's DataLoader would do, but for two things: it forks or re-imports the trai
 handler, in the middle of a save, when a group's SIGTERM ends a worker.
 """
 
+import contextlib
 import pickle
 import queue
 import subprocess
@@ -76,7 +77,8 @@ class WorkerChunks:
         pickle.dump((spec, readers, states), self._process.stdin)
         self._process.stdin.close()
         self._ready: queue.Queue[Chunk | Exception] = queue.Queue(self.READ_AHEAD)
-        threading.Thread(target=self._receive, daemon=True).start()
+        self._thread = threading.Thread(target=self._receive, daemon=True)
+        self._thread.start()
 
     def _receive(self) -> None:
         assert self._process.stdout is not None
@@ -97,9 +99,14 @@ class WorkerChunks:
             yield item
 
     def close(self) -> None:
-        """Stop the process."""
+        """Stop the process and the thread that listens to it."""
         self._process.kill()
         self._process.wait()
+        while self._thread.is_alive():  # it may wait for room
+            with contextlib.suppress(queue.Empty):
+                self._ready.get(timeout=0.01)
+        assert self._process.stdout is not None
+        self._process.stdout.close()
 
 
 def _num_workers(wanted: int, num_readers: int) -> int:

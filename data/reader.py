@@ -117,7 +117,7 @@ class DocumentReader:
         needed, lanes = len(self.lanes) * self.chunk, len(self.lanes)
         documents, address = list(self.window.documents), self.window.following
         found = sum(len(self.encoder(document.text or "")) - 1 for document in documents[: needed + 1])
-        while found < needed and address.epoch == 0:
+        while (found < needed or len(documents) < lanes) and address.epoch == 0:
             following = self.stream.window(address)
             documents += following.documents
             found += sum(len(self.encoder(document.text or "")) - 1 for document in following.documents)
@@ -132,7 +132,7 @@ class DocumentReader:
                     f"{share} has {found} tokens, fewer than one chunk of {lanes} lanes x {self.chunk}; lower batch.lanes or batch.chunk",
                 )
             )
-        if len(documents) < lanes and address.epoch > 0:
+        if len(documents) < lanes:
             raise UserError(
                 ("data.corpus", f"{share} has {len(documents)} documents for {lanes} lanes; lower batch.lanes, or set data.order to windows")
             )

@@ -7,13 +7,12 @@ Order never depends on the file system: paths are sorted. A place is a document'
 """
 
 import codecs
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
-
-import fsspec
 
 from .errors import UserError
 
@@ -103,6 +102,23 @@ class TextFiles:
         return None
 
 
+def _open(path: Path) -> BinaryIO:
+    """A file's bytes, decompressed; compressed files may have several parts, and one that was cut off is an OSError."""
+    if path.suffix == ".jsonl":
+        return path.open("rb")
+    import pyarrow
+
+    stream = pyarrow.input_stream(str(path), compression="gzip" if path.suffix == ".gz" else "zstd")
+    return cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, stream)))
+
+
+def _lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
+    try:
+        yield from file
+    except OSError as error:
+        raise UserError(("data.corpus", f"{path} cannot be read to its end ({error}); is it a whole file?")) from None
+
+
 @dataclass
 class JsonLines:
     """Each line of a .jsonl file (plain, .gz or .zst) is a document; each file a shard. The hint is a byte offset in a plain file."""
@@ -119,12 +135,12 @@ class JsonLines:
     def read(self, shard: int, start: Place) -> Iterator[Record]:
         path = self.paths[shard]
         is_plain = path.suffix == ".jsonl"
-        with cast(BinaryIO, fsspec.open(str(path), "rb", compression=None if is_plain else "infer")) as file:
+        with _open(path) as file:
             index, self._offset = 0, 0 if is_plain else None
             if is_plain and start.hint is not None:
                 file.seek(start.hint)
                 index, self._offset = start.index, start.hint
-            for line in file:
+            for line in _lines(file, path):
                 if self._offset is not None:
                     self._offset += len(line)
                 if index >= start.index and line.strip():
@@ -136,8 +152,8 @@ class JsonLines:
             row = json.loads(decode(line, name))
         except UserError as error:
             return _broken(self.skip_broken, error, name, index)
-        except json.JSONDecodeError as error:
-            problem = f"{name} is not JSON ({error.msg}, column {error.colno})"
+        except (ValueError, RecursionError) as error:  # also numbers of too many digits, and nesting too deep
+            problem = f"{name} is not JSON ({error})"
         else:
             if isinstance(row, dict) and is_text(row.get(self.text_field)):
                 return Record(row[self.text_field], name, index)
@@ -179,7 +195,11 @@ class Parquet:
                 if first + num_rows > start.index:
                     column = file.read_row_group(group, columns=[self.text_field]).column(0)
                     for index in range(max(first, start.index), first + num_rows):
-                        yield self._record(column[index - first].as_py(), f"{path}[{index}]", index)
+                        try:
+                            text = column[index - first].as_py()
+                        except UnicodeDecodeError:  # parquet does not promise UTF-8
+                            text = column[index - first].cast(pyarrow.binary()).as_py()
+                        yield self._record(text, f"{path}[{index}]", index)
                 first += num_rows
 
     def _record(self, text: Any, name: str, index: int) -> Record:

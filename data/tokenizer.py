@@ -121,6 +121,8 @@ class Encoder:
 
             self._backend = Tokenizer.from_str(self.backend_json)
             self._backend.encode_special_tokens = True
+            self._backend.no_truncation()  # saved with many a tokenizer of the hub
+            self._backend.no_padding()
         return self._backend
 
 
@@ -131,4 +133,4 @@ def num_bytes(text: str) -> int:
 
 def model_vocab_size(tokenizer: Any, multiple: int = 8) -> int:
     """Rows of the model's embedding: the tokenizer's ids, rounded up for the matrix units."""
-    return -(-len(tokenizer) // multiple) * multiple
+    return -(-(max(tokenizer.get_vocab().values()) + 1) // multiple) * multiple

@@ -92,5 +92,6 @@ def window_validation(
     tokens = tokens if max_tokens is None else tokens[: max_tokens + 1]
     if len(tokens) < 2:
         raise UserError(("data.validation_fraction", "leaves no text for validation; raise it"))
+    size = encoder.num_bytes(tokens[1:]) if reader == 0 else 0  # of the whole: a crop's edge may lie within a character
     crops = [tokens[start : start + chunk + 1] for start in range(0, len(tokens) - 1, chunk)][reader::num_readers]
-    return _deal(reader, crops, num_lanes, chunk, sum(encoder.num_bytes(crop[1:]) for crop in crops))
+    return _deal(reader, crops, num_lanes, chunk, size)

@@ -13,6 +13,7 @@ def main() -> None:
     """Read the job, then send chunks until nobody listens."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # whoever ends the parent ends this process, by closing the pipe
     out = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     sys.stdout = sys.stderr  # a library that prints must not write into the stream
     job = pickle.load(sys.stdin.buffer)
     try:

@@ -1,0 +1,155 @@
+"""What several test files share: corpora of every kind, the naive reader, and documents read back from chunks."""
+
+import gzip
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import zstandard
+from minrnn.data import IGNORED, Chunk, CorpusSpec, DocumentStream, Encoder, open_source
+from minrnn.data.corpus import Split, WindowAddress
+from minrnn.data.sources import HubDataset, JsonLines, Parquet, Record, Source, TextFiles
+
+BOS, EOS = 256, 257
+ENCODER = Encoder(BOS, EOS, None)
+KINDS = ("text", "jsonl", "jsonl.gz", "jsonl.zst", "parquet", "hub")
+
+
+def some_texts(count: int, seed: int = 0, longest: int = 30) -> list[str]:
+    """Different texts of many lengths, some of them beyond ASCII; the first is empty."""
+    rng = np.random.default_rng(seed)
+    texts = [""]
+    for i in range(1, count):
+        filler = "".join(rng.choice(list("abc é\n漢🙂"), rng.integers(0, longest + 1)))
+        texts.append(f"{i}:{filler}")
+    return texts[:count]
+
+
+def json_line(text: str) -> str:
+    return json.dumps({"text": text, "other": 1}, ensure_ascii=False) + "\n"
+
+
+def write_corpus(kind: str, folder: Path, texts: Sequence[str], num_shards: int = 1) -> CorpusSpec:
+    """The texts, in this order, as a corpus of this kind; consecutive parts of them in each shard."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if kind == "text":
+        for i, text in enumerate(texts):
+            (folder / f"{i:05}.txt").write_bytes(text.encode())
+        return CorpusSpec(str(folder))
+    for shard in range(num_shards):
+        part = list(texts[shard * len(texts) // num_shards : (shard + 1) * len(texts) // num_shards])
+        if kind in ("parquet", "hub"):
+            name = f"part-{shard:05}.parquet" if kind == "parquet" else f"data/train-{shard:05}-of-{num_shards:05}.parquet"
+            (folder / name).parent.mkdir(exist_ok=True)
+            table = pyarrow.table({"other": list(range(len(part))), "text": pyarrow.array(part, pyarrow.string())})
+            pyarrow.parquet.write_table(table, folder / name, row_group_size=3)
+        else:
+            data = "".join(map(json_line, part)).encode()
+            packed = {"jsonl": bytes, "jsonl.gz": gzip.compress, "jsonl.zst": zstandard.ZstdCompressor().compress}[kind](data)
+            (folder / f"part-{shard:05}.{kind}").write_bytes(packed)
+    return CorpusSpec(str(folder))
+
+
+def make_source(kind: str, spec: CorpusSpec) -> Source:
+    """The source class of this kind over a corpus that `write_corpus` wrote."""
+    files = sorted(path for path in Path(spec.corpus).rglob("*") if path.is_file())
+    if kind == "text":
+        return TextFiles(files, Path(spec.corpus), spec.skip_broken)
+    if kind == "hub":
+        return HubDataset(spec.corpus, spec.subset, spec.split, spec.revision, spec.text_field, spec.skip_broken)
+    return (Parquet if kind == "parquet" else JsonLines)(files, spec.text_field, spec.skip_broken)
+
+
+def texts_of(records: Iterable[Record]) -> list[str]:
+    texts = [record.text for record in records]
+    assert None not in texts
+    return [text for text in texts if text is not None]
+
+
+def endless_texts(stream: DocumentStream) -> Iterator[str]:
+    """The documents of a stream in the order in which they are emitted, epoch after epoch."""
+    address = WindowAddress()
+    while True:
+        window = stream.window(address)
+        yield from texts_of(window.documents)
+        address = window.following
+
+
+def naive_chunks(texts: Iterator[str], num_lanes: int, time: int) -> Iterator[np.ndarray]:
+    """What a reader must give, from lists of (input, target, starts): int [lanes, time, 3]."""
+    lanes: list[list[tuple[int, int, int]]] = [[] for _ in range(num_lanes)]
+    while True:
+        rows = []
+        for lane in lanes:
+            while len(lane) < time:
+                tokens = [BOS, *next(texts).encode(), EOS]
+                lane += [(tokens[i], tokens[i + 1], int(i == 0)) for i in range(len(tokens) - 1)]
+            rows.append(lane[:time])
+            del lane[:time]
+        yield np.array(rows)
+
+
+def as_array(chunk: Chunk) -> np.ndarray:
+    """int [lanes, time, 3], as `naive_chunks` gives."""
+    return np.stack([chunk.input_ids, chunk.shift_labels, chunk.document_starts.astype(np.int64)], axis=-1)
+
+
+def assert_same_chunk(one: Chunk, other: Chunk) -> None:
+    """Arrays, names and position: all of it."""
+    assert one.reader == other.reader
+    np.testing.assert_array_equal(as_array(one), as_array(other))
+    assert one.documents == other.documents
+    assert without_hints(one.state) == without_hints(other.state)
+
+
+def without_hints(state: Any) -> Any:
+    """A position without its hints: a streamed dataset may say the same place in two ways."""
+    if isinstance(state, dict):
+        return {key: without_hints(value) for key, value in state.items() if key != "hint"}
+    return [without_hints(value) for value in state] if isinstance(state, list) else state
+
+
+def open_any(spec: CorpusSpec, part: Split = "train") -> Source:
+    """`open_source`, but a folder named hub is read as the hub's datasets are: the one way to reach that source without a network."""
+    return make_source("hub", spec) if Path(spec.corpus).name == "hub" else open_source(spec, part)
+
+
+@dataclass
+class LaneText:
+    """Documents of one lane, whole ones and, perhaps, the beginning of one more."""
+
+    whole: list[str]
+    begun: bytes | None
+
+
+def read_back(chunks: Sequence[Chunk]) -> list[LaneText]:
+    """Each lane's documents from its chunks, checking on the way all that a stream promises."""
+    ids, labels, starts = (np.concatenate([getattr(c, f) for c in chunks], axis=1) for f in ("input_ids", "shift_labels", "document_starts"))
+    assert ids.dtype == labels.dtype == np.int64
+    assert starts.dtype == bool
+    assert (labels != IGNORED).all(), "every position of a stream is scored"
+    lanes = []
+    for row in range(len(ids)):
+        assert starts[row, 0], "a stream begins with a document"
+        edges = [*np.flatnonzero(starts[row]), ids.shape[1]]
+        lane = LaneText([], None)
+        for first, last in pairwise(edges):
+            inputs, targets = ids[row, first:last], labels[row, first:last]
+            assert inputs[0] == BOS
+            np.testing.assert_array_equal(inputs[1:], targets[:-1])  # including at chunk edges
+            assert (inputs[1:] < 256).all(), "<bos> and <eos> only at the ends"
+            is_whole = targets[-1] == EOS
+            data = bytes(targets[: len(targets) - is_whole].astype(np.uint8))
+            if is_whole:
+                lane.whole.append(data.decode())
+            else:
+                assert last == ids.shape[1], "a document was cut off"
+                lane.begun = data
+        lanes.append(lane)
+    return lanes

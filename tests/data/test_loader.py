@@ -1,0 +1,246 @@
+"""Workers change nothing but speed; errors cross the border; and no process outlives its reason."""
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from data_helpers import ENCODER, assert_same_chunk, json_line, some_texts, write_corpus
+from minrnn.data import Chunk, ChunkLoader, CorpusSpec, ReaderSpec, UserError
+
+LIMIT = 10  # seconds that a busy machine may take
+
+
+def reader_spec(corpus: CorpusSpec, num_readers: int = 1, order: Any = "documents") -> ReaderSpec:
+    return ReaderSpec(corpus, order, ENCODER, num_readers, lanes=2, chunk=12, window=4, seed=1)
+
+
+def steps(spec: ReaderSpec, readers: Sequence[int], count: int, workers: int, states: Sequence[Any] | None = None) -> list[list[Chunk]]:
+    loader = ChunkLoader(spec, readers, states or [None] * len(readers), workers)
+    try:
+        return list(islice(loader, count))
+    finally:
+        loader.close()
+
+
+def assert_same_steps(some: list[list[Chunk]], others: list[list[Chunk]]) -> None:
+    for one, other in zip(some, others, strict=True):
+        for chunk, expected in zip(one, other, strict=True):
+            assert_same_chunk(chunk, expected)
+
+
+def is_gone(pid: int) -> bool:
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def eventually(condition: Callable[[], bool]) -> bool:
+    end = time.monotonic() + LIMIT
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def in_time(call: Callable[[], Any]) -> Any:
+    """The outcome of a call that must not hang."""
+    outcome: list[Any] = []
+
+    def run() -> None:
+        try:
+            outcome.append(call())
+        except Exception as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(LIMIT)
+    assert outcome, "it hangs"
+    return outcome[0]
+
+
+def children() -> list[psutil.Process]:
+    return [process for process in psutil.Process().children() if process.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> CorpusSpec:
+    return write_corpus("jsonl", tmp_path, some_texts(80), 2)
+
+
+@pytest.fixture
+def loader(corpus: CorpusSpec):
+    loader = ChunkLoader(reader_spec(corpus, 2), [0, 1], [None, None], workers=2)
+    yield loader
+    loader.close()
+
+
+@pytest.mark.parametrize("order", ["documents", "windows"])
+@pytest.mark.parametrize("num_readers", [1, 2, 4])
+def test_any_number_of_workers_gives_the_same_chunks(num_readers: int, order: str, corpus: CorpusSpec):
+    spec = reader_spec(corpus, num_readers, order)
+    readers = list(range(num_readers))
+    expected = steps(spec, readers, 8, workers=0)
+    assert [[chunk.reader for chunk in step] for step in expected] == [readers] * 8
+    for workers in {1: [3], 2: [1, 2], 4: [1, 2, 3]}[num_readers]:
+        assert_same_steps(steps(spec, readers, 8, workers), expected)
+    states = [json.loads(json.dumps(chunk.state)) for chunk in expected[3]]
+    for workers in (0, 2):
+        assert_same_steps(steps(spec, readers, 4, workers, states), expected[4:])
+
+
+def test_readers_may_be_dealt_to_processes(corpus: CorpusSpec):
+    """Two processes of two readers each see what one process of four sees."""
+    spec = reader_spec(corpus, 4)
+    together = steps(spec, [0, 1, 2, 3], 5, workers=0)
+    apart = [steps(spec, readers, 5, workers=2) for readers in ([0, 1], [2, 3])]
+    assert_same_steps([one + other for one, other in zip(*apart, strict=True)], together)
+
+
+def test_readers_read_different_documents(corpus: CorpusSpec):
+    names = [{name for step in steps(reader_spec(corpus, 2), [r], 6, workers=0) for lane in step[0].documents for name in lane} for r in (0, 1)]
+    assert not names[0] & names[1]
+
+
+@pytest.mark.parametrize("num_good", [0, 200])
+def test_an_error_of_a_worker_is_the_users(num_good: int, tmp_path: Path):
+    """At once, while a reader opens, or later, in the middle of the stream."""
+    (tmp_path / "a.jsonl").write_text("".join(json_line(f"document {i}") for i in range(num_good)) + "broken\n")
+    spec = reader_spec(CorpusSpec(str(tmp_path)))
+    errors = [in_time(lambda workers=workers: steps(spec, [0], 200, workers)) for workers in (0, 1)]
+    assert [type(error) for error in errors] == [UserError, UserError]
+    assert f"a.jsonl:{num_good + 1} is not JSON" in str(errors[0])
+    assert errors[0].problems == errors[1].problems
+
+
+def test_chunks_before_an_error_are_given(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_text("".join(json_line(f"document {i}") for i in range(40)) + "broken\n")
+    counts = []
+    for workers in (0, 1):
+        loader = ChunkLoader(reader_spec(CorpusSpec(str(tmp_path))), [0], [None], workers)
+        stepping, given = iter(loader), []
+        with pytest.raises(UserError):
+            given.extend(stepping)
+        counts.append(len(given))
+        loader.close()
+    assert counts[0] == counts[1] > 5
+
+
+def test_our_own_mistakes_are_not_the_users(corpus: CorpusSpec, capfd: pytest.CaptureFixture[str]):
+    wrong = steps(reader_spec(corpus), [0], 1, workers=0)[0][0].state | {"lanes": []}
+    error = in_time(lambda: steps(reader_spec(corpus), [0], 1, 1, [wrong]))
+    assert type(error) is RuntimeError
+    assert "exit status 1" in str(error)
+    assert "Traceback" in capfd.readouterr().err
+
+
+def test_close_leaves_no_process_no_thread_and_no_file(corpus: CorpusSpec):
+    threads, files = threading.active_count(), psutil.Process().num_fds()
+    for count in (0, 2, 5):
+        loader = ChunkLoader(reader_spec(corpus, 2), [0, 1], [None, None], workers=2)
+        assert len(children()) == 2
+        list(islice(loader, count))
+        loader.close()
+        assert not children()
+        loader.close()  # twice does no harm
+    assert eventually(lambda: threading.active_count() == threads)
+    del loader
+    assert eventually(lambda: psutil.Process().num_fds() == files)
+
+
+def test_a_killed_worker_is_an_error_and_no_hang(loader: ChunkLoader):
+    stepping = iter(loader)
+    next(stepping)
+    victim = children()[1]
+    victim.kill()
+
+    def go_on() -> None:
+        for _ in range(10_000):  # what was read ahead may still come
+            next(stepping)
+
+    error = in_time(go_on)
+    assert type(error) is RuntimeError
+    assert "-9" in str(error)
+
+
+def test_signals_that_end_a_run_do_not_end_its_workers(loader: ChunkLoader):
+    """A run that is told to stop still saves; its workers must last until then."""
+    stepping = iter(loader)
+    next(stepping)
+    for process in children():
+        assert os.getpgid(process.pid) != os.getpgid(0), "Ctrl-C does not reach it"
+        process.send_signal(signal.SIGTERM)  # Slurm tells every process, whatever its group
+    assert len(list(islice(stepping, 300))) == 300
+
+
+@pytest.mark.parametrize("steps_taken", [0, 3])
+def test_workers_die_with_their_parent(steps_taken: int, corpus: CorpusSpec):
+    script = f"""
+        import itertools, time, psutil
+        from minrnn.data import ChunkLoader, CorpusSpec, Encoder, ReaderSpec
+        spec = ReaderSpec(CorpusSpec({corpus.corpus!r}), "documents", Encoder(256, 257, None), 2, 2, 12, 4, 1)
+        loader = ChunkLoader(spec, [0, 1], [None, None], workers=2)
+        list(itertools.islice(loader, {steps_taken}))
+        print(*[process.pid for process in psutil.Process().children()], flush=True)
+        time.sleep(600)
+    """
+    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        workers = [int(pid) for pid in parent.stdout.readline().split()]
+        assert len(workers) == 2
+        parent.send_signal(signal.SIGKILL)
+        parent.wait()
+    assert eventually(lambda: all(map(is_gone, workers)))
+
+
+def test_a_library_that_prints_does_not_disturb_the_stream(
+    corpus: CorpusSpec, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+):
+    expected = steps(reader_spec(corpus), [0], 4, workers=0)
+    hook = tmp_path_factory.mktemp("hook")
+    (hook / "sitecustomize.py").write_text(
+        "import json, os\n"
+        "original = json.loads\n"
+        "def loads(*args, **kwargs):\n"
+        "    print('from Python')\n"
+        "    os.write(1, b'from C')\n"
+        "    return original(*args, **kwargs)\n"
+        "json.loads = loads\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(hook), *filter(None, [os.environ.get("PYTHONPATH")])]))
+    outcome = in_time(lambda: steps(reader_spec(corpus), [0], 4, workers=1))
+    assert not isinstance(outcome, Exception), outcome
+    assert_same_steps(outcome, expected)
+
+
+def test_user_errors_are_pickled_whole():
+    error = UserError(("data.corpus", "one"), ("batch.lanes", "two"))
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is UserError
+    assert again.problems == error.problems
+    assert str(again) == "error: data.corpus: one\nerror: batch.lanes: two"
+
+
+def test_a_worker_needs_no_torch():
+    """It starts in a fraction of a second and holds little memory."""
+    code = "import sys, minrnn.data.worker; print([name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_windows_of_one_text_in_workers(corpus: CorpusSpec):
+    spec = replace(reader_spec(corpus, 2, "windows"), chunk=30)
+    one, other = steps(spec, [0, 1], 1, workers=2)[0]
+    assert not np.array_equal(one.input_ids, other.input_ids)

@@ -1,0 +1,272 @@
+"""The heart of the data path: from its chunks every document comes back whole, and from any chunk's state the rest comes again."""
+
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from data_helpers import (
+    ENCODER,
+    EOS,
+    KINDS,
+    as_array,
+    assert_same_chunk,
+    endless_texts,
+    json_line,
+    naive_chunks,
+    open_any,
+    read_back,
+    some_texts,
+    without_hints,
+    write_corpus,
+)
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from minrnn.data import Chunk, CorpusSpec, DocumentReader, DocumentStream, UserError, WindowReader, joined_tokens
+
+FEW = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+
+
+@pytest.fixture(autouse=True)
+def hub_folders_are_hub_datasets(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("minrnn.data.corpus.open_source", open_any)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything a reader is made of but its state."""
+
+    spec: CorpusSpec
+    reader: int = 0
+    num_readers: int = 1
+    lanes: int = 3
+    chunk: int = 8
+    window: int = 4
+    seed: int = 5
+
+    def open(self, state: Any = None) -> DocumentReader:
+        return DocumentReader(self.spec, ENCODER, self.reader, self.num_readers, self.lanes, self.chunk, self.window, self.seed, state)
+
+    def chunks(self, count: int, state: Any = None) -> list[Chunk]:
+        reader = self.open(state)
+        return [reader.next_chunk() for _ in range(count)]
+
+    def documents(self) -> Iterator[str]:
+        return endless_texts(DocumentStream(self.spec, "train", self.reader, self.num_readers, self.window, self.seed))
+
+
+@st.composite
+def setups(draw: st.DrawFn, folder: Path) -> tuple[Setup, list[str]]:
+    """A corpus of documents of any length, many of them empty or of a character, and a reader of any shape that it is long enough for."""
+    num_lanes = draw(st.integers(1, 4))
+    sizes = st.one_of(st.just(0), st.integers(0, 3), st.integers(0, 20), st.integers(60, 150))
+    lengths = draw(st.lists(sizes, min_size=num_lanes + 4, max_size=24))
+    texts = [f"{i}{'xé漢'[i % 3] * length}" if length else "" for i, length in enumerate(lengths)]
+    num_shards, num_readers = draw(st.integers(1, 3)), draw(st.sampled_from([1, 1, 1, 2]))
+    path = folder / f"{draw(st.uuids(allow_nil=False))}"
+    spec = write_corpus("jsonl", path, texts, num_shards)
+    mine = Setup(spec, draw(st.integers(0, num_readers - 1)), num_readers, window=draw(st.integers(1, 30)), seed=draw(st.integers(0, 9)))
+    stream = DocumentStream(spec, "train", mine.reader, num_readers, 8, None)
+    share = [record.text or "" for record in stream.one_epoch()]
+    num_lanes = min(num_lanes, len(share))
+    num_positions = sum(len(text.encode()) + 1 for text in share)
+    chunk = draw(st.integers(1, num_positions // num_lanes))
+    return replace(mine, lanes=num_lanes, chunk=min(chunk, 50)), share
+
+
+@FEW
+@given(data=st.data())
+def test_documents_come_back_whole(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory):
+    setup, share = data.draw(setups(tmp_path_factory.mktemp("whole")))
+    positions = sum(len(text.encode()) + 1 for text in share)
+    chunks = setup.chunks(2 + 2 * positions // (setup.lanes * setup.chunk))
+    for chunk in chunks:
+        assert chunk.input_ids.shape == (setup.lanes, setup.chunk)
+        assert chunk.num_scored == setup.lanes * setup.chunk
+        assert chunk.reader == setup.reader
+    lanes = read_back(chunks)
+    num_documents = sum(len(lane.whole) + (lane.begun is not None) for lane in lanes)
+    taken = list(itertools.islice(setup.documents(), num_documents))
+    unfinished = Counter(taken) - Counter(text for lane in lanes for text in lane.whole)
+    assert Counter(text for lane in lanes for text in lane.whole) <= Counter(taken)
+    assert unfinished.total() == sum(lane.begun is not None for lane in lanes)
+    for begun in [lane.begun for lane in lanes if lane.begun is not None]:
+        assert any(text.encode().startswith(begun) for text in unfinished)
+    for epoch in range(num_documents // len(share)):
+        assert Counter(taken[epoch * len(share) : (epoch + 1) * len(share)]) == Counter(share), "each document once an epoch"
+
+
+@FEW
+@given(data=st.data())
+def test_chunks_are_those_of_the_naive_reader(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory):
+    setup, _ = data.draw(setups(tmp_path_factory.mktemp("naive")))
+    expected = naive_chunks(setup.documents(), setup.lanes, setup.chunk)
+    for chunk in setup.chunks(12):
+        np.testing.assert_array_equal(as_array(chunk), next(expected))
+
+
+@FEW
+@given(data=st.data())
+def test_resuming_from_any_chunk_and_from_there_again(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory):
+    setup, _ = data.draw(setups(tmp_path_factory.mktemp("resume")))
+    whole = setup.chunks(16)
+    at = 0
+    while at < len(whole):  # a run that is interrupted again and again
+        state = json.loads(json.dumps(whole[at].state))
+        for chunk, expected in zip(setup.chunks(len(whole) - at - 1, state), whole[at + 1 :], strict=True):
+            assert_same_chunk(chunk, expected)
+        count = data.draw(st.integers(1, 6))
+        resumed = setup.chunks(count, state)
+        at += count
+        if at < len(whole):
+            assert_same_chunk(resumed[-1], whole[at])
+            whole[at] = resumed[-1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("num_shards", [1, 2, 3])
+@pytest.mark.parametrize("num_readers", [1, 2])
+def test_resuming_for_every_source(kind: str, num_shards: int, num_readers: int, tmp_path: Path):
+    spec = write_corpus(kind, tmp_path / kind, some_texts(24), num_shards)
+    setup = Setup(spec, num_readers - 1, num_readers, window=5)
+    whole = setup.chunks(14)
+    for at in range(0, 14, 3 if kind == "hub" else 1):
+        state = json.loads(json.dumps(whole[at].state))
+        resumed = setup.chunks(2, state)
+        again = setup.chunks(13 - at, json.loads(json.dumps(resumed[0].state)))
+        for chunk, expected in zip([resumed[0], *again], whole[at + 1 :], strict=False):
+            assert_same_chunk(chunk, expected)
+
+
+def test_a_chunks_state_is_its_own(tmp_path: Path):
+    """What was prefetched after a chunk changes nothing in it."""
+    reader = Setup(write_corpus("jsonl", tmp_path, some_texts(20))).open()
+    first = reader.next_chunk()
+    before = json.dumps(first.state), as_array(first)
+    for _ in range(10):
+        reader.next_chunk()
+    assert json.dumps(first.state) == before[0]
+    np.testing.assert_array_equal(as_array(first), before[1])
+
+
+def test_the_state_stays_small(tmp_path: Path):
+    setup = Setup(write_corpus("jsonl", tmp_path, some_texts(200)), lanes=4)
+    states = [chunk.state for chunk in setup.chunks(60)]
+    assert max(len(json.dumps(state)) for state in states) < 1000
+    assert set(states[0]) == {"window", "number", "num_skipped", "lanes"}
+
+
+def test_names_say_where_each_lane_reads(tmp_path: Path):
+    setup = Setup(write_corpus("text", tmp_path, ["a" * 9, "b" * 3, "c" * 9, "d" * 9]), lanes=2, chunk=10, window=1)
+    assert [chunk.documents for chunk in setup.chunks(2)] == [
+        [["00000.txt"], ["00001.txt", "00002.txt"]],
+        [["00003.txt"], ["00002.txt", "00000.txt"]],
+    ]
+
+
+def test_seeds_and_readers_give_different_orders(tmp_path: Path):
+    setup = Setup(write_corpus("jsonl", tmp_path, some_texts(80)), window=80)
+    first = as_array(setup.chunks(1)[0])
+    np.testing.assert_array_equal(first, as_array(setup.chunks(1)[0]))
+    assert not np.array_equal(first, as_array(replace(setup, seed=6).chunks(1)[0]))
+
+
+def test_held_out_documents_are_never_trained_on(tmp_path: Path):
+    texts = some_texts(60)[1:]
+    spec = replace(write_corpus("jsonl", tmp_path, texts), held_out=0.3)
+    held_out = {record.text for record in DocumentStream(spec, "validation", 0, 1, 8, None).one_epoch()}
+    seen = {text for lane in read_back(Setup(spec).chunks(120)) for text in lane.whole}
+    assert held_out
+    assert seen == set(texts) - held_out
+
+
+def test_too_little_text(tmp_path: Path):
+    spec = write_corpus("jsonl", tmp_path / "few", ["one", "two"])
+    with pytest.raises(UserError, match=r"^error: data\.corpus: .* 8 tokens, fewer than .* 3 lanes x 8; lower batch\.lanes or batch\.chunk"):
+        Setup(spec).open()
+    Setup(spec, lanes=2, chunk=4).open()  # exactly enough
+    with pytest.raises(UserError, match=r"reader 2's share \(1 of 3\) of .* holds no documents; .*batch\.readers"):
+        Setup(spec, reader=2, num_readers=3, lanes=1, chunk=1).open()
+    (tmp_path / "blank.jsonl").write_text("\n\n")
+    with pytest.raises(UserError, match="holds no documents"):
+        Setup(CorpusSpec(str(tmp_path / "blank.jsonl"))).open()
+    with pytest.raises(UserError, match="holds no documents"):
+        Setup(replace(spec, held_out=1.0)).open()
+
+
+@pytest.mark.parametrize("window", [1, 2, 8])
+def test_fewer_documents_than_lanes(window: int, tmp_path: Path):
+    spec = write_corpus("jsonl", tmp_path, ["a" * 100, "b" * 100])
+    with pytest.raises(UserError, match=r"has 2 documents for 3 lanes; lower batch\.lanes, or set data\.order to windows"):
+        Setup(spec, window=window).open()
+
+
+def test_the_checks_read_ahead_and_lose_nothing(tmp_path: Path):
+    """A first window that is shorter than a chunk: the readers' checks go on to further windows, the chunks do not."""
+    setup = Setup(write_corpus("jsonl", tmp_path, [str(i) for i in range(100)]), lanes=2, chunk=40, window=2)
+    expected = naive_chunks(setup.documents(), 2, 40)
+    for chunk in setup.chunks(4):
+        np.testing.assert_array_equal(as_array(chunk), next(expected))
+
+
+def test_a_broken_line_far_on_is_told_when_it_is_reached(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_text("".join(json_line("word" * 9) for _ in range(40)) + "broken\n")
+    reader = Setup(CorpusSpec(str(tmp_path))).open()
+    with pytest.raises(UserError, match=r"a\.jsonl:41 is not JSON"):
+        [reader.next_chunk() for _ in range(100)]
+
+
+# ---- order `windows`: crops of one text ----
+
+
+@FEW
+@given(length=st.integers(2, 60), lanes=st.integers(1, 5), seed=st.integers(0, 5), reader=st.integers(0, 3), data=st.data())
+def test_crops_are_a_function_of_seed_step_and_reader(length: int, lanes: int, seed: int, reader: int, data: st.DataObject):
+    size = data.draw(st.integers(1, length - 1))
+    tokens = np.arange(length, dtype=np.int32)  # a token is its position
+    first = WindowReader(tokens, reader, lanes, size, seed)
+    whole = [first.next_chunk() for _ in range(8)]
+    for chunk in whole:
+        assert chunk.input_ids.shape == (lanes, size)
+        assert (np.diff(chunk.input_ids, axis=1) == 1).all()
+        np.testing.assert_array_equal(chunk.shift_labels, chunk.input_ids + 1)
+        assert chunk.input_ids.min() >= 0
+        assert chunk.shift_labels.max() < length
+        assert chunk.document_starts[:, 0].all()
+        assert not chunk.document_starts[:, 1:].any()
+    for at in range(7):
+        resumed = WindowReader(tokens, reader, lanes, size, seed, json.loads(json.dumps(whole[at].state)))
+        for expected in whole[at + 1 :]:
+            assert_same_chunk(resumed.next_chunk(), expected)
+
+
+def test_crops_reach_both_ends_and_differ():
+    tokens = np.arange(12, dtype=np.int32)
+    chunks = [WindowReader(tokens, 0, 64, 9, 0, {"step": step}).next_chunk() for step in range(4)]
+    assert {int(start) for chunk in chunks for start in chunk.input_ids[:, 0]} == {0, 1, 2}
+    assert not np.array_equal(as_array(chunks[0]), as_array(chunks[1]))
+    assert not np.array_equal(as_array(chunks[0]), as_array(WindowReader(tokens, 1, 64, 9, 0).next_chunk()))
+    assert not np.array_equal(as_array(chunks[0]), as_array(WindowReader(tokens, 0, 64, 9, 1).next_chunk()))
+    with pytest.raises(UserError, match=r"has 12 tokens, too few for a crop of batch\.chunk 12 \+ 1"):
+        WindowReader(tokens, 0, 1, 12, 0)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.25])
+def test_a_joined_text_is_split_by_position(fraction: float, tmp_path: Path):
+    texts = some_texts(40)
+    spec = replace(write_corpus("jsonl", tmp_path, texts, 3), held_out=fraction)
+    everything, train, validation = (joined_tokens(spec, part, ENCODER) for part in ("all", "train", "validation"))
+    assert bytes(everything.astype(np.uint8)) == "".join(texts).encode()
+    np.testing.assert_array_equal(np.concatenate([train, validation]), everything)
+    assert len(validation) == pytest.approx(fraction * len(everything), abs=1)
+    assert EOS not in everything
+    assert train.dtype == validation.dtype == np.int32
+
+
+def test_positions_compare_without_hints():
+    assert without_hints({"hint": 1, "a": [{"hint": 2, "b": 3}]}) == {"a": [{"b": 3}]}

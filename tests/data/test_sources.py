@@ -1,0 +1,235 @@
+"""Every source, read from every place, is the tail of itself read from the start; what is broken is named."""
+
+import gzip
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+from data_helpers import ENCODER, KINDS, json_line, make_source, some_texts, texts_of, write_corpus
+from minrnn.data import CorpusSpec, DocumentReader, DocumentStream, UserError, open_source
+from minrnn.data.corpus import Window, WindowAddress
+from minrnn.data.sources import JsonLines, Parquet, Place, Record, Source, TextFiles
+
+
+def read_all(source: Source) -> list[list[Record]]:
+    return [list(source.read(shard, Place())) for shard in range(source.num_shards)]
+
+
+def problem(corpus: CorpusSpec) -> str:
+    """What the user is told when the whole corpus is read."""
+    with pytest.raises(UserError) as caught:
+        read_all(open_source(corpus))
+    assert caught.value.problems[0][0].startswith("data.")
+    return str(caught.value)
+
+
+def epoch_of(stream: DocumentStream) -> Iterator[Window]:
+    address = WindowAddress()
+    while address.epoch == 0:
+        window = stream.window(address)
+        yield window
+        address = window.following
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("num_shards", [1, 2])
+def test_reading_from_any_place_is_the_tail(kind: str, num_shards: int, tmp_path: Path):
+    texts = some_texts(17)
+    source = make_source(kind, write_corpus(kind, tmp_path, texts, num_shards))
+    assert source.num_shards == (1 if kind == "text" else num_shards)
+    shards = read_all(source)
+    assert texts_of(itertools.chain(*shards)) == texts
+    assert read_all(source) == shards
+    for shard, whole in enumerate(shards):
+        assert [record.index for record in whole] == list(range(len(whole)))
+        for count in range(len(whole) + 1):
+            reading = source.read(shard, Place())
+            assert list(itertools.islice(reading, count)) == whole[:count]
+            hint = json.loads(json.dumps(source.hint())) if count else None
+            assert list(source.read(shard, Place(count, hint))) == whole[count:]
+            assert list(source.read(shard, Place(count))) == whole[count:], "without a hint"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_hint_taken_after_going_on_from_a_hint(kind: str, tmp_path: Path):
+    source = make_source(kind, write_corpus(kind, tmp_path, some_texts(17)))
+    whole = read_all(source)[0]
+    hint = None
+    for count in range(0, 16, 2):
+        reading = source.read(0, Place(count, hint))
+        assert list(itertools.islice(reading, 2)) == whole[count : count + 2]
+        hint = json.loads(json.dumps(source.hint()))
+
+
+def test_paths_folders_and_globs(tmp_path: Path):
+    for name in ("b.txt", "a.txt", "deep/c.txt", ".hidden.txt", ".folder/d.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert texts_of(open_source(CorpusSpec(str(tmp_path / "b.txt"))).read(0, Place())) == ["b.txt"]
+    whole = list(open_source(CorpusSpec(str(tmp_path))).read(0, Place()))
+    assert texts_of(whole) == ["a.txt", "b.txt", "deep/c.txt"]
+    assert [record.name for record in whole] == ["a.txt", "b.txt", "deep/c.txt"]
+    assert texts_of(open_source(CorpusSpec(f"{tmp_path}/**/*.txt")).read(0, Place())) == ["a.txt", "b.txt", "deep/c.txt"]
+    assert texts_of(open_source(CorpusSpec(f"{tmp_path}/?.txt")).read(0, Place())) == ["a.txt", "b.txt"]
+
+
+def test_the_kind_is_told_from_the_suffix(tmp_path: Path):
+    for kind, expected in {"text": TextFiles, "jsonl": JsonLines, "jsonl.gz": JsonLines, "jsonl.zst": JsonLines, "parquet": Parquet}.items():
+        assert isinstance(open_source(write_corpus(kind, tmp_path / kind, some_texts(3))), expected)
+
+
+def test_relative_paths_are_looked_up_from_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_corpus("jsonl", tmp_path, ["one", "two"])
+    monkeypatch.chdir(tmp_path)
+    for name in ("part-00000.jsonl", "*.jsonl", "."):
+        assert texts_of(open_source(CorpusSpec(name)).read(0, Place())) == ["one", "two"]
+
+
+def test_text_keeps_its_line_ends_and_loses_its_byte_order_mark(tmp_path: Path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\r")
+    assert texts_of(open_source(CorpusSpec(str(tmp_path))).read(0, Place())) == ["one\r\ntwo\r"]
+
+
+def test_jsonl_of_any_layout(tmp_path: Path):
+    lines = ["\ufeff" + json_line("mark"), "\n", json_line("two\u2028lines"), '  {"text": "spaces"}\r\n', "  \n", '{"text": "no newline"}']
+    (tmp_path / "a.jsonl").write_bytes("".join(lines).encode())
+    source = open_source(CorpusSpec(str(tmp_path)))
+    whole = list(source.read(0, Place()))
+    assert texts_of(whole) == ["mark", "two\u2028lines", "spaces", "no newline"]
+    assert [record.index for record in whole] == [0, 2, 3, 5]
+    reading = source.read(0, Place())
+    for count in range(1, 4):
+        index, hint = next(reading).index + 1, source.hint()
+        assert list(JsonLines([tmp_path / "a.jsonl"], "text").read(0, Place(index, hint))) == whole[count:]
+
+
+@pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.zst"])
+def test_compressed_files_of_several_parts(kind: str, tmp_path: Path):
+    """`cat a.gz b.gz > c.gz` is a whole file, and so it is with zstd; parallel compressors write nothing else."""
+    pack = gzip.compress if kind == "jsonl.gz" else zstandard.ZstdCompressor().compress
+    (tmp_path / f"a.{kind}").write_bytes(b"".join(pack(json_line(text).encode()) for text in ("one", "two", "three")))
+    assert texts_of(open_source(CorpusSpec(str(tmp_path))).read(0, Place())) == ["one", "two", "three"]
+
+
+def test_another_text_field(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_text('{"content": "yes", "text": "no"}\n')
+    assert texts_of(open_source(CorpusSpec(str(tmp_path), text_field="content")).read(0, Place())) == ["yes"]
+
+
+def test_what_cannot_be_found(tmp_path: Path):
+    missing = tmp_path / "none.jsonl"
+    assert f"error: data.corpus: there is no file, folder or match for {missing}" in problem(CorpusSpec(str(missing)))
+    assert "no file, folder or match" in problem(CorpusSpec(str(tmp_path / "*.txt")))
+    assert f"the folder {tmp_path} holds no files" in problem(CorpusSpec(str(tmp_path)))
+    (tmp_path / "a.txt").touch()
+    assert f"{tmp_path / 'a.txt'} is empty" in problem(CorpusSpec(str(tmp_path / "a.txt")))
+    (tmp_path / "b.jsonl").write_text(json_line("one"))
+    message = problem(CorpusSpec(str(tmp_path)))
+    assert "mixes jsonl, text files" in message
+    assert "glob" in message
+
+
+def test_a_relative_glob_without_a_match_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    assert "no file, folder or match" in problem(CorpusSpec("texts/*"))
+
+
+@pytest.mark.parametrize("name", ["roneneldan/TinyStories", "mlfoundations/dclm-baseline-1.0", "mlfoundations/dclm-baseline-1.0-parquet"])
+def test_names_of_hub_datasets(name: str, monkeypatch: pytest.MonkeyPatch):
+    asked: list[str] = []
+    monkeypatch.setattr("minrnn.data.corpus.HubDataset", lambda path, *_: asked.append(path))
+    open_source(CorpusSpec(name))
+    assert asked == [name]
+
+
+BROKEN_LINES = {
+    "syntax": b'{"text": \n',
+    "no field": b'{"other": "x"}\n',
+    "a number": b'{"text": 3}\n',
+    "null": b'{"text": null}\n',
+    "a list": b'["text"]\n',
+    "not UTF-8": b'{"text": "\xff"}\n',
+    "half a surrogate pair": b'{"text": "\\ud800"}\n',
+    "a number beyond Python's limit": b'{"text": "x", "n": ' + b"1" * 5000 + b"}\n",
+}
+
+
+@pytest.mark.parametrize("what", BROKEN_LINES)
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz"])
+def test_a_broken_line_is_named_or_skipped(what: str, kind: str, tmp_path: Path):
+    path = tmp_path / f"a.{kind}"
+    data = json_line("one").encode() + BROKEN_LINES[what] + json_line("two").encode()
+    path.write_bytes(gzip.compress(data) if kind == "jsonl.gz" else data)
+    message = problem(CorpusSpec(str(path)))
+    assert f"{path}:2" in message
+    assert "data.skip_broken" in message
+    if what in ("no field", "a number", "null"):
+        assert "'text'" in message
+        assert "data.text_field" in message
+    records = list(open_source(CorpusSpec(str(path), skip_broken=True)).read(0, Place()))
+    assert [record.text for record in records] == ["one", None, "two"]
+
+
+def test_a_file_that_is_not_text(tmp_path: Path):
+    write_corpus("text", tmp_path, ["one", "two"])
+    broken = tmp_path / "00000b.txt"
+    broken.write_bytes(b"ab\xff")
+    message = problem(CorpusSpec(str(tmp_path)))
+    assert f"{broken} is not UTF-8 (byte 2)" in message
+    assert "data.skip_broken" in message
+    assert [record.text for record in open_source(CorpusSpec(str(tmp_path), skip_broken=True)).read(0, Place())] == ["one", None, "two"]
+
+
+def test_broken_parquet_rows(tmp_path: Path):
+    not_utf8 = pyarrow.StringArray.from_buffers(1, pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0"), pyarrow.py_buffer(b"\xff"))
+    for name, column in {"null": pyarrow.array(["one", None]), "number": pyarrow.array([1, 2]), "not-utf8": not_utf8}.items():
+        path = tmp_path / f"{name}.parquet"
+        pyarrow.parquet.write_table(pyarrow.table({"text": column}), path)
+        message = problem(CorpusSpec(str(path)))
+        assert str(path) in message
+        assert "data.skip_broken" in message
+        records = list(open_source(CorpusSpec(str(path), skip_broken=True)).read(0, Place()))
+        assert records[-1].text is None
+    pyarrow.parquet.write_table(pyarrow.table({"content": ["one"]}), tmp_path / "other.parquet")
+    message = problem(CorpusSpec(str(tmp_path / "other.parquet")))
+    assert message.startswith("error: data.text_field:")
+    assert "'content'" in message
+    (tmp_path / "fake.parquet").write_text("hello, this is no parquet")
+    assert f"{tmp_path / 'fake.parquet'} is not a parquet file" in problem(CorpusSpec(str(tmp_path / "fake.parquet")))
+
+
+@pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.zst"])
+def test_a_cut_off_download_is_named(kind: str, tmp_path: Path):
+    path = Path(write_corpus(kind, tmp_path, some_texts(200)).corpus) / f"part-00000.{kind}"
+    path.write_bytes(path.read_bytes()[:-20])
+    assert str(path) in problem(CorpusSpec(str(path)))
+
+
+def test_hub_rows_without_text(tmp_path: Path):
+    spec = write_corpus("hub", tmp_path, ["one"])
+    with pytest.raises(UserError, match=r"data\.text_field.*'content'.*'other', 'text'"):
+        list(make_source("hub", replace(spec, text_field="content")).read(0, Place()))
+    records = list(make_source("hub", replace(spec, text_field="content", skip_broken=True)).read(0, Place()))
+    assert [record.text for record in records] == [None]
+    with pytest.raises(UserError, match=r"data\.corpus.*cannot open the dataset"):
+        make_source("hub", replace(spec, split="none"))
+
+
+def test_skipped_documents_are_counted_once(tmp_path: Path):
+    lines = [json_line(f"document {i}") if i % 3 else "broken\n" for i in range(30)]
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    spec = CorpusSpec(str(tmp_path), skip_broken=True)
+    assert sum(window.num_skipped for window in epoch_of(DocumentStream(spec, "train", 0, 1, 4, None))) == 10
+    reader = DocumentReader(spec, ENCODER, 0, 1, 1, 16, 4, 0)
+    counts = []
+    while (state := json.loads(json.dumps(reader.next_chunk().state)))["window"]["epoch"] == 0:
+        counts.append(state["num_skipped"])
+        reader = DocumentReader(spec, ENCODER, 0, 1, 1, 16, 4, 0, state)  # anew each time: what was counted stays counted, and is so once
+    assert counts == sorted(counts)
+    assert counts[-1] == 10
