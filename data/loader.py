@@ -71,7 +71,7 @@ class WorkerChunks:
     READ_AHEAD = 4
 
     def __init__(self, spec: ReaderSpec, readers: Sequence[int], states: Sequence[dict[str, Any] | None]):
-        command = [sys.executable, "-m", f"{__package__}.worker"]
+        command = [sys.executable, "-P", "-m", f"{__package__}.worker"]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
         assert self._process.stdin is not None
         pickle.dump((spec, readers, states), self._process.stdin)
@@ -88,7 +88,7 @@ class WorkerChunks:
                 self._ready.put(item)
                 if isinstance(item, Exception):
                     return
-        except (EOFError, pickle.UnpicklingError, OSError, ValueError):
+        except Exception:  # whatever it was, the loop must hear of it
             self._ready.put(RuntimeError(f"a data worker ended without a word (exit status {self._process.wait()})"))
 
     def __iter__(self) -> Iterator[Chunk]:

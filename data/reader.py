@@ -154,6 +154,13 @@ class DocumentReader:
         self.num_skipped = state["num_skipped"]
 
     def _start(self, lane: Lane, window: Window, number: int) -> None:
+        if number >= len(window.documents):
+            raise UserError(
+                (
+                    "data.corpus",
+                    f"has changed: document {number} of window {window.address.number} is gone; a run goes on with the corpus it began with",
+                )
+            )
         document = window.documents[number]
         assert document.text is not None
         lane.tokens, lane.offset = self.encoder(document.text), 0

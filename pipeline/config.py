@@ -27,9 +27,9 @@ class Section(BaseModel):
 class RunSection(Section):
     """The run itself."""
 
-    dir: str = Field("runs/default", min_length=1)
+    dir: str = Field(default="runs/default", min_length=1)
     """The run's own folder: config.yaml, metrics.jsonl, loss.png, samples.txt, checkpoints/, model/."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Of the weights, the data order and the dropout. The same seed gives the same run."""
     resume: Literal["auto", "never", "must"] = "auto"
     """auto: go on from the newest valid checkpoint in run.dir, if any. never: refuse a folder that has one. must: one without."""
@@ -78,7 +78,7 @@ ModelSection = create_model("ModelSection", __base__=_ModelBase, __doc__=_model_
 class DataSection(Section):
     """What is read, and in which order."""
 
-    corpus: str = Field("python-stdlib", min_length=1)
+    corpus: str = Field(default="python-stdlib", min_length=1)
     """python-stdlib (the interpreter's own), a file, folder or glob (parquet, jsonl, jsonl.gz, jsonl.zst, text), or a hub dataset."""
     subset: str | None = None
     """Configuration of a hub dataset, e.g. sample-10BT."""
@@ -92,30 +92,30 @@ class DataSection(Section):
     """Leave out documents that are not UTF-8, not JSON, or without text (they are counted) instead of stopping."""
     order: Literal["documents", "windows"] = "documents"
     """documents: every lane reads documents to their end. windows: random crops of the joined text, nothing carried."""
-    tokenizer: str = Field("bytes", min_length=1)
+    tokenizer: str = Field(default="bytes", min_length=1)
     """bytes, or a tokenizer of the hub or a folder."""
-    shuffle_window: int = Field(1024, ge=1)
+    shuffle_window: int = Field(default=1024, ge=1)
     """Documents that are shuffled together; resuming reads at most this many again."""
     validation: str | None = None
     """A corpus of its own for validation. Otherwise python-stdlib's held-out modules, or `validation_fraction` of the corpus."""
     validation_split: str = "validation"
     """Split of a hub dataset in `validation`."""
-    validation_fraction: float = Field(0.01, gt=0.0, lt=1.0)
+    validation_fraction: float = Field(default=0.01, gt=0.0, lt=1.0)
     """Share of the documents (of the text's end, in order windows) that is held out."""
-    validation_tokens: int | None = Field(500_000, ge=1)
+    validation_tokens: int | None = Field(default=500_000, ge=1)
     """Validate on whole documents until they have this many tokens; null for all."""
-    workers: int = Field(1, ge=0)
+    workers: int = Field(default=1, ge=0)
     """Processes that read ahead; 0 reads in the training process."""
 
 
 class BatchSection(Section):
     """The global batch: readers x lanes x chunk tokens, whatever the number of processes."""
 
-    readers: int = Field(1, ge=1)
+    readers: int = Field(default=1, ge=1)
     """Corpus cursors. Processes share them evenly and accumulate gradients over theirs, so this is also the largest number of processes."""
-    lanes: int = Field(16, ge=1)
+    lanes: int = Field(default=16, ge=1)
     """Rows of a reader's chunk: streams of documents side by side."""
-    chunk: int = Field(256, ge=1)
+    chunk: int = Field(default=256, ge=1)
     """Tokens of a lane that one step sees, and how far gradients reach."""
     carry_state: bool = True
     """Hand the state from one chunk to the next (reset at documents)."""
@@ -124,48 +124,48 @@ class BatchSection(Section):
 class OptimSection(Section):
     """AdamW; no decay on gates, norms, biases, convolutions and embeddings."""
 
-    lr: float = Field(4e-3, gt=0)
+    lr: float = Field(default=4e-3, gt=0)
     """Peak learning rate."""
     schedule: Literal["wsd", "cosine", "constant"] = "wsd"
     """After the warmup: wsd holds, then falls linearly over the last `decay_fraction` of the steps; cosine falls all the way."""
-    warmup_steps: int = Field(50, ge=0)
+    warmup_steps: int = Field(default=50, ge=0)
     """Steps of linear warmup."""
-    decay_fraction: float = Field(0.3, ge=0.0, le=1.0)
+    decay_fraction: float = Field(default=0.3, ge=0.0, le=1.0)
     """Share of the steps in which wsd falls."""
-    final_lr_fraction: float = Field(0.0, ge=0.0, le=1.0)
+    final_lr_fraction: float = Field(default=0.0, ge=0.0, le=1.0)
     """What the schedule falls to, as a fraction of the peak."""
-    weight_decay: float = Field(0.1, ge=0.0)
+    weight_decay: float = Field(default=0.1, ge=0.0)
     """Decoupled decay of the output and MLP projections."""
-    beta1: float = Field(0.9, ge=0.0, lt=1.0)
+    beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
     """Decay of the first moment."""
-    beta2: float = Field(0.95, ge=0.0, lt=1.0)
+    beta2: float = Field(default=0.95, ge=0.0, lt=1.0)
     """Decay of the second moment."""
-    eps: float = Field(1e-8, gt=0.0)
+    eps: float = Field(default=1e-8, gt=0.0)
     """Added to the root of the second moment."""
-    clip: float | None = Field(1.0, gt=0.0)
+    clip: float | None = Field(default=1.0, gt=0.0)
     """Largest norm of the gradient; null for no clipping."""
 
 
 class TrainSection(Section):
     """The loop."""
 
-    steps: int = Field(1000, ge=1)
+    steps: int = Field(default=1000, ge=1)
     """Optimizer steps in all. A finished run goes on when this is raised."""
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"
     """bf16 is autocast over fp32 weights; the recurrent state is fp32 all the same."""
     gradient_checkpointing: bool = False
     """Recompute blocks in the backward pass instead of keeping their activations."""
-    log_every: int = Field(10, ge=1)
+    log_every: int = Field(default=10, ge=1)
     """Steps between lines of metrics.jsonl."""
-    eval_every: int | None = Field(None, ge=1)
+    eval_every: int | None = Field(default=None, ge=1)
     """Steps between validations; null for one at the end."""
-    save_every: int | None = Field(None, ge=1)
+    save_every: int | None = Field(default=None, ge=1)
     """Steps between checkpoints; null for one at the end (and when the run is interrupted)."""
-    keep_checkpoints: int = Field(2, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
     """Newest checkpoints that are kept."""
     prompts: list[str] = [""]
     """What the samples in samples.txt begin with."""
-    sample_tokens: int = Field(200, ge=0)
+    sample_tokens: int = Field(default=200, ge=0)
     """Tokens per sample; 0 for no samples."""
 
 

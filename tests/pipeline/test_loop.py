@@ -101,6 +101,7 @@ def test_a_non_finite_loss_stops_before_anything_is_saved(values: Values, run_re
         if kwargs.get("num_items_in_batch", 1) != 1:  # training, not validation
             calls.append(1)
             if len(calls) == 10:  # step 5, second reader
+                assert output.loss is not None
                 output.loss = output.loss * float("nan")
         return output
 

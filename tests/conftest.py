@@ -1,0 +1,15 @@
+"""Settings every test runs under."""
+
+import torch
+from hypothesis import HealthCheck, Phase, settings
+
+torch.set_num_threads(2)
+settings.register_profile(
+    "minrnn",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+    phases=[phase for phase in Phase if phase is not Phase.explain],
+)
+settings.load_profile("minrnn")

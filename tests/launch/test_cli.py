@@ -1,0 +1,104 @@
+"""The command line, the recipes, and what the README says to type."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from minrnn.data import BYTES, byte_tokenizer, load_tokenizer, model_vocab_size
+from minrnn.launch.cli import main
+from minrnn.models import MinRNNConfig, MinRNNForCausalLM
+from minrnn.pipeline.export import export_model, model_config
+from minrnn.pipeline.recipe import build_recipe, parse_arguments, read_recipe, resolved, shipped_recipes
+
+REPOSITORY = Path(__file__).parents[2]
+README = REPOSITORY / "README.md"
+
+
+def readme_commands() -> list[str]:
+    """Every command line in a shell block of the README."""
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.split("#")[0].strip() for line in lines if line.split("#")[0].strip()]
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny exported model."""
+    folder = tmp_path_factory.mktemp("export") / "model"
+    tokenizer = byte_tokenizer()
+    torch.manual_seed(0)
+    config = MinRNNConfig(hidden_size=16, num_hidden_layers=1, intermediate_size=0, bos_token_id=tokenizer.bos_token_id)
+    export_model(MinRNNForCausalLM(config), tokenizer, folder, resolved(build_recipe({})), tokens=0)
+    return folder
+
+
+@pytest.mark.parametrize("name", sorted(shipped_recipes()))
+def test_each_recipe_parses_and_its_model_builds(name: str):
+    recipe = read_recipe(["--config", name])
+    tokenizer = load_tokenizer(BYTES)  # the hub's are out of reach of a test; only the vocabulary differs
+    vocab_size = model_vocab_size(tokenizer) if recipe.data.tokenizer == BYTES else 50_264
+    with torch.device("meta"):
+        model = MinRNNForCausalLM(model_config(recipe.model_fields_resolved(), tokenizer, vocab_size))
+    expected = {"quickstart": (2e6, 3e6), "shakespeare-paper": (4e6, 7e6), "fineweb-350m": (300e6, 400e6)}[name]
+    assert expected[0] < model.num_parameters() < expected[1]
+
+
+def test_the_main_job_is_all_that_the_readme_asks_for():
+    assert readme_commands()[:2] == ["make setup", "make train"]
+
+
+@pytest.mark.parametrize("command", [line for line in readme_commands() if not line.startswith("make ")])
+def test_the_commands_of_the_readme_run(command: str, export: Path, tmp_path: Path, monkeypatch, capsys):
+    """As typed, but for what makes them long: training is read and checked, generation and export are run on a small model."""
+    words = shlex.split(command)
+    if "minrnn.pipeline.train" in words or words[:2] == ["minrnn", "train"]:
+        arguments = words[words.index("minrnn.pipeline.train") + 1 :] if "minrnn.pipeline.train" in words else words[2:]
+        assert parse_arguments(arguments)[0] in shipped_recipes()
+        if "--help" not in arguments:
+            read_recipe(arguments)
+        return
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "book.txt").write_text("It was the best of times")
+    replaced = [str(export) if word == "runs/quickstart/model" else word for word in words]
+    assert replaced[0] in ("minrnn", "tail", "mlflow", "pip", "source", ".venv/bin/minrnn")
+    if replaced[:2] == ["minrnn", "generate"]:
+        main([*replaced[1:], "--max-new-tokens", "5"])
+        assert capsys.readouterr().out
+
+
+def test_generate_reads_a_prompt_in_pieces(export: Path, tmp_path: Path, capsys):
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("a prompt that is longer than a piece")
+    texts = []
+    for prefill in ("3", "1000"):
+        main(["generate", str(export), "--prompt-file", str(prompt), "--prefill", prefill, "--max-new-tokens", "8", "--temperature", "0"])
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert texts[0].startswith(prompt.read_text())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["exprot"], "error: exprot: unknown command (did you mean export?)"),
+        (["generate", "nowhere"], "error: MODEL: cannot load nowhere"),
+        (["generate", "x", "--temperature", "-1", "--prefill", "0"], "error: --prefill: must be at least 1"),
+        (["export", "nowhere", "--out", "x"], "error: RUN: nowhere holds no valid checkpoint"),
+        (["export", "nowhere", "--out", "x", "--step", "3"], "error: --step: nowhere/checkpoints/step-000003/manifest.json is missing"),
+        (["train", "--train.stpes", "3"], "error: train.stpes: unknown key (did you mean train.steps?)"),
+    ],
+)
+def test_mistakes_end_with_status_two_and_a_line_each(arguments: list[str], told: str, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    assert left.value.code == 2
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["train", "--help"]])
+def test_help(arguments: list[str], capsys):
+    main(arguments)
+    assert "minrnn train --config quickstart" in capsys.readouterr().out

@@ -1,0 +1,200 @@
+"""Every cut is exact: chunks, documents and padding, in any mixture, against each document alone and whole."""
+
+import itertools
+
+import pytest
+import torch
+from helpers import (
+    VOCAB,
+    assert_close,
+    assert_same_gradients,
+    chunked_logits,
+    generator,
+    gradients,
+    logits_of,
+    new_model,
+    random_ids,
+    shared_model,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from minrnn.models import MinRNNCache, MinRNNForCausalLM
+from torch import Tensor
+
+VARIANTS = [
+    {"cell": cell, "preset": preset, "conv_kernel": kernel, "intermediate_size": mlp}
+    for cell, preset, kernel, mlp in [
+        ("mingru", "default", 4, 24),
+        ("minlstm", "default", 4, 24),
+        ("mingru", "paper", 4, 24),
+        ("minlstm", "paper", 0, 0),
+        ("mingru", "default", 1, 0),
+        ("minlstm", "default", 6, 0),
+    ]
+]
+variants = pytest.mark.parametrize("variant", VARIANTS, ids=["-".join(map(str, variant.values())) for variant in VARIANTS])
+cuts_in = st.sets(st.integers(1, 23), max_size=4).map(sorted)
+precisions = pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-9), (torch.float32, 1e-5)], ids=["fp64", "fp32"])
+
+
+def split_documents(ids: Tensor, mask: Tensor, starts: Tensor) -> list[list[Tensor]]:
+    """For each row, its documents [1, length] without the padding."""
+    rows = []
+    for row in range(ids.shape[0]):
+        real, begins = ids[row][mask[row]], starts[row][mask[row]]
+        bounds = [0, *(t for t in range(1, len(real)) if begins[t]), len(real)]
+        rows.append([real[low:high].unsqueeze(0) for low, high in itertools.pairwise(bounds)])
+    return rows
+
+
+def assert_equals_each_document_alone(model: MinRNNForCausalLM, logits: Tensor, ids: Tensor, mask: Tensor, starts: Tensor, atol: float) -> None:
+    for row, documents in enumerate(split_documents(ids, mask, starts)):
+        alone = torch.cat([logits_of(model, document)[0] for document in documents if document.numel()] or [logits.new_zeros(0, VOCAB)])
+        assert_close(logits[row][mask[row]], alone, atol=atol, what=f"row {row}")
+
+
+@precisions
+@variants
+def test_whole_is_chunked_is_token_by_token(variant, dtype, atol):
+    model, ids = shared_model(dtype=dtype, **variant), random_ids(2, 24)
+    whole = logits_of(model, ids)
+    for cuts in ([1], [2, 3], [7, 7, 20], [23], list(range(1, 24))):
+        assert_close(chunked_logits(model, ids, cuts)[0], whole, atol=atol, what=f"cuts {cuts}")
+
+
+@precisions
+@variants
+@settings(max_examples=6)
+@given(
+    seed=st.integers(0, 999),
+    real=st.sampled_from([0.1, 0.6, 1]),
+    begins=st.sampled_from([0, 0.15, 0.6]),
+    cuts=cuts_in,
+    whole_mask=st.booleans(),
+)
+def test_documents_padding_and_cuts_together(variant, dtype, atol, seed, real, begins, cuts, whole_mask):
+    """Each row's documents, run alone = packed, with padding anywhere, cut anywhere."""
+    model, ids = shared_model(dtype=dtype, **variant), random_ids(3, 24)
+    mask = torch.rand(3, 24, generator=generator(seed)) < real
+    starts = (torch.rand(3, 24, generator=generator(seed + 1000)) < begins) & mask
+    per_token = {"attention_mask": mask.long(), "document_starts": starts}
+    logits, _ = chunked_logits(model, ids, cuts, whole_mask, **per_token)
+    assert_equals_each_document_alone(model, logits, ids, mask, starts, atol)
+
+
+@precisions
+@variants
+@pytest.mark.parametrize("side", ["left", "right", "middle", "everything", "nothing"])
+def test_padding_is_not_seen(variant, dtype, atol, side):
+    """Padded = unpadded on real tokens, and so is what follows from the cache; the pad token's embedding plays no role."""
+    model, ids, more = shared_model(dtype=dtype, **variant), random_ids(2, 16), random_ids(2, 5, seed=1)
+    mask = torch.ones(2, 16, dtype=torch.bool)
+    hidden = {"left": slice(0, 6), "right": slice(9, 16), "middle": slice(4, 11), "everything": slice(0, 16), "nothing": slice(0, 0)}[side]
+    mask[0, hidden] = False
+    ids = ids.masked_fill(~mask, 0)
+    cache = MinRNNCache(2)
+    logits = logits_of(model, ids, attention_mask=mask.long(), past_key_values=cache, use_cache=True)
+    continued = logits_of(model, more, past_key_values=cache, use_cache=True)
+    starts = torch.zeros_like(mask)
+    assert_equals_each_document_alone(model, logits, ids, mask, starts, atol)
+    for row in range(2):
+        whole = torch.cat([ids[row][mask[row]], more[row]]).unsqueeze(0)
+        assert_close(continued[row : row + 1], logits_of(model, whole)[:, -5:], atol=atol, what=f"row {row} continued")
+
+
+@pytest.mark.parametrize("kernel", [0, 4])
+@pytest.mark.parametrize("whole_mask", [False, True])
+def test_an_empty_chunk_hands_the_state_through(kernel, whole_mask):
+    model, ids = shared_model(conv_kernel=kernel), random_ids(2, 9)
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[0, :2] = 0
+    starts = torch.zeros(2, 9, dtype=torch.bool)
+    starts[1, 3] = True
+    whole, state = chunked_logits(model, ids, [4], whole_mask, attention_mask=mask, document_starts=starts)
+    ours, our_state = chunked_logits(model, ids, [0, 4, 4, 9], whole_mask, attention_mask=mask, document_starts=starts)
+    assert torch.equal(ours[mask.bool()], whole[mask.bool()])
+    assert our_state.get_seq_length() == 9
+    assert all(torch.equal(tensor, state.state_dict()[name]) for name, tensor in our_state.state_dict().items())
+
+
+@variants
+def test_a_document_start_forgets_everything(variant):
+    """What stood before, a carried state included, changes no bit of what follows."""
+    model, ids = shared_model(**variant), random_ids(2, 12)
+    starts = torch.zeros(2, 12, dtype=torch.bool)
+    starts[:, 5] = True
+    other = ids.clone()
+    other[:, :5] = random_ids(2, 5, seed=7)
+    carried = MinRNNCache(2)
+    logits_of(model, random_ids(2, 9, seed=8), past_key_values=carried, use_cache=True)
+    ours, again = MinRNNCache(2), logits_of(model, other, document_starts=starts, past_key_values=carried, use_cache=True)
+    first = logits_of(model, ids, document_starts=starts, past_key_values=ours, use_cache=True)
+    assert torch.equal(first[:, 5:], again[:, 5:])
+    assert not torch.allclose(first[:, :5], again[:, :5])
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(tensor, carried.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("cell", ["mingru", "minlstm"])
+@pytest.mark.parametrize("preset", ["default", "paper"])
+def test_gradients_of_a_packed_batch_are_the_sum(cell, preset):
+    model, ids = shared_model(preset, torch.float64, cell=cell), random_ids(2, 17)
+    starts = torch.zeros(2, 17, dtype=torch.bool)
+    starts[:, [0, 4, 5, 11]] = True
+    mask = torch.ones_like(starts)
+    packed = gradients(model, model(ids, labels=ids, document_starts=starts, num_items_in_batch=1).loss)
+    documents = [document for row in split_documents(ids, mask, starts) for document in row]
+    losses = [model(document, labels=document, num_items_in_batch=1).loss for document in documents]
+    assert_same_gradients(packed, gradients(model, sum(losses, torch.zeros((), dtype=torch.float64))), atol=1e-12)
+
+
+@pytest.mark.parametrize("cell", ["mingru", "minlstm"])
+@pytest.mark.parametrize("side", ["left", "right", "middle"])
+def test_gradients_of_a_padded_batch_are_the_sum(cell, side):
+    model, ids = shared_model(dtype=torch.float64, cell=cell), random_ids(2, 14)
+    mask = torch.ones(2, 14, dtype=torch.bool)
+    mask[1, {"left": slice(0, 5), "right": slice(9, 14), "middle": slice(4, 9)}[side]] = False
+    rows = [ids[row][mask[row]].unsqueeze(0) for row in range(2)]
+    targets = torch.full_like(ids, -100)
+    for row in range(2):
+        targets[row, mask[row]] = torch.cat([rows[row][0, 1:], torch.tensor([-100])])
+    padded = model(ids, attention_mask=mask.long(), shift_labels=targets, num_items_in_batch=3).loss
+    alone = sum((model(row, labels=row, num_items_in_batch=3).loss for row in rows), torch.zeros((), dtype=torch.float64))
+    assert_close(padded, alone, atol=1e-12)
+    assert_same_gradients(gradients(model, padded), gradients(model, alone), atol=1e-12)
+
+
+@pytest.mark.parametrize("cell", ["mingru", "minlstm"])
+def test_gradient_flows_through_a_cut(cell):
+    """An undetached cache: the losses of the chunks together have the gradient of the whole."""
+    model, ids = shared_model(dtype=torch.float64, cell=cell), random_ids(2, 20)
+    targets = torch.cat([ids[:, 1:], torch.full((2, 1), -100)], dim=1)
+    whole = model(ids, shift_labels=targets, num_items_in_batch=1).loss
+    cache, loss = MinRNNCache(2), torch.zeros((), dtype=torch.float64)
+    for low, high in ((0, 2), (2, 3), (3, 20)):
+        output = model(ids[:, low:high], past_key_values=cache, use_cache=True, shift_labels=targets[:, low:high], num_items_in_batch=1)
+        loss = loss + output.loss
+    assert_close(loss, whole, atol=1e-12)
+    assert_same_gradients(gradients(model, loss), gradients(model, whole), atol=1e-11)
+
+
+def test_detach_cuts_the_gradient():
+    model, ids = new_model(), random_ids(2, 6)
+    cache = model(ids, use_cache=True).past_key_values
+    assert all(layer.recurrent.requires_grad and layer.conv.requires_grad for layer in cache.layers)
+    assert cache.detach_() is cache
+    assert not any(layer.recurrent.requires_grad or layer.conv.requires_grad for layer in cache.layers)
+    assert cache.get_seq_length() == 6
+
+
+@pytest.mark.parametrize("columns", [3, 7])
+def test_boundaries_that_do_not_fit_are_refused(columns):
+    model, ids = shared_model(), random_ids(2, 5)
+    with pytest.raises(ValueError, match=r"document_starts must be \[batch, time\] = \(2, 5\)"):
+        model(ids, document_starts=torch.zeros(2, columns, dtype=torch.bool))
+    with pytest.raises(ValueError, match="attention_mask must be"):
+        model(ids, attention_mask=torch.ones(2, min(columns, 4)))
+    with pytest.raises(ValueError, match="attention_mask must be"):
+        model(ids, attention_mask=torch.ones(2, 1, 5, 5))
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+        model()

@@ -1,0 +1,215 @@
+"""The scan against the recurrence written out, for every backend: values, gradients, dtypes, shapes and cuts."""
+
+import itertools
+
+import pytest
+import torch
+from helpers import assert_close, generator
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from minrnn.models.scan import BACKENDS, linear_scan
+from torch import Tensor
+
+backends = pytest.mark.parametrize("backend", BACKENDS)
+Results = dict[str, Tensor]
+
+# dtypes of (a, b, h0); the last column is what the carried state must be
+DTYPES = {
+    "fp64": (torch.float64, torch.float64, torch.float64),
+    "fp32": (torch.float32, torch.float32, torch.float32),
+    "bf16": (torch.bfloat16, torch.bfloat16, torch.float32),
+    "fp32-bf16": (torch.float32, torch.bfloat16, torch.float32),
+    "bf16-fp32": (torch.bfloat16, torch.float32, torch.bfloat16),
+    "fp32-fp16": (torch.float32, torch.float16, torch.float32),
+    "fp64-bf16": (torch.float64, torch.bfloat16, torch.float32),
+    "fp32-fp64": (torch.float32, torch.float64, torch.float32),
+}
+PRECISION = {torch.float64: 1e-13, torch.float32: 2e-6}  # of the arithmetic, relative to the largest
+ROUNDING = {torch.float64: 0.0, torch.float32: 2**-23, torch.float16: 2**-10, torch.bfloat16: 2**-7}  # one unit in the last place
+
+
+def plain_scan(a: Tensor, b: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
+    """The recurrence, differentiated by autograd alone."""
+    h, states = h0, []
+    for a_t, b_t in zip(a.unbind(1), b.unbind(1), strict=True):
+        h = a_t * h + b_t
+        states.append(h)
+    return (torch.stack(states, dim=1) if states else torch.zeros_like(b)), h
+
+
+def random_problem(seed: int, batch: int, time: int, width: int, dtypes=DTYPES["fp64"], kind: str = "signed") -> tuple[Tensor, Tensor, Tensor]:
+    """(a, b, h0) in their dtypes; a in [-1, 1], with zeros and ones among them, or close to 1, or both."""
+    random = generator(seed)
+    a = torch.rand(batch, time, width, generator=random, dtype=torch.float64)
+    if kind == "signed":
+        a = 2 * a - 1
+    elif kind == "long":
+        a = 1 - 0.01 * a
+    special = torch.rand(a.shape, generator=random)
+    a = torch.where(special < 0.05, 0.0, torch.where(special > 0.9, 1.0, a))
+    b, h0 = torch.randn(a.shape, generator=random, dtype=torch.float64), torch.randn(batch, width, generator=random, dtype=torch.float64)
+    return a.to(dtypes[0]), b.to(dtypes[1]), h0.to(dtypes[2])
+
+
+def differentiated(scan, a: Tensor, b: Tensor, h0: Tensor | None, weights: tuple[Tensor, Tensor], use: str = "both") -> Results:
+    """h, h_last and the gradients of their weighted sum; with `use` of only one of them."""
+    leaves = {"a": a, "b": b} | ({} if h0 is None else {"h0": h0})
+    leaves = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
+    h, h_last = scan(leaves["a"], leaves["b"], leaves.get("h0"))
+    loss = sum((0 * leaf.double()).sum() for leaf in leaves.values())  # so that every leaf is used, also by the loop over no time
+    if use in ("both", "h"):
+        loss = loss + (h.double() * weights[0]).sum()
+    if use in ("both", "h_last"):
+        loss = loss + (h_last.double() * weights[1]).sum()
+    assert isinstance(loss, Tensor)
+    grads = torch.autograd.grad(loss, list(leaves.values()))
+    return {"h": h.detach(), "h_last": h_last.detach()} | {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
+
+
+def random_weights(seed: int, b: Tensor) -> tuple[Tensor, Tensor]:
+    """For h and h_last; representable in every dtype, so that rounding the incoming gradient loses nothing."""
+    random = generator(seed + 1)
+    return (torch.randint(-8, 9, b.shape, generator=random) / 4).double(), torch.randn(b.shape[0], b.shape[2], generator=random).double()
+
+
+def plain_results(a: Tensor, b: Tensor, h0: Tensor | None, weights: tuple[Tensor, Tensor], use: str = "both") -> Results:
+    """`differentiated` of the plain loop in fp64 on the same numbers."""
+    start = torch.zeros(b.shape[0], b.shape[2], dtype=torch.float64)
+
+    def scan(a, b, h0):
+        return plain_scan(a, b, start if h0 is None else h0)
+
+    return differentiated(scan, a.double(), b.double(), None if h0 is None else h0.double(), weights, use)
+
+
+def assert_results(ours: Results, expected: Results, a: Tensor, b: Tensor, h0: Tensor | None) -> None:
+    accumulated = torch.float64 if torch.float64 in (a.dtype, b.dtype) else torch.float32
+    dtypes = {"h": b.dtype, "h_last": accumulated, "da": a.dtype, "db": b.dtype} | ({} if h0 is None else {"dh0": h0.dtype})
+    assert {name: value.dtype for name, value in ours.items()} == dtypes
+    for name, value in ours.items():
+        # da is the product of a gradient with an h that was saved in b's dtype
+        rounding = ROUNDING[dtypes[name]] + (ROUNDING[b.dtype] if name == "da" else 0)
+        assert_close(value, expected[name], atol=PRECISION[accumulated], rtol=rounding, what=name)
+
+
+narrow = st.tuples(st.integers(0, 3), st.integers(0, 70), st.integers(1, 70))
+wide = st.tuples(st.integers(1, 3), st.integers(1, 7), st.sampled_from([511, 513, 1100]))  # more than one stripe
+kinds = st.sampled_from(["signed", "long", "positive"])
+
+
+@backends
+@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
+@settings(max_examples=8)
+@given(shape=narrow | wide, kind=kinds, with_h0=st.booleans(), use=st.sampled_from(["both", "both", "h", "h_last"]), seed=st.integers(0, 2**20))
+def test_values_and_gradients(backend, dtypes, shape, kind, with_h0, use, seed):
+    a, b, start = random_problem(seed, *shape, dtypes=dtypes, kind=kind)
+    h0 = start if with_h0 else None
+    weights = random_weights(seed, b)
+    ours = differentiated(lambda a, b, h0: linear_scan(a, b, h0, backend=backend), a, b, h0, weights, use)
+    assert_results(ours, plain_results(a, b, h0, weights, use), a, b, h0)
+
+
+@backends
+@pytest.mark.parametrize("time", [1, 2, 3, 4, 5, 64, 65, 67])
+def test_edges_of_blocks(backend, time):
+    a, b, h0 = random_problem(time, 2, time, 3)
+    weights = random_weights(time, b)
+    ours = differentiated(lambda a, b, h0: linear_scan(a, b, h0, backend=backend), a, b, h0, weights)
+    assert_results(ours, plain_results(a, b, h0, weights), a, b, h0)
+
+
+@backends
+@settings(max_examples=10)
+@given(time=st.integers(0, 60), cuts=st.lists(st.integers(0, 60), max_size=4), dtypes=st.sampled_from(["fp64", "fp32", "bf16"]))
+def test_cut_anywhere(backend, time, cuts, dtypes):
+    a, b, h0 = random_problem(time, 2, time, 33, DTYPES[dtypes], "long")
+    weights = random_weights(time, b)
+
+    def cut_scan(a, b, h0):
+        edges, pieces = [0, *sorted(min(cut, time) for cut in cuts), time], []
+        for low, high in itertools.pairwise(edges):
+            h, h0 = linear_scan(a[:, low:high], b[:, low:high], h0, backend=backend)
+            pieces.append(h)
+        return torch.cat(pieces, dim=1), h0
+
+    assert_results(differentiated(cut_scan, a, b, h0, weights), plain_results(a, b, h0, weights), a, b, h0)
+
+
+@backends
+@pytest.mark.parametrize("dtypes", ["fp64", "fp32", "bf16"])
+def test_token_by_token(backend, dtypes):
+    a, b, h0 = random_problem(5, 3, 37, 19, DTYPES[dtypes], "long")
+    h, h_last = linear_scan(a, b, h0, backend=backend)
+    state, steps = h0, []
+    for t in range(b.shape[1]):
+        step, state = linear_scan(a[:, t : t + 1], b[:, t : t + 1], state, backend=backend)
+        steps.append(step)
+    precision = PRECISION[state.dtype]
+    assert_close(torch.cat(steps, dim=1), h, atol=precision, rtol=ROUNDING[b.dtype], what="h")
+    assert_close(state, h_last, atol=precision, what="h_last")
+
+
+def strided(tensor: Tensor, how: str) -> Tensor:
+    """The same numbers in another layout, or (expanded) the same row for the whole batch."""
+    if how == "transposed":
+        return tensor.transpose(0, -1).contiguous().transpose(0, -1)
+    if how == "sliced":
+        return torch.stack([tensor, torch.full_like(tensor, torch.nan)], dim=-1)[..., 0]
+    return tensor[:1].expand_as(tensor)
+
+
+@backends
+@pytest.mark.parametrize("how", ["transposed", "sliced", "expanded"])
+@pytest.mark.parametrize("dtypes", ["fp64", "bf16"])
+@pytest.mark.parametrize("time", [0, 1, 23])
+def test_any_layout(backend, how, dtypes, time):
+    a, b, h0 = (strided(tensor, how) for tensor in random_problem(9, 3, time, 17, DTYPES[dtypes]))
+    weights = random_weights(9, b)
+    weights = strided(weights[0], how), strided(weights[1], how)
+    ours = differentiated(lambda a, b, h0: linear_scan(a, b, h0, backend=backend), a, b, h0, weights)
+    assert_results(ours, plain_results(a, b, h0, weights), a, b, h0)
+
+
+@backends
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("where", ["a", "b", "h0"])
+def test_a_broken_row_breaks_no_other(backend, poison, where):
+    sound = dict(zip(("a", "b", "h0"), random_problem(3, 3, 29, 530), strict=True))
+    broken = {name: tensor.clone() for name, tensor in sound.items()}
+    broken[where][1] = poison
+    weights = random_weights(3, sound["b"])
+
+    def scan(a, b, h0):
+        return linear_scan(a, b, h0, backend=backend)
+
+    ours, expected = (differentiated(scan, *inputs.values(), weights=weights) for inputs in (broken, sound))
+    assert not ours["h"][1].isfinite().all()
+    for name, value in ours.items():
+        assert torch.equal(value[[0, 2]], expected[name][[0, 2]]), name
+
+
+@backends
+@pytest.mark.parametrize("dtypes", ["fp32", "bf16"])
+def test_threads_change_no_bit(backend, dtypes):
+    a, b, h0 = random_problem(4, 2, 31, 1100, DTYPES[dtypes])
+    weights, results = random_weights(4, b), []
+    for num_threads in (1, 2, 3, 7):
+        torch.set_num_threads(num_threads)
+        results.append(differentiated(lambda a, b, h0: linear_scan(a, b, h0, backend=backend), a, b, h0, weights))
+    for other in results[1:]:
+        assert all(torch.equal(other[name], value) for name, value in results[0].items())
+
+
+# The sequential backends round once a token; the torch backend multiplies decays first, and 1 - x times 1 - y loses x * y, always to one side.
+@pytest.mark.parametrize(("backend", "bound"), [("reference", 3e-5), ("numba", 3e-5), ("torch", 1e-4)])
+def test_long_memory_over_a_long_sequence(backend, bound):
+    """Memory of 100 to 100,000 tokens over 8,192, in fp32: far below the T / 2**24 = 5e-4 of the worst case."""
+    random = generator(11)
+    decay = 10 ** -(2 + 3 * torch.rand(1, 1, 48, generator=random))
+    a = (1 - decay * torch.rand(2, 8192, 48, generator=random)).float()
+    b, h0 = torch.randn(a.shape, generator=random) * decay, torch.randn(2, 48, generator=random)
+    weights = random_weights(11, b)
+    ours = differentiated(lambda a, b, h0: linear_scan(a, b, h0, backend=backend), a, b, h0, weights)
+    exact = differentiated(lambda a, b, h0: linear_scan(a, b, h0, backend="reference"), a.double(), b.double(), h0.double(), weights)
+    for name, value in ours.items():
+        assert_close(value, exact[name], atol=bound, what=name)

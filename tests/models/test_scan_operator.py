@@ -1,0 +1,140 @@
+"""The scan as a torch operator: opcheck, torch.compile, autocast, its name, and what it refuses."""
+
+import hashlib
+from pathlib import Path
+
+import minrnn.models.scan as scan_module
+import pytest
+import torch
+from helpers import assert_close, generator, run_and_differentiate
+from minrnn.models import linear_scan as exported_linear_scan
+from minrnn.models.scan import BACKENDS, linear_scan
+from torch import Tensor
+
+backends = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def operator(name: str):
+    return getattr(getattr(torch.ops, scan_module._namespace()), name).default
+
+
+def inputs(layout: str, time: int, dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32)) -> tuple[Tensor, Tensor, Tensor]:
+    """(a, b, h0) in a layout; time first in memory is what a transposed batch has."""
+    random = generator(1)
+    a, b = torch.rand(2, time, 5, generator=random).to(dtypes[0]), torch.randn(2, time, 5, generator=random).to(dtypes[1])
+    h0 = torch.randn(2, 5, generator=random)
+    if layout == "transposed":
+        a, b, h0 = (tensor.transpose(0, -1).contiguous().transpose(0, -1) for tensor in (a, b, h0))
+    return a, b, h0
+
+
+@backends
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+@pytest.mark.parametrize("time", [0, 6])
+@pytest.mark.parametrize("b_dtype", [torch.float32, torch.bfloat16])
+def test_opcheck_forward(backend, layout, time, b_dtype):
+    arguments = tuple(tensor.requires_grad_() for tensor in inputs(layout, time, (torch.float32, b_dtype)))
+    tolerance = 1e-2 if b_dtype == torch.bfloat16 else 1e-6
+    torch.library.opcheck(operator(f"linear_scan_{backend}"), arguments, atol=tolerance, rtol=tolerance)
+
+
+@backends
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+@pytest.mark.parametrize("time", [0, 6])
+def test_opcheck_backward(backend, layout, time):
+    a, h, h0 = inputs(layout, time)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(operator(f"linear_scan_backward_{backend}"), (a, h, h0, torch.randn_like(h), torch.randn_like(h0)), test_utils=checks)
+
+
+@backends
+def test_compiles_without_a_graph_break(backend):
+    def function(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
+        h, h_last = linear_scan(torch.sigmoid(a), b.tanh(), h0, backend=backend)
+        return (h * b).sum() + (h_last**2).sum()
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for layout in ("contiguous", "transposed"):
+        arguments = inputs(layout, 7)
+        for ours, expected in zip(run_and_differentiate(compiled, *arguments), run_and_differentiate(function, *arguments), strict=True):
+            assert_close(ours, expected, atol=1e-6)
+
+
+def test_compiles_for_any_length():
+    compiled = torch.compile(lambda a, b: linear_scan(a, b)[0], fullgraph=True, backend="aot_eager", dynamic=True)
+    for time in (3, 8, 21):
+        a, b, _ = inputs("contiguous", time)
+        assert torch.equal(compiled(a, b), linear_scan(a, b)[0])
+
+
+@backends
+def test_autocast_leaves_it_alone(backend):
+    a, b, h0 = inputs("contiguous", 9)
+    expected = linear_scan(a, b, h0, backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = linear_scan(a, b, h0, backend=backend)
+    for value, other in zip(ours, expected, strict=True):
+        assert value.dtype == torch.float32
+        assert torch.equal(value, other)
+
+
+@backends
+def test_inputs_stay_and_outputs_are_new(backend):
+    for time in (0, 1, 5):
+        arguments = inputs("contiguous", time)
+        before = [tensor.clone() for tensor in arguments]
+        h, h_last = linear_scan(*arguments, backend=backend)
+        h.fill_(7)
+        h_last.fill_(7)
+        assert all(torch.equal(tensor, copy) for tensor, copy in zip(arguments, before, strict=True))
+
+
+def test_default_backend_is_numba_on_the_cpu():
+    assert scan_module.default_backend(torch.device("cpu")) == "numba"
+    assert scan_module.default_backend(torch.device("cuda")) == "torch"
+    assert exported_linear_scan is linear_scan
+
+
+def test_namespace_is_a_hash_of_the_source():
+    sources = [Path(scan_module.__file__).with_name(f"{name}.py").read_bytes() for name in ("scan", "scan_torch", "scan_numba")]
+    assert scan_module._namespace() == f"minrnn_{hashlib.sha256(b''.join(sources)).hexdigest()[:12]}"
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "h0", "said"),
+    [
+        ((2, 3, 4), (2, 3, 5), None, r"\(2, 3, 4\) and \(2, 3, 5\)"),
+        ((3, 4), (3, 4), None, r"\[batch, time, width\]"),
+        ((1, 3, 4), (2, 3, 4), None, r"\(1, 3, 4\) and \(2, 3, 4\)"),
+        ((2, 3, 4), (2, 3, 4), (4,), r"\(2, 4\), but got \(4,\)"),
+        ((2, 3, 4), (2, 3, 4), (2, 1, 4), r"\(2, 4\), but got \(2, 1, 4\)"),
+        ((2, 3, 4), (2, 3, 4), (1, 4), r"\(2, 4\), but got \(1, 4\)"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(a, b, h0, said):
+    with pytest.raises(ValueError, match=said):
+        linear_scan(torch.ones(a), torch.ones(b), None if h0 is None else torch.ones(h0))
+
+
+@pytest.mark.parametrize("name", ["a", "b", "h0"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_dtypes_that_do_not_fit_are_refused(name, dtype):
+    arguments = dict(zip(("a", "b", "h0"), inputs("contiguous", 3), strict=True))
+    arguments[name] = arguments[name].to(dtype)
+    with pytest.raises(ValueError, match=f"{name} is torch.{str(dtype).removeprefix('torch.')}"):
+        linear_scan(**arguments)
+
+
+def test_unknown_backends_and_devices_are_refused():
+    a, b, h0 = inputs("contiguous", 3)
+    with pytest.raises(ValueError, match="'cuda_graph'; choose one of reference, torch, numba"):
+        linear_scan(a, b, h0, backend="cuda_graph")
+    with pytest.raises(ValueError, match="a is on meta and b on cpu"):
+        linear_scan(a.to("meta"), b, h0)
+
+
+def test_numba_without_numba_is_refused(monkeypatch):
+    monkeypatch.setattr(scan_module, "numba_is_available", lambda: False)
+    assert scan_module.default_backend(torch.device("cpu")) == "torch"
+    with pytest.raises(ValueError, match="pip install numba"):
+        linear_scan(*inputs("contiguous", 3), backend="numba")

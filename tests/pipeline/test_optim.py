@@ -1,0 +1,49 @@
+"""The optimizer's groups and the learning rate."""
+
+import itertools
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from minrnn.models import MinRNNConfig, MinRNNForCausalLM
+from minrnn.pipeline.config import OptimSection
+from minrnn.pipeline.optim import build_optimizer, learning_rate
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_only_output_and_mlp_projections_decay(tied: bool):
+    model = MinRNNForCausalLM(MinRNNConfig(hidden_size=8, num_hidden_layers=1, intermediate_size=8, tie_word_embeddings=tied))
+    optimizer = build_optimizer(model, OptimSection())
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decaying = {names[id(p)] for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    expected = {f"model.layers.0.{name}.weight" for name in ("mixer.out_proj", "mlp.up_proj", "mlp.down_proj")}
+    assert decaying == expected | (set() if tied else {"lm_head.weight"})
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(names)
+
+
+@given(
+    st.sampled_from(["wsd", "cosine", "constant"]),
+    st.integers(0, 30),
+    st.integers(1, 100),
+    st.floats(0, 1),
+    st.floats(0, 1),
+    st.integers(1, 100),
+)
+def test_the_learning_rate_rises_holds_and_falls(schedule, warmup: int, steps: int, decay: float, final: float, step: int):
+    config = OptimSection(lr=2.0, schedule=schedule, warmup_steps=warmup, decay_fraction=decay, final_lr_fraction=final)
+    rates = [learning_rate(config, s, steps) for s in range(1, steps + 1)]
+    assert all(0 <= rate <= 2.0 for rate in rates)
+    peak = rates.index(max(rates))
+    assert all(later >= earlier - 1e-12 for earlier, later in itertools.pairwise(rates[: peak + 1]))
+    assert all(later <= earlier + 1e-12 for earlier, later in itertools.pairwise(rates[peak:]))
+
+
+def test_the_schedules_at_known_points():
+    wsd = OptimSection(lr=1.0, schedule="wsd", warmup_steps=10, decay_fraction=0.2, final_lr_fraction=0.1)
+    rates = [learning_rate(wsd, step, 100) for step in (5, 10, 80, 90, 100)]
+    assert rates == pytest.approx([0.5, 1.0, 1.0, 0.55, 0.1])
+    cosine = OptimSection(lr=1.0, schedule="cosine", warmup_steps=10, final_lr_fraction=0.0)
+    assert learning_rate(cosine, 55, 100) == pytest.approx(0.5)
+    assert math.isclose(learning_rate(cosine, 100, 100), 0.0, abs_tol=1e-12)
+    assert learning_rate(OptimSection(lr=1.0, schedule="constant", warmup_steps=0), 100, 100) == 1.0

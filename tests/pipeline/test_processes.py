@@ -1,0 +1,145 @@
+"""Real processes: several of them, and killed ones."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Values, losses, recipe_file
+
+Run = Callable[[Values], Path]
+REPOSITORY = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def launch(recipe: Path, *overrides: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
+    """Train a recipe file through `accelerate launch`, to its end."""
+    config = REPOSITORY / "launch" / "accelerate" / "cpu.yaml"
+    launcher = ["accelerate.commands.launch", "--config_file", str(config), "--num_processes", str(processes), "-m"] if processes > 1 else []
+    command = [sys.executable, "-m", *launcher, "minrnn.pipeline.train", "--config", str(recipe), *overrides]
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_losses_of_one_and_change_places(values: Values, run_recipe: Run, tmp_path: Path):
+    """fp64, dropout on: 1 process = 2 processes = 2 processes whose run one process finishes."""
+    values["train"] |= {"precision": "fp64", "steps": 20, "save_every": 10}
+    one = run_recipe(values)
+    two = launch(recipe_file(values, tmp_path), "--run.dir", str(tmp_path / "two"), processes=2)
+    assert two.returncode == 0, two.stderr[-3000:]
+    assert "2 process(es) on cpu, fp64" in two.stderr
+    for kind in ("train", "validation"):
+        np.testing.assert_allclose(losses(tmp_path / "two", kind), losses(one, kind), rtol=1e-9)
+    half = ("--run.dir", str(tmp_path / "half"))
+    assert launch(recipe_file(values, tmp_path), *half, "--optim.schedule", "constant", "--train.steps", "10", processes=2).returncode == 0
+    values["optim"]["schedule"], values["run"]["dir"] = "constant", str(tmp_path / "half")
+    run_recipe(values)
+    whole = run_recipe({**values, "run": {"dir": str(tmp_path / "whole")}})
+    np.testing.assert_allclose(losses(tmp_path / "half"), losses(whole), rtol=1e-9)
+    reader = (tmp_path / "two" / "checkpoints" / "step-000020" / "reader-0001.json").read_text()
+    assert json.loads(reader) == json.loads((one / "checkpoints" / "step-000020" / "reader-0001.json").read_text())
+
+
+@pytest.mark.slow
+def test_mistakes_are_told_once_by_two_processes(values: Values, tmp_path: Path):
+    values["batch"]["readers"] = 3
+    told = launch(recipe_file(values, tmp_path), processes=2).stderr
+    assert told.count("error: batch.readers: 3 readers cannot be shared evenly by 2 processes") == 1
+
+
+@pytest.mark.slow
+def test_kill_minus_nine_at_random_moments(values: Values, run_recipe: Run, tmp_path: Path):
+    """The same command, started again and again, ends with the file of an undisturbed run."""
+    values["train"] |= {"steps": 300, "save_every": 15, "eval_every": 100, "sample_tokens": 0}
+    values["data"]["workers"] = 1
+    undisturbed = run_recipe({**values, "run": {"dir": str(tmp_path / "undisturbed")}})
+    recipe, draw, kills = recipe_file(values, tmp_path), random.Random(0), 0
+    command = [sys.executable, "-m", "minrnn.pipeline.train", "--config", str(recipe)]
+    metrics = Path(values["run"]["dir"]) / "metrics.jsonl"
+    while kills < 6:
+        process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+        reached = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+        while process.poll() is None and (not metrics.exists() or len(metrics.read_text().splitlines()) <= reached):
+            time.sleep(0.01)
+        try:
+            process.wait(draw.uniform(0.0, 1.0))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            kills += 1
+            process.wait()
+            continue
+        if process.returncode == 0:
+            break
+    assert kills >= 2
+    run_recipe(values)
+    for kind in ("train", "validation"):
+        assert losses(metrics.parent, kind) == losses(undisturbed, kind)
+
+
+KILLER = """
+import os, signal, sys
+from minrnn.pipeline import checkpoint
+original, count = checkpoint._write, [0]
+def write(path, function):
+    if path.parent.name == ".step-000008.building":
+        count[0] += 1
+        if count[0] == int(sys.argv[1]):
+            path.write_bytes(b"half")
+            os.kill(os.getpid(), signal.SIGKILL)
+    return original(path, function)
+checkpoint._write = write
+from minrnn.pipeline.train import main
+main(sys.argv[2:])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("write", [1, 5, 8])
+def test_kill_minus_nine_while_saving(values: Values, run_recipe: Run, tmp_path: Path, write: int):
+    """While the first file, the weights, the manifest is being written."""
+    undisturbed = run_recipe({**values, "run": {"dir": str(tmp_path / "undisturbed")}})
+    recipe = recipe_file(values, tmp_path)
+    killed = subprocess.run([sys.executable, "-c", KILLER, str(write), "--config", str(recipe)], env=ENVIRONMENT, check=False, timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    folder = Path(values["run"]["dir"])
+    assert [path.name for path in sorted((folder / "checkpoints").glob("step-*"))] == ["step-000004"]
+    assert losses(run_recipe(values)) == losses(undisturbed)
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_group_and_a_second_interrupt(values: Values, tmp_path: Path):
+    values["train"] |= {"steps": 100_000, "save_every": None, "eval_every": None}
+    values["data"]["workers"] = 1
+    command = [sys.executable, "-m", "minrnn.pipeline.train", "--config", str(recipe_file(values, tmp_path))]
+    metrics = Path(values["run"]["dir"]) / "metrics.jsonl"
+
+    def start() -> subprocess.Popen[str]:
+        size = metrics.stat().st_size if metrics.exists() else 0
+        process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        while process.poll() is None and (not metrics.exists() or metrics.stat().st_size <= size):
+            time.sleep(0.02)
+        return process
+
+    process = start()
+    os.killpg(process.pid, signal.SIGTERM)
+    told = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + signal.SIGTERM, told[-2000:]
+    assert "SIGTERM: saving after this step" in told
+    assert "the same command goes on from there" in told
+    saved = sorted((metrics.parent / "checkpoints").iterdir())
+    process = start()
+    process.send_signal(signal.SIGSTOP)  # so that both signals are there before the step ends
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGCONT)
+    time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT
+    assert set(saved) <= set((metrics.parent / "checkpoints").iterdir())

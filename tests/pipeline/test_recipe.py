@@ -1,0 +1,107 @@
+"""Recipes: from a file and a command line to values, every mistake at once."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from minrnn.data import UserError
+from minrnn.pipeline.config import SECTIONS
+from minrnn.pipeline.recipe import build_recipe, check_unchanged, flatten, help_text, read_recipe, resolved
+
+
+def problems(argv: list[str]) -> list[str]:
+    with pytest.raises(UserError) as raised:
+        read_recipe(argv)
+    return str(raised.value).splitlines()
+
+
+def test_every_mistake_is_told_at_once_with_its_key(tmp_path: Path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("batch: {lanes: many, chunk: -3}\nmodle: {cell: mingru}\nmodel: {cell: gru, dropout: 2.0}\noptim: {lrr: 1}\n")
+    told = problems(["--config", str(path), "--train.precison", "bf16", "--train.steps=0", "--lanes", "3"])
+    assert len(told) == 9
+    assert all(line.startswith("error: ") for line in told)
+    text = "\n".join(told)
+    for expected in (
+        "error: batch.lanes: input should be a valid integer, unable to parse string as an integer, not 'many'",
+        "error: batch.chunk: input should be greater than or equal to 1, not -3",
+        "error: modle: unknown section (did you mean model?)",
+        "error: model.cell: 'gru' is none of mingru, minlstm",
+        "error: model.dropout: must be in [0, 1), not 2.0",
+        "error: optim.lrr: unknown key (did you mean optim.lr?)",
+        "error: train.precison: unknown key (did you mean train.precision?)",
+        "error: train.steps: input should be greater than or equal to 1, not 0",
+        "error: lanes: unknown key (did you mean batch.lanes?)",
+    ):
+        assert expected in text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("[1, 2]", "must hold sections"), ("a: [", "is not YAML"), ("run: 3", "run: input should be a valid dictionary")],
+)
+def test_a_file_that_is_no_recipe(tmp_path: Path, content: str, message: str):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(content)
+    assert message in "\n".join(problems(["--config", str(path)]))
+
+
+def test_a_missing_recipe_names_those_there_are():
+    (told,) = problems(["--config", "quickstrat"])
+    assert told.startswith("error: --config: cannot read quickstrat")
+    assert "quickstart" in told.split("come with minrnn")[1]
+
+
+def test_words_that_are_no_settings():
+    assert problems(["foo", "--train.steps"]) == [
+        "error: foo: is no option; settings are written --section.field VALUE",
+        "error: train.steps: lacks a value",
+    ]
+
+
+def test_the_command_line_wins(tmp_path: Path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("optim: {lr: 1.0e-2, clip: 3}\n")
+    recipe = read_recipe(
+        ["--config", str(path), "--optim.lr", "1e-3", "--data.subset=null", "--run.change", "[optim.lr]", "--train.prompts", "[a]"]
+    )
+    assert (recipe.optim.lr, recipe.optim.clip, recipe.run.change, recipe.train.prompts) == (1e-3, 3.0, ["optim.lr"], ["a"])
+
+
+def test_presets_fill_what_the_user_left_open():
+    recipe = read_recipe(["--model.preset", "paper", "--model.hidden_act", "relu"])
+    fields = recipe.model_fields_resolved()
+    assert (fields["candidate_activation"], fields["output_gate"], fields["hidden_act"]) == ("g", False, "relu")
+
+
+def test_what_is_resolved_reads_back_as_itself():
+    recipe = read_recipe(["--model.preset", "paper", "--model.dropout", "0.1"])
+    again = build_recipe(yaml.safe_load(yaml.safe_dump(resolved(recipe))))
+    assert resolved(again) == resolved(recipe)
+
+
+def test_help_teaches_every_setting():
+    text = help_text()
+    for section, cls in SECTIONS.items():
+        for name, field in cls.model_fields.items():
+            assert f"--{section}.{name} " in text
+            assert field.description, f"{section}.{name} lacks a docstring"
+
+
+def test_only_what_decides_no_loss_is_free_to_change():
+    recipe = build_recipe({})
+    free = {"run.dir": "x", "train.steps": 5, "train.log_every": 3, "tracking.uri": None, "data.workers": 4}
+    fixed = {"optim.lr": 1.0, "batch.lanes": 3, "model.cell": "minlstm", "run.seed": 3, "train.precision": "fp64"}
+    saved = resolved(recipe)
+    for key, value in (free | fixed).items():
+        section, name = key.split(".")
+        assert flatten(saved)[key] != value
+        saved[section][name] = value
+    with pytest.raises(UserError) as raised:
+        check_unchanged(saved, recipe, "runs/x")
+    assert {key for key, _ in raised.value.problems} == fixed.keys()
+
+
+def test_what_a_run_cannot_change_cannot_be_accepted_either():
+    (told,) = problems(["--run.change", "[model.hidden_size]"])
+    assert "model.hidden_size cannot change within a run" in told
