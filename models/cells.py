@@ -9,8 +9,9 @@ that is what makes the recurrence linear, and the whole sequence one scan.
 with pre-activations k, p, q, u = W x and c the candidate activation. Source: Feng et al., arXiv 2410.01201, sections 3.1 and 3.2; minGRU with
 c = tanh is GILR of Martin & Cundy (ICLR 2018).
 
-Numerics: a is computed in fp32 whatever the dtype of the projections, and as sigmoid(-k), never 1 - sigmoid(k): near a = 1 (a long memory) the
-second form loses every digit, and bfloat16 cannot hold a memory longer than 256 tokens at all.
+Numerics: a is computed in fp32 whatever the dtype of the projections, since bfloat16 has no number between 0.996 and 1: it cannot hold a memory
+longer than 256 tokens. Each factor is a sigmoid of its own, a = sigmoid(-k) and z = sigmoid(k), never one minus the other: the difference loses
+the digits of whichever is small.
 """
 
 from collections.abc import Callable

@@ -1,5 +1,6 @@
 """What a minimal RNN language model is made of: sizes, cell, block, and the two presets."""
 
+import math
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -103,6 +104,11 @@ class MinRNNConfig(PreTrainedConfig):
             found["memory_length"] = f"must be at least 2 tokens, not {self.memory_length}"
         if self.initializer_range is not None and self.initializer_range <= 0:
             found["initializer_range"] = f"must be positive, or null for fan_in ** -0.5, not {self.initializer_range}"
+        for name in ("expansion_factor", "memory_length", "initializer_range", "dropout", "rms_norm_eps"):
+            if getattr(self, name) is not None and not math.isfinite(getattr(self, name)):
+                found[name] = f"must be finite, not {getattr(self, name)}"
+        if "expansion_factor" not in found and "hidden_size" not in found and self.recurrent_size < 1:
+            found["expansion_factor"] = f"times hidden_size must round to at least 1 channel, not {self.recurrent_size}"
         return found
 
     @classmethod

@@ -18,7 +18,7 @@ def taps_within_document(document_starts: Tensor, kernel: int) -> list[Tensor]:
     allowed, blocked = [], torch.zeros_like(document_starts)
     for j in range(1, kernel):
         shifted = torch.zeros_like(document_starts)
-        shifted[:, j - 1 :] = document_starts[:, : document_starts.shape[1] - (j - 1)]
+        shifted[:, j - 1 :] = document_starts[:, : max(document_starts.shape[1] - (j - 1), 0)]
         blocked = blocked | shifted
         allowed.append(~blocked)
     return allowed

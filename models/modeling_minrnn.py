@@ -114,6 +114,12 @@ class MinRNNBlock(GradientCheckpointingLayer):
         self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps) if config.intermediate_size else None
         self.mlp = MinRNNMLP(config) if config.intermediate_size else None
         self.dropout = nn.Dropout(config.dropout)
+        # What is added to the residual stream shrinks with the number of additions; _init_weights reads it (it never sees a module that has no
+        # parameters of its own, such as this one).
+        scale = (config.num_hidden_layers * (1 if self.mlp is None else 2)) ** -0.5
+        self.mixer.out_proj.residual_scale = scale
+        if self.mlp is not None:
+            self.mlp.down_proj.residual_scale = scale
 
     def forward(self, x: Tensor, state: State, boundaries: Boundaries) -> tuple[Tensor, State]:
         """x [B, T, H] -> [B, T, H], and the state after it."""
@@ -143,7 +149,8 @@ class MinRNNPreTrainedModel(PreTrainedModel):
         if isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=std or self.config.hidden_size**-0.5)
         elif isinstance(module, nn.Linear):
-            init.normal_(module.weight, std=std or module.in_features**-0.5)
+            scale = getattr(module, "residual_scale", 1.0)
+            init.normal_(module.weight, std=(std or module.in_features**-0.5) * scale)
         elif isinstance(module, nn.RMSNorm):
             init.ones_(module.weight)
         elif isinstance(module, MinRNNMixer):
@@ -151,11 +158,6 @@ class MinRNNPreTrainedModel(PreTrainedModel):
                 init.normal_(module.conv_weight, std=module.kernel**-0.5)
             octaves = torch.rand(module.gate_bias.shape[1]) * math.log(self.config.memory_length / 2)
             init.copy_(module.gate_bias, module.cell.gate_bias(2 * octaves.exp()).to(module.gate_bias))
-        elif isinstance(module, MinRNNBlock):
-            num_additions = self.config.num_hidden_layers * (2 if module.mlp is not None else 1)
-            for projection in (module.mixer.out_proj, module.mlp.down_proj if module.mlp is not None else None):
-                if projection is not None:
-                    init.normal_(projection.weight, std=(std or projection.in_features**-0.5) * num_additions**-0.5)
 
 
 class MinRNNModel(MinRNNPreTrainedModel):
@@ -203,7 +205,7 @@ class MinRNNModel(MinRNNPreTrainedModel):
         lengths = None
         if order is not None:
             assert attention_mask is not None
-            lengths = attention_mask[:, -time:].bool().sum(1)
+            lengths = attention_mask[:, attention_mask.shape[1] - time :].bool().sum(1)
             x = x.gather(1, order.unsqueeze(-1).expand_as(x))
             document_starts = None if document_starts is None else document_starts.gather(1, order)
         boundaries = Boundaries.of(document_starts, lengths, max(self.config.conv_kernel, 1))
@@ -230,7 +232,7 @@ def packing_order(attention_mask: Tensor | None, time: int) -> Tensor | None:
         return None
     if attention_mask.ndim != 2 or attention_mask.shape[1] < time:
         raise ValueError(f"attention_mask must be [batch, time] with at least {time} columns, but is {tuple(attention_mask.shape)}.")
-    mask = attention_mask[:, -time:].bool()
+    mask = attention_mask[:, attention_mask.shape[1] - time :].bool()
     return None if bool(mask.all()) else torch.argsort(~mask, dim=1, stable=True)
 
 
@@ -287,7 +289,7 @@ class MinRNNForCausalLM(MinRNNPreTrainedModel, GenerationMixin):
             past_key_values: State to go on from. It is updated in place when `use_cache`.
             inputs_embeds: [batch, time, hidden_size] instead of input_ids.
             labels: [batch, time], the input_ids themselves (-100 where nothing is scored): shifted inside, as everywhere in transformers. A
-                target at a document start is masked.
+                target at a document start is masked, and one that a pad would predict.
             use_cache: Return the state after the last token.
             document_starts: bool [batch, time], True where a new document begins: nothing before it is seen from there on.
             shift_labels: [batch, time], targets that are already shifted (made before a sequence was cut); used instead of labels.
@@ -314,6 +316,8 @@ class MinRNNForCausalLM(MinRNNPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None and shift_labels is None:
             shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+            if attention_mask is not None:  # a pad predicts nothing
+                shift_labels = shift_labels.masked_fill(attention_mask[:, attention_mask.shape[1] - labels.shape[1] :] == 0, -100)
             if document_starts is not None:
                 shift_labels = shift_labels.masked_fill(nn.functional.pad(document_starts[:, 1:], (0, 1)), -100)
         if shift_labels is not None:

@@ -71,14 +71,19 @@ def reference_backward(a: Tensor, h: Tensor, h0: Tensor, grad_h: Tensor, grad_la
 def _register(name: str, forward: Callable, backward: Callable) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Make a backend's two functions one differentiable operator, `minrnn_HASH::linear_scan_NAME`."""
     namespace = _namespace()
+    registered = getattr(getattr(torch.ops, namespace), f"linear_scan_{name}", None)
+    if registered is not None:  # by another copy of this very source in the process; to register it again would destroy that one's
+        return registered
 
     @torch.library.custom_op(f"{namespace}::linear_scan_{name}", mutates_args=())
     def scan(a: Tensor, b: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
-        return forward(a, b, h0)
+        h, h_last = forward(a, b, h0)
+        return h.contiguous(), h_last.contiguous()
 
     @torch.library.custom_op(f"{namespace}::linear_scan_backward_{name}", mutates_args=())
     def scan_backward(a: Tensor, h: Tensor, h0: Tensor, grad_h: Tensor, grad_last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return backward(a, h, h0, grad_h, grad_last)
+        da, db, dh0 = backward(a, h, h0, grad_h, grad_last)
+        return da.contiguous(), db.contiguous(), dh0.contiguous()
 
     @scan.register_fake
     def _(a: Tensor, b: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:

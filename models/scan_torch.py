@@ -7,7 +7,8 @@ planes of [batch, blocks, width] or [batch, width]:
     2. from block to block           carry_{k+1} = decay_last,k * carry_k + local_last,k                   (from carry = h0)
     3. together                      h_t = local_t + decay_t * carry_k
 
-Decays are products of the a themselves, so nothing overflows for |a| <= 1 and the error does not grow with T, unlike a scan in log space.
+Decays are products of the a themselves, so nothing overflows for |a| <= 1, and rounding adds up over two loops of sqrt(T)
+steps instead of over a sum that grows with T, as in log space.
 """
 
 import math
