@@ -55,8 +55,11 @@ def test_the_commands_of_the_readme_run(command: str, export: Path, tmp_path: Pa
     words = shlex.split(command)
     if "minrnn.pipeline.train" in words or words[:2] == ["minrnn", "train"]:
         arguments = words[words.index("minrnn.pipeline.train") + 1 :] if "minrnn.pipeline.train" in words else words[2:]
-        assert parse_arguments(arguments)[0] in shipped_recipes()
-        if "--help" not in arguments:
+        if "--help" in arguments:
+            main(words[1:])
+            assert "--optim.lr" in capsys.readouterr().out
+        else:
+            assert parse_arguments(arguments)[0] in shipped_recipes()
             read_recipe(arguments)
         return
     monkeypatch.chdir(tmp_path)
