@@ -65,6 +65,12 @@ class Lane:
     def num_left(self) -> int:
         return max(len(self.tokens) - 1 - self.offset, 0)
 
+    def position(self) -> dict[str, Any]:
+        """Where this lane is; JSON. Name and length tell whether the same document is found again."""
+        assert self.window is not None
+        found = {"window": asdict(self.window), "number": self.number, "name": self.name, "length": len(self.tokens)}
+        return {**found, "offset": self.offset}
+
     def emit(self, chunk: Chunk, row: int, column: int) -> int:
         """Write as many positions as fit into a row from `column` on; returns how many."""
         count = min(self.num_left, chunk.input_ids.shape[1] - column)
@@ -149,6 +155,11 @@ class DocumentReader:
         for lane, saved in zip(self.lanes, state["lanes"], strict=True):
             if saved is not None:
                 self._start(lane, find(saved["window"]), saved["number"])
+                if (lane.name, len(lane.tokens)) != (saved["name"], saved["length"]):
+                    was, now = f"{saved['name']} of {saved['length']} tokens", f"{lane.name} of {len(lane.tokens)}"
+                    raise UserError(
+                        ("data.corpus", f"has changed: where {was} was being read there is {now}; a run needs the corpus it began with")
+                    )
                 lane.offset = saved["offset"]
         self.window, self.number = find(state["window"]), state["number"]
         self.num_skipped = state["num_skipped"]
@@ -175,10 +186,7 @@ class DocumentReader:
 
     def state(self) -> dict[str, Any]:
         """Where this reader is; JSON."""
-        lanes = [
-            None if lane.num_left == 0 or lane.window is None else {"window": asdict(lane.window), "number": lane.number, "offset": lane.offset}
-            for lane in self.lanes
-        ]
+        lanes = [None if lane.num_left == 0 else lane.position() for lane in self.lanes]
         return {"window": asdict(self.window.address), "number": self.number, "num_skipped": self.num_skipped, "lanes": lanes}
 
     def next_chunk(self) -> Chunk:

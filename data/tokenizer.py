@@ -134,3 +134,9 @@ def num_bytes(text: str) -> int:
 def model_vocab_size(tokenizer: Any, multiple: int = 8) -> int:
     """Rows of the model's embedding: the tokenizer's ids, rounded up for the matrix units."""
     return -(-(max(tokenizer.get_vocab().values()) + 1) // multiple) * multiple
+
+
+def with_bos(tokenizer: Any, prompt: str) -> str:
+    """The prompt as a document begins: behind the bos token, where the tokenizer does not write that by itself."""
+    writes_it = tokenizer(prompt or " ", return_token_type_ids=False)["input_ids"][:1] == [tokenizer.bos_token_id]
+    return prompt if writes_it or prompt.startswith(tokenizer.bos_token) else tokenizer.bos_token + prompt

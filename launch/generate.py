@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.errors import UserError
+from ..data.tokenizer import with_bos
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -71,7 +72,7 @@ def main(argv: list[str]) -> None:
     transformers.set_seed(arguments.seed)
     sampling = {"do_sample": True, "temperature": arguments.temperature, "top_p": arguments.top_p, "top_k": 0}
     model.generate(
-        **tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device),
+        **tokenizer(with_bos(tokenizer, prompt), return_tensors="pt", return_token_type_ids=False).to(model.device),
         **(sampling if arguments.temperature > 0 else {"do_sample": False}),
         max_new_tokens=arguments.max_new_tokens,
         prefill_chunk_size=arguments.prefill,

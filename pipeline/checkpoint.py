@@ -12,9 +12,11 @@ A checkpoint is built in a hidden folder, synced to disk, and renamed. Only a fo
 removed after the new one is valid. Nothing in it depends on the number of processes: the writing is shared, the result is not.
 """
 
+import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..models import MinRNNCache
-from .processes import gathered
+from .processes import from_main, gathered
 
 MANIFEST = "manifest.json"
 
@@ -100,11 +102,12 @@ def save(
         OSError: in every process, if any of them could not write; older checkpoints stay as they are.
     """
     final, building = folder / checkpoint_name(step), folder / f".{checkpoint_name(step)}.building"
+    files: dict[str, Any] = {}
     if accelerator.is_main_process:
         shutil.rmtree(building, ignore_errors=True)
-        building.mkdir(parents=True)
+        with contextlib.suppress(OSError):  # then no file can be written either, and that is told by every process
+            building.mkdir(parents=True)
     accelerator.wait_for_everyone()
-    files: dict[str, Any] = {}
     failure = None
     try:
         for index, reader in readers.items():
@@ -119,25 +122,36 @@ def save(
             files.update([_write(building / "config.yaml", lambda path: path.write_text(yaml.safe_dump(config, sort_keys=False)))])
         if accelerator.process_index == accelerator.num_processes - 1:
             files.update([_write(building / "optimizer.safetensors", lambda path: save_file(_moments(model, optimizer), path))])
-    except OSError as error:
+    except Exception as error:  # safetensors raises its own for a full disk
         failure = f"{type(error).__name__}: {error} (rank {accelerator.process_index})"
     parts = gathered(accelerator, [(files, failure)])
-    if failures := [failure for _, failure in parts if failure]:
+    failures = [failure for _, failure in parts if failure]
+    if accelerator.is_main_process and not failures:
+        try:
+            manifest = {**info, "step": step, "files": dict(sorted(item for files, _ in parts for item in files.items()))}
+            _publish(building, final, manifest)
+            _remove_old(folder, keep, step)
+        except OSError as error:
+            failures.append(str(error))
+    if failures := from_main(accelerator, failures):
         raise OSError(f"The checkpoint of step {step} could not be written: {'; '.join(failures)}. Older checkpoints are untouched.")
-    if accelerator.is_main_process:
-        manifest = {**info, "step": step, "files": dict(sorted(item for files, _ in parts for item in files.items()))}
-        _write(building / MANIFEST, lambda path: path.write_text(json.dumps(manifest, indent=1)))
-        _sync(building)
-        shutil.rmtree(final, ignore_errors=True)  # only ever an invalid one of the same step
-        building.rename(final)
-        _sync(folder)
-        _remove_old(folder, keep)
-    accelerator.wait_for_everyone()
     return final
 
 
-def _remove_old(folder: Path, keep: int) -> None:
-    for path in steps_in(folder)[keep:]:
+def _publish(building: Path, final: Path, manifest: dict[str, Any]) -> None:
+    """Seal a built folder with its manifest and give it its name."""
+    _write(building / MANIFEST, lambda path: path.write_text(json.dumps(manifest, indent=1)))
+    _sync(building)
+    if final.exists():  # an invalid one of the same step, or the run would have gone on from it
+        final.rename(final.with_name(f".{final.name}.replaced"))
+    building.rename(final)
+    _sync(final.parent)
+
+
+def _remove_old(folder: Path, keep: int, step: int) -> None:
+    """Keep the newest up to `step`; what claims to be newer is invalid, or the run would have gone on from it."""
+    paths = steps_in(folder)
+    for path in [p for p in paths if _step_of(p) > step] + [p for p in paths if _step_of(p) <= step][keep:]:
         grave = path.with_name(f".{path.name}.removing")
         path.rename(grave)  # so that no half-removed folder keeps the name
         shutil.rmtree(grave, ignore_errors=True)
@@ -147,7 +161,12 @@ def _remove_old(folder: Path, keep: int) -> None:
 
 def steps_in(folder: Path) -> list[Path]:
     """Folders that are named as checkpoints, newest first."""
-    return sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+    paths = (path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name) and path.is_dir())
+    return sorted(paths, key=_step_of, reverse=True)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -158,16 +177,18 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        files = manifest["files"].items()
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+        files = [(name, entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()]
+        if manifest["step"] != _step_of(path) or not {"model.safetensors", "optimizer.safetensors", "config.yaml"} <= manifest["files"].keys():
+            raise ValueError("not this step's")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{path / MANIFEST} is missing or unreadable ({type(error).__name__})") from None
-    for name, entry in files:
+    for name, size, sha256 in files:
         file = path / name
         if not file.is_file():
             raise ValueError(f"{file} is missing")
-        if file.stat().st_size != entry["size"]:
-            raise ValueError(f"{file} has {file.stat().st_size} bytes instead of {entry['size']}: it was cut short or changed")
-        if _digest(file) != entry["sha256"]:
+        if file.stat().st_size != size:
+            raise ValueError(f"{file} has {file.stat().st_size} bytes instead of {size}: it was cut short or changed")
+        if _digest(file) != sha256:
             raise ValueError(f"{file} is not what was written (its SHA-256 differs)")
     return manifest
 

@@ -51,7 +51,7 @@ class _ModelBase(Section):
     preset: Literal["default", "paper"] = "default"
     """Where the fields below start from: `paper` is the block as published, `default` ours."""
     init_from: str | None = None
-    """An export (a folder or a hub id) whose configuration and weights the run starts from."""
+    """An export (a folder or a hub id) of the same shape, whose weights the run starts from."""
 
     def fields(self) -> dict[str, Any]:
         """The fields of MinRNNConfig that the user set."""

@@ -6,18 +6,31 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ..data import CorpusSpec, Encoder, ValidationSet, document_validation, joined_tokens, window_validation
+from ..data import CorpusSpec, Encoder, UserError, ValidationSet, document_validation, joined_tokens, window_validation
+from ..data.corpus import Split
 from .config import Recipe
 from .processes import to_device, total
 
 
 def validation_sets(recipe: Recipe, corpus: CorpusSpec, encoder: Encoder, readers: range) -> list[ValidationSet]:
-    """The shares of these readers."""
+    """The shares of these readers.
+
+    Raises:
+        UserError: no such corpus, or nothing in it; under data.validation if that was named.
+    """
+    data = recipe.data
+    if data.validation is None:
+        return _sets(recipe, corpus, "validation", encoder, readers)
+    spec = CorpusSpec(data.validation, None, data.validation_split, None, data.text_field, data.skip_broken)
+    try:
+        return _sets(recipe, spec, "all", encoder, readers)
+    except UserError as error:
+        raise UserError(*(("data.validation", message) for _, message in error.problems)) from None
+
+
+def _sets(recipe: Recipe, spec: CorpusSpec, part: Split, encoder: Encoder, readers: range) -> list[ValidationSet]:
     data, batch = recipe.data, recipe.batch
     layout = (batch.readers, batch.lanes, batch.chunk, data.validation_tokens)
-    spec, part = corpus, "validation"
-    if data.validation is not None:
-        spec, part = CorpusSpec(data.validation, None, data.validation_split, None, data.text_field, data.skip_broken), "all"
     if data.order == "windows":
         tokens = joined_tokens(spec, part, encoder)
         return [window_validation(tokens, encoder, reader, *layout) for reader in readers]

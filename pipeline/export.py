@@ -1,5 +1,6 @@
 """From a checkpoint to a model that loads anywhere, and a look at what it writes."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -10,7 +11,7 @@ import yaml
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from ..data import UserError, load_tokenizer
+from ..data import UserError, load_tokenizer, with_bos
 from ..models import MinRNNConfig, MinRNNForCausalLM
 from .checkpoint import checkpoint_name, load_parameters, newest_valid, read_manifest
 
@@ -88,13 +89,24 @@ def model_config(fields: dict[str, Any], tokenizer: Any, vocab_size: int) -> Min
     )
 
 
+def _may_be_replaced(path: Path) -> bool:
+    """An empty folder, or an export."""
+    if not path.is_dir():
+        return False
+    return not any(path.iterdir()) or (
+        (path / "config.json").exists() and json.loads((path / "config.json").read_text()).get("model_type") == "minrnn"
+    )
+
+
 def export_run(run: Path, out: Path, step: int | None = None, dtype: str = "fp32") -> Path:
     """Export a checkpoint of a run, the newest valid one or that of `step`; returns the checkpoint.
 
     Raises:
         UserError: no run, no such checkpoint, or one that was changed.
     """
-    folder = run / "checkpoints"
+    folder, out = run / "checkpoints", out.resolve()
+    if out.exists() and not _may_be_replaced(out):
+        raise UserError(("--out", f"{out} exists and is no export; name another folder"))
     if step is None:
         found = newest_valid(folder, warn=print)
         if found is None:
@@ -121,7 +133,9 @@ def export_run(run: Path, out: Path, step: int | None = None, dtype: str = "fp32
 @torch.no_grad()
 def sample(model: PreTrainedModel, tokenizer: Any, prompts: list[str], num_tokens: int, seed: int) -> list[str]:
     """A continuation of each prompt, prompt included, drawn at temperature 0.8; leaves the global random state as it was."""
-    inputs = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False).to(model.device)
+    inputs = tokenizer([with_bos(tokenizer, prompt) for prompt in prompts], return_tensors="pt", padding=True, return_token_type_ids=False).to(
+        model.device
+    )
     was_training = model.training
     model.eval()
     with torch.random.fork_rng():

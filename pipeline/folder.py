@@ -33,6 +33,23 @@ class RunFolder:
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
+    def begin(self, recipe: Recipe) -> None:
+        """Everything is ready: cut the metrics to the checkpoint's step and write down the settings that hold from here on."""
+        if num_cut := cut_metrics(self.metrics, self.manifest.get("step", 0)):
+            warn(f"{num_cut} lines of {self.metrics} came after the checkpoint; they are written again")
+        unfinished = self.path / ".config.yaml"
+        unfinished.write_text(yaml.safe_dump(resolved(recipe), sort_keys=False))
+        os.replace(unfinished, self.path / "config.yaml")
+
+    def finished_step(self) -> int | None:
+        """The step whose model was exported, if any was."""
+        note = self.path / ".finished"
+        return int(note.read_text()) if note.exists() else None
+
+    def mark_finished(self, step: int) -> None:
+        """The model of this step is exported."""
+        (self.path / ".finished").write_text(str(step))
+
     def close(self) -> None:
         """Let others write there."""
         if self.lock is not None:
@@ -66,9 +83,6 @@ def open_folder(recipe: Recipe, accelerator: Accelerator) -> RunFolder:
             lock.close()
         raise UserError(*problems)
     checkpoint, manifest = found or (None, {})
-    if accelerator.is_main_process:
-        cut_metrics(path / "metrics.jsonl", manifest.get("step", 0))
-        _write_config(path, recipe)
     return RunFolder(path, checkpoint, manifest, lock)
 
 
@@ -77,7 +91,7 @@ def _lock(path: Path) -> IO[str]:
     lock = (path / ".lock").open("w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         raise UserError(("run.dir", f"another process is training in {path}; wait for it, or name another folder")) from None
     return lock
 
@@ -98,9 +112,3 @@ def _where_to_go_on(path: Path, recipe: Recipe) -> tuple[Path, dict[str, Any]] |
     elif broken := steps_in(folder):
         raise UserError(("run.dir", f"none of the {len(broken)} checkpoints in {folder} is valid (see above); remove them to begin anew"))
     return found
-
-
-def _write_config(path: Path, recipe: Recipe) -> None:
-    unfinished = path / ".config.yaml"
-    unfinished.write_text(yaml.safe_dump(resolved(recipe), sort_keys=False))
-    os.replace(unfinished, path / "config.yaml")

@@ -10,8 +10,10 @@ The loss of a step is one mean over all scored tokens of the global batch, whate
 import contextlib
 import hashlib
 import math
+import signal
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -26,6 +28,7 @@ from ..models import MinRNNForCausalLM
 from . import checkpoint, processes
 from .checkpoint import ReaderState
 from .config import Recipe
+from .errors import NonFiniteError
 from .evaluation import validate, validation_sets
 from .export import export_model, model_config, sample
 from .folder import RunFolder, open_folder, warn
@@ -37,10 +40,6 @@ from .recipe import flatten, resolved
 from .tracking import Tracker
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
-
-
-class NonFiniteError(RuntimeError):
-    """The loss or the gradient is not a number any more."""
 
 
 @dataclass
@@ -62,6 +61,8 @@ class Run:
     step: int
     tokens: int
     matmul_rate: float
+    saved_step: int | None
+    """Step of the newest checkpoint that is known to be valid."""
     tracker: Tracker | None = None
     bar: Any = None
     latest: dict[str, float] = field(default_factory=dict)
@@ -103,24 +104,24 @@ def train(recipe: Recipe) -> None:
     transformers.logging.disable_progress_bar()
     accelerator = processes.start(recipe.train.precision)
     with contextlib.closing(open_folder(recipe, accelerator)) as folder:
-        if folder.manifest.get("step", 0) >= recipe.train.steps and (folder.path / "model").is_dir():
+        if folder.manifest.get("step", 0) >= recipe.train.steps and folder.finished_step() == folder.manifest["step"]:
             if accelerator.is_main_process:
                 done = f"{folder.path} is finished: step {folder.manifest['step']} of {recipe.train.steps}"
                 print(f"{done}, model in {folder.path / 'model'}. Raise train.steps to go on.")
             return
         run = _set_up(recipe, accelerator, folder)
-        status = "FAILED"
+        status, signal_number = "FAILED", None
         try:
             with Interrupt() as interrupt:
-                _steps(run, interrupt)
-                status = "KILLED" if interrupt.requested else "FINISHED"
-                if interrupt.requested is None:
+                signal_number = _steps(run, interrupt)
+                if signal_number is None:
                     _finish(run)
+            status = "FINISHED" if signal_number is None else "KILLED"
         finally:
             run.close(status)
-        if interrupt.requested:
+        if signal_number is not None:
             message = f"Saved step {run.step} of {recipe.train.steps} in {folder.path}; the same command goes on from there."
-            leave(interrupt.requested, message, run.is_main)
+            leave(signal_number, message, run.is_main)
 
 
 def _set_up(recipe: Recipe, accelerator: Accelerator, folder: RunFolder) -> Run:
@@ -145,9 +146,19 @@ def _set_up(recipe: Recipe, accelerator: Accelerator, folder: RunFolder) -> Run:
         recipe.data.shuffle_window,
         recipe.run.seed,
     )
-    loader = ChunkLoader(spec, list(mine), [reader.position for reader in readers.values()], recipe.data.workers)
-
-    validation = validation_sets(recipe, _corpus(recipe), encoder, mine)
+    problems: list[tuple[str, str]] = []
+    loader = validation = None
+    try:
+        loader = ChunkLoader(spec, list(mine), [reader.position for reader in readers.values()], recipe.data.workers)
+        validation = validation_sets(recipe, _corpus(recipe), encoder, mine)
+    except UserError as error:
+        problems = error.problems
+    if problems := processes.gathered(accelerator, problems):  # some process may have read what others did not
+        if loader is not None:
+            loader.close()
+        raise UserError(*dict.fromkeys(problems))
+    assert loader is not None
+    assert validation is not None
 
     torch.manual_seed(recipe.run.seed)
     model = MinRNNForCausalLM(config)
@@ -166,8 +177,24 @@ def _set_up(recipe: Recipe, accelerator: Accelerator, folder: RunFolder) -> Run:
     processes.check_wrapped(accelerator, prepared)
     prepared.train()
 
+    if accelerator.is_main_process:
+        folder.begin(recipe)
     step, tokens = folder.manifest.get("step", 0), folder.manifest.get("tokens", 0)
-    run = Run(recipe, accelerator, folder, tokenizer, prepared, optimizer, readers, loader, validation, step, tokens, rate)
+    run = Run(
+        recipe,
+        accelerator,
+        folder,
+        tokenizer,
+        prepared,
+        optimizer,
+        readers,
+        loader,
+        validation,
+        step,
+        tokens,
+        rate,
+        folder.manifest.get("step"),
+    )
     if run.is_main:
         if recipe.tracking.uri is not None:
             run.tracker = Tracker(folder.path, recipe.tracking.uri, recipe.tracking.experiment, flatten(resolved(recipe)), warn)
@@ -202,22 +229,29 @@ def _warm_start(model: MinRNNForCausalLM, name: str) -> None:
         "conv_kernel",
         "intermediate_size",
         "gated_mlp",
+        "candidate_activation",
+        "hidden_act",
+        "rms_norm_eps",
     )
     if different := [key for key in shaping if theirs[key] != ours[key]]:
         raise UserError(*((f"model.{key}", f"is {ours[key]!r}, but {name} (model.init_from) has {theirs[key]!r}") for key in different))
     model.load_state_dict(source.state_dict())
 
 
-def _steps(run: Run, interrupt: Interrupt) -> None:
+def _steps(run: Run, interrupt: Interrupt) -> int | None:
+    """Take all steps; returns the signal that stopped them, on all processes, if one did."""
     recipe, chunks = run.recipe, iter(run.loader)
     clock, tokens_at_clock = time.perf_counter(), run.tokens
     while run.step < recipe.train.steps:
-        batch = _next_batch(run, chunks)
-        num_scored, stop = processes.total(run.accelerator, [sum(c.num_scored for c in batch), interrupt.requested is not None])
-        if stop:
-            interrupt.requested = interrupt.requested or 15
+        batch, problems = _next_batch(chunks)
+        counts = [sum(chunk.num_scored for chunk in batch), interrupt.requested is not None, len(problems)]
+        num_scored, stop, failed = processes.total(run.accelerator, counts)
+        if (stop or failed) and run.step > 0:
             _save(run)
-            return
+        if failed:
+            raise UserError(*dict.fromkeys(processes.gathered(run.accelerator, problems)))
+        if stop:
+            return interrupt.requested or signal.SIGTERM
         step = run.step + 1
         lr = learning_rate(recipe.optim, step, recipe.train.steps)
         loss, grad_norm = _one_step(run, step, batch, num_scored, lr)
@@ -230,7 +264,11 @@ def _steps(run: Run, interrupt: Interrupt) -> None:
             clock, tokens_at_clock = now, run.tokens
             reached = rate * training_flops_per_token(run.plain_model.num_parameters()) / (run.matmul_rate * run.accelerator.num_processes)
             entry = {"kind": "train", "step": step, "tokens": run.tokens, "loss": loss, "grad_norm": grad_norm, "lr": lr}
-            _record(run, {**entry, "tokens_per_second": round(rate, 1), "matmul_fraction": round(reached, 4)})
+            entry |= {"tokens_per_second": round(rate, 1), "matmul_fraction": round(reached, 4)}
+            if recipe.data.skip_broken and recipe.data.order == "documents":
+                skipped = sum(reader.position["num_skipped"] for reader in run.readers.values() if reader.position)
+                entry["documents_skipped"] = int(processes.total(run.accelerator, [skipped])[0])
+            _record(run, entry)
             if run.bar is not None:
                 run.bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s", refresh=False)
         if run.bar is not None:
@@ -241,20 +279,21 @@ def _steps(run: Run, interrupt: Interrupt) -> None:
         if is_last or _is_due(step, recipe.train.save_every):
             _save(run)
         clock += time.perf_counter() - paused
+    return None
 
 
 def _is_due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def _next_batch(run: Run, chunks: Any) -> list[Chunk]:
-    """The next chunk of each of this process's readers."""
+def _next_batch(chunks: Iterator[list[Chunk]]) -> tuple[list[Chunk], list[tuple[str, str]]]:
+    """The next chunk of each of this process's readers, or what is wrong with them: all processes must hear of it before one leaves."""
     try:
-        return next(chunks)
+        return next(chunks), []
     except UserError as error:
-        if not run.is_main:  # a document that only this process read
-            print(error, file=sys.stderr)
-        raise
+        return [], error.problems
+    except RuntimeError as error:  # a worker that died
+        return [], [("data.workers", str(error))]
 
 
 def _one_step(run: Run, step: int, batch: list[Chunk], num_scored: float, lr: float) -> tuple[float, float]:
@@ -319,17 +358,22 @@ def _record(run: Run, entry: dict[str, Any]) -> None:
 def _validate(run: Run) -> None:
     start = time.perf_counter()
     run.latest = validate(run.plain_model, run.validation, run.accelerator, run.recipe.batch.carry_state)
+    if not math.isfinite(run.latest["loss"]):
+        raise NonFiniteError(f"step {run.step}: the validation loss is {run.latest['loss']}. This step was not saved.")
     seconds = round(time.perf_counter() - start, 2)
     _record(run, {"kind": "validation", "step": run.step, "tokens": run.tokens, **run.latest, "seconds": seconds})
     run.say(f"step {run.step}: held-out loss {run.latest['loss']:.4f} nats/token, {run.latest['bits_per_byte']:.4f} bits/byte")
     if run.is_main:
-        draw_loss(run.folder.metrics, run.folder.path / "loss.png", run.folder.path.name)
+        try:
+            draw_loss(run.folder.metrics, run.folder.path / "loss.png", run.folder.path.name)
+        except Exception as error:  # a picture is not worth a run
+            warn(f"loss.png could not be drawn: {error}")
 
 
 def _save(run: Run) -> None:
     folder = run.folder.path / "checkpoints"
-    if (folder / checkpoint.checkpoint_name(run.step)) == run.folder.checkpoint:
-        return  # nothing happened since it was loaded
+    if run.step == run.saved_step:
+        return  # nothing happened since
     info = {
         "tokens": run.tokens,
         "vocab_size": run.plain_model.config.vocab_size,
@@ -339,6 +383,7 @@ def _save(run: Run) -> None:
     keep, config = run.recipe.train.keep_checkpoints, resolved(run.recipe)
     optimizer = getattr(run.optimizer, "optimizer", run.optimizer)
     checkpoint.save(folder, run.step, run.accelerator, run.plain_model, optimizer, run.readers, config, info, keep)
+    run.saved_step = run.step
 
 
 def _finish(run: Run) -> None:
@@ -346,10 +391,11 @@ def _finish(run: Run) -> None:
     if run.is_main:
         folder, recipe = run.folder.path, run.recipe
         score = f", {run.latest['bits_per_byte']:.3f} bits per byte on held-out documents" if run.latest else ""
-        if recipe.train.sample_tokens:
+        export_model(run.plain_model, run.tokenizer, folder / "model", resolved(recipe), run.tokens, score)
+        if recipe.train.sample_tokens and recipe.train.prompts:
             texts = sample(run.plain_model, run.tokenizer, recipe.train.prompts, recipe.train.sample_tokens, recipe.run.seed)
             (folder / "samples.txt").write_text("".join(f"=== prompt {p!r}\n{t}\n\n" for p, t in zip(recipe.train.prompts, texts, strict=True)))
-        export_model(run.plain_model, run.tokenizer, folder / "model", resolved(recipe), run.tokens, score)
+        run.folder.mark_finished(run.step)
         if run.tracker is not None:
             for name in ("config.yaml", "loss.png", "samples.txt"):
                 if (folder / name).exists():

@@ -19,13 +19,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def cut_metrics(path: Path, step: int) -> None:
-    """Remove, in one atomic step, what was written after `step`: it will be written again."""
+def cut_metrics(path: Path, step: int) -> int:
+    """Remove, in one atomic step, what was written after `step`: it will be written again. Returns how many lines that were."""
+    num_cut = 0
     if path.exists():
-        kept = [entry for entry in read_metrics(path) if entry["step"] <= step]
+        entries = read_metrics(path)
+        kept = [entry for entry in entries if entry["step"] <= step]
+        num_cut = len(entries) - len(kept)
         replacement = path.with_suffix(".cut")
         replacement.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
         os.replace(replacement, path)
+    return num_cut
 
 
 def append_metrics(path: Path, entry: dict[str, Any]) -> None:

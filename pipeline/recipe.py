@@ -25,7 +25,7 @@ FREE_ON_RESUME = {
         "train.sample_tokens",
     ),
 }
-FIXED_ON_RESUME = ("model.", "batch.", "data.corpus", "data.order", "data.tokenizer", "data.shuffle_window", "run.seed")
+FIXED_ON_RESUME = ("model.", "batch.", "data.", "run.seed")  # positions and states would mean something else
 
 USAGE = """usage: minrnn train --config RECIPE [--section.field VALUE ...]
        accelerate launch [--num_processes N ...] -m minrnn.pipeline.train --config RECIPE [--section.field VALUE ...]
@@ -110,6 +110,15 @@ def _message(error: Any) -> str:
     return f"{error['msg'][0].lower()}{error['msg'][1:]}, not {error['input']!r}" if error["type"] != "missing" else error["msg"]
 
 
+def _unchangeable(key: str) -> str | None:
+    """Why a setting cannot be named in run.change, if it cannot."""
+    if key not in _known_keys():
+        return ": ".join(_unknown(key))
+    if key.startswith(FIXED_ON_RESUME):
+        return f"{key} cannot change within a run; start another with its own run.dir (model.init_from takes the weights along)"
+    return None
+
+
 def build_recipe(values: dict[str, Any]) -> Recipe:
     """A recipe from nested values.
 
@@ -134,13 +143,8 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
                 else:
                     problem = _message(one)
                 problems.setdefault(key, problem)
-    for key in sections["run"].change if "run" in sections else ():
-        if key not in _known_keys():
-            problems["run.change"] = ": ".join(_unknown(key))
-        elif key.startswith(FIXED_ON_RESUME):
-            problems["run.change"] = (
-                f"{key} cannot change within a run; start another with its own run.dir (model.init_from takes the weights along)"
-            )
+    if "run" in sections and (refused := [problem for key in sections["run"].change if (problem := _unchangeable(key))]):
+        problems["run.change"] = "; ".join(refused)
     if problems:
         raise UserError(*problems.items())
     return Recipe(**sections)
@@ -160,9 +164,10 @@ def read_recipe(argv: list[str]) -> Recipe:
         if not dot or section not in SECTIONS:
             problems.append(_unknown(key))
             continue
-        given = values.setdefault(section, {})
-        if isinstance(given, dict):
-            given[name] = text if text == "" else yaml.safe_load(text)
+        if values.get(section) is None:
+            values[section] = {}
+        if isinstance(values[section], dict):
+            values[section][name] = _value(text)
     try:
         recipe = build_recipe(values)
     except UserError as error:
@@ -170,6 +175,14 @@ def read_recipe(argv: list[str]) -> Recipe:
     if problems:
         raise UserError(*problems)
     return recipe
+
+
+def _value(text: str) -> Any:
+    """What a word of the command line says in YAML; itself where it is none (a glob begins like a YAML alias)."""
+    try:
+        return yaml.safe_load(text) if text else text
+    except yaml.YAMLError:
+        return text
 
 
 def resolved(recipe: Recipe) -> dict[str, Any]:

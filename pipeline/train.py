@@ -9,6 +9,7 @@ from .recipe import exit_with, help_text, read_recipe
 def main(argv: list[str] | None = None) -> None:
     """Read the recipe, train. A user's mistakes end it with status 2 and a line for each."""
     from ..data.errors import UserError
+    from .errors import NonFiniteError
 
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
@@ -19,12 +20,16 @@ def main(argv: list[str] | None = None) -> None:
         from .loop import train
 
         train(recipe)
+    except NonFiniteError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: training: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
     except UserError as error:
         if os.environ.get("RANK", "0") != "0":
             raise SystemExit(2) from None
         exit_with(error)
     except KeyboardInterrupt:
-        print("Interrupted before the first step; nothing to save.", file=sys.stderr)
+        print("Interrupted outside the training loop; what was saved stays as it is.", file=sys.stderr)
         raise SystemExit(130) from None
 
 

@@ -137,6 +137,18 @@ def test_a_run_leaves_what_the_readme_promises(values: Values, run_recipe: Run):
     assert entry["tokens"] == 2 * 2 * 24
 
 
+def test_broken_documents_stop_a_run_or_are_counted(values: Values, run_recipe: Run, corpus: Path, tmp_path: Path):
+    path = tmp_path / "broken.jsonl"
+    lines = corpus.read_text().splitlines()
+    path.write_text("\n".join([*lines[:20], "{no json", *lines[20:40], '{"txt": ""}', *lines[40:]]))
+    values["data"]["corpus"] = str(path)
+    with pytest.raises(UserError, match=r"broken\.jsonl:21 is not JSON.*data\.skip_broken"):
+        run_recipe(values)
+    values["data"] |= {"skip_broken": True, "shuffle_window": 1000}
+    entries = [json.loads(line) for line in (run_recipe(values) / "metrics.jsonl").read_text().splitlines()]
+    assert entries[0]["documents_skipped"] == 2
+
+
 def test_readers_that_processes_cannot_share(values: Values, run_recipe: Run, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(UserError, match=r"batch\.readers: 2 readers cannot be shared evenly by 3"):
