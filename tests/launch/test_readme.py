@@ -1,0 +1,19 @@
+"""Numbers in the README come from a results file."""
+
+import json
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def test_the_numbers_of_the_main_job_are_those_of_its_results_file():
+    results = json.loads((REPOSITORY / "evals" / "results" / "quickstart.json").read_text())
+    readme = " ".join((REPOSITORY / "README.md").read_text().split())
+    for claim in (
+        f"{results['tokens'] / 1e6:.2f}M tokens in {results['training_seconds']} seconds",
+        f"at {results['tokens_per_second_median']:,.0f} tokens per second, {results['matmul_fraction_median']:.2f} of the machine's",
+        f"{results['validation_subset']['bits_per_byte']:.2f} bits per byte on the held-out modules that the run validates on",
+        f"{results['validation_all_held_out_modules']['bits_per_byte']:.2f} on all held-out modules",
+    ):
+        assert claim in readme
+    assert (REPOSITORY / "docs" / "quickstart.png").read_bytes().startswith(b"\x89PNG")
