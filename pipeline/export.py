@@ -30,7 +30,7 @@ Its state has a fixed size, so time and memory per token do not grow with the co
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained(PATH, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(PATH)
+tokenizer = AutoTokenizer.from_pretrained(PATH, trust_remote_code=True)
 inputs = tokenizer("def main", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=200, do_sample=True)[0]))
 ```
