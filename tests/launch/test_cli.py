@@ -86,7 +86,7 @@ def test_generate_reads_a_prompt_in_pieces(export: Path, tmp_path: Path, capsys)
     ("arguments", "told"),
     [
         (["exprot"], "error: exprot: unknown command (did you mean export?)"),
-        (["generate", "nowhere"], "error: MODEL: cannot load nowhere"),
+        (["generate", "./nowhere"], "error: MODEL: cannot load ./nowhere"),
         (["generate", "x", "--temperature", "-1", "--prefill", "0"], "error: --prefill: must be at least 1"),
         (["export", "nowhere", "--out", "x"], "error: RUN: nowhere holds no valid checkpoint"),
         (["export", "nowhere", "--out", "x", "--step", "3"], "error: --step: nowhere/checkpoints/step-000003/manifest.json is missing"),
