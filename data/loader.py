@@ -64,7 +64,7 @@ class DirectChunks:
 class WorkerChunks:
     """Readers in another process, in turn, for ever: pickled chunks over a pipe, a few of them read ahead.
 
-    The process has a session of its own, so that neither Ctrl-C nor a signal to the group reaches it; it ends when this end of the pipe does,
+    The process leads a process group of its own, so that neither Ctrl-C nor a signal to ours reaches it; it ends with this end of the pipe,
     however that came about.
     """
 

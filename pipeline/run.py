@@ -1,0 +1,192 @@
+"""A run: everything that lasts as long as it does, and how it is set up, anew or from a checkpoint."""
+
+import sys
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from tqdm import tqdm
+
+from ..data import ChunkLoader, CorpusSpec, Encoder, ReaderSpec, UserError, ValidationSet, load_tokenizer, model_vocab_size
+from ..models import MinRNNForCausalLM
+from . import checkpoint, processes
+from .checkpoint import ReaderState
+from .config import Recipe
+from .evaluation import validation_sets
+from .export import model_config
+from .folder import RunFolder, warn
+from .machine import matmul_rate
+from .optim import build_optimizer
+from .recipe import flatten, resolved
+from .tracking import Tracker
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+
+@dataclass
+class Run:
+    """Everything that lasts as long as the run."""
+
+    recipe: Recipe
+    accelerator: Accelerator
+    folder: RunFolder
+    tokenizer: Any
+    model: nn.Module
+    """As Accelerate prepared it."""
+    optimizer: Any
+    """As Accelerate prepared it."""
+    readers: dict[int, ReaderState]
+    """This process's readers and where they are."""
+    loader: ChunkLoader
+    validation: list[ValidationSet]
+    step: int
+    tokens: int
+    matmul_rate: float
+    saved_step: int | None
+    """Step of the newest checkpoint that is known to be valid."""
+    tracker: Tracker | None = None
+    bar: Any = None
+    latest: dict[str, float] = field(default_factory=dict)
+    """Of the latest validation."""
+
+    @property
+    def plain_model(self) -> MinRNNForCausalLM:
+        return cast(MinRNNForCausalLM, self.accelerator.unwrap_model(self.model))
+
+    @property
+    def is_main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    def close(self, status: str) -> None:
+        """Stop what runs beside the loop."""
+        self.loader.close()
+        if self.bar is not None:
+            self.bar.close()
+        if self.tracker is not None:
+            self.tracker.close(status)
+
+    def say(self, message: str) -> None:
+        """A line above the progress bar, from the main process."""
+        if self.is_main:
+            tqdm.write(message, file=sys.stderr)
+
+
+def set_up(recipe: Recipe, accelerator: Accelerator, folder: RunFolder) -> Run:
+    """A run ready for its next step: readers where they stopped, model and optimizer as saved, tracking begun.
+
+    Raises:
+        UserError: data or an export that cannot be used, from whichever process met it.
+    """
+    rate = matmul_rate(accelerator.device, DTYPES[recipe.train.precision])  # before anything runs beside it
+    tokenizer = load_tokenizer(recipe.data.tokenizer)
+    encoder = Encoder.of(tokenizer, recipe.data.tokenizer)
+    per_process = recipe.batch.readers // accelerator.num_processes
+    mine = range(accelerator.process_index * per_process, (accelerator.process_index + 1) * per_process)
+    vocab_size = folder.manifest.get("vocab_size") or model_vocab_size(tokenizer)
+    config = model_config(recipe.model_fields_resolved(), tokenizer, vocab_size)
+    readers = {reader: ReaderState(None, None) for reader in mine}
+    if folder.checkpoint is not None:
+        load = checkpoint.load_reader
+        readers = {reader: load(folder.checkpoint, reader, config.num_hidden_layers, accelerator.device) for reader in mine}
+    spec = ReaderSpec(
+        _corpus(recipe),
+        recipe.data.order,
+        encoder,
+        recipe.batch.readers,
+        recipe.batch.lanes,
+        recipe.batch.chunk,
+        recipe.data.shuffle_window,
+        recipe.run.seed,
+    )
+    problems: list[tuple[str, str]] = []
+    loader = validation = None
+    try:
+        loader = ChunkLoader(spec, list(mine), [reader.position for reader in readers.values()], recipe.data.workers)
+        validation = validation_sets(recipe, _corpus(recipe), encoder, mine)
+    except UserError as error:
+        problems = error.problems
+    if problems := processes.gathered(accelerator, problems):  # some process may have read what others did not
+        if loader is not None:
+            loader.close()
+        raise UserError(*dict.fromkeys(problems))
+    assert loader is not None
+    assert validation is not None
+
+    torch.manual_seed(recipe.run.seed)
+    model = MinRNNForCausalLM(config)
+    if recipe.model.init_from and folder.checkpoint is None:
+        _warm_start(model, recipe.model.init_from)
+    nn.Module.to(model, DTYPES["fp64" if recipe.train.precision == "fp64" else "fp32"])
+    if recipe.train.gradient_checkpointing:
+        model.activation_checkpointing_enable()
+    optimizer = build_optimizer(model, recipe.optim)
+    if folder.checkpoint is not None:
+        checkpoint.load_parameters(folder.checkpoint, model)
+    nn.Module.to(model, accelerator.device)
+    if folder.checkpoint is not None:
+        checkpoint.load_optimizer(folder.checkpoint, model, optimizer)
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    processes.check_wrapped(accelerator, prepared)
+    prepared.train()
+
+    if accelerator.is_main_process:
+        folder.begin(recipe)
+    step, tokens = folder.manifest.get("step", 0), folder.manifest.get("tokens", 0)
+    run = Run(
+        recipe,
+        accelerator,
+        folder,
+        tokenizer,
+        prepared,
+        optimizer,
+        readers,
+        loader,
+        validation,
+        step,
+        tokens,
+        rate,
+        folder.manifest.get("step"),
+    )
+    if run.is_main:
+        if recipe.tracking.uri is not None:
+            run.tracker = Tracker(folder.path, recipe.tracking.uri, recipe.tracking.experiment, flatten(resolved(recipe)), warn)
+        run.bar = tqdm(total=recipe.train.steps, initial=step, unit="step", dynamic_ncols=True)
+    batch = recipe.batch
+    size = f"{config.cell}, {model.num_parameters():,} parameters, {batch.readers} x {batch.lanes} x {batch.chunk} tokens a step"
+    layout = f"{accelerator.num_processes} process(es) on {accelerator.device.type}, {recipe.train.precision}"
+    run.say(f"{folder.path}: {size}, {layout}; {f'going on from step {step}' if step else 'from the beginning'}")
+    return run
+
+
+def _corpus(recipe: Recipe) -> CorpusSpec:
+    data = recipe.data
+    held_out = 0.0 if data.validation is not None else data.validation_fraction
+    return CorpusSpec(data.corpus, data.subset, data.split, data.revision, data.text_field, data.skip_broken, held_out)
+
+
+def _warm_start(model: MinRNNForCausalLM, name: str) -> None:
+    """Take the weights of an export of the same shape."""
+    try:
+        source = MinRNNForCausalLM.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UserError(("model.init_from", f"cannot load {name}: {str(error).splitlines()[0]}")) from None
+    theirs, ours = source.config.to_dict(), model.config.to_dict()
+    shaping = (
+        "hidden_size",
+        "num_hidden_layers",
+        "vocab_size",
+        "cell",
+        "expansion_factor",
+        "output_gate",
+        "conv_kernel",
+        "intermediate_size",
+        "gated_mlp",
+        "candidate_activation",
+        "hidden_act",
+        "rms_norm_eps",
+    )
+    if different := [key for key in shaping if theirs[key] != ours[key]]:
+        raise UserError(*((f"model.{key}", f"is {ours[key]!r}, but {name} (model.init_from) has {theirs[key]!r}") for key in different))
+    model.load_state_dict(source.state_dict())
