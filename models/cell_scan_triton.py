@@ -1,0 +1,406 @@
+"""The cell and its scan on the GPU in one kernel: pre-activations in, outputs out; decay and input live in registers only.
+
+    projected [batch, time, P * width]  =  gate (minLSTM: forget, input) | candidate u | output gate o (if there is one), side by side
+    (a, b) = cell(gates + gate_bias, c(u))        h_t = a_t h_{t-1} + b_t        y = h silu(o), or h
+
+How time and channels are spread over the chip is told in `tiles_triton`, the formulas of the cells in `cells_triton`.
+
+Bytes an element of [batch, time, width] in bf16, minGRU without an output gate: forward 6 (reads k, u, writes h), backward 12 (reads k, u, h, g,
+writes dk, du). With one: 10 (also reads o, writes y) and 16 (also reads o, writes do). A second pass, where time is cut: 4 more each (6 backward
+with an output gate).
+
+With G_t the whole gradient at h_t and s_t = a_t G_t what it hands to t - 1 (nothing, at a document start),
+
+    d(gates) = a z G_t (c(u) - h_{t-1}) * slopes        du = z c'(u) G_t        do = g_t h_t silu'(o)
+
+Padding, at and behind a row's length, and what a tile reads behind the end of time, is not a case of its own: the gates are loaded as
+infinities for which (a, b) = (1, 0) comes out.
+"""
+
+# pyright: reportOptionalMemberAccess=false
+# (triton may be missing)
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .cells_triton import candidate, factors, silu
+from .tiles_triton import (
+    Launch,
+    Tile,
+    cut_launch,
+    jit,
+    join_products,
+    load_previous_rows,
+    load_rows,
+    num_multiprocessors,
+    pass_launches,
+    plan_chunks,
+    run_all,
+    scan_tile,
+    tl,
+    with_contiguous_channels,
+)
+
+NUM_GATES = {"mingru": 1, "minlstm": 2}
+
+
+@jit
+def load_gates(
+    source,
+    step: tl.constexpr,
+    live,
+    t,
+    time_step: tl.constexpr,
+    limit,
+    CELL: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """The gates' rows of a tile; behind `limit` infinities, so that a = 1 and z = 0. The minGRU's one gate stands for both."""
+    if CELL == "mingru":
+        k_rows = load_rows(source, step, live, t, time_step, limit, float("-inf"), ROWS, MASKED)
+        return k_rows, k_rows
+    p_rows = load_rows(source, step, live, t, time_step, limit, float("inf"), ROWS, MASKED)
+    return p_rows, load_rows(source + WIDTH, step, live, t, time_step, limit, float("-inf"), ROWS, MASKED)
+
+
+@jit
+def load_starts(starts, t, time_step: tl.constexpr, limit, ROWS: tl.constexpr):
+    """Flags [lanes, ROWS] of the rows that begin a document, in order of processing; they cross the joints between tiles as bits."""
+    time = t + time_step * tl.arange(0, ROWS)[None, :]
+    return tl.load(starts + time, mask=(time >= 0) & (time < limit), other=0)
+
+
+@jit
+def as_bits(flags, ROWS: tl.constexpr):
+    """[lanes, ROWS] -> [lanes, 1], row j in bit j."""
+    return tl.sum(flags.to(tl.int32) << tl.arange(0, ROWS)[None, :], 1)[:, None]
+
+
+@jit
+def load_biases(gate_bias, channel, live, CELL: tl.constexpr, WIDTH: tl.constexpr):
+    """The gates' biases [1, channels], in octaves."""
+    k_bias = tl.load(gate_bias + channel, mask=live, other=0.0) * 1.4426950408889634
+    if CELL == "mingru":
+        return k_bias, k_bias
+    return k_bias, tl.load(gate_bias + WIDTH + channel, mask=live, other=0.0) * 1.4426950408889634
+
+
+@jit
+def forward_kernel(
+    projected, gate_bias, entering, starts, lengths, y, h, final, decay, time, chunk_length, num_chunks, projected_row, STEP: tl.constexpr,
+    CELL: tl.constexpr, ACTIVATION: tl.constexpr, OUTPUT_GATE: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """One chunk of one row and block of channels; each of `entering`, `starts`, `lengths`, (`y`, `h`), `final` and `decay` may be None.
+
+    projected: rows of the batch projected_row elements apart, tokens STEP; y, h [batch, time, WIDTH]; the others [batch, chunks, WIDTH].
+    """
+    num_blocks: tl.constexpr = (WIDTH + CHANNELS - 1) // CHANNELS
+    candidate_place: tl.constexpr = WIDTH * (2 if CELL == "minlstm" else 1)
+    resets_possible: tl.constexpr = starts is not None
+    program = tl.program_id(0)
+    chunk, row = (program // num_blocks) % num_chunks, (program // num_blocks // num_chunks).to(tl.int64)
+    lane = tl.arange(0, LANES)[:, None]
+    channel = (program % num_blocks) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+    live = channel < WIDTH
+    state_place = (row * num_chunks + chunk) * WIDTH + channel
+    first = chunk * chunk_length
+    last = tl.minimum(first + chunk_length, time)
+    limit = last
+    if lengths is not None:
+        limit = tl.minimum(last, tl.load(lengths + row).to(tl.int32))
+    t = first + lane * ROWS
+    source = projected + row * projected_row + t.to(tl.int64) * STEP + channel
+    target = row * time * WIDTH + t.to(tl.int64) * WIDTH + channel
+    k_bias, q_bias = load_biases(gate_bias, channel, live, CELL, WIDTH)
+    carry = tl.zeros((1, CHANNELS), tl.float32)
+    if entering is not None:
+        carry = tl.load(entering + state_place, mask=live, other=0.0)
+    product = tl.full((1, CHANNELS), 1.0, tl.float32)
+    resets = 0
+    if resets_possible:
+        starts += row * time
+        resets = as_bits(load_starts(starts, t, 1, limit, ROWS), ROWS)
+    for _ in tl.range(first, last, LANES * ROWS, num_stages=STAGES):
+        k_rows, q_rows = load_gates(source, STEP, live, t, 1, limit, CELL, WIDTH, ROWS, MASKED)
+        u_rows = load_rows(source + candidate_place, STEP, live, t, 1, limit, float("-inf") if ACTIVATION == "g" else 0.0, ROWS, MASKED)
+        if OUTPUT_GATE and y is not None:
+            o_rows = load_rows(source + candidate_place + WIDTH, STEP, live, t, 1, last, 0.0, ROWS, MASKED)
+        if resets_possible:
+            upcoming = load_starts(starts, t + LANES * ROWS, 1, limit, ROWS)
+        decays, addends = (), ()
+        for j in tl.static_range(ROWS):
+            a, z, _, _ = factors(k_rows[j], q_rows[j], k_bias, q_bias, CELL)
+            c, _ = candidate(u_rows[j].to(tl.float32), ACTIVATION)
+            decays, addends = decays + (a,), addends + (z * c,)  # noqa: RUF005
+        states, carry, tile_product = scan_tile(decays, addends, resets, carry, lane, LANES, CHANNELS, ROWS, resets_possible)
+        product = join_products(product, tile_product) if resets_possible else product * tile_product
+        if y is not None:
+            for j in tl.static_range(ROWS):
+                mask = (live & (t + j < last)) if MASKED else live
+                state = states[j + 1]
+                if OUTPUT_GATE:
+                    tl.store(h + target + j * WIDTH, state.to(h.dtype.element_ty), mask=mask)
+                    gate, _ = silu(o_rows[j].to(tl.float32))
+                    state = state * gate
+                tl.store(y + target + j * WIDTH, state.to(y.dtype.element_ty), mask=mask)
+        if resets_possible:
+            resets = as_bits(upcoming, ROWS)
+        t += LANES * ROWS
+        source += LANES * ROWS * STEP
+        target += LANES * ROWS * WIDTH
+    if final is not None:
+        tl.store(final + state_place, carry, mask=live)
+    if decay is not None:
+        if resets_possible and entering is not None:  # not a chunk's mark, but the product itself
+            product = tl.where(product < 0, 0.0, product)
+        tl.store(decay + state_place, product, mask=live)
+
+
+@jit
+def backward_kernel(
+    projected, gate_bias, h0, starts, lengths, h, grad_y, entering, d_projected, d_gate_bias, final, decay, time, chunk_length, num_chunks,
+    projected_row, h_row, grad_row, STEP: tl.constexpr, H_STEP: tl.constexpr, GRAD_STEP: tl.constexpr, CELL: tl.constexpr,
+    ACTIVATION: tl.constexpr, OUTPUT_GATE: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    STAGES: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The same from late to early, on s_t. Without `d_projected`, only the pair of the chunk is computed, from the gates and the gradient.
+
+    d_projected: contiguous, laid out as `projected`; d_gate_bias: each program's sum, [batch, chunks, gates, WIDTH].
+    """
+    num_blocks: tl.constexpr = (WIDTH + CHANNELS - 1) // CHANNELS
+    num_gates: tl.constexpr = 2 if CELL == "minlstm" else 1
+    candidate_place: tl.constexpr = WIDTH * num_gates
+    out_step: tl.constexpr = WIDTH * (num_gates + (2 if OUTPUT_GATE else 1))
+    resets_possible: tl.constexpr = starts is not None
+    program = tl.program_id(0)
+    chunk, row = (program // num_blocks) % num_chunks, (program // num_blocks // num_chunks).to(tl.int64)
+    lane = tl.arange(0, LANES)[:, None]
+    channel = (program % num_blocks) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+    live = channel < WIDTH
+    state_place = (row * num_chunks + chunk) * WIDTH + channel
+    first = chunk * chunk_length
+    last = tl.minimum(first + chunk_length, time)
+    limit = last
+    if lengths is not None:
+        limit = tl.minimum(last, tl.load(lengths + row).to(tl.int32))
+    t = first + tl.cdiv(last - first, LANES * ROWS) * (LANES * ROWS) - 1 - lane * ROWS
+    source = projected + row * projected_row + t.to(tl.int64) * STEP + channel
+    grad_source = grad_y + row * grad_row + t.to(tl.int64) * GRAD_STEP + channel
+    h_source = h + row * h_row + t.to(tl.int64) * H_STEP + channel
+    target = row * time * out_step + t.to(tl.int64) * out_step + channel
+    k_bias, q_bias = load_biases(gate_bias, channel, live, CELL, WIDTH)
+    initial = tl.load(h0 + row * WIDTH + channel, mask=live, other=0.0)
+    carry = tl.zeros((1, CHANNELS), tl.float32)
+    if entering is not None:
+        carry = tl.load(entering + state_place, mask=live, other=0.0)
+    product = tl.full((1, CHANNELS), 1.0, tl.float32)
+    dk_sum, dq_sum = tl.zeros((LANES, CHANNELS), tl.float32), tl.zeros((LANES, CHANNELS), tl.float32)
+    resets = 0
+    if resets_possible:
+        starts += row * time
+        resets = as_bits(load_starts(starts, t, -1, limit, ROWS), ROWS)
+    for _ in tl.range(first, last, LANES * ROWS, num_stages=STAGES):
+        k_rows, q_rows = load_gates(source, -STEP, live, t, -1, limit, CELL, WIDTH, ROWS, MASKED)
+        grad_rows = load_rows(grad_source, -GRAD_STEP, live, t, -1, last, 0.0, ROWS, MASKED)
+        if OUTPUT_GATE:
+            o_rows = load_rows(source + candidate_place + WIDTH, -STEP, live, t, -1, last, 0.0, ROWS, MASKED)
+        if d_projected is not None:
+            u_rows = load_rows(source + candidate_place, -STEP, live, t, -1, limit, float("-inf") if ACTIVATION == "g" else 0.0, ROWS, MASKED)
+            previous = load_previous_rows(h_source, H_STEP, live, t, last, initial, ROWS, MASKED)
+            if OUTPUT_GATE:
+                latest = load_rows(h_source, -H_STEP, live, t, -1, last, 0.0, 1, MASKED)
+        if resets_possible:
+            upcoming = load_starts(starts, t - LANES * ROWS, -1, limit, ROWS)
+        decays, addends, grads = (), (), ()
+        for j in tl.static_range(ROWS):
+            a, _, _, _ = factors(k_rows[j], q_rows[j], k_bias, q_bias, CELL)
+            grad = grad_rows[j].to(tl.float32)
+            if OUTPUT_GATE:
+                gate, _ = silu(o_rows[j].to(tl.float32))
+                grad = grad * gate
+            addend = a * grad
+            if resets_possible:
+                addend = tl.where((resets >> j) & 1 != 0, 0.0, addend)
+            decays, addends, grads = decays + (a,), addends + (addend,), grads + (grad,)  # noqa: RUF005
+        states, carry, tile_product = scan_tile(decays, addends, resets, carry, lane, LANES, CHANNELS, ROWS, resets_possible)
+        product = join_products(product, tile_product) if resets_possible else product * tile_product
+        if d_projected is not None:
+            for j in tl.static_range(ROWS):
+                mask = (live & (t - j < last)) if MASKED else live
+                total, state_before = grads[j] + states[j], previous[j].to(tl.float32)
+                if resets_possible:
+                    state_before = tl.where((resets >> j) & 1 != 0, 0.0, state_before)
+                a, z, k_slope, q_slope = factors(k_rows[j], q_rows[j], k_bias, q_bias, CELL)
+                c, c_slope = candidate(u_rows[j].to(tl.float32), ACTIVATION)
+                d_factors, du = a * z * total * (c - state_before), z * c_slope * total
+                if lengths is not None:
+                    d_factors, du = tl.where(t - j < limit, d_factors, 0.0), tl.where(t - j < limit, du, 0.0)
+                dk, out = d_factors * k_slope, d_projected + target - j * out_step
+                dk_sum += dk
+                tl.store(out, dk.to(d_projected.dtype.element_ty), mask=mask)
+                if CELL == "minlstm":
+                    dq = d_factors * q_slope
+                    dq_sum += dq
+                    tl.store(out + WIDTH, dq.to(d_projected.dtype.element_ty), mask=mask)
+                tl.store(out + candidate_place, du.to(d_projected.dtype.element_ty), mask=mask)
+                if OUTPUT_GATE:
+                    state_now = latest[0] if j == 0 else previous[j - 1]
+                    _, slope = silu(o_rows[j].to(tl.float32))
+                    do = grad_rows[j].to(tl.float32) * state_now.to(tl.float32) * slope
+                    tl.store(out + candidate_place + WIDTH, do.to(d_projected.dtype.element_ty), mask=mask)
+        if resets_possible:
+            resets = as_bits(upcoming, ROWS)
+        t -= LANES * ROWS
+        source -= LANES * ROWS * STEP
+        grad_source -= LANES * ROWS * GRAD_STEP
+        h_source -= LANES * ROWS * H_STEP
+        target -= LANES * ROWS * out_step
+    if final is not None:
+        tl.store(final + state_place, carry, mask=live)
+    if decay is not None:
+        tl.store(decay + state_place, product, mask=live)
+    if d_projected is not None:
+        bias_place = (row * num_chunks + chunk) * (num_gates * WIDTH) + channel
+        tl.store(d_gate_bias + bias_place, tl.sum(dk_sum, 0)[None, :], mask=live)
+        if CELL == "minlstm":
+            tl.store(d_gate_bias + bias_place + WIDTH, tl.sum(dq_sum, 0)[None, :], mask=live)
+
+
+def choose_tile(time: int, itemsize: int, cell: str, output_gate: bool, backward: bool) -> Tile:
+    """The tile for operands of `itemsize` bytes."""
+    if time == 1:  # a token of decoding
+        return Tile(lanes=1, rows=1, channels=64)
+    return Tile(lanes=8, rows=8 if backward or output_gate or itemsize > 2 else 16, channels=64)
+
+
+def _as_flags(document_starts: Tensor | None) -> Tensor | None:
+    return None if document_starts is None else document_starts.contiguous().view(torch.uint8)
+
+
+def forward_launches(
+    projected: Tensor,
+    gate_bias: Tensor,
+    h0: Tensor,
+    document_starts: Tensor | None,
+    lengths: Tensor | None,
+    cell: str,
+    activation: str,
+    output_gate: bool,
+    want_decay: bool,
+    tile: Tile | None = None,
+    num_chunks: int | None = None,
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], list[Launch]]:
+    """The outputs of `forward`, empty, and what fills them. A tile or a number of chunks can be forced, for tests and tuning."""
+    batch, time, _ = projected.shape
+    width = gate_bias.shape[1]
+    projected, gate_bias = with_contiguous_channels(projected), gate_bias.contiguous()
+    tile = tile or choose_tile(time, projected.itemsize, cell, output_gate, backward=False)
+    chunks = plan_chunks(batch, time, width, tile, num_multiprocessors(projected.device), num_chunks)
+    y = projected.new_empty(batch, time, width)
+    h = torch.empty_like(y) if output_gate else y.new_empty(0)
+    h_last = torch.empty_like(h0, dtype=torch.float32, memory_format=torch.contiguous_format)
+    decay = torch.empty_like(h_last) if want_decay else h_last.new_empty(0)
+    flags = _as_flags(document_starts)
+
+    def launch(entering: Tensor | None, final: Tensor | None, decay: Tensor | None, write: bool) -> Launch:
+        arguments = {"projected": projected, "gate_bias": gate_bias, "entering": entering, "starts": flags, "lengths": lengths}
+        arguments |= {"y": y if write else None, "h": h if write and output_gate else None, "final": final, "decay": decay}
+        arguments |= {"projected_row": projected.stride(0)}
+        constants = {
+            "STEP": projected.stride(1),
+            "CELL": cell,
+            "ACTIVATION": activation,
+            "OUTPUT_GATE": output_gate,
+            "MASKED": lengths is not None,
+        }
+        return cut_launch(forward_kernel, arguments, constants, (batch, time, width), tile, chunks)
+
+    launches = pass_launches(
+        launch, chunks, h0.float().contiguous(), h_last, decay if want_decay else None, reverse=False, resets=flags is not None
+    )
+    return (y, h, h_last, decay), launches
+
+
+def backward_launches(
+    projected: Tensor,
+    gate_bias: Tensor,
+    h0: Tensor,
+    document_starts: Tensor | None,
+    lengths: Tensor | None,
+    h: Tensor,
+    grad_y: Tensor,
+    grad_last: Tensor,
+    cell: str,
+    activation: str,
+    output_gate: bool,
+    tile: Tile | None = None,
+    num_chunks: int | None = None,
+) -> tuple[tuple[Tensor, Tensor, Tensor], list[Launch]]:
+    """As `forward_launches`, for `backward`; the gradient of the gate bias is still in pieces, [batch, chunks, gates, width]."""
+    batch, time, _ = projected.shape
+    width = gate_bias.shape[1]
+    projected, h, grad_y = with_contiguous_channels(projected), with_contiguous_channels(h), with_contiguous_channels(grad_y)
+    gate_bias, h0 = gate_bias.contiguous(), h0.float().contiguous()
+    tile = tile or choose_tile(time, projected.itemsize, cell, output_gate, backward=True)
+    chunks = plan_chunks(batch, time, width, tile, num_multiprocessors(projected.device), num_chunks)
+    d_projected = torch.empty_like(projected, memory_format=torch.contiguous_format)
+    d_gate_bias, dh0 = gate_bias.new_empty(batch, chunks.number, *gate_bias.shape), torch.empty_like(h0)
+    flags = _as_flags(document_starts)
+
+    def launch(entering: Tensor | None, final: Tensor | None, decay: Tensor | None, write: bool) -> Launch:
+        arguments = {"projected": projected, "gate_bias": gate_bias, "h0": h0, "starts": flags, "lengths": lengths, "h": h, "grad_y": grad_y}
+        arguments |= {"entering": entering, "final": final, "decay": decay}
+        arguments |= {"d_projected": d_projected if write else None, "d_gate_bias": d_gate_bias if write else None}
+        arguments |= {"projected_row": projected.stride(0), "h_row": h.stride(0), "grad_row": grad_y.stride(0)}
+        constants = {"STEP": projected.stride(1), "H_STEP": h.stride(1), "GRAD_STEP": grad_y.stride(1)}
+        constants |= {"CELL": cell, "ACTIVATION": activation, "OUTPUT_GATE": output_gate, "MASKED": lengths is not None}
+        return cut_launch(backward_kernel, arguments, constants, (batch, time, width), tile, chunks)
+
+    launches = pass_launches(launch, chunks, grad_last.float().contiguous(), dh0, None, reverse=True, resets=flags is not None)
+    return (d_projected, d_gate_bias, dh0), launches
+
+
+def forward(
+    projected: Tensor,
+    gate_bias: Tensor,
+    h0: Tensor,
+    document_starts: Tensor | None,
+    lengths: Tensor | None,
+    cell: str,
+    activation: str,
+    output_gate: bool,
+    want_decay: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `cell_scan.cell_scan`: (y, h, h_last, decay); h is empty without an output gate (y is h), and decay if it is not wanted."""
+    outputs, launches = forward_launches(projected, gate_bias, h0, document_starts, lengths, cell, activation, output_gate, want_decay)
+    run_all(launches)
+    return outputs
+
+
+def backward(
+    projected: Tensor,
+    gate_bias: Tensor,
+    h0: Tensor,
+    document_starts: Tensor | None,
+    lengths: Tensor | None,
+    h: Tensor,
+    grad_y: Tensor,
+    grad_last: Tensor,
+    cell: str,
+    activation: str,
+    output_gate: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `cell_scan`: (d_projected, d_gate_bias, dh0)."""
+    outputs, launches = backward_launches(
+        projected, gate_bias, h0, document_starts, lengths, h, grad_y, grad_last, cell, activation, output_gate
+    )
+    run_all(launches)
+    d_projected, d_gate_bias, dh0 = outputs
+    return d_projected, d_gate_bias.sum((0, 1)), dh0

@@ -1,0 +1,105 @@
+"""The cells inside a kernel: pre-activations to coefficients and their derivatives, in fp32.
+
+The same functions as `cells`, written for the GPU. What costs there is special functions (exp2, reciprocal: an eighth of the rate of a
+multiply-add), so each sigmoid pair shares its exponential, and nothing is computed by cases where a clamp does:
+
+    minGRU     t = e^k                       a = 1 / (1 + t)    z = t / (1 + t)
+    minLSTM    P = 1 + e^-p,  Q = 1 + e^-q   a = Q / (P + Q)    z = P / (P + Q)        since f = 1 / P, i = 1 / Q
+
+Neither factor is one minus the other. Exponents are clamped to 120 (in octaves), where the other side is 0 to within 1e-36; in the minLSTM both
+are first shifted together if both are large, which leaves the ratio as it is. NaN passes through every clamp. Derivatives:
+
+    minGRU     da/dk = -a z    dz/dk = a z
+    minLSTM    with d = log(i / f):  da/dd = -a z    dz/dd = a z    dd/dp = -sigmoid(-p)    dd/dq = sigmoid(-q)
+"""
+
+# pyright: reportOptionalMemberAccess=false
+# (triton may be missing)
+
+from __future__ import annotations
+
+from .tiles_triton import INTERPRETED, jit, tl
+
+
+@jit
+def reciprocal(x):
+    """1 / x to one unit in the last place; results below 2^-126 are 0."""
+    if INTERPRETED:
+        return 1.0 / x
+    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@jit
+def clamped_exp2(x):
+    """2^min(x, 120), NaN where x is."""
+    return tl.exp2(tl.minimum(x, 120.0, propagate_nan=tl.PropagateNan.ALL))
+
+
+@jit
+def sigmoid(x):
+    """1 / (1 + e^-x)."""
+    return reciprocal(1.0 + tl.exp2(x * -1.4426950408889634))
+
+
+@jit
+def silu(x):
+    """x sigmoid(x), and its derivative."""
+    s = sigmoid(x)
+    y = x * s
+    return y, s + y * (1.0 - s)
+
+
+@jit
+def tanh(x):
+    """tanh(x), relative to within 1e-6: 1 - 2 / (1 + e^2x), and near 0, where that cancels, its Taylor polynomial."""
+    square = x * x
+    near_zero = x * (1.0 + square * (-0.3333333333 + square * (0.1333333333 + square * -0.0539682540)))
+    elsewhere = 1.0 - 2.0 * reciprocal(1.0 + tl.exp2(x * 2.8853900817779268))
+    return tl.where(tl.abs(x) < 0.25, near_zero, elsewhere)
+
+
+@jit
+def candidate(u, ACTIVATION: tl.constexpr):
+    """c(u), and its derivative."""
+    tl.static_assert(ACTIVATION == "g" or ACTIVATION == "none" or ACTIVATION == "tanh" or ACTIVATION == "silu")  # noqa: PLR1714
+    if ACTIVATION == "g":
+        s = sigmoid(u)
+        return tl.where(u >= 0, u + 0.5, s), tl.where(u >= 0, 1.0, s * (1.0 - s))
+    if ACTIVATION == "tanh":
+        c = tanh(u)
+        return c, 1.0 - c * c
+    if ACTIVATION == "silu":
+        return silu(u)
+    return u, 1.0
+
+
+@jit
+def mingru_factors(k):
+    """(a, z) from k in octaves, k log2(e)."""
+    t = clamped_exp2(k)
+    r = reciprocal(1.0 + t)
+    return r, t * r
+
+
+@jit
+def minlstm_factors(p, q):
+    """(a, z, sigmoid(-p), sigmoid(-q)) from p and q in octaves."""
+    shift = tl.maximum(tl.minimum(-p, -q) - 60.0, 0.0)  # where both are below -60, 1 + e^-p is e^-p, and the ratio needs only the difference
+    t_p, t_q = clamped_exp2(-p - shift), clamped_exp2(-q - shift)
+    r = reciprocal(2.0 + t_p + t_q)
+    return (1.0 + t_q) * r, (1.0 + t_p) * r, t_p * reciprocal(1.0 + t_p), t_q * reciprocal(1.0 + t_q)
+
+
+@jit
+def factors(k, q, k_bias, q_bias, CELL: tl.constexpr):
+    """(a, z, dk, dq): both coefficients' factors, and what the gradient a z (dz - da) has to be multiplied by for each gate.
+
+    k: the first gate's pre-activation (minLSTM: p), without its bias; q: the minLSTM's second. The biases are in octaves already.
+    """
+    tl.static_assert(CELL == "mingru" or CELL == "minlstm")  # noqa: PLR1714
+    k = k.to(tl.float32) * 1.4426950408889634 + k_bias
+    if CELL == "mingru":
+        a, z = mingru_factors(k)
+        return a, z, 1.0, 1.0
+    a, z, forget_slope, input_slope = minlstm_factors(k, q.to(tl.float32) * 1.4426950408889634 + q_bias)
+    return a, z, -forget_slope, input_slope
