@@ -10,6 +10,7 @@ USAGE = """usage: minrnn COMMAND ...
   generate   continue a prompt                     minrnn generate runs/quickstart/model --prompt "def main"
   export     a run's checkpoint as a transformers  minrnn export runs/quickstart --out my-model
              model
+  bench      speed and memory beside the peers'    minrnn bench train [--peers llama,mamba ...]
 
 `minrnn COMMAND --help` says more. Several processes: accelerate launch -m minrnn.pipeline.train --config RECIPE ...
 """
@@ -49,10 +50,14 @@ def main(argv: list[str] | None = None) -> None:
             generate(rest)
         elif command == "export":
             _export(rest)
+        elif command == "bench":
+            from ..evals.bench.command import main as bench
+
+            bench(rest)
         else:
             import difflib
 
-            near = difflib.get_close_matches(command, ("train", "generate", "export"), n=1)
+            near = difflib.get_close_matches(command, ("train", "generate", "export", "bench"), n=1)
             raise UserError((command, "unknown command" + (f" (did you mean {near[0]}?)" if near else "; minrnn --help lists them")))
     except UserError as error:
         print(error, file=sys.stderr)
