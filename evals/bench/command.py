@@ -138,7 +138,7 @@ def parse(kind: str, argv: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
-def bench(kind: str, argv: Sequence[str]) -> None:
+def run_bench(kind: str, argv: Sequence[str]) -> None:
     """Run one bench: tables to standard output, the record to its file.
 
     Raises:
@@ -169,4 +169,4 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(
             (f"bench {kind}", f"unknown bench (did you mean {near[0]}?)" if near else f"unknown bench; there are {', '.join(KINDS)}")
         )
-    bench(kind, rest)
+    run_bench(kind, rest)

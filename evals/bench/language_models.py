@@ -79,8 +79,9 @@ def _minrnn(cell: str) -> Callable[[Size, Options], nn.Module]:
 
 def _llama(size: Size, options: Options) -> nn.Module:
     """Attention through torch's scaled_dot_product_attention; heads of 64 channels, as many for keys as for queries."""
-    fields = _common(size, options) | {"intermediate_size": size[1], "num_attention_heads": max(1, size[0] // 64)}
-    return _from_config(LlamaConfig(**fields, max_position_embeddings=2**21, attn_implementation="sdpa"))
+    fields: dict[str, Any] = _common(size, options) | {"intermediate_size": size[1], "num_attention_heads": max(1, size[0] // 64)}
+    fields |= {"max_position_embeddings": 2**21, "attn_implementation": "sdpa"}
+    return _from_config(LlamaConfig(**fields))
 
 
 def _mamba(size: Size, options: Options) -> nn.Module:
@@ -93,7 +94,7 @@ def _mamba(size: Size, options: Options) -> nn.Module:
 def _mamba2(size: Size, options: Options) -> nn.Module:
     """State of size[1] for each of a head's 64 channels (32 where the width asks for it), one group."""
     head = 64 if size[0] % 32 == 0 else 32
-    fields = _common(size, options) | {"state_size": size[1], "n_groups": 1}
+    fields: dict[str, Any] = _common(size, options) | {"state_size": size[1], "n_groups": 1}
     return _from_config(Mamba2Config(**fields, head_dim=head, num_heads=2 * size[0] // head))
 
 
@@ -135,8 +136,8 @@ def _mlp(ratio: float, step: int = 8) -> Callable[[int], tuple[int, int, int, in
 
 
 FAMILIES: dict[str, Family] = {
-    "minrnn": Family("minGRU (ours)", _minrnn("mingru"), 64, _mlp(2.0)),
-    "minrnn-minlstm": Family("minLSTM (ours)", _minrnn("minlstm"), 64, _mlp(2.0)),
+    "minrnn": Family("minGRU (ours)", _minrnn("mingru"), 32, _mlp(2.0)),
+    "minrnn-minlstm": Family("minLSTM (ours)", _minrnn("minlstm"), 32, _mlp(2.0)),
     "minGRU-pytorch": Family("minGRU-pytorch", _mingru_pytorch, 64, _mlp(4.0)),
     "llama": Family("Llama, SDPA", _llama, 64, _mlp(8 / 3)),
     "mamba": Family("Mamba", _mamba, 1, None),

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ...models.cells import mingru
 from ...models.scan import linear_scan
+from .agreement import relative_error
 from .command import Settings, parse_counts, parse_shapes
 from .measure import DTYPES, Stopwatch, Timing, Unavailable, available_bytes, reason_of, round_robin
 from .record import Record, si, table
@@ -53,6 +55,8 @@ def resolve(arguments: argparse.Namespace, settings: Settings) -> None:
     arguments.lengths = parse_counts(settings, "--lengths", arguments.lengths)
     arguments.dtypes = settings.choices("--dtypes", arguments.dtypes, tuple(DTYPES))
     settings.at_least("--tokens", arguments.tokens, 1)
+    if arguments.lengths and not arguments.shapes:
+        settings.problems.append(("--lengths", "the sweep takes the width of the first of --shapes, and there is none; use --lengths none"))
 
 
 def run(arguments: argparse.Namespace, record: Record) -> None:
@@ -144,7 +148,7 @@ def _turns(
                 raise Unavailable(f"needs about {si(needed, 'B')} of memory, {si(free, 'B')} are free")
             function = peer.load(device)
             if elements <= 2**23 and direction == "forward":
-                errors[name] = relative_error(kind, peer, function, operands)
+                errors[name] = error_of(kind, peer, function, operands)
             turns[name] = Stopwatch(partial(work_of, function, peer, operands, direction), device, arguments.min_seconds)
         except Exception as error:
             failed[name] = reason_of(error)
@@ -161,7 +165,7 @@ def _add(x: Tensor, y: Tensor) -> Callable[[], object]:
     return lambda: torch.add(x, y)
 
 
-def work_of(function: Callable[..., Tensor], peer: ScanPeer, operands: tuple[Tensor, ...], direction: str) -> Callable[[], object]:
+def work_of(function: Callable[..., Tensor], peer: ScanPeer, operands: tuple[Tensor, ...], direction: str) -> Callable[[], Any]:
     """The call to time: the forward without autograd, or the forward and the gradients of all inputs."""
     inputs = peer.inputs(*operands)
     if direction == "forward":
@@ -172,21 +176,17 @@ def work_of(function: Callable[..., Tensor], peer: ScanPeer, operands: tuple[Ten
     return lambda: torch.autograd.grad(function(*leaves), leaves, gradient)
 
 
-def relative_error(kind: str, peer: ScanPeer, function: Callable[..., Tensor], operands: tuple[Tensor, ...]) -> float:
+def error_of(kind: str, peer: ScanPeer, function: Callable[..., Tensor], operands: tuple[Tensor, ...]) -> float:
     """Largest distance from the scan in fp64 on the same operands, over the largest |h|."""
     a, b = _coefficients(kind, operands)
-    exact = linear_scan(a, b, backend="torch")[0]
     with torch.no_grad():
-        h = peer.output(function(*peer.inputs(*operands)))
-    return ((h.double() - exact).abs().max() / exact.abs().max()).item()
+        return relative_error(peer.output(function(*peer.inputs(*operands))), linear_scan(a, b, backend="torch")[0])
 
 
 def _coefficients(kind: str, operands: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """a and b in fp64."""
     if kind == "scan":
         return tuple(tensor.double() for tensor in operands)
-    from ...models.cells import mingru
-
     k, u = operands[0].double().chunk(2, dim=-1)
     return mingru(k, u, "g")
 
@@ -217,7 +217,7 @@ def measure_layers(shape: Shape, dtype_name: str, device: torch.device, argument
     return rows
 
 
-def layer_work(layer: nn.Module, x: Tensor, direction: str) -> Callable[[], object]:
+def layer_work(layer: nn.Module, x: Tensor, direction: str) -> Callable[[], Any]:
     """The call to time: the forward without autograd, or the forward and the gradients of the input and of all parameters."""
     if direction == "forward":
         return torch.no_grad()(lambda: layer(x))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ...models.cell_scan import cell_scan
 from ...models.cells import mingru
-from ...models.scan import BACKENDS, linear_scan
+from ...models.scan import linear_scan
 from .measure import peer_module, require_cuda
 
 Inputs = tuple[Tensor, ...]
@@ -92,7 +92,6 @@ SCAN_PEERS: dict[str, ScanPeer] = {
 OUR_SCANS: dict[str, ScanPeer] = {
     "minrnn": ScanPeer(_ours(None)),
     "minrnn-torch": ScanPeer(_ours("torch"), held=(9, 18)),
-    **({"minrnn-triton": ScanPeer(_ours("triton"))} if "triton" in BACKENDS else {}),
 }
 
 

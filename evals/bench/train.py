@@ -24,11 +24,12 @@ from ...models.cache import MinRNNCache
 from ...models.modeling_minrnn import next_token_loss
 from ...pipeline.machine import keep_freed_memory, training_flops_per_token
 from .command import Settings, parse_counts
-from .language_models import FAMILIES, OURS, Options, build, kernels_of, logits_of
+from .language_models import FAMILIES, OURS, Options, build, kernels_of, logits_of, sized
 from .language_models import PEERS as PEERS
 from .measure import (
     DTYPES,
     Stopwatch,
+    Unavailable,
     always,
     ceiling_rows,
     current_memory,
@@ -73,6 +74,12 @@ def resolve_model(arguments: argparse.Namespace, settings: Settings) -> None:
     settings.at_least("--params", arguments.params, 1)
     settings.at_least("--layers", arguments.layers, 1)
     arguments.cells = settings.choices("--cells", arguments.cells, OURS)
+    if not settings.problems:
+        for family in arguments.cells:
+            try:
+                sized(family, arguments.params, arguments.layers)
+            except Unavailable as error:
+                settings.problems.append(("--params", f"{error}; change --params or --layers"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,165 @@
+"""Everything that only a GPU can tell, in one sitting: `python -m minrnn.evals.gpu --out DIR [--minutes 9]`.
+
+    checks      the GPU backend against fp64, forward and gradients          bench/agreement.py
+    fused       scan and fused cell at the sizes that fill the chip          bench/scan.py
+    train       about 350M parameters, lengths 512 .. 65,536                 bench/train.py
+    scans       every peer's scan at several sizes and lengths               bench/scan.py
+    layers      whole layers at equal width, cuDNN's GRU and LSTM too        bench/scan.py
+    generate    decoding after contexts up to 1,048,576, with CUDA graphs    bench/generate.py
+
+A machine with torch, triton, transformers, numpy, matplotlib and tqdm is enough; it needs no installation of minrnn either: a link named minrnn
+to the checkout, in a folder on PYTHONPATH. Each section has a share of the time that is left and writes DIR/SECTION.json as it goes, so that
+whatever cuts it off, what was measured is there; DIR/gpu.json says how each ended. Decoding comes last: a failed capture of a CUDA graph may
+leave the process unusable.
+"""
+
+import argparse
+import gc
+import json
+import os
+import signal
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data.errors import UserError
+from .bench.agreement import run_checks
+from .bench.command import run_bench
+from .bench.measure import release_memory
+from .bench.record import commit, machine, versions
+
+NO_SWEEP, NO_LAYERS = ("--lengths", "none"), ("--layers", "none")
+BIG = ("--params", "350M", "--layers", "24", "--peers", "llama,mamba2", "--rounds", "3", "--limit", "20")
+SECTIONS: dict[str, tuple[float, str, tuple[str, ...]]] = {
+    # name: (share of the time, bench, its arguments)
+    "checks": (2.0, "", ()),
+    "fused": (1.0, "scan", ("--shapes", "8x8192x2048,1x65536x2048", "--dtypes", "bf16", *NO_SWEEP, *NO_LAYERS, "--rounds", "3")),
+    "train": (2.5, "train", (*BIG, "--tokens", "16384", "--lengths", "512,2048,8192,65536", "--chunk", "8192")),
+    "scans": (
+        1.5,
+        "scan",
+        ("--shapes", "8x2048x1024,64x1024x256,1x65536x1024", "--lengths", "512,4096,32768,65536,1048576", *NO_LAYERS, "--rounds", "3"),
+    ),
+    "layers": (0.5, "scan", ("--shapes", "none", *NO_SWEEP, "--layers", "64x1000x100,8x1024x1024,8x8192x1024,64x512x512")),
+    "generate": (
+        2.0,
+        "generate",
+        (
+            *(*BIG, "--dtype", "bf16", "--contexts", "1024,16384,131072,1048576", "--batches", "1,16"),
+            *("--steps", "32", "--read-ours", "131072", "--cuda-graphs"),
+        ),
+    ),
+}
+SMALL = ("--rounds", "1", "--min-seconds", "0")
+TINY_MODEL = ("--params", "400k", "--layers", "2", "--peers", "none")
+TINY: dict[str, tuple[str, ...]] = {
+    "checks": (),
+    "fused": ("--shapes", "2x64x16", "--dtypes", "bf16", *NO_SWEEP, *NO_LAYERS, *SMALL),
+    "train": (*TINY_MODEL, "--tokens", "64", "--lengths", "32", *SMALL),
+    "scans": ("--shapes", "2x32x8", "--lengths", "16", "--tokens", "64", *NO_LAYERS, *SMALL),
+    "layers": ("--shapes", "none", *NO_SWEEP, "--layers", "2x16x8", *SMALL),
+    "generate": (*TINY_MODEL, "--contexts", "32", "--batches", "1", "--steps", "2", *SMALL),
+}
+
+
+class OutOfTime(BaseException):
+    """A section's time is up. No Exception, since a contender that fails is a row in a table and this is not one."""
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise OutOfTime in the main thread after so many seconds."""
+
+    def expire(signal_number: int, frame: Any) -> None:
+        raise OutOfTime
+
+    previous = signal.signal(signal.SIGALRM, expire)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def _write(path: Path, value: Any) -> None:
+    partial = path.with_name(f".{path.name}")
+    partial.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(partial, path)
+
+
+def _checks(device: torch.device, tiny: bool, out: Path) -> None:
+    """Section `checks`."""
+    about = {"commit": commit(), "machine": machine(device), "versions": versions()}
+
+    def report(rows: list[dict[str, Any]]) -> None:
+        failed = [row for row in rows if not row["passed"]]
+        _write(out, {**about, "num_checks": len(rows), "num_failed": len(failed), "failed": failed, "rows": rows})
+
+    run_checks(device, tiny, report)
+    told = json.loads(out.read_text())
+    print(f"{told['num_checks']} checks, {told['num_failed']} failed")
+    for row in told["failed"][:20]:
+        print(f"  {json.dumps(row)}")
+
+
+def run(device: torch.device, out: Path, minutes: float, tiny: bool, names: list[str]) -> dict[str, Any]:
+    """All sections; returns (and writes) how each of them ended."""
+    out.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + 60 * minutes
+    summary: dict[str, Any] = {"commit": commit(), "machine": machine(device), "versions": versions(), "minutes": minutes, "sections": {}}
+    for i, name in enumerate(names):
+        share, bench, arguments = SECTIONS[name]
+        seconds = (deadline - time.monotonic()) * share / sum(SECTIONS[other][0] for other in names[i:])
+        print(f"\n=== {name}: at most {seconds:.0f} s", flush=True)
+        path = out / f"{name}.json"
+        argv = [*(TINY[name] if tiny else arguments), "--device", device.type, "--out", str(path)]
+        work: Callable[[], None] = (lambda path=path: _checks(device, tiny, path)) if not bench else (lambda b=bench, a=argv: run_bench(b, a))
+        start = time.monotonic()
+        try:
+            with time_limit(seconds):
+                work()
+            end = "finished"
+        except OutOfTime:
+            end = f"cut off after {seconds:.0f} s; what it had is in {path.name}"
+        except Exception as error:  # the sections do not depend on each other
+            traceback.print_exc()
+            end = f"failed: {type(error).__name__}: {error}"
+        summary["sections"][name] = {"end": end, "seconds": round(time.monotonic() - start, 1)}
+        _write(out / "gpu.json", summary)
+        gc.collect()
+        release_memory(device)
+        print(f"=== {name}: {end}", flush=True)
+    return summary
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser("python -m minrnn.evals.gpu", description="All GPU checks and benches, within a time limit.")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--minutes", type=float, default=9, help="for all sections together (default: %(default)s)")
+    parser.add_argument("--sections", default=",".join(SECTIONS), help="which, in order (default: %(default)s)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu is for trying it out, with --tiny")
+    parser.add_argument("--tiny", action="store_true", help="sizes that take no time")
+    arguments = parser.parse_args(argv)
+    names = [name.strip() for name in arguments.sections.split(",")]
+    problems = [("--sections", f"there is no {name!r} (there are {', '.join(SECTIONS)})") for name in names if name not in SECTIONS]
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        problems.append(("--device", "cuda is not available here; --device cpu --tiny tries the script out"))
+    if arguments.minutes <= 0:
+        problems.append(("--minutes", f"must be more than 0, not {arguments.minutes:g}"))
+    if problems:
+        print(UserError(*problems))
+        raise SystemExit(2)
+    summary = run(torch.device(arguments.device), arguments.out, arguments.minutes, arguments.tiny, names)
+    if any(section["end"].startswith("failed") for section in summary["sections"].values()):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Turns, ceilings, reasons, and contenders in processes of their own."""
+
+import math
+
+import pytest
+import torch
+from minrnn.evals.bench.measure import (
+    Stopwatch,
+    Unavailable,
+    always,
+    available_bytes,
+    ceiling_rows,
+    current_memory,
+    default_ceilings,
+    peak_memory,
+    peer_module,
+    reason_of,
+    reset_peak_memory,
+    round_robin,
+)
+from minrnn.evals.bench.record import command_line, si, table
+from minrnn.evals.bench.worker import FreshWork, contest
+
+CPU = torch.device("cpu")
+SPEC = {"module": "train", "family": "gru", "params": 100_000, "layers": 1, "dtype": "fp32", "device": "cpu", "threads": 1, "seed": 0}
+SPEC |= {"min_seconds": 0, "compile": False, "batch": 1, "length": 8, "chunk": 8}
+
+
+def test_contenders_take_turns():
+    order = []
+    turns = {name: lambda name=name: order.append(name) or {"seconds": 1.0, "peak_bytes": len(order)} for name in "ab"}
+    timings = round_robin(turns, rounds=3, patience=100, bar=None)
+    assert order == ["a", "b"] * 3
+    assert timings["b"].row() == {"seconds": [1.0] * 3, "median_seconds": 1.0, "peak_bytes": 6}
+
+
+def test_who_fails_is_out_and_who_is_slow_stops_early():
+    def failing():
+        raise RuntimeError("broken\nin two lines")
+
+    timings = round_robin({"bad": failing, "good": lambda: {"seconds": 1.0}}, rounds=3, patience=-1, bar=None)
+    assert timings["bad"].row() == {"reason": "RuntimeError: broken"}
+    assert timings["good"].seconds == [1.0]
+
+
+def test_the_stopwatch_warms_up_before_the_clock():
+    calls = []
+    watch = Stopwatch(always(lambda: calls.append(1)), CPU, min_seconds=0)
+    assert watch()["seconds"] > 0
+    assert len(calls) == 3  # cold, warm, clocked
+
+
+def test_ceilings_are_positive_and_finite():
+    ceilings = default_ceilings(CPU, torch.bfloat16, tiny=True)
+    timings = round_robin({name: Stopwatch(always(c.function), CPU, 0) for name, c in ceilings.items()}, 2, 100, None)
+    rows = ceiling_rows(timings, ceilings)
+    assert set(rows) == {"copy", "torch.add", "matmul"}
+    assert all(row["rate"] > 0 and math.isfinite(row["rate"]) for row in rows.values())
+
+
+def test_peak_memory_sees_what_was_freed():
+    reset_peak_memory(CPU)
+    before = current_memory(CPU)
+    torch.ones(2**25).sum()
+    assert peak_memory(CPU) - before > 100e6
+    assert available_bytes(CPU) > 0
+
+
+def test_reasons():
+    assert reason_of(MemoryError("no more")) == "out of memory: no more"
+    assert reason_of(Unavailable("needs CUDA")) == "needs CUDA"
+    with pytest.raises(Unavailable, match="the package nowhere is missing: pip install no-where"):
+        peer_module("nowhere.at.all", "no-where")
+
+
+def test_a_process_of_its_own_that_cannot_build_says_why():
+    timings, infos = contest({"x": {**SPEC, "params": 10}}, 1, 60, True, {}, None)
+    assert timings["x"].reason == "no gru of 1 layers has 10 parameters within 2%; the nearest has 276"
+    assert infos == {}
+
+
+def test_a_process_that_does_not_answer_in_time_is_ended():
+    work = FreshWork(SPEC, limit=0.01)
+    with pytest.raises(Unavailable, match=r"no answer within 0.01 s"):
+        work.build()
+    work.close()
+
+
+def test_a_process_that_dies_is_a_reason():
+    work = FreshWork(SPEC, limit=60)
+    work.build()
+    work._process.kill()
+    with pytest.raises(Unavailable, match="killed, as the kernel does"):
+        work.turn()
+    work.close()
+
+
+def test_the_command_line_is_kept_but_for_where_the_result_went():
+    assert command_line("scan", ["--out", "/home/me/x.json", "--rounds", "3", "--out=y.json"]) == "minrnn bench scan --rounds 3"
+
+
+def test_a_table_shows_reasons():
+    rows = [{"contender": "a", "seconds": [1.0], "rate": 2e9}, {"contender": "bc", "reason": "needs CUDA"}]
+    text = table(rows, {"": lambda row: row["contender"], "rate": lambda row: si(row["rate"], "B/s")}, "title")
+    assert text.splitlines()[1:] == ["title", "     rate", "a   2GB/s", "bc  - needs CUDA"]
