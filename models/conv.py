@@ -1,53 +1,108 @@
 """The causal depthwise convolution, cut as exactly as the scan.
 
-    y_t = sum_j weight_j * x_{t-j},    j = 0 .. K-1
+    y_t = sum_j weight_j * x_{t-j},    j = 0 .. min(K-1, reach_t)
 
-Tap j reads j tokens back. At a cut, the last K-1 inputs are the state. A tap that would reach across a document start reads zero, so that
-packed documents are convolved as if each stood alone.
+Tap j reads j tokens back. At a cut, the last K-1 inputs are the state. A tap that would reach across a document start reads nothing: `reach`
+says how far back each token may look, so that packed documents are convolved as if each stood alone.
 """
 
 import torch
 from torch import Tensor
 
+from .layers_numba import conv_backward, conv_forward
+from .numba_support import serves
+from .operators import define
 
-def taps_within_document(document_starts: Tensor, kernel: int) -> list[Tensor]:
-    """For tap j = 1 .. kernel-1, where it may read: no document starts at t-j+1 .. t.
 
-    bool [batch, time] -> bool [batch, time] each.
+def reach_within_document(document_starts: Tensor, kernel: int) -> Tensor:
+    """How many tokens back each token may look, at most kernel-1: bool [batch, time] -> int64 [batch, time].
+
+    What came before the first token counts as the same document until one starts.
     """
-    allowed, blocked = [], torch.zeros_like(document_starts)
-    for j in range(1, kernel):
-        shifted = torch.zeros_like(document_starts)
-        shifted[:, j - 1 :] = document_starts[:, : max(document_starts.shape[1] - (j - 1), 0)]
-        blocked = blocked | shifted
-        allowed.append(~blocked)
-    return allowed
+    positions = torch.arange(document_starts.shape[1], device=document_starts.device)
+    newest_start = torch.where(document_starts, positions, -kernel).cummax(1).values
+    return (positions - newest_start).clamp(max=kernel - 1)
 
 
-def causal_conv(x: Tensor, weight: Tensor, state: Tensor | None = None, taps: list[Tensor] | None = None) -> Tensor:
+def _conv(x: Tensor, weight: Tensor, state: Tensor, reach: Tensor | None) -> Tensor:
+    return conv_forward(x.contiguous(), _taps_first(weight), state.contiguous(), reach)
+
+
+def _conv_fake(x: Tensor, weight: Tensor, state: Tensor, reach: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _conv_backward(x: Tensor, weight: Tensor, state: Tensor, reach: Tensor | None, grad_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dx, d_weight, d_state = conv_backward(x.contiguous(), _taps_first(weight), state.contiguous(), reach, grad_y.contiguous())
+    return dx, d_weight.flip(0).t().contiguous(), d_state
+
+
+def _conv_backward_fake(x: Tensor, weight: Tensor, state: Tensor, reach: Tensor | None, grad_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape, dtype=torch.float32), state.new_empty(state.shape)
+
+
+def _taps_first(weight: Tensor) -> Tensor:
+    """[width, K], the current token last -> [K, width] fp32, the current token first."""
+    return weight.float().t().flip(0).contiguous()
+
+
+_conv_op, _is_new = define("causal_conv", _conv, _conv_fake)
+_conv_backward_op, _ = define("causal_conv_backward", _conv_backward, _conv_backward_fake)
+
+if _is_new:
+
+    def _save(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs)
+
+    def _differentiate(ctx, grad_y: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        x, weight, state, reach = ctx.saved_tensors
+        dx, d_weight, d_state = _conv_backward_op(x, weight, state, reach, grad_y)
+        return dx, d_weight.to(weight.dtype), d_state, None
+
+    _conv_op.register_autograd(_differentiate, setup_context=_save)
+
+
+def causal_conv(x: Tensor, weight: Tensor, state: Tensor | None = None, reach: Tensor | None = None, backend: str | None = None) -> Tensor:
     """Depthwise causal convolution.
 
     Args:
         x: [batch, time, width].
         weight: [width, kernel]; the last column belongs to the current token.
         state: the kernel-1 inputs before x, [batch, kernel-1, width]; zeros when not given.
-        taps: result of `taps_within_document`, or None if no document starts here.
+        reach: result of `reach_within_document`, or None if no document starts here.
+        backend: as in `scan.linear_scan`; "numba" (and None on the CPU) is one kernel.
 
     Returns:
         [batch, time, width].
+
+    Raises:
+        ValueError: shapes that do not fit.
     """
     (batch, time, width), kernel = x.shape, weight.shape[1]
-    if state is None:
-        state = x.new_zeros(batch, kernel - 1, width)
-    extended = torch.cat([state.to(x.dtype), x], dim=1)
+    shapes = {"weight": (width, kernel), "state": (batch, kernel - 1, width), "reach": (batch, time)}
+    for name, tensor in (("weight", weight), ("state", state), ("reach", reach)):
+        if tensor is not None and tuple(tensor.shape) != shapes[name]:
+            raise ValueError(f"causal_conv takes {name} of shape {shapes[name]} here, but got {tuple(tensor.shape)}.")
+    state = x.new_zeros(batch, kernel - 1, width) if state is None else state.to(x.dtype)
+    if serves(x, backend):
+        return _conv_op(x, weight, state, reach)
+    extended = torch.cat([state, x], dim=1)
     weight = weight.to(x.dtype)
     y = x * weight[:, -1]
     for j in range(1, kernel):
         tap = extended[:, kernel - 1 - j : kernel - 1 - j + time]
-        if taps is not None:
-            tap = tap.masked_fill(~taps[j - 1].unsqueeze(-1), 0)
+        if reach is not None:
+            tap = tap.masked_fill((reach < j).unsqueeze(-1), 0)
         y = torch.addcmul(y, tap, weight[:, -1 - j])
     return y
+
+
+def conv_one_token(x: Tensor, weight: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`causal_conv` and `next_conv_state` of one token: x [batch, 1, width], state [batch, kernel-1, width] -> y, the state after it."""
+    if state is None:
+        state = x.new_zeros(len(x), weight.shape[1] - 1, x.shape[2])
+    extended = torch.cat([state.to(x.dtype), x], dim=1)
+    return (extended * weight.t().to(x.dtype)).sum(1, keepdim=True), extended[:, 1:]
 
 
 def next_conv_state(

@@ -28,11 +28,15 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .cache import MinRNNCache
-from .cells import CELLS, at_least_fp32
+from .cell_scan import cell_scan, one_token
+from .cells import CELLS
 from .configuration_minrnn import MinRNNConfig
-from .conv import causal_conv, next_conv_state, taps_within_document
-from .scan import linear_scan
+from .conv import causal_conv, conv_one_token, next_conv_state, reach_within_document
+from .layers import RMSNorm, swiglu
+from .loss import LMHead, next_token_loss
+from .numba_support import is_token_step
 
+PREFILL = 8192  # tokens of a prompt that are read at once, unless said
 State = tuple[Tensor | None, Tensor | None]  # recurrent [B, R] fp32, conv inputs [B, K-1, H]
 
 
@@ -42,14 +46,13 @@ class Boundaries:
 
     document_starts: Tensor | None  # bool [B, T]
     lengths: Tensor | None  # [B], real tokens of each row; padding is on the right
-    taps: list[Tensor] | None  # for conv tap j = 1 .. K-1, bool [B, T]: may it read
+    reach: Tensor | None  # [B, T], how many tokens back the convolution may look
 
     @classmethod
     def of(cls, document_starts: Tensor | None, lengths: Tensor | None, kernel: int) -> "Boundaries":
         if document_starts is not None and lengths is not None:
             document_starts = document_starts & (torch.arange(document_starts.shape[1], device=lengths.device) < lengths.unsqueeze(1))
-        taps = None if document_starts is None else taps_within_document(document_starts, kernel)
-        return cls(document_starts, lengths, taps)
+        return cls(document_starts, lengths, None if document_starts is None else reach_within_document(document_starts, kernel))
 
 
 class MinRNNMixer(nn.Module):
@@ -58,34 +61,36 @@ class MinRNNMixer(nn.Module):
     def __init__(self, config: MinRNNConfig):
         super().__init__()
         self.cell = CELLS[config.cell]
-        self.activation, self.backend, self.output_gate = config.candidate_activation, config.scan_backend, config.output_gate
+        self.backend = config.scan_backend
+        self.options = {"cell": config.cell, "activation": config.candidate_activation, "output_gate": config.output_gate}
         self.memory_length = config.memory_length
         self.kernel = max(config.conv_kernel, 1)
-        self.num_projections = self.cell.num_gates + 1 + int(config.output_gate)
+        num_projections = self.cell.num_gates + 1 + int(config.output_gate)
         self.conv_weight = nn.Parameter(torch.empty(config.hidden_size, self.kernel)) if self.kernel > 1 else None
-        self.in_proj = nn.Linear(config.hidden_size, self.num_projections * config.recurrent_size, bias=False)
+        self.in_proj = nn.Linear(config.hidden_size, num_projections * config.recurrent_size, bias=False)
         self.gate_bias = nn.Parameter(torch.empty(self.cell.num_gates, config.recurrent_size))
         self.out_proj = nn.Linear(config.recurrent_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, state: State, boundaries: Boundaries) -> tuple[Tensor, State]:
         """x [B, T, H] -> [B, T, H], and the state after it."""
+        if self.backend is None and is_token_step(x) and boundaries.lengths is None and boundaries.document_starts is None:
+            return self.one_token(x, state)
         recurrent, conv = state
         next_conv = None
         if self.conv_weight is not None:
             next_conv = next_conv_state(x, conv, self.kernel, boundaries.document_starts, boundaries.lengths)
-            x = causal_conv(x, self.conv_weight, conv, boundaries.taps)
-        projected = self.in_proj(x).chunk(self.num_projections, dim=-1)
-        gates = [projected[i] + self.gate_bias[i] for i in range(self.cell.num_gates)]
-        a, b = self.cell.coefficients(*gates, projected[self.cell.num_gates], self.activation)
-        if boundaries.document_starts is not None:
-            a = a.masked_fill(boundaries.document_starts.unsqueeze(-1), 0)
-        if boundaries.lengths is not None:
-            is_pad = (torch.arange(x.shape[1], device=x.device) >= boundaries.lengths.unsqueeze(1)).unsqueeze(-1)
-            a, b = a.masked_fill(is_pad, 1), b.masked_fill(is_pad, 0)
-        h, recurrent = linear_scan(a, b, recurrent, backend=self.backend)
-        if self.output_gate:
-            h = h * nn.functional.silu(projected[-1])
-        return self.out_proj(h), (recurrent, next_conv)
+            x = causal_conv(x, self.conv_weight, conv, boundaries.reach, self.backend)
+        boundary = {"document_starts": boundaries.document_starts, "lengths": boundaries.lengths}
+        y, recurrent = cell_scan(self.in_proj(x), self.gate_bias, recurrent, **self.options, **boundary, backend=self.backend)
+        return self.out_proj(y), (recurrent, next_conv)
+
+    def one_token(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """The same for x [B, 1, H] that continues a text, in inference: weights and state are read once, and little else is done."""
+        recurrent, conv = state
+        if self.conv_weight is not None:
+            x, conv = conv_one_token(x, self.conv_weight, conv)
+        y, recurrent = one_token(self.in_proj(x), self.gate_bias, recurrent, **self.options)
+        return self.out_proj(y), (recurrent, conv)
 
 
 class MinRNNMLP(nn.Module):
@@ -93,14 +98,18 @@ class MinRNNMLP(nn.Module):
 
     def __init__(self, config: MinRNNConfig):
         super().__init__()
-        self.act, self.gated = ACT2FN[config.hidden_act], config.gated_mlp
+        self.act, self.gated, self.backend = ACT2FN[config.hidden_act], config.gated_mlp, config.scan_backend
+        self.is_swiglu = config.gated_mlp and config.hidden_act in ("silu", "swish")
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size * (2 if config.gated_mlp else 1), bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = self.up_proj(x)
+        if self.is_swiglu:
+            return self.down_proj(swiglu(x, self.backend))
         if not self.gated:
-            return self.down_proj(self.act(self.up_proj(x)))
-        gate, up = self.up_proj(x).chunk(2, dim=-1)
+            return self.down_proj(self.act(x))
+        gate, up = x.chunk(2, dim=-1)
         return self.down_proj(self.act(gate) * up)
 
 
@@ -109,9 +118,9 @@ class MinRNNBlock(GradientCheckpointingLayer):
 
     def __init__(self, config: MinRNNConfig):
         super().__init__()
-        self.mixer_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mixer_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.scan_backend)
         self.mixer = MinRNNMixer(config)
-        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps) if config.intermediate_size else None
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.scan_backend) if config.intermediate_size else None
         self.mlp = MinRNNMLP(config) if config.intermediate_size else None
         self.dropout = nn.Dropout(config.dropout)
         # What is added to the residual stream shrinks with the number of additions; _init_weights reads it (it never sees a module that has no
@@ -151,7 +160,7 @@ class MinRNNPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.Linear):
             scale = getattr(module, "residual_scale", 1.0)
             init.normal_(module.weight, std=(std or module.in_features**-0.5) * scale)
-        elif isinstance(module, nn.RMSNorm):
+        elif isinstance(module, RMSNorm):
             init.ones_(module.weight)
         elif isinstance(module, MinRNNMixer):
             if module.conv_weight is not None:
@@ -167,7 +176,7 @@ class MinRNNModel(MinRNNPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(MinRNNBlock(config) for _ in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.scan_backend)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -236,18 +245,6 @@ def packing_order(attention_mask: Tensor | None, time: int) -> Tensor | None:
     return None if bool(mask.all()) else torch.argsort(~mask, dim=1, stable=True)
 
 
-def next_token_loss(logits: Tensor, shift_labels: Tensor, num_items: int | Tensor | None) -> Tensor:
-    """Cross-entropy in nats, summed over scored tokens and divided by `num_items` (their number, if None); at least fp32.
-
-    transformers' own ForCausalLMLoss, but that it does not round fp64 to fp32.
-    """
-    logits = at_least_fp32(logits).flatten(0, 1)
-    targets = shift_labels.to(logits.device).flatten()
-    if num_items is None:
-        return nn.functional.cross_entropy(logits, targets, ignore_index=-100)
-    return nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum") / num_items
-
-
 class MinRNNForCausalLM(MinRNNPreTrainedModel, GenerationMixin):
     """The language model: [`MinRNNModel`] and a linear head."""
 
@@ -256,13 +253,17 @@ class MinRNNForCausalLM(MinRNNPreTrainedModel, GenerationMixin):
     def __init__(self, config: MinRNNConfig):
         super().__init__(config)
         self.model = MinRNNModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = LMHead(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        if not isinstance(new_embeddings, LMHead):  # a resized vocabulary comes as a plain nn.Linear
+            head = LMHead(new_embeddings.in_features, new_embeddings.out_features, bias=False, device="meta")
+            head.weight = new_embeddings.weight
+            new_embeddings = head
         self.lm_head = new_embeddings
 
     @can_return_tuple
@@ -278,6 +279,7 @@ class MinRNNForCausalLM(MinRNNPreTrainedModel, GenerationMixin):
         shift_labels: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
+        skip_logits: bool = False,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Logits of the next token, the loss, and the state.
@@ -295,6 +297,7 @@ class MinRNNForCausalLM(MinRNNPreTrainedModel, GenerationMixin):
             shift_labels: [batch, time], targets that are already shifted (made before a sequence was cut); used instead of labels.
             num_items_in_batch: Number of scored tokens to divide the summed loss by; by default those of this call.
             logits_to_keep: Compute logits for the last n positions (0: all), or for these positions.
+            skip_logits: Compute the loss without ever holding the logits (see `loss.linear_cross_entropy`), and return none. Needs targets.
 
         Returns:
             `loss` (scalar, nats per scored token), `logits` [batch, time, vocab_size], `past_key_values`.
@@ -310,18 +313,22 @@ class MinRNNForCausalLM(MinRNNPreTrainedModel, GenerationMixin):
         )
         hidden = outputs.last_hidden_state
         assert hidden is not None
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden[:, kept])
-
-        loss = None
         if labels is not None and shift_labels is None:
             shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
             if attention_mask is not None:  # a pad predicts nothing
                 shift_labels = shift_labels.masked_fill(attention_mask[:, attention_mask.shape[1] - labels.shape[1] :] == 0, -100)
             if document_starts is not None:
                 shift_labels = shift_labels.masked_fill(nn.functional.pad(document_starts[:, 1:], (0, 1)), -100)
-        if shift_labels is not None:
-            loss = next_token_loss(logits, shift_labels, num_items_in_batch)
+        loss = logits = None
+        if skip_logits:
+            if shift_labels is None:
+                raise ValueError("skip_logits leaves nothing to return without labels or shift_labels.")
+            loss = self.lm_head(hidden, shift_labels, num_items_in_batch)
+        else:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden[:, kept])
+            if shift_labels is not None:
+                loss = next_token_loss(logits, shift_labels, num_items_in_batch)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> bool:
@@ -329,6 +336,12 @@ class MinRNNForCausalLM(MinRNNPreTrainedModel, GenerationMixin):
         if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = MinRNNCache(self.config.num_hidden_layers)
         return False  # like the base method, whose result nobody reads
+
+    def _prefill(self, input_ids: Tensor, generation_config, *args, **kwargs):
+        """A long prompt is read in pieces, so that memory does not grow with it; `prefill_chunk_size` says how long they are."""
+        if input_ids.shape[1] > PREFILL and generation_config.use_cache is not False and generation_config.prefill_chunk_size is None:
+            generation_config.prefill_chunk_size = PREFILL  # generate()'s own copy
+        return super()._prefill(input_ids, generation_config, *args, **kwargs)
 
 
 __all__ = ["MinRNNForCausalLM", "MinRNNModel", "MinRNNPreTrainedModel"]

@@ -17,41 +17,33 @@ Memory traffic of the general form, in elements of [batch, time, width]: forward
 db. Nothing else is saved.
 """
 
-import hashlib
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from .operators import define
 from .scan_numba import backward as numba_backward
 from .scan_numba import forward as numba_forward
 from .scan_numba import is_available as numba_is_available
 from .scan_torch import accumulate_dtype
 from .scan_torch import backward as torch_backward
 from .scan_torch import forward as torch_forward
+from .scan_triton import backward as triton_backward
+from .scan_triton import forward as triton_forward
+from .scan_triton import is_available as triton_is_available
 
-BACKENDS = ("reference", "torch", "numba")
-
-
-def _namespace() -> str:
-    """Operator namespace that differs whenever the source does.
-
-    A process may hold this package and a remote-code copy of another version; an operator of the same name would silently replace the first.
-    """
-    folder = Path(__file__).parent
-    source = b"".join((folder / f"{name}.py").read_bytes() for name in ("scan", "scan_torch", "scan_numba"))
-    return f"minrnn_{hashlib.sha256(source).hexdigest()[:12]}"
+BACKENDS = ("reference", "torch", "numba", "triton")
 
 
-def reference_forward(a: Tensor, b: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
+def reference_forward(a: Tensor, b: Tensor, h0: Tensor, want_decay: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """The recurrence as it is written, one token after another."""
     dtype = accumulate_dtype(a, b)
     h, carry = torch.empty_like(b, memory_format=torch.contiguous_format), h0.to(dtype, copy=True)
     for t in range(b.shape[1]):
         carry = a[:, t].to(dtype) * carry + b[:, t].to(dtype)
         h[:, t] = carry
-    return h, carry
+    return h, carry, a.prod(1, dtype=dtype) if want_decay else carry.new_empty(0)
 
 
 def reference_backward(a: Tensor, h: Tensor, h0: Tensor, grad_h: Tensor, grad_last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,60 +60,82 @@ def reference_backward(a: Tensor, h: Tensor, h0: Tensor, grad_h: Tensor, grad_la
     return da, db, total
 
 
-def _register(name: str, forward: Callable, backward: Callable) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+def _register(name: str, forward: Callable, backward: Callable) -> Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor, Tensor]]:
     """Make a backend's two functions one differentiable operator, `minrnn_HASH::linear_scan_NAME`."""
-    namespace = _namespace()
-    registered = getattr(getattr(torch.ops, namespace), f"linear_scan_{name}", None)
-    if registered is not None:  # by another copy of this very source in the process; to register it again would destroy that one's
-        return registered
 
-    @torch.library.custom_op(f"{namespace}::linear_scan_{name}", mutates_args=())
-    def scan(a: Tensor, b: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
-        h, h_last = forward(a, b, h0)
-        return h.contiguous(), h_last.contiguous()
+    def scan(a: Tensor, b: Tensor, h0: Tensor, want_decay: bool) -> tuple[Tensor, Tensor, Tensor]:
+        h, h_last, decay = forward(a, b, h0, want_decay)
+        return h.contiguous(), h_last.contiguous(), decay.contiguous()
 
-    @torch.library.custom_op(f"{namespace}::linear_scan_backward_{name}", mutates_args=())
+    def fake(a: Tensor, b: Tensor, h0: Tensor, want_decay: bool) -> tuple[Tensor, Tensor, Tensor]:
+        h_last = h0.new_empty(h0.shape, dtype=accumulate_dtype(a, b))
+        return torch.empty_like(b, memory_format=torch.contiguous_format), h_last, h_last.new_empty(h0.shape if want_decay else 0)
+
     def scan_backward(a: Tensor, h: Tensor, h0: Tensor, grad_h: Tensor, grad_last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         da, db, dh0 = backward(a, h, h0, grad_h, grad_last)
         return da.contiguous(), db.contiguous(), dh0.contiguous()
 
-    @scan.register_fake
-    def _(a: Tensor, b: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
-        contiguous = torch.empty_like(b, memory_format=torch.contiguous_format)
-        return contiguous, h0.new_empty(h0.shape, dtype=accumulate_dtype(a, b))
-
-    @scan_backward.register_fake
-    def _(a: Tensor, h: Tensor, h0: Tensor, grad_h: Tensor, grad_last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def fake_backward(a: Tensor, h: Tensor, h0: Tensor, grad_h: Tensor, grad_last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         contiguous = torch.contiguous_format
         grad_a, grad_b = torch.empty_like(a, memory_format=contiguous), torch.empty_like(h, memory_format=contiguous)
         return grad_a, grad_b, h0.new_empty(h0.shape, dtype=accumulate_dtype(a, h))
 
+    operator, is_new = define(f"linear_scan_{name}", scan, fake)
+    backward_operator, _ = define(f"linear_scan_backward_{name}", scan_backward, fake_backward)
+    if not is_new:
+        return operator
+
     def setup_context(ctx, inputs, output) -> None:
-        a, b, h0 = inputs
+        a, b, h0, _ = inputs
         ctx.save_for_backward(a, output[0], h0)
         ctx.b_dtype, ctx.h0_dtype = b.dtype, h0.dtype
 
-    def differentiate(ctx, grad_h: Tensor | None, grad_last: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def differentiate(ctx, grad_h: Tensor | None, grad_last: Tensor | None, _) -> tuple[Tensor, Tensor, Tensor, None]:
         a, h, h0 = ctx.saved_tensors
         grad_h = torch.zeros_like(h) if grad_h is None else grad_h
         grad_last = h0.new_zeros(h0.shape, dtype=accumulate_dtype(a, h)) if grad_last is None else grad_last
-        da, db, dh0 = scan_backward(a, h, h0, grad_h, grad_last)
-        return da, db.to(ctx.b_dtype), dh0.to(ctx.h0_dtype)
+        da, db, dh0 = backward_operator(a, h, h0, grad_h, grad_last)
+        return da, db.to(ctx.b_dtype), dh0.to(ctx.h0_dtype), None
 
-    scan.register_autograd(differentiate, setup_context=setup_context)
-    return scan
+    operator.register_autograd(differentiate, setup_context=setup_context)
+    return operator
 
 
 _SCANS = {
     "reference": _register("reference", reference_forward, reference_backward),
     "torch": _register("torch", torch_forward, torch_backward),
     "numba": _register("numba", numba_forward, numba_backward),
+    "triton": _register("triton", triton_forward, triton_backward),
 }
 
 
 def default_backend(device: torch.device) -> str:
     """The fastest backend that runs on `device`."""
-    return "numba" if device.type == "cpu" and numba_is_available() else "torch"
+    if device.type == "cpu":
+        return "numba" if numba_is_available() else "torch"
+    return "triton" if device.type == "cuda" and triton_is_available() else "torch"
+
+
+def check_backend(backend: str, device: torch.device) -> None:
+    """Raises ValueError where `backend` is none, or cannot run on `device`."""
+    if backend not in BACKENDS:
+        raise ValueError(f"There is no scan backend {backend!r}; choose one of {', '.join(BACKENDS)}, or none for the fastest here.")
+    if device.type == "meta":
+        return
+    if backend == "numba" and device.type != "cpu":
+        raise ValueError(f"The numba backend runs on the CPU, but the tensors are on {device}; use backend='torch' or none.")
+    if backend == "numba" and not numba_is_available():
+        raise ValueError("The numba backend needs the package numba: pip install numba, or use backend='torch'.")
+    if backend == "triton" and not triton_is_available(on_cpu=device.type == "cpu"):
+        needs = "the package triton, and tensors on a GPU (or TRITON_INTERPRET=1 for slow checks on the CPU)"
+        raise ValueError(f"The triton backend needs {needs}, but the tensors are on {device}; use another backend, or none for the fastest.")
+
+
+def check_one_device(tensors: dict[str, Tensor | None], device: torch.device) -> None:
+    """Raises ValueError where a tensor is elsewhere."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"The scan takes tensors on one device, but {name} is on {tensor.device} and the others on {device}.")
 
 
 def _check(a: Tensor, b: Tensor, h0: Tensor | None, backend: str) -> None:
@@ -131,18 +145,10 @@ def _check(a: Tensor, b: Tensor, h0: Tensor | None, backend: str) -> None:
     if h0 is not None and tuple(h0.shape) != state_shape:
         raise ValueError(f"linear_scan takes h0 of shape [batch, width] = {state_shape}, but got {tuple(h0.shape)}.")
     for name, tensor in (("a", a), ("b", b), ("h0", h0)):
-        if tensor is None:
-            continue
-        if not tensor.is_floating_point():
+        if tensor is not None and not tensor.is_floating_point():
             raise ValueError(f"linear_scan takes floating-point tensors, but {name} is {tensor.dtype}.")
-        if tensor.device != b.device:
-            raise ValueError(f"linear_scan takes tensors on one device, but {name} is on {tensor.device} and b on {b.device}.")
-    if backend not in _SCANS:
-        raise ValueError(f"There is no scan backend {backend!r}; choose one of {', '.join(BACKENDS)}, or none for the fastest here.")
-    if backend == "numba" and b.device.type not in ("cpu", "meta"):
-        raise ValueError(f"The numba backend runs on the CPU, but the tensors are on {b.device}; use backend='torch' or none.")
-    if backend == "numba" and not numba_is_available():
-        raise ValueError("The numba backend needs the package numba: pip install numba, or use backend='torch'.")
+    check_one_device({"a": a, "h0": h0}, b.device)
+    check_backend(backend, b.device)
 
 
 def linear_scan(a: Tensor, b: Tensor, h0: Tensor | None = None, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
@@ -152,7 +158,7 @@ def linear_scan(a: Tensor, b: Tensor, h0: Tensor | None = None, *, backend: str 
         a: decay, [batch, time, width], any floating dtype. Any value is allowed; |a| <= 1 keeps h bounded.
         b: input, same shape; may have another dtype than a.
         h0: state before the first token, [batch, width]; zeros when not given. Keep it in fp32, as `h_last` is.
-        backend: "reference" (a loop), "torch" (any device), "numba" (CPU), or None for the fastest on this device.
+        backend: "reference" (a loop), "torch" (any device), "numba" (CPU), "triton" (GPU), or None for the fastest on this device.
 
     Returns:
         h [batch, time, width] in b's dtype, and h_last [batch, width] in fp32 (fp64 if a or b is): the state after the last token, not rounded
@@ -164,8 +170,22 @@ def linear_scan(a: Tensor, b: Tensor, h0: Tensor | None = None, *, backend: str 
     Source: Martin & Cundy, "Parallelizing Linear Recurrent Neural Nets Over Sequence Length", ICLR 2018; Feng et al., "Were RNNs All We
     Needed?", arXiv 2410.01201, section 3.
     """
+    h, h_last, _ = _scan(a, b, h0, False, backend)
+    return h, h_last
+
+
+def linear_scan_with_decay(a: Tensor, b: Tensor, h0: Tensor | None = None, *, backend: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """`linear_scan`, and the product of all decays, [batch, width] in the state's dtype: h_last = decay * h0 + (h_last from h0 = 0).
+
+    No gradient flows through the product.
+    """
+    h, h_last, decay = _scan(a, b, h0, True, backend)
+    return h, h_last, decay.detach()
+
+
+def _scan(a: Tensor, b: Tensor, h0: Tensor | None, want_decay: bool, backend: str | None) -> tuple[Tensor, Tensor, Tensor]:
     backend = backend or default_backend(b.device)
     _check(a, b, h0, backend)
     if h0 is None:
         h0 = b.new_zeros(b.shape[0], b.shape[2], dtype=accumulate_dtype(a, b))
-    return _SCANS[backend](a, b, h0)
+    return _SCANS[backend](a, b, h0, want_decay)

@@ -1,76 +1,22 @@
 """The scan on the CPU: one pass over memory, compiled by numba.
 
-Each task is one row of the batch and one stripe of channels. It walks through time with the carried state of its stripe in cache, so every
-element of a, b and h crosses the memory bus once. The inner loop runs over contiguous channels and vectorises; stripes are wide because the
-memory system likes long runs. Channels are independent, so the result does not depend on the number of threads.
-
-numba has no bfloat16: such arrays come in as their bits (uint16), are widened in registers, and are rounded to nearest even on the way out.
-Kernels run on plain Python threads without the GIL, as many as torch uses: numba's own thread pool may neither be forked nor entered twice.
+Each task is one row of the batch (and, where threads outnumber rows, one stripe of channels). It walks through time with the carried state in
+cache, so every element of a, b and h crosses the memory bus once, and it walks straight through memory: the backward pass, which goes from the
+last token to the first, takes the channels of each row from last to first as well. Read in jumps (rows backwards, channels forwards), the same
+bytes take twice as long. Channels are independent, so the result does not depend on the number of threads.
 """
 
-# pyright: reportPossiblyUnboundVariable=false, reportCallIssue=false
-# (numba may be missing, and rewrites the signatures of its intrinsics)
+# pyright: reportPossiblyUnboundVariable=false
 
-import functools
-import itertools
-from concurrent.futures import ThreadPoolExecutor
-
-import numpy as np
 import torch
 from torch import Tensor
 
+from .numba_support import as_numpy, run_tasks, stripe_width
+from .numba_support import is_available as is_available
 from .scan_torch import accumulate_dtype
 
-try:  # optional: without numba the torch backend serves the CPU, and remote code loads all the same
-    import numba
-    from llvmlite import ir
-    from numba import types
-    from numba.extending import intrinsic
-except ImportError:
-    numba = None
-
-STRIPE = 512  # channels a task walks at once: 2 KB of fp32, measured best between 256 and 1024
-
-
-def is_available() -> bool:
-    """Whether numba is installed."""
-    return numba is not None
-
-
-if numba is not None:
-
-    @intrinsic
-    def widen(typingctx, value):
-        """A number to compute with: the bits of a bfloat16 (uint16) as float32, floats as they are."""
-        if value != types.uint16:
-            return value(value), lambda context, builder, signature, args: args[0]
-
-        def codegen(context, builder, signature, args):
-            bits = builder.shl(builder.zext(args[0], ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
-            return builder.bitcast(bits, ir.FloatType())
-
-        return types.float32(value), codegen
-
-    @intrinsic
-    def narrow(typingctx, value, like):
-        """`value` as an element of the array `like` holds it: float32 rounded to nearest even where it holds bfloat16 bits."""
-        if like.dtype != types.uint16:
-            target = like.dtype
-            return target(value, like), lambda context, builder, signature, args: context.cast(builder, args[0], value, target)
-
-        def codegen(context, builder, signature, args):
-            int32 = ir.IntType(32)
-            bits = builder.bitcast(context.cast(builder, args[0], value, types.float32), int32)
-            odd = builder.and_(builder.lshr(bits, ir.Constant(int32, 16)), ir.Constant(int32, 1))
-            rounded = builder.add(bits, builder.add(odd, ir.Constant(int32, 0x7FFF)))
-            magnitude = builder.and_(bits, ir.Constant(int32, 0x7FFFFFFF))
-            is_nan = builder.icmp_unsigned(">", magnitude, ir.Constant(int32, 0x7F800000))
-            rounded = builder.select(is_nan, ir.Constant(int32, 0x7FC00000), rounded)
-            return builder.trunc(builder.lshr(rounded, ir.Constant(int32, 16)), ir.IntType(16))
-
-        return types.uint16(value, like), codegen
-
-    kernel = functools.partial(numba.njit, nogil=True, cache=True, fastmath={"contract"}, error_model="numpy", boundscheck=False)
+if is_available():
+    from .numba_support import kernel, load_input, load_state, store_output, store_state
 
     @kernel
     def _forward_kernel(a, b, h0, h, h_last, stripe, first, last):
@@ -85,8 +31,9 @@ if numba is not None:
             for t in range(time):
                 a_t, b_t, h_t = a[row, t, low:high], b[row, t, low:high], h[row, t, low:high]
                 for d in range(high - low):
-                    carry[d] = widen(a_t[d]) * carry[d] + widen(b_t[d])
-                    h_t[d] = narrow(carry[d], h)
+                    value = load_input(a_t, d) * load_state(carry, d) + load_input(b_t, d)
+                    store_state(carry, d, value)
+                    store_output(h_t, d, value)
 
     @kernel
     def _backward_kernel(a, h, h0, grad_h, total, da, db, stripe, first, last):
@@ -97,45 +44,21 @@ if numba is not None:
             row, low = task // num_stripes, (task % num_stripes) * stripe
             high = min(low + stripe, width)
             carry = total[row, low:high]
-            for t in range(time - 1, 0, -1):
-                a_t, g_t, previous = a[row, t, low:high], grad_h[row, t, low:high], h[row, t - 1, low:high]
-                da_t, db_t = da[row, t, low:high], db[row, t, low:high]
-                for d in range(high - low):
-                    gradient = carry[d] + widen(g_t[d])
-                    db_t[d] = narrow(gradient, db)
-                    da_t[d] = narrow(gradient * widen(previous[d]), da)
-                    carry[d] = gradient * widen(a_t[d])
-            for d in range(low, high):
-                if time > 0:
-                    gradient = total[row, d] + widen(grad_h[row, 0, d])
-                    db[row, 0, d] = narrow(gradient, db)
-                    da[row, 0, d] = narrow(gradient * h0[row, d], da)
-                    total[row, d] = gradient * widen(a[row, 0, d])
+            for t in range(time - 1, -1, -1):
+                a_t, g_t, da_t, db_t = a[row, t, low:high], grad_h[row, t, low:high], da[row, t, low:high], db[row, t, low:high]
+                if t > 0:
+                    _backward_row(a_t, g_t, h[row, t - 1, low:high], da_t, db_t, carry)
+                else:
+                    _backward_row(a_t, g_t, h0[row, low:high], da_t, db_t, carry)
 
-
-@functools.lru_cache(maxsize=1)
-def _pool(num_threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(num_threads, thread_name_prefix="minrnn-scan")
-
-
-def run_tasks(kernel_function, arguments: tuple, num_tasks: int) -> None:
-    """Call `kernel_function(*arguments, first, last)` so that the tasks are spread evenly over torch's number of threads."""
-    num_threads = max(1, min(torch.get_num_threads(), num_tasks))
-    if num_threads == 1:
-        kernel_function(*arguments, 0, num_tasks)
-        return
-    edges = [num_tasks * i // num_threads for i in range(num_threads + 1)]
-    pool = _pool(torch.get_num_threads())
-    others = [pool.submit(kernel_function, *arguments, low, high) for low, high in itertools.pairwise(edges[1:])]
-    kernel_function(*arguments, edges[0], edges[1])
-    for other in others:
-        other.result()
-
-
-def as_numpy(tensor: Tensor) -> np.ndarray:
-    """The tensor's own memory; bfloat16 as its bits."""
-    tensor = tensor.detach()
-    return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
+    @kernel
+    def _backward_row(a_t, g_t, previous, da_t, db_t, carry):
+        """One token of one stripe; `previous` is h_{t-1}."""
+        for d in range(carry.size - 1, -1, -1):
+            gradient = load_state(carry, d) + load_input(g_t, d)
+            store_output(db_t, d, gradient)
+            store_output(da_t, d, gradient * load_input(previous, d))
+            store_state(carry, d, gradient * load_input(a_t, d))
 
 
 def _native(tensor: Tensor) -> Tensor:
@@ -143,23 +66,17 @@ def _native(tensor: Tensor) -> Tensor:
     return (tensor.float() if tensor.dtype == torch.float16 else tensor).contiguous()
 
 
-def _stripe(batch: int, width: int) -> int:
-    """Stripe width: STRIPE, or less where the batch alone does not give every thread a task."""
-    if batch >= torch.get_num_threads():
-        return STRIPE
-    return min(STRIPE, -(-width // torch.get_num_threads()) or 1)
-
-
-def forward(a: Tensor, b: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
+def forward(a: Tensor, b: Tensor, h0: Tensor, want_decay: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """See `scan.linear_scan`."""
     batch, _, width = b.shape
     dtype, b_dtype = accumulate_dtype(a, b), b.dtype
     a, b = _native(a), _native(b)
     h, h_last = torch.empty_like(b), h0.to(dtype, copy=True).contiguous()
-    stripe = _stripe(batch, width)
+    stripe = stripe_width(batch, width)
     arrays = tuple(map(as_numpy, (a, b, h0.to(dtype).contiguous(), h, h_last)))
     run_tasks(_forward_kernel, (*arrays, stripe), batch * -(-width // stripe))
-    return h.to(b_dtype), h_last
+    decay = a.prod(1, dtype=dtype) if want_decay else h_last.new_empty(0)
+    return h.to(b_dtype), h_last, decay
 
 
 def backward(a: Tensor, h: Tensor, h0: Tensor, grad_h: Tensor, grad_last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -168,7 +85,7 @@ def backward(a: Tensor, h: Tensor, h0: Tensor, grad_h: Tensor, grad_last: Tensor
     dtype, a_dtype, h_dtype = accumulate_dtype(a, h), a.dtype, h.dtype
     a, h = _native(a), _native(h)
     da, db, total = torch.empty_like(a), torch.empty_like(h), grad_last.to(dtype, copy=True).contiguous()
-    stripe = _stripe(batch, width)
+    stripe = stripe_width(batch, width)
     arrays = tuple(map(as_numpy, (a, h, h0.to(dtype).contiguous(), _native(grad_h), total, da, db)))
     run_tasks(_backward_kernel, (*arrays, stripe), batch * -(-width // stripe))
     return da.to(a_dtype), db.to(h_dtype), total

@@ -41,13 +41,14 @@ def _scan(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
     return local.addcmul_(decay, carry.unsqueeze(2)).view(batch, num_blocks * block, width)[:, :time]
 
 
-def forward(a: Tensor, b: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
+def forward(a: Tensor, b: Tensor, h0: Tensor, want_decay: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """See `scan.linear_scan`."""
     dtype = accumulate_dtype(a, b)
+    decay = a.prod(1, dtype=dtype) if want_decay else h0.new_empty(0, dtype=dtype)
     if b.shape[1] == 0:
-        return torch.empty_like(b, memory_format=torch.contiguous_format), h0.to(dtype, copy=True)
+        return torch.empty_like(b, memory_format=torch.contiguous_format), h0.to(dtype, copy=True), decay
     h = _scan(a.to(dtype), b.to(dtype), h0.to(dtype))
-    return h.to(b.dtype, copy=True).contiguous(), h[:, -1].clone()
+    return h.to(b.dtype, copy=True).contiguous(), h[:, -1].clone(), decay
 
 
 def backward(a: Tensor, h: Tensor, h0: Tensor, grad_h: Tensor, grad_last: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -153,8 +153,10 @@ class TrainSection(Section):
     """Optimizer steps in all. A finished run goes on when this is raised."""
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"
     """bf16 is autocast over fp32 weights; the recurrent state is fp32 all the same."""
-    gradient_checkpointing: bool = False
-    """Recompute blocks in the backward pass instead of keeping their activations."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What is computed again in the backward pass. none: nothing; selective: all but matrix products and scans; full: whole blocks."""
+    compile: bool = False
+    """torch.compile each block: for GPUs. On a CPU the kernels are fused already, and nothing is gained. The first step takes longer."""
     log_every: int = Field(default=10, ge=1)
     """Steps between lines of metrics.jsonl."""
     eval_every: int | None = Field(default=None, ge=1)

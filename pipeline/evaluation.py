@@ -54,6 +54,7 @@ def validate(model: nn.Module, sets: list[ValidationSet], accelerator: Accelerat
                 document_starts=to_device(chunk.document_starts, accelerator),
                 past_key_values=cache,
                 use_cache=carry_state,
+                skip_logits=True,
                 num_items_in_batch=1,
             )
             cache = output.past_key_values

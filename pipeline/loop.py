@@ -140,6 +140,7 @@ def _one_step(run: Run, step: int, batch: list[Chunk], num_scored: float, lr: fl
                 document_starts=processes.to_device(chunk.document_starts, accelerator) if chunk.document_starts.any() else None,
                 past_key_values=reader.cache,
                 use_cache=recipe.batch.carry_state,
+                skip_logits=True,
                 num_items_in_batch=num_scored / accelerator.num_processes,  # DDP divides the sum of gradients by the number of processes
             )
             accelerator.backward(output.loss)

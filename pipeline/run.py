@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from ..data import ChunkLoader, CorpusSpec, Encoder, ReaderSpec, UserError, ValidationSet, load_tokenizer, model_vocab_size
 from ..models import MinRNNForCausalLM
+from ..models.recompute import checkpointing_options
 from . import checkpoint, processes
 from .checkpoint import ReaderState
 from .config import Recipe
@@ -119,8 +120,11 @@ def set_up(recipe: Recipe, accelerator: Accelerator, folder: RunFolder) -> Run:
     if recipe.model.init_from and folder.checkpoint is None:
         _warm_start(model, recipe.model.init_from)
     nn.Module.to(model, DTYPES["fp64" if recipe.train.precision == "fp64" else "fp32"])
-    if recipe.train.gradient_checkpointing:
-        model.activation_checkpointing_enable()
+    if (options := checkpointing_options(recipe.train.recompute)) is not None:
+        model.activation_checkpointing_enable(options)
+    if recipe.train.compile:
+        for block in model.model.layers:
+            block.compile()
     optimizer = build_optimizer(model, recipe.optim)
     if folder.checkpoint is not None:
         checkpoint.load_parameters(folder.checkpoint, model)

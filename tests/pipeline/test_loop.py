@@ -52,7 +52,7 @@ def test_the_losses_are_those_of_a_loop_written_by_hand(values: Values, run_reci
 def test_gradient_checkpointing_and_read_ahead_change_nothing(values: Values, run_recipe: Run, tmp_path: Path):
     plain = losses(run_recipe(values))
     values["run"]["dir"] = str(tmp_path / "other")
-    values["train"]["gradient_checkpointing"] = True
+    values["train"]["recompute"] = "selective"
     values["data"]["workers"] = 2
     assert losses(run_recipe(values)) == plain
 

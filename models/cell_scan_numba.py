@@ -1,0 +1,246 @@
+"""Cell and scan in one pass on the CPU: pre-activations in, outputs out, decay and input never in memory.
+
+One task walks through one row of the batch, token after token. A token's projections lie side by side in memory, [gates | candidate | output
+gate], so each row is read from end to end; the carried state stays in cache. The backward pass goes from the last token to the first, computes
+the gates again, and writes the gradient of all projections as one tensor.
+
+For each cell, candidate activation and output gate there is a kernel of its own, compiled when it is first used and kept on disk: the choice is
+a constant in its inner loop, which then vectorises.
+"""
+
+# pyright: reportPossiblyUnboundVariable=false
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .numba_support import as_numpy, is_available, run_tasks, stripe_width
+
+_CELL_CODES = {"mingru": 0, "minlstm": 1}
+_ACTIVATION_CODES = {"none": 0, "g": 1, "tanh": 2, "silu": 3}
+
+if is_available():
+    import numpy as np
+
+    from .numba_support import HALF, ONE, ZERO, exp, inlined, kernel, load_input, load_state, sigmoid, store_output, store_state
+
+    TWO, _NEAR_ZERO = np.float32(2), np.float32(0.625)
+    _T3, _T5, _T7, _T9, _T11 = map(np.float32, (-3.33332819422e-1, 1.33314422036e-1, -5.37397155531e-2, 2.06390887954e-2, -5.70498872745e-3))
+
+    @inlined
+    def _both_sigmoids(x):
+        """sigmoid(-x), sigmoid(x): each to full precision, from one exponential."""
+        small = exp(-abs(x))
+        large = ONE / (ONE + small)
+        small = small * large
+        return (small, large) if x >= ZERO else (large, small)
+
+    @inlined
+    def _ratio(p, q):
+        """f / (f + i), i / (f + i) for f = sigmoid(p), i = sigmoid(q): all terms positive, none overflows."""
+        top = max(max(-p, -q), ZERO)
+        one, forget, enter = exp(-top), exp(-p - top), exp(-q - top)
+        scale = ONE / (one + forget + (one + enter))
+        return (one + enter) * scale, (one + forget) * scale
+
+    @inlined
+    def _factors(p, q, cell):
+        """a, z of h_t = a h_{t-1} + z c(u), from the gates' pre-activations; the minGRU has but one gate, p."""
+        return _both_sigmoids(p) if cell == 0 else _ratio(p, q)
+
+    @inlined
+    def _gate_slopes(p, q, cell):
+        """The derivatives of log(z / a) for p and q: dz = a z d log(z / a) = -da."""
+        return (ONE, ZERO) if cell == 0 else (-sigmoid(-p), sigmoid(-q))
+
+    @inlined
+    def _tanh(u):
+        """tanh(u): a polynomial around 0, where 2 sigmoid(2u) - 1 would lose the digits (Cephes' too)."""
+        s = u * u
+        p = (((_T11 * s + _T9) * s + _T7) * s + _T5) * s + _T3
+        return p * s * u + u if abs(u) < _NEAR_ZERO else TWO * sigmoid(TWO * u) - ONE
+
+    @inlined
+    def _candidate(u, code):
+        """c(u)."""
+        if code == 0:
+            return u
+        if code == 1:
+            return u + HALF if u >= ZERO else sigmoid(u)
+        return _tanh(u) if code == 2 else u * sigmoid(u)
+
+    @inlined
+    def _candidate_slope(u, code):
+        """c'(u)."""
+        if code == 0:
+            return ONE
+        s = sigmoid(TWO * u if code == 2 else u)
+        if code == 1:
+            return ONE if u >= ZERO else s * (ONE - s)
+        if code == 2:
+            return np.float32(4) * s * (ONE - s)
+        return s * (ONE + u * (ONE - s))
+
+    @kernel
+    def _backward_output_gate(o, h_t, g_t, d_o, carry):
+        """y = h silu(o) of one token: d_o, and what reaches h_t is added to `carry`."""
+        for d in range(carry.size - 1, -1, -1):
+            x, g = load_input(o, d), load_input(g_t, d)
+            s = sigmoid(x)
+            store_output(d_o, d, g * load_input(h_t, d) * s * (ONE + x * (ONE - s)))
+            store_state(carry, d, load_state(carry, d) + g * x * s)
+
+
+@functools.cache
+def _forward_kernel(cell: int, activation: int, gated: bool) -> Callable:
+    num_gates = cell + 1
+
+    @kernel
+    def forward(projected, bias, h0, starts, lengths, y, h, h_last, decay, stripe, first, last):
+        """projected [B, T, P*R], bias [G, R], h0 [B, R], starts [B, T] or [0, 0], lengths [B] -> y, h [B, T, R], h_last, decay [B, R].
+
+        Without an output gate h is not written, and without a wish for it (where it is [0, 0]) neither is decay.
+        """
+        time, width = y.shape[1], y.shape[2]
+        num_stripes = (width + stripe - 1) // stripe
+        for task in range(first, last):
+            row, low = task // num_stripes, (task % num_stripes) * stripe
+            high = min(low + stripe, width)
+            carry, bias_p, bias_q = h_last[row, low:high], bias[0, low:high], bias[num_gates - 1, low:high]
+            carry[:] = h0[row, low:high]
+            for t in range(time):
+                tokens, y_t = projected[row, t], y[row, t, low:high]
+                gate_p, gate_q, u = tokens[low:high], tokens[(num_gates - 1) * width + low :], tokens[num_gates * width + low :]
+                if starts.size > 0 and starts[row, t] and t < lengths[row]:
+                    carry[:] = ZERO
+                    if decay.size > 0:
+                        decay[row, low:high] = ZERO
+                if t < lengths[row]:
+                    for d in range(high - low):
+                        p, q = load_input(gate_p, d) + load_input(bias_p, d), load_input(gate_q, d) + load_input(bias_q, d)
+                        a, z = _factors(p, q, cell)
+                        store_state(carry, d, a * load_state(carry, d) + z * _candidate(load_input(u, d), activation))
+                    if decay.size > 0:
+                        for d in range(high - low):
+                            p, q = load_input(gate_p, d) + load_input(bias_p, d), load_input(gate_q, d) + load_input(bias_q, d)
+                            decay[row, low + d] *= _factors(p, q, cell)[0]
+                if gated:
+                    o, h_t = tokens[(num_gates + 1) * width + low :], h[row, t, low:high]
+                    for d in range(high - low):
+                        value, gate_input = load_state(carry, d), load_input(o, d)
+                        store_output(h_t, d, value)
+                        store_output(y_t, d, value * gate_input * sigmoid(gate_input))
+                else:
+                    for d in range(high - low):
+                        store_output(y_t, d, load_state(carry, d))
+
+    return forward
+
+
+@functools.cache
+def _backward_kernel(cell: int, activation: int, gated: bool) -> Callable:
+    num_gates = cell + 1  # only numbers may be captured: numba would not find a kernel that captures another one on disk again
+
+    @kernel
+    def backward(projected, bias, h0, starts, lengths, h, grad_y, total, d_projected, d_bias, stripe, first, last):
+        """`total` [B, R] holds the gradient of h_last and becomes dh0; d_bias [B, G, R] is each row's share; h0 is rounded as h is."""
+        time, width = h.shape[1], h.shape[2]
+        num_stripes = (width + stripe - 1) // stripe
+        for task in range(first, last):
+            row, low = task // num_stripes, (task % num_stripes) * stripe
+            high = min(low + stripe, width)
+            carry, bias_p, bias_q = total[row, low:high], bias[0, low:high], bias[num_gates - 1, low:high]
+            d_bias_p, d_bias_q = d_bias[row, 0, low:high], d_bias[row, num_gates - 1, low:high]
+            for t in range(time - 1, -1, -1):
+                tokens, d_tokens, g_t = projected[row, t], d_projected[row, t], grad_y[row, t, low:high]
+                gate_p, gate_q, u = tokens[low:], tokens[(num_gates - 1) * width + low :], tokens[num_gates * width + low :]
+                d_gate_p, d_gate_q, d_u = d_tokens[low:], d_tokens[(num_gates - 1) * width + low :], d_tokens[num_gates * width + low :]
+                if gated:
+                    place = (num_gates + 1) * width + low
+                    _backward_output_gate(tokens[place:], h[row, t, low:high], g_t, d_tokens[place:], carry)
+                else:
+                    for d in range(high - low - 1, -1, -1):
+                        store_state(carry, d, load_state(carry, d) + load_input(g_t, d))
+                if t >= lengths[row]:
+                    for d in range(high - low):
+                        store_output(d_gate_p, d, ZERO)
+                        store_output(d_gate_q, d, ZERO)
+                        store_output(d_u, d, ZERO)
+                    continue
+                is_start = starts.size > 0 and starts[row, t] != 0
+                previous = h[row, t - 1, low:high] if t > 0 else h0[row, low:high]
+                for d in range(high - low - 1, -1, -1):
+                    p, q, x = load_input(gate_p, d) + load_input(bias_p, d), load_input(gate_q, d) + load_input(bias_q, d), load_input(u, d)
+                    a, z = _factors(p, q, cell)
+                    gradient = load_state(carry, d)
+                    past = ZERO if is_start else load_input(previous, d)
+                    slope = gradient * (_candidate(x, activation) - past) * a * z
+                    d_p, d_q = _gate_slopes(p, q, cell)
+                    store_output(d_u, d, gradient * z * _candidate_slope(x, activation))
+                    store_output(d_gate_p, d, slope * d_p)
+                    store_state(d_bias_p, d, load_state(d_bias_p, d) + slope * d_p)
+                    if num_gates == 2:
+                        store_output(d_gate_q, d, slope * d_q)
+                        store_state(d_bias_q, d, load_state(d_bias_q, d) + slope * d_q)
+                    store_state(carry, d, ZERO if is_start else gradient * a)
+
+    return backward
+
+
+def _boundaries(document_starts: Tensor | None, lengths: Tensor | None, batch: int, time: int) -> tuple[Tensor, Tensor]:
+    """Arrays that the kernels always get: no starts are an empty array, no padding is lengths of `time`."""
+    starts = torch.empty(0, 0, dtype=torch.bool, device="cpu") if document_starts is None else document_starts.contiguous()
+    return starts, torch.full((batch,), time, device="cpu") if lengths is None else lengths.to(torch.int64).contiguous()
+
+
+def forward(
+    projected: Tensor,
+    gate_bias: Tensor,
+    h0: Tensor,
+    document_starts: Tensor | None,
+    lengths: Tensor | None,
+    cell: str,
+    activation: str,
+    output_gate: bool,
+    want_decay: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `cell_scan.cell_scan`; fp32 and bf16. Returns y, h (empty without an output gate: y is h), h_last, decay (empty unless wanted)."""
+    (batch, time, _), width = projected.shape, gate_bias.shape[1]
+    y = projected.new_empty(batch, time, width)
+    h = torch.empty_like(y) if output_gate else y.new_empty(0, 0, 0)
+    h_last = torch.empty_like(h0, dtype=torch.float32, memory_format=torch.contiguous_format)
+    decay = h_last.new_ones(h0.shape if want_decay else (0, 0))
+    stripe = stripe_width(batch, width)
+    boundaries = _boundaries(document_starts, lengths, batch, time)
+    tensors = (projected.contiguous(), gate_bias.float().contiguous(), h0.float().contiguous(), *boundaries, y, h, h_last, decay)
+    kernel_function = _forward_kernel(_CELL_CODES[cell], _ACTIVATION_CODES[activation], output_gate)
+    run_tasks(kernel_function, (*map(as_numpy, tensors), stripe), batch * -(-width // stripe))
+    return y, h if output_gate else h.view(0), h_last, decay if want_decay else decay.view(0)
+
+
+def backward(
+    projected: Tensor,
+    gate_bias: Tensor,
+    h0: Tensor,
+    document_starts: Tensor | None,
+    lengths: Tensor | None,
+    h: Tensor,
+    grad_y: Tensor,
+    grad_last: Tensor,
+    cell: str,
+    activation: str,
+    output_gate: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `forward`: d_projected, d_gate_bias (fp32), dh0 (fp32). `h` is the saved one, y without an output gate."""
+    (batch, time, _), width = projected.shape, gate_bias.shape[1]
+    projected, total = projected.contiguous(), grad_last.to(torch.float32, copy=True).contiguous()
+    d_projected, d_bias = torch.empty_like(projected), total.new_zeros(batch, *gate_bias.shape)
+    stripe = stripe_width(batch, width)
+    boundaries = _boundaries(document_starts, lengths, batch, time)
+    inputs = (projected, gate_bias.float().contiguous(), h0.to(h.dtype).contiguous(), *boundaries, h.contiguous(), grad_y.contiguous())
+    kernel_function = _backward_kernel(_CELL_CODES[cell], _ACTIVATION_CODES[activation], output_gate)
+    arrays = tuple(map(as_numpy, (*inputs, total, d_projected, d_bias)))
+    run_tasks(kernel_function, (*arrays, stripe), batch * -(-width // stripe))
+    return d_projected, d_bias.sum(0), total

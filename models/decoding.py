@@ -1,0 +1,121 @@
+"""Decoding by hand: a prompt of any length into a state, and one token after another at the cost of reading weights and state once.
+
+    logits, cache = prefill(model, input_ids)            in pieces, through the parallel scan: memory does not grow with the prompt
+    step = TokenStep(model, cache)
+    logits = step(tokens)                                 [batch] -> [batch, vocab_size], as often as you like
+
+`generate()` works as for every transformers model and does the same; here nothing stands between the tokens. On a GPU a step is one CUDA
+graph: the launches of some hundred small kernels, which would take longer than their work, are replayed as one.
+"""
+
+import torch
+from torch import Tensor
+
+from .cache import MinRNNCache
+from .modeling_minrnn import PREFILL, Boundaries, MinRNNForCausalLM, State
+
+
+@torch.no_grad()
+def prefill(model: MinRNNForCausalLM, input_ids: Tensor, cache: MinRNNCache | None = None, piece: int = PREFILL) -> tuple[Tensor, MinRNNCache]:
+    """Read a prompt.
+
+    Args:
+        model: In eval mode.
+        input_ids: [batch, time], at least one token, on any device (a long prompt may stay on the CPU).
+        cache: State to go on from; updated in place.
+        piece: Tokens read at once.
+
+    Returns:
+        Logits of the token after the prompt [batch, vocab_size], and the state.
+
+    Raises:
+        ValueError: no tokens, or a piece of none.
+    """
+    if input_ids.ndim != 2 or input_ids.shape[1] == 0 or piece < 1:
+        shape = tuple(input_ids.shape)
+        raise ValueError(f"prefill takes input_ids [batch, time] and a piece of at least 1 token each, but got {shape}, {piece}.")
+    cache, logits = MinRNNCache(model.config.num_hidden_layers) if cache is None else cache, None
+    for ids in input_ids.split(piece, dim=1):
+        logits = model(input_ids=ids.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    assert logits is not None
+    return logits[:, -1], cache
+
+
+def _clone(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.clone()
+
+
+class TokenStep:
+    """One token through the model.
+
+    The state lives in tensors of its own, so that a graph can find it again; `cache` hands out a copy.
+
+    Args:
+        model: In eval mode.
+        cache: The state after the prompt (`prefill`); it is copied.
+        graph: Replay a CUDA graph; by default on a GPU.
+
+    Raises:
+        ValueError: a cache that has read nothing, or a graph without a GPU.
+    """
+
+    def __init__(self, model: MinRNNForCausalLM, cache: MinRNNCache, graph: bool | None = None):
+        if any(layer.recurrent is None for layer in cache.layers):
+            raise ValueError("TokenStep goes on from a prompt, but this cache has read none: call prefill first.")
+        is_cuda = model.device.type == "cuda"
+        if graph and not is_cuda:
+            raise ValueError(f"A CUDA graph needs a model on a GPU, but this one is on {model.device}: use graph=False or none.")
+        self.model, self.num_tokens = model, cache.get_seq_length()
+        self.states: list[State] = [(_clone(layer.recurrent), _clone(layer.conv)) for layer in cache.layers]
+        recurrent = self.states[0][0]
+        assert recurrent is not None
+        self.tokens = torch.zeros(len(recurrent), 1, dtype=torch.long, device=model.device)
+        self.graph = self.logits = None
+        if is_cuda if graph is None else graph:
+            self._capture()
+
+    @property
+    def cache(self) -> MinRNNCache:
+        """The state after the last token, as a cache of its own."""
+        cache = MinRNNCache(len(self.states))
+        for layer, (recurrent, conv) in zip(cache.layers, self.states, strict=True):
+            layer.replace(_clone(recurrent), _clone(conv), num_tokens=self.num_tokens)
+        return cache
+
+    @torch.no_grad()
+    def _forward(self) -> Tensor:
+        """`self.tokens` through the model; the states are overwritten."""
+        model = self.model.model
+        x = model.embed_tokens(self.tokens)
+        for block, state in zip(model.layers, self.states, strict=True):
+            x, after = block(x, state, Boundaries(None, None, None))
+            for old, new in zip(state, after, strict=True):
+                if old is not None and new is not None:
+                    old.copy_(new)
+        return self.model.lm_head(model.norm(x))[:, -1]
+
+    def _capture(self) -> None:
+        before = [(_clone(recurrent), _clone(conv)) for recurrent, conv in self.states]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # warm up: libraries allocate on their first calls, which a graph may not
+            for _ in range(3):
+                self._forward()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = self._forward()
+        for state, saved in zip(self.states, before, strict=True):
+            for tensor, value in zip(state, saved, strict=True):
+                if tensor is not None and value is not None:
+                    tensor.copy_(value)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """The next token of each row, int64 [batch] -> logits of the one after it, [batch, vocab_size]; a graph's next call overwrites them."""
+        self.tokens.copy_(tokens.view_as(self.tokens))
+        self.num_tokens += 1
+        if self.graph is None:
+            return self._forward()
+        self.graph.replay()
+        assert self.logits is not None
+        return self.logits

@@ -1,0 +1,191 @@
+"""What every numba kernel here is built from: typed access to memory, an exponential that vectorises, threads.
+
+numba has no bfloat16: such arrays come in as their bits (uint16), are widened in registers, and are rounded to nearest even on the way out.
+
+Kernels touch memory through four intrinsics, which tell LLVM what Python cannot: inputs are never written, and outputs and carried state do not
+overlap them. Without that, a loop over six arrays needs so many overlap checks at run time that LLVM gives up and leaves it scalar.
+
+numba keeps what it has compiled beside a kernel's file, until that file changes. It does not see a change in this one: delete __pycache__ then.
+
+Kernels run on plain Python threads without the GIL, as many as torch uses: numba's own thread pool may neither be forked nor entered twice.
+"""
+
+# pyright: reportPossiblyUnboundVariable=false, reportCallIssue=false
+# (numba may be missing, and rewrites the signatures of its intrinsics)
+
+import functools
+import itertools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+try:  # optional: without numba, torch serves the CPU, and remote code loads all the same
+    import numba
+    from llvmlite import ir
+    from numba import types
+    from numba.extending import intrinsic
+except ImportError:
+    numba = None
+
+
+def is_available() -> bool:
+    """Whether numba is installed."""
+    return numba is not None
+
+
+def serves(tensor: Tensor, backend: str | None) -> bool:
+    """Whether the numba kernels, which know only fp32 and bf16, should compute this [..., time, width].
+
+    Not a single token of inference, unless asked for: there, to call an operator costs more than all it does.
+    """
+    runs_here = is_available() and tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.bfloat16)
+    return runs_here and (backend == "numba" or (backend is None and not is_token_step(tensor)))
+
+
+def is_token_step(x: Tensor) -> bool:
+    """Whether x [..., time, width] is one token a row, and nobody will differentiate: a step of decoding."""
+    return x.shape[-2] == 1 and not torch.is_grad_enabled()
+
+
+if numba is not None:
+    INT16, INT32 = ir.IntType(16), ir.IntType(32)
+
+    def _scopes(builder, *names):
+        """LLVM's alias scopes of these names, as metadata."""
+        module = builder.module
+        domain = module.add_metadata(["minrnn"])
+        return module.add_metadata([module.add_metadata([f"minrnn {name}", domain]) for name in names])
+
+    def _pointer(context, builder, signature, args):
+        array = context.make_array(signature.args[0])(context, builder, args[0])
+        return builder.gep(array.data, [args[1]])
+
+    def _load_intrinsic(own) -> Callable[..., Any]:
+        @intrinsic
+        def load(typingctx, array, index):
+            is_bf16 = array.dtype == types.uint16
+
+            def codegen(context, builder, signature, args):
+                value = builder.load(_pointer(context, builder, signature, args))
+                value.set_metadata("alias.scope", _scopes(builder, own))
+                if is_bf16:
+                    value = builder.bitcast(builder.shl(builder.zext(value, INT32), ir.Constant(INT32, 16)), ir.FloatType())
+                return value
+
+            return (types.float32 if is_bf16 else array.dtype)(array, index), codegen
+
+        return load
+
+    def _rounded_bf16(builder, value):
+        """The bits of the bfloat16 nearest to a float, ties to even; NaN stays NaN."""
+        bits = builder.bitcast(value, INT32)
+        odd = builder.and_(builder.lshr(bits, ir.Constant(INT32, 16)), ir.Constant(INT32, 1))
+        rounded = builder.add(bits, builder.add(odd, ir.Constant(INT32, 0x7FFF)))
+        magnitude = builder.and_(bits, ir.Constant(INT32, 0x7FFFFFFF))
+        is_nan = builder.icmp_unsigned(">", magnitude, ir.Constant(INT32, 0x7F800000))
+        rounded = builder.select(is_nan, ir.Constant(INT32, 0x7FC00000), rounded)
+        return builder.trunc(builder.lshr(rounded, ir.Constant(INT32, 16)), INT16)
+
+    def _store_intrinsic(own, *others) -> Callable[..., Any]:
+        @intrinsic
+        def store(typingctx, array, index, value):
+            def codegen(context, builder, signature, args):
+                if array.dtype == types.uint16:
+                    element = _rounded_bf16(builder, context.cast(builder, args[2], value, types.float32))
+                else:
+                    element = context.cast(builder, args[2], value, array.dtype)
+                stored = builder.store(element, _pointer(context, builder, signature, args))
+                stored.set_metadata("alias.scope", _scopes(builder, own))
+                stored.set_metadata("noalias", _scopes(builder, *others))
+                return context.get_dummy_value()
+
+            return types.void(array, index, value), codegen
+
+        return store
+
+    # load(array, i) -> float and store(array, i, float), for contiguous 1-d arrays. `state` is read and written by the same loop.
+    load_input = _load_intrinsic("input")
+    load_state = _load_intrinsic("state")
+    store_state = _store_intrinsic("state", "input", "output")
+    store_output = _store_intrinsic("output", "input", "state")
+
+    kernel: Callable[..., Any] = functools.partial(
+        numba.njit, nogil=True, cache=True, fastmath={"contract"}, error_model="numpy", boundscheck=False
+    )
+    reduction: Callable[..., Any] = functools.partial(kernel, fastmath={"contract", "reassoc"})  # may add in any order, so in lanes
+    inlined: Callable[..., Any] = functools.partial(numba.njit, fastmath={"contract"}, error_model="numpy", forceinline=True)
+
+    @intrinsic
+    def _power_of_two(typingctx, shifted):
+        """2^n as float32, for `shifted` = n + 1.5 * 2^23: the low bits of its mantissa are n."""
+
+        def codegen(context, builder, signature, args):
+            exponent = builder.shl(builder.bitcast(args[0], INT32), ir.Constant(INT32, 23))
+            return builder.bitcast(builder.add(exponent, ir.Constant(INT32, 0x3F800000)), ir.FloatType())
+
+        return types.float32(types.float32), codegen
+
+    F = np.float32
+    ZERO, HALF, ONE = F(0), F(0.5), F(1)
+    _LOWEST, _HIGHEST = F(-87.3), F(88.3)  # exp stays a normal number
+    _SHIFT, _LOG2_E, _LN2_HIGH, _LN2_LOW = F(1.5 * 2**23), F(1.44269504), F(0.693359375), F(-2.12194440e-4)
+    _C2, _C3, _C4, _C5, _C6, _C7 = map(
+        F, (5.0000001201e-1, 1.6666665459e-1, 4.1665795894e-2, 8.3334519073e-3, 1.3981999507e-3, 1.9875691500e-4)
+    )
+
+    @inlined
+    def exp(x):
+        """e^x in float32, to about one unit in the last place; flushed to e^-87.3 below and e^88.3 above (Cephes' polynomial)."""
+        x = _LOWEST if x < _LOWEST else x  # written so that NaN passes
+        x = _HIGHEST if x > _HIGHEST else x
+        shifted = x * _LOG2_E + _SHIFT
+        n = shifted - _SHIFT
+        r = x - n * _LN2_HIGH - n * _LN2_LOW
+        p = ((((_C7 * r + _C6) * r + _C5) * r + _C4) * r + _C3) * r + _C2
+        return (p * r * r + r + ONE) * _power_of_two(shifted)
+
+    @inlined
+    def sigmoid(x):
+        """1 / (1 + e^-x)."""
+        return ONE / (ONE + exp(-x))
+
+
+@functools.lru_cache(maxsize=1)
+def _pool(num_threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(num_threads, thread_name_prefix="minrnn-scan")
+
+
+def run_tasks(kernel_function, arguments: tuple, num_tasks: int) -> None:
+    """Call `kernel_function(*arguments, first, last)` so that the tasks are spread evenly over torch's number of threads."""
+    num_threads = max(1, min(torch.get_num_threads(), num_tasks))
+    if num_threads == 1:
+        kernel_function(*arguments, 0, num_tasks)
+        return
+    edges = [num_tasks * i // num_threads for i in range(num_threads + 1)]
+    pool = _pool(torch.get_num_threads())
+    others = [pool.submit(kernel_function, *arguments, low, high) for low, high in itertools.pairwise(edges[1:])]
+    kernel_function(*arguments, edges[0], edges[1])
+    for other in others:
+        other.result()
+
+
+def stripe_width(batch: int, width: int) -> int:
+    """Channels that one task walks through time with: all of them, unless many threads would have nothing to do.
+
+    A whole row after another is one run through memory, which the hardware reads ahead; half rows are read at a third of that rate, so that two
+    threads with half rows are slower than one with whole ones.
+    """
+    threads_per_row = torch.get_num_threads() // max(batch, 1)
+    return max(1, -(-width // threads_per_row)) if threads_per_row >= 4 else max(1, width)
+
+
+def as_numpy(tensor: Tensor) -> np.ndarray:
+    """The tensor's own memory; bfloat16 as its bits, bool as bytes."""
+    tensor = tensor.detach()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.uint16).numpy()
+    return tensor.view(torch.uint8).numpy() if tensor.dtype == torch.bool else tensor.numpy()

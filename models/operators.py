@@ -1,0 +1,38 @@
+"""Our custom operators: how they are named, and made once.
+
+A process may hold this package and remote-code copies of other versions of it. A second operator of the same name would silently replace the
+first, for models that exist already too. So an operator's namespace holds a hash of the source it is made of: the file that defines it and all
+that this file imports from beside it. (Not of all that lies there: remote code arrives file by file, the configuration's before the model's.)
+"""
+
+import functools
+import hashlib
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.dynamic_module_utils import get_relative_import_files
+
+
+@functools.cache
+def namespace(module_file: str) -> str:
+    """`minrnn_HASH` of a module's file and of those it imports from the same folder, directly or through each other."""
+    sources = sorted({Path(module_file), *map(Path, get_relative_import_files(module_file))}, key=lambda path: path.name)
+    return f"minrnn_{hashlib.sha256(b''.join(path.read_bytes() for path in sources)).hexdigest()[:12]}"
+
+
+def define(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> tuple[Any, bool]:
+    """Make `function` the operator `minrnn_HASH::name`; `fake` gives empty outputs of the right shapes and dtypes.
+
+    Returns the operator, and whether it is new: where another copy of this very source in the process has made it, that one is returned, since
+    to make it again would destroy the other's.
+    """
+    space = namespace(inspect.getfile(function))
+    existing = getattr(getattr(torch.ops, space), name, None)
+    if existing is not None:
+        return existing, False
+    operator = torch.library.custom_op(f"{space}::{name}", function, mutates_args=())
+    operator.register_fake(fake)
+    return operator, True

@@ -1,0 +1,72 @@
+"""The loss without logits is the loss from logits."""
+
+import pytest
+import torch
+from helpers import assert_close, new_model, random_ids
+from hypothesis import given
+from hypothesis import strategies as st
+from minrnn.models.loss import LMHead, linear_cross_entropy, next_token_loss
+
+
+def problem(num_tokens: int, vocab: int, seed: int = 0, dtype: torch.dtype = torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(num_tokens, 7, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    weight = torch.randn(vocab, 7, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    targets = torch.randint(0, vocab, (num_tokens,), generator=generator)
+    return hidden, weight, targets.masked_fill(torch.rand(num_tokens, generator=generator) < 0.3, -100)
+
+
+@given(num_tokens=st.integers(1, 20), vocab=st.integers(1, 11), block=st.integers(1, 25), num_items=st.sampled_from([None, 3, 2.5]))
+def test_any_block_gives_loss_and_gradients_of_the_whole(num_tokens, vocab, block, num_items):
+    hidden, weight, targets = problem(num_tokens, vocab)
+    targets[0] = 0  # at least one is scored
+    ours = linear_cross_entropy(hidden, weight, targets, num_items, block)
+    plain = next_token_loss(hidden @ weight.t(), targets, num_items)
+    assert_close(ours, plain, atol=1e-12)
+    for grad, other in zip(torch.autograd.grad(ours * 3, (hidden, weight)), torch.autograd.grad(plain * 3, (hidden, weight)), strict=True):
+        assert_close(grad, other, atol=1e-12)
+
+
+def test_bf16_products_are_summed_in_fp32():
+    """Under autocast the loss keeps fp32's digits, and gradients those of bf16 products."""
+    hidden, weight, targets = problem(4000, 50, dtype=torch.float32)
+    exact = next_token_loss(hidden.double() @ weight.double().t(), targets)
+    exact_grads = torch.autograd.grad(exact, (hidden, weight))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = linear_cross_entropy(hidden, weight, targets, block=64)
+    assert ours.dtype == torch.float32
+    assert abs(ours.item() / exact.item() - 1) < 1e-3  # rounding of 4000 rows of logits to 2^-9, averaged
+    for grad, other in zip(torch.autograd.grad(ours, (hidden, weight)), exact_grads, strict=True):
+        assert grad.dtype == torch.float32
+        assert (grad - other).norm() / other.norm() < 6e-3
+
+
+def test_what_is_not_scored_cannot_harm():
+    hidden, weight, targets = problem(9, 5)
+    clean = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets), (hidden, weight))
+    broken = hidden.detach().masked_fill((targets == -100).unsqueeze(1), float("nan")).requires_grad_()
+    assert (targets == -100).any()
+    loss = linear_cross_entropy(broken, weight, targets, block=4)
+    assert_close(loss, linear_cross_entropy(hidden, weight, targets), atol=1e-12)
+    grad = torch.autograd.grad(loss, broken)[0]
+    assert_close(grad[targets != -100], clean[0][targets != -100], atol=1e-12)
+
+
+@pytest.mark.parametrize("num_items", [None, 100])
+def test_the_model_needs_no_logits(num_items):
+    model, ids = new_model(dtype=torch.float64), random_ids(2, 11)
+    plain = model(ids, labels=ids, num_items_in_batch=num_items)
+    skipped = model(ids, labels=ids, num_items_in_batch=num_items, skip_logits=True)
+    assert skipped.logits is None
+    assert_close(skipped.loss, plain.loss, atol=1e-12)
+    with pytest.raises(ValueError, match="without labels or shift_labels"):
+        model(ids, skip_logits=True)
+
+
+def test_a_resized_vocabulary_keeps_its_loss():
+    model, ids = new_model(dtype=torch.float64, tie_word_embeddings=False), random_ids(2, 11)
+    before = model(ids, labels=ids).logits
+    model.resize_token_embeddings(model.config.vocab_size + 8, mean_resizing=False)
+    assert isinstance(model.lm_head, LMHead)
+    assert_close(model(ids).logits[..., :-8], before, atol=1e-12)
+    assert_close(model(ids, labels=ids, skip_logits=True).loss, model(ids, labels=ids).loss, atol=1e-12)

@@ -1,0 +1,70 @@
+"""What a block keeps: as much as its docstring says, and the same losses and gradients whatever is kept."""
+
+import pytest
+import torch
+from minrnn.models import MinRNNConfig, MinRNNForCausalLM
+from minrnn.models.recompute import RECOMPUTE, checkpointing_options
+from torch.profiler import ProfilerActivity, profile
+
+HIDDEN, TOKENS = 64, 1024
+
+
+def new_model(num_layers: int, recompute: str, **fields) -> MinRNNForCausalLM:
+    torch.manual_seed(0)
+    fields = {"hidden_size": HIDDEN, "intermediate_size": 2 * HIDDEN, "expansion_factor": 1.5, **fields}
+    model = MinRNNForCausalLM(MinRNNConfig(num_hidden_layers=num_layers, vocab_size=16, **fields)).train()
+    if (options := checkpointing_options(recompute)) is not None:
+        model.activation_checkpointing_enable(options)
+    return model
+
+
+def loss_of(model: MinRNNForCausalLM) -> torch.Tensor:
+    ids = torch.arange(2 * TOKENS // 2).view(2, -1) % 16
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return model(input_ids=ids, shift_labels=ids, skip_logits=True).loss
+
+
+def bytes_kept(num_layers: int, recompute: str) -> int:
+    """Memory taken by a forward pass and not given back by its end."""
+    model = new_model(num_layers, recompute)
+    loss_of(model)  # compile what is to be compiled
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        loss = loss_of(model)
+    kept = sum(event.self_cpu_memory_usage for event in profiler.key_averages())
+    loss.backward()
+    return kept
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_bytes_per_token_and_layer_are_as_stated(recompute):
+    H, P, R, intermediate = HIDDEN, 3, 3 * HIDDEN // 2, 2 * HIDDEN
+    stated = {
+        "none": 14 * H + 2 * P * R + 4 * R + 6 * intermediate,
+        "selective": 8 * H + 2 * P * R + 4 * R + 4 * intermediate,
+        "full": 4 * H,
+    }
+    measured = (bytes_kept(5, recompute) - bytes_kept(2, recompute)) / 3 / TOKENS
+    weights = (sum(p.numel() for p in new_model(3, "none").parameters()) - sum(p.numel() for p in new_model(2, "none").parameters())) * 2
+    if recompute == "none":  # autocast's bf16 copies of the weights are kept too
+        measured -= weights / TOKENS
+    assert measured == pytest.approx(stated[recompute], rel=0.03)
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputation_changes_nothing(recompute):
+    def run(mode):
+        model = new_model(2, mode, dropout=0.1)
+        torch.manual_seed(1)
+        loss = loss_of(model)
+        loss.backward()
+        return loss.item(), [parameter.grad for parameter in model.parameters()]
+
+    (loss, grads), (other_loss, other_grads) = run("none"), run(recompute)
+    assert loss == other_loss
+    for grad, other in zip(grads, other_grads, strict=True):
+        assert torch.equal(grad, other)
+
+
+def test_unknown_mode_is_refused():
+    with pytest.raises(ValueError, match="no recomputation 'some'; choose one of none, selective, full"):
+        checkpointing_options("some")
