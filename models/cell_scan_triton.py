@@ -5,9 +5,9 @@
 
 How time and channels are spread over the chip is told in `tiles_triton`, the formulas of the cells in `cells_triton`.
 
-Bytes an element of [batch, time, width] in bf16, minGRU without an output gate: forward 6 (reads k, u, writes h), backward 12 (reads k, u, h, g,
-writes dk, du). With one: 10 (also reads o, writes y) and 16 (also reads o, writes do). A second pass, where time is cut: 4 more each (6 backward
-with an output gate).
+Bytes an element of [batch, time, width] in bf16, minGRU without an output gate: forward 6 (reads k, u, writes h), backward 12 (reads k, u, h,
+g, writes dk, du). With one: 10 (also reads o, writes y) and 16 (also reads o, writes do). Where time is cut, a second pass reads 4 more (6 in
+the backward pass with an output gate).
 
 With G_t the whole gradient at h_t and s_t = a_t G_t what it hands to t - 1 (nothing, at a document start),
 
@@ -22,18 +22,20 @@ infinities for which (a, b) = (1, 0) comes out.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from .cells_triton import candidate, factors, silu
+from .cells_triton import coefficients, factors, gradients, silu
 from .tiles_triton import (
     Launch,
     Tile,
+    coordinates,
     cut_launch,
+    dropped,
+    inside,
     jit,
     join_products,
+    latest_token,
     load_previous_rows,
     load_rows,
     num_multiprocessors,
@@ -42,6 +44,7 @@ from .tiles_triton import (
     run_all,
     scan_tile,
     tl,
+    whole_tiles,
     with_contiguous_channels,
 )
 
@@ -50,28 +53,36 @@ NUM_GATES = {"mingru": 1, "minlstm": 2}
 
 @jit
 def load_gates(
-    source,
-    step: tl.constexpr,
-    live,
-    t,
-    time_step: tl.constexpr,
-    limit,
-    CELL: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
+    source, step: tl.constexpr, live, t, time_step: tl.constexpr, limit, CELL: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
     MASKED: tl.constexpr,
-):
+):  # fmt: skip
     """The gates' rows of a tile; behind `limit` infinities, so that a = 1 and z = 0. The minGRU's one gate stands for both."""
-    if CELL == "mingru":
-        k_rows = load_rows(source, step, live, t, time_step, limit, float("-inf"), ROWS, MASKED)
-        return k_rows, k_rows
-    p_rows = load_rows(source, step, live, t, time_step, limit, float("inf"), ROWS, MASKED)
-    return p_rows, load_rows(source + WIDTH, step, live, t, time_step, limit, float("-inf"), ROWS, MASKED)
+    k_rows = load_rows(source, step, live, t, time_step, limit, float("-inf") if CELL == "mingru" else float("inf"), ROWS, MASKED)
+    q_rows = k_rows
+    if CELL == "minlstm":
+        q_rows = load_rows(source + WIDTH, step, live, t, time_step, limit, float("-inf"), ROWS, MASKED)
+    return k_rows, q_rows
+
+
+@jit
+def load_biases(gate_bias, channel, live, CELL: tl.constexpr, WIDTH: tl.constexpr):
+    """The gates' biases [1, channels], in octaves."""
+    k_bias = tl.load(gate_bias + channel, mask=live, other=0.0) * 1.4426950408889634
+    q_bias = k_bias
+    if CELL == "minlstm":
+        q_bias = tl.load(gate_bias + WIDTH + channel, mask=live, other=0.0) * 1.4426950408889634
+    return k_bias, q_bias
+
+
+@jit
+def real_tokens(lengths, row, last):
+    """Where a chunk's padding begins, at the latest where the chunk ends."""
+    return last if lengths is None else tl.minimum(last, tl.load(lengths + row).to(tl.int32))
 
 
 @jit
 def load_starts(starts, t, time_step: tl.constexpr, limit, ROWS: tl.constexpr):
-    """Flags [lanes, ROWS] of the rows that begin a document, in order of processing; they cross the joints between tiles as bits."""
+    """Flags [lanes, ROWS] of the rows of a tile that begin a document; a tile's are read one tile ahead, since nothing else hides that wait."""
     time = t + time_step * tl.arange(0, ROWS)[None, :]
     return tl.load(starts + time, mask=(time >= 0) & (time < limit), other=0)
 
@@ -83,78 +94,57 @@ def as_bits(flags, ROWS: tl.constexpr):
 
 
 @jit
-def load_biases(gate_bias, channel, live, CELL: tl.constexpr, WIDTH: tl.constexpr):
-    """The gates' biases [1, channels], in octaves."""
-    k_bias = tl.load(gate_bias + channel, mask=live, other=0.0) * 1.4426950408889634
-    if CELL == "mingru":
-        return k_bias, k_bias
-    return k_bias, tl.load(gate_bias + WIDTH + channel, mask=live, other=0.0) * 1.4426950408889634
-
-
-@jit
 def forward_kernel(
     projected, gate_bias, entering, starts, lengths, y, h, final, decay, time, chunk_length, num_chunks, projected_row, STEP: tl.constexpr,
     CELL: tl.constexpr, ACTIVATION: tl.constexpr, OUTPUT_GATE: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
-    CHANNELS: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
+    CHANNELS: tl.constexpr, STAGES: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """One chunk of one row and block of channels; each of `entering`, `starts`, `lengths`, (`y`, `h`), `final` and `decay` may be None.
 
     projected: rows of the batch projected_row elements apart, tokens STEP; y, h [batch, time, WIDTH]; the others [batch, chunks, WIDTH].
     """
-    num_blocks: tl.constexpr = (WIDTH + CHANNELS - 1) // CHANNELS
     candidate_place: tl.constexpr = WIDTH * (2 if CELL == "minlstm" else 1)
+    c_other: tl.constexpr = float("-inf") if ACTIVATION == "g" else 0.0  # where c is 0
     resets_possible: tl.constexpr = starts is not None
-    program = tl.program_id(0)
-    chunk, row = (program // num_blocks) % num_chunks, (program // num_blocks // num_chunks).to(tl.int64)
-    lane = tl.arange(0, LANES)[:, None]
-    channel = (program % num_blocks) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
-    live = channel < WIDTH
-    state_place = (row * num_chunks + chunk) * WIDTH + channel
-    first = chunk * chunk_length
-    last = tl.minimum(first + chunk_length, time)
-    limit = last
-    if lengths is not None:
-        limit = tl.minimum(last, tl.load(lengths + row).to(tl.int32))
-    t = first + lane * ROWS
+    row, first, last, lane, channel, live, state_place = coordinates(time, chunk_length, num_chunks, WIDTH, LANES, CHANNELS)
+    limit = real_tokens(lengths, row, last)
+    whole, t = whole_tiles(first, limit, LANES * ROWS), first + lane * ROWS
     source = projected + row * projected_row + t.to(tl.int64) * STEP + channel
     target = row * time * WIDTH + t.to(tl.int64) * WIDTH + channel
     k_bias, q_bias = load_biases(gate_bias, channel, live, CELL, WIDTH)
-    carry = tl.zeros((1, CHANNELS), tl.float32)
+    carry, product, resets = tl.zeros((1, CHANNELS), tl.float32), tl.full((1, CHANNELS), 1.0, tl.float32), 0
     if entering is not None:
         carry = tl.load(entering + state_place, mask=live, other=0.0)
-    product = tl.full((1, CHANNELS), 1.0, tl.float32)
-    resets = 0
     if resets_possible:
         starts += row * time
         resets = as_bits(load_starts(starts, t, 1, limit, ROWS), ROWS)
-    for _ in tl.range(first, last, LANES * ROWS, num_stages=STAGES):
-        k_rows, q_rows = load_gates(source, STEP, live, t, 1, limit, CELL, WIDTH, ROWS, MASKED)
-        u_rows = load_rows(source + candidate_place, STEP, live, t, 1, limit, float("-inf") if ACTIVATION == "g" else 0.0, ROWS, MASKED)
-        if OUTPUT_GATE and y is not None:
-            o_rows = load_rows(source + candidate_place + WIDTH, STEP, live, t, 1, last, 0.0, ROWS, MASKED)
-        if resets_possible:
-            upcoming = load_starts(starts, t + LANES * ROWS, 1, limit, ROWS)
-        decays, addends = (), ()
-        for j in tl.static_range(ROWS):
-            a, z, _, _ = factors(k_rows[j], q_rows[j], k_bias, q_bias, CELL)
-            c, _ = candidate(u_rows[j].to(tl.float32), ACTIVATION)
-            decays, addends = decays + (a,), addends + (z * c,)  # noqa: RUF005
-        states, carry, tile_product = scan_tile(decays, addends, resets, carry, lane, LANES, CHANNELS, ROWS, resets_possible)
-        product = join_products(product, tile_product) if resets_possible else product * tile_product
-        if y is not None:
+    for tail in tl.static_range(0, TAIL + 1):
+        for _ in tl.range(whole if tail else first, last if tail else whole, LANES * ROWS, num_stages=STAGES):
+            k_rows, q_rows = load_gates(source, STEP, live, t, 1, limit, CELL, WIDTH, ROWS, tail)
+            u_rows = load_rows(source + candidate_place, STEP, live, t, 1, limit, c_other, ROWS, tail)
+            if OUTPUT_GATE and y is not None:
+                o_rows = load_rows(source + candidate_place + WIDTH, STEP, live, t, 1, last, 0.0, ROWS, tail)
+            if resets_possible:
+                upcoming = load_starts(starts, t + LANES * ROWS, 1, limit, ROWS)
+            decays, addends = (), ()
             for j in tl.static_range(ROWS):
-                mask = (live & (t + j < last)) if MASKED else live
-                state = states[j + 1]
-                if OUTPUT_GATE:
-                    tl.store(h + target + j * WIDTH, state.to(h.dtype.element_ty), mask=mask)
-                    gate, _ = silu(o_rows[j].to(tl.float32))
-                    state = state * gate
-                tl.store(y + target + j * WIDTH, state.to(y.dtype.element_ty), mask=mask)
-        if resets_possible:
-            resets = as_bits(upcoming, ROWS)
-        t += LANES * ROWS
-        source += LANES * ROWS * STEP
-        target += LANES * ROWS * WIDTH
+                a, b = coefficients(k_rows[j], q_rows[j], u_rows[j], k_bias, q_bias, CELL, ACTIVATION)
+                decays, addends = decays + (a,), addends + (b,)  # noqa: RUF005
+            states, carry, tile_product = scan_tile(decays, addends, resets, carry, lane, LANES, CHANNELS, ROWS, resets_possible)
+            product = join_products(product, tile_product) if resets_possible else product * tile_product
+            if y is not None:
+                for j in tl.static_range(ROWS):
+                    out, mask = states[j + 1], inside(live, t + j, last, tail)
+                    if OUTPUT_GATE:
+                        tl.store(h + target + j * WIDTH, out.to(h.dtype.element_ty), mask=mask)
+                        gate, _ = silu(o_rows[j].to(tl.float32))
+                        out = out * gate
+                    tl.store(y + target + j * WIDTH, out.to(y.dtype.element_ty), mask=mask)
+            if resets_possible:
+                resets = as_bits(upcoming, ROWS)
+            t += LANES * ROWS
+            source += LANES * ROWS * STEP
+            target += LANES * ROWS * WIDTH
     if final is not None:
         tl.store(final + state_place, carry, mask=live)
     if decay is not None:
@@ -168,116 +158,104 @@ def backward_kernel(
     projected, gate_bias, h0, starts, lengths, h, grad_y, entering, d_projected, d_gate_bias, final, decay, time, chunk_length, num_chunks,
     projected_row, h_row, grad_row, STEP: tl.constexpr, H_STEP: tl.constexpr, GRAD_STEP: tl.constexpr, CELL: tl.constexpr,
     ACTIVATION: tl.constexpr, OUTPUT_GATE: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
-    STAGES: tl.constexpr, MASKED: tl.constexpr,
+    STAGES: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """The same from late to early, on s_t. Without `d_projected`, only the pair of the chunk is computed, from the gates and the gradient.
 
     d_projected: contiguous, laid out as `projected`; d_gate_bias: each program's sum, [batch, chunks, gates, WIDTH].
     """
-    num_blocks: tl.constexpr = (WIDTH + CHANNELS - 1) // CHANNELS
     num_gates: tl.constexpr = 2 if CELL == "minlstm" else 1
     candidate_place: tl.constexpr = WIDTH * num_gates
+    c_other: tl.constexpr = float("-inf") if ACTIVATION == "g" else 0.0
     out_step: tl.constexpr = WIDTH * (num_gates + (2 if OUTPUT_GATE else 1))
     resets_possible: tl.constexpr = starts is not None
-    program = tl.program_id(0)
-    chunk, row = (program // num_blocks) % num_chunks, (program // num_blocks // num_chunks).to(tl.int64)
-    lane = tl.arange(0, LANES)[:, None]
-    channel = (program % num_blocks) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
-    live = channel < WIDTH
-    state_place = (row * num_chunks + chunk) * WIDTH + channel
-    first = chunk * chunk_length
-    last = tl.minimum(first + chunk_length, time)
-    limit = last
-    if lengths is not None:
-        limit = tl.minimum(last, tl.load(lengths + row).to(tl.int32))
-    t = first + tl.cdiv(last - first, LANES * ROWS) * (LANES * ROWS) - 1 - lane * ROWS
+    row, first, last, lane, channel, live, state_place = coordinates(time, chunk_length, num_chunks, WIDTH, LANES, CHANNELS)
+    limit = real_tokens(lengths, row, last)
+    whole, t = whole_tiles(first, limit, LANES * ROWS), latest_token(first, last, lane, LANES, ROWS)
     source = projected + row * projected_row + t.to(tl.int64) * STEP + channel
     grad_source = grad_y + row * grad_row + t.to(tl.int64) * GRAD_STEP + channel
     h_source = h + row * h_row + t.to(tl.int64) * H_STEP + channel
-    target = row * time * out_step + t.to(tl.int64) * out_step + channel
+    target = d_projected + row * time * out_step + t.to(tl.int64) * out_step + channel if d_projected is not None else source
     k_bias, q_bias = load_biases(gate_bias, channel, live, CELL, WIDTH)
     initial = tl.load(h0 + row * WIDTH + channel, mask=live, other=0.0)
-    carry = tl.zeros((1, CHANNELS), tl.float32)
+    carry, product, resets = tl.zeros((1, CHANNELS), tl.float32), tl.full((1, CHANNELS), 1.0, tl.float32), 0
+    dk_sum, dq_sum = tl.zeros((LANES, CHANNELS), tl.float32), tl.zeros((LANES, CHANNELS), tl.float32)
     if entering is not None:
         carry = tl.load(entering + state_place, mask=live, other=0.0)
-    product = tl.full((1, CHANNELS), 1.0, tl.float32)
-    dk_sum, dq_sum = tl.zeros((LANES, CHANNELS), tl.float32), tl.zeros((LANES, CHANNELS), tl.float32)
-    resets = 0
     if resets_possible:
         starts += row * time
         resets = as_bits(load_starts(starts, t, -1, limit, ROWS), ROWS)
-    for _ in tl.range(first, last, LANES * ROWS, num_stages=STAGES):
-        k_rows, q_rows = load_gates(source, -STEP, live, t, -1, limit, CELL, WIDTH, ROWS, MASKED)
-        grad_rows = load_rows(grad_source, -GRAD_STEP, live, t, -1, last, 0.0, ROWS, MASKED)
-        if OUTPUT_GATE:
-            o_rows = load_rows(source + candidate_place + WIDTH, -STEP, live, t, -1, last, 0.0, ROWS, MASKED)
-        if d_projected is not None:
-            u_rows = load_rows(source + candidate_place, -STEP, live, t, -1, limit, float("-inf") if ACTIVATION == "g" else 0.0, ROWS, MASKED)
-            previous = load_previous_rows(h_source, H_STEP, live, t, last, initial, ROWS, MASKED)
+    for tail in tl.static_range(TAIL, -1, -1):
+        for _ in tl.range(whole if tail else first, last if tail else whole, LANES * ROWS, num_stages=STAGES):
+            k_rows, q_rows = load_gates(source, -STEP, live, t, -1, limit, CELL, WIDTH, ROWS, tail)
+            grad_rows = load_rows(grad_source, -GRAD_STEP, live, t, -1, last, 0.0, ROWS, tail)
             if OUTPUT_GATE:
-                latest = load_rows(h_source, -H_STEP, live, t, -1, last, 0.0, 1, MASKED)
-        if resets_possible:
-            upcoming = load_starts(starts, t - LANES * ROWS, -1, limit, ROWS)
-        decays, addends, grads = (), (), ()
-        for j in tl.static_range(ROWS):
-            a, _, _, _ = factors(k_rows[j], q_rows[j], k_bias, q_bias, CELL)
-            grad = grad_rows[j].to(tl.float32)
-            if OUTPUT_GATE:
-                gate, _ = silu(o_rows[j].to(tl.float32))
-                grad = grad * gate
-            addend = a * grad
-            if resets_possible:
-                addend = tl.where((resets >> j) & 1 != 0, 0.0, addend)
-            decays, addends, grads = decays + (a,), addends + (addend,), grads + (grad,)  # noqa: RUF005
-        states, carry, tile_product = scan_tile(decays, addends, resets, carry, lane, LANES, CHANNELS, ROWS, resets_possible)
-        product = join_products(product, tile_product) if resets_possible else product * tile_product
-        if d_projected is not None:
-            for j in tl.static_range(ROWS):
-                mask = (live & (t - j < last)) if MASKED else live
-                total, state_before = grads[j] + states[j], previous[j].to(tl.float32)
-                if resets_possible:
-                    state_before = tl.where((resets >> j) & 1 != 0, 0.0, state_before)
-                a, z, k_slope, q_slope = factors(k_rows[j], q_rows[j], k_bias, q_bias, CELL)
-                c, c_slope = candidate(u_rows[j].to(tl.float32), ACTIVATION)
-                d_factors, du = a * z * total * (c - state_before), z * c_slope * total
-                if lengths is not None:
-                    d_factors, du = tl.where(t - j < limit, d_factors, 0.0), tl.where(t - j < limit, du, 0.0)
-                dk, out = d_factors * k_slope, d_projected + target - j * out_step
-                dk_sum += dk
-                tl.store(out, dk.to(d_projected.dtype.element_ty), mask=mask)
-                if CELL == "minlstm":
-                    dq = d_factors * q_slope
-                    dq_sum += dq
-                    tl.store(out + WIDTH, dq.to(d_projected.dtype.element_ty), mask=mask)
-                tl.store(out + candidate_place, du.to(d_projected.dtype.element_ty), mask=mask)
+                o_rows = load_rows(source + candidate_place + WIDTH, -STEP, live, t, -1, last, 0.0, ROWS, tail)
+            if d_projected is not None:
+                u_rows = load_rows(source + candidate_place, -STEP, live, t, -1, limit, c_other, ROWS, tail)
+                previous = load_previous_rows(h_source, H_STEP, live, t, last, initial, ROWS, tail)
                 if OUTPUT_GATE:
-                    state_now = latest[0] if j == 0 else previous[j - 1]
-                    _, slope = silu(o_rows[j].to(tl.float32))
-                    do = grad_rows[j].to(tl.float32) * state_now.to(tl.float32) * slope
-                    tl.store(out + candidate_place + WIDTH, do.to(d_projected.dtype.element_ty), mask=mask)
-        if resets_possible:
-            resets = as_bits(upcoming, ROWS)
-        t -= LANES * ROWS
-        source -= LANES * ROWS * STEP
-        grad_source -= LANES * ROWS * GRAD_STEP
-        h_source -= LANES * ROWS * H_STEP
-        target -= LANES * ROWS * out_step
+                    latest = load_rows(h_source, -H_STEP, live, t, -1, last, 0.0, 1, tail)
+            if resets_possible:
+                upcoming = load_starts(starts, t - LANES * ROWS, -1, limit, ROWS)
+            decays, addends, grads = (), (), ()
+            for j in tl.static_range(ROWS):
+                a, _, _, _ = factors(k_rows[j], q_rows[j], k_bias, q_bias, CELL)
+                grad = grad_rows[j].to(tl.float32)
+                if OUTPUT_GATE:
+                    gate, _ = silu(o_rows[j].to(tl.float32))
+                    grad = grad * gate
+                addend = dropped(a * grad, resets, j, resets_possible)
+                decays, addends, grads = decays + (a,), addends + (addend,), grads + (grad,)  # noqa: RUF005
+            states, carry, tile_product = scan_tile(decays, addends, resets, carry, lane, LANES, CHANNELS, ROWS, resets_possible)
+            product = join_products(product, tile_product) if resets_possible else product * tile_product
+            if d_projected is not None:
+                for j in tl.static_range(ROWS):
+                    out, mask = target - j * out_step, inside(live, t - j, last, tail)
+                    before = dropped(previous[j].to(tl.float32), resets, j, resets_possible)
+                    dk, dq, du = gradients(k_rows[j], q_rows[j], u_rows[j], k_bias, q_bias, grads[j] + states[j], before, CELL, ACTIVATION)
+                    if tail:  # 0 also where the state itself is not finite
+                        is_real = t - j < limit
+                        dk, dq, du = tl.where(is_real, dk, 0.0), tl.where(is_real, dq, 0.0), tl.where(is_real, du, 0.0)
+                    dk_sum += dk
+                    tl.store(out, dk.to(d_projected.dtype.element_ty), mask=mask)
+                    if CELL == "minlstm":
+                        dq_sum += dq
+                        tl.store(out + WIDTH, dq.to(d_projected.dtype.element_ty), mask=mask)
+                    tl.store(out + candidate_place, du.to(d_projected.dtype.element_ty), mask=mask)
+                    if OUTPUT_GATE:
+                        state = latest[0] if j == 0 else previous[j - 1]
+                        _, slope = silu(o_rows[j].to(tl.float32))
+                        do = grad_rows[j].to(tl.float32) * state.to(tl.float32) * slope
+                        tl.store(out + candidate_place + WIDTH, do.to(d_projected.dtype.element_ty), mask=mask)
+            if resets_possible:
+                resets = as_bits(upcoming, ROWS)
+            t -= LANES * ROWS
+            source -= LANES * ROWS * STEP
+            grad_source -= LANES * ROWS * GRAD_STEP
+            h_source -= LANES * ROWS * H_STEP
+            target -= LANES * ROWS * out_step
     if final is not None:
         tl.store(final + state_place, carry, mask=live)
     if decay is not None:
         tl.store(decay + state_place, product, mask=live)
     if d_projected is not None:
-        bias_place = (row * num_chunks + chunk) * (num_gates * WIDTH) + channel
-        tl.store(d_gate_bias + bias_place, tl.sum(dk_sum, 0)[None, :], mask=live)
+        bias_place = d_gate_bias + state_place + (state_place // WIDTH) * ((num_gates - 1) * WIDTH)
+        tl.store(bias_place, tl.sum(dk_sum, 0)[None, :], mask=live)
         if CELL == "minlstm":
-            tl.store(d_gate_bias + bias_place + WIDTH, tl.sum(dq_sum, 0)[None, :], mask=live)
+            tl.store(bias_place + WIDTH, tl.sum(dq_sum, 0)[None, :], mask=live)
 
 
 def choose_tile(time: int, itemsize: int, cell: str, output_gate: bool, backward: bool) -> Tile:
-    """The tile for operands of `itemsize` bytes."""
+    """The largest tile, for operands of `itemsize` bytes, whose registers let two programs share a multiprocessor: 128 a thread with 8 lanes.
+
+    More is alive in a backward pass: 123 registers with 8 x 8 rows for the minGRU alone, 140 to 220 otherwise, hence 4 lanes.
+    """
     if time == 1:  # a token of decoding
         return Tile(lanes=1, rows=1, channels=64)
-    return Tile(lanes=8, rows=8 if backward or output_gate or itemsize > 2 else 16, channels=64)
+    if not backward:
+        return Tile(lanes=8, rows=16 if itemsize == 2 and not output_gate else 8, channels=64)
+    return Tile(lanes=8 if cell == "mingru" and not output_gate else 4, rows=8 if itemsize == 2 else 4, channels=64)
 
 
 def _as_flags(document_starts: Tensor | None) -> Tensor | None:
@@ -300,7 +278,7 @@ def forward_launches(
     """The outputs of `forward`, empty, and what fills them. A tile or a number of chunks can be forced, for tests and tuning."""
     batch, time, _ = projected.shape
     width = gate_bias.shape[1]
-    projected, gate_bias = with_contiguous_channels(projected), gate_bias.contiguous()
+    projected, gate_bias = with_contiguous_channels(projected), gate_bias.float().contiguous()
     tile = tile or choose_tile(time, projected.itemsize, cell, output_gate, backward=False)
     chunks = plan_chunks(batch, time, width, tile, num_multiprocessors(projected.device), num_chunks)
     y = projected.new_empty(batch, time, width)
@@ -318,7 +296,7 @@ def forward_launches(
             "CELL": cell,
             "ACTIVATION": activation,
             "OUTPUT_GATE": output_gate,
-            "MASKED": lengths is not None,
+            "TAIL": int(lengths is not None),
         }
         return cut_launch(forward_kernel, arguments, constants, (batch, time, width), tile, chunks)
 
@@ -347,7 +325,7 @@ def backward_launches(
     batch, time, _ = projected.shape
     width = gate_bias.shape[1]
     projected, h, grad_y = with_contiguous_channels(projected), with_contiguous_channels(h), with_contiguous_channels(grad_y)
-    gate_bias, h0 = gate_bias.contiguous(), h0.float().contiguous()
+    gate_bias, h0 = gate_bias.float().contiguous(), h0.float().contiguous()
     tile = tile or choose_tile(time, projected.itemsize, cell, output_gate, backward=True)
     chunks = plan_chunks(batch, time, width, tile, num_multiprocessors(projected.device), num_chunks)
     d_projected = torch.empty_like(projected, memory_format=torch.contiguous_format)
@@ -360,7 +338,7 @@ def backward_launches(
         arguments |= {"d_projected": d_projected if write else None, "d_gate_bias": d_gate_bias if write else None}
         arguments |= {"projected_row": projected.stride(0), "h_row": h.stride(0), "grad_row": grad_y.stride(0)}
         constants = {"STEP": projected.stride(1), "H_STEP": h.stride(1), "GRAD_STEP": grad_y.stride(1)}
-        constants |= {"CELL": cell, "ACTIVATION": activation, "OUTPUT_GATE": output_gate, "MASKED": lengths is not None}
+        constants |= {"CELL": cell, "ACTIVATION": activation, "OUTPUT_GATE": output_gate, "TAIL": int(lengths is not None)}
         return cut_launch(backward_kernel, arguments, constants, (batch, time, width), tile, chunks)
 
     launches = pass_launches(launch, chunks, grad_last.float().contiguous(), dh0, None, reverse=True, resets=flags is not None)

@@ -16,6 +16,8 @@ are first shifted together if both are large, which leaves the ratio as it is. N
 # pyright: reportOptionalMemberAccess=false
 # (triton may be missing)
 
+# ruff: noqa: RET505 (Triton compiles what follows a branch that returns)
+
 from __future__ import annotations
 
 from .tiles_triton import INTERPRETED, jit, tl
@@ -26,7 +28,8 @@ def reciprocal(x):
     """1 / x to one unit in the last place; results below 2^-126 are 0."""
     if INTERPRETED:
         return 1.0 / x
-    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @jit
@@ -61,16 +64,17 @@ def tanh(x):
 @jit
 def candidate(u, ACTIVATION: tl.constexpr):
     """c(u), and its derivative."""
-    tl.static_assert(ACTIVATION == "g" or ACTIVATION == "none" or ACTIVATION == "tanh" or ACTIVATION == "silu")  # noqa: PLR1714
+    tl.static_assert(ACTIVATION == "g" or ACTIVATION == "none" or ACTIVATION == "tanh" or ACTIVATION == "silu")
     if ACTIVATION == "g":
         s = sigmoid(u)
         return tl.where(u >= 0, u + 0.5, s), tl.where(u >= 0, 1.0, s * (1.0 - s))
-    if ACTIVATION == "tanh":
+    elif ACTIVATION == "tanh":
         c = tanh(u)
         return c, 1.0 - c * c
-    if ACTIVATION == "silu":
+    elif ACTIVATION == "silu":
         return silu(u)
-    return u, 1.0
+    else:
+        return u, 1.0
 
 
 @jit
@@ -96,10 +100,28 @@ def factors(k, q, k_bias, q_bias, CELL: tl.constexpr):
 
     k: the first gate's pre-activation (minLSTM: p), without its bias; q: the minLSTM's second. The biases are in octaves already.
     """
-    tl.static_assert(CELL == "mingru" or CELL == "minlstm")  # noqa: PLR1714
+    tl.static_assert(CELL == "mingru" or CELL == "minlstm")
     k = k.to(tl.float32) * 1.4426950408889634 + k_bias
     if CELL == "mingru":
         a, z = mingru_factors(k)
         return a, z, 1.0, 1.0
-    a, z, forget_slope, input_slope = minlstm_factors(k, q.to(tl.float32) * 1.4426950408889634 + q_bias)
-    return a, z, -forget_slope, input_slope
+    else:
+        a, z, forget_slope, input_slope = minlstm_factors(k, q.to(tl.float32) * 1.4426950408889634 + q_bias)
+        return a, z, -forget_slope, input_slope
+
+
+@jit
+def coefficients(k, q, u, k_bias, q_bias, CELL: tl.constexpr, ACTIVATION: tl.constexpr):
+    """(a, b) of a row."""
+    a, z, _, _ = factors(k, q, k_bias, q_bias, CELL)
+    c, _ = candidate(u.to(tl.float32), ACTIVATION)
+    return a, z * c
+
+
+@jit
+def gradients(k, q, u, k_bias, q_bias, total, before, CELL: tl.constexpr, ACTIVATION: tl.constexpr):
+    """(dk, dq, du) of a row, from the whole gradient at its state and the state before it; dq is of no meaning for the minGRU."""
+    a, z, dk, dq = factors(k, q, k_bias, q_bias, CELL)
+    c, slope = candidate(u.to(tl.float32), ACTIVATION)
+    d_factors = a * z * total * (c - before)
+    return d_factors * dk, d_factors * dq, z * slope * total

@@ -5,8 +5,8 @@ How time and channels are spread over the chip is told in `tiles_triton`. Here a
     one pass                    "whole"    from h0 straight to h, h_last
     summaries, scan, replay     "summary"  (A, H) of each chunk;  `combine_kernel`;  "replay"  from the state that enters each chunk to h
 
-Elements of [batch, time, width] moved: forward reads a, b and writes h; backward reads a, h, g and writes da, db. The summaries read two more (a, b;
-a, g). Arithmetic and carry are fp32, or fp64 if an operand is; everything is widened in registers and rounded once, on the way out.
+Elements of [batch, time, width] moved: forward reads a, b and writes h; backward reads a, h, g and writes da, db. The summaries read two more
+(a, b; a, g). Arithmetic and carry are fp32, or fp64 if an operand is; everything is widened in registers and rounded once, on the way out.
 """
 
 # pyright: reportOptionalMemberAccess=false
@@ -21,9 +21,12 @@ from .scan_torch import accumulate_dtype
 from .tiles_triton import (
     Launch,
     Tile,
+    coordinates,
     cut_launch,
+    inside,
     is_available,
     jit,
+    latest_token,
     load_previous_rows,
     load_rows,
     num_multiprocessors,
@@ -32,6 +35,7 @@ from .tiles_triton import (
     run_all,
     scan_tile,
     tl,
+    whole_tiles,
     with_contiguous_channels,
 )
 
@@ -41,45 +45,37 @@ __all__ = ["backward", "backward_launches", "choose_tile", "forward", "forward_l
 @jit
 def forward_kernel(
     a, b, entering, h, final, decay, time, chunk_length, num_chunks, a_row, b_row, A_STEP: tl.constexpr, B_STEP: tl.constexpr,
-    WIDTH: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr,
+    WIDTH: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """One chunk of one row and block of channels; each of `entering`, `h`, `final` and `decay` may be None.
 
-    a, b: rows of the batch a_row and b_row elements apart, tokens A_STEP and B_STEP; h is contiguous; the others are [batch, chunks, width].
+    a, b: rows of the batch a_row and b_row elements apart, tokens A_STEP and B_STEP; h is contiguous; the others are [batch, chunks, WIDTH].
     """
-    num_blocks: tl.constexpr = (WIDTH + CHANNELS - 1) // CHANNELS
-    program = tl.program_id(0)
-    chunk, row = (program // num_blocks) % num_chunks, (program // num_blocks // num_chunks).to(tl.int64)
-    lane = tl.arange(0, LANES)[:, None]
-    channel = (program % num_blocks) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
-    live = channel < WIDTH
-    state_place = (row * num_chunks + chunk) * WIDTH + channel
-    first = chunk * chunk_length
-    last = tl.minimum(first + chunk_length, time)
-    t = first + lane * ROWS
+    row, first, last, lane, channel, live, state_place = coordinates(time, chunk_length, num_chunks, WIDTH, LANES, CHANNELS)
+    whole, t = whole_tiles(first, last, LANES * ROWS), first + lane * ROWS
     a_source, b_source = a + row * a_row + t.to(tl.int64) * A_STEP + channel, b + row * b_row + t.to(tl.int64) * B_STEP + channel
     target = row * time * WIDTH + t.to(tl.int64) * WIDTH + channel
-    dtype = final.dtype.element_ty if final is not None else entering.dtype.element_ty
+    dtype: tl.constexpr = entering.dtype.element_ty if final is None else final.dtype.element_ty
     carry = tl.zeros((1, CHANNELS), dtype)
     if entering is not None:
-        carry = tl.load(entering + state_place, mask=live, other=0.0).to(dtype)
+        carry = tl.load(entering + state_place, mask=live, other=0.0)
     product = tl.full((1, CHANNELS), 1.0, dtype)
-    for _ in tl.range(first, last, LANES * ROWS, num_stages=STAGES):
-        a_rows = load_rows(a_source, A_STEP, live, t, 1, last, 1.0, ROWS, MASKED)
-        b_rows = load_rows(b_source, B_STEP, live, t, 1, last, 0.0, ROWS, MASKED)
-        decays, addends = (), ()
-        for j in tl.static_range(ROWS):
-            decays, addends = decays + (a_rows[j].to(dtype),), addends + (b_rows[j].to(dtype),)  # noqa: RUF005
-        states, carry, tile_product = scan_tile(decays, addends, 0, carry, lane, LANES, CHANNELS, ROWS, False)
-        product = product * tile_product
-        if h is not None:
+    for tail in tl.static_range(0, TAIL + 1):
+        for _ in tl.range(whole if tail else first, last if tail else whole, LANES * ROWS, num_stages=STAGES):
+            a_rows = load_rows(a_source, A_STEP, live, t, 1, last, 1.0, ROWS, tail)
+            b_rows = load_rows(b_source, B_STEP, live, t, 1, last, 0.0, ROWS, tail)
+            decays, addends = (), ()
             for j in tl.static_range(ROWS):
-                mask = (live & (t + j < last)) if MASKED else live
-                tl.store(h + target + j * WIDTH, states[j + 1].to(h.dtype.element_ty), mask=mask)
-        t += LANES * ROWS
-        a_source += LANES * ROWS * A_STEP
-        b_source += LANES * ROWS * B_STEP
-        target += LANES * ROWS * WIDTH
+                decays, addends = decays + (a_rows[j].to(dtype),), addends + (b_rows[j].to(dtype),)  # noqa: RUF005
+            states, carry, tile_product = scan_tile(decays, addends, 0, carry, lane, LANES, CHANNELS, ROWS, False)
+            product = product * tile_product
+            if h is not None:
+                for j in tl.static_range(ROWS):
+                    tl.store(h + target + j * WIDTH, states[j + 1].to(h.dtype.element_ty), mask=inside(live, t + j, last, tail))
+            t += LANES * ROWS
+            a_source += LANES * ROWS * A_STEP
+            b_source += LANES * ROWS * B_STEP
+            target += LANES * ROWS * WIDTH
     if final is not None:
         tl.store(final + state_place, carry, mask=live)
     if decay is not None:
@@ -90,61 +86,53 @@ def forward_kernel(
 def backward_kernel(
     a, h, h0, grad_h, entering, da, db, final, decay, time, chunk_length, num_chunks, a_row, h_row, grad_row, A_STEP: tl.constexpr,
     H_STEP: tl.constexpr, GRAD_STEP: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
-    STAGES: tl.constexpr, MASKED: tl.constexpr,
+    STAGES: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """The same from late to early, on s_t = a_t s_{t+1} + a_t g_t. Without `da`, only the pair of the chunk is computed, from a and g alone."""
-    num_blocks: tl.constexpr = (WIDTH + CHANNELS - 1) // CHANNELS
-    program = tl.program_id(0)
-    chunk, row = (program // num_blocks) % num_chunks, (program // num_blocks // num_chunks).to(tl.int64)
-    lane = tl.arange(0, LANES)[:, None]
-    channel = (program % num_blocks) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
-    live = channel < WIDTH
-    state_place = (row * num_chunks + chunk) * WIDTH + channel
-    first = chunk * chunk_length
-    last = tl.minimum(first + chunk_length, time)
-    t = first + tl.cdiv(last - first, LANES * ROWS) * (LANES * ROWS) - 1 - lane * ROWS
+    row, first, last, lane, channel, live, state_place = coordinates(time, chunk_length, num_chunks, WIDTH, LANES, CHANNELS)
+    whole, t = whole_tiles(first, last, LANES * ROWS), latest_token(first, last, lane, LANES, ROWS)
     a_source, grad_source = a + row * a_row + t.to(tl.int64) * A_STEP + channel, grad_h + row * grad_row + t.to(tl.int64) * GRAD_STEP + channel
     h_source = h + row * h_row + t.to(tl.int64) * H_STEP + channel
     target = row * time * WIDTH + t.to(tl.int64) * WIDTH + channel
-    dtype = h0.dtype.element_ty
+    initial = tl.load(h0 + row * WIDTH + channel, mask=live, other=0.0)
+    dtype: tl.constexpr = h0.dtype.element_ty
     carry = tl.zeros((1, CHANNELS), dtype)
     if entering is not None:
-        carry = tl.load(entering + state_place, mask=live, other=0.0).to(dtype)
-    initial = tl.load(h0 + row * WIDTH + channel, mask=live, other=0.0)
+        carry = tl.load(entering + state_place, mask=live, other=0.0)
     product = tl.full((1, CHANNELS), 1.0, dtype)
-    for _ in tl.range(first, last, LANES * ROWS, num_stages=STAGES):
-        a_rows = load_rows(a_source, -A_STEP, live, t, -1, last, 1.0, ROWS, MASKED)
-        grad_rows = load_rows(grad_source, -GRAD_STEP, live, t, -1, last, 0.0, ROWS, MASKED)
-        if da is not None:
-            previous = load_previous_rows(h_source, H_STEP, live, t, last, initial, ROWS, MASKED)
-        decays, addends = (), ()
-        for j in tl.static_range(ROWS):
-            decays = decays + (a_rows[j].to(dtype),)  # noqa: RUF005
-            addends = addends + (decays[j] * grad_rows[j].to(dtype),)  # noqa: RUF005
-        states, carry, tile_product = scan_tile(decays, addends, 0, carry, lane, LANES, CHANNELS, ROWS, False)
-        product = product * tile_product
-        if da is not None:
+    for tail in tl.static_range(TAIL, -1, -1):
+        for _ in tl.range(whole if tail else first, last if tail else whole, LANES * ROWS, num_stages=STAGES):
+            a_rows = load_rows(a_source, -A_STEP, live, t, -1, last, 1.0, ROWS, tail)
+            grad_rows = load_rows(grad_source, -GRAD_STEP, live, t, -1, last, 0.0, ROWS, tail)
+            if da is not None:
+                previous = load_previous_rows(h_source, H_STEP, live, t, last, initial, ROWS, tail)
+            decays, addends = (), ()
             for j in tl.static_range(ROWS):
-                total = grad_rows[j].to(dtype) + states[j]
-                mask = (live & (t - j < last)) if MASKED else live
-                tl.store(db + target - j * WIDTH, total.to(db.dtype.element_ty), mask=mask)
-                tl.store(da + target - j * WIDTH, (total * previous[j].to(dtype)).to(da.dtype.element_ty), mask=mask)
-        t -= LANES * ROWS
-        a_source -= LANES * ROWS * A_STEP
-        grad_source -= LANES * ROWS * GRAD_STEP
-        h_source -= LANES * ROWS * H_STEP
-        target -= LANES * ROWS * WIDTH
+                decays = decays + (a_rows[j].to(dtype),)  # noqa: RUF005
+                addends = addends + (decays[j] * grad_rows[j].to(dtype),)  # noqa: RUF005
+            states, carry, tile_product = scan_tile(decays, addends, 0, carry, lane, LANES, CHANNELS, ROWS, False)
+            product = product * tile_product
+            if da is not None:
+                for j in tl.static_range(ROWS):
+                    total, mask = grad_rows[j].to(dtype) + states[j], inside(live, t - j, last, tail)
+                    tl.store(db + target - j * WIDTH, total.to(db.dtype.element_ty), mask=mask)
+                    tl.store(da + target - j * WIDTH, (total * previous[j].to(dtype)).to(da.dtype.element_ty), mask=mask)
+            t -= LANES * ROWS
+            a_source -= LANES * ROWS * A_STEP
+            grad_source -= LANES * ROWS * GRAD_STEP
+            h_source -= LANES * ROWS * H_STEP
+            target -= LANES * ROWS * WIDTH
     if final is not None:
         tl.store(final + state_place, carry, mask=live)
     if decay is not None:
         tl.store(decay + state_place, product, mask=live)
 
 
-def choose_tile(time: int, itemsize: int) -> Tile:
-    """The tile for operands of `itemsize` bytes: as many rows as stay in the 128 registers a thread that let two programs share a multiprocessor."""
+def choose_tile(time: int, itemsize: int, backward: bool) -> Tile:
+    """The tile for operands of at most `itemsize` bytes: two programs or more share a multiprocessor."""
     if time == 1:  # a token of decoding
         return Tile(lanes=1, rows=1, channels=64)
-    return Tile(lanes=8, rows=max(32 // itemsize, 4), channels=64)
+    return Tile(lanes=8, rows=4 if itemsize == 8 else 8 if backward else 16, channels=64)
 
 
 def forward_launches(
@@ -153,7 +141,7 @@ def forward_launches(
     """The outputs of `forward`, empty, and what fills them. A tile or a number of chunks can be forced, for tests and tuning."""
     batch, time, width = b.shape
     dtype = accumulate_dtype(a, b)
-    tile = tile or choose_tile(time, max(a.itemsize, b.itemsize))
+    tile = tile or choose_tile(time, max(a.itemsize, b.itemsize), backward=False)
     chunks = plan_chunks(batch, time, width, tile, num_multiprocessors(b.device), num_chunks)
     a, b = with_contiguous_channels(a), with_contiguous_channels(b)
     h, h_last = b.new_empty(batch, time, width), b.new_empty(batch, width, dtype=dtype)
@@ -174,7 +162,7 @@ def backward_launches(
     """As `forward_launches`, for `backward`."""
     batch, time, width = h.shape
     dtype = accumulate_dtype(a, h)
-    tile = tile or choose_tile(time, max(a.itemsize, h.itemsize, grad_h.itemsize))
+    tile = tile or choose_tile(time, max(a.itemsize, h.itemsize, grad_h.itemsize), backward=True)
     chunks = plan_chunks(batch, time, width, tile, num_multiprocessors(h.device), num_chunks)
     a, h, grad_h, h0 = with_contiguous_channels(a), with_contiguous_channels(h), with_contiguous_channels(grad_h), h0.to(dtype).contiguous()
     da, db, dh0 = a.new_empty(batch, time, width), h.new_empty(batch, time, width), torch.empty_like(h0)

@@ -5,20 +5,23 @@
     lanes      a warp each: a lane scans `rows` consecutive tokens of its own, two channels a thread, without a word to the others
     chunks     where batch x width is too small for the chip, time is cut too, and each chunk is a program
 
-A tile is read in one burst, before anything is computed from it or stored: `rows` independent loads a thread for each operand, with constant
-offsets, so 32 KB are in flight where two operands of bf16 are read. Memory is kept busy by that and by a second program on the same
-multiprocessor, which computes meanwhile (Little's law asks for about 3 MB in flight on an H200, 25 KB a multiprocessor).
+A tile is read in one burst, before anything is computed from it or stored: `rows` independent loads a thread for each operand, at constant
+offsets (strides are compile-time constants: with strides in registers the loop has a quarter more instructions and twice the registers). So 16
+to 48 KB are in flight a program, while a second program on the same multiprocessor computes; Little's law asks for about 3 MB on an H200, or
+25 KB a multiprocessor. Measured on the machine code of the minGRU's forward pass (`evals/kernels.py`): 18 instructions an element and 96
+registers, against 23 and 124 with tiles fetched ahead through shared memory (`stages` = 2), which waits less and computes more.
 
-Inside a tile each lane scans its tokens from 0, which gives its pair (A, H): the product of the decays and the state it adds. The pairs are joined
-across lanes in order, h -> A h + H, and each lane scans once more from the state that enters it. That second pass costs one multiply-add for an
-element and gives the very numbers of the loop from there on.
+Inside a tile each lane scans its tokens from 0, which gives its pair (A, H): the product of the decays and the state it adds. The pairs are
+joined across lanes in order, h -> A h + H, and each lane scans once more from the state that enters it. The second pass costs one multiply-add
+an element and gives the very numbers of the loop from there on. (A scan by associative_scan over all tokens of a tile of [time, channels] does
+not need it, but combines pairs at every token, through shuffles and shared memory.)
 
 Chunks are joined the same way, by three kernels: the first reads the coefficients and writes a pair for each chunk; `combine_kernel` runs
 over the chunks and writes the state that enters each; the third is the kernel of the one-pass case, started from there. All orders are
 fixed and nothing is atomic: the same shapes on the same kind of machine give the same bits.
 
-A document start drops the state. It must be selected away, since 0 * inf is NaN, so a stretch of time that holds a start is marked by the product
-A = -1, which decays in [0, 1] cannot reach; a pair so marked ignores what comes before it.
+A document start drops the state. It must be selected away, since 0 * inf is NaN, so a stretch of time that holds a start is marked by the
+product A = -1, which decays in [0, 1] cannot reach; a pair so marked ignores what comes before it.
 
 The backward pass is the same scan from the end: with s_t = a_t G_t, what t hands to t - 1, s_t = a_t s_{t+1} + a_t g_t and G_t = g_t + s_{t+1}.
 Here "first", "entering" and "after" mean the order of processing, which is then from late to early.
@@ -48,12 +51,14 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret) if triton is not None
 
 
 def is_available(on_cpu: bool = False) -> bool:
-    """Whether Triton kernels can run here: triton is installed, and there is a GPU or TRITON_INTERPRET=1 was set before the import.
+    """Whether these kernels can run here: triton is installed, and there is an NVIDIA GPU or TRITON_INTERPRET=1 was set before the import.
 
     Args:
         on_cpu: whether they can on CPU tensors, which takes the interpreter.
     """
-    return triton is not None and (INTERPRETED.value or (torch.cuda.is_available() and not on_cpu))
+    if triton is None or INTERPRETED.value:
+        return triton is not None
+    return torch.cuda.is_available() and torch.version.hip is None and not on_cpu
 
 
 class Tile(NamedTuple):
@@ -111,11 +116,20 @@ class Launch:
     arguments: dict[str, Tensor | int | None] = field(repr=False)
     constants: dict[str, Any]
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """How to compile.
+
+        One step of the recurrence is one multiply-add, whatever this version of Triton does by default. And the assembler is told the registers
+        that it may use while two programs fit on a multiprocessor: otherwise it saves some where there is no need, by waiting between loads.
+        """
+        return {"num_warps": self.num_warps, "enable_fp_fusion": True, "maxnreg": min(2**16 // (2 * 32 * self.num_warps), 255)}
+
     def run(self) -> None:
         device = next(value.device for value in self.arguments.values() if isinstance(value, Tensor))
         if self.programs:
             with torch.cuda.device(device if device.type == "cuda" else -1):
-                self.kernel[(self.programs,)](**self.arguments, **self.constants, num_warps=self.num_warps)
+                self.kernel[(self.programs,)](**self.arguments, **self.constants, **self.options)
 
 
 def run_all(launches: Sequence[Launch]) -> None:
@@ -130,6 +144,45 @@ def with_contiguous_channels(x: Tensor) -> Tensor:
 
 
 @jit
+def coordinates(time, chunk_length, num_chunks, WIDTH: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr):
+    """Where a program works.
+
+    Returns (row of the batch; first token of the chunk; the one behind its last; lane [LANES, 1]; channel [1, CHANNELS]; whether there is such
+    a channel; place of the chunk's state in a tensor [batch, chunks, WIDTH]).
+
+    What is multiplied by a row or a token is int64: tensors may have more than 2^31 elements.
+    """
+    num_blocks: tl.constexpr = (WIDTH + CHANNELS - 1) // CHANNELS
+    program = tl.program_id(0)
+    chunk, row = (program // num_blocks) % num_chunks, (program // num_blocks // num_chunks).to(tl.int64)
+    channel = (program % num_blocks) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+    first = chunk * chunk_length
+    last = tl.minimum(first + chunk_length, time)
+    return row, first, last, tl.arange(0, LANES)[:, None], channel, channel < WIDTH, (row * num_chunks + chunk) * WIDTH + channel
+
+
+@jit
+def whole_tiles(first, limit, tokens: tl.constexpr):
+    """Where those tiles of a chunk end that need no mask; the tail behind them has a loop of its own.
+
+    For a masked load is a conditional one, and the assembler issues those one by one.
+    """
+    return first + tl.maximum(limit - first, 0) // tokens * tokens
+
+
+@jit
+def latest_token(first, last, lane, LANES: tl.constexpr, ROWS: tl.constexpr):
+    """Where a backward pass begins: the time of each lane's first row, perhaps behind the end."""
+    return first + tl.cdiv(last - first, LANES * ROWS) * (LANES * ROWS) - 1 - lane * ROWS
+
+
+@jit
+def inside(live, t, limit, MASKED: tl.constexpr):
+    """Which elements of a row there are."""
+    return (live & (t < limit)) if MASKED else live
+
+
+@jit
 def load_rows(
     source, step: tl.constexpr, live, t, time_step: tl.constexpr, limit, other: tl.constexpr, ROWS: tl.constexpr, MASKED: tl.constexpr
 ):
@@ -139,7 +192,7 @@ def load_rows(
     """
     rows = ()
     for j in tl.static_range(ROWS):
-        mask = (live & (t + j * time_step < limit)) if MASKED else live
+        mask = inside(live, t + j * time_step, limit, MASKED)
         rows = rows + (tl.load(source + j * step, mask=mask, other=other),)  # noqa: RUF005 (Triton has no unpacking)
     return rows
 
@@ -153,20 +206,22 @@ def load_previous_rows(
     Tiles begin at multiples of ROWS, so only the last row of a lane can be at time 0.
     """
     rows = load_rows(source - step, -step, live, t, -1, limit + 1, 0.0, ROWS - 1, MASKED)
-    inside = live & (t >= ROWS)
-    if MASKED:
-        inside = inside & (t - ROWS < limit)
-    oldest = tl.load(source - ROWS * step, mask=inside, other=0.0).to(initial.dtype)
+    mask = inside(live & (t >= ROWS), t - ROWS, limit, MASKED)
+    oldest = tl.load(source - ROWS * step, mask=mask, other=0.0).to(initial.dtype)
     return rows + (tl.where(t == ROWS - 1, initial, oldest),)  # noqa: RUF005
 
 
 @jit
+def dropped(value, resets, j: tl.constexpr, RESETS: tl.constexpr):
+    """0 where row j of a lane drops the state that enters it, else `value`."""
+    return tl.where((resets >> j) & 1 != 0, 0.0, value) if RESETS else value
+
+
+@jit
 def advance(state, decay, addend, resets, j: tl.constexpr, RESETS: tl.constexpr):
-    """The recurrence, one step: row j of a lane."""
-    state = decay * state + addend
-    if RESETS:
-        state = tl.where((resets >> j) & 1 != 0, addend, state)
-    return state
+    """The recurrence, one step: row j of a lane. A dropped state is selected away, not multiplied by 0, which NaN and infinities survive."""
+    after = decay * state + addend
+    return tl.where((resets >> j) & 1 != 0, addend, after) if RESETS else after
 
 
 @jit
@@ -275,7 +330,7 @@ def cut_launch(kernel, arguments: dict, constants: dict, shape: tuple[int, int, 
     batch, time, width = shape
     arguments = arguments | {"time": time, "chunk_length": chunks.length, "num_chunks": chunks.number}
     constants = constants | {"WIDTH": width, "LANES": tile.lanes, "ROWS": tile.rows, "CHANNELS": tile.channels, "STAGES": tile.stages}
-    constants["MASKED"] = constants.get("MASKED", False) or time % tile.tokens != 0
+    constants["TAIL"] = int(constants.get("TAIL", 0) or time % tile.tokens != 0)
     programs = batch * chunks.number * math.ceil(width / tile.channels)
     return Launch(kernel, programs, tile.lanes, arguments, constants)
 
@@ -293,9 +348,10 @@ def pass_launches(
     """One pass, or the three of summaries, joints and replay.
 
     Args:
-        launch: (entering, final, decay, write) -> a kernel over all chunks, that starts from `entering` (0 if None), fills `final` and `decay`
-            where they are not None, and with `write` the outputs over time.
-        initial, final, decay: [batch, width]: the state before everything, and what is filled with the state after it and the product of decays.
+        launch: (entering, final, decay, write) -> a kernel over all chunks, that starts from `entering` (0 if None), fills `final` and
+            `decay` where they are not None, and with `write` the outputs over time.
+        initial: the state before everything, [batch, width].
+        final, decay: [batch, width], filled with the state after everything and the product of decays.
     """
     if chunks.number == 1:
         return [launch(initial, final, decay, True)]
