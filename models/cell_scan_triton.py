@@ -17,8 +17,9 @@ Padding, at and behind a row's length, and what a tile reads behind the end of t
 infinities for which (a, b) = (1, 0) comes out.
 """
 
-# pyright: reportOptionalMemberAccess=false
-# (triton may be missing)
+# pyright: reportOptionalMemberAccess=false, reportInvalidTypeForm=false, reportAssignmentType=false
+# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
+# (triton may be missing, and gives the functions it compiles another meaning)
 
 from __future__ import annotations
 
@@ -29,6 +30,7 @@ from .cells_triton import coefficients, factors, gradients, silu
 from .tiles_triton import (
     Launch,
     Tile,
+    as_stored,
     coordinates,
     cut_launch,
     dropped,
@@ -90,7 +92,7 @@ def load_starts(starts, t, time_step: tl.constexpr, limit, ROWS: tl.constexpr):
 @jit
 def as_bits(flags, ROWS: tl.constexpr):
     """[lanes, ROWS] -> [lanes, 1], row j in bit j."""
-    return tl.sum(flags.to(tl.int32) << tl.arange(0, ROWS)[None, :], 1)[:, None]
+    return tl.sum(flags.to(tl.int32) << tl.arange(0, ROWS)[None, :], 1, keep_dims=True)
 
 
 @jit
@@ -136,10 +138,10 @@ def forward_kernel(
                 for j in tl.static_range(ROWS):
                     out, mask = states[j + 1], inside(live, t + j, last, tail)
                     if OUTPUT_GATE:
-                        tl.store(h + target + j * WIDTH, out.to(h.dtype.element_ty), mask=mask)
+                        tl.store(h + target + j * WIDTH, as_stored(out, h), mask=mask)
                         gate, _ = silu(o_rows[j].to(tl.float32))
                         out = out * gate
-                    tl.store(y + target + j * WIDTH, out.to(y.dtype.element_ty), mask=mask)
+                    tl.store(y + target + j * WIDTH, as_stored(out, y), mask=mask)
             if resets_possible:
                 resets = as_bits(upcoming, ROWS)
             t += LANES * ROWS
@@ -218,16 +220,16 @@ def backward_kernel(
                         is_real = t - j < limit
                         dk, dq, du = tl.where(is_real, dk, 0.0), tl.where(is_real, dq, 0.0), tl.where(is_real, du, 0.0)
                     dk_sum += dk
-                    tl.store(out, dk.to(d_projected.dtype.element_ty), mask=mask)
+                    tl.store(out, as_stored(dk, d_projected), mask=mask)
                     if CELL == "minlstm":
                         dq_sum += dq
-                        tl.store(out + WIDTH, dq.to(d_projected.dtype.element_ty), mask=mask)
-                    tl.store(out + candidate_place, du.to(d_projected.dtype.element_ty), mask=mask)
+                        tl.store(out + WIDTH, as_stored(dq, d_projected), mask=mask)
+                    tl.store(out + candidate_place, as_stored(du, d_projected), mask=mask)
                     if OUTPUT_GATE:
                         state = latest[0] if j == 0 else previous[j - 1]
                         _, slope = silu(o_rows[j].to(tl.float32))
                         do = grad_rows[j].to(tl.float32) * state.to(tl.float32) * slope
-                        tl.store(out + candidate_place + WIDTH, do.to(d_projected.dtype.element_ty), mask=mask)
+                        tl.store(out + candidate_place + WIDTH, as_stored(do, d_projected), mask=mask)
             if resets_possible:
                 resets = as_bits(upcoming, ROWS)
             t -= LANES * ROWS
@@ -241,9 +243,9 @@ def backward_kernel(
         tl.store(decay + state_place, product, mask=live)
     if d_projected is not None:
         bias_place = d_gate_bias + state_place + (state_place // WIDTH) * ((num_gates - 1) * WIDTH)
-        tl.store(bias_place, tl.sum(dk_sum, 0)[None, :], mask=live)
+        tl.store(bias_place, tl.sum(dk_sum, 0, keep_dims=True), mask=live)
         if CELL == "minlstm":
-            tl.store(bias_place + WIDTH, tl.sum(dq_sum, 0)[None, :], mask=live)
+            tl.store(bias_place + WIDTH, tl.sum(dq_sum, 0, keep_dims=True), mask=live)
 
 
 def choose_tile(time: int, itemsize: int, cell: str, output_gate: bool, backward: bool) -> Tile:

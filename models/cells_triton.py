@@ -13,8 +13,8 @@ are first shifted together if both are large, which leaves the ratio as it is. N
     minLSTM    with d = log(i / f):  da/dd = -a z    dz/dd = a z    dd/dp = -sigmoid(-p)    dd/dq = sigmoid(-q)
 """
 
-# pyright: reportOptionalMemberAccess=false
-# (triton may be missing)
+# pyright: reportOptionalMemberAccess=false, reportInvalidTypeForm=false
+# (triton may be missing, and gives the functions it compiles another meaning)
 
 # ruff: noqa: RET505 (Triton compiles what follows a branch that returns)
 
@@ -90,8 +90,9 @@ def minlstm_factors(p, q):
     """(a, z, sigmoid(-p), sigmoid(-q)) from p and q in octaves."""
     shift = tl.maximum(tl.minimum(-p, -q) - 60.0, 0.0)  # where both are below -60, 1 + e^-p is e^-p, and the ratio needs only the difference
     t_p, t_q = clamped_exp2(-p - shift), clamped_exp2(-q - shift)
-    r = reciprocal(2.0 + t_p + t_q)
-    return (1.0 + t_q) * r, (1.0 + t_p) * r, t_p * reciprocal(1.0 + t_p), t_q * reciprocal(1.0 + t_q)
+    forget_inverse, input_inverse = 1.0 + t_p, 1.0 + t_q
+    r = reciprocal(forget_inverse + input_inverse)
+    return input_inverse * r, forget_inverse * r, t_p * reciprocal(forget_inverse), t_q * reciprocal(input_inverse)
 
 
 @jit

@@ -9,8 +9,9 @@ Elements of [batch, time, width] moved: forward reads a, b and writes h; backwar
 (a, b; a, g). Arithmetic and carry are fp32, or fp64 if an operand is; everything is widened in registers and rounded once, on the way out.
 """
 
-# pyright: reportOptionalMemberAccess=false
-# (triton may be missing)
+# pyright: reportOptionalMemberAccess=false, reportInvalidTypeForm=false, reportAssignmentType=false
+# pyright: reportGeneralTypeIssues=false, reportPossiblyUnboundVariable=false
+# (triton may be missing, and gives the functions it compiles another meaning)
 
 from __future__ import annotations
 
@@ -21,6 +22,7 @@ from .scan_torch import accumulate_dtype
 from .tiles_triton import (
     Launch,
     Tile,
+    as_stored,
     coordinates,
     cut_launch,
     inside,
@@ -71,7 +73,7 @@ def forward_kernel(
             product = product * tile_product
             if h is not None:
                 for j in tl.static_range(ROWS):
-                    tl.store(h + target + j * WIDTH, states[j + 1].to(h.dtype.element_ty), mask=inside(live, t + j, last, tail))
+                    tl.store(h + target + j * WIDTH, as_stored(states[j + 1], h), mask=inside(live, t + j, last, tail))
             t += LANES * ROWS
             a_source += LANES * ROWS * A_STEP
             b_source += LANES * ROWS * B_STEP
@@ -115,8 +117,8 @@ def backward_kernel(
             if da is not None:
                 for j in tl.static_range(ROWS):
                     total, mask = grad_rows[j].to(dtype) + states[j], inside(live, t - j, last, tail)
-                    tl.store(db + target - j * WIDTH, total.to(db.dtype.element_ty), mask=mask)
-                    tl.store(da + target - j * WIDTH, (total * previous[j].to(dtype)).to(da.dtype.element_ty), mask=mask)
+                    tl.store(db + target - j * WIDTH, as_stored(total, db), mask=mask)
+                    tl.store(da + target - j * WIDTH, as_stored(total * previous[j].to(dtype), da), mask=mask)
             t -= LANES * ROWS
             a_source -= LANES * ROWS * A_STEP
             grad_source -= LANES * ROWS * GRAD_STEP

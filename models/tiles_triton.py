@@ -27,8 +27,9 @@ The backward pass is the same scan from the end: with s_t = a_t G_t, what t hand
 Here "first", "entering" and "after" mean the order of processing, which is then from late to early.
 """
 
-# pyright: reportOptionalMemberAccess=false, reportPossiblyUnboundVariable=false
-# (triton may be missing)
+# pyright: reportOptionalMemberAccess=false, reportInvalidTypeForm=false, reportAttributeAccessIssue=false
+# pyright: reportAssignmentType=false, reportGeneralTypeIssues=false
+# (triton may be missing, and gives the functions it compiles another meaning)
 
 from __future__ import annotations
 
@@ -46,7 +47,7 @@ try:  # optional: without triton the torch backend serves the GPU, and remote co
 except ImportError:
     triton = tl = None
 
-jit = triton.jit if triton is not None else (lambda function: function)  # without triton nobody calls what it decorates
+jit: Any = triton.jit if triton is not None else (lambda function: function)  # without triton nobody calls what it decorates
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret) if triton is not None else None
 
 
@@ -183,6 +184,14 @@ def inside(live, t, limit, MASKED: tl.constexpr):
 
 
 @jit
+def as_stored(value, pointer):
+    """`value` in the dtype of what `pointer` points to; fp64 becomes bf16 by way of fp32, since Triton's interpreter knows no other."""
+    if value.dtype == tl.float64 and pointer.dtype.element_ty == tl.bfloat16:
+        value = value.to(tl.float32)
+    return value.to(pointer.dtype.element_ty)
+
+
+@jit
 def load_rows(
     source, step: tl.constexpr, live, t, time_step: tl.constexpr, limit, other: tl.constexpr, ROWS: tl.constexpr, MASKED: tl.constexpr
 ):
@@ -278,8 +287,8 @@ def scan_tile(decays, addends, resets, carry, lane, LANES: tl.constexpr, CHANNEL
         else:
             product, state, _, before = tl.associative_scan(pairs, 0, join_pairs)
         entering = tl.where(lane == 0, carry, before)
-        state = tl.sum(tl.where(lane == LANES - 1, state, 0.0), 0)[None, :]
-        product = tl.sum(tl.where(lane == LANES - 1, product, 0.0), 0)[None, :]
+        state = tl.sum(tl.where(lane == LANES - 1, state, 0.0), 0, keep_dims=True)
+        product = tl.sum(tl.where(lane == LANES - 1, product, 0.0), 0, keep_dims=True)
     states = (entering,)
     for j in tl.static_range(ROWS):
         states = states + (advance(states[j], decays[j], addends[j], resets, j, RESETS),)  # noqa: RUF005
@@ -360,6 +369,7 @@ def pass_launches(
     arguments = {"states": states, "products": products, "initial": initial, "entering": entering, "final": final, "decay": decay}
     arguments["num_chunks"] = chunks.number
     channels = 32  # a warp each: what counts is that many programs wait for memory at once
-    constants = {"WIDTH": width, "CHANNELS": channels, "ROWS": 16, "REVERSE": reverse, "RESETS": resets}
+    rows = min(triton.next_power_of_2(chunks.number), 16)
+    constants = {"WIDTH": width, "CHANNELS": channels, "ROWS": rows, "REVERSE": reverse, "RESETS": resets}
     joints = Launch(combine_kernel, batch * math.ceil(width / channels), 1, arguments, constants)
     return [launch(None, states, products, False), joints, launch(entering, None, None, True)]

@@ -1,0 +1,389 @@
+"""The Triton kernels against the recurrence written out. On a GPU as they are, elsewhere in Triton's interpreter, which `test_triton` starts.
+
+Tiles are tiny (2 lanes of 2 tokens, 4 channels), so that few numbers cross every joint: between lanes, tiles, chunks, blocks of channels.
+"""
+
+import itertools
+
+import pytest
+import torch
+from helpers import assert_close, generator
+from minrnn.models import cell_scan_triton, scan_triton
+from minrnn.models.cells import CELLS
+from minrnn.models.tiles_triton import Tile, plan_chunks, run_all
+from torch import Tensor
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TILE = Tile(lanes=2, rows=2, channels=4)
+FP64, FP32, FP16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
+PRECISION = {FP64: 1e-13, FP32: 3e-6}  # of the arithmetic, relative to the largest
+ROUNDING = {FP64: 0.0, FP32: 2**-23, FP16: 2**-10, BF16: 2**-7}  # one unit in the last place
+DTYPES = {
+    "fp32": (FP32, FP32, FP32),
+    "bf16": (BF16, BF16, FP32),
+    "fp32-bf16": (FP32, BF16, FP32),
+    "fp32-fp16": (FP32, FP16, FP32),
+    "fp64-bf16": (FP64, BF16, FP32),
+    "fp32-fp64": (FP32, FP64, FP64),
+}
+KINDS = list(itertools.product(CELLS, ("g", "none", "tanh", "silu"), (False, True)))
+needs_patience = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, for what overflows on purpose
+Results = dict[str, Tensor]
+Problem = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # what goes in, and the gradients of what comes out
+Kind = tuple[str, str, bool]  # cell, candidate activation, output gate
+Boundaries = tuple[Tensor | None, Tensor | None]  # document starts, lengths
+
+
+def random(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator(seed), dtype=FP64)
+
+
+def assert_results(ours: Results, expected: Results, dtype: torch.dtype = FP32) -> None:
+    """`dtype`: of what the kernels read; the gradient of a product with a rounded number is that far off."""
+    for name, value in expected.items():
+        rounding = max(ROUNDING[ours[name].dtype], ROUNDING[dtype])
+        accumulated = FP64 if ours[name].dtype == FP64 else FP32
+        assert_close(
+            ours[name].cpu(), value, atol=PRECISION[accumulated] + (rounding if dtype in (BF16, FP16) else 0), rtol=rounding, what=name
+        )
+
+
+def to_device(tensors: Problem) -> Problem:
+    """On the device, with the same strides."""
+    if DEVICE == "cpu":
+        return tensors
+    memory = (torch.empty(0, dtype=x.dtype).set_(x.untyped_storage()).to(DEVICE) for x in tensors)
+    a, b, c, d, e = (whole.as_strided(x.shape, x.stride(), x.storage_offset()) for whole, x in zip(memory, tensors, strict=True))
+    return a, b, c, d, e
+
+
+# The scan of given decays
+
+
+def scan_problem(seed: int, batch: int, time: int, width: int, dtypes=DTYPES["fp32"]) -> Problem:
+    """(a, b, h0, grad_h, grad_last), with a in [-1, 1] and some zeros and ones among it."""
+    a = random(seed, batch, time, width).clamp(-1, 1)
+    a = torch.where(random(seed + 1, batch, time, width) > 1.5, 0.0, a)
+    h0, grad_last = random(seed + 2, batch, width), random(seed + 3, batch, width)
+    b, grad_h = random(seed + 4, batch, time, width), random(seed + 5, batch, time, width)
+    return a.to(dtypes[0]), b.to(dtypes[1]), h0.to(dtypes[2]), grad_h.to(dtypes[1]), grad_last.to(dtypes[2])
+
+
+def scan(problem: Problem, num_chunks: int | None = 1, tile: Tile | None = TILE) -> Results:
+    a, b, h0, grad_h, grad_last = to_device(problem)
+    (h, h_last, decay), launches = scan_triton.forward_launches(a, b, h0, True, tile, num_chunks)
+    run_all(launches)
+    (da, db, dh0), launches = scan_triton.backward_launches(a, h, h0, grad_h, grad_last, tile, num_chunks)
+    run_all(launches)
+    return {"h": h, "h_last": h_last, "decay": decay, "da": da, "db": db, "dh0": dh0}
+
+
+def plain_scan(problem: Problem) -> Results:
+    """In fp64, differentiated by autograd."""
+    a, b, h0 = (x.double().requires_grad_() for x in problem[:3])
+    grad_h, grad_last = (x.double() for x in problem[3:])
+    state, states = h0, []
+    for t in range(a.shape[1]):
+        state = a[:, t] * state + b[:, t]
+        states.append(state)
+    h = torch.stack(states, 1) if states else torch.zeros_like(b)
+    loss = (h * grad_h).sum() + (state * grad_last).sum() + 0 * (a.sum() + b.sum())
+    da, db, dh0 = torch.autograd.grad(loss, (a, b, h0))
+    return {"h": h.detach(), "h_last": state.detach(), "decay": a.detach().prod(1), "da": da, "db": db, "dh0": dh0}
+
+
+@pytest.mark.parametrize("num_chunks", [1, 3])
+@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
+def test_scan(dtypes, num_chunks):
+    problem = scan_problem(0, 2, 11, 5, dtypes)
+    ours = scan(problem, num_chunks)
+    state = FP64 if FP64 in dtypes[:2] else FP32
+    expected_dtypes = {"h": dtypes[1], "h_last": state, "decay": state, "da": dtypes[0], "db": dtypes[1], "dh0": state}
+    assert {name: value.dtype for name, value in ours.items()} == expected_dtypes
+    assert_results(ours, plain_scan(problem), dtypes[1])
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 2), (2, 0, 3), (1, 1, 1), (1, 4, 4), (2, 3, 0), (1, 9, 1)], ids=str)
+def test_scan_shapes(shape):
+    problem = scan_problem(1, *shape)
+    for num_chunks in (1, 2):
+        assert_results(scan(problem, num_chunks), plain_scan(problem))
+
+
+def test_scan_of_views():
+    """Tokens, rows and channels in any order in memory, repeated, or among others."""
+    a, b, h0, grad_h, grad_last = scan_problem(2, 2, 6, 5)
+    a = torch.cat([a, a], -1)[:, :, 2:7]
+    b = b.transpose(0, 1).contiguous().transpose(0, 1)
+    h0 = h0.t().contiguous().t()
+    grad_h = grad_h[:1, :1].expand(2, 6, 5)
+    assert_results(scan((a, b, h0, grad_h, grad_last)), plain_scan((a, b, h0, grad_h, grad_last)))
+    a = a.transpose(1, 2).contiguous().transpose(1, 2)
+    assert_results(scan((a, b, h0, grad_h, grad_last)), plain_scan((a, b, h0, grad_h, grad_last)))
+
+
+def test_scan_with_its_own_tiles():
+    """As a call would launch it: channel blocks of 64, lanes of 8 and more tokens."""
+    problem = scan_problem(3, 1, 133, 40)
+    assert_results(scan(problem, None, None), plain_scan(problem))
+
+
+def test_scan_one_token():
+    problem = scan_problem(4, 2, 1, 66)
+    assert_results(scan(problem, None, None), plain_scan(problem))
+
+
+def test_scan_cut_in_two():
+    a, b, h0, _, _ = scan_problem(5, 2, 13, 3)
+    whole, decay = [scan(scan_problem(5, 2, 13, 3))[name] for name in ("h_last", "decay")]
+    zeros = torch.zeros_like(b), torch.zeros_like(h0)
+    early = scan((a[:, :6], b[:, :6], h0, zeros[0][:, :6], zeros[1]))
+    late = scan((a[:, 6:], b[:, 6:], early["h_last"].cpu(), zeros[0][:, 6:], zeros[1]))
+    assert_close(late["h_last"], whole, atol=1e-6)
+    assert_close(early["decay"] * late["decay"], decay, atol=1e-6)
+
+
+def test_scan_is_deterministic():
+    problem = scan_problem(6, 1, 9, 5)
+    once, again = scan(problem, 3), scan(problem, 3)
+    assert all(torch.equal(once[name], again[name]) for name in once)
+
+
+@needs_patience
+@pytest.mark.parametrize(("poison", "num_chunks"), [(float("nan"), 3), (float("inf"), 1)])
+def test_scan_keeps_poison_in_its_channel(poison, num_chunks):
+    a, b, h0, grad_h, grad_last = scan_problem(7, 2, 11, 5)
+    clean = scan((a, b, h0, grad_h, grad_last), num_chunks)
+    a, b, grad_h = a.clone(), b.clone(), grad_h.clone()
+    a[0, 4, 1] = b[0, 5, 1] = grad_h[0, 6, 1] = poison
+    dirty = scan((a, b, h0, grad_h, grad_last), num_chunks)
+    for name, value in clean.items():
+        other = torch.ones(2, 5, dtype=torch.bool, device=DEVICE)
+        other[0, 1] = False
+        assert torch.equal(value.movedim(-1, 1)[other], dirty[name].movedim(-1, 1)[other]), name
+    assert torch.equal(clean["h"][0, :4, 1], dirty["h"][0, :4, 1])
+    assert not dirty["h"][0, 5:, 1].isfinite().any()
+    assert not dirty["h_last"][0, 1].isfinite()
+
+
+def test_chunks():
+    """One pass where the chip is full; otherwise whole tiles, not more programs than four waves of two, and no chunk without tokens."""
+    tile = Tile(lanes=8, rows=16, channels=64)
+    assert plan_chunks(8, 8192, 2048, tile, 132) == (1, 8192)
+    assert plan_chunks(3, 8192, 2048, tile, 132) == (1, 8192)
+    assert plan_chunks(1, 65536, 2048, tile, 132) == (32, 2048)
+    assert plan_chunks(1, 128, 2048, tile, 132) == (1, 128)
+    assert plan_chunks(0, 0, 0, tile, 132).number == 1
+    for batch, time, width in itertools.product((1, 2, 7), (1, 100, 1000, 100_001), (1, 64, 1000)):
+        chunks = plan_chunks(batch, time, width, tile, 132)
+        assert chunks.length % tile.tokens == 0
+        assert (chunks.number - 1) * chunks.length < time <= chunks.number * chunks.length
+        assert chunks.number == 1 or chunks.number * batch * -(-width // 64) <= 8 * 132
+
+
+# The cell and its scan
+
+
+def cell_problem(seed: int, batch: int, time: int, width: int, cell: str, output_gate: bool, dtype=FP32) -> Problem:
+    """(projected, gate_bias, h0, grad_y, grad_last)."""
+    num_gates = CELLS[cell].num_gates
+    projected = 2 * random(seed, batch, time, (num_gates + 1 + output_gate) * width)
+    gate_bias, h0, grad_last = random(seed + 1, num_gates, width), random(seed + 2, batch, width), random(seed + 3, batch, width)
+    return projected.to(dtype), gate_bias.float(), h0.float(), random(seed + 4, batch, time, width).to(dtype), grad_last.float()
+
+
+def boundaries_of(batch: int, time: int, starts: bool, padded: bool) -> Boundaries:
+    """Documents that start anywhere, the first token and padding included; rows that end anywhere."""
+    flags = torch.rand(batch, time, generator=generator(9)) < 0.3 if starts else None
+    return flags, (time - 3 - 2 * torch.arange(batch)).clamp(min=0) if padded else None
+
+
+def cell_scan(
+    problem: Problem, kind: Kind, boundaries: Boundaries = (None, None), num_chunks: int | None = 1, tile: Tile | None = TILE
+) -> Results:
+    projected, gate_bias, h0, grad_y, grad_last = to_device(problem)
+    starts, lengths = (None if x is None else x.to(DEVICE) for x in boundaries)
+    (y, h, h_last, decay), launches = cell_scan_triton.forward_launches(
+        projected, gate_bias, h0, starts, lengths, *kind, want_decay=True, tile=tile, num_chunks=num_chunks
+    )
+    run_all(launches)
+    saved = h if kind[2] else y
+    grads, launches = cell_scan_triton.backward_launches(
+        projected, gate_bias, h0, starts, lengths, saved, grad_y, grad_last, *kind, tile=tile, num_chunks=num_chunks
+    )
+    run_all(launches)
+    d_bias = grads[1].sum((0, 1))
+    assert (h.numel() == 0) == (not kind[2] or y.numel() == 0)
+    return {"y": y, "h_last": h_last, "decay": decay, "d_projected": grads[0], "d_gate_bias": d_bias, "dh0": grads[2]}
+
+
+def plain_cell_scan(problem: Problem, kind: Kind, boundaries: Boundaries = (None, None)) -> Results:
+    """The cell's own formulas and the loop in fp64, differentiated by autograd."""
+    cell, activation, output_gate = kind
+    starts, lengths = boundaries
+    projected, gate_bias, h0 = (x.double().requires_grad_() for x in problem[:3])
+    grad_y, grad_last = (x.double() for x in problem[3:])
+    num_gates, width = gate_bias.shape
+    parts = projected.split(width, -1) if width else [projected] * 4
+    a, b = CELLS[cell].coefficients(*(parts[i] + gate_bias[i] for i in range(num_gates)), parts[num_gates], activation)
+    is_pad = torch.zeros(a.shape[:2], dtype=torch.bool) if lengths is None else torch.arange(a.shape[1]) >= lengths.unsqueeze(1)
+    drops = torch.zeros_like(is_pad) if starts is None else starts & ~is_pad
+    a, b = a.masked_fill(drops.unsqueeze(-1), 0).masked_fill(is_pad.unsqueeze(-1), 1), b.masked_fill(is_pad.unsqueeze(-1), 0)
+    state, states = h0, []
+    for t in range(a.shape[1]):
+        state = a[:, t] * state + b[:, t]
+        states.append(state)
+    h = torch.stack(states, 1) if states else torch.zeros_like(a)
+    y = h * torch.nn.functional.silu(parts[-1]) if output_gate else h
+    loss = (y * grad_y).sum() + (state * grad_last).sum() + 0 * (projected.sum() + gate_bias.sum())
+    grads = torch.autograd.grad(loss, (projected, gate_bias, h0))
+    values = {"y": y.detach(), "h_last": state.detach(), "decay": a.detach().prod(1)}
+    return values | {"d_projected": grads[0], "d_gate_bias": grads[1], "dh0": grads[2]}
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_cells(kind):
+    """Every cell, candidate and gate, each with another mixture of boundaries and chunks."""
+    index = KINDS.index(kind)
+    problem = cell_problem(index, 1, 7, 3, kind[0], kind[2])
+    boundaries = boundaries_of(1, 7, index % 4 in (0, 3), False)
+    assert_results(cell_scan(problem, kind, boundaries, 1 + index // 2 % 2 * 2), plain_cell_scan(problem, kind, boundaries))
+
+
+@pytest.mark.parametrize("num_chunks", [1, 3])
+@pytest.mark.parametrize(("starts", "padded"), [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("kind", [("mingru", "none", True), ("minlstm", "g", False)], ids=str)
+def test_boundaries(kind, starts, padded, num_chunks):
+    problem = cell_problem(20, 2, 9, 3, kind[0], kind[2])
+    boundaries = boundaries_of(2, 9, starts, padded)
+    assert_results(cell_scan(problem, kind, boundaries, num_chunks), plain_cell_scan(problem, kind, boundaries))
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@pytest.mark.parametrize("kind", [("mingru", "none", True), ("minlstm", "tanh", False)], ids=str)
+def test_narrow_dtypes(kind, dtype):
+    problem = cell_problem(30, 1, 9, 5, kind[0], kind[2], dtype)
+    ours = cell_scan(problem, kind, num_chunks=2)
+    narrow = {"y", "d_projected"}
+    assert {name: value.dtype for name, value in ours.items()} == {name: dtype if name in narrow else FP32 for name in ours}
+    assert_results(ours, plain_cell_scan(problem, kind), dtype)
+
+
+@pytest.mark.parametrize(("batch", "time", "width"), [(0, 3, 2), (2, 0, 3), (1, 1, 1), (1, 4, 4), (1, 5, 1)])
+def test_cell_shapes(batch, time, width):
+    kind = ("mingru", "silu", True)
+    problem = cell_problem(40, batch, time, width, kind[0], kind[2])
+    assert_results(cell_scan(problem, kind, num_chunks=2), plain_cell_scan(problem, kind))
+
+
+def test_projections_of_views():
+    kind = ("minlstm", "none", True)
+    projected, gate_bias, h0, grad_y, grad_last = cell_problem(41, 2, 6, 3, kind[0], kind[2])
+    wider = torch.cat([projected, projected], -1)[:, :, 5:17]
+    for view in (wider, projected.transpose(0, 1).contiguous().transpose(0, 1), projected.transpose(1, 2).contiguous().transpose(1, 2)):
+        problem = (view, gate_bias, h0, grad_y[:, :1].expand(2, 6, 3), grad_last)
+        assert_results(cell_scan(problem, kind), plain_cell_scan(problem, kind))
+
+
+@pytest.mark.parametrize("which", ["y", "h_last"])
+def test_one_gradient_only(which):
+    kind = ("mingru", "tanh", False)
+    projected, gate_bias, h0, grad_y, grad_last = cell_problem(42, 1, 7, 3, kind[0], kind[2])
+    if which == "y":
+        grad_last = torch.zeros_like(grad_last)
+    else:
+        grad_y = torch.zeros_like(grad_y)
+    problem = (projected, gate_bias, h0, grad_y, grad_last)
+    assert_results(cell_scan(problem, kind), plain_cell_scan(problem, kind))
+
+
+@needs_patience
+@pytest.mark.parametrize("cell", CELLS)
+def test_gates_far_out(cell):
+    """Decays next to 0 and 1, gates beyond what exp can hold, and infinities: no NaN, and the digits that there are."""
+    kind, width = (cell, "none", False), 4
+    num_gates = CELLS[cell].num_gates
+    projected, gate_bias, h0, grad_y, grad_last = cell_problem(43, 1, 12, width, cell, False)
+    extremes = torch.tensor([-300.0, -100, -40, -15, -5, 0, 5, 15, 40, 100, 300, 20])
+    projected[0, :, :width] = extremes.unsqueeze(1)
+    projected[0, :, 1] = -20.0 * torch.arange(12)
+    if num_gates == 2:
+        projected[0, :, width : 2 * width] = extremes.roll(4).unsqueeze(1)
+        projected[0, :, width + 1] = -20.0 * torch.arange(12) - 3
+    problem = (projected, gate_bias, h0, grad_y, grad_last)
+    assert_results(cell_scan(problem, kind), plain_cell_scan(problem, kind))
+    projected[0, 3, :width] = torch.tensor([float("inf"), float("-inf"), 1.0, 1.0])
+    ours = cell_scan(problem, kind)
+    assert all(value.isfinite().all() for value in ours.values())
+    assert_close(ours["y"].cpu(), plain_cell_scan(problem, kind)["y"], atol=3e-6)
+
+
+@needs_patience
+@pytest.mark.parametrize(("poison", "num_chunks"), [(float("nan"), 3), (float("inf"), 1)])
+def test_documents_do_not_meet(poison, num_chunks):
+    """A broken document harms neither the next one nor the one before it, nor another channel."""
+    kind = ("mingru", "none", False)
+    problem = cell_problem(44, 1, 13, 3, kind[0], kind[2])
+    starts = torch.zeros(1, 13, dtype=torch.bool)
+    starts[0, [4, 9]] = True
+    clean = cell_scan(problem, kind, (starts, None), num_chunks)
+    projected = problem[0].clone()
+    projected[0, 4:7, 4] = projected[0, 4, 1] = poison  # the candidate of channel 1, and its gate where the document starts
+    dirty = cell_scan((projected, *problem[1:]), kind, (starts, None), num_chunks)
+    assert not dirty["y"][0, 4:9, 1].isfinite().any()
+    for part in (slice(0, 4), slice(9, 13)):
+        assert torch.equal(clean["y"][:, part], dirty["y"][:, part])
+        assert torch.equal(clean["d_projected"][:, part], dirty["d_projected"][:, part])
+    others = [0, 2]
+    for name in ("y", "h_last", "dh0", "decay"):
+        assert torch.equal(clean[name][..., others], dirty[name][..., others]), name
+    for name in ("h_last", "dh0", "decay"):
+        assert torch.equal(clean[name], dirty[name]), name
+
+
+@needs_patience
+def test_padding_is_not_read():
+    """What stands behind a row's end reaches nothing but its own output gate."""
+    kind = ("minlstm", "g", False)
+    problem = cell_problem(45, 2, 9, 3, kind[0], kind[2])
+    lengths = torch.tensor([5, 0])
+    clean = cell_scan(problem, kind, (None, lengths), 2)
+    projected = problem[0].clone()
+    projected[0, 5:] = projected[1] = float("nan")
+    dirty = cell_scan((projected, *problem[1:]), kind, (None, lengths), 2)
+    assert all(torch.equal(clean[name], dirty[name]) for name in clean)
+    assert not clean["d_projected"][0, 5:].any()
+    assert not clean["d_projected"][1].any()
+    assert torch.equal(clean["h_last"][1].cpu(), problem[2][1])
+    assert (clean["decay"][1] == 1).all()
+
+
+def test_cell_cut_in_two():
+    kind = ("minlstm", "silu", True)
+    problem = cell_problem(46, 2, 13, 3, kind[0], kind[2])
+    whole = cell_scan(problem, kind)
+    projected, gate_bias, h0, grad_y, grad_last = problem
+    early = cell_scan((projected[:, :6], gate_bias, h0, grad_y[:, :6], grad_last), kind)
+    late = cell_scan((projected[:, 6:], gate_bias, early["h_last"].cpu(), grad_y[:, 6:], grad_last), kind)
+    early = cell_scan((projected[:, :6], gate_bias, h0, grad_y[:, :6], late["dh0"].cpu()), kind)
+    for name in ("y", "d_projected"):
+        assert_close(torch.cat([early[name], late[name]], 1), whole[name], atol=2e-6, what=name)
+    assert_close(late["h_last"], whole["h_last"], atol=1e-6)
+    assert_close(early["dh0"], whole["dh0"], atol=1e-6)
+    assert_close(early["d_gate_bias"] + late["d_gate_bias"], whole["d_gate_bias"], atol=2e-6)
+    assert_close(early["decay"] * late["decay"], whole["decay"], atol=1e-6)
+
+
+def test_cell_is_deterministic():
+    kind = ("mingru", "g", True)
+    problem, boundaries = cell_problem(47, 1, 11, 5, kind[0], kind[2]), boundaries_of(1, 11, True, True)
+    once, again = (cell_scan(problem, kind, boundaries, 3) for _ in range(2))
+    assert all(torch.equal(once[name], again[name]) for name in once)
+
+
+def test_cells_with_their_own_tiles():
+    """As a call would launch it."""
+    for kind, time in ((("mingru", "none", True), 70), (("minlstm", "none", False), 1)):
+        problem = cell_problem(48, 1, time, 40, kind[0], kind[2])
+        boundaries = boundaries_of(1, time, True, False)
+        assert_results(cell_scan(problem, kind, boundaries, None, None), plain_cell_scan(problem, kind, boundaries))
