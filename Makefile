@@ -14,7 +14,7 @@ setup: $(READY)
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[deepspeed,eval,test]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench,deepspeed,eval,test]'
 	mkdir -p .venv/package && ln -sfn ../.. .venv/package/minrnn
 	touch $@
 

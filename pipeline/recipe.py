@@ -21,6 +21,7 @@ FREE_ON_RESUME = {
         "train.eval_every",
         "train.save_every",
         "train.keep_checkpoints",
+        "train.recompute",
         "train.prompts",
         "train.sample_tokens",
     ),

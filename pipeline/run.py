@@ -92,7 +92,7 @@ def set_up(recipe: Recipe, accelerator: Accelerator, folder: RunFolder) -> Run:
         load = checkpoint.load_reader
         readers = {reader: load(folder.checkpoint, reader, config.num_hidden_layers, accelerator.device) for reader in mine}
     spec = ReaderSpec(
-        _corpus(recipe),
+        corpus_of(recipe),
         recipe.data.order,
         encoder,
         recipe.batch.readers,
@@ -105,7 +105,7 @@ def set_up(recipe: Recipe, accelerator: Accelerator, folder: RunFolder) -> Run:
     loader = validation = None
     try:
         loader = ChunkLoader(spec, list(mine), [reader.position for reader in readers.values()], recipe.data.workers)
-        validation = validation_sets(recipe, _corpus(recipe), encoder, mine)
+        validation = validation_sets(recipe, corpus_of(recipe), encoder, mine)
     except UserError as error:
         problems = error.problems
     if problems := processes.gathered(accelerator, problems):  # some process may have read what others did not
@@ -164,7 +164,8 @@ def set_up(recipe: Recipe, accelerator: Accelerator, folder: RunFolder) -> Run:
     return run
 
 
-def _corpus(recipe: Recipe) -> CorpusSpec:
+def corpus_of(recipe: Recipe) -> CorpusSpec:
+    """What the recipe reads."""
     data = recipe.data
     held_out = 0.0 if data.validation is not None else data.validation_fraction
     return CorpusSpec(data.corpus, data.subset, data.split, data.revision, data.text_field, data.skip_broken, held_out)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ...models.cache import MinRNNCache
-from ...models.modeling_minrnn import next_token_loss
+from ...models.loss import next_token_loss
 from ...pipeline.machine import keep_freed_memory, training_flops_per_token
 from .command import Settings, parse_counts
 from .language_models import FAMILIES, OURS, Options, build, kernels_of, logits_of, sized
@@ -146,9 +146,8 @@ class TrainingWork:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             if not self.is_ours:
                 return next_token_loss(logits_of(self.run_model, inputs), targets, num_items)
-            output = self.run_model(
-                input_ids=inputs, shift_labels=targets, num_items_in_batch=num_items, past_key_values=self.state, use_cache=True
-            )
+            options = {"past_key_values": self.state, "use_cache": True, "skip_logits": True}
+            output = self.run_model(input_ids=inputs, shift_labels=targets, num_items_in_batch=num_items, **options)
         self.state = output.past_key_values.detach_()
         return output.loss
 

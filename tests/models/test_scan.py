@@ -7,10 +7,10 @@ import torch
 from helpers import assert_close, generator
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from minrnn.models.scan import BACKENDS, linear_scan
+from minrnn.models.scan import linear_scan, linear_scan_with_decay
 from torch import Tensor
 
-backends = pytest.mark.parametrize("backend", BACKENDS)
+backends = pytest.mark.parametrize("backend", ["reference", "torch", "numba"])
 Results = dict[str, Tensor]
 
 # dtypes of (a, b, h0); the last column is what the carried state must be
@@ -149,6 +149,24 @@ def test_token_by_token(backend, dtypes):
     assert_close(state, h_last, atol=precision, what="h_last")
 
 
+@backends
+@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
+@settings(max_examples=5)
+@given(shape=narrow, with_h0=st.booleans(), seed=st.integers(0, 2**20))
+def test_decay_is_the_product(backend, dtypes, shape, with_h0, seed):
+    """Of all decays, in the state's dtype, 1 of none; outputs are the same with it as without, and no gradient flows through it."""
+    a, b, start = random_problem(seed, *shape, dtypes=dtypes, kind="long")
+    h0 = start if with_h0 else None
+    h, h_last, decay = linear_scan_with_decay(a.requires_grad_(), b, h0, backend=backend)
+    assert decay.dtype == h_last.dtype
+    assert not decay.requires_grad
+    assert_close(decay, a.detach().double().prod(1), atol=0, rtol=(shape[1] + 1) * 2**-24, what="decay")
+    for value, other in zip((h, h_last), linear_scan(a, b, h0, backend=backend), strict=True):
+        assert torch.equal(value, other)
+    if h0 is not None:
+        assert_close(decay * h0 + linear_scan(a, b, None, backend=backend)[1], h_last, atol=1e-5, what="h_last")
+
+
 def strided(tensor: Tensor, how: str) -> Tensor:
     """The same numbers in another layout, or (expanded) the same row for the whole batch."""
     if how == "transposed":
@@ -190,8 +208,9 @@ def test_a_broken_row_breaks_no_other(backend, poison, where):
 
 @backends
 @pytest.mark.parametrize("dtypes", ["fp32", "bf16"])
-def test_threads_change_no_bit(backend, dtypes):
-    a, b, h0 = random_problem(4, 2, 31, 1100, DTYPES[dtypes])
+@pytest.mark.parametrize("batch", [1, 2])  # 7 threads for one row: each takes a stripe of it
+def test_threads_change_no_bit(backend, dtypes, batch):
+    a, b, h0 = random_problem(4, batch, 31, 1100, DTYPES[dtypes])
     weights, results = random_weights(4, b), []
     for num_threads in (1, 2, 3, 7):
         torch.set_num_threads(num_threads)
@@ -213,3 +232,21 @@ def test_long_memory_over_a_long_sequence(backend, bound):
     exact = differentiated(lambda a, b, h0: linear_scan(a, b, h0, backend="reference"), a.double(), b.double(), h0.double(), weights)
     for name, value in ours.items():
         assert_close(value, exact[name], atol=bound, what=name)
+
+
+@pytest.mark.slow
+def test_more_elements_than_an_int32_counts():
+    """2^31 and some: an int32 offset would wrap around, and write the last rows over the first."""
+    time, width = 2**16 + 1, 2**15
+    with open("/proc/meminfo") as file:
+        available = next(int(line.split()[1]) for line in file if line.startswith("MemAvailable")) * 1024
+    if available < 11e9:
+        pytest.skip(f"two tensors of 2^31 bf16 elements take 8.6 GB, and {available / 1e9:.1f} GB are free")
+    a = torch.full((1, time, width), 0.5, dtype=torch.bfloat16)
+    a[0, -1] = 0.25
+    a[0, 0] = 2.0
+    h, h_last = linear_scan(a, a, torch.ones(1, width), backend="numba")  # b is a: h_t = a_t (h_{t-1} + 1)
+    assert torch.equal(h[0, 0], torch.full((width,), 4.0, dtype=torch.bfloat16))
+    assert torch.equal(h[0, 1], torch.full((width,), 2.5, dtype=torch.bfloat16))
+    assert torch.equal(h[0, -2], torch.ones(width, dtype=torch.bfloat16))
+    assert torch.equal(h_last, torch.full((1, width), 0.5))

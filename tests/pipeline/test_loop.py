@@ -49,12 +49,21 @@ def test_the_losses_are_those_of_a_loop_written_by_hand(values: Values, run_reci
     np.testing.assert_allclose(losses(folder), expected, rtol=1e-9)
 
 
-def test_gradient_checkpointing_and_read_ahead_change_nothing(values: Values, run_recipe: Run, tmp_path: Path):
+def test_recomputation_and_read_ahead_change_nothing(values: Values, run_recipe: Run, tmp_path: Path):
     plain = losses(run_recipe(values))
     values["run"]["dir"] = str(tmp_path / "other")
     values["train"]["recompute"] = "selective"
     values["data"]["workers"] = 2
     assert losses(run_recipe(values)) == plain
+
+
+@pytest.mark.slow
+def test_compiled_blocks_give_the_same_losses(values: Values, run_recipe: Run, tmp_path: Path):
+    values["train"]["precision"], values["model"]["dropout"] = "bf16", 0.0  # compiled code draws other dropout masks
+    plain = losses(run_recipe(values))
+    values["run"]["dir"] = str(tmp_path / "compiled")
+    values["train"]["compile"] = True
+    np.testing.assert_allclose(losses(run_recipe(values)), plain, rtol=1e-3)  # other roundings of bf16 values
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

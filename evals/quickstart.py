@@ -1,0 +1,70 @@
+"""What the main job reached, from its run folder: `python -m minrnn.evals.quickstart`, after `make train`.
+
+Writes evals/results/quickstart.json (speed and validation from metrics.jsonl, and a validation on every held-out module, not only the subset
+that the run scores) and copies the curve to docs/quickstart.png. The README's figures come from there.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate import Accelerator
+
+from ..data import Encoder, load_tokenizer
+from ..models import MinRNNForCausalLM
+from ..pipeline.evaluation import validate, validation_sets
+from ..pipeline.recipe import build_recipe
+from ..pipeline.run import corpus_of
+from .bench.record import commit, machine, versions
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def measured(run: Path) -> dict:
+    """The figures of a finished run."""
+    values = yaml.safe_load((run / "config.yaml").read_text())
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    train, validations = ([line for line in lines if line["kind"] == kind] for kind in ("train", "validation"))
+    training_seconds = sum(
+        (line["tokens"] - before["tokens"]) / line["tokens_per_second"]
+        for before, line in zip([{"tokens": 0}, *train[:-1]], train, strict=True)
+    )
+    model = MinRNNForCausalLM.from_pretrained(run / "model")
+    values["data"]["validation_tokens"] = None
+    recipe = build_recipe(values)
+    encoder = Encoder.of(load_tokenizer(recipe.data.tokenizer), recipe.data.tokenizer)
+    sets = validation_sets(recipe, corpus_of(recipe), encoder, range(recipe.batch.readers))
+    return {
+        "command": "make train && .venv/bin/python -m minrnn.evals.quickstart",
+        "commit": commit(),
+        "parameters": model.num_parameters(),
+        "tokens": train[-1]["tokens"],
+        "steps": train[-1]["step"],
+        "seed": recipe.run.seed,
+        "training_seconds": round(training_seconds + sum(line["seconds"] for line in validations)),
+        "tokens_per_second_median": statistics.median(line["tokens_per_second"] for line in train),
+        "matmul_fraction_median": statistics.median(line["matmul_fraction"] for line in train),
+        "validation_subset": validations[-1],
+        "validation_all_held_out_modules": validate(model, sets, Accelerator(cpu=True), recipe.batch.carry_state),
+        "machine": machine(torch.device("cpu")),
+        "versions": versions(),
+    }
+
+
+def main() -> None:
+    """Write the results file and the picture."""
+    parser = argparse.ArgumentParser("python -m minrnn.evals.quickstart", description="Record what the main job reached.")
+    parser.add_argument("--run", type=Path, default=Path("runs/quickstart"), help="folder of the run (default: %(default)s)")
+    arguments = parser.parse_args()
+    out = REPOSITORY / "evals" / "results" / "quickstart.json"
+    out.write_text(json.dumps(measured(arguments.run), indent=1) + "\n")
+    shutil.copyfile(arguments.run / "loss.png", REPOSITORY / "docs" / "quickstart.png")
+    print(out.read_text())
+
+
+if __name__ == "__main__":
+    main()
