@@ -197,7 +197,7 @@ def main() -> None:
     print(f"{'kernel':62} sm  regs spills shared  read+written  in flight  instr/elt  issue special")
     for name, launch, architecture in ((*named_launch, sm) for named_launch in all_launches() for sm in arguments.sm):
         row = describe(name, launch, architecture)
-        rows.append(row)
+        rows.append({key: value for key, value in row.items() if key != "loop"})
         line = f"{name:62} {architecture} {row['registers']:5} {row['spills']:6} {row['shared']:6}"
         if "issue" in row:
             line += f"  {row['bytes_read']:5.1f} + {row['bytes_written']:4.1f} {row['bytes_in_flight']:10}"

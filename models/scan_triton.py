@@ -130,11 +130,13 @@ def backward_kernel(
         tl.store(decay + state_place, product, mask=live)
 
 
-def choose_tile(time: int, itemsize: int, backward: bool) -> Tile:
-    """The tile for operands of at most `itemsize` bytes: two programs or more share a multiprocessor."""
+def choose_tile(time: int, num_bytes: int, backward: bool) -> Tile:
+    """The largest tile, where `num_bytes` are read an element, whose registers let two programs share a multiprocessor."""
     if time == 1:  # a token of decoding
         return Tile(lanes=1, rows=1, channels=64)
-    return Tile(lanes=8, rows=4 if itemsize == 8 else 8 if backward else 16, channels=64)
+    if not backward:
+        return Tile(lanes=8, rows=16 if num_bytes <= 8 else 4, channels=64)
+    return Tile(lanes=8 if num_bytes <= 8 else 4, rows=8 if num_bytes <= 12 else 4, channels=64)
 
 
 def forward_launches(
@@ -143,7 +145,7 @@ def forward_launches(
     """The outputs of `forward`, empty, and what fills them. A tile or a number of chunks can be forced, for tests and tuning."""
     batch, time, width = b.shape
     dtype = accumulate_dtype(a, b)
-    tile = tile or choose_tile(time, max(a.itemsize, b.itemsize), backward=False)
+    tile = tile or choose_tile(time, a.itemsize + b.itemsize, backward=False)
     chunks = plan_chunks(batch, time, width, tile, num_multiprocessors(b.device), num_chunks)
     a, b = with_contiguous_channels(a), with_contiguous_channels(b)
     h, h_last = b.new_empty(batch, time, width), b.new_empty(batch, width, dtype=dtype)
@@ -164,7 +166,7 @@ def backward_launches(
     """As `forward_launches`, for `backward`."""
     batch, time, width = h.shape
     dtype = accumulate_dtype(a, h)
-    tile = tile or choose_tile(time, max(a.itemsize, h.itemsize, grad_h.itemsize), backward=True)
+    tile = tile or choose_tile(time, a.itemsize + h.itemsize + grad_h.itemsize, backward=True)
     chunks = plan_chunks(batch, time, width, tile, num_multiprocessors(h.device), num_chunks)
     a, h, grad_h, h0 = with_contiguous_channels(a), with_contiguous_channels(h), with_contiguous_channels(grad_h), h0.to(dtype).contiguous()
     da, db, dh0 = a.new_empty(batch, time, width), h.new_empty(batch, time, width), torch.empty_like(h0)

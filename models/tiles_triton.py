@@ -6,15 +6,19 @@
     chunks     where batch x width is too small for the chip, time is cut too, and each chunk is a program
 
 A tile is read in one burst, before anything is computed from it or stored: `rows` independent loads a thread for each operand, at constant
-offsets (strides are compile-time constants: with strides in registers the loop has a quarter more instructions and twice the registers). So 16
-to 48 KB are in flight a program, while a second program on the same multiprocessor computes; Little's law asks for about 3 MB on an H200, or
-25 KB a multiprocessor. Measured on the machine code of the minGRU's forward pass (`evals/kernels.py`): 18 instructions an element and 96
-registers, against 23 and 124 with tiles fetched ahead through shared memory (`stages` = 2), which waits less and computes more.
+offsets (strides are compile-time constants: in registers they take a quarter more instructions and twice the registers). So 16 to 64 KB are in
+flight a program, while a second program on the same multiprocessor computes; Little's law asks for about 3 MB on an H200, or 25 KB a
+multiprocessor. Tiles could also be fetched ahead through shared memory (`stages` = 2), which waits less and computes more.
 
 Inside a tile each lane scans its tokens from 0, which gives its pair (A, H): the product of the decays and the state it adds. The pairs are
 joined across lanes in order, h -> A h + H, and each lane scans once more from the state that enters it. The second pass costs one multiply-add
-an element and gives the very numbers of the loop from there on. (A scan by associative_scan over all tokens of a tile of [time, channels] does
-not need it, but combines pairs at every token, through shuffles and shared memory.)
+an element and gives the very numbers of the loop from there on. A scan of a whole tile by associative_scan would combine pairs at every token,
+through shuffles and shared memory.
+
+Instructions an element of the minGRU's forward pass, as compiled for sm_90 (see `evals/kernels.py`; an H200 has time for 40 at its bandwidth):
+
+    lanes, one burst             18      lanes, strides in registers          23
+    lanes, fetched ahead         23      associative_scan over the tile       51 at best
 
 Chunks are joined the same way, by three kernels: the first reads the coefficients and writes a pair for each chunk; `combine_kernel` runs
 over the chunks and writes the state that enters each; the third is the kernel of the one-pass case, started from there. All orders are
