@@ -156,7 +156,7 @@ class TrainSection(Section):
     recompute: Literal["none", "selective", "full"] = "none"
     """What is computed again in the backward pass. none: nothing; selective: all but matrix products and scans; full: whole blocks."""
     compile: bool = False
-    """torch.compile each block: for GPUs (on a CPU the kernels are fused already). The first step takes longer, and dropout draws other masks."""
+    """torch.compile each block: for GPUs (on a CPU the kernels are fused already). The first step takes longer, and dropout draws anew."""
     log_every: int = Field(default=10, ge=1)
     """Steps between lines of metrics.jsonl."""
     eval_every: int | None = Field(default=None, ge=1)
