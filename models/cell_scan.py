@@ -22,7 +22,7 @@ from .cell_scan_numba import backward as numba_backward
 from .cell_scan_numba import forward as numba_forward
 from .cell_scan_triton import backward as triton_backward
 from .cell_scan_triton import forward as triton_forward
-from .cells import CANDIDATE_ACTIVATIONS, CELLS
+from .cells import CANDIDATE_ACTIVATIONS, CELLS, at_least_fp32
 from .operators import define
 from .scan import check_backend, check_one_device, default_backend, linear_scan, linear_scan_with_decay
 
@@ -62,11 +62,11 @@ def composed(
 def one_token(projected: Tensor, gate_bias: Tensor, h0: Tensor | None, cell: str, activation: str, output_gate: bool) -> tuple[Tensor, Tensor]:
     """`cell_scan` of one token, in operations that `torch.compile` makes one kernel of: [B, 1, P*R], h0 [B, R] -> y [B, 1, R], h [B, R]."""
     num_gates, width = gate_bias.shape
-    parts = projected.split(width, dim=-1)
+    parts = at_least_fp32(projected).split(width, dim=-1)
     a, b = CELLS[cell].coefficients(*(parts[i] + gate_bias[i] for i in range(num_gates)), parts[num_gates], activation)
-    h = b[:, 0].to(a.dtype) if h0 is None else torch.addcmul(b[:, 0].to(a.dtype), a[:, 0], h0.to(a.dtype))
-    y = h.to(projected.dtype).unsqueeze(1)
-    return (y * torch.nn.functional.silu(parts[-1]) if output_gate else y), h
+    h = b[:, 0] if h0 is None else torch.addcmul(b[:, 0], a[:, 0], h0.to(a.dtype))
+    y = h.unsqueeze(1)
+    return (y * torch.nn.functional.silu(parts[-1]) if output_gate else y).to(projected.dtype), h
 
 
 def _register(name: str, forward: Callable, backward: Callable) -> Callable:

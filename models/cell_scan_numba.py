@@ -24,7 +24,7 @@ _ACTIVATION_CODES = {"none": 0, "g": 1, "tanh": 2, "silu": 3}
 if is_available():
     import numpy as np
 
-    from .numba_support import HALF, ONE, ZERO, exp, inlined, kernel, load_input, load_state, sigmoid, store_output, store_state
+    from .numba_support import HALF, ONE, ZERO, exp, inlined, kernel, load_input, load_state, multiply_add, sigmoid, store_output, store_state
 
     TWO, _NEAR_ZERO = np.float32(2), np.float32(0.625)
     _T3, _T5, _T7, _T9, _T11 = map(np.float32, (-3.33332819422e-1, 1.33314422036e-1, -5.37397155531e-2, 2.06390887954e-2, -5.70498872745e-3))
@@ -59,8 +59,8 @@ if is_available():
     def _tanh(u):
         """tanh(u): a polynomial around 0, where 2 sigmoid(2u) - 1 would lose the digits (Cephes' too)."""
         s = u * u
-        p = (((_T11 * s + _T9) * s + _T7) * s + _T5) * s + _T3
-        return p * s * u + u if abs(u) < _NEAR_ZERO else TWO * sigmoid(TWO * u) - ONE
+        p = multiply_add(multiply_add(multiply_add(multiply_add(_T11, s, _T9), s, _T7), s, _T5), s, _T3)
+        return multiply_add(p * s, u, u) if abs(u) < _NEAR_ZERO else multiply_add(TWO, sigmoid(TWO * u), -ONE)
 
     @inlined
     def _candidate(u, code):
@@ -81,7 +81,7 @@ if is_available():
             return ONE if u >= ZERO else s * (ONE - s)
         if code == 2:
             return np.float32(4) * s * (ONE - s)
-        return s * (ONE + u * (ONE - s))
+        return s * multiply_add(u, ONE - s, ONE)
 
     @kernel
     def _backward_output_gate(o, h_t, g_t, d_o, carry):
@@ -89,8 +89,8 @@ if is_available():
         for d in range(carry.size - 1, -1, -1):
             x, g = load_input(o, d), load_input(g_t, d)
             s = sigmoid(x)
-            store_output(d_o, d, g * load_input(h_t, d) * s * (ONE + x * (ONE - s)))
-            store_state(carry, d, load_state(carry, d) + g * x * s)
+            store_output(d_o, d, g * load_input(h_t, d) * s * multiply_add(x, ONE - s, ONE))
+            store_state(carry, d, multiply_add(g * x, s, load_state(carry, d)))
 
 
 @functools.cache
@@ -121,7 +121,7 @@ def _forward_kernel(cell: int, activation: int, gated: bool) -> Callable:
                     for d in range(high - low):
                         p, q = load_input(gate_p, d) + load_input(bias_p, d), load_input(gate_q, d) + load_input(bias_q, d)
                         a, z = _factors(p, q, cell)
-                        store_state(carry, d, a * load_state(carry, d) + z * _candidate(load_input(u, d), activation))
+                        store_state(carry, d, multiply_add(a, load_state(carry, d), z * _candidate(load_input(u, d), activation)))
                     if decay.size > 0:
                         for d in range(high - low):
                             p, q = load_input(gate_p, d) + load_input(bias_p, d), load_input(gate_q, d) + load_input(bias_q, d)
@@ -180,10 +180,10 @@ def _backward_kernel(cell: int, activation: int, gated: bool) -> Callable:
                     d_p, d_q = _gate_slopes(p, q, cell)
                     store_output(d_u, d, gradient * z * _candidate_slope(x, activation))
                     store_output(d_gate_p, d, slope * d_p)
-                    store_state(d_bias_p, d, load_state(d_bias_p, d) + slope * d_p)
+                    store_state(d_bias_p, d, multiply_add(slope, d_p, load_state(d_bias_p, d)))
                     if num_gates == 2:
                         store_output(d_gate_q, d, slope * d_q)
-                        store_state(d_bias_q, d, load_state(d_bias_q, d) + slope * d_q)
+                        store_state(d_bias_q, d, multiply_add(slope, d_q, load_state(d_bias_q, d)))
                     store_state(carry, d, ZERO if is_start else gradient * a)
 
     return backward

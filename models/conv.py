@@ -102,7 +102,7 @@ def conv_one_token(x: Tensor, weight: Tensor, state: Tensor | None) -> tuple[Ten
     if state is None:
         state = x.new_zeros(len(x), weight.shape[1] - 1, x.shape[2])
     extended = torch.cat([state.to(x.dtype), x], dim=1)
-    return (extended * weight.t().to(x.dtype)).sum(1, keepdim=True), extended[:, 1:]
+    return (extended * weight.t().to(x.dtype)).sum(1, keepdim=True), extended[:, 1:].clone()
 
 
 def next_conv_state(

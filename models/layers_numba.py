@@ -16,7 +16,7 @@ ROWS = 64  # tokens of a task
 if is_available():
     import numpy as np
 
-    from .numba_support import ONE, ZERO, kernel, load_input, load_state, reduction, sigmoid, store_output, store_state
+    from .numba_support import ONE, ZERO, kernel, load_input, load_state, multiply_add, reduction, sigmoid, store_output, store_state
 
     @reduction
     def _dot(x, y, scale):
@@ -46,7 +46,7 @@ if is_available():
                 mean = _dot(x_n, g_n, weight) * scale * scale / np.float32(x.shape[1])
                 for d in range(x.shape[1]):
                     value, weighted = load_input(x_n, d), load_input(g_n, d) * scale
-                    store_state(d_w, d, load_state(d_w, d) + weighted * value)
+                    store_state(d_w, d, multiply_add(weighted, value, load_state(d_w, d)))
                     store_output(dx_n, d, weighted * load_input(weight, d) - value * scale * mean)
 
     @kernel
@@ -63,7 +63,7 @@ if is_available():
                 for j in range(1, taps if reach.size == 0 else min(taps, reach[row, t] + 1)):
                     source, w = x[row, t - j] if t >= j else state[row, taps - 1 + t - j], weight[j]
                     for d in range(width):
-                        store_state(accumulator, d, load_state(accumulator, d) + load_input(source, d) * load_input(w, d))
+                        store_state(accumulator, d, multiply_add(load_input(source, d), load_input(w, d), load_state(accumulator, d)))
                 for d in range(width):
                     store_output(y_t, d, load_state(accumulator, d))
 
@@ -80,7 +80,7 @@ if is_available():
                     if 0 <= t + j < time and (reach.size == 0 or reach[row, t + j] >= j):
                         g, w = grad_y[row, t + j], weight[j]
                         for d in range(width):
-                            store_state(accumulator, d, load_state(accumulator, d) + load_input(g, d) * load_input(w, d))
+                            store_state(accumulator, d, multiply_add(load_input(g, d), load_input(w, d), load_state(accumulator, d)))
                 out = dx[row, t] if t >= 0 else d_state[row, taps - 1 + t]
                 for d in range(width):
                     store_output(out, d, load_state(accumulator, d))
@@ -90,7 +90,7 @@ if is_available():
                 for j in range(taps if reach.size == 0 else min(taps, reach[row, t] + 1)):
                     source, d_w = x[row, t - j] if t >= j else state[row, taps - 1 + t - j], d_weight[task, j]
                     for d in range(width):
-                        store_state(d_w, d, load_state(d_w, d) + load_input(g, d) * load_input(source, d))
+                        store_state(d_w, d, multiply_add(load_input(g, d), load_input(source, d), load_state(d_w, d)))
 
     @kernel
     def _swiglu_forward(x, y, rows, first, last):
@@ -111,7 +111,7 @@ if is_available():
             for d in range(width):
                 g, gradient = load_input(gate, d), load_input(g_n, d)
                 s = sigmoid(g)
-                store_output(d_gate, d, gradient * load_input(up, d) * s * (ONE + g * (ONE - s)))
+                store_output(d_gate, d, gradient * load_input(up, d) * s * multiply_add(g, ONE - s, ONE))
                 store_output(d_up, d, gradient * g * s)
 
 

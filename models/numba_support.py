@@ -5,13 +5,16 @@ numba has no bfloat16: such arrays come in as their bits (uint16), are widened i
 Kernels touch memory through four intrinsics, which tell LLVM what Python cannot: inputs are never written, and outputs and carried state do not
 overlap them. Without that, a loop over six arrays needs so many overlap checks at run time that LLVM gives up and leaves it scalar.
 
+Arithmetic is as it is written, one rounding an operation, and `multiply_add` where one rounding for two is wanted. Were that left to the
+compiler (fastmath's "contract"), it would round vectors and what is left over of a row differently, and the number of threads would show.
+
 numba keeps what it has compiled beside a kernel's file, until that file changes. It does not see a change in this one: delete __pycache__ then.
 
 Kernels run on plain Python threads without the GIL, as many as torch uses: numba's own thread pool may neither be forked nor entered twice.
 """
 
-# pyright: reportPossiblyUnboundVariable=false, reportCallIssue=false
-# (numba may be missing, and rewrites the signatures of its intrinsics)
+# pyright: reportPossiblyUnboundVariable=false
+# (numba may be missing)
 
 import functools
 import itertools
@@ -48,11 +51,12 @@ def serves(tensor: Tensor, backend: str | None) -> bool:
 
 def is_token_step(x: Tensor) -> bool:
     """Whether x [..., time, width] is one token a row, and nobody will differentiate: a step of decoding."""
-    return x.shape[-2] == 1 and not torch.is_grad_enabled()
+    return x.shape[-2:-1] == (1,) and not torch.is_grad_enabled()
 
 
 if numba is not None:
     INT16, INT32 = ir.IntType(16), ir.IntType(32)
+    intrinsic: Callable[..., Any] = intrinsic  # called without the typing context that its definition takes
 
     def _scopes(builder, *names):
         """LLVM's alias scopes of these names, as metadata."""
@@ -64,7 +68,7 @@ if numba is not None:
         array = context.make_array(signature.args[0])(context, builder, args[0])
         return builder.gep(array.data, [args[1]])
 
-    def _load_intrinsic(own) -> Callable[..., Any]:
+    def _load_intrinsic(own):
         @intrinsic
         def load(typingctx, array, index):
             is_bf16 = array.dtype == types.uint16
@@ -90,7 +94,7 @@ if numba is not None:
         rounded = builder.select(is_nan, ir.Constant(INT32, 0x7FC00000), rounded)
         return builder.trunc(builder.lshr(rounded, ir.Constant(INT32, 16)), INT16)
 
-    def _store_intrinsic(own, *others) -> Callable[..., Any]:
+    def _store_intrinsic(own, *others):
         @intrinsic
         def store(typingctx, array, index, value):
             def codegen(context, builder, signature, args):
@@ -113,11 +117,21 @@ if numba is not None:
     store_state = _store_intrinsic("state", "input", "output")
     store_output = _store_intrinsic("output", "input", "state")
 
-    kernel: Callable[..., Any] = functools.partial(
-        numba.njit, nogil=True, cache=True, fastmath={"contract"}, error_model="numpy", boundscheck=False
-    )
+    kernel: Callable[..., Any] = functools.partial(numba.njit, nogil=True, cache=True, error_model="numpy", boundscheck=False)
     reduction: Callable[..., Any] = functools.partial(kernel, fastmath={"contract", "reassoc"})  # may add in any order, so in lanes
-    inlined: Callable[..., Any] = functools.partial(numba.njit, fastmath={"contract"}, error_model="numpy", forceinline=True)
+    inlined: Callable[..., Any] = functools.partial(numba.njit, error_model="numpy", forceinline=True)
+
+    @intrinsic
+    def multiply_add(typingctx, x, y, z):
+        """x * y + z, rounded once (on a machine that can: nearly all)."""
+        widest = typingctx.unify_types(x, y, z)
+
+        def codegen(context, builder, signature, args):
+            factors = [context.cast(builder, arg, kind, widest) for arg, kind in zip(args, signature.args, strict=True)]
+            real = factors[0].type
+            return builder.call(builder.module.declare_intrinsic("llvm.fmuladd", [real], ir.FunctionType(real, [real] * 3)), factors)
+
+        return widest(x, y, z), codegen
 
     @intrinsic
     def _power_of_two(typingctx, shifted):
@@ -132,7 +146,7 @@ if numba is not None:
     F = np.float32
     ZERO, HALF, ONE = F(0), F(0.5), F(1)
     _LOWEST, _HIGHEST = F(-87.3), F(88.3)  # exp stays a normal number
-    _SHIFT, _LOG2_E, _LN2_HIGH, _LN2_LOW = F(1.5 * 2**23), F(1.44269504), F(0.693359375), F(-2.12194440e-4)
+    _SHIFT, _LOG2_E, _LN2_HIGH, _LN2_LOW = F(1.5 * 2**23), F(1.44269504), F(-0.693359375), F(2.12194440e-4)
     _C2, _C3, _C4, _C5, _C6, _C7 = map(
         F, (5.0000001201e-1, 1.6666665459e-1, 4.1665795894e-2, 8.3334519073e-3, 1.3981999507e-3, 1.9875691500e-4)
     )
@@ -142,11 +156,12 @@ if numba is not None:
         """e^x in float32, to about one unit in the last place; flushed to e^-87.3 below and e^88.3 above (Cephes' polynomial)."""
         x = _LOWEST if x < _LOWEST else x  # written so that NaN passes
         x = _HIGHEST if x > _HIGHEST else x
-        shifted = x * _LOG2_E + _SHIFT
+        shifted = multiply_add(x, _LOG2_E, _SHIFT)
         n = shifted - _SHIFT
-        r = x - n * _LN2_HIGH - n * _LN2_LOW
-        p = ((((_C7 * r + _C6) * r + _C5) * r + _C4) * r + _C3) * r + _C2
-        return (p * r * r + r + ONE) * _power_of_two(shifted)
+        r = multiply_add(n, _LN2_LOW, multiply_add(n, _LN2_HIGH, x))
+        p = multiply_add(multiply_add(multiply_add(_C7, r, _C6), r, _C5), r, _C4)
+        p = multiply_add(multiply_add(p, r, _C3), r, _C2)
+        return (multiply_add(p * r, r, r) + ONE) * _power_of_two(shifted)
 
     @inlined
     def sigmoid(x):

@@ -16,7 +16,7 @@ from .numba_support import is_available as is_available
 from .scan_torch import accumulate_dtype
 
 if is_available():
-    from .numba_support import kernel, load_input, load_state, store_output, store_state
+    from .numba_support import kernel, load_input, load_state, multiply_add, store_output, store_state
 
     @kernel
     def _forward_kernel(a, b, h0, h, h_last, stripe, first, last):
@@ -31,7 +31,7 @@ if is_available():
             for t in range(time):
                 a_t, b_t, h_t = a[row, t, low:high], b[row, t, low:high], h[row, t, low:high]
                 for d in range(high - low):
-                    value = load_input(a_t, d) * load_state(carry, d) + load_input(b_t, d)
+                    value = multiply_add(load_input(a_t, d), load_state(carry, d), load_input(b_t, d))
                     store_state(carry, d, value)
                     store_output(h_t, d, value)
 

@@ -6,7 +6,7 @@ import torch
 from helpers import assert_close, generator, run_and_differentiate
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from minrnn.models.conv import causal_conv, next_conv_state, taps_within_document
+from minrnn.models.conv import causal_conv, next_conv_state, reach_within_document
 from torch import Tensor
 
 KERNELS = st.integers(2, 7)
@@ -61,7 +61,7 @@ def test_documents_and_cuts_are_exact(time, kernel, cuts, starts):
     for low, high in itertools.pairwise(edges):
         piece, here = x[:, low:high], document_starts[:, low:high]
         mask = here if here.any() else None
-        pieces.append(causal_conv(piece, weight, state, None if mask is None else taps_within_document(mask, kernel)))
+        pieces.append(causal_conv(piece, weight, state, None if mask is None else reach_within_document(mask, kernel)))
         state = next_conv_state(piece, state, kernel, mask)
     y = torch.cat(pieces, dim=1)
     assert state is not None
@@ -88,7 +88,7 @@ def test_packed_gradient_is_that_of_the_documents():
     x, weight, _ = problem(3, 17, 4)
     starts = torch.zeros(2, 17, dtype=torch.bool)
     starts[:, [0, 2, 3, 9]] = True
-    taps = taps_within_document(starts, 4)
+    taps = reach_within_document(starts, 4)
     probe = torch.randn(x.shape, generator=generator(98), dtype=torch.float64)
 
     def separate(x: Tensor, weight: Tensor) -> Tensor:

@@ -146,22 +146,22 @@ def test_memory_lengths_are_spread_in_octaves(cell, memory_length):
 
 
 @cells
-def test_decays_and_state_are_fp32_under_autocast(cell, monkeypatch):
+def test_state_is_fp32_under_autocast(cell, monkeypatch):
     seen = []
 
-    def recording(a, b, h0, **kwargs):
-        seen.append((a.dtype, b.dtype, None if h0 is None else h0.dtype))
-        return scan(a, b, h0, **kwargs)
+    def recording(projected, gate_bias, h0, **kwargs):
+        seen.append((projected.dtype, gate_bias.dtype, None if h0 is None else h0.dtype))
+        return scan(projected, gate_bias, h0, **kwargs)
 
-    scan = modeling.linear_scan
-    monkeypatch.setattr(modeling, "linear_scan", recording)
+    scan = modeling.cell_scan
+    monkeypatch.setattr(modeling, "cell_scan", recording)
     model, ids, cache = new_model(cell=cell), random_ids(2, 9), MinRNNCache(2)
     exact = logits_of(model, ids)
     seen.clear()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         pieces = [logits_of(model, ids[:, low:high], past_key_values=cache, use_cache=True) for low, high in ((0, 4), (4, 9))]
         output = model(ids, labels=ids)
-    assert seen[:4] == [(torch.float32, torch.bfloat16, None)] * 2 + [(torch.float32, torch.bfloat16, torch.float32)] * 2
+    assert seen[:4] == [(torch.bfloat16, torch.float32, None)] * 2 + [(torch.bfloat16, torch.float32, torch.float32)] * 2
     assert all(layer.recurrent is not None and layer.recurrent.dtype == torch.float32 for layer in cache.layers)
     assert output.loss.dtype == torch.float32
     assert_close(torch.cat(pieces, dim=1), exact, atol=0.05)  # a few layers of bf16, 2**-8 each

@@ -1,6 +1,6 @@
 """The scan as a torch operator: opcheck, torch.compile, autocast, its name, and what it refuses."""
 
-import hashlib
+import shutil
 from pathlib import Path
 
 import minrnn.models.scan as scan_module
@@ -8,14 +8,15 @@ import pytest
 import torch
 from helpers import assert_close, generator, run_and_differentiate
 from minrnn.models import linear_scan as exported_linear_scan
-from minrnn.models.scan import BACKENDS, linear_scan
+from minrnn.models.operators import define, namespace
+from minrnn.models.scan import linear_scan
 from torch import Tensor
 
-backends = pytest.mark.parametrize("backend", BACKENDS)
+backends = pytest.mark.parametrize("backend", ["reference", "torch", "numba"])
 
 
 def operator(name: str):
-    return getattr(getattr(torch.ops, scan_module._namespace()), name).default
+    return getattr(getattr(torch.ops, namespace(scan_module.__file__)), name).default
 
 
 def inputs(layout: str, time: int, dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32)) -> tuple[Tensor, Tensor, Tensor]:
@@ -35,7 +36,7 @@ def inputs(layout: str, time: int, dtypes: tuple[torch.dtype, torch.dtype] = (to
 def test_opcheck_forward(backend, layout, time, b_dtype):
     arguments = tuple(tensor.requires_grad_() for tensor in inputs(layout, time, (torch.float32, b_dtype)))
     tolerance = 1e-2 if b_dtype == torch.bfloat16 else 1e-6
-    torch.library.opcheck(operator(f"linear_scan_{backend}"), arguments, atol=tolerance, rtol=tolerance)
+    torch.library.opcheck(operator(f"linear_scan_{backend}"), (*arguments, time > 0), atol=tolerance, rtol=tolerance)
 
 
 @backends
@@ -89,15 +90,45 @@ def test_inputs_stay_and_outputs_are_new(backend):
         assert all(torch.equal(tensor, copy) for tensor, copy in zip(arguments, before, strict=True))
 
 
+@pytest.mark.parametrize("has_triton", [False, True])
+def test_default_backend_is_triton_on_the_gpu(has_triton, monkeypatch):
+    monkeypatch.setattr(scan_module, "triton_is_available", lambda on_cpu=False: has_triton)
+    assert scan_module.default_backend(torch.device("cuda")) == ("triton" if has_triton else "torch")
+    assert scan_module.default_backend(torch.device("meta")) == "torch"
+
+
 def test_default_backend_is_numba_on_the_cpu():
     assert scan_module.default_backend(torch.device("cpu")) == "numba"
-    assert scan_module.default_backend(torch.device("cuda")) == "torch"
     assert exported_linear_scan is linear_scan
 
 
-def test_namespace_is_a_hash_of_the_source():
-    sources = [Path(scan_module.__file__).with_name(f"{name}.py").read_bytes() for name in ("scan", "scan_torch", "scan_numba")]
-    assert scan_module._namespace() == f"minrnn_{hashlib.sha256(b''.join(sources)).hexdigest()[:12]}"
+def test_namespace_is_a_hash_of_the_source(tmp_path):
+    """Of all that the operators of a file are made of, and of nothing else that lies there."""
+
+    def copy(name: str, **changed: str) -> str:
+        folder = tmp_path / name
+        shutil.copytree(Path(scan_module.__file__).parent, folder, ignore=shutil.ignore_patterns("__pycache__"))
+        for module, text in changed.items():
+            with (folder / f"{module}.py").open("a") as file:
+                file.write(text)
+        return namespace(str(folder / "scan.py"))
+
+    ours = copy("one")
+    assert ours == copy("same")
+    assert ours == copy("something-else", layers_numba="\n#", note="\n#")
+    for module in ("scan", "scan_numba", "numba_support", "scan_torch", "scan_triton", "tiles_triton", "operators"):
+        assert ours != copy(module, **{module: "\n#"}), module
+
+
+def test_the_same_operator_is_made_once():
+    def one_more(a: Tensor) -> Tensor:
+        return a + 1
+
+    first, is_new = define("one_more", one_more, torch.empty_like)
+    assert is_new
+    second, is_new = define("one_more", lambda a: a + 2, torch.empty_like)
+    assert not is_new
+    assert first(torch.ones(1)) == second(torch.ones(1)) == 2
 
 
 @pytest.mark.parametrize(
@@ -127,9 +158,9 @@ def test_dtypes_that_do_not_fit_are_refused(name, dtype):
 
 def test_unknown_backends_and_devices_are_refused():
     a, b, h0 = inputs("contiguous", 3)
-    with pytest.raises(ValueError, match="'cuda_graph'; choose one of reference, torch, numba"):
+    with pytest.raises(ValueError, match="'cuda_graph'; choose one of reference, torch, numba, triton"):
         linear_scan(a, b, h0, backend="cuda_graph")
-    with pytest.raises(ValueError, match="a is on meta and b on cpu"):
+    with pytest.raises(ValueError, match="on one device, but a is on meta and the others on cpu"):
         linear_scan(a.to("meta"), b, h0)
 
 
@@ -138,3 +169,9 @@ def test_numba_without_numba_is_refused(monkeypatch):
     assert scan_module.default_backend(torch.device("cpu")) == "torch"
     with pytest.raises(ValueError, match="pip install numba"):
         linear_scan(*inputs("contiguous", 3), backend="numba")
+
+
+def test_triton_without_a_gpu_is_refused(monkeypatch):
+    monkeypatch.setattr(scan_module, "triton_is_available", lambda on_cpu=False: False)
+    with pytest.raises(ValueError, match=r"needs the package triton, and tensors on a GPU .*, but the tensors are on cpu; use another backend"):
+        linear_scan(*inputs("contiguous", 3), backend="triton")

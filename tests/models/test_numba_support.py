@@ -1,0 +1,153 @@
+"""What the numba kernels are built from: elementary functions to the last place, bfloat16, tasks among threads."""
+
+import threading
+
+import minrnn.models.numba_support as support
+import numba
+import numpy as np
+import pytest
+import torch
+from helpers import generator
+from minrnn.models.cell_scan_numba import _factors, _tanh
+
+UNIT = 2.0**-23  # one unit in the last place of an fp32 number, relative to it
+
+
+def mapped(function, x: np.ndarray) -> np.ndarray:
+    """function(x), in a loop that vectorises as the kernels' do."""
+
+    @numba.njit(error_model="numpy")
+    def loop(x, y):
+        for i in range(x.size):
+            y[i] = function(x[i])
+
+    y = np.full_like(x, np.nan)
+    loop(x, y)
+    return y
+
+
+def relative_error(value: np.ndarray, exact: np.ndarray) -> float:
+    return float(np.abs(value / exact - 1).max())
+
+
+@pytest.fixture(scope="module")
+def normal_range() -> np.ndarray:
+    """A million fp32 numbers whose exponential is a normal number, dense around 0."""
+    everywhere = np.linspace(-87.3, 88.3, 500_001)
+    near_zero = 10.0 ** np.linspace(-30, 1, 250_000)
+    return np.concatenate([everywhere, near_zero, -near_zero]).astype(np.float32)
+
+
+def test_exp_is_right_to_the_last_place(normal_range):
+    assert relative_error(mapped(support.exp, normal_range), np.exp(normal_range.astype(np.float64))) < 0.8 * UNIT
+
+
+def test_sigmoid_is_right_to_the_last_places(normal_range):
+    assert relative_error(mapped(support.sigmoid, normal_range), 1 / (1 + np.exp(-normal_range.astype(np.float64)))) < 1.5 * UNIT
+
+
+def test_tanh_keeps_its_digits_near_zero(normal_range):
+    assert relative_error(mapped(_tanh, normal_range), np.tanh(normal_range.astype(np.float64))) < 2.5 * UNIT
+
+
+def test_ends_of_the_range():
+    """NaN passes; what would overflow or vanish stays at the ends, so that nothing divides by 0 or multiplies 0 with infinity."""
+    ends = np.array([np.nan, np.inf, 1e4, -1e4, -np.inf, 0.0, -0.0], np.float32)
+    assert np.allclose(mapped(support.exp, ends), np.exp(np.array([np.nan, 88.3, 88.3, -87.3, -87.3, 0, 0])), rtol=1e-5, atol=0, equal_nan=True)
+    values = mapped(support.sigmoid, ends)
+    assert np.isnan(values[0])
+    assert list(values[1:3]) == [1, 1]
+    assert 0 <= values[3:5].max() < 1e-38
+    assert list(values[5:]) == [0.5, 0.5]
+    assert np.array_equal(mapped(_tanh, ends)[1:], np.array([1, 1, -1, -1, 0, 0], np.float32))
+
+
+@pytest.mark.parametrize("cell", [0, 1])
+@pytest.mark.parametrize("scale", [1.0, 8.0, 30.0])
+def test_factors(cell, scale):
+    """a and z in fp32 each keep the digits that their pre-activations give them: near 1 to two units of 2^-24, near 0 relatively.
+
+    A minLSTM takes exp(-p - max(-p, -q)): the difference is rounded by 2^-24 of its size.
+    """
+
+    @numba.njit(error_model="numpy")
+    def loop(p, q, a, z):
+        for i in range(p.size):
+            a[i], z[i] = _factors(p[i], q[i], cell)
+
+    p, q = (scale * torch.randn(2, 200_000, generator=generator(1))).numpy()
+    a, z = np.full_like(p, np.nan), np.full_like(p, np.nan)
+    loop(p, q, a, z)
+    p64, q64 = p.astype(np.float64), q.astype(np.float64)
+    log_ratio = p64 if cell == 0 else np.logaddexp(0, -p64) - np.logaddexp(0, -q64)
+    for value, exact in ((a, 1 / (1 + np.exp(log_ratio))), (z, 1 / (1 + np.exp(-log_ratio)))):
+        assert ((value >= 0) & (value <= 1)).all()
+        assert np.abs(value - exact)[exact > 0.5].max() <= 2 * 2**-24
+        usual = exact > 1e-30
+        assert relative_error(value[usual], exact[usual]) < (3 + cell * np.abs(p - q).max() / 2) * UNIT
+
+
+@numba.njit(error_model="numpy")
+def copy(x, y):
+    for i in range(x.size):
+        support.store_output(y, i, support.load_input(x, i))
+
+
+def test_every_bfloat16_is_read_and_written():
+    bits = torch.arange(2**16, dtype=torch.int32).to(torch.uint16)
+    numbers = bits.view(torch.bfloat16)
+    wide, narrow = torch.empty(2**16), torch.empty(2**16, dtype=torch.bfloat16)
+    copy(support.as_numpy(numbers), support.as_numpy(wide))
+    assert torch.equal(wide.nan_to_num(7), numbers.float().nan_to_num(7))
+    assert torch.equal(wide.isnan(), numbers.isnan())
+    copy(support.as_numpy(numbers), support.as_numpy(narrow))
+    assert torch.equal(narrow.view(torch.uint16)[~numbers.isnan()], bits[~numbers.isnan()])
+    assert narrow[numbers.isnan()].isnan().all()
+
+
+def test_rounding_to_bfloat16_is_torch_s():
+    """To nearest, ties to even, from any bits: half-way cases, subnormals, what overflows to infinity, every NaN."""
+    random = torch.randint(-(2**31), 2**31, (100_000,), generator=generator(2), dtype=torch.int64)
+    ties = (random & ~0xFFFF) | 0x8000
+    wide = torch.cat([random, ties, ties + 1, ties - 1]).to(torch.int32).view(torch.float32)
+    ours = torch.empty(wide.shape, dtype=torch.bfloat16)
+    copy(support.as_numpy(wide), support.as_numpy(ours))
+    expected = wide.bfloat16()
+    assert torch.equal(ours.isnan(), wide.isnan())
+    assert torch.equal(ours[~wide.isnan()].view(torch.uint16), expected[~wide.isnan()].view(torch.uint16))
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3, 8])
+@pytest.mark.parametrize("num_tasks", [0, 1, 2, 7, 100])
+def test_every_task_is_run_once(num_threads, num_tasks):
+    torch.set_num_threads(num_threads)
+    done, threads = [], set()
+
+    def kernel(what, first, last):
+        assert what == "argument"
+        done.extend(range(first, last))
+        threads.add(threading.current_thread())
+
+    support.run_tasks(kernel, ("argument",), num_tasks)
+    assert sorted(done) == list(range(num_tasks))
+    assert len(threads) <= max(1, min(num_threads, num_tasks))
+
+
+def test_an_error_in_a_thread_is_raised():
+    torch.set_num_threads(3)
+
+    def kernel(first, last):
+        if first > 0:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        support.run_tasks(kernel, (), 3)
+
+
+@pytest.mark.parametrize(
+    ("num_threads", "batch", "width", "expected"),
+    [(1, 1, 100, 100), (3, 1, 100, 100), (8, 1, 100, 13), (8, 2, 100, 25), (8, 3, 100, 100), (4, 0, 100, 25), (64, 1, 3, 1)],
+)
+def test_rows_are_striped_where_many_threads_would_idle(num_threads, batch, width, expected):
+    torch.set_num_threads(num_threads)
+    assert support.stripe_width(batch, width) == expected
