@@ -47,7 +47,6 @@ def measured(run: Path) -> dict:
         "seed": recipe.run.seed,
         "training_seconds": round(training_seconds + sum(line["seconds"] for line in validations)),
         "tokens_per_second_median": statistics.median(line["tokens_per_second"] for line in train),
-        "matmul_fraction_median": statistics.median(line["matmul_fraction"] for line in train),
         "validation_subset": validations[-1],
         "validation_all_held_out_modules": validate(model, sets, Accelerator(cpu=True), recipe.batch.carry_state),
         "machine": machine(torch.device("cpu")),

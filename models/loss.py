@@ -91,6 +91,8 @@ class LMHead(nn.Linear):
     The loss is computed inside the module, since engines that shard parameters (ZeRO-3) gather them around a module's forward.
     """
 
-    def forward(self, x: Tensor, targets: Tensor | None = None, num_items: int | float | Tensor | None = None) -> Tensor:
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, x: Tensor, targets: Tensor | None = None, num_items: int | float | Tensor | None = None
+    ) -> Tensor:
         """[..., hidden_size] -> logits [..., vocab_size]; with `targets`, the loss (see `linear_cross_entropy`)."""
         return super().forward(x) if targets is None else linear_cross_entropy(x, self.weight, targets, num_items)

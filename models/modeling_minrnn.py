@@ -80,8 +80,10 @@ class MinRNNMixer(nn.Module):
         if self.conv_weight is not None:
             next_conv = next_conv_state(x, conv, self.kernel, boundaries.document_starts, boundaries.lengths)
             x = causal_conv(x, self.conv_weight, conv, boundaries.reach, self.backend)
-        boundary = {"document_starts": boundaries.document_starts, "lengths": boundaries.lengths}
-        y, recurrent = cell_scan(self.in_proj(x), self.gate_bias, recurrent, **self.options, **boundary, backend=self.backend)
+        y, recurrent = cell_scan(
+            self.in_proj(x), self.gate_bias, recurrent, **self.options,
+            document_starts=boundaries.document_starts, lengths=boundaries.lengths, backend=self.backend,
+        )  # fmt: skip
         return self.out_proj(y), (recurrent, next_conv)
 
     def one_token(self, x: Tensor, state: State) -> tuple[Tensor, State]:
@@ -341,7 +343,7 @@ class MinRNNForCausalLM(MinRNNPreTrainedModel, GenerationMixin):
         """A long prompt is read in pieces, so that memory does not grow with it; `prefill_chunk_size` says how long they are."""
         if input_ids.shape[1] > PREFILL and generation_config.use_cache is not False and generation_config.prefill_chunk_size is None:
             generation_config.prefill_chunk_size = PREFILL  # generate()'s own copy
-        return super()._prefill(input_ids, generation_config, *args, **kwargs)
+        return super()._prefill(input_ids, generation_config, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 __all__ = ["MinRNNForCausalLM", "MinRNNModel", "MinRNNPreTrainedModel"]

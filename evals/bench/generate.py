@@ -4,7 +4,8 @@
     decode    seconds of one step (a token for each row), after a context; the likeliest token is fed back
 
 Ours really reads every context up to --read-ours tokens (rows included); beyond that, and for the recurrent peers beyond --read, the state is
-the one after fewer tokens, which has the same size and the same cost. Llama decodes from random keys and values, as many as the context has
+the one after fewer tokens, which has the same size and the same cost. Last, ours decodes after all contexts in one rotation (section
+"contexts"), since rotations minutes apart differ by more than the contexts do. Llama decodes from random keys and values, as many as the context has
 tokens. `context_read` in a row says how many tokens were really read before decoding. Weights are in --dtype, without autocast (it would cast
 them anew at every step).
 """
@@ -100,6 +101,7 @@ class DecodingWork:
             release_memory(self.device)
             self.memory_before = current_memory(self.device) - self.weights_bytes
             self.info |= self._read(spec)
+            release_memory(self.device)  # what reading took is no part of decoding
             self.decoder.pretend(spec["context"])
             self.info |= {"weights_bytes": self.weights_bytes, "state_bytes": self.decoder.state_bytes()}
             self.graph = capture(self.decoder, self.token) if spec["graph"] else None
@@ -179,24 +181,51 @@ def build_work(spec: Mapping[str, Any]) -> DecodingWork:
 
 
 def run(arguments: argparse.Namespace, record: Record) -> None:
-    """Every batch and context."""
+    """Every batch and context; then ours after all contexts in turn."""
     for batch in arguments.batches:
         for context in arguments.contexts:
             rows, ceilings = measure_context(batch, context, arguments)
             record.data["ceilings"][f"batch {batch}, context {context}"] = ceilings
             record.add(rows)
             print(_table(rows, f"decoding {batch} row(s) after {context:,} tokens, {arguments.dtype} on {arguments.device}"))
+        if len(arguments.contexts) > 1:
+            for family in arguments.cells:
+                rows = measure_contexts(family, batch, arguments)
+                record.add(rows)
+                print(_table(rows, f"decoding {batch} row(s), all contexts in turn, {arguments.dtype} on {arguments.device}"))
+
+
+def _spec(family: str, batch: int, context: int, arguments: argparse.Namespace, **more: Any) -> dict[str, Any]:
+    names = ("params", "layers", "dtype", "device", "threads", "seed", "compile", "prefill", "read", "read_ours", "steps")
+    common = {"module": "generate", "family": family, "batch": batch, "context": context, "graph": False}
+    return {**common, **{name: getattr(arguments, name) for name in names}, **more}
+
+
+def measure_contexts(family: str, batch: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of one of ours after every context, measured in turn: `of_shortest` is the time by that after the shortest."""
+    shortest = min(arguments.contexts)
+    specs = {f"{family} after {context:,}": _spec(family, batch, context, arguments) for context in arguments.contexts}
+    rounds = 4 * arguments.rounds
+    with tqdm(total=rounds * len(specs), desc="generate, contexts in turn", leave=False) as bar:
+        timings, infos = contest(specs, rounds, arguments.limit, arguments.device == "cpu", {}, bar)
+    rows = [
+        {"section": "contexts", "contender": name, "context": spec["context"], "batch": batch, **infos.get(name, {}), **timings[name].row()}
+        for name, spec in specs.items()
+    ]
+    base = next(row.get("median_seconds") for row in rows if row["context"] == shortest)
+    for row in rows:
+        if base and row.get("median_seconds"):
+            row |= {"of_shortest": row["median_seconds"] / base, "tokens_per_second": batch / row["median_seconds"]}
+    return rows
 
 
 def measure_context(batch: int, context: int, arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Rows of everyone after one context, and the ceilings of the same rotation."""
     device = torch.device(arguments.device)
-    names = ("params", "layers", "dtype", "device", "threads", "seed", "compile", "prefill", "read", "read_ours", "steps")
-    common = {"module": "generate", "batch": batch, "context": context, **{name: getattr(arguments, name) for name in names}}
     families = [*arguments.cells, *arguments.peers]
-    specs = {family: {**common, "family": family, "graph": False} for family in families}
+    specs = {family: _spec(family, batch, context, arguments) for family in families}
     if arguments.cuda_graphs:
-        specs |= {family + GRAPH: {**common, "family": family, "graph": True} for family in families}
+        specs |= {family + GRAPH: _spec(family, batch, context, arguments, graph=True) for family in families}
     ceilings = default_ceilings(device, DTYPES[arguments.dtype], tiny=context <= 256)
     clocks = {name: Stopwatch(always(ceiling.function), device, arguments.min_seconds) for name, ceiling in ceilings.items()}
     with tqdm(total=arguments.rounds * (len(specs) + len(clocks)), desc=f"generate, {batch} x {context}", leave=False) as bar:
@@ -232,7 +261,7 @@ def _table(rows: list[dict[str, Any]], title: str) -> str:
 def draw(figure: Any, rows: list[dict[str, Any]]) -> None:
     """Seconds a step and memory over contexts, a line for each contender at the first batch."""
     left, right = figure.subplots(1, 2)
-    rows = [row for row in rows if row["batch"] == rows[0]["batch"]]
+    rows = [row for row in rows if row["section"] == "generate" and row["batch"] == rows[0]["batch"]]
     for name in dict.fromkeys(row["contender"] for row in rows):
         points = sorted((row["context"], 1e3 * row["median_seconds"], row["peak_bytes"] / 1e9) for row in rows if row["contender"] == name)
         contexts, milliseconds, memory = zip(*points, strict=True)

@@ -40,7 +40,7 @@ Shape = tuple[int, int, int]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What only this bench takes."""
-    parser.add_argument("--shapes", default="8x1024x512", help="batch x time x width, separated by commas (default: %(default)s)")
+    parser.add_argument("--shapes", default="8x1024x512,8x4096x1024", help="batch x time x width, separated by commas (default: %(default)s)")
     parser.add_argument("--dtypes", default="fp32,bf16", help="of the tensors (default: %(default)s)")
     lengths = "512,1024,2048,4096,8192,16384,32768,65536,1048576"
     parser.add_argument("--lengths", default=lengths, help="sweep of the scan over these lengths, or none (default: %(default)s)")

@@ -8,7 +8,7 @@ length past that is one row. There ours runs twice: whole, with the gradient thr
 (`minrnn-chunked`) with the state carried and the gradient cut at the chunk, as our training does, which bounds the memory. The ratio to the
 machine's matrix product counts 6 floating-point operations per parameter and token, whoever it is.
 
-`--stream N` trains ours on one document of N tokens, a step per chunk, the state carried from its first token to its last.
+`--stream N` trains ours on one document of at least N tokens, a step per chunk, the state carried from its first token to its last.
 """
 
 import argparse
@@ -251,13 +251,13 @@ def measure_length(length: int, arguments: argparse.Namespace, device: torch.dev
 
 def measure_stream(family: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """One row: ours, through the whole document."""
-    num_steps = max(1, arguments.stream // arguments.chunk)
+    num_steps = -(-arguments.stream // arguments.chunk)
     num_turns = min(20, num_steps)
-    spec = _spec(family, arguments, chunk=arguments.chunk, steps_per_turn=num_steps // num_turns)
+    spec = _spec(family, arguments, chunk=arguments.chunk, steps_per_turn=-(-num_steps // num_turns))
     with tqdm(total=num_turns, desc=f"train, one document of {arguments.stream}", leave=False) as bar:
         timings, infos = contest({family: spec}, num_turns, float("inf"), arguments.device == "cpu", {}, bar)
     timing = timings[family]
-    read = num_turns * (num_steps // num_turns) * arguments.chunk
+    read = num_turns * spec["steps_per_turn"] * arguments.chunk
     row = {
         "section": "stream",
         "contender": family,

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from minrnn.evals import speed
+
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -11,9 +13,16 @@ def test_the_numbers_of_the_main_job_are_those_of_its_results_file():
     readme = " ".join((REPOSITORY / "README.md").read_text().split())
     for claim in (
         f"{results['tokens'] / 1e6:.2f}M tokens in {results['training_seconds']} seconds",
-        f"at {results['tokens_per_second_median']:,.0f} tokens per second, {results['matmul_fraction_median']:.2f} of the machine's",
+        f"at {results['tokens_per_second_median']:,.0f} tokens per second; ",
         f"{results['validation_subset']['bits_per_byte']:.2f} bits per byte on the held-out modules that the run validates on",
         f"{results['validation_all_held_out_modules']['bits_per_byte']:.2f} on all held-out modules",
     ):
         assert claim in readme
     assert (REPOSITORY / "docs" / "quickstart.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_tables_of_speed_are_those_of_the_benches():
+    readme = (REPOSITORY / "README.md").read_text()
+    table = readme.split("<!-- speed -->")[1].split("<!-- /speed -->")[0].strip()
+    blocks = ["\n".join(lines) for lines in (speed.scan_lines(), speed.train_lines(), speed.generate_lines())]
+    assert table == "\n\n".join([*blocks, speed.contexts_line(), speed.stream_line()])

@@ -1,62 +1,26 @@
-"""Cell and scan in one kernel against the composition of their parts in fp64: values, gradients, boundaries, layouts, and as an operator."""
+"""Cell and scan in one kernel against the composition of their parts in fp64: values, gradients, boundaries, layouts, threads."""
 
 import itertools
-import re
 from collections.abc import Callable
 from typing import Any
 
-import minrnn.models.cell_scan as cell_scan_module
-import minrnn.models.cell_scan_numba as kernels
 import pytest
 import torch
+from cell_scan_problems import Options, boundaries, cases, few, problem, real_tokens
 from helpers import assert_close, generator
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from minrnn.models.cell_scan import cell_scan, cell_scan_with_decay
-from minrnn.models.cells import CANDIDATE_ACTIVATIONS, CELLS
-from minrnn.models.configuration_minrnn import MinRNNConfig
-from minrnn.models.modeling_minrnn import Boundaries, MinRNNBlock
-from minrnn.models.operators import namespace
+from minrnn.models.cell_scan import cell_scan, cell_scan_with_decay, one_token
+from minrnn.models.cells import CELLS, candidate
 from torch import Tensor
 
-Options = dict[str, Any]
 Results = dict[str, Tensor]
-
-
-def variant(cell: str, activation: str, output_gate: bool) -> Options:
-    return {"cell": cell, "activation": activation, "output_gate": output_gate}
-
-
-# Each is a kernel to compile, for a second or two: every cell with every activation once, the gate on for half of them, and two again in bf16.
-EIGHT = [variant(cell, activation, (i + j) % 2 == 0) for i, cell in enumerate(CELLS) for j, activation in enumerate(CANDIDATE_ACTIVATIONS)]
-DEFAULT, PAPER = variant("mingru", "none", False), variant("minlstm", "none", True)
-CASES = [(options, torch.float32) for options in EIGHT] + [(DEFAULT, torch.bfloat16), (PAPER, torch.bfloat16)]
-cases = pytest.mark.parametrize(("options", "dtype"), CASES, ids=["-".join(map(str, [*o.values(), d])).replace("torch.", "") for o, d in CASES])
-few = pytest.mark.parametrize(("options", "dtype"), [*CASES[-2:], CASES[1]], ids=["mingru-bf16", "minlstm-bf16", "mingru-fp32"])
 
 # How far from the exact result. An fp32 token costs a few roundings of 2^-24, and a memory adds up those of the tokens it holds. In bf16,
 # results are rounded once, to nearest, by half a unit in the last place, 2^-8. Gradients of gates also hold the difference of the candidate and
 # a saved h that was rounded so. Nothing else does, the carried state included.
 FP32 = 2e-6
 HALF_UNIT = {torch.float32: 2**-24, torch.bfloat16: 2**-8}
-
-
-def problem(seed: int, options: Options, dtype: torch.dtype, batch: int, time: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(projected in dtype, gate_bias fp32, h0 fp32)."""
-    random, num_gates = generator(seed), CELLS[options["cell"]].num_gates
-    projected = 2 * torch.randn(batch, time, (num_gates + 1 + options["output_gate"]) * width, generator=random)
-    return projected.to(dtype), torch.randn(num_gates, width, generator=random), torch.randn(batch, width, generator=random)
-
-
-def boundaries(seed: int, batch: int, time: int, with_starts: bool, with_lengths: bool) -> Options:
-    random = generator(seed + 1)
-    starts, lengths = torch.rand(batch, time, generator=random) < 0.2, torch.randint(0, time + 1, (batch,), generator=random)
-    return {"document_starts": starts if with_starts else None, "lengths": lengths if with_lengths else None}
-
-
-def real_tokens(batch: int, time: int, lengths: Tensor | None) -> Tensor:
-    """[batch, time, 1], False at padding, where y means nothing."""
-    return (torch.arange(time) < (torch.full((batch,), time) if lengths is None else lengths).unsqueeze(1)).unsqueeze(-1)
 
 
 def differentiated(
@@ -258,10 +222,10 @@ def test_long_memory_is_kept(options, dtype):
     gate_bias = CELLS[options["cell"]].gate_bias(torch.full((width,), memory))
     projected = torch.zeros(1, time, (num_gates + 1 + options["output_gate"]) * width, dtype=dtype)
     _, h_last, decay = cell_scan_with_decay(projected, gate_bias, torch.ones(1, width), **options)
-    kept = (1 - 1 / memory) ** time
-    # a is within one unit of 2^-24 of the exact decay, always to the same side here
-    assert_close(h_last, torch.full_like(h_last, kept), atol=0, rtol=time * 2**-24)
-    assert_close(decay, torch.full_like(h_last, kept), atol=0, rtol=time * 2**-24)
+    kept = torch.tensor((1 - 1 / memory) ** time).expand(1, width)
+    # one a is within a unit of 2^-24 of the exact decay, and always to the same side here
+    assert_close(decay, kept, atol=0, rtol=time * 2**-24)
+    assert_close(h_last, kept + (1 - kept) * candidate(torch.zeros(()), options["activation"]), atol=0, rtol=time * 2**-24)
 
 
 def strided(tensor: Tensor, how: str) -> Tensor:
@@ -361,93 +325,14 @@ def test_decay_is_the_product(options, dtype, shape, with_starts, with_lengths, 
         assert torch.equal(decay == 0, began | (expected == 0))
 
 
-def operator(name: str):
-    return getattr(getattr(torch.ops, namespace(cell_scan_module.__file__)), name).default
-
-
-@few
-@pytest.mark.parametrize("time", [0, 6])
-@pytest.mark.parametrize("plain", [True, False])
-def test_opcheck(options, dtype, time, plain):
-    """Schema, fake tensors, autograd registration, dynamic shapes; outputs alias no input."""
-    arguments = problem(13, options, dtype, 2, time, 5)
-    for tensor in arguments:
-        tensor.requires_grad_()
-    where = boundaries(13, 2, time, not plain, not plain).values()
-    tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-6
-    torch.library.opcheck(operator("cell_scan_numba"), (*arguments, *where, *options.values(), not plain), atol=tolerance, rtol=tolerance)
-    projected, gate_bias, h0 = (tensor.detach() for tensor in arguments)
-    h, grad_last = torch.randn(2, time, 5).to(dtype), torch.randn(2, 5)
-    backward_arguments = (projected, gate_bias, h0, *where, h, torch.randn_like(h), grad_last, *options.values())
-    torch.library.opcheck(operator("cell_scan_backward_numba"), backward_arguments, test_utils=("test_schema", "test_faketensor"))
-
-
-@pytest.mark.parametrize(("autocast", "backend"), [(False, "inductor"), (True, "aot_eager")])
-def test_a_compiled_block_is_the_same(autocast, backend):
-    """torch.compile without a graph break through our operators, into C++ around them."""
-    torch.manual_seed(0)
-    config = MinRNNConfig(hidden_size=16, intermediate_size=24)
-    block = MinRNNBlock(config)
-    for parameter in block.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    where = Boundaries.of(torch.rand(2, 11, generator=generator(1)) < 0.2, torch.tensor([11, 7]), config.conv_kernel)
-    x, h0 = torch.randn(2, 11, 16, generator=generator(2)), torch.randn(2, config.recurrent_size, generator=generator(3))
-
-    def differentiate(function) -> list[Tensor]:
-        leaf = x.clone().requires_grad_()
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            y, (h_last, _) = function(leaf, (h0, None), where)
-        loss = (y[0] ** 2).sum() + (y[1, :7] ** 2).sum() + (h_last**2).sum()
-        return [y[0], y[1, :7], h_last, *torch.autograd.grad(loss, [leaf, *block.parameters()])]
-
-    compiled = torch.compile(block, fullgraph=True, backend=backend)
-    for value, other in zip(differentiate(compiled), differentiate(block), strict=True):
-        assert_close(value, other, atol=0.02 if autocast else 2e-6)
-
-
-def test_the_meta_device_gets_shapes():
-    projected, gate_bias, h0 = (tensor.to("meta") for tensor in problem(14, DEFAULT, torch.bfloat16, 2, 5, 3))
-    y, h_last, decay = cell_scan_with_decay(projected, gate_bias, h0, **DEFAULT)
-    assert (y.shape, y.dtype, h_last.shape, h_last.dtype, decay.shape) == ((2, 5, 3), torch.bfloat16, (2, 3), torch.float32, (2, 3))
-
-
-def test_kernels_capture_numbers_alone():
-    """numba keys what it keeps on disk by what a function captures; a captured kernel is another one in every process."""
-    for make in (kernels._forward_kernel, kernels._backward_kernel):
-        kernel: Any = make(0, 0, False)
-        assert all(isinstance(captured.cell_contents, int) for captured in kernel.py_func.__closure__), make.__name__
-
-
-def refused(message: str, **changed: Any) -> None:
-    projected, gate_bias, h0 = problem(15, DEFAULT, torch.float32, 2, 3, 4)
-    arguments = {"projected": projected, "gate_bias": gate_bias, "h0": h0, **DEFAULT} | changed
-    with pytest.raises(ValueError, match=re.escape(message)):
-        cell_scan(**arguments)
-
-
-def test_shapes_that_do_not_fit_are_refused():
-    takes = "cell_scan takes projected [batch, time, 2 * width] and gate_bias [1, width] for 'mingru', but got"
-    refused(f"{takes} (2, 3, 7) and (1, 4).", projected=torch.ones(2, 3, 7))
-    refused(f"{takes} (3, 8) and (1, 4).", projected=torch.ones(3, 8))
-    refused(f"{takes} (2, 3, 8) and (2, 4).", gate_bias=torch.ones(2, 4))
-    refused(f"{takes} (2, 3, 8) and (4,).", gate_bias=torch.ones(4))
-    takes = "cell_scan takes projected [batch, time, 3 * width] and gate_bias [1, width] for 'mingru' with an output gate, but got"
-    refused(f"{takes} (2, 3, 8) and (1, 4).", output_gate=True)
-    refused("cell_scan takes h0 of shape (2, 4), but got (1, 4).", h0=torch.ones(1, 4))
-    refused("cell_scan takes document_starts of shape (2, 3), but got (2, 4).", document_starts=torch.zeros(2, 4, dtype=torch.bool))
-    refused("cell_scan takes document_starts as bool, but got torch.int64.", document_starts=torch.zeros(2, 3, dtype=torch.int64))
-    refused("cell_scan takes lengths of shape (2,), but got (3,).", lengths=torch.ones(3, dtype=torch.int64))
-
-
-def test_names_and_devices_that_do_not_fit_are_refused():
-    refused("There is no cell 'lstm'; choose one of mingru, minlstm.", cell="lstm")
-    refused("There is no candidate activation 'relu'; choose one of g, none, tanh, silu.", activation="relu")
-    refused("There is no scan backend 'cuda'; choose one of reference, torch, numba, triton, or none for the fastest here.", backend="cuda")
-    for name, tensor in (
-        ("h0", torch.ones(2, 4)),
-        ("gate_bias", torch.ones(1, 4)),
-        ("document_starts", torch.ones(2, 3, dtype=torch.bool)),
-        ("lengths", torch.ones(2, dtype=torch.int64)),
-    ):
-        said = f"The scan takes tensors on one device, but {name} is on meta and the others on cpu."
-        refused(said, **{name: tensor.to("meta")})
+@cases
+@pytest.mark.parametrize("with_h0", [False, True])
+def test_one_token_of_decoding(options, dtype, with_h0):
+    """What decoding takes instead of the kernel rounds where the kernel does: a text goes on as it was read."""
+    projected, gate_bias, h0 = problem(16, options, dtype, 3, 1, 17)
+    start = h0 if with_h0 else None
+    y, h = one_token(projected, gate_bias, start, **options)
+    exact_y, exact_h = cell_scan(projected.double(), gate_bias, start, **options, backend="reference")
+    assert (y.dtype, h.dtype) == (dtype, torch.float32)
+    assert_close(y, exact_y, atol=FP32, rtol=HALF_UNIT[dtype])
+    assert_close(h, exact_h, atol=FP32)

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from helpers import assert_close, new_model, random_ids
+from helpers import assert_close, generate, new_model, random_ids
 from minrnn.models import MinRNNCache, modeling_minrnn
 from minrnn.models.cells import CELLS
 from minrnn.models.decoding import TokenStep, prefill
+from torch import Tensor
 
 cells = pytest.mark.parametrize("cell", CELLS)
 
@@ -18,6 +19,7 @@ def test_prompt_in_pieces_then_tokens_are_the_whole(cell, piece, dtype):
     with torch.no_grad():
         whole = model(ids, use_cache=True)
     logits, cache = prefill(model, ids[:, :9], piece=piece)
+    assert isinstance(whole.logits, Tensor)
     assert_close(logits, whole.logits[:, 8], atol=1e-5 if dtype == torch.float32 else 1e-12)
     step = TokenStep(model, cache)
     for t in range(9, 17):
@@ -62,10 +64,10 @@ def test_generate_reads_a_long_prompt_in_pieces(monkeypatch):
     model.register_forward_pre_hook(lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
     mask = torch.ones_like(ids)
     mask[1, :15] = 0  # left padding, longer than a piece
-    output = model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=None)
+    output = generate(model, ids, 5, attention_mask=mask, pad_token_id=0, eos_token_id=None)
     assert max(lengths) == 10
     monkeypatch.setattr(modeling_minrnn, "PREFILL", 1000)
-    assert torch.equal(output, model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=None))
+    assert torch.equal(output, generate(model, ids, 5, attention_mask=mask, pad_token_id=0, eos_token_id=None))
 
 
 def test_mistakes_are_named():

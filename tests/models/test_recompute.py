@@ -62,6 +62,8 @@ def test_recomputation_changes_nothing(recompute):
     (loss, grads), (other_loss, other_grads) = run("none"), run(recompute)
     assert loss == other_loss
     for grad, other in zip(grads, other_grads, strict=True):
+        assert grad is not None
+        assert other is not None
         assert torch.equal(grad, other)
 
 

@@ -1,0 +1,106 @@
+"""The README's "How fast" tables, from the benches' results: `python -m minrnn.evals.speed` prints them.
+
+`tests/launch/test_readme.py` asks that the README holds them word for word, so a figure there is a figure of a committed results file.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+TITLES = {
+    "minrnn": "minrnn",
+    "log-space": "log-space scan",
+    "mambapy": "mambapy",
+    "minGRU-pytorch": "minGRU-pytorch",
+    "llama": "Llama (SDPA)",
+    "lstm": "nn.LSTM",
+    "gru": "nn.GRU",
+    "mamba2": "Mamba-2",
+    "xlstm": "xLSTM",
+    "mamba": "Mamba",
+}
+
+
+def _load(name: str) -> list[dict[str, Any]]:
+    return json.loads((RESULTS / f"{name}.json").read_text())["rows"]
+
+
+def _line(*cells: str) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _rows(rows: list[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]:
+    """Rows with these values, those that ran."""
+    return [row for row in rows if "reason" not in row and all(row.get(key) == value for key, value in wanted.items())]
+
+
+def scan_lines(dtype: str = "fp32") -> list[str]:
+    """Rates of the general scan as fractions of torch.add's in the same run."""
+    rows = [row for row in _rows(_load("bench-scan-cpu"), section="scan", dtype=dtype) if not row.get("sweep")]
+    points = list(dict.fromkeys((tuple(row["shape"]), row["direction"]) for row in rows))
+    table = {(row["contender"], tuple(row["shape"]), row["direction"]): row["of_torch.add"] for row in rows}
+    titles = (f"{' x '.join(f'{size:,}' for size in shape)}, {direction}" for shape, direction in points)
+    lines = [_line(f"scan, {dtype}", *titles), "|---|" + "---|" * len(points)]
+    for name in ("minrnn", "mambapy", "log-space"):
+        cells = (f"{table[name, *point]:.3f}" if (name, *point) in table else "-" for point in points)
+        lines.append(_line(TITLES[name], *cells))
+    return lines
+
+
+def train_lines() -> list[str]:
+    """Tokens a second of training by length."""
+    rows = _rows(_load("bench-train-cpu"), section="train")
+    lengths = sorted({row["length"] for row in rows})
+    table = {(row["contender"], row["length"]): row for row in rows}
+    lines = [_line("training, tokens/s", *(f"length {length:,}" for length in lengths)), "|---|" + "---|" * len(lengths)]
+    for name in dict.fromkeys(row["contender"] for row in rows if row["contender"] in TITLES):
+        cells = (f"{table[name, length]['tokens_per_second']:,.0f}" if (name, length) in table else "-" for length in lengths)
+        lines.append(_line(TITLES[name], *cells))
+    fractions = (f"{table['minrnn', length]['matmul_fraction']:.2f}" if ("minrnn", length) in table else "-" for length in lengths)
+    return [*lines, _line("minrnn, of the matrix product's rate", *fractions)]
+
+
+def generate_lines() -> list[str]:
+    """Milliseconds a token after contexts."""
+    rows = _rows(_load("bench-generate-cpu"), section="generate", batch=1)
+    contexts = sorted({row["context"] for row in rows})
+    table = {(row["contender"], row["context"]): row for row in rows}
+    lines = [_line("decoding, ms/token", *(f"after {context:,}" for context in contexts)), "|---|" + "---|" * len(contexts)]
+    for name in dict.fromkeys(row["contender"] for row in rows if row["contender"] in TITLES):
+        cells = (f"{1e3 * table[name, context]['median_seconds']:.1f}" if (name, context) in table else "-" for context in contexts)
+        lines.append(_line(TITLES[name], *cells))
+    return lines
+
+
+def contexts_line() -> str:
+    """Ours after all contexts, measured in one rotation."""
+    rows = _rows(_load("bench-generate-cpu"), section="contexts", batch=1)
+    first, last = (pick(rows, key=lambda row: row["context"]) for pick in (min, max))
+    return (
+        f"In one rotation of its own, minrnn's token after {last['context']:,} (all of them read) takes {last['of_shortest']:.2f} of the time after "
+        f"{first['context']:,}, and {last['peak_bytes'] / 1e6:.0f} MB of memory, weights included, against {first['peak_bytes'] / 1e6:.0f} MB."
+    )
+
+
+def stream_line() -> str:
+    """Training on long rows and on one long document."""
+    (row,) = _rows(_load("bench-stream-cpu"), section="stream")
+    rates = {(row["contender"], row["length"]): row["tokens_per_second"] for row in _rows(_load("bench-length-cpu"), section="train")}
+    longest = max(length for _, length in rates)
+    return (
+        f"One document of {row['tokens_read']:,} tokens, read {row['chunk']:,} at a time with the state carried, trains at "
+        f"{row['tokens_per_second']:,.0f} tokens/s in {row['peak_bytes'] / 1e9:.1f} GB. Rows of {longest:,} tokens train at "
+        f"{rates['minrnn-chunked', longest] / rates['minrnn', 512]:.2f} of the rate of rows of 512 in such pieces, and at "
+        f"{rates['minrnn', longest] / rates['minrnn', 512]:.2f} whole."
+    )
+
+
+def main() -> None:
+    """Print everything."""
+    for lines in (scan_lines(), train_lines(), generate_lines(), [contexts_line()], [stream_line()]):
+        print("\n".join(lines), end="\n\n")
+
+
+if __name__ == "__main__":
+    main()
