@@ -78,8 +78,8 @@ def contexts_line() -> str:
     rows = _rows(_load("bench-generate-cpu"), section="contexts", batch=1)
     first, last = (pick(rows, key=lambda row: row["context"]) for pick in (min, max))
     return (
-        f"In one rotation of its own, minrnn's token after {last['context']:,} (all of them read) takes {last['of_shortest']:.2f} of the time after "
-        f"{first['context']:,}, and {last['peak_bytes'] / 1e6:.0f} MB of memory, weights included, against {first['peak_bytes'] / 1e6:.0f} MB."
+        f"In one rotation of its own, minrnn's token after {last['context']:,} (all of them read) takes {last['of_shortest']:.2f} of the time "
+        f"after {first['context']:,}, and {last['peak_bytes'] / 1e6:.0f} MB of memory, weights included, against {first['peak_bytes'] / 1e6:.0f} MB."
     )
 
 

@@ -4,10 +4,10 @@
     decode    seconds of one step (a token for each row), after a context; the likeliest token is fed back
 
 Ours really reads every context up to --read-ours tokens (rows included); beyond that, and for the recurrent peers beyond --read, the state is
-the one after fewer tokens, which has the same size and the same cost. Last, ours decodes after all contexts in one rotation (section
-"contexts"), since rotations minutes apart differ by more than the contexts do. Llama decodes from random keys and values, as many as the context has
+the one after fewer tokens, which has the same size and the same cost. Llama decodes from random keys and values, as many as the context has
 tokens. `context_read` in a row says how many tokens were really read before decoding. Weights are in --dtype, without autocast (it would cast
-them anew at every step).
+them anew at every step). Last, ours decodes after all contexts in one rotation (section "contexts"): rotations minutes apart differ by more
+than the contexts do.
 """
 
 import argparse
