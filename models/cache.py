@@ -80,6 +80,15 @@ class MinRNNCache(Cache):
             layer.map(Tensor.detach)
         return self
 
+    def zero_non_finite_rows_(self) -> None:
+        """Begin anew, in place, in rows whose state holds NaN or infinity in any layer."""
+        states = [tensor for layer in self.layers for tensor in (layer.recurrent, layer.conv) if tensor is not None]
+        if not states:
+            return
+        broken = torch.stack([~tensor.flatten(1).isfinite().all(1) for tensor in states]).any(0)
+        for layer in self.layers:
+            layer.map(lambda tensor: tensor.masked_fill(broken.view(-1, *[1] * (tensor.ndim - 1)), 0))
+
     def state_dict(self) -> dict[str, Tensor]:
         """Contiguous CPU tensors by name, empty before the first token."""
         named = {f"layers.{i}.{kind}": getattr(layer, kind) for i, layer in enumerate(self.layers) for kind in ("recurrent", "conv")}

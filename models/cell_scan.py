@@ -131,10 +131,12 @@ def _register(name: str, forward: Callable, backward: Callable) -> Callable:
     return operator
 
 
-_FUSED = {
-    "numba": _register("numba", numba_forward, numba_backward),
-    "triton": _register("triton", triton_forward, triton_backward),
-}
+_KERNELS = {"numba": (numba_forward, numba_backward), "triton": (triton_forward, triton_backward)}
+_FUSED = {name: _register(name, *kernels) for name, kernels in _KERNELS.items()}
+
+
+def _is_fused(projected: Tensor, cell: str, backend: str) -> bool:
+    return cell in FUSED_CELLS and projected.dtype in FUSED_DTYPES.get(backend, ())
 
 
 def _check(
@@ -225,10 +227,54 @@ def _cell_scan(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     backend = backend or default_backend(projected.device)
     _check(projected, gate_bias, h0, document_starts, lengths, cell, activation, output_gate, backend)
-    if cell not in FUSED_CELLS or projected.dtype not in FUSED_DTYPES.get(backend, ()):
+    if not _is_fused(projected, cell, backend):
         return composed(projected, gate_bias, h0, document_starts, lengths, cell, activation, output_gate, want_decay, backend)
     if h0 is None:
         h0 = projected.new_zeros(projected.shape[0], gate_bias.shape[1], dtype=torch.float32)
     options = cell, activation, output_gate, want_decay
     y, _, h_last, decay = _FUSED[backend](projected, gate_bias, h0, document_starts, lengths, *options)
     return y, h_last, decay
+
+
+@torch.no_grad()
+def summarize(
+    projected: Tensor, gate_bias: Tensor, document_starts: Tensor | None, cell: str, activation: str, output_gate: bool, backend: str
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """What these tokens do to the state, h -> decay * h + last: both [batch, width] in the state's dtype, without a graph."""
+    h0 = projected.new_zeros(projected.shape[0], gate_bias.shape[1], dtype=torch.promote_types(projected.dtype, torch.float32))
+    _check(projected, gate_bias, h0, document_starts, None, cell, activation, output_gate, backend)
+    arguments = projected, gate_bias, h0, document_starts, None, cell, activation, output_gate, True
+    if not _is_fused(projected, cell, backend):
+        _, last, decay = composed(*arguments, backend)
+    else:  # not the operator, whose outputs selective recomputation would keep
+        _, _, last, decay = _KERNELS[backend][0](*arguments)
+    return decay, last
+
+
+@torch.no_grad()
+def scan_without_graph(
+    projected: Tensor, gate_bias: Tensor, h0: Tensor, document_starts: Tensor | None,
+    cell: str, activation: str, output_gate: bool, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`cell_scan`'s y, and the h that `scan_gradients` needs: y itself without an output gate, empty where the parts are composed."""
+    arguments = projected, gate_bias, h0, document_starts, None, cell, activation, output_gate, False
+    if not _is_fused(projected, cell, backend):
+        y = composed(*arguments, backend)[0]
+        return y, y.new_empty(0)
+    y, h, _, _ = _FUSED[backend](*arguments)
+    return y, h if output_gate else y
+
+
+def scan_gradients(
+    projected: Tensor, gate_bias: Tensor, h0: Tensor, document_starts: Tensor | None, h: Tensor, grad_y: Tensor, grad_last: Tensor,
+    cell: str, activation: str, output_gate: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients for projected, gate_bias and h0 from those of y and h_last; `h` as `scan_without_graph` gave it."""
+    if _is_fused(projected, cell, backend):
+        arguments = projected, gate_bias, h0, document_starts, None, h, grad_y, grad_last, cell, activation, output_gate
+        return _KERNELS[backend][1](*arguments)
+    with torch.enable_grad():
+        projected, gate_bias, h0 = (tensor.detach().requires_grad_() for tensor in (projected, gate_bias, h0))
+        y, h_last, _ = composed(projected, gate_bias, h0, document_starts, None, cell, activation, output_gate, False, backend)
+        d_projected, d_gate_bias, dh0 = torch.autograd.grad((y, h_last), (projected, gate_bias, h0), (grad_y, grad_last))
+    return d_projected, d_gate_bias, dh0

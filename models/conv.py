@@ -97,6 +97,19 @@ def causal_conv(x: Tensor, weight: Tensor, state: Tensor | None = None, reach: T
     return y
 
 
+def conv_gradients(
+    x: Tensor, weight: Tensor, state: Tensor, reach: Tensor | None, grad_y: Tensor, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `causal_conv` for x, weight and state (in x's dtype), from that of y, without a graph."""
+    if serves(x, backend):
+        dx, d_weight, d_state = _conv_backward(x, weight, state, reach, grad_y)
+        return dx, d_weight.to(weight.dtype), d_state
+    with torch.enable_grad():
+        x, weight, state = (tensor.detach().requires_grad_() for tensor in (x, weight, state))
+        dx, d_weight, d_state = torch.autograd.grad(causal_conv(x, weight, state, reach, backend), (x, weight, state), grad_y)
+    return dx, d_weight, d_state
+
+
 def conv_one_token(x: Tensor, weight: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
     """`causal_conv` and `next_conv_state` of one token: x [batch, 1, width], state [batch, kernel-1, width] -> y, the state after it."""
     if state is None:

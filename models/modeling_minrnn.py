@@ -16,6 +16,7 @@ Shapes: B batch, T time, H hidden_size, R recurrent_size, K conv_kernel.
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ from .cache import MinRNNCache
 from .cell_scan import cell_scan, one_token
 from .cells import CELLS
 from .configuration_minrnn import MinRNNConfig
+from .context_parallel import ContextGroup, context_cell_scan, context_conv
 from .conv import causal_conv, conv_one_token, next_conv_state, reach_within_document
 from .layers import RMSNorm, swiglu
 from .loss import LMHead, next_token_loss
@@ -64,6 +66,7 @@ class MinRNNMixer(nn.Module):
         self.backend = config.scan_backend
         self.options = {"cell": config.cell, "activation": config.candidate_activation, "output_gate": config.output_gate}
         self.memory_length = config.memory_length
+        self.context_group: ContextGroup | None = None  # see `use_context_parallel`
         self.kernel = max(config.conv_kernel, 1)
         num_projections = self.cell.num_gates + 1 + int(config.output_gate)
         self.conv_weight = nn.Parameter(torch.empty(config.hidden_size, self.kernel)) if self.kernel > 1 else None
@@ -73,6 +76,8 @@ class MinRNNMixer(nn.Module):
 
     def forward(self, x: Tensor, state: State, boundaries: Boundaries) -> tuple[Tensor, State]:
         """x [B, T, H] -> [B, T, H], and the state after it."""
+        if self.context_group is not None:
+            return self.one_slice(x, state, boundaries, self.context_group)
         if self.backend is None and is_token_step(x) and boundaries.lengths is None and boundaries.document_starts is None:
             return self.one_token(x, state)
         recurrent, conv = state
@@ -92,6 +97,20 @@ class MinRNNMixer(nn.Module):
         if self.conv_weight is not None:
             x, conv = conv_one_token(x, self.conv_weight, conv)
         y, recurrent = one_token(self.in_proj(x), self.gate_bias, recurrent, **self.options)
+        return self.out_proj(y), (recurrent, conv)
+
+    def one_slice(self, x: Tensor, state: State, boundaries: Boundaries, group: ContextGroup) -> tuple[Tensor, State]:
+        """The same for x [B, T, H] that is one process's slice of a longer text; both states are those around the whole text."""
+        if boundaries.lengths is not None:
+            raise ValueError(
+                "A sequence that is cut between processes cannot be padded: pass no attention_mask, or use_context_parallel(model, None)."
+            )
+        recurrent, conv = state
+        if self.conv_weight is not None:
+            x, conv = context_conv(x, self.conv_weight, conv, boundaries.reach, group, self.backend)
+        y, recurrent = context_cell_scan(
+            self.in_proj(x), self.gate_bias, recurrent, boundaries.document_starts, group, **self.options, backend=self.backend
+        )
         return self.out_proj(y), (recurrent, conv)
 
 
@@ -220,13 +239,15 @@ class MinRNNModel(MinRNNPreTrainedModel):
             x = x.gather(1, order.unsqueeze(-1).expand_as(x))
             document_starts = None if document_starts is None else document_starts.gather(1, order)
         boundaries = Boundaries.of(document_starts, lengths, max(self.config.conv_kernel, 1))
+        group = cast(MinRNNBlock, self.layers[0]).mixer.context_group
+        num_tokens = time if group is None else time * group.size
 
         for i, block in enumerate(self.layers):
             layer = None if past_key_values is None else past_key_values.layers[i]
             state = (None, None) if layer is None else (layer.recurrent, layer.conv)
             x, state = block(x, state, boundaries)
             if layer is not None and use_cache:
-                layer.replace(*state, num_tokens=time)
+                layer.replace(*state, num_tokens=num_tokens)
         x = self.norm(x)
 
         if order is not None:

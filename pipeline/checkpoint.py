@@ -8,11 +8,11 @@
         config.yaml               the resolved recipe
         manifest.json             every file's size and SHA-256, written last
 
-A checkpoint is built in a hidden folder, synced to disk, and renamed. Only a folder whose manifest holds for every file is one; older ones are
-removed after the new one is valid. Nothing in it depends on the number of processes: the writing is shared, the result is not.
+A checkpoint is built in a hidden folder, synced to disk, and renamed (`saving.Saver`). Only a folder whose manifest holds for every file is
+one; older ones are removed after the new one is valid. Nothing in it depends on the number of processes or on the engine: the writing is
+shared, the result is not.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -24,13 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..models import MinRNNCache
-from .processes import from_main, gathered
 
 MANIFEST = "manifest.json"
 
@@ -63,84 +60,16 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write(path: Path, write: Callable[[Path], object]) -> tuple[str, dict[str, Any]]:
+def write_file(path: Path, write: Callable[[Path], object]) -> tuple[str, dict[str, Any]]:
     """Write and sync a file; returns its entry in the manifest."""
     write(path)
     _sync(path)
     return path.name, {"size": path.stat().st_size, "sha256": _digest(path)}
 
 
-def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state[parameter].items():
-            tensors[f"{key}.{name}"] = torch.as_tensor(value).detach().cpu().contiguous()
-    return tensors
-
-
-def save(
-    folder: Path,
-    step: int,
-    accelerator: Accelerator,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    readers: dict[int, ReaderState],
-    config: dict[str, Any],
-    info: dict[str, Any],
-    keep: int,
-) -> Path:
-    """Write the checkpoint of a step. Called by all processes, each with its own readers.
-
-    Args:
-        folder: `checkpoints/` of the run.
-        model, optimizer: the unwrapped model and torch's optimizer.
-        config: the resolved recipe.
-        info: goes into the manifest (tokens so far, versions).
-        keep: newest checkpoints that stay.
-
-    Raises:
-        OSError: in every process, if any of them could not write; older checkpoints stay as they are.
-    """
-    final, building = folder / checkpoint_name(step), folder / f".{checkpoint_name(step)}.building"
-    files: dict[str, Any] = {}
-    if accelerator.is_main_process:
-        shutil.rmtree(building, ignore_errors=True)
-        with contextlib.suppress(OSError):  # then no file can be written either, and that is told by every process
-            building.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    failure = None
-    try:
-        for index, reader in readers.items():
-            stem = f"reader-{index:04d}"
-            carried = {} if reader.cache is None else reader.cache.state_dict()
-            files.update([_write(building / f"{stem}.safetensors", lambda path, carried=carried: save_file(carried, path))])
-            position = json.dumps(reader.position)
-            files.update([_write(building / f"{stem}.json", lambda path, position=position: path.write_text(position))])
-        if accelerator.is_main_process:
-            parameters = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
-            files.update([_write(building / "model.safetensors", lambda path: save_file(parameters, path, metadata={"format": "pt"}))])
-            files.update([_write(building / "config.yaml", lambda path: path.write_text(yaml.safe_dump(config, sort_keys=False)))])
-        if accelerator.process_index == accelerator.num_processes - 1:
-            files.update([_write(building / "optimizer.safetensors", lambda path: save_file(_moments(model, optimizer), path))])
-    except Exception as error:  # safetensors raises its own for a full disk
-        failure = f"{type(error).__name__}: {error} (rank {accelerator.process_index})"
-    parts = gathered(accelerator, [(files, failure)])
-    failures = [failure for _, failure in parts if failure]
-    if accelerator.is_main_process and not failures:
-        try:
-            manifest = {**info, "step": step, "files": dict(sorted(item for files, _ in parts for item in files.items()))}
-            _publish(building, final, manifest)
-            _remove_old(folder, keep, step)
-        except OSError as error:
-            failures.append(str(error))
-    if failures := from_main(accelerator, failures):
-        raise OSError(f"The checkpoint of step {step} could not be written: {'; '.join(failures)}. Older checkpoints are untouched.")
-    return final
-
-
-def _publish(building: Path, final: Path, manifest: dict[str, Any]) -> None:
+def publish(building: Path, final: Path, manifest: dict[str, Any]) -> None:
     """Seal a built folder with its manifest and give it its name."""
-    _write(building / MANIFEST, lambda path: path.write_text(json.dumps(manifest, indent=1)))
+    write_file(building / MANIFEST, lambda path: path.write_text(json.dumps(manifest, indent=1)))
     _sync(building)
     if final.exists():  # an invalid one of the same step, or the run would have gone on from it
         final.rename(final.with_name(f".{final.name}.replaced"))
@@ -148,7 +77,7 @@ def _publish(building: Path, final: Path, manifest: dict[str, Any]) -> None:
     _sync(final.parent)
 
 
-def _remove_old(folder: Path, keep: int, step: int) -> None:
+def remove_old(folder: Path, keep: int, step: int) -> None:
     """Keep the newest up to `step`; what claims to be newer is invalid, or the run would have gone on from it."""
     paths = steps_in(folder)
     for path in [p for p in paths if _step_of(p) > step] + [p for p in paths if _step_of(p) <= step][keep:]:
@@ -219,9 +148,13 @@ def load_parameters(path: Path, model: nn.Module) -> None:
             parameter.copy_(saved[name])
 
 
-def load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put the moments back."""
-    saved = load_file(path / "optimizer.safetensors")
+def read_moments(path: Path) -> dict[str, Tensor]:
+    """The optimizer's state: `exp_avg.NAME`, `exp_avg_sq.NAME`, `step.NAME`."""
+    return load_file(path / "optimizer.safetensors")
+
+
+def put_moments(saved: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Give them to torch's optimizer over the model's own parameters."""
     for name, parameter in model.named_parameters():
         state = {}
         for key in {full.split(".", 1)[0] for full in saved if full.split(".", 1)[1] == name}:

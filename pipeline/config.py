@@ -112,7 +112,7 @@ class BatchSection(Section):
     """The global batch: readers x lanes x chunk tokens, whatever the number of processes."""
 
     readers: int = Field(default=1, ge=1)
-    """Corpus cursors. Processes share them evenly and accumulate gradients over theirs, so this is also the largest number of processes."""
+    """Corpus cursors. Processes share them evenly and accumulate over theirs: times parallel.context it is the largest number of processes."""
     lanes: int = Field(default=16, ge=1)
     """Rows of a reader's chunk: streams of documents side by side."""
     chunk: int = Field(default=256, ge=1)
@@ -165,10 +165,25 @@ class TrainSection(Section):
     """Steps between checkpoints; null for one at the end (and when the run is interrupted)."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """Newest checkpoints that are kept."""
+    save_in_background: bool = True
+    """Write checkpoints beside the training, from copies in main memory (12 bytes a parameter); false waits for the disk."""
+    skip_spikes: float | None = Field(default=None, gt=1.0)
+    """Leave out a batch whose loss is not finite, or this many times the median of the last 100; null stops at one that is not finite."""
+    max_skips: int = Field(default=10, ge=1)
+    """Batches in a row that may be left out before training stops."""
+    peer_timeout: float = Field(default=1800.0, gt=0)
+    """Seconds without progress after which the process that hangs is named and all leave: more than the longest step, validation or save."""
     prompts: list[str] = [""]
     """What the samples in samples.txt begin with."""
     sample_tokens: int = Field(default=200, ge=0)
     """Tokens per sample; 0 for no samples."""
+
+
+class ParallelSection(Section):
+    """How processes share the work, beyond their shares of the readers."""
+
+    context: int = Field(default=1, ge=1)
+    """Processes to a sequence: each has its part of every chunk's time, and hands its state to the next. They are neighbours in rank."""
 
 
 class TrackingSection(Section):
@@ -191,6 +206,7 @@ class Recipe:
     batch: BatchSection
     optim: OptimSection
     train: TrainSection
+    parallel: ParallelSection
     tracking: TrackingSection
 
     def model_fields_resolved(self) -> dict[str, Any]:
@@ -206,5 +222,6 @@ SECTIONS: dict[str, type[Section]] = {
     "batch": BatchSection,
     "optim": OptimSection,
     "train": TrainSection,
+    "parallel": ParallelSection,
     "tracking": TrackingSection,
 }

@@ -119,15 +119,21 @@ def export_run(run: Path, out: Path, step: int | None = None, dtype: str = "fp32
         except ValueError as error:
             available = ", ".join(sorted(p.name for p in folder.glob("step-*"))) or "none"
             raise UserError(("--step", f"{error}; checkpoints there: {available}")) from None
-    config = yaml.safe_load((path / "config.yaml").read_text())
-    tokenizer = load_tokenizer(config["data"]["tokenizer"])
-    fields = {name: value for name, value in config["model"].items() if name not in ("preset", "init_from")}
-    model = MinRNNForCausalLM(model_config(fields, tokenizer, manifest["vocab_size"]))
-    load_parameters(path, model)
-    nn.Module.to(model, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}[dtype])
+    model, tokenizer, config = load_checkpoint(path, manifest["vocab_size"], dtype)
     out.parent.mkdir(parents=True, exist_ok=True)
     export_model(model, tokenizer, out, config, manifest["tokens"])
     return path
+
+
+def load_checkpoint(path: Path, vocab_size: int, dtype: str) -> tuple[MinRNNForCausalLM, Any, dict[str, Any]]:
+    """The model of a checkpoint, its tokenizer and the resolved recipe."""
+    config = yaml.safe_load((path / "config.yaml").read_text())
+    tokenizer = load_tokenizer(config["data"]["tokenizer"])
+    fields = {name: value for name, value in config["model"].items() if name not in ("preset", "init_from")}
+    model = MinRNNForCausalLM(model_config(fields, tokenizer, vocab_size))
+    nn.Module.to(model, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}[dtype])
+    load_parameters(path, model)
+    return model, tokenizer, config
 
 
 @torch.no_grad()
@@ -141,6 +147,7 @@ def sample(model: PreTrainedModel, tokenizer: Any, prompts: list[str], num_token
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         generate: Any = model.generate
-        ids = generate(**inputs, max_new_tokens=num_tokens, do_sample=True, temperature=0.8, top_k=0, pad_token_id=tokenizer.pad_token_id)
+        drawn = {"do_sample": True, "temperature": 0.8, "top_k": 0, "pad_token_id": tokenizer.pad_token_id}
+        ids = generate(**inputs, max_new_tokens=num_tokens, synced_gpus=False, **drawn)  # ZeRO-3 or not, this process is alone with it
     model.train(was_training)
     return tokenizer.batch_decode(ids, skip_special_tokens=True)

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from ..data import UserError
 from .checkpoint import newest_valid, steps_in
 from .config import Recipe
-from .metrics import cut_metrics
+from .metrics import MetricsFile, cut_metrics
 from .processes import from_main
 from .recipe import check_unchanged, resolved
 
@@ -28,15 +28,12 @@ class RunFolder:
     manifest: dict[str, Any]
     """Of the checkpoint; empty without one."""
     lock: IO[str] | None
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
+    metrics: MetricsFile
 
     def begin(self, recipe: Recipe) -> None:
         """Everything is ready: cut the metrics to the checkpoint's step and write down the settings that hold from here on."""
-        if num_cut := cut_metrics(self.metrics, self.manifest.get("step", 0)):
-            warn(f"{num_cut} lines of {self.metrics} came after the checkpoint; they are written again")
+        if num_cut := cut_metrics(self.metrics.path, self.manifest.get("step", 0)):
+            warn(f"{num_cut} lines of {self.metrics.path} came after the checkpoint; they are written again")
         unfinished = self.path / ".config.yaml"
         unfinished.write_text(yaml.safe_dump(resolved(recipe), sort_keys=False))
         os.replace(unfinished, self.path / "config.yaml")
@@ -83,7 +80,7 @@ def open_folder(recipe: Recipe, accelerator: Accelerator) -> RunFolder:
             lock.close()
         raise UserError(*problems)
     checkpoint, manifest = found or (None, {})
-    return RunFolder(path, checkpoint, manifest, lock)
+    return RunFolder(path, checkpoint, manifest, lock, MetricsFile(path / "metrics.jsonl", warn))
 
 
 def _lock(path: Path) -> IO[str]:

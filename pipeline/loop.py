@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import math
 import signal
+import statistics
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -23,14 +24,18 @@ from . import checkpoint, processes
 from .config import Recipe
 from .errors import NonFiniteError
 from .evaluation import validate
-from .export import export_model, sample
+from .export import export_model, load_checkpoint, sample
 from .folder import open_folder, warn
 from .interrupt import Interrupt, leave
+from .launch_checks import check_launch
 from .machine import keep_freed_memory, training_flops_per_token
-from .metrics import append_metrics, draw_loss
+from .metrics import draw_loss
 from .optim import learning_rate
 from .recipe import resolved
 from .run import Run, set_up
+from .saving import snapshot
+
+SPIKE_WINDOW = 100  # steps whose median loss says what is usual
 
 
 def train(recipe: Recipe) -> None:
@@ -40,12 +45,13 @@ def train(recipe: Recipe) -> None:
         UserError: something the user can mend.
         NonFiniteError: the loss or gradient is not finite; the last checkpoint is as it was.
         SystemExit: after SIGINT or SIGTERM, with 128 + the signal, everything saved.
+        OSError: the last checkpoint could not be written.
     """
-    processes.check_readers(recipe.batch.readers)
+    check_launch(recipe)
     keep_freed_memory()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    accelerator = processes.start(recipe.train.precision)
+    accelerator = processes.start(recipe.train.peer_timeout + 60)  # the watchdog, which knows names, is to be first
     with contextlib.closing(open_folder(recipe, accelerator)) as folder:
         if folder.manifest.get("step", 0) >= recipe.train.steps and folder.finished_step() == folder.manifest["step"]:
             if accelerator.is_main_process:
@@ -55,7 +61,7 @@ def train(recipe: Recipe) -> None:
         run = set_up(recipe, accelerator, folder)
         status, signal_number = "FAILED", None
         try:
-            with Interrupt() as interrupt:
+            with Interrupt() as interrupt, run.watchdog:
                 signal_number = _steps(run, interrupt)
                 if signal_number is None:
                     _finish(run)
@@ -72,41 +78,33 @@ def _steps(run: Run, interrupt: Interrupt) -> int | None:
     recipe, chunks = run.recipe, iter(run.loader)
     clock, tokens_at_clock = time.perf_counter(), run.tokens
     while run.step < recipe.train.steps:
-        batch, problems = _next_batch(chunks)
+        run.watchdog.mark(f"step {run.step + 1}: reading")
+        batch, problems = _next_batch(run, chunks)
+        run.watchdog.mark(f"step {run.step + 1}: computing")
         counts = [sum(chunk.num_scored for chunk in batch), interrupt.requested is not None, len(problems)]
         num_scored, stop, failed = processes.total(run.accelerator, counts)
         if (stop or failed) and run.step > 0:
-            _save(run)
+            _save(run, is_last=True)
         if failed:
             raise UserError(*dict.fromkeys(processes.gathered(run.accelerator, problems)))
         if stop:
             return interrupt.requested or signal.SIGTERM
-        step = run.step + 1
-        lr = learning_rate(recipe.optim, step, recipe.train.steps)
-        loss, grad_norm = _one_step(run, step, batch, num_scored, lr)
-        run.step, run.tokens = step, run.tokens + recipe.batch.readers * recipe.batch.lanes * recipe.batch.chunk
-        is_last = step == recipe.train.steps
+        entry = _one_step(run, run.step + 1, batch, num_scored)
+        run.step, run.tokens = run.step + 1, run.tokens + recipe.batch.readers * recipe.batch.lanes * recipe.batch.chunk
+        is_last = run.step == recipe.train.steps
 
-        if step % recipe.train.log_every == 0 or is_last:
+        if run.step % recipe.train.log_every == 0 or is_last or "skipped" in entry:
             now = time.perf_counter()
             rate = (run.tokens - tokens_at_clock) / (now - clock)
             clock, tokens_at_clock = now, run.tokens
-            reached = rate * training_flops_per_token(run.plain_model.num_parameters()) / (run.matmul_rate * run.accelerator.num_processes)
-            entry = {"kind": "train", "step": step, "tokens": run.tokens, "loss": loss, "grad_norm": grad_norm, "lr": lr}
-            entry |= {"tokens_per_second": round(rate, 1), "matmul_fraction": round(reached, 4)}
-            if recipe.data.skip_broken and recipe.data.order == "documents":
-                skipped = sum(reader.position["num_skipped"] for reader in run.readers.values() if reader.position)
-                entry["documents_skipped"] = int(processes.total(run.accelerator, [skipped])[0])
-            _record(run, entry)
-            if run.bar is not None:
-                run.bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s", refresh=False)
+            _log(run, entry, rate)
         if run.bar is not None:
             run.bar.update()
         paused = time.perf_counter()
-        if is_last or _is_due(step, recipe.train.eval_every):
+        if is_last or _is_due(run.step, recipe.train.eval_every):
             _validate(run)
-        if is_last or _is_due(step, recipe.train.save_every):
-            _save(run)
+        if is_last or _is_due(run.step, recipe.train.save_every):
+            _save(run, is_last)
         clock += time.perf_counter() - paused
     return None
 
@@ -115,79 +113,124 @@ def _is_due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def _next_batch(chunks: Iterator[list[Chunk]]) -> tuple[list[Chunk], list[tuple[str, str]]]:
-    """The next chunk of each of this process's readers, or what is wrong with them: all processes must hear of it before one leaves."""
+def _next_batch(run: Run, chunks: Iterator[list[Chunk]]) -> tuple[list[Chunk], list[tuple[str, str]]]:
+    """This process's part of the next chunk of each of its readers, or what is wrong: all processes must hear of it before one leaves."""
     try:
-        return next(chunks), []
+        return [run.layout.piece(chunk) for chunk in next(chunks)], []
     except UserError as error:
         return [], error.problems
     except RuntimeError as error:  # a worker that died
         return [], [("data.workers", str(error))]
 
 
-def _one_step(run: Run, step: int, batch: list[Chunk], num_scored: float, lr: float) -> tuple[float, float]:
-    """Forward and backward for each reader, then the update; returns the loss and the norm of the gradient."""
-    recipe, accelerator = run.recipe, run.accelerator
+def _one_step(run: Run, step: int, batch: list[Chunk], num_scored: float) -> dict[str, Any]:
+    """Forward and backward for each reader, then the update; returns what metrics.jsonl says about it."""
+    recipe, accelerator, engine = run.recipe, run.accelerator, run.engine
     losses = []
     for i, chunk in enumerate(batch):
         reader = run.readers[chunk.reader]
-        _seed(recipe.run.seed, step, chunk.reader)
-        is_last = i == len(batch) - 1
-        with contextlib.nullcontext() if is_last else accelerator.no_sync(run.model):
-            output = run.model(
+        _seed(recipe.run.seed, step, chunk.reader, run.layout.context_rank)
+        with engine.accumulating(is_last=i == len(batch) - 1):
+            output = engine.forward(
                 input_ids=processes.to_device(chunk.input_ids, accelerator),
                 shift_labels=processes.to_device(chunk.shift_labels, accelerator),
                 document_starts=processes.to_device(chunk.document_starts, accelerator) if chunk.document_starts.any() else None,
                 past_key_values=reader.cache,
                 use_cache=recipe.batch.carry_state,
                 skip_logits=True,
-                num_items_in_batch=num_scored / accelerator.num_processes,  # DDP divides the sum of gradients by the number of processes
+                num_items_in_batch=num_scored / accelerator.num_processes,  # engines divide the sum of gradients by the number of processes
             )
-            accelerator.backward(output.loss)
+            engine.backward(output.loss)
         losses.append(output.loss.detach().double() / accelerator.num_processes)
         reader.cache = output.past_key_values.detach_() if recipe.batch.carry_state else None
         reader.position = chunk.state
-    norm = accelerator.clip_grad_norm_(run.model.parameters(), recipe.optim.clip or math.inf)
-    *mine, grad_norm = torch.stack([*losses, torch.as_tensor(norm).double()]).tolist()
+    mine = torch.stack(losses).tolist()
     (loss,) = processes.total(accelerator, [sum(mine)])
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        _stop_non_finite(run, step, batch, mine, loss, grad_norm)
-    for group in run.optimizer.param_groups:
-        group["lr"] = lr
-    run.optimizer.step()
-    run.optimizer.zero_grad()
-    return loss, grad_norm
+    lr = learning_rate(recipe.optim, step, recipe.train.steps)
+    entry: dict[str, Any] = {"loss": loss, "lr": lr}
+    if recipe.train.skip_spikes is not None and (why := _spike(run, loss)):
+        engine.discard()
+        _after_skip(run, step, batch, mine, why)
+        return {**entry, "grad_norm": None, "skipped": why}
+    if not math.isfinite(loss):
+        _stop_non_finite(run, step, batch, mine, f"loss {loss}")
+    grad_norm = engine.update(lr)
+    if not math.isfinite(grad_norm):
+        _stop_non_finite(run, step, batch, mine, f"loss {loss}, gradient norm {grad_norm}")
+    run.num_skips = 0
+    run.recent_losses = [*run.recent_losses, loss][-SPIKE_WINDOW:]
+    return {**entry, "grad_norm": grad_norm}
 
 
-def _seed(seed: int, step: int, reader: int) -> None:
-    """Dropout depends on (seed, step, reader) alone: nothing to save, and no layout changes it."""
-    digest = hashlib.blake2b(f"{seed}/{step}/{reader}".encode(), digest_size=7).digest()
+def _seed(seed: int, step: int, reader: int, context_rank: int) -> None:
+    """Dropout depends on (seed, step, reader) alone: nothing to save, and no layout changes it, unless processes share sequences."""
+    part = f"/{context_rank}" if context_rank else ""
+    digest = hashlib.blake2b(f"{seed}/{step}/{reader}{part}".encode(), digest_size=7).digest()
     torch.manual_seed(int.from_bytes(digest, "big"))
 
 
-def _stop_non_finite(run: Run, step: int, batch: list[Chunk], losses: list[float], loss: float, grad_norm: float) -> None:
-    """Say which step, reader and documents; nothing has been updated or saved."""
+def _spike(run: Run, loss: float) -> str | None:
+    """What is wrong with a loss, if anything. A median needs ten steps."""
+    if not math.isfinite(loss):
+        return f"loss {loss}"
+    factor, recent = run.recipe.train.skip_spikes, run.recent_losses
+    if factor is None or len(recent) < 10 or loss <= factor * (usual := statistics.median(recent)):
+        return None
+    return f"loss {loss:.4g}, {factor} times the median {usual:.4g} is the limit"
+
+
+def _after_skip(run: Run, step: int, batch: list[Chunk], losses: list[float], why: str) -> None:
+    """Say it, forget states that are not finite, and give up after too many in a row."""
+    run.num_skips += 1
+    run.say(f"step {step} is left out: {why}")
+    for reader in run.readers.values():
+        if reader.cache is not None:
+            reader.cache.zero_non_finite_rows_()
+    if run.num_skips > run.recipe.train.max_skips:
+        _stop_non_finite(
+            run, step, batch, losses, f"{why}; {run.recipe.train.max_skips} batches in a row were left out before (train.max_skips)"
+        )
+
+
+def _stop_non_finite(run: Run, step: int, batch: list[Chunk], losses: list[float], what: str) -> None:
+    """Say which step, reader and documents; nothing of this step is saved."""
     mine = [
         f"reader {chunk.reader}: {', '.join(sorted({name for lane in chunk.documents for name in lane}))}"
         for chunk, value in zip(batch, losses, strict=True)
         if not math.isfinite(value)
     ]
-    where = processes.gathered(run.accelerator, mine) or ["every reader's loss is finite, the gradient is not"]
+    where = list(dict.fromkeys(processes.gathered(run.accelerator, mine))) or ["every reader's loss is finite"]
+    run.saver.wait()
     latest = checkpoint.steps_in(run.folder.path / "checkpoints")
     kept = f"the last checkpoint, {latest[0]}, is as it was" if latest else "there is no checkpoint yet"
-    raise NonFiniteError(f"step {step}: loss {loss}, gradient norm {grad_norm}. In {'; '.join(where)}. Nothing was saved; {kept}.")
+    raise NonFiniteError(f"step {step}: {what}. In {'; '.join(where)}. Nothing was saved; {kept}.")
+
+
+def _log(run: Run, entry: dict[str, Any], tokens_per_second: float) -> None:
+    """One line of metrics.jsonl, and the progress bar."""
+    recipe = run.recipe
+    reached = tokens_per_second * training_flops_per_token(run.num_parameters) / (run.matmul_rate * run.accelerator.num_processes)
+    entry = {"kind": "train", "step": run.step, "tokens": run.tokens, **entry}
+    entry |= {"tokens_per_second": round(tokens_per_second, 1), "matmul_fraction": round(reached, 4)}
+    if recipe.data.skip_broken and recipe.data.order == "documents":
+        skipped = sum(reader.position["num_skipped"] for reader in run.readers.values() if reader.position)
+        entry["documents_skipped"] = int(processes.total(run.accelerator, [skipped / run.layout.context])[0])
+    _record(run, entry)
+    if run.bar is not None:
+        run.bar.set_postfix_str(f"loss {entry['loss']:.3f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
 
 
 def _record(run: Run, entry: dict[str, Any]) -> None:
     if run.is_main:
-        append_metrics(run.folder.metrics, entry)
+        run.folder.metrics.append(entry)
         if run.tracker is not None:
             run.tracker.log(entry)
 
 
 def _validate(run: Run) -> None:
     start = time.perf_counter()
-    run.latest = validate(run.plain_model, run.validation, run.accelerator, run.recipe.batch.carry_state)
+    sharing = (run.layout, run.engine.in_lockstep, run.watchdog.mark)
+    run.latest = validate(run.engine.module, run.validation, run.accelerator, run.recipe.batch.carry_state, *sharing)
     if not math.isfinite(run.latest["loss"]):
         raise NonFiniteError(f"step {run.step}: the validation loss is {run.latest['loss']}. This step was not saved.")
     seconds = round(time.perf_counter() - start, 2)
@@ -195,35 +238,45 @@ def _validate(run: Run) -> None:
     run.say(f"step {run.step}: held-out loss {run.latest['loss']:.4f} nats/token, {run.latest['bits_per_byte']:.4f} bits/byte")
     if run.is_main:
         try:
-            draw_loss(run.folder.metrics, run.folder.path / "loss.png", run.folder.path.name)
+            draw_loss(run.folder.metrics.path, run.folder.path / "loss.png", run.folder.path.name)
         except Exception as error:  # a picture is not worth a run
             warn(f"loss.png could not be drawn: {error}")
 
 
-def _save(run: Run) -> None:
-    folder = run.folder.path / "checkpoints"
-    if run.step == run.saved_step:
-        return  # nothing happened since
-    info = {
-        "tokens": run.tokens,
-        "vocab_size": run.plain_model.config.vocab_size,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-    keep, config = run.recipe.train.keep_checkpoints, resolved(run.recipe)
-    optimizer = getattr(run.optimizer, "optimizer", run.optimizer)
-    checkpoint.save(folder, run.step, run.accelerator, run.plain_model, optimizer, run.readers, config, info, keep)
-    run.saved_step = run.step
+def _save(run: Run, is_last: bool) -> None:
+    """Save this step. A save that failed is told of when the next begins, and training goes on; only the last must succeed.
+
+    Raises:
+        OSError: in every process, if the last could not be written by any.
+    """
+    run.watchdog.mark(f"step {run.step}: saving")
+    if failures := run.saver.wait():
+        run.say(f"warning: a checkpoint could not be written: {'; '.join(failures)}. Older ones are untouched; training goes on.")
+    if run.saver.newest != run.step:
+        info = {
+            "tokens": run.tokens,
+            "vocab_size": run.config.vocab_size,
+            "recent_losses": run.recent_losses,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+        run.saver.start(run.step, snapshot(run.engine, run.readers, run.layout, resolved(run.recipe)), info)
+    if is_last and (failures := run.saver.wait()):
+        raise OSError(f"The checkpoint of step {run.step} could not be written: {'; '.join(failures)}. Older checkpoints are untouched.")
 
 
 def _finish(run: Run) -> None:
-    """Samples and the exported model."""
+    """Samples and the exported model, from the checkpoint that was just written."""
+    run.watchdog.mark("exporting")
     if run.is_main:
         folder, recipe = run.folder.path, run.recipe
+        path = folder / "checkpoints" / checkpoint.checkpoint_name(run.step)
+        model, tokenizer, config = load_checkpoint(path, run.config.vocab_size, "fp64" if recipe.train.precision == "fp64" else "fp32")
         score = f", {run.latest['bits_per_byte']:.3f} bits per byte on held-out documents" if run.latest else ""
-        export_model(run.plain_model, run.tokenizer, folder / "model", resolved(recipe), run.tokens, score)
+        export_model(model, tokenizer, folder / "model", config, run.tokens, score)
         if recipe.train.sample_tokens and recipe.train.prompts:
-            texts = sample(run.plain_model, run.tokenizer, recipe.train.prompts, recipe.train.sample_tokens, recipe.run.seed)
+            model.to(run.accelerator.device)  # pyright: ignore[reportArgumentType]
+            texts = sample(model, tokenizer, recipe.train.prompts, recipe.train.sample_tokens, recipe.run.seed)
             (folder / "samples.txt").write_text("".join(f"=== prompt {p!r}\n{t}\n\n" for p, t in zip(recipe.train.prompts, texts, strict=True)))
         run.folder.mark_finished(run.step)
         if run.tracker is not None:

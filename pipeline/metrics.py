@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,30 @@ def cut_metrics(path: Path, step: int) -> int:
     return num_cut
 
 
-def append_metrics(path: Path, entry: dict[str, Any]) -> None:
-    """One more line, visible at once."""
-    with path.open("a") as file:
-        file.write(json.dumps(entry) + "\n")
+class MetricsFile:
+    """metrics.jsonl, one line after another, visible at once. Lines that a full disk does not take are kept until it does."""
+
+    def __init__(self, path: Path, warn: Callable[[str], object]):
+        self.path, self.warn = path, warn
+        self._waiting = ""
+
+    def append(self, entry: dict[str, Any]) -> None:
+        """One more line."""
+        was_waiting = bool(self._waiting)
+        self._waiting += json.dumps(entry) + "\n"
+        try:
+            size = self.path.stat().st_size if self.path.exists() else 0
+            try:
+                with self.path.open("a") as file:
+                    file.write(self._waiting)
+            except OSError:
+                os.truncate(self.path, size)  # no half lines
+                raise
+        except OSError as error:
+            if not was_waiting:
+                self.warn(f"{self.path} takes no more lines ({error.strerror}); they are kept until it does")
+            return
+        self._waiting = ""
 
 
 def draw_loss(metrics: Path, picture: Path, title: str) -> None:

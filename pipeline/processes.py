@@ -1,14 +1,24 @@
-"""The processes of a run: who they are, what they agree on."""
+"""The processes of a run: who they are, what they share, what they agree on.
 
+W processes are W / C groups of C neighbours (C = parallel.context). A group shares its readers; each of its processes has 1 / C of the time of
+every chunk.
+"""
+
+import dataclasses
 import os
+from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d as c10d
 
-from ..data.errors import UserError
+from ..data import Chunk
+from ..models.context_parallel import ContextGroup
 
 T = TypeVar("T")
 
@@ -18,32 +28,92 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def check_readers(num_readers: int) -> None:
-    """Every process must own the same number of readers.
+def uses_deepspeed() -> bool:
+    """Whether `accelerate launch` was told to use DeepSpeed."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1", "yes")
 
-    Raises:
-        UserError: they do not divide.
+
+@dataclass(frozen=True)
+class Layout:
+    """Which readers and which piece of their chunks are this process's."""
+
+    rank: int = 0
+    num_processes: int = 1
+    context: int = 1
+    """Processes that share a sequence."""
+    group: ContextGroup | None = None
+    """Those of this process; None where context is 1."""
+
+    @property
+    def context_rank(self) -> int:
+        return self.rank % self.context
+
+    def readers(self, num_readers: int) -> range:
+        """Readers of this process's group."""
+        per_group = num_readers * self.context // self.num_processes
+        first = self.rank // self.context * per_group
+        return range(first, first + per_group)
+
+    def piece(self, chunk: Chunk) -> Chunk:
+        """This process's part of a chunk: [lanes, time / context]. `chunk.state` stays that of the whole."""
+        if self.context == 1:
+            return chunk
+        length = chunk.input_ids.shape[1] // self.context
+        columns = slice(self.context_rank * length, (self.context_rank + 1) * length)
+        arrays = {name: np.ascontiguousarray(getattr(chunk, name)[:, columns]) for name in ("input_ids", "shift_labels", "document_starts")}
+        return dataclasses.replace(chunk, **arrays)
+
+
+def layout_of(accelerator: Accelerator, context: int) -> Layout:
+    """The layout, its process groups made. Called by all processes alike."""
+    rank, num_processes = accelerator.process_index, accelerator.num_processes
+    if context == 1:
+        return Layout(rank, num_processes)
+    groups: list[Any] = [torch.distributed.new_group(list(range(first, first + context))) for first in range(0, num_processes, context)]
+    return Layout(rank, num_processes, context, ContextGroup(groups[rank // context], rank % context, context))
+
+
+def start(timeout: float) -> Accelerator:
+    """Connect the processes: gloo on CPUs, nccl on GPUs. Precision is ours (`engine.autocast`), whatever the launcher says.
+
+    Args:
+        timeout: seconds after which a collective that nobody answers fails.
     """
-    if num_readers % world_size():
-        fitting = [n for n in range(1, num_readers + 1) if num_readers % n == 0]
-        raise UserError(
-            (
-                "batch.readers",
-                f"{num_readers} readers cannot be shared evenly by {world_size()} processes; use {fitting} processes or more readers",
-            )
-        )
-
-
-def start(precision: str) -> Accelerator:
-    """Connect the processes: gloo on CPUs, nccl on GPUs; bf16 as autocast."""
-    on_cpu = not torch.accelerator.is_available()
+    on_cpu, deepspeed = not torch.accelerator.is_available(), uses_deepspeed()
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # Accelerate imports DeepSpeed where it is installed, and that guesses aloud
-    # Left to itself, a plain Accelerator() on CPUs would see one process in each of several, and train separate models.
-    accelerator = Accelerator(cpu=on_cpu, mixed_precision="bf16" if precision == "bf16" else "no")
+    if world_size() > 1:
+        _connect(on_cpu, timedelta(seconds=timeout))
+    if deepspeed and on_cpu:
+        os.environ.pop("ACCELERATE_USE_CPU", None)  # with it, DeepSpeed would be left out in silence
+        PartialState(backend="gloo")
+        accelerator = Accelerator(mixed_precision="no")
+    else:
+        # Left to itself, a plain Accelerator() on CPUs would see one process in each of several, and train separate models.
+        accelerator = Accelerator(cpu=on_cpu, mixed_precision="no")
     if accelerator.num_processes != world_size():
         raise RuntimeError(f"The launcher started {world_size()} processes, but Accelerate connected {accelerator.num_processes}.")
+    if deepspeed != (accelerator.state.deepspeed_plugin is not None):
+        raise RuntimeError("The launcher asks for DeepSpeed, but Accelerate left it out.")
     return accelerator
+
+
+def _connect(on_cpu: bool, timeout: timedelta) -> None:
+    """Make the process group, which Accelerate then uses.
+
+    The store of a launcher outlives a restart of its processes (with torchrun's static rendezvous, Accelerate's default), and so do the
+    addresses of the dead ones in it: each attempt has a corner of its own.
+    """
+    rank, size, local = (int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if not on_cpu:
+        torch.accelerator.set_device_index(local)
+    backend = "gloo" if on_cpu else torch.distributed.get_default_backend_for_device(torch.accelerator.current_accelerator() or "cuda")
+    hosts_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and rank == 0
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = torch.distributed.TCPStore(host, port, size, is_master=hosts_store, timeout=timeout, wait_for_workers=False)  # pyright: ignore
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = c10d.PrefixStore(f"minrnn/attempt-{attempt}", store)
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
 
 def check_wrapped(accelerator: Accelerator, model: nn.Module) -> None:
@@ -59,6 +129,15 @@ def total(accelerator: Accelerator, values: list[float]) -> list[float]:
     tensor = torch.tensor(values, dtype=torch.float64, device=accelerator.device)
     torch.distributed.all_reduce(tensor)
     return tensor.tolist()
+
+
+def largest(accelerator: Accelerator, value: int) -> int:
+    """The largest of all processes' values."""
+    if accelerator.num_processes == 1:
+        return value
+    tensor = torch.tensor(value, device=accelerator.device)
+    torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
+    return int(tensor)
 
 
 def from_main(accelerator: Accelerator, value: T) -> T:

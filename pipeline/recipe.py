@@ -15,12 +15,15 @@ from .config import SECTIONS, Recipe
 # What may change when a run goes on: where it lives, how long it is, how it reports. Everything else decides the losses.
 FREE_ON_RESUME = {
     *("run.dir", "run.resume", "run.change", "data.workers", "data.validation_tokens"),
+    "parallel.context",
     *(
         "train.steps",
         "train.log_every",
         "train.eval_every",
         "train.save_every",
         "train.keep_checkpoints",
+        "train.save_in_background",
+        "train.peer_timeout",
         "train.recompute",
         "train.prompts",
         "train.sample_tokens",

@@ -2,7 +2,7 @@
 
 import sys
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -10,18 +10,22 @@ from torch import nn
 from tqdm import tqdm
 
 from ..data import ChunkLoader, CorpusSpec, Encoder, ReaderSpec, UserError, ValidationSet, load_tokenizer, model_vocab_size
-from ..models import MinRNNForCausalLM
+from ..models import MinRNNConfig, MinRNNForCausalLM
+from ..models.context_parallel import use_context_parallel
 from ..models.recompute import checkpointing_options
 from . import checkpoint, processes
 from .checkpoint import ReaderState
 from .config import Recipe
+from .engine import Engine, build_engine
 from .evaluation import validation_sets
 from .export import model_config
 from .folder import RunFolder, warn
 from .machine import matmul_rate
-from .optim import build_optimizer
+from .processes import Layout
 from .recipe import flatten, resolved
+from .saving import Saver
 from .tracking import Tracker
+from .watchdog import Watchdog
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
@@ -32,29 +36,29 @@ class Run:
 
     recipe: Recipe
     accelerator: Accelerator
+    layout: Layout
     folder: RunFolder
     tokenizer: Any
-    model: nn.Module
-    """As Accelerate prepared it."""
-    optimizer: Any
-    """As Accelerate prepared it."""
+    config: MinRNNConfig
+    num_parameters: int
+    engine: Engine
     readers: dict[int, ReaderState]
     """This process's readers and where they are."""
     loader: ChunkLoader
     validation: list[ValidationSet]
+    saver: Saver
+    watchdog: Watchdog
     step: int
     tokens: int
     matmul_rate: float
-    saved_step: int | None
-    """Step of the newest checkpoint that is known to be valid."""
+    recent_losses: list[float]
+    """Of the latest steps, newest last: what a spike is measured by."""
+    num_skips: int = 0
+    """Batches left out in a row."""
     tracker: Tracker | None = None
     bar: Any = None
     latest: dict[str, float] = field(default_factory=dict)
     """Of the latest validation."""
-
-    @property
-    def plain_model(self) -> MinRNNForCausalLM:
-        return cast(MinRNNForCausalLM, self.accelerator.unwrap_model(self.model))
 
     @property
     def is_main(self) -> bool:
@@ -63,6 +67,7 @@ class Run:
     def close(self, status: str) -> None:
         """Stop what runs beside the loop."""
         self.loader.close()
+        self.saver.wait(timeout=60)
         if self.bar is not None:
             self.bar.close()
         if self.tracker is not None:
@@ -78,43 +83,84 @@ def set_up(recipe: Recipe, accelerator: Accelerator, folder: RunFolder) -> Run:
     """A run ready for its next step: readers where they stopped, model and optimizer as saved, tracking begun.
 
     Raises:
-        UserError: data or an export that cannot be used, from whichever process met it.
+        UserError: data, a checkpoint or an export that cannot be used, from whichever process met it.
     """
     rate = matmul_rate(accelerator.device, DTYPES[recipe.train.precision])  # before anything runs beside it
+    layout = processes.layout_of(accelerator, recipe.parallel.context)
     tokenizer = load_tokenizer(recipe.data.tokenizer)
     encoder = Encoder.of(tokenizer, recipe.data.tokenizer)
-    per_process = recipe.batch.readers // accelerator.num_processes
-    mine = range(accelerator.process_index * per_process, (accelerator.process_index + 1) * per_process)
+    mine = layout.readers(recipe.batch.readers)
     vocab_size = folder.manifest.get("vocab_size") or model_vocab_size(tokenizer)
     config = model_config(recipe.model_fields_resolved(), tokenizer, vocab_size)
     readers = {reader: ReaderState(None, None) for reader in mine}
     if folder.checkpoint is not None:
         load = checkpoint.load_reader
         readers = {reader: load(folder.checkpoint, reader, config.num_hidden_layers, accelerator.device) for reader in mine}
-    spec = ReaderSpec(
-        corpus_of(recipe),
-        recipe.data.order,
-        encoder,
-        recipe.batch.readers,
-        recipe.batch.lanes,
-        recipe.batch.chunk,
-        recipe.data.shuffle_window,
-        recipe.run.seed,
+    loader, validation = _open_data(recipe, accelerator, encoder, readers)
+    model = _build_model(recipe, config, folder)
+    num_parameters = model.num_parameters()
+    if layout.group is not None:
+        use_context_parallel(model, layout.group)
+    engine = build_engine(recipe, accelerator, model, folder.checkpoint)
+    if accelerator.is_main_process:
+        folder.begin(recipe)
+    manifest, train = folder.manifest, recipe.train
+    step = manifest.get("step", 0)
+    run = Run(
+        recipe,
+        accelerator,
+        layout,
+        folder,
+        tokenizer,
+        config,
+        num_parameters,
+        engine,
+        readers,
+        loader,
+        validation,
+        Saver(folder.path / "checkpoints", accelerator, train.keep_checkpoints, train.save_in_background, manifest.get("step")),
+        Watchdog(accelerator, train.peer_timeout),
+        step,
+        manifest.get("tokens", 0),
+        rate,
+        manifest.get("recent_losses", []),
     )
+    if run.is_main:
+        if recipe.tracking.uri is not None:
+            run.tracker = Tracker(folder.path, recipe.tracking.uri, recipe.tracking.experiment, flatten(resolved(recipe)), warn)
+        run.bar = tqdm(total=recipe.train.steps, initial=step, unit="step", dynamic_ncols=True)
+    batch = recipe.batch
+    size = f"{config.cell}, {num_parameters:,} parameters, {batch.readers} x {batch.lanes} x {batch.chunk} tokens a step"
+    sharing = f"{engine.name}, " * (layout.num_processes > 1) + f"{layout.context} to a sequence, " * (layout.context > 1)
+    layout_said = f"{accelerator.num_processes} process(es) on {accelerator.device.type}, {sharing}{recipe.train.precision}"
+    run.say(f"{folder.path}: {size}, {layout_said}; {f'going on from step {step}' if step else 'from the beginning'}")
+    return run
+
+
+def _open_data(
+    recipe: Recipe, accelerator: Accelerator, encoder: Encoder, readers: dict[int, ReaderState]
+) -> tuple[ChunkLoader, list[ValidationSet]]:
+    """This process's readers under way, and its share of what is held out; a mistake that one process meets is raised by all."""
+    data, batch = recipe.data, recipe.batch
+    layout = (batch.readers, batch.lanes, batch.chunk)
+    spec = ReaderSpec(corpus_of(recipe), data.order, encoder, *layout, data.shuffle_window, recipe.run.seed)
     problems: list[tuple[str, str]] = []
-    loader = validation = None
+    loader, validation = None, []
     try:
-        loader = ChunkLoader(spec, list(mine), [reader.position for reader in readers.values()], recipe.data.workers)
-        validation = validation_sets(recipe, corpus_of(recipe), encoder, mine)
+        loader = ChunkLoader(spec, list(readers), [reader.position for reader in readers.values()], data.workers)
+        validation = validation_sets(recipe, corpus_of(recipe), encoder, readers)
     except UserError as error:
         problems = error.problems
-    if problems := processes.gathered(accelerator, problems):  # some process may have read what others did not
+    problems = processes.gathered(accelerator, problems)  # some process may have read what others did not
+    if problems or loader is None:
         if loader is not None:
             loader.close()
         raise UserError(*dict.fromkeys(problems))
-    assert loader is not None
-    assert validation is not None
+    return loader, validation
 
+
+def _build_model(recipe: Recipe, config: MinRNNConfig, folder: RunFolder) -> MinRNNForCausalLM:
+    """On the CPU, with a checkpoint's weights, an export's, or new ones."""
     torch.manual_seed(recipe.run.seed)
     model = MinRNNForCausalLM(config)
     if recipe.model.init_from and folder.checkpoint is None:
@@ -125,43 +171,12 @@ def set_up(recipe: Recipe, accelerator: Accelerator, folder: RunFolder) -> Run:
     if recipe.train.compile:
         for block in model.model.layers:
             block.compile()
-    optimizer = build_optimizer(model, recipe.optim)
     if folder.checkpoint is not None:
-        checkpoint.load_parameters(folder.checkpoint, model)
-    nn.Module.to(model, accelerator.device)
-    if folder.checkpoint is not None:
-        checkpoint.load_optimizer(folder.checkpoint, model, optimizer)
-    prepared, optimizer = accelerator.prepare(model, optimizer)
-    processes.check_wrapped(accelerator, prepared)
-    prepared.train()
-
-    if accelerator.is_main_process:
-        folder.begin(recipe)
-    step, tokens = folder.manifest.get("step", 0), folder.manifest.get("tokens", 0)
-    run = Run(
-        recipe,
-        accelerator,
-        folder,
-        tokenizer,
-        prepared,
-        optimizer,
-        readers,
-        loader,
-        validation,
-        step,
-        tokens,
-        rate,
-        folder.manifest.get("step"),
-    )
-    if run.is_main:
-        if recipe.tracking.uri is not None:
-            run.tracker = Tracker(folder.path, recipe.tracking.uri, recipe.tracking.experiment, flatten(resolved(recipe)), warn)
-        run.bar = tqdm(total=recipe.train.steps, initial=step, unit="step", dynamic_ncols=True)
-    batch = recipe.batch
-    size = f"{config.cell}, {model.num_parameters():,} parameters, {batch.readers} x {batch.lanes} x {batch.chunk} tokens a step"
-    layout = f"{accelerator.num_processes} process(es) on {accelerator.device.type}, {recipe.train.precision}"
-    run.say(f"{folder.path}: {size}, {layout}; {f'going on from step {step}' if step else 'from the beginning'}")
-    return run
+        try:
+            checkpoint.load_parameters(folder.checkpoint, model)
+        except ValueError as error:
+            raise UserError(("run.dir", str(error))) from None
+    return model
 
 
 def corpus_of(recipe: Recipe) -> CorpusSpec:

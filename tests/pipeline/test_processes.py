@@ -86,7 +86,7 @@ def test_kill_minus_nine_at_random_moments(values: Values, run_recipe: Run, tmp_
 KILLER = """
 import os, signal, sys
 from minrnn.pipeline import checkpoint
-original, count = checkpoint._write, [0]
+original, count = checkpoint.write_file, [0]
 def write(path, function):
     if path.parent.name == ".step-000008.building":
         count[0] += 1
@@ -94,7 +94,7 @@ def write(path, function):
             path.write_bytes(b"half")
             os.kill(os.getpid(), signal.SIGKILL)
     return original(path, function)
-checkpoint._write = write
+checkpoint.write_file = write
 from minrnn.pipeline.train import main
 main(sys.argv[2:])
 """

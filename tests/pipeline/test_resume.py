@@ -1,6 +1,7 @@
 """Stopped and resumed = never stopped, to the bit."""
 
 import contextlib
+import errno
 import os
 import signal
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import pytest
 from conftest import Values, losses
 from minrnn.data import UserError
 from minrnn.pipeline import checkpoint, loop
+from minrnn.pipeline.metrics import MetricsFile, read_metrics
 
 Run = Callable[[Values], Path]
 
@@ -69,23 +71,61 @@ def test_a_signal_saves_and_leaves(values: Values, run_recipe: Run, monkeypatch,
     assert losses(run_recipe(values)) == losses(whole)
 
 
-def test_a_crash_while_saving_leaves_the_last_checkpoint(values: Values, run_recipe: Run, undisturbed: Path, monkeypatch):
-    folder = Path(values["run"]["dir"])
-    original, calls = checkpoint._write, []
+def full_disk(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
+    """No file of these steps' checkpoints can be written to its end."""
+    original = checkpoint.write_file
 
     def write(path: Path, function):
-        calls.append(path)
-        if path.parent.name.startswith(".step-000008") and len([p for p in calls if p.parent == path.parent]) == 4:
-            raise Crash
+        if path.name == "optimizer.safetensors" and path.parent.name in {f".step-{step:06d}.building" for step in steps}:
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
         return original(path, function)
 
+    monkeypatch.setattr(checkpoint, "write_file", write)
+
+
+@pytest.mark.parametrize("in_background", [True, False])
+def test_a_full_disk_stops_no_training(values: Values, run_recipe: Run, undisturbed: Path, monkeypatch, capfd, in_background: bool):
+    values["train"]["save_in_background"] = in_background
+    folder = Path(values["run"]["dir"])
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "_write", write)
-        with pytest.raises(Crash):
+        full_disk(patched, 8)
+        run_recipe(values)
+    assert "warning: a checkpoint could not be written: OSError: [Errno 28] No space left on device (rank 0)" in capfd.readouterr().err
+    assert [path.name for path in checkpoint.steps_in(folder / "checkpoints")] == ["step-000012", "step-000004"]
+    assert not list((folder / "checkpoints").glob(".*"))
+    assert losses(folder) == losses(undisturbed)
+
+
+def test_a_full_disk_at_the_end_is_an_error(values: Values, run_recipe: Run, undisturbed: Path, monkeypatch):
+    with monkeypatch.context() as patched:
+        full_disk(patched, 12)
+        with pytest.raises(OSError, match=r"checkpoint of step 12 could not be written: .*No space left.*Older checkpoints are untouched"):
             run_recipe(values)
-    assert [path.name for path in checkpoint.steps_in(folder / "checkpoints")] == ["step-000004"]
     assert losses(run_recipe(values)) == losses(undisturbed)
-    assert not list((folder / "checkpoints").glob(".step*"))
+
+
+def test_metrics_wait_for_room(tmp_path: Path, monkeypatch):
+    warnings: list[str] = []
+    file = MetricsFile(tmp_path / "metrics.jsonl", warnings.append)
+    file.append({"step": 1})
+    with monkeypatch.context() as patched:
+        opened = Path.open
+
+        def refuse(path: Path, mode: str = "r", *arguments, **options):
+            if mode == "a":
+                with opened(path, mode) as half:
+                    half.write('{"ste')
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return opened(path, mode, *arguments, **options)
+
+        patched.setattr(Path, "open", refuse)
+        file.append({"step": 2})
+        file.append({"step": 3})
+        assert file.path.read_text() == '{"step": 1}\n'
+    file.append({"step": 4})
+    assert [entry["step"] for entry in read_metrics(file.path)] == [1, 2, 3, 4]
+    assert len(warnings) == 1
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "missing", "manifest"])

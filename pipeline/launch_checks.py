@@ -1,0 +1,95 @@
+"""What the launcher and the recipe both say: told before any process is connected, all at once.
+
+The recipe decides what both could: batch, clipping, precision, optimizer. What the launcher leaves open ("auto", or not said) is filled from
+it; what it says differently is a mistake.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data.errors import UserError
+from .config import Recipe
+from .processes import uses_deepspeed, world_size
+
+Problem = tuple[str, str]
+
+
+def check_launch(recipe: Recipe) -> None:
+    """Raises UserError with everything that does not fit together."""
+    problems = [*_layout_problems(recipe), *_precision_problems(recipe), *(_deepspeed_problems(recipe) if uses_deepspeed() else [])]
+    if problems:
+        raise UserError(*problems)
+
+
+def _layout_problems(recipe: Recipe) -> list[Problem]:
+    world, context, batch = world_size(), recipe.parallel.context, recipe.batch
+    problems = []
+    if world % context:
+        problems.append(("parallel.context", f"{context} processes to a sequence do not divide the {world} that were started"))
+    elif batch.readers % (world // context):
+        groups = world // context
+        sharing = f"{groups} groups of {context} processes" if context > 1 else f"{world} processes"
+        fitting = [n * context for n in range(1, batch.readers + 1) if batch.readers % n == 0]
+        advice = f"use {fitting} processes or more readers"
+        problems.append(("batch.readers", f"{batch.readers} readers cannot be shared evenly by {sharing}; {advice}"))
+    reach = recipe.model_fields_resolved()["conv_kernel"] - 1
+    if context > 1 and (batch.chunk % context or batch.chunk // context < reach):
+        at_least = f" and leave each at least the {reach} tokens that the convolution looks back" if reach > 1 else ""
+        problems.append(("batch.chunk", f"{batch.chunk} tokens must divide by the {context} processes of parallel.context{at_least}"))
+    local, devices = (
+        int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        torch.accelerator.device_count() if torch.accelerator.is_available() else None,
+    )
+    if devices is not None and local > devices:
+        problems.append(("launcher", f"started {local} processes on a machine with {devices} GPUs; lower --num_processes"))
+    return problems
+
+
+def _precision_problems(recipe: Recipe) -> list[Problem]:
+    theirs, ours = os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), recipe.train.precision
+    if theirs in ("no", "", ours):
+        return []
+    return [("train.precision", f"is {ours}, but the launcher's mixed_precision is {theirs}; leave it 'no' there, the recipe decides")]
+
+
+def deepspeed_values(recipe: Recipe) -> dict[str, Any]:
+    """What the recipe says in DeepSpeed's words."""
+    accumulation = recipe.batch.readers * recipe.parallel.context // world_size()
+    return {
+        "train_micro_batch_size_per_gpu": recipe.batch.lanes,
+        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": recipe.batch.lanes * accumulation * world_size(),
+        "gradient_clipping": recipe.optim.clip or 0.0,
+    }
+
+
+def _deepspeed_problems(recipe: Recipe) -> list[Problem]:
+    problems = []
+    if recipe.train.precision == "fp64":
+        problems.append(("train.precision", "fp64 is for DDP: DeepSpeed keeps its weights and moments in fp32"))
+    if recipe.train.skip_spikes is not None:
+        problems.append(("train.skip_spikes", "is for DDP: DeepSpeed's ZeRO has shared out a batch's gradient before its loss is known"))
+    file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if file == "none":
+        clip = os.environ.get("ACCELERATE_GRADIENT_CLIPPING", "none")
+        said: dict[str, Any] = {} if clip in ("none", "auto") else {"gradient_clipping": float(clip)}
+        where = "the launcher"
+    else:
+        try:
+            said, where = json.loads(Path(file).read_text()), file
+        except (OSError, ValueError) as error:
+            return [*problems, ("deepspeed", f"cannot read {file}: {error}")]
+    for key, ours in deepspeed_values(recipe).items():
+        theirs = said.get(key, "auto")
+        if theirs != "auto" and float(theirs) != ours:
+            problems.append(
+                (f"deepspeed.{key}", f"is {theirs} in {where}, but the recipe makes it {ours}; say auto there, or change the recipe")
+            )
+    own = f"{where} has one of its own, but the recipe's optim section decides; remove it"
+    enabled = f"is enabled in {where}; remove it: train.precision decides (bf16 is autocast over fp32 weights)"
+    problems += [(f"deepspeed.{key}", own) for key in ("optimizer", "scheduler") if key in said]
+    return problems + [(f"deepspeed.{key}", enabled) for key in ("bf16", "fp16") if said.get(key, {}).get("enabled") is True]

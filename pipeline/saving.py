@@ -1,0 +1,133 @@
+"""Checkpoints are written beside the training, without giving up a guarantee.
+
+    training's thread:  snapshot (copies in main memory) ........ next steps .......................... wait, before the next snapshot
+    the writing one:             own files -> all have theirs? -> manifest, rename, remove old -> all know
+
+What processes must agree on while they write goes through a gloo group of its own, which nothing else uses, so it cannot cross the training's
+collectives. A checkpoint that could not be written leaves the older ones as they are.
+"""
+
+import contextlib
+import json
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from safetensors.torch import save_file
+
+from . import checkpoint
+from .checkpoint import ReaderState, checkpoint_name
+from .engine import Engine
+from .processes import Layout
+
+Files = dict[str, Callable[[Path], object]]
+"""What this process writes: by name, a function that does it."""
+
+
+def snapshot(engine: Engine, readers: dict[int, ReaderState], layout: Layout, config: dict[str, Any]) -> Files:
+    """This process's files of a checkpoint, from copies that further training does not touch. Called by all processes alike.
+
+    The first process of a group writes its readers, the very first the weights, the very last the moments.
+    """
+    files: Files = {}
+    for index, reader in readers.items() if layout.context_rank == 0 else ():
+        carried = {} if reader.cache is None else reader.cache.state_dict()
+        position = json.dumps(reader.position)
+        files[f"reader-{index:04d}.safetensors"] = lambda path, carried=carried: save_file(carried, path)
+        files[f"reader-{index:04d}.json"] = lambda path, position=position: path.write_text(position)
+    is_first, is_last = layout.rank == 0, layout.rank == layout.num_processes - 1
+    weights, moments = engine.weights(is_first), engine.moments(is_last)
+    if is_first:
+        files["model.safetensors"] = lambda path: save_file(weights, path, metadata={"format": "pt"})
+        files["config.yaml"] = lambda path: path.write_text(yaml.safe_dump(config, sort_keys=False))
+    if is_last:
+        files["optimizer.safetensors"] = lambda path: save_file(moments, path)
+    return files
+
+
+class Saver:
+    """Writes one checkpoint after another. All methods are called by all processes alike.
+
+    Args:
+        folder: `checkpoints/` of the run.
+        keep: newest checkpoints that stay.
+        in_background: write in a thread; otherwise `start` returns when all is written.
+        newest: step of the newest valid checkpoint, if any.
+    """
+
+    def __init__(self, folder: Path, accelerator: Accelerator, keep: int, in_background: bool, newest: int | None):
+        self.folder, self.keep, self.in_background, self.newest = folder, keep, in_background, newest
+        self.rank, self.num_processes = accelerator.process_index, accelerator.num_processes
+        self.group = torch.distributed.new_group(backend="gloo") if self.num_processes > 1 else None
+        self._thread: threading.Thread | None = None
+        self._failures: list[str] = []
+
+    def start(self, step: int, files: Files, info: dict[str, Any]) -> None:
+        """Begin to write the checkpoint of a step; the one before must have been waited for.
+
+        Args:
+            files: from `snapshot`.
+            info: goes into the manifest (tokens so far, versions).
+        """
+        assert self._thread is None
+        self._thread = threading.Thread(target=self._run, args=(step, files, info), name="saver", daemon=True)
+        self._thread.start()
+        if not self.in_background:
+            self._thread.join()
+
+    def wait(self, timeout: float | None = None) -> list[str]:
+        """Until nothing is being written: what went wrong, in whichever process; empty if all is well."""
+        if self._thread is not None:
+            self._thread.join(timeout)
+            self._thread = None
+        failures, self._failures = self._failures, []
+        return failures
+
+    def _run(self, step: int, files: Files, info: dict[str, Any]) -> None:
+        try:
+            self._failures = self._write(step, files, info)
+        except BaseException as error:  # a process that died: the training's own collectives tell of it too
+            self._failures = [f"{type(error).__name__}: {error} (rank {self.rank})"]
+        if not self._failures:
+            self.newest = step
+
+    def _write(self, step: int, files: Files, info: dict[str, Any]) -> list[str]:
+        final = self.folder / checkpoint_name(step)
+        building = self.folder / f".{checkpoint_name(step)}.building"
+        if self.rank == 0:
+            shutil.rmtree(building, ignore_errors=True)
+            with contextlib.suppress(OSError):  # then no file can be written either, and that is told by every process
+                building.mkdir(parents=True)
+        self._gather(None)
+        entries: dict[str, Any] = {}
+        failure = None
+        try:
+            for name, write in files.items():
+                entries.update([checkpoint.write_file(building / name, write)])
+        except Exception as error:  # safetensors raises its own for a full disk
+            failure = f"{type(error).__name__}: {error} (rank {self.rank})"
+        parts = self._gather((entries, failure))
+        failures = [failure for _, failure in parts if failure]
+        if self.rank == 0:
+            if not failures:
+                try:
+                    manifest = {**info, "step": step, "files": dict(sorted(item for entries, _ in parts for item in entries.items()))}
+                    checkpoint.publish(building, final, manifest)
+                    checkpoint.remove_old(self.folder, self.keep, step)
+                except OSError as error:
+                    failures.append(f"{error} (rank 0)")
+            if failures:
+                shutil.rmtree(building, ignore_errors=True)  # a full disk needs the room
+        return self._gather(failures)[0]
+
+    def _gather(self, value: Any) -> list[Any]:
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * self.num_processes
+        torch.distributed.all_gather_object(values, value, group=self.group)
+        return values

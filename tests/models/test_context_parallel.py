@@ -1,0 +1,96 @@
+"""What slices tell each other is enough to know everything: states, and gradients, folded from summaries, without any process."""
+
+import itertools
+
+import pytest
+import torch
+from helpers import assert_close, generator, new_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from minrnn.models.cell_scan import cell_scan, scan_gradients, scan_without_graph, summarize
+from minrnn.models.cells import CELLS
+from minrnn.models.context_parallel import ContextGroup, fold, use_context_parallel
+from minrnn.models.conv import causal_conv, conv_gradients, reach_within_document
+from torch import Tensor
+
+BATCH, TIME, WIDTH = 2, 20, 5
+edges_in = st.lists(st.integers(0, TIME), max_size=5).map(lambda cuts: [0, *sorted(cuts), TIME])
+starts_in = st.none() | st.lists(st.tuples(st.integers(0, BATCH - 1), st.integers(0, TIME - 1)), max_size=4)
+
+
+def mask_of(starts: list[tuple[int, int]] | None) -> Tensor | None:
+    if starts is None:
+        return None
+    mask = torch.zeros(BATCH, TIME, dtype=torch.bool)
+    for row, position in starts:
+        mask[row, position] = True
+    return mask
+
+
+def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=generator(seed), dtype=torch.float64).to(dtype)
+
+
+@pytest.mark.parametrize(("cell", "backend", "atol"), [("mingru", "numba", 2e-6), ("minlstm", "numba", 2e-6), ("minlstm", "torch", 1e-13)])
+@settings(max_examples=15)
+@given(edges=edges_in, starts=starts_in)
+def test_folded_summaries_are_the_whole_scan(cell, backend, atol, edges, starts):
+    dtype = torch.float32 if backend == "numba" else torch.float64
+    gated, num_gates, where = cell == "mingru", CELLS[cell].num_gates, mask_of(starts)
+    options = {"cell": cell, "activation": "none" if gated else "g", "output_gate": gated, "backend": backend}
+    projected, gate_bias = normal(0, BATCH, TIME, (num_gates + 1 + gated) * WIDTH, dtype=dtype), normal(1, num_gates, WIDTH, dtype=dtype)
+    h0, grad_y, grad_last = (
+        normal(2, BATCH, WIDTH, dtype=dtype),
+        normal(3, BATCH, TIME, WIDTH, dtype=dtype),
+        normal(4, BATCH, WIDTH, dtype=dtype),
+    )
+    leaves = projected.requires_grad_(), gate_bias.requires_grad_(), h0.requires_grad_()
+    y, h_last = cell_scan(*leaves, document_starts=where, **options)
+    expected = torch.autograd.grad((y, h_last), leaves, (grad_y, grad_last))
+
+    slices = [slice(low, high) for low, high in itertools.pairwise(edges) if low < high]
+    inputs = [(projected[:, here], gate_bias, None if where is None else where[:, here]) for here in slices]
+    decays, lasts = torch.stack([torch.stack(summarize(*own, **options)) for own in inputs]).unbind(1)
+    states = fold(decays, lasts, h0.detach())
+    scanned = [scan_without_graph(*own[:2], state, own[2], **options) for own, state in zip(inputs, states, strict=False)]
+    assert_close(torch.cat([y for y, _ in scanned], dim=1), y, atol=atol, what="y")
+    assert_close(states[-1], h_last, atol=atol, what="h_last")
+
+    def gradients(c: int, entering: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        own, starts_here = inputs[c][:2], inputs[c][2]
+        return scan_gradients(*own, states[c], starts_here, scanned[c][1], grad_y[:, slices[c]], entering, **options)
+
+    through_outputs = torch.stack([gradients(c, torch.zeros_like(grad_last))[2] for c in range(len(slices))])
+    entering = fold(decays.flip(0), through_outputs.flip(0), grad_last)[::-1]
+    d_projected, d_bias, dh = zip(*[gradients(c, entering[c + 1]) for c in range(len(slices))], strict=True)
+    ours = torch.cat(d_projected, dim=1), torch.stack(d_bias).sum(0), entering[0]
+    for value, other, what in zip(ours, expected, ("d_projected", "d_gate_bias", "dh0"), strict=True):
+        assert_close(value, other, atol=5 * atol, what=what)
+    for c, gradient in enumerate(dh):
+        assert_close(gradient, entering[c], atol=5 * atol, what=f"state before slice {c}")
+
+
+@pytest.mark.parametrize(("backend", "dtype"), [("numba", torch.float32), ("torch", torch.float64)])
+@settings(max_examples=15)
+@given(kernel=st.integers(2, 5), starts=starts_in)
+def test_convolution_gradients_without_a_graph(backend, dtype, kernel, starts):
+    where = mask_of(starts)
+    reach = None if where is None else reach_within_document(where, kernel)
+    x, weight, state = (
+        normal(0, BATCH, TIME, WIDTH, dtype=dtype),
+        normal(1, WIDTH, kernel, dtype=dtype),
+        normal(2, BATCH, kernel - 1, WIDTH, dtype=dtype),
+    )
+    leaves, grad_y = (x.requires_grad_(), weight.requires_grad_(), state.requires_grad_()), normal(3, BATCH, TIME, WIDTH, dtype=dtype)
+    expected = torch.autograd.grad(causal_conv(*leaves, reach, backend), leaves, grad_y)
+    for value, other in zip(conv_gradients(*leaves, reach, grad_y, backend), expected, strict=True):
+        assert not value.requires_grad
+        assert torch.equal(value, other)
+
+
+def test_needs_processes_and_a_model_to_cut():
+    group = ContextGroup(None, 0, 2)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"needs torch\.distributed: call init_process_group first"):
+        use_context_parallel(new_model(), group)
+    with pytest.raises(ValueError, match="Linear has no MinRNNMixer"):
+        use_context_parallel(torch.nn.Linear(2, 2), None)

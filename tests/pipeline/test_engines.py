@@ -1,0 +1,199 @@
+"""Engines and layouts: whoever computes a step, it is the same step. Each test launches real processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Values, losses, recipe_file
+
+Run = Callable[[Values], Path]
+CPU = Path(__file__).parents[2] / "launch" / "accelerate" / "cpu.yaml"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def ddp(processes: int, *more: str) -> list[str]:
+    return ["--config_file", str(CPU), "--num_processes", str(processes), *more]
+
+
+def zero(stage: int, processes: int = 2) -> list[str]:
+    said = {"use_deepspeed": None, "zero_stage": stage, "num_processes": processes, "num_machines": 1, "mixed_precision": "no"}
+    return [*(word for key, value in said.items() for word in (f"--{key}", str(value)) if word != "None"), "--dynamo_backend", "no"]
+
+
+def command(launcher: list[str], recipe: Path, *overrides: str) -> list[str]:
+    return [sys.executable, "-m", "accelerate.commands.launch", *launcher, "-m", "minrnn.pipeline.train", "--config", str(recipe), *overrides]
+
+
+def launch(launcher: list[str], recipe: Path, *overrides: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    environment = {**ENVIRONMENT, "DS_ACCELERATOR": "cpu", **environment}
+    return subprocess.run(command(launcher, recipe, *overrides), env=environment, capture_output=True, text=True, timeout=200, check=False)
+
+
+def names_read(folder: Path) -> dict[str, dict]:
+    """Where every reader is in the newest checkpoint."""
+    newest = sorted((folder / "checkpoints").glob("step-*"))[-1]
+    return {path.name: json.loads(path.read_text()) for path in newest.glob("reader-*.json")}
+
+
+@pytest.mark.slow
+def test_a_run_wanders_through_engines_and_layouts(values: Values, run_recipe: Run, tmp_path: Path):
+    """ZeRO-1 -> ZeRO-3 -> four processes -> context parallel -> ZeRO-2 -> ZeRO-0 -> one, fp32: every step as in an undisturbed run."""
+    values["batch"]["readers"] = 4
+    values["model"]["dropout"] = 0.0  # its masks differ where processes share a sequence
+    values["optim"]["schedule"] = "constant"
+    values["train"] |= {"steps": 21, "save_every": None, "eval_every": 3}
+    undisturbed = run_recipe(values)
+    recipe, folder = recipe_file(values, tmp_path), tmp_path / "wanderer"
+    legs = [
+        (zero(1), [], "ZeRO-1"),
+        (zero(3), [], "ZeRO-3"),
+        (ddp(4), [], "4 process(es) on cpu, DDP"),
+        (ddp(2), ["--parallel.context", "2"], "2 to a sequence"),
+        (zero(2), ["--parallel.context", "2"], "ZeRO-2, 2 to a sequence"),
+        (zero(0), [], "ZeRO-0"),
+    ]
+    for i, (launcher, options, said) in enumerate(legs):
+        leg = launch(launcher, recipe, "--run.dir", str(folder), "--train.steps", str(3 * i + 3), *options)
+        assert leg.returncode == 0, (said, leg.stderr[-3000:])
+        assert said in leg.stderr
+    values["run"]["dir"] = str(folder)
+    run_recipe(values)
+    for kind in ("train", "validation"):
+        np.testing.assert_allclose(losses(folder, kind), losses(undisturbed, kind), rtol=0, atol=1e-5)
+    assert names_read(folder) == names_read(undisturbed)
+
+
+@pytest.mark.slow
+def test_context_parallel_is_exact_in_fp64(values: Values, run_recipe: Run, tmp_path: Path):
+    """Two groups of two processes: 20 steps, validation, and the run goes on alone."""
+    values["model"]["dropout"] = 0.0
+    values["train"] |= {"precision": "fp64", "steps": 20, "save_every": 10, "eval_every": 10}
+    one = run_recipe(values)
+    two = launch(ddp(4), recipe_file(values, tmp_path), "--parallel.context", "2", "--run.dir", str(tmp_path / "two"))
+    assert two.returncode == 0, two.stderr[-3000:]
+    for kind in ("train", "validation"):
+        np.testing.assert_allclose(losses(tmp_path / "two", kind), losses(one, kind), rtol=1e-10)
+    assert names_read(tmp_path / "two") == names_read(one)
+
+
+def metrics_lines(folder: Path) -> int:
+    path = folder / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def workers(process: subprocess.Popen[str]) -> dict[int, int]:
+    """Pids of a launcher's training processes by rank."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            if int((path / "stat").read_text().rsplit(")", 1)[1].split()[1]) != process.pid:
+                continue
+            environment = dict(pair.split("=", 1) for pair in (path / "environ").read_text().split("\0") if "=" in pair)
+            found[int(environment["RANK"])] = int(path.name)
+        except (OSError, KeyError, ValueError):
+            continue
+    return found
+
+
+@pytest.fixture
+def background() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts launchers, and ends what is left of them."""
+    processes = []
+
+    def start(words: list[str], folder: Path) -> subprocess.Popen[str]:
+        with (folder / "stderr.txt").open("w") as stderr:
+            processes.append(subprocess.Popen(words, env=ENVIRONMENT, stderr=stderr, text=True, start_new_session=True))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 100) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_an_elastic_launcher_survives_a_kill_and_a_hanging_peer(values: Values, run_recipe: Run, tmp_path: Path, background):
+    """One command: a process is killed, then one is stopped (its peer names it and leaves); the launcher starts all anew both times."""
+    values["train"] |= {"steps": 600, "save_every": 20, "eval_every": None, "sample_tokens": 0, "peer_timeout": 5.0}
+    undisturbed = run_recipe({**values, "run": {"dir": str(tmp_path / "undisturbed")}})
+    folder = Path(values["run"]["dir"])
+    process = background(command(ddp(2, "--max_restarts", "5", "--monitor_interval", "0.5"), recipe_file(values, tmp_path)), tmp_path)
+    wait_for(lambda: metrics_lines(folder) > 25)
+    os.kill(workers(process)[1], signal.SIGKILL)
+    wait_for(lambda: "going on from step" in (tmp_path / "stderr.txt").read_text())
+    os.kill(workers(process)[1], signal.SIGSTOP)
+    assert process.wait(120) == 0, (tmp_path / "stderr.txt").read_text()[-3000:]
+    told = (tmp_path / "stderr.txt").read_text()
+    assert "error: training: rank 0: nothing has moved for 5 seconds; waiting for rank 1 on" in told
+    assert [step for step, _ in losses(folder)] == list(range(1, 601))
+    np.testing.assert_allclose(losses(folder)[:20], losses(undisturbed)[:20], atol=1e-5)
+    assert names_read(folder) == names_read(undisturbed)
+
+
+NAN_IN_ONE = """
+import sys, os, torch
+from minrnn.pipeline import loop
+original = loop._one_step
+def one_step(run, step, batch, num_scored):
+    if step == 5 and os.environ["RANK"] == "1":
+        run.readers[batch[0].reader].cache.layers[0].recurrent.fill_(float("nan"))
+    return original(run, step, batch, num_scored)
+loop._one_step = one_step
+from minrnn.pipeline.train import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_nan_in_one_process_stops_or_is_skipped_by_both(values: Values, tmp_path: Path):
+    script = tmp_path / "nan_in_one.py"
+    script.write_text(NAN_IN_ONE)
+    recipe = recipe_file(values, tmp_path)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script), "--config", str(recipe)]
+    stopped = subprocess.run(launcher, env=ENVIRONMENT, capture_output=True, text=True, timeout=200, check=False)
+    assert stopped.stderr.count("error: training: step 5: loss nan. In reader 1: ") == 1, stopped.stderr[-3000:]
+    folder = Path(values["run"]["dir"])
+    assert [path.name for path in (folder / "checkpoints").glob("step-*")] == ["step-000004"]
+    skipping = [*launcher, "--train.skip_spikes", "3.0", "--run.change", "[train.skip_spikes]"]
+    went_on = subprocess.run(skipping, env=ENVIRONMENT, capture_output=True, text=True, timeout=200, check=False)
+    assert went_on.returncode == 0, went_on.stderr[-3000:]
+    assert went_on.stderr.count("step 5 is left out: loss nan") == 1
+    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in entries if "skipped" in entry] == [5]
+    assert [step for step, _ in losses(folder)] == list(range(1, 13))
+    assert np.isfinite(losses(folder)[-1][1])
+
+
+@pytest.mark.slow
+def test_contradictions_are_told_at_once_by_one_process(values: Values, tmp_path: Path):
+    values["train"] |= {"precision": "fp64", "skip_spikes": 2.0}
+    said = {"train_micro_batch_size_per_gpu": 7, "gradient_clipping": "auto", "bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}
+    (tmp_path / "deepspeed.json").write_text(json.dumps({**said, "optimizer": {"type": "Adam"}}))
+    launcher = ["--use_deepspeed", "--deepspeed_config_file", str(tmp_path / "deepspeed.json"), "--num_processes", "2"]
+    told = launch([*launcher, "--num_machines", "1", "--dynamo_backend", "no"], recipe_file(values, tmp_path), "--parallel.context", "5").stderr
+    for problem in (
+        "error: parallel.context: 5 processes to a sequence do not divide the 2 that were started",
+        "error: batch.chunk: 24 tokens must divide by the 5 processes of parallel.context",
+        "error: train.precision: fp64 is for DDP",
+        "error: train.skip_spikes: is for DDP",
+        "error: deepspeed.train_micro_batch_size_per_gpu: is 7 in",
+        "error: deepspeed.optimizer: ",
+        "error: deepspeed.bf16: is enabled in",
+    ):
+        assert told.count(problem) == 1, told[-3000:]
