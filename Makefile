@@ -3,11 +3,13 @@
 #   make train      the main job: about two minutes of training on two cores, into runs/quickstart/
 #   make test       lint, types and tests, a few minutes
 #   make test-slow  what launches many processes or learns for long
+#   make soak       half an hour of random faults against an undisturbed run (MINUTES=5 for less)
+#   make test-multihost  two hosts made of network namespaces, as root; one is lost in the middle of a run
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup train test test-slow clean
+.PHONY: setup train test test-slow test-multihost soak clean
 
 setup: $(READY)
 
@@ -29,6 +31,12 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -q -m slow
+
+soak: $(READY)
+	$(BIN)/python tests/soak.py --minutes $(or $(MINUTES),30)
+
+test-multihost: $(READY)
+	$(BIN)/python -m pytest -q tests/multihost
 
 clean:
 	rm -rf .venv runs mlruns mlflow.db*

@@ -8,6 +8,8 @@ USAGE = """usage: minrnn COMMAND ...
 
   train      pretrain a model from a recipe        minrnn train --config quickstart [--section.field VALUE ...]
   generate   continue a prompt                     minrnn generate runs/quickstart/model --prompt "def main"
+  plan       memory, FLOPs and traffic of a run    minrnn plan --config fineweb-1b --processes 16
+             before it is started
   export     a run's checkpoint as a transformers  minrnn export runs/quickstart --out my-model
              model
   bench      speed and memory beside the peers'    minrnn bench train [--peers llama,mamba ...]
@@ -48,6 +50,10 @@ def main(argv: list[str] | None = None) -> None:
             from .generate import main as generate
 
             generate(rest)
+        elif command == "plan":
+            from .plan import main as plan
+
+            plan(rest)
         elif command == "export":
             _export(rest)
         elif command == "bench":
@@ -57,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             import difflib
 
-            near = difflib.get_close_matches(command, ("train", "generate", "export", "bench"), n=1)
+            near = difflib.get_close_matches(command, ("train", "generate", "plan", "export", "bench"), n=1)
             raise UserError((command, "unknown command" + (f" (did you mean {near[0]}?)" if near else "; minrnn --help lists them")))
     except UserError as error:
         print(error, file=sys.stderr)

@@ -101,18 +101,20 @@ def start(timeout: float) -> Accelerator:
 def _connect(on_cpu: bool, timeout: timedelta) -> None:
     """Make the process group, which Accelerate then uses.
 
-    The store of a launcher outlives a restart of its processes (with torchrun's static rendezvous, Accelerate's default), and so do the
-    addresses of the dead ones in it: each attempt has a corner of its own.
+    A store that the launcher holds may outlive a restart of its processes (it does with torchrun's static rendezvous, Accelerate's default),
+    and so do the addresses of the dead ones in it: each attempt has a corner of its own. One that rank 0 holds is new each time; it must not
+    be divided, since the launchers of several machines count their attempts apart.
     """
     rank, size, local = (int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if not on_cpu:
         torch.accelerator.set_device_index(local)
     backend = "gloo" if on_cpu else torch.distributed.get_default_backend_for_device(torch.accelerator.current_accelerator() or "cuda")
-    hosts_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and rank == 0
+    is_launchers = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = torch.distributed.TCPStore(host, port, size, is_master=hosts_store, timeout=timeout, wait_for_workers=False)  # pyright: ignore
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = c10d.PrefixStore(f"minrnn/attempt-{attempt}", store)
+    is_master = rank == 0 and not is_launchers
+    store = torch.distributed.TCPStore(host, port, size, is_master, timeout=timeout, wait_for_workers=False)  # pyright: ignore
+    if is_launchers:
+        store = c10d.PrefixStore(f"minrnn/attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
 

@@ -1,0 +1,211 @@
+"""What the launchers read: Accelerate's files by Accelerate's own parser, the Slurm script with stand-ins for Slurm's commands."""
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import time
+import tomllib
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
+from accelerate.commands.launch import launch_command, launch_command_parser
+from accelerate.utils import DistributedType
+from minrnn.launch.cli import main
+from minrnn.pipeline.recipe import read_recipe
+from torch.distributed.run import get_args_parser
+
+REPOSITORY = Path(__file__).parents[2]
+CONFIGS = sorted((REPOSITORY / "launch" / "accelerate").glob("*.yaml"))
+DOCUMENT = REPOSITORY / "docs" / "scaling.md"
+SCRIPT = REPOSITORY / "launch" / "slurm" / "train.sbatch"
+ZERO_STAGE = {"zero1": "1", "zero2": "2", "zero3": "3", "zero3-offload": "3", "cpu-zero2": "2"}
+
+
+def command_in(path: Path) -> list[str]:
+    """The `accelerate launch` command of a file's comment: the words after `launch`."""
+    comment = " ".join(line.removeprefix("#") for line in path.read_text().splitlines() if line.startswith("#"))
+    found = re.search(r"accelerate launch (--config_file .*?-m minrnn\.pipeline\.train (?:--[a-z.]+ \S+ ?|\.\.\.)*)", comment.replace("\\", ""))
+    assert found, f"{path.name} says no command"
+    return shlex.split(found[1].replace("RANK", "1"))
+
+
+@pytest.fixture
+def dry_run(monkeypatch) -> Callable[[list[str]], tuple[Namespace, dict[str, str]]]:
+    """`accelerate launch` up to torchrun: what that would be told, and the environment of the processes."""
+    monkeypatch.chdir(REPOSITORY)
+
+    def run(words: list[str]) -> tuple[Namespace, dict[str, str]]:
+        told = []
+        monkeypatch.setattr("torch.distributed.run.run", lambda arguments: told.append((arguments, dict(os.environ))))
+        launch_command(launch_command_parser().parse_args(words))
+        return told[0]
+
+    return run
+
+
+def test_every_engine_has_its_file():
+    assert {path.stem for path in CONFIGS} == {"cpu", "ddp", "multi-node", *ZERO_STAGE}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_accelerate_reads_each_file_and_its_command_as_meant(path: Path, dry_run):
+    """Processes, stage and devices; what the recipe decides is left to it."""
+    config = load_config_from_file(str(path))
+    assert isinstance(config, ClusterConfig)
+    assert (config.mixed_precision, config.use_cpu) == ("no", False)
+    words = command_in(path)
+    assert words[words.index("--config_file") + 1] == str(path.relative_to(REPOSITORY))
+    arguments, environment = dry_run(words)
+    assert arguments.training_script == "minrnn.pipeline.train"
+    assert int(arguments.nproc_per_node) * config.num_machines == config.num_processes
+    assert environment["ACCELERATE_MIXED_PRECISION"] == "no"
+    if path.stem not in ZERO_STAGE:
+        assert config.distributed_type == DistributedType.MULTI_GPU
+        assert "ACCELERATE_USE_DEEPSPEED" not in environment
+        return
+    said = {key.removeprefix("ACCELERATE_DEEPSPEED_"): value for key, value in environment.items() if key.startswith("ACCELERATE_")}
+    assert (said["ACCELERATE_USE_DEEPSPEED"], said["ZERO_STAGE"]) == ("true", ZERO_STAGE[path.stem])
+    assert said["ACCELERATE_GRADIENT_CLIPPING"] == "auto"
+    assert "ACCELERATE_GRADIENT_ACCUMULATION_STEPS" not in said, "Accelerate reads it as a number"
+    offloaded = "cpu" if path.stem == "zero3-offload" else "none"
+    assert said.get("OFFLOAD_OPTIMIZER_DEVICE", "none") == said.get("OFFLOAD_PARAM_DEVICE", "none") == offloaded
+    assert said.get("ACCELERATE_USE_CPU", "false").lower() == "false"
+
+
+@pytest.mark.parametrize("engine", ["multi-node", "zero1", "zero2", "zero3"])
+def test_several_machines_meet_at_the_first_through_torchrun(engine: str, dry_run):
+    """Not through DeepSpeed's own launcher, which wants ssh and a host file."""
+    place = "--num_machines 4 --num_processes 32 --machine_rank 2 --main_process_ip first --main_process_port 23456 --rdzv_backend c10d"
+    arguments, _ = dry_run(["--config_file", f"launch/accelerate/{engine}.yaml", *place.split(), "-m", "minrnn.pipeline.train"])
+    assert (arguments.nnodes, arguments.nproc_per_node) == ("4", "8")
+    assert (arguments.rdzv_endpoint, arguments.rdzv_backend) == ("first:23456", "c10d")
+
+
+def commands_of_the_document() -> list[str]:
+    lines = "\n".join(re.findall(r"```bash\n(.*?)```", DOCUMENT.read_text(), flags=re.DOTALL)).replace("\\\n", " ").splitlines()
+    return [command for line in lines if (command := line.split("#")[0].strip()) and not command.startswith("export ")]
+
+
+@pytest.mark.parametrize("command", commands_of_the_document())
+def test_the_commands_of_the_document_are_understood(command: str, dry_run, capsys):
+    words = shlex.split(command)
+    while "=" in words[0]:
+        words.pop(0)
+    if words[:2] == ["accelerate", "launch"]:
+        read_recipe(dry_run(words[2:])[0].training_script_args)
+    elif words[0] == "torchrun":
+        arguments = get_args_parser().parse_args(words[1:])
+        assert (arguments.module, arguments.training_script) == (True, "minrnn.pipeline.train")
+        read_recipe(arguments.training_script_args)
+    elif words[0] == "sbatch":
+        script = words.index("launch/slurm/train.sbatch")
+        read_recipe(["--config", *words[script + 1 :]])
+    else:
+        assert words[:2] == ["minrnn", "plan"]
+        main([*words[1:], "--vocab-size", "50264"])
+        if "--tflops" not in words:
+            assert capsys.readouterr().out in DOCUMENT.read_text()
+
+
+def test_what_is_launched_is_shipped():
+    """Every file of the folders is covered by the package data."""
+    settings = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folder = REPOSITORY / settings["package-dir"]["minrnn.launch"]
+    shipped = {path for pattern in settings["package-data"]["minrnn.launch"] for path in folder.glob(pattern)}
+    assert shipped == {*CONFIGS, SCRIPT}
+
+
+STANDINS = {
+    "srun": """
+trap 'kill -TERM ${tasks[@]}' TERM
+while [[ $1 == --* ]]; do shift; done
+for ((node = 0; node < SLURM_JOB_NUM_NODES; node++)); do SLURM_NODEID=$node "$@" & tasks+=($!); done
+status=0
+for task in "${tasks[@]}"; do
+    wait "$task" || status=$?
+    while kill -0 "$task" 2>/dev/null; do status=0; wait "$task" || status=$?; done
+done
+exit $status
+""",
+    "scontrol": """
+if [[ $1 == show ]]; then printf 'first\\nsecond\\n'; else echo "$@" >> "$LOG/scontrol"; fi
+""",
+    "squeue": 'echo "$JOB_STATE"',
+    "accelerate": """
+trap 'echo saved > "$LOG/saved.$SLURM_NODEID"; kill $waiting; exit 1' TERM
+printf '%s\\n' "$PET_RDZV_ID" "$PET_SHUTDOWN_TIMEOUT" "$@" > "$LOG/building.$SLURM_NODEID"
+mv "$LOG/building.$SLURM_NODEID" "$LOG/launched.$SLURM_NODEID"
+[[ $LASTS == 0 ]] || { sleep $LASTS & waiting=$!; wait $waiting; }
+exit $STATUS
+""",
+}
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> dict[str, str]:
+    """The environment of a job of two machines with four GPUs each."""
+    tools, venv = tmp_path / "tools", tmp_path / "venv" / "bin"
+    tools.mkdir()
+    venv.mkdir(parents=True)
+    (venv / "activate").touch()
+    for name, body in STANDINS.items():
+        (tools / name).write_text(f"#!/bin/bash\n{body}")
+        (tools / name).chmod(0o755)
+    path = f"{tools}{os.pathsep}{os.environ['PATH']}"
+    job = {"SLURM_SUBMIT_DIR": str(REPOSITORY), "SLURM_JOB_ID": "4321", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2"}
+    stage = {"LOG": str(tmp_path), "LASTS": "0", "STATUS": "0", "JOB_STATE": "RUNNING", "VENV": str(venv.parent)}
+    return {**os.environ, **job, **stage, "SLURM_GPUS_ON_NODE": "4", "PATH": path}
+
+
+def submit(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["bash", str(SCRIPT), *arguments], env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_a_job_launches_the_recipe_on_every_machine(slurm: dict[str, str], tmp_path: Path, dry_run, monkeypatch):
+    done = submit({**slurm, "ENGINE": "zero2", "SLURM_RESTART_COUNT": "3"}, "quickstart", "--run.dir", "runs/with space")
+    assert done.returncode == 0, done.stderr
+    for rank in (0, 1):
+        rendezvous, patience, command, *words = (tmp_path / f"launched.{rank}").read_text().splitlines()
+        assert command == "launch"
+        monkeypatch.setenv("PET_RDZV_ID", rendezvous)
+        monkeypatch.setenv("PET_SHUTDOWN_TIMEOUT", patience)
+        arguments, environment = dry_run(words)
+        assert (arguments.node_rank, arguments.nnodes, arguments.nproc_per_node) == (rank, "2", "4")
+        assert (arguments.rdzv_endpoint, arguments.rdzv_backend, arguments.max_restarts) == ("first:24321", "c10d", 3)
+        assert (arguments.rdzv_id, arguments.shutdown_timeout) == ("4321-3", 150)
+        assert environment["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == "2"
+        assert read_recipe(arguments.training_script_args).run.dir == "runs/with space"
+    assert not (tmp_path / "scontrol").exists()
+
+
+@pytest.mark.parametrize(("state", "requeued"), [("RUNNING", "requeue 4321\n"), ("COMPLETING", "")])
+def test_told_to_leave_every_machine_saves_and_the_job_is_queued_again(slurm: dict[str, str], tmp_path: Path, state: str, requeued: str):
+    """Not where it was cancelled, though: the job is completing then."""
+    job = subprocess.Popen(["bash", str(SCRIPT), "quickstart"], env={**slurm, "LASTS": "60", "JOB_STATE": state}, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 30
+    while job.poll() is None and len(list(tmp_path.glob("launched.*"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(30) != 0
+    assert sorted(path.name for path in tmp_path.glob("saved.*")) == ["saved.0", "saved.1"]
+    log = tmp_path / "scontrol"
+    assert (log.read_text() if log.exists() else "") == requeued
+
+
+def test_a_failure_is_a_failure(slurm: dict[str, str], tmp_path: Path):
+    assert submit({**slurm, "STATUS": "7"}, "quickstart").returncode == 7
+    assert not (tmp_path / "scontrol").exists()
+    told = submit(slurm)
+    assert told.returncode == 2
+    assert "usage: sbatch" in told.stderr
+
+
+def test_the_script_warns_as_early_as_it_says():
+    text = SCRIPT.read_text()
+    assert re.findall(r"--signal=B:TERM@(\d+)|GRACE=(\d+)", text) == [("180", ""), ("", "180")]
+    subprocess.run(["bash", "-n", str(SCRIPT)], check=True)

@@ -1,0 +1,158 @@
+"""A plan says what the model, the kernels and the engines do."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from minrnn.data import UserError
+from minrnn.launch import plan
+from minrnn.launch.cli import main
+from minrnn.models import MinRNNConfig, MinRNNForCausalLM
+from minrnn.models.recompute import RECOMPUTE, checkpointing_options
+from minrnn.pipeline.config import Recipe
+from minrnn.pipeline.machine import training_flops_per_token
+from minrnn.pipeline.recipe import build_recipe, read_recipe
+from torch.profiler import ProfilerActivity, profile
+
+MODELS = st.fixed_dictionaries(
+    {
+        "preset": st.sampled_from(["default", "paper"]),
+        "cell": st.sampled_from(["mingru", "minlstm"]),
+        "hidden_size": st.integers(8, 40),
+        "num_hidden_layers": st.integers(1, 3),
+        "expansion_factor": st.sampled_from([1.0, 1.5, 2.0]),
+        "intermediate_size": st.sampled_from([0, 24, 64]),
+        "conv_kernel": st.sampled_from([0, 1, 4]),
+        "tie_word_embeddings": st.booleans(),
+    }
+)
+
+
+@given(MODELS, st.integers(16, 300))
+def test_parameters_are_those_of_the_real_model(fields: dict, vocab_size: int):
+    recipe = build_recipe({"model": fields})
+    model = plan.measure(recipe, vocab_size)
+    real = MinRNNForCausalLM(MinRNNConfig(**recipe.model_fields_resolved(), vocab_size=vocab_size))
+    assert model.parameters == real.num_parameters()
+    looked_up = 0 if model.tied else real.get_input_embeddings().weight.numel()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+    assert plan.flops_per_token(model) == training_flops_per_token(real.num_parameters() - looked_up)
+
+
+@given(st.integers(1, 10**11), st.integers(1, 4096), st.sampled_from(["fp32", "bf16"]))
+def test_sixteen_bytes_a_parameter_shared_as_the_stage_does(num_parameters: int, processes: int, precision: str):
+    """Weights, gradients and two moments; everything that is shared adds up to one whole over the processes."""
+
+    def states(engine: str) -> float:
+        parts = plan.engine_memory(num_parameters, processes, precision, engine)
+        return parts["weights"] + parts["gradients"] + parts["moments"]
+
+    n, p = num_parameters, processes
+    assert states("DDP") == 16 * n
+    assert states("ZeRO-1") == pytest.approx(8 * n + 8 * n / p)
+    assert states("ZeRO-2") == pytest.approx(4 * n + 12 * n / p)
+    assert states("ZeRO-3") * p == pytest.approx(16 * n)
+    for engine in ("ZeRO-1", "ZeRO-2", "ZeRO-3"):
+        assert plan.engine_memory(n, p, precision, engine)["own copy"] * p == pytest.approx(4 * n)
+    assert plan.engine_memory(n, p, "fp64", "DDP")["weights"] == 8 * n
+
+
+def kept_per_token(recipe: Recipe, recompute: str, layers: int) -> int:
+    """Bytes that a forward pass over 512 tokens takes and does not give back."""
+    torch.manual_seed(0)
+    fields = {**recipe.model_fields_resolved(), "num_hidden_layers": layers}
+    model = MinRNNForCausalLM(MinRNNConfig(**fields, vocab_size=16)).train()
+    if (options := checkpointing_options(recompute)) is not None:
+        model.activation_checkpointing_enable(options)
+    ids = torch.arange(512).view(1, -1) % 16
+
+    def loss() -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.train.precision == "bf16"):
+            return model(input_ids=ids, shift_labels=ids, skip_logits=True).loss
+
+    loss()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        kept = loss()  # the graph holds what is counted
+    total = sum(event.self_cpu_memory_usage for event in profiler.key_averages())
+    assert kept.requires_grad
+    return total
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+@pytest.mark.parametrize(
+    ("precision", "fields"),
+    [
+        ("bf16", {}),
+        ("bf16", {"cell": "minlstm", "output_gate": False}),
+        ("bf16", {"preset": "paper"}),
+        ("bf16", {"intermediate_size": 0, "conv_kernel": 0}),
+        ("fp32", {}),
+    ],
+)
+def test_activations_are_what_the_blocks_keep(precision: str, fields: dict, recompute: str):
+    """What models/recompute.py states for one kind of block in bf16, for the other kinds and fp32."""
+    recipe = build_recipe({"model": {"hidden_size": 64, "intermediate_size": 128, **fields}, "train": {"precision": precision}})
+    model = plan.measure(recipe, 16)
+    measured = (kept_per_token(recipe, recompute, 5) - kept_per_token(recipe, recompute, 2)) / 3
+    if recompute == "none" and precision == "bf16":
+        measured -= plan.working_memory(model, plan.lay_out(recipe, 1), precision)["bf16 copies"] / model.layers
+    assert measured / 512 == pytest.approx(plan.activation_bytes(model, precision, recompute), rel=0.04)
+
+
+@given(st.integers(1, 6), st.integers(0, 6), st.integers(0, 3), st.integers(1, 8))
+def test_a_step_is_shared_out_whole_or_refused(readers: int, processes: int, context: int, lanes: int):
+    recipe = build_recipe({"batch": {"readers": 2**readers, "lanes": lanes, "chunk": 64}, "parallel": {"context": 2**context}})
+    if context > processes or processes - context > readers:
+        with pytest.raises(UserError, match=r"parallel\.context|batch\.readers"):
+            plan.lay_out(recipe, 2**processes)
+        return
+    layout = plan.lay_out(recipe, 2**processes)
+    assert layout.tokens * layout.readers * layout.processes == 2**readers * lanes * 64
+
+
+def test_the_billion_recipe_is_planned(capsys):
+    recipe = read_recipe(["--config", "fineweb-1b"])
+    assert plan.measure(recipe, 50_264).parameters == pytest.approx(1.0e9, rel=0.05)
+    for processes in (8, 16, 32, 64):
+        plan.lay_out(recipe, processes)
+    main(["plan", "--config", "fineweb-1b", "--vocab-size", "50264", "--processes", "16", "--gpu-memory", "40GB", "--tflops", "312"])
+    told = capsys.readouterr().out
+    tokens_per_parameter = float(told.split(" per parameter")[0].split()[-1])
+    assert tokens_per_parameter == pytest.approx(20, rel=0.05)
+    for engine in plan.ENGINES:
+        assert any(line.startswith(engine) for line in told.splitlines())
+    assert " s a step" in told
+    rows = {line.split("  ")[0]: line for line in told.splitlines() if "*" in line}
+    assert rows["DDP"].count("*") < rows["ZeRO-3"].count("*"), "what is shared among 16 leaves room for more"
+
+
+def test_what_fits_grows_with_the_memory(capsys):
+    counts = []
+    for memory in ("5GB", "20GB", "45GB", "80GiB"):
+        main(["plan", "--config", "fineweb-1b", "--vocab-size", "50264", "--gpu-memory", memory])
+        counts.append(sum(line.count("*") for line in capsys.readouterr().out.splitlines()[:-1]))
+    assert counts == sorted(counts)
+    assert counts[0] == 0
+    assert counts[-1] == 15
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--processes", "3"], "error: batch.readers: 8 readers cannot be shared evenly by 3; use one of [1, 2, 4, 8]"),
+        (["--processes", "6", "--context", "4"], "error: parallel.context: groups of 4 do not divide 6 processes"),
+        (["--context", "8", "--batch.chunk", "100"], "error: batch.chunk: 100 tokens cannot be cut into 8 equal pieces (parallel.context)"),
+        (
+            ["--context", "8", "--batch.chunk", "16"],
+            "error: batch.chunk: 16 tokens cannot be cut into 8 equal pieces (parallel.context) of at least 3",
+        ),
+        (["--context", "0"], "error: parallel.context: input should be greater than or equal to 1"),
+        (["--gpu-memory", "80"], "error: --gpu-memory: '80' is not a size such as 80GB"),
+        (["--processes", "0", "--fraction", "2"], "error: --fraction: must be positive and at most 1, not 2"),
+        (["--batch.lane", "8"], "error: batch.lane: unknown key (did you mean batch.lanes?)"),
+    ],
+)
+def test_mistakes_are_told(options: list[str], told: str, capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["plan", "--vocab-size", "264", "--batch.readers", "8", *options])
+    assert left.value.code == 2
+    assert told in capsys.readouterr().err
