@@ -4,7 +4,7 @@ from .corpus import CorpusSpec, DocumentStream, open_source
 from .errors import UserError
 from .loader import ChunkLoader, ReaderSpec
 from .reader import IGNORED, Chunk, DocumentReader, WindowReader, joined_tokens
-from .tokenizer import BYTES, Encoder, byte_tokenizer, load_tokenizer, model_vocab_size, with_bos
+from .tokenizer import BYTES, Encoder, byte_tokenizer, fingerprint, load_tokenizer, model_vocab_size, with_bos
 from .validation import ValidationSet, document_validation, window_validation
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "WindowReader",
     "byte_tokenizer",
     "document_validation",
+    "fingerprint",
     "joined_tokens",
     "load_tokenizer",
     "model_vocab_size",

@@ -4,6 +4,8 @@ The byte tokenizer is an ordinary `PreTrainedTokenizerFast` that needs no downlo
 contains such a name stays text.
 """
 
+import hashlib
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +50,12 @@ def byte_tokenizer() -> Any:
         clean_up_tokenization_spaces=False,
         model_max_length=2**30,
     )
+
+
+def fingerprint(tokenizer: Any) -> str:
+    """SHA-256 of the vocabulary: which token has which number."""
+    numbered = sorted((number, token) for token, number in tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps(numbered).encode()).hexdigest()
 
 
 def load_tokenizer(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The README's "How fast" tables, from the benches' results: `python -m minrnn.evals.speed` prints them.
+"""The README's figures, from the committed results: `python -m minrnn.evals.speed` prints them.
 
 `tests/launch/test_readme.py` asks that the README holds them word for word, so a figure there is a figure of a committed results file.
 """
@@ -79,7 +79,8 @@ def contexts_line() -> str:
     first, last = (pick(rows, key=lambda row: row["context"]) for pick in (min, max))
     return (
         f"In one rotation of its own, minrnn's token after {last['context']:,} (all of them read) takes {last['of_shortest']:.2f} of the time "
-        f"after {first['context']:,}, and {last['peak_bytes'] / 1e6:.0f} MB of memory, weights included, against {first['peak_bytes'] / 1e6:.0f} MB."
+        f"after {first['context']:,}, and {last['peak_bytes'] / 1e6:.0f} MB of memory, weights included, against "
+        f"{first['peak_bytes'] / 1e6:.0f} MB."
     )
 
 
@@ -96,9 +97,29 @@ def stream_line() -> str:
     )
 
 
+def loop_line() -> str:
+    """What the loop adds to its steps."""
+    (row,) = _rows(_load("bench-loop-cpu"), section="loop", contender="loop")
+    return (
+        f"At the quickstart's size, the loop with its data, logging, tracking and a checkpoint every {row['steps']} steps takes "
+        f"{100 * row['overhead']:+.1f} % of the time of the steps alone ([file](evals/results/bench-loop-cpu.json))."
+    )
+
+
+def soak_line() -> str:
+    """What a run survived."""
+    soak = json.loads((RESULTS / "soak.json").read_text())
+    faults = ", ".join(f"{count} x {name}" for name, count in soak["faults"].items())
+    return (
+        f"In a soak of {soak['steps']:,} steps on two processes ([file](evals/results/soak.json)), {soak['kills']} times `kill -9` among its "
+        f"faults ({faults}), {soak['steps_repeated']:,} steps were taken again, {soak['checkpoints_refused']} broken checkpoints refused, and "
+        f"{len(soak['problems'])} things differed from an undisturbed run: every loss is equal to the bit, every step is there once."
+    )
+
+
 def main() -> None:
     """Print everything."""
-    for lines in (scan_lines(), train_lines(), generate_lines(), [contexts_line()], [stream_line()]):
+    for lines in (scan_lines(), train_lines(), generate_lines(), [contexts_line()], [stream_line()], [loop_line()], [soak_line()]):
         print("\n".join(lines), end="\n\n")
 
 

@@ -47,12 +47,22 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """To the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    unfinished = path.with_name(f".{path.name}.part")
+    unfinished.write_text(text)
+    sync(unfinished)
+    os.replace(unfinished, path)
+    sync(path.parent)
 
 
 def _digest(path: Path) -> str:
@@ -63,18 +73,18 @@ def _digest(path: Path) -> str:
 def write_file(path: Path, write: Callable[[Path], object]) -> tuple[str, dict[str, Any]]:
     """Write and sync a file; returns its entry in the manifest."""
     write(path)
-    _sync(path)
+    sync(path)
     return path.name, {"size": path.stat().st_size, "sha256": _digest(path)}
 
 
 def publish(building: Path, final: Path, manifest: dict[str, Any]) -> None:
     """Seal a built folder with its manifest and give it its name."""
     write_file(building / MANIFEST, lambda path: path.write_text(json.dumps(manifest, indent=1)))
-    _sync(building)
+    sync(building)
     if final.exists():  # an invalid one of the same step, or the run would have gone on from it
         final.rename(final.with_name(f".{final.name}.replaced"))
     building.rename(final)
-    _sync(final.parent)
+    sync(final.parent)
 
 
 def remove_old(folder: Path, keep: int, step: int) -> None:
@@ -127,7 +137,7 @@ def newest_valid(folder: Path, warn: Callable[[str], object]) -> tuple[Path, dic
     for path in steps_in(folder):
         try:
             return path, read_manifest(path)
-        except ValueError as error:
+        except (OSError, ValueError) as error:  # a sector that cannot be read, too
             warn(f"checkpoint {path.name} is not used: {error}")
     return None
 

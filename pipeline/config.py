@@ -172,7 +172,7 @@ class TrainSection(Section):
     max_skips: int = Field(default=10, ge=1)
     """Batches in a row that may be left out before training stops."""
     peer_timeout: float = Field(default=1800.0, gt=0)
-    """Seconds without progress after which the process that hangs is named and all leave: more than the longest step, validation or save."""
+    """Seconds in which nobody moves until the process that hangs is named and all leave: more than the longest step, save or export takes."""
     prompts: list[str] = [""]
     """What the samples in samples.txt begin with."""
     sample_tokens: int = Field(default=200, ge=0)

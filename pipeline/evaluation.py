@@ -46,14 +46,14 @@ def validate(
     carry_state: bool,
     layout: Layout | None = None,
     in_lockstep: bool = False,
-    mark: Callable[[str], None] = lambda doing: None,
+    moved: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Mean loss in nats per token and bits per byte over all documents of all processes' sets, and their tokens.
 
     Args:
         layout: where processes share sequences.
         in_lockstep: a forward pass needs all processes, so those that have read all their documents go on in vain until all have.
-        mark: hears of each chunk.
+        moved: called after each chunk.
     """
     layout = layout or Layout()
     model.eval()
@@ -76,13 +76,13 @@ def validate(
             cache = output.past_key_values
             nats += float(output.loss)
             tokens += piece.num_scored
-            mark("validating")
+            moved()
     if in_lockstep:
         num_chunks = sum(1 for part in sets for _ in part.chunks())
         empty = torch.zeros(1, 64, dtype=torch.long, device=accelerator.device)
         for _ in range(largest(accelerator, num_chunks) - num_chunks):
             model(input_ids=empty, shift_labels=empty, skip_logits=True, num_items_in_batch=1)
-            mark("validating")
+            moved()
     model.train()
     num_bytes = sum(part.num_bytes for part in sets) / layout.context
     nats, tokens, num_bytes = total(accelerator, [nats, tokens, num_bytes])

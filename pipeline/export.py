@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from ..data import UserError, load_tokenizer, with_bos
 from ..models import MinRNNConfig, MinRNNForCausalLM
-from .checkpoint import checkpoint_name, load_parameters, newest_valid, read_manifest
+from .checkpoint import checkpoint_name, load_parameters, newest_valid, read_manifest, sync
 
 CARD = """---
 library_name: transformers
@@ -68,6 +68,8 @@ def export_model(model: PreTrainedModel, tokenizer: Any, folder: Path, config: d
         config=yaml.safe_dump(config, sort_keys=False),
     )
     (building / "README.md").write_text(card)
+    for file in building.iterdir():
+        sync(file)
     if folder.exists():
         grave = folder.with_name(f".{folder.name}.replaced")
         shutil.rmtree(grave, ignore_errors=True)
@@ -116,7 +118,7 @@ def export_run(run: Path, out: Path, step: int | None = None, dtype: str = "fp32
         path = folder / checkpoint_name(step)
         try:
             manifest = read_manifest(path)
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             available = ", ".join(sorted(p.name for p in folder.glob("step-*"))) or "none"
             raise UserError(("--step", f"{error}; checkpoints there: {available}")) from None
     model, tokenizer, config = load_checkpoint(path, manifest["vocab_size"], dtype)

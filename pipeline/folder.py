@@ -1,7 +1,6 @@
 """A run's folder: who may write in it, and where to go on."""
 
 import fcntl
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ import yaml
 from accelerate import Accelerator
 
 from ..data import UserError
-from .checkpoint import newest_valid, steps_in
+from .checkpoint import newest_valid, replace, steps_in
 from .config import Recipe
 from .metrics import MetricsFile, cut_metrics
 from .processes import from_main
@@ -34,18 +33,16 @@ class RunFolder:
         """Everything is ready: cut the metrics to the checkpoint's step and write down the settings that hold from here on."""
         if num_cut := cut_metrics(self.metrics.path, self.manifest.get("step", 0)):
             warn(f"{num_cut} lines of {self.metrics.path} came after the checkpoint; they are written again")
-        unfinished = self.path / ".config.yaml"
-        unfinished.write_text(yaml.safe_dump(resolved(recipe), sort_keys=False))
-        os.replace(unfinished, self.path / "config.yaml")
+        replace(self.path / "config.yaml", yaml.safe_dump(resolved(recipe), sort_keys=False))
 
     def finished_step(self) -> int | None:
         """The step whose model was exported, if any was."""
         note = self.path / ".finished"
-        return int(note.read_text()) if note.exists() else None
+        return int(note.read_text()) if note.exists() and note.read_text().isdigit() else None
 
     def mark_finished(self, step: int) -> None:
         """The model of this step is exported."""
-        (self.path / ".finished").write_text(str(step))
+        replace(self.path / ".finished", str(step))
 
     def close(self) -> None:
         """Let others write there."""

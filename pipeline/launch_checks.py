@@ -6,6 +6,7 @@ it; what it says differently is a mistake.
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 
 from ..data.errors import UserError
 from .config import Recipe
-from .processes import uses_deepspeed, world_size
+from .processes import launcher_holds_store, uses_deepspeed, world_size
 
 Problem = tuple[str, str]
 
@@ -21,8 +22,11 @@ Problem = tuple[str, str]
 def check_launch(recipe: Recipe) -> None:
     """Raises UserError with everything that does not fit together."""
     problems = [*_layout_problems(recipe), *_precision_problems(recipe), *(_deepspeed_problems(recipe) if uses_deepspeed() else [])]
-    if problems:
-        raise UserError(*problems)
+    here = _machine_problems()
+    if here and os.environ["LOCAL_RANK"] == "0" and os.environ["RANK"] != "0":  # rank 0, which tells the others, cannot know of them
+        print(*(f"error: {key}: {problem}" for key, problem in here), sep="\n", file=sys.stderr)
+    if problems or here:
+        raise UserError(*problems, *here)
 
 
 def _layout_problems(recipe: Recipe) -> list[Problem]:
@@ -40,12 +44,18 @@ def _layout_problems(recipe: Recipe) -> list[Problem]:
     if context > 1 and (batch.chunk % context or batch.chunk // context < reach):
         at_least = f" and leave each at least the {reach} tokens that the convolution looks back" if reach > 1 else ""
         problems.append(("batch.chunk", f"{batch.chunk} tokens must divide by the {context} processes of parallel.context{at_least}"))
-    local, devices = (
-        int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-        torch.accelerator.device_count() if torch.accelerator.is_available() else None,
-    )
-    if devices is not None and local > devices:
-        problems.append(("launcher", f"started {local} processes on a machine with {devices} GPUs; lower --num_processes"))
+    return problems
+
+
+def _machine_problems() -> list[Problem]:
+    """What is wrong with this machine's part of the launch."""
+    said = {name: int(os.environ.get(name, "0")) for name in ("LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "TORCHELASTIC_MAX_RESTARTS")}
+    problems = []
+    if torch.accelerator.is_available() and said["LOCAL_WORLD_SIZE"] > (devices := torch.accelerator.device_count()):
+        problems.append(("launcher", f"started {said['LOCAL_WORLD_SIZE']} processes on a machine with {devices} GPUs; lower --num_processes"))
+    if said["GROUP_WORLD_SIZE"] > 1 and said["TORCHELASTIC_MAX_RESTARTS"] > 0 and launcher_holds_store():
+        advice = "use rdzv_backend c10d and set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on all of them, or max_restarts 0"
+        problems.append(("launcher", f"machines that restart their processes could meet in different places; {advice}"))
     return problems
 
 

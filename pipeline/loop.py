@@ -19,7 +19,8 @@ from typing import Any
 import torch
 import transformers
 
-from ..data import Chunk, UserError
+from ..data import Chunk, UserError, fingerprint
+from ..models import MinRNNForCausalLM
 from . import checkpoint, processes
 from .config import Recipe
 from .errors import NonFiniteError
@@ -29,10 +30,10 @@ from .folder import open_folder, warn
 from .interrupt import Interrupt, leave
 from .launch_checks import check_launch
 from .machine import keep_freed_memory, training_flops_per_token
-from .metrics import draw_loss
+from .metrics import draw_loss, read_metrics
 from .optim import learning_rate
 from .recipe import resolved
-from .run import Run, set_up
+from .run import Run, patience, set_up
 from .saving import snapshot
 
 SPIKE_WINDOW = 100  # steps whose median loss says what is usual
@@ -51,7 +52,7 @@ def train(recipe: Recipe) -> None:
     keep_freed_memory()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    accelerator = processes.start(recipe.train.peer_timeout + 60)  # the watchdog, which knows names, is to be first
+    accelerator = processes.start(patience(recipe))
     with contextlib.closing(open_folder(recipe, accelerator)) as folder:
         if folder.manifest.get("step", 0) >= recipe.train.steps and folder.finished_step() == folder.manifest["step"]:
             if accelerator.is_main_process:
@@ -62,25 +63,26 @@ def train(recipe: Recipe) -> None:
         status, signal_number = "FAILED", None
         try:
             with Interrupt() as interrupt, run.watchdog:
-                signal_number = _steps(run, interrupt)
+                signal_number = take_steps(run, interrupt)
                 if signal_number is None:
                     _finish(run)
             status = "FINISHED" if signal_number is None else "KILLED"
         finally:
             run.close(status)
         if signal_number is not None:
-            message = f"Saved step {run.step} of {recipe.train.steps} in {folder.path}; the same command goes on from there."
+            saved = f"Saved step {run.step} of {recipe.train.steps}" if run.step else "Nothing to save yet"
+            message = f"{saved} in {folder.path}; the same command goes on from there."
             leave(signal_number, message, run.is_main)
 
 
-def _steps(run: Run, interrupt: Interrupt) -> int | None:
+def take_steps(run: Run, interrupt: Interrupt) -> int | None:
     """Take all steps; returns the signal that stopped them, on all processes, if one did."""
     recipe, chunks = run.recipe, iter(run.loader)
     clock, tokens_at_clock = time.perf_counter(), run.tokens
     while run.step < recipe.train.steps:
-        run.watchdog.mark(f"step {run.step + 1}: reading")
+        run.watchdog.enter(f"step {run.step + 1}: reading")
         batch, problems = _next_batch(run, chunks)
-        run.watchdog.mark(f"step {run.step + 1}: computing")
+        run.watchdog.enter(f"step {run.step + 1}: computing")
         counts = [sum(chunk.num_scored for chunk in batch), interrupt.requested is not None, len(problems)]
         num_scored, stop, failed = processes.total(run.accelerator, counts)
         if (stop or failed) and run.step > 0:
@@ -119,8 +121,8 @@ def _next_batch(run: Run, chunks: Iterator[list[Chunk]]) -> tuple[list[Chunk], l
         return [run.layout.piece(chunk) for chunk in next(chunks)], []
     except UserError as error:
         return [], error.problems
-    except RuntimeError as error:  # a worker that died
-        return [], [("data.workers", str(error))]
+    except Exception as error:  # a worker that died, a network, a broken file: the others must not wait
+        return [], [("data.corpus", f"{type(error).__name__}: {error}")]
 
 
 def _one_step(run: Run, step: int, batch: list[Chunk], num_scored: float) -> dict[str, Any]:
@@ -229,7 +231,8 @@ def _record(run: Run, entry: dict[str, Any]) -> None:
 
 def _validate(run: Run) -> None:
     start = time.perf_counter()
-    sharing = (run.layout, run.engine.in_lockstep, run.watchdog.mark)
+    run.watchdog.enter(f"step {run.step}: validating")
+    sharing = (run.layout, run.engine.in_lockstep, run.watchdog.move)
     run.latest = validate(run.engine.module, run.validation, run.accelerator, run.recipe.batch.carry_state, *sharing)
     if not math.isfinite(run.latest["loss"]):
         raise NonFiniteError(f"step {run.step}: the validation loss is {run.latest['loss']}. This step was not saved.")
@@ -249,39 +252,54 @@ def _save(run: Run, is_last: bool) -> None:
     Raises:
         OSError: in every process, if the last could not be written by any.
     """
-    run.watchdog.mark(f"step {run.step}: saving")
+    run.watchdog.enter(f"step {run.step}: saving")
     if failures := run.saver.wait():
         run.say(f"warning: a checkpoint could not be written: {'; '.join(failures)}. Older ones are untouched; training goes on.")
     if run.saver.newest != run.step:
         info = {
             "tokens": run.tokens,
             "vocab_size": run.config.vocab_size,
+            "tokenizer": fingerprint(run.tokenizer),
             "recent_losses": run.recent_losses,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }
+        if run.is_main:
+            run.folder.metrics.sync()
         run.saver.start(run.step, snapshot(run.engine, run.readers, run.layout, resolved(run.recipe)), info)
     if is_last and (failures := run.saver.wait()):
         raise OSError(f"The checkpoint of step {run.step} could not be written: {'; '.join(failures)}. Older checkpoints are untouched.")
 
 
 def _finish(run: Run) -> None:
-    """Samples and the exported model, from the checkpoint that was just written."""
-    run.watchdog.mark("exporting")
+    """The exported model, from the checkpoint that was just written, and what it writes itself."""
+    run.watchdog.enter("exporting")
     if run.is_main:
         folder, recipe = run.folder.path, run.recipe
         path = folder / "checkpoints" / checkpoint.checkpoint_name(run.step)
         model, tokenizer, config = load_checkpoint(path, run.config.vocab_size, "fp64" if recipe.train.precision == "fp64" else "fp32")
-        score = f", {run.latest['bits_per_byte']:.3f} bits per byte on held-out documents" if run.latest else ""
+        validations = [entry for entry in read_metrics(run.folder.metrics.path) if entry["kind"] == "validation" and entry["step"] == run.step]
+        score = f", {validations[-1]['bits_per_byte']:.3f} bits per byte on held-out documents" if validations else ""
         export_model(model, tokenizer, folder / "model", config, run.tokens, score)
-        if recipe.train.sample_tokens and recipe.train.prompts:
-            model.to(run.accelerator.device)  # pyright: ignore[reportArgumentType]
-            texts = sample(model, tokenizer, recipe.train.prompts, recipe.train.sample_tokens, recipe.run.seed)
-            (folder / "samples.txt").write_text("".join(f"=== prompt {p!r}\n{t}\n\n" for p, t in zip(recipe.train.prompts, texts, strict=True)))
         run.folder.mark_finished(run.step)
+        _write_samples(run, model, tokenizer)
         if run.tracker is not None:
             for name in ("config.yaml", "loss.png", "samples.txt"):
                 if (folder / name).exists():
                     run.tracker.artifact(folder / name)
         run.say(f"finished: model, samples.txt and loss.png are in {folder}")
     run.accelerator.wait_for_everyone()
+
+
+def _write_samples(run: Run, model: MinRNNForCausalLM, tokenizer: Any) -> None:
+    recipe = run.recipe
+    if not (recipe.train.sample_tokens and recipe.train.prompts):
+        return
+    try:
+        if not run.engine.in_lockstep:  # what is sharded may not fit on one device
+            torch.nn.Module.to(model, run.accelerator.device)
+        texts = sample(model, tokenizer, recipe.train.prompts, recipe.train.sample_tokens, recipe.run.seed)
+        blocks = (f"=== prompt {prompt!r}\n{text}\n\n" for prompt, text in zip(recipe.train.prompts, texts, strict=True))
+        (run.folder.path / "samples.txt").write_text("".join(blocks))
+    except Exception as error:  # the model is trained and exported all the same
+        warn(f"samples.txt could not be written: {type(error).__name__}: {error}")

@@ -1,10 +1,14 @@
 """metrics.jsonl is the truth about a run; loss.png draws it."""
 
+import contextlib
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from .checkpoint import replace, sync
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -27,9 +31,7 @@ def cut_metrics(path: Path, step: int) -> int:
         entries = read_metrics(path)
         kept = [entry for entry in entries if entry["step"] <= step]
         num_cut = len(entries) - len(kept)
-        replacement = path.with_suffix(".cut")
-        replacement.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
-        os.replace(replacement, path)
+        replace(path, "".join(json.dumps(entry) + "\n" for entry in kept))
     return num_cut
 
 
@@ -58,6 +60,11 @@ class MetricsFile:
             return
         self._waiting = ""
 
+    def sync(self) -> None:
+        """To the disk: a checkpoint must not outlive the lines before it."""
+        with contextlib.suppress(OSError):  # a disk that fails here fails the checkpoint too
+            sync(self.path)
+
 
 def draw_loss(metrics: Path, picture: Path, title: str) -> None:
     """Training loss (thin: every logged step, thick: smoothed) and validation loss over tokens, with bits per byte at the validations."""
@@ -65,7 +72,7 @@ def draw_loss(metrics: Path, picture: Path, title: str) -> None:
     from matplotlib.figure import Figure
 
     entries = read_metrics(metrics)
-    train = [(entry["tokens"], entry["loss"]) for entry in entries if entry["kind"] == "train"]
+    train = [(entry["tokens"], entry["loss"]) for entry in entries if entry["kind"] == "train" and math.isfinite(entry["loss"])]
     validation = [entry for entry in entries if entry["kind"] == "validation"]
     figure = Figure(figsize=(8, 4.5))
     FigureCanvasAgg(figure)

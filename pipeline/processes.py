@@ -6,6 +6,7 @@ every chunk.
 
 import dataclasses
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -17,7 +18,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d as c10d
 
-from ..data import Chunk
+from ..data import Chunk, UserError
 from ..models.context_parallel import ContextGroup
 
 T = TypeVar("T")
@@ -26,6 +27,11 @@ T = TypeVar("T")
 def world_size() -> int:
     """Processes that the launcher started, known before any of them is connected."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def launcher_holds_store() -> bool:
+    """Whether the store that processes meet in is the launcher's, not rank 0's."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def uses_deepspeed() -> bool:
@@ -64,26 +70,27 @@ class Layout:
         return dataclasses.replace(chunk, **arrays)
 
 
-def layout_of(accelerator: Accelerator, context: int) -> Layout:
+def layout_of(accelerator: Accelerator, context: int, timeout: timedelta) -> Layout:
     """The layout, its process groups made. Called by all processes alike."""
     rank, num_processes = accelerator.process_index, accelerator.num_processes
     if context == 1:
         return Layout(rank, num_processes)
-    groups: list[Any] = [torch.distributed.new_group(list(range(first, first + context))) for first in range(0, num_processes, context)]
+    starts = range(0, num_processes, context)
+    groups: list[Any] = [torch.distributed.new_group(list(range(first, first + context)), timeout) for first in starts]
     return Layout(rank, num_processes, context, ContextGroup(groups[rank // context], rank % context, context))
 
 
-def start(timeout: float) -> Accelerator:
+def start(timeout: timedelta) -> Accelerator:
     """Connect the processes: gloo on CPUs, nccl on GPUs. Precision is ours (`engine.autocast`), whatever the launcher says.
 
     Args:
-        timeout: seconds after which a collective that nobody answers fails.
+        timeout: after which a collective that nobody answers fails.
     """
     on_cpu, deepspeed = not torch.accelerator.is_available(), uses_deepspeed()
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # Accelerate imports DeepSpeed where it is installed, and that guesses aloud
     if world_size() > 1:
-        _connect(on_cpu, timedelta(seconds=timeout))
+        _connect(on_cpu, timeout)
     if deepspeed and on_cpu:
         os.environ.pop("ACCELERATE_USE_CPU", None)  # with it, DeepSpeed would be left out in silence
         PartialState(backend="gloo")
@@ -109,12 +116,12 @@ def _connect(on_cpu: bool, timeout: timedelta) -> None:
     if not on_cpu:
         torch.accelerator.set_device_index(local)
     backend = "gloo" if on_cpu else torch.distributed.get_default_backend_for_device(torch.accelerator.current_accelerator() or "cuda")
-    is_launchers = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    is_master = rank == 0 and not is_launchers
+    is_master = rank == 0 and not launcher_holds_store()
     store = torch.distributed.TCPStore(host, port, size, is_master, timeout=timeout, wait_for_workers=False)  # pyright: ignore
-    if is_launchers:
+    if launcher_holds_store():
         store = c10d.PrefixStore(f"minrnn/attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    c10d.default_pg_nccl_timeout = timeout  # of the groups that DeepSpeed makes for itself
     torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
 
@@ -122,6 +129,16 @@ def check_wrapped(accelerator: Accelerator, model: nn.Module) -> None:
     """Several processes with a model that is not wrapped would train apart, in silence."""
     if accelerator.num_processes > 1 and model is accelerator.unwrap_model(model):
         raise RuntimeError("Accelerate did not wrap the model for several processes; gradients would not be shared.")
+
+
+def together(accelerator: Accelerator, function: Callable[[], T]) -> tuple[T | None, list[tuple[str, str]]]:
+    """The function's result, and what the user must mend: in whichever process it raised UserError, all hear of it."""
+    result, problems = None, []
+    try:
+        result = function()
+    except UserError as error:
+        problems = error.problems
+    return result, list(dict.fromkeys(gathered(accelerator, problems)))
 
 
 def total(accelerator: Accelerator, values: list[float]) -> list[float]:

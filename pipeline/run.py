@@ -2,14 +2,16 @@
 
 import sys
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 from tqdm import tqdm
+from transformers.integrations import unset_hf_deepspeed_config
 
-from ..data import ChunkLoader, CorpusSpec, Encoder, ReaderSpec, UserError, ValidationSet, load_tokenizer, model_vocab_size
+from ..data import ChunkLoader, CorpusSpec, Encoder, ReaderSpec, UserError, ValidationSet, fingerprint, load_tokenizer, model_vocab_size
 from ..models import MinRNNConfig, MinRNNForCausalLM
 from ..models.context_parallel import use_context_parallel
 from ..models.recompute import checkpointing_options
@@ -79,6 +81,11 @@ class Run:
             tqdm.write(message, file=sys.stderr)
 
 
+def patience(recipe: Recipe) -> timedelta:
+    """How long collectives wait: longer than the watchdog, which knows names."""
+    return timedelta(seconds=recipe.train.peer_timeout + 60)
+
+
 def set_up(recipe: Recipe, accelerator: Accelerator, folder: RunFolder) -> Run:
     """A run ready for its next step: readers where they stopped, model and optimizer as saved, tracking begun.
 
@@ -86,19 +93,15 @@ def set_up(recipe: Recipe, accelerator: Accelerator, folder: RunFolder) -> Run:
         UserError: data, a checkpoint or an export that cannot be used, from whichever process met it.
     """
     rate = matmul_rate(accelerator.device, DTYPES[recipe.train.precision])  # before anything runs beside it
-    layout = processes.layout_of(accelerator, recipe.parallel.context)
-    tokenizer = load_tokenizer(recipe.data.tokenizer)
-    encoder = Encoder.of(tokenizer, recipe.data.tokenizer)
+    layout = processes.layout_of(accelerator, recipe.parallel.context, patience(recipe))
     mine = layout.readers(recipe.batch.readers)
-    vocab_size = folder.manifest.get("vocab_size") or model_vocab_size(tokenizer)
-    config = model_config(recipe.model_fields_resolved(), tokenizer, vocab_size)
-    readers = {reader: ReaderState(None, None) for reader in mine}
-    if folder.checkpoint is not None:
-        load = checkpoint.load_reader
-        readers = {reader: load(folder.checkpoint, reader, config.num_hidden_layers, accelerator.device) for reader in mine}
-    loader, validation = _open_data(recipe, accelerator, encoder, readers)
-    model = _build_model(recipe, config, folder)
-    num_parameters = model.num_parameters()
+    opened, problems = processes.together(accelerator, lambda: _open(recipe, folder, mine, accelerator.device))
+    if problems or opened is None:
+        if opened is not None:
+            opened[0].close()
+        raise UserError(*problems)
+    loader, validation, readers, tokenizer, model = opened
+    config, num_parameters = model.config, model.num_parameters()
     if layout.group is not None:
         use_context_parallel(model, layout.group)
     engine = build_engine(recipe, accelerator, model, folder.checkpoint)
@@ -118,7 +121,9 @@ def set_up(recipe: Recipe, accelerator: Accelerator, folder: RunFolder) -> Run:
         readers,
         loader,
         validation,
-        Saver(folder.path / "checkpoints", accelerator, train.keep_checkpoints, train.save_in_background, manifest.get("step")),
+        Saver(
+            folder.path / "checkpoints", accelerator, train.keep_checkpoints, train.save_in_background, manifest.get("step"), patience(recipe)
+        ),
         Watchdog(accelerator, train.peer_timeout),
         step,
         manifest.get("tokens", 0),
@@ -133,30 +138,37 @@ def set_up(recipe: Recipe, accelerator: Accelerator, folder: RunFolder) -> Run:
     size = f"{config.cell}, {num_parameters:,} parameters, {batch.readers} x {batch.lanes} x {batch.chunk} tokens a step"
     sharing = f"{engine.name}, " * (layout.num_processes > 1) + f"{layout.context} to a sequence, " * (layout.context > 1)
     layout_said = f"{accelerator.num_processes} process(es) on {accelerator.device.type}, {sharing}{recipe.train.precision}"
+    if layout.context > 1 and recipe.train.compile and recipe.train.recompute != "none":
+        run.say("warning: with parallel.context, train.compile does nothing for blocks that train.recompute runs again; they stay as they are")
     run.say(f"{folder.path}: {size}, {layout_said}; {f'going on from step {step}' if step else 'from the beginning'}")
     return run
 
 
-def _open_data(
-    recipe: Recipe, accelerator: Accelerator, encoder: Encoder, readers: dict[int, ReaderState]
-) -> tuple[ChunkLoader, list[ValidationSet]]:
-    """This process's readers under way, and its share of what is held out; a mistake that one process meets is raised by all."""
+Opened = tuple[ChunkLoader, list[ValidationSet], dict[int, ReaderState], Any, MinRNNForCausalLM]
+
+
+def _open(recipe: Recipe, folder: RunFolder, mine: range, device: torch.device) -> Opened:
+    """What this process reads and trains, before it has to do with others: data under way, its share of what is held out, tokenizer, model."""
+    tokenizer = load_tokenizer(recipe.data.tokenizer)
+    if folder.manifest.get("tokenizer", fingerprint(tokenizer)) != fingerprint(tokenizer):
+        name = recipe.data.tokenizer
+        raise UserError(("data.tokenizer", f"{name} is not the tokenizer that the run began with: its vocabulary has changed; another run.dir"))
+    encoder = Encoder.of(tokenizer, recipe.data.tokenizer)
+    vocab_size = folder.manifest.get("vocab_size") or model_vocab_size(tokenizer)
+    config = model_config(recipe.model_fields_resolved(), tokenizer, vocab_size)
+    readers = {reader: ReaderState(None, None) for reader in mine}
+    if folder.checkpoint is not None:
+        load = checkpoint.load_reader
+        readers = {reader: load(folder.checkpoint, reader, config.num_hidden_layers, device) for reader in mine}
     data, batch = recipe.data, recipe.batch
-    layout = (batch.readers, batch.lanes, batch.chunk)
-    spec = ReaderSpec(corpus_of(recipe), data.order, encoder, *layout, data.shuffle_window, recipe.run.seed)
-    problems: list[tuple[str, str]] = []
-    loader, validation = None, []
+    shape = (batch.readers, batch.lanes, batch.chunk)
+    spec = ReaderSpec(corpus_of(recipe), data.order, encoder, *shape, data.shuffle_window, recipe.run.seed)
+    loader = ChunkLoader(spec, list(mine), [reader.position for reader in readers.values()], data.workers)
     try:
-        loader = ChunkLoader(spec, list(readers), [reader.position for reader in readers.values()], data.workers)
-        validation = validation_sets(recipe, corpus_of(recipe), encoder, readers)
-    except UserError as error:
-        problems = error.problems
-    problems = processes.gathered(accelerator, problems)  # some process may have read what others did not
-    if problems or loader is None:
-        if loader is not None:
-            loader.close()
-        raise UserError(*dict.fromkeys(problems))
-    return loader, validation
+        return loader, validation_sets(recipe, corpus_of(recipe), encoder, mine), readers, tokenizer, _build_model(recipe, config, folder)
+    except BaseException:
+        loader.close()
+        raise
 
 
 def _build_model(recipe: Recipe, config: MinRNNConfig, folder: RunFolder) -> MinRNNForCausalLM:
@@ -188,6 +200,7 @@ def corpus_of(recipe: Recipe) -> CorpusSpec:
 
 def _warm_start(model: MinRNNForCausalLM, name: str) -> None:
     """Take the weights of an export of the same shape."""
+    unset_hf_deepspeed_config()  # under ZeRO-3, from_pretrained would give this process its share of them only
     try:
         source = MinRNNForCausalLM.from_pretrained(name)
     except (OSError, ValueError) as error:

@@ -12,6 +12,7 @@ import json
 import shutil
 import threading
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +59,13 @@ class Saver:
         keep: newest checkpoints that stay.
         in_background: write in a thread; otherwise `start` returns when all is written.
         newest: step of the newest valid checkpoint, if any.
+        timeout: how long processes wait for each other.
     """
 
-    def __init__(self, folder: Path, accelerator: Accelerator, keep: int, in_background: bool, newest: int | None):
+    def __init__(self, folder: Path, accelerator: Accelerator, keep: int, in_background: bool, newest: int | None, timeout: timedelta):
         self.folder, self.keep, self.in_background, self.newest = folder, keep, in_background, newest
         self.rank, self.num_processes = accelerator.process_index, accelerator.num_processes
-        self.group = torch.distributed.new_group(backend="gloo") if self.num_processes > 1 else None
+        self.group = torch.distributed.new_group(backend="gloo", timeout=timeout) if self.num_processes > 1 else None
         self._thread: threading.Thread | None = None
         self._failures: list[str] = []
 
@@ -118,11 +120,13 @@ class Saver:
                 try:
                     manifest = {**info, "step": step, "files": dict(sorted(item for entries, _ in parts for item in entries.items()))}
                     checkpoint.publish(building, final, manifest)
-                    checkpoint.remove_old(self.folder, self.keep, step)
-                except OSError as error:
-                    failures.append(f"{error} (rank 0)")
+                except Exception as error:  # the others wait to hear of it
+                    failures.append(f"{type(error).__name__}: {error} (rank 0)")
             if failures:
                 shutil.rmtree(building, ignore_errors=True)  # a full disk needs the room
+            else:
+                with contextlib.suppress(OSError):  # what cannot be removed now is tried again after the next
+                    checkpoint.remove_old(self.folder, self.keep, step)
         return self._gather(failures)[0]
 
     def _gather(self, value: Any) -> list[Any]:

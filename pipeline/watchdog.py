@@ -1,9 +1,10 @@
 """When a process hangs, the others wait for it in some collective, which says nothing. The watchdog says who it is, and ends the wait.
 
-Every process has a thread that writes two things to the launcher's store now and then: a beat (the process lives) and the mark where its
-training is (a counter, the step, what it is doing). Where no mark has moved for `timeout` seconds, someone hangs: who does not beat (it is
-stopped, or its machine is gone), or else whose mark is the oldest. The thread names them and ends its process with status 75, so that an
-elastic launcher starts all anew from the newest checkpoint.
+Every process has a thread that writes down in the launcher's store, now and then, that it lives (a beat), whether its training moves (a count),
+and which phase it has come to (another count, the same on all processes where they are equally far). Where nobody has moved for `timeout`
+seconds, someone hangs: who does not beat (it is stopped, or its machine is gone), or else who is phases behind. The thread names them and ends
+its process with status 75, so that an elastic launcher starts all anew from the newest checkpoint. It also ends it where the store is gone for so
+long: then the launcher is, and whoever comes to start the run again finds nobody in its folder.
 """
 
 import os
@@ -28,28 +29,29 @@ class Seen:
     rank: int
     host: str
     beat: int
-    mark: int
+    moves: int
+    phase: int
     doing: str
 
 
 def suspects(before: list[Seen], now: list[Seen]) -> list[Seen]:
-    """Who hangs, of processes whose marks did not move between two looks: those that do not beat, or else those furthest behind."""
+    """Who hangs, of processes of which none moved between two looks: those that do not beat, or else those furthest behind."""
     if silent := [seen for seen, old in zip(now, before, strict=True) if seen.beat == old.beat]:
         return silent
-    furthest = min(seen.mark for seen in now)
-    return [seen for seen in now if seen.mark == furthest]
+    furthest = min(seen.phase for seen in now)
+    return [seen for seen in now if seen.phase == furthest]
 
 
 class Watchdog:
     """A context in which hanging ends after `timeout` seconds. Does nothing for a single process.
 
     Args:
-        timeout: seconds for the longest thing between two marks.
+        timeout: seconds for the longest thing between two moves.
     """
 
     def __init__(self, accelerator: Accelerator, timeout: float):
         self.rank, self.num_processes, self.timeout = accelerator.process_index, accelerator.num_processes, timeout
-        self._mark, self._doing, self._beat = 0, "starting", 0
+        self._beat, self._moves, self._phase, self._doing = 0, 0, 0, "starting"
         self._ended = threading.Event()
         self._store: Any = None
         if self.num_processes > 1:
@@ -58,9 +60,13 @@ class Watchdog:
             self._write()
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
-    def mark(self, doing: str) -> None:
-        """The training has come this far."""
-        self._mark, self._doing = self._mark + 1, doing
+    def enter(self, phase: str) -> None:
+        """The training has come to a phase that all processes come to."""
+        self._phase, self._moves, self._doing = self._phase + 1, self._moves + 1, phase
+
+    def move(self) -> None:
+        """It moves within the phase."""
+        self._moves += 1
 
     def __enter__(self) -> "Watchdog":
         if self._store is not None:
@@ -74,41 +80,40 @@ class Watchdog:
 
     def _write(self) -> None:
         self._beat += 1
-        self._store.set(str(self.rank), f"{self._beat}|{self._mark}|{socket.gethostname()}|{self._doing}")
+        self._store.set(str(self.rank), f"{self._beat}|{self._moves}|{self._phase}|{socket.gethostname()}|{self._doing}")
 
     def _look(self) -> list[Seen]:
         keys = [str(rank) for rank in range(self.num_processes)]
         self._store.wait(keys)
         seen = []
         for rank, value in enumerate(self._store.multi_get(keys)):
-            beat, mark, host, doing = value.decode().split("|", 3)
-            seen.append(Seen(rank, host, int(beat), int(mark), doing))
+            beat, moves, phase, host, doing = value.decode().split("|", 4)
+            seen.append(Seen(rank, host, int(beat), int(moves), int(phase), doing))
         return seen
 
     def _watch(self) -> None:
         period = min(max(self.timeout / 5, 0.1), 15.0)
-        last_mark, since, before = self._mark, time.monotonic(), None
+        moves, since, before, reached = self._moves, time.monotonic(), None, time.monotonic()
         while not self._ended.wait(period):
+            waited = time.monotonic() - since
             try:
                 self._write()
-                if self._mark != last_mark:
-                    last_mark, since, before = self._mark, time.monotonic(), None
-                elif time.monotonic() - since > self.timeout:
-                    before = self._end(before)
-                elif time.monotonic() - since > self.timeout - 2 * period and before is None:
+                reached = time.monotonic()
+                if self._moves != moves:
+                    moves, since, before = self._moves, time.monotonic(), None
+                elif waited > self.timeout - 2 * period and before is None:
                     before = self._look()
+                elif waited > self.timeout and before is not None:
+                    now = self._look()
+                    if any(seen.moves != old.moves for seen, old in zip(now, before, strict=True)):
+                        since, before = time.monotonic(), None  # it is its turn
+                    else:
+                        names = "; ".join(f"rank {seen.rank} on {seen.host} ({seen.doing})" for seen in suspects(before, now))
+                        self._leave(f"nothing has moved for {self.timeout:.0f} seconds; waiting for {names}")
             except (RuntimeError, torch.distributed.DistError) as error:
-                if not self._ended.is_set() and time.monotonic() - since > self.timeout:
-                    self._leave(f"the launcher's store does not answer ({str(error).splitlines()[0]}): the machine that holds it is gone")
-
-    def _end(self, before: list[Seen] | None) -> list[Seen]:
-        now = self._look()
-        if before is None:
-            return now
-        who = suspects(before, now)
-        names = "; ".join(f"rank {seen.rank} on {seen.host} ({seen.doing})" for seen in who)
-        self._leave(f"nothing has moved for {self.timeout:.0f} seconds; waiting for {names}")
-        return now
+                if not self._ended.is_set() and time.monotonic() - reached > self.timeout:
+                    why = str(error).splitlines()[0]
+                    self._leave(f"the launcher's store does not answer ({why}): the launcher, or the machine that holds it, is gone")
 
     def _leave(self, why: str) -> None:
         sys.stderr.write(f"error: training: rank {self.rank}: {why}. Leaving; the newest checkpoint is as it was (train.peer_timeout).\n")

@@ -123,7 +123,11 @@ class Soak:
 
     def end_all(self, number: int) -> None:
         assert self.launcher is not None
+        processes = self.processes()  # each leads a session of its own
         os.killpg(self.launcher.pid, number)
+        if number == signal.SIGKILL:
+            for pid in processes.values():
+                os.kill(pid, number)
         self.launcher.wait(60)
 
     def rot(self) -> bool:

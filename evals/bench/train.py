@@ -26,6 +26,7 @@ from ...pipeline.machine import keep_freed_memory, training_flops_per_token
 from .command import Settings, parse_counts
 from .language_models import FAMILIES, OURS, Options, build, kernels_of, logits_of, sized
 from .language_models import PEERS as PEERS
+from .loop import measure_loop
 from .measure import (
     DTYPES,
     Stopwatch,
@@ -49,9 +50,15 @@ EXAMPLES = """
   minrnn bench train                                             # 10.7M parameters, 6 layers, 4096 tokens a step
   minrnn bench train --peers llama,lstm --lengths 512,4096
   minrnn bench train --lengths none --stream 1000000             # ours on one document of a million tokens
+  minrnn bench train --lengths none --loop 100                   # what checkpoints, logging, tracking and data add to a step
   minrnn bench train --device cuda --params 350M --layers 24 --tokens 65536 --lengths 512,2048,8192,65536 --compile
 """
 CHUNKED = "minrnn-chunked"
+LOOP_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "": lambda row: row["contender"],
+    "s/step": lambda row: f"{row['median_seconds']:.4f}",
+    "overhead": lambda row: f"{100 * row['overhead']:+.2f} %" if "overhead" in row else "",
+}
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,6 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lengths", default="512,4096,16384,65536", help="lengths of a row, or none (default: %(default)s)")
     parser.add_argument("--chunk", type=int, default=4096, help=f"tokens that {CHUNKED} and --stream read at once (default: %(default)s)")
     parser.add_argument("--stream", type=int, default=0, help="tokens of one document for ours to train on; 0 for none (default: %(default)s)")
+    parser.add_argument("--loop", type=int, default=0, help="steps of the quickstart, bare and in the loop; 0 for none (default: %(default)s)")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="bf16 is autocast (default: %(default)s)")
 
 
@@ -99,6 +107,7 @@ def resolve(arguments: argparse.Namespace, settings: Settings) -> None:
     for name in ("tokens", "chunk"):
         settings.at_least(f"--{name}", getattr(arguments, name), 1)
     settings.at_least("--stream", arguments.stream, 0)
+    settings.at_least("--loop", arguments.loop, 0)
 
 
 # --- A contender
@@ -199,7 +208,7 @@ def build_work(spec: Mapping[str, Any]) -> TrainingWork:
 
 
 def run(arguments: argparse.Namespace, record: Record) -> None:
-    """Every length, then the stream."""
+    """Every length, then the stream, then the loop."""
     device = torch.device(arguments.device)
     for length in arguments.lengths:
         rows, ceilings = measure_length(length, arguments, device)
@@ -214,6 +223,10 @@ def run(arguments: argparse.Namespace, record: Record) -> None:
             rows = measure_stream(family, arguments)
             record.add(rows)
             print(_table(rows, f"training on one document of {arguments.stream:,} tokens, {arguments.chunk:,} at once"))
+    if arguments.loop:
+        rows = measure_loop(arguments)
+        record.add(rows)
+        print(table(rows, LOOP_COLUMNS, f"the quickstart's step, bare and in the loop, {arguments.loop} at a time"))
 
 
 def _spec(family: str, arguments: argparse.Namespace, **more: Any) -> dict[str, Any]:

@@ -88,6 +88,15 @@ def test_train_in_processes_of_their_own(tmp_path: Path):
     assert lstm["seconds"] or lstm["reason"]
 
 
+@pytest.mark.slow
+def test_train_measures_the_loop(tmp_path: Path):
+    record = run("train", ["--lengths", "none", "--loop", "3", *QUICK], tmp_path)
+    step, whole = record["rows"]
+    assert (step["contender"], whole["contender"]) == ("step", "loop")
+    assert whole["overhead"] == pytest.approx(whole["median_seconds"] / step["median_seconds"] - 1)
+    assert step["parameters"] == whole["parameters"]
+
+
 def test_generate_measures_everyone(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(generate, "contest", here)
     sizes = ["--contexts", "48", "--batches", "2", "--read", "32", "--read-ours", "96", "--prefill", "40", "--steps", "2"]

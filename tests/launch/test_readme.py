@@ -25,4 +25,5 @@ def test_the_tables_of_speed_are_those_of_the_benches():
     readme = (REPOSITORY / "README.md").read_text()
     table = readme.split("<!-- speed -->")[1].split("<!-- /speed -->")[0].strip()
     blocks = ["\n".join(lines) for lines in (speed.scan_lines(), speed.train_lines(), speed.generate_lines())]
-    assert table == "\n\n".join([*blocks, speed.contexts_line(), speed.stream_line()])
+    assert table == "\n\n".join([*blocks, speed.contexts_line(), speed.stream_line(), speed.loop_line()])
+    assert readme.split("<!-- soak -->")[1].split("<!-- /soak -->")[0].strip() == speed.soak_line()

@@ -1,0 +1,100 @@
+"""What the training loop costs beyond its steps: a section of `minrnn bench train` (--loop).
+
+    step    a fixed batch through forward, backward, clipping and update, as often as a turn has steps
+    loop    as many steps of `pipeline.loop`, with everything that a run does beside them: data from its worker, metrics.jsonl and MLflow every
+            `log_every` steps, the progress bar, and one checkpoint, written to its end within the turn; no validation, which is not overhead
+
+Both are the quickstart's, each in a process of its own, in turn.
+"""
+
+import signal
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ...pipeline import loop, processes
+from ...pipeline.folder import open_folder
+from ...pipeline.interrupt import Interrupt
+from ...pipeline.machine import keep_freed_memory
+from ...pipeline.recipe import read_recipe
+from ...pipeline.run import Run, patience, set_up
+from .measure import peak_memory
+from .worker import contest
+
+RECIPE = "quickstart"
+
+
+class AfterSteps(Interrupt):
+    """Asks the loop to leave when it has come to a step, as a signal would."""
+
+    def __init__(self, run: Run, step: int):
+        self.run, self.step = run, step
+
+    @property
+    def requested(self) -> int | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return signal.SIGTERM if self.run.step >= self.step else None
+
+
+class LoopWork:
+    """The quickstart under way in a folder of its own; see `worker.Work`."""
+
+    def __init__(self, spec: Mapping[str, Any]):
+        keep_freed_memory()
+        self.steps, self.is_loop = spec["loop"], spec["family"] == "loop"
+        self._folder = tempfile.TemporaryDirectory(prefix="minrnn-bench-")
+        path = Path(self._folder.name)
+        overrides = {
+            "run.dir": path / "run",
+            "run.seed": spec["seed"],
+            "train.steps": 10**9,
+            "train.eval_every": "null",
+            "train.save_every": self.steps,
+            "tracking.uri": f"sqlite:///{path / 'mlflow.db'}",
+        }
+        recipe = read_recipe(["--config", RECIPE, *(word for key, value in overrides.items() for word in (f"--{key}", str(value)))])
+        accelerator = processes.start(patience(recipe))
+        self.run = set_up(recipe, accelerator, open_folder(recipe, accelerator))
+        self.batch = next(iter(self.run.loader))
+        self.info = {"parameters": self.run.num_parameters, "steps": self.steps}
+        self._bare_steps(5)
+
+    def turn(self) -> dict[str, float]:
+        """Seconds of a step."""
+        start = time.perf_counter()
+        if self.is_loop:
+            loop.take_steps(self.run, AfterSteps(self.run, self.run.step + self.steps))
+        else:
+            self._bare_steps(self.steps)
+        return {"seconds": (time.perf_counter() - start) / self.steps, "peak_bytes": peak_memory(self.run.accelerator.device)}
+
+    def _bare_steps(self, num_steps: int) -> None:
+        (chunk,), accelerator, engine, cache = self.batch, self.run.accelerator, self.run.engine, None
+        names = ("input_ids", "shift_labels", "document_starts")
+        inputs = {name: processes.to_device(getattr(chunk, name), accelerator) for name in names}
+        for _ in range(num_steps):
+            output = engine.forward(**inputs, past_key_values=cache, use_cache=True, skip_logits=True, num_items_in_batch=chunk.num_scored)
+            engine.backward(output.loss)
+            engine.update(1e-4)
+            cache = output.past_key_values.detach_()
+
+
+def build_work(spec: Mapping[str, Any]) -> LoopWork:
+    """The contender that a spec describes."""
+    return LoopWork(spec)
+
+
+def measure_loop(arguments: Any) -> list[dict[str, Any]]:
+    """Two rows; the loop's says how much longer its step takes."""
+    common = {"module": "loop", "loop": arguments.loop, "threads": arguments.threads, "seed": arguments.seed}
+    specs = {name: {**common, "family": name} for name in ("step", "loop")}
+    with tqdm(total=2 * arguments.rounds, desc="train, the loop", leave=False) as bar:
+        timings, infos = contest(specs, arguments.rounds, float("inf"), True, {}, bar)
+    rows = [{"section": "loop", "contender": name, **infos.get(name, {}), **timings[name].row()} for name in specs]
+    bare, whole = (row.get("median_seconds") for row in rows)
+    if bare and whole:
+        rows[1]["overhead"] = whole / bare - 1
+    return rows

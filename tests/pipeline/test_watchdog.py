@@ -1,0 +1,103 @@
+"""Who hangs, and who is skipped."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Values, losses
+from hypothesis import given
+from hypothesis import strategies as st
+from minrnn.data import UserError, byte_tokenizer
+from minrnn.models import MinRNNCache
+from minrnn.pipeline import loop
+from minrnn.pipeline.errors import NonFiniteError
+from minrnn.pipeline.watchdog import Seen, suspects
+
+Run = Callable[[Values], Path]
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 3)), min_size=2, max_size=8))
+def test_the_silent_are_named_or_else_those_furthest_behind(processes):
+    before = [Seen(rank, "host", 1, 9, mark, "") for rank, (_, mark) in enumerate(processes)]
+    now = [Seen(rank, "host", 1 if silent else 2, 9, mark, "") for rank, (silent, mark) in enumerate(processes)]
+    silent = [rank for rank, (is_silent, _) in enumerate(processes) if is_silent]
+    behind = [rank for rank, (_, mark) in enumerate(processes) if mark == min(mark for _, mark in processes)]
+    assert [seen.rank for seen in suspects(before, now)] == (silent or behind)
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, steps: dict[int, float]) -> None:
+    """What these steps' losses are multiplied by."""
+    original = loop._one_step
+
+    def one_step(run: loop.Run, step: int, *arguments):
+        forward = run.engine.forward
+
+        def spoilt(**inputs):
+            output = forward(**inputs)
+            output.loss = output.loss * steps.get(step, 1.0)
+            return output
+
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(run.engine, "forward", spoilt)
+            return original(run, step, *arguments)
+
+    monkeypatch.setattr(loop, "_one_step", one_step)
+
+
+def test_spikes_are_left_out_and_the_memory_of_them_survives_a_resume(values: Values, run_recipe: Run, tmp_path: Path, monkeypatch):
+    values["train"] |= {"steps": 24, "save_every": 12, "eval_every": None, "skip_spikes": 3.0}
+    spoil(monkeypatch, {5: float("nan"), 15: 100.0, 20: float("inf")})
+    whole = run_recipe({**values, "run": {"dir": str(tmp_path / "whole")}})
+    with monkeypatch.context() as patched:
+        inner = loop._one_step
+
+        def stop_after_12(run, step, *arguments):
+            if step == 14:
+                raise KeyboardInterrupt
+            return inner(run, step, *arguments)
+
+        patched.setattr(loop, "_one_step", stop_after_12)
+        with pytest.raises(KeyboardInterrupt):
+            run_recipe(values)
+    resumed = run_recipe(values)
+    for folder in (whole, resumed):
+        entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert [entry["step"] for entry in entries if "skipped" in entry] == [5, 15, 20]
+    assert [loss for step, loss in losses(whole) if step not in (5, 20)] == [loss for step, loss in losses(resumed) if step not in (5, 20)]
+
+
+def test_too_many_spikes_stop_the_run(values: Values, run_recipe: Run, monkeypatch):
+    values["train"] |= {"skip_spikes": 3.0, "max_skips": 2}
+    spoil(monkeypatch, dict.fromkeys(range(6, 13), float("nan")))
+    with pytest.raises(NonFiniteError, match=r"step 8: loss nan; 2 batches in a row were left out before \(train.max_skips\)"):
+        run_recipe(values)
+
+
+def test_states_that_are_not_finite_begin_anew():
+    cache = MinRNNCache(2)
+    for layer in cache.layers:
+        layer.replace(torch.ones(3, 4), torch.ones(3, 2, 5), num_tokens=7)
+    recurrent = cache.layers[1].recurrent
+    assert recurrent is not None
+    recurrent[1, 2] = float("nan")
+    cache.zero_non_finite_rows_()
+    for layer in cache.layers:
+        assert layer.recurrent is not None
+        assert layer.conv is not None
+        assert layer.recurrent.sum(1).tolist() == [4, 0, 4]
+        assert layer.conv.sum((1, 2)).tolist() == [10, 0, 10]
+    assert cache.get_seq_length() == 7
+
+
+def test_another_tokenizer_of_the_same_name_is_refused(values: Values, run_recipe: Run, tmp_path: Path):
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    values["data"]["tokenizer"] = str(tmp_path / "tokenizer")
+    run_recipe(values)
+    tokenizer.add_tokens(["another"])
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    values["train"]["steps"] = 14
+    with pytest.raises(UserError, match=r"data.tokenizer: .* is not the tokenizer that the run began with"):
+        run_recipe(values)
