@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from tqdm import tqdm
-from transformers.integrations import unset_hf_deepspeed_config
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ..data import ChunkLoader, CorpusSpec, Encoder, ReaderSpec, UserError, ValidationSet, fingerprint, load_tokenizer, model_vocab_size
 from ..models import MinRNNConfig, MinRNNForCausalLM
@@ -121,9 +121,7 @@ def set_up(recipe: Recipe, accelerator: Accelerator, folder: RunFolder) -> Run:
         readers,
         loader,
         validation,
-        Saver(
-            folder.path / "checkpoints", accelerator, train.keep_checkpoints, train.save_in_background, manifest.get("step"), patience(recipe)
-        ),
+        Saver(folder.path / "checkpoints", accelerator, train.keep_checkpoints, train.save_in_background, step or None, patience(recipe)),
         Watchdog(accelerator, train.peer_timeout),
         step,
         manifest.get("tokens", 0),

@@ -3,8 +3,8 @@
 Every process has a thread that writes down in the launcher's store, now and then, that it lives (a beat), whether its training moves (a count),
 and which phase it has come to (another count, the same on all processes where they are equally far). Where nobody has moved for `timeout`
 seconds, someone hangs: who does not beat (it is stopped, or its machine is gone), or else who is phases behind. The thread names them and ends
-its process with status 75, so that an elastic launcher starts all anew from the newest checkpoint. It also ends it where the store is gone for so
-long: then the launcher is, and whoever comes to start the run again finds nobody in its folder.
+its process with status 75, so that an elastic launcher starts all anew from the newest checkpoint. It ends it too where the store has been
+gone for so long: then the launcher is, and whoever comes to start the run again is to find nobody in its folder.
 """
 
 import os
