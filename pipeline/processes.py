@@ -121,7 +121,7 @@ def _connect(on_cpu: bool, timeout: timedelta) -> None:
     store = torch.distributed.TCPStore(host, port, size, is_master, timeout=timeout, wait_for_workers=False)  # pyright: ignore
     if launcher_holds_store():
         store = c10d.PrefixStore(f"minrnn/attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-    c10d.default_pg_nccl_timeout = timeout  # of the groups that DeepSpeed makes for itself
+    setattr(c10d, "default_pg_nccl_timeout", timeout)  # noqa: B010 - private to type checkers; of the groups that DeepSpeed makes itself
     torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
 
