@@ -12,6 +12,7 @@ USAGE = """usage: minrnn COMMAND ...
              before it is started
   export     a run's checkpoint as a transformers  minrnn export runs/quickstart --out my-model
              model
+  eval       tasks of lm-eval                      minrnn eval runs/quickstart --tasks lambada_openai,hellaswag
   bench      speed and memory beside the peers'    minrnn bench train [--peers llama,mamba ...]
 
 `minrnn COMMAND --help` says more. Several processes: accelerate launch -m minrnn.pipeline.train --config RECIPE ...
@@ -56,6 +57,10 @@ def main(argv: list[str] | None = None) -> None:
             plan(rest)
         elif command == "export":
             _export(rest)
+        elif command == "eval":
+            from ..evals.command import main as evaluate
+
+            evaluate(rest)
         elif command == "bench":
             from ..evals.bench.command import main as bench
 
@@ -63,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             import difflib
 
-            near = difflib.get_close_matches(command, ("train", "generate", "plan", "export", "bench"), n=1)
+            near = difflib.get_close_matches(command, ("train", "generate", "plan", "export", "eval", "bench"), n=1)
             raise UserError((command, "unknown command" + (f" (did you mean {near[0]}?)" if near else "; minrnn --help lists them")))
     except UserError as error:
         print(error, file=sys.stderr)

@@ -1,0 +1,308 @@
+"""`minrnn eval`: tasks of lm-eval, one after the other; what is finished is on disk before the next begins.
+
+names -> tasks, data loaded -> for each: simple_evaluate -> merged into one file of lm-eval's own format -> the run's MLflow
+"""
+
+import argparse
+import difflib
+import json
+import logging
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..data.errors import UserError
+from ..pipeline.checkpoint import replace
+from ..pipeline.folder import warn
+from ..pipeline.processes import together
+
+DESCRIPTION = """Evaluate a model on tasks of lm-eval. Texts of any length are read whole; what requests have in common is read once.
+Several processes share the requests: accelerate launch -m minrnn.launch.cli eval MODEL --tasks ..."""
+EXAMPLES = """examples:
+  minrnn eval runs/quickstart --tasks lambada_openai,hellaswag
+  minrnn eval runs/quickstart --tasks wikitext --rolling-window 2048     state carried through each document, and reset every 2048 tokens
+  minrnn eval my-model --tasks my_task --include-path my-tasks --limit 100 --out results.json"""
+MERGED = ("results", "groups", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better", "n-samples")  # by task
+Results = dict[str, Any]  # what lm-eval's simple_evaluate returns
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "minrnn eval", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("model", metavar="MODEL", help="a run's folder, an export, or a model of the hub")
+    parser.add_argument("--tasks", required=True, help="names of tasks, groups or tags, or patterns (blimp_*), separated by commas")
+    parser.add_argument("--include-path", type=Path, help="folder with tasks of your own (YAML)")
+    parser.add_argument("--num-fewshot", type=int, help="examples before each question (default: the task's)")
+    parser.add_argument("--limit", type=float, help="documents of each task, or below 1 a fraction of them (default: all)")
+    parser.add_argument("--rolling-window", type=int, help="perplexities also with the state reset every so many tokens, as NAME_window_SIZE")
+    parser.add_argument("--batch-size", type=int, default=32, help="rows at once (default: %(default)s)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the accelerator, if there is one)")
+    parser.add_argument(
+        "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float64"), help="of the weights (default: as stored)"
+    )
+    parser.add_argument("--bootstrap-iters", type=int, default=100_000, help="for standard errors; 0: none (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="JSON file to write (default: RUN/evals/lm-eval-TIME.json, evals/results/ without a run)")
+    return parser
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Raise all that is wrong with the arguments by themselves."""
+    problems = []
+    for name, least in (("num_fewshot", 0), ("rolling_window", 1), ("batch_size", 1), ("bootstrap_iters", 0)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            problems.append((f"--{name.replace('_', '-')}", f"must be at least {least}, not {value}"))
+    if arguments.limit is not None and (arguments.limit <= 0 or (arguments.limit > 1 and arguments.limit != int(arguments.limit))):
+        problems.append(("--limit", f"must be a number of documents, or a fraction below 1, not {arguments.limit:g}"))
+    if arguments.include_path is not None and not arguments.include_path.is_dir():
+        problems.append(("--include-path", f"{arguments.include_path} is no folder"))
+    if arguments.out is not None and arguments.out.suffix != ".json":
+        problems.append(("--out", f"{arguments.out} must end in .json"))
+    if problems:
+        raise UserError(*problems)
+
+
+def run_of(model: str) -> Path | None:
+    """The folder of the run whose model this is: the run itself, or its model/."""
+    path = Path(model)
+    for folder in (path, path.resolve().parent) if path.resolve().name == "model" else (path,):
+        if (folder / "config.yaml").exists() and (folder / "model" / "config.json").exists():
+            return folder
+    return None
+
+
+def task_names(manager: Any, text: str) -> list[str]:
+    """Names behind `--tasks`, patterns resolved.
+
+    Raises:
+        UserError: unknown names, each with those nearest to it.
+    """
+    names, problems = [], []
+    for word in dict.fromkeys(word.strip() for word in text.split(",") if word.strip()):
+        matches = manager.match_tasks([word])
+        names += [name for name in matches if name not in names]
+        if not matches:
+            near = ", ".join(difflib.get_close_matches(word, manager.all_tasks, n=3))
+            problems.append(("--tasks", f"there is no {word!r} ({f'did you mean {near}?' if near else 'lm_eval ls tasks lists all'})"))
+    if not names and not problems:
+        problems.append(("--tasks", "names no task"))
+    if problems:
+        raise UserError(*problems)
+    return names
+
+
+def load_tasks(manager: Any, names: list[str]) -> dict[str, list[Any]]:
+    """lm-eval's tasks or group of each name, with their data.
+
+    Raises:
+        UserError: data that cannot be had; all of them, before anything is computed.
+    """
+    loaded, problems = {}, []
+    for name in names:
+        try:
+            found = manager.load([name])
+        except Exception as error:  # the hub's client, datasets and a task's own code each raise their own
+            lines = str(error).strip().splitlines() or [""]
+            offline = "; its data come from the network" if _is_network(error) else ""
+            problems.append(("--tasks", f"cannot load {name}: {type(error).__name__}: {lines[0]}{offline}"))
+            continue
+        loaded[name] = [found["groups"][name]] if name in found["groups"] else list(found["tasks"].values())
+    if problems:
+        raise UserError(*problems)
+    return loaded
+
+
+def _is_network(error: BaseException | None) -> bool:
+    """Whether an error comes from a connection that could not be made."""
+    while error is not None:
+        if isinstance(error, ConnectionError) or "Connect" in type(error).__name__ or "Offline" in type(error).__name__:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def merge(whole: Results, part: Results) -> Results:
+    """The results of one more task."""
+    merged = {**whole, **{key: value for key, value in part.items() if key != "samples"}}
+    for key in MERGED:
+        if key in whole or key in part:
+            merged[key] = {**whole.get(key, {}), **part.get(key, {})}
+    return merged
+
+
+def _windowed(results: Results, window: int) -> Results:
+    """Results of tasks that were read in windows, under names of their own."""
+    renamed = dict(results)
+    for key in MERGED:
+        if key in results:
+            renamed[key] = {f"{name}_window_{window}": value for name, value in results[key].items()}
+    for name, values in renamed["results"].items():
+        values["alias"] = name
+    return renamed
+
+
+def evaluate(lm: Any, objects: list[Any], manager: Any, arguments: argparse.Namespace) -> Results | None:
+    """One task or group, and its perplexities in windows if they are asked for; None but on the main process."""
+    from lm_eval import evaluator
+
+    simple_evaluate: Any = evaluator.simple_evaluate  # its decorator hides its parameters from type checkers
+
+    limit = arguments.limit if arguments.limit is None or arguments.limit < 1 else int(arguments.limit)
+
+    def run(tasks: list[Any], window: int | None) -> Results | None:
+        lm.rolling_window = window
+        found = simple_evaluate(
+            lm,
+            tasks=tasks,
+            num_fewshot=arguments.num_fewshot,
+            batch_size=arguments.batch_size,
+            device=str(lm.device),
+            limit=limit,
+            bootstrap_iters=arguments.bootstrap_iters,
+            log_samples=False,
+            task_manager=manager,
+        )
+        if found is None:
+            return None
+        for config in found["configs"].values():
+            if config.get("output_type") == "loglikelihood_rolling":
+                config["metadata"] = {**(config.get("metadata") or {}), "rolling": lm.rolling}
+        found["config"].pop("rolling")
+        found["config"]["model_args"] = {"pretrained": arguments.model, "dtype": arguments.dtype}
+        return found if window is None else _windowed(found, window)
+
+    results = run(objects, None)
+    rolling = [task for task in manager.load(objects)["tasks"].values() if task.OUTPUT_TYPE == "loglikelihood_rolling"]
+    if rolling and arguments.rolling_window:
+        windowed = run(rolling, arguments.rolling_window)
+        results = None if results is None or windowed is None else merge(results, windowed)
+    return results
+
+
+def track(run: Path, results: Results) -> None:
+    """Metrics of some tasks to the run's MLflow, as eval/TASK/METRIC; a failure is said, and nothing else."""
+    note = run / "mlflow.json"
+    if not note.exists():
+        return
+    saved = json.loads(note.read_text())
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    try:
+        from mlflow import MlflowClient
+        from mlflow.entities import Metric
+
+        database = Path(saved["uri"].removeprefix("sqlite:///"))
+        if saved["uri"].startswith("sqlite:///") and not database.exists():
+            raise FileNotFoundError(f"{database} is not here")
+        finished, now = run / ".finished", round(time.time() * 1000)
+        step = int(finished.read_text()) if finished.exists() else 0
+        metrics = [
+            Metric(
+                "/".join(["eval", *(re.sub(r"[^\w. /-]", "_", part) for part in (task, *key.removesuffix(",none").split(",")))]),
+                value,
+                now,
+                step,
+            )
+            for task, values in results["results"].items()
+            for key, value in values.items()
+            if "," in key and isinstance(value, int | float)
+        ]
+        MlflowClient(tracking_uri=saved["uri"]).log_batch(saved["run_id"], metrics=metrics)
+    except Exception as error:  # every store raises its own; the results are on disk
+        warn(f"tracking: {saved['uri']} failed ({type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}); the file has it all")
+
+
+def evaluate_all(names: list[str], one: Callable[[str], Results | None], keep: Callable[[Results, Results], None], alone: bool) -> list[str]:
+    """Each task, whatever becomes of the others.
+
+    Args:
+        one: evaluates a task; None but on the main process.
+        keep: is given all results so far, and those of the task that just ended.
+        alone: this is the only process. Otherwise a failure is the end, since the others would wait for this one.
+
+    Returns:
+        A line for each task that failed.
+    """
+    whole: Results = {}
+    failures = []
+    for name in names:
+        try:
+            part = one(name)
+        except Exception as error:  # a task is code of others
+            logging.getLogger(__name__).debug("%s failed", name, exc_info=True)
+            failures.append(f"error: {name}: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}")
+            if not alone:
+                break
+            continue
+        if part is not None:
+            whole = merge(whole, part)
+            keep(whole, part)
+    return failures
+
+
+def _evaluate(arguments: argparse.Namespace) -> list[str]:
+    """Evaluate, print the table, leave the file; a line for each task that failed."""
+    import transformers
+    from lm_eval import utils
+    from lm_eval.tasks import TaskManager
+
+    from .lm_eval_model import MinRNNLM
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    manager = TaskManager(include_path=arguments.include_path)
+    names, run = task_names(manager, arguments.tasks), run_of(arguments.model)
+    lm = MinRNNLM(arguments.model, batch_size=arguments.batch_size, device=arguments.device, dtype=arguments.dtype)
+    if lm.accelerator is None:
+        tasks = load_tasks(manager, names)
+    else:
+        tasks, problems = together(lm.accelerator, lambda: load_tasks(manager, names))
+        if tasks is None or problems:
+            raise UserError(*problems)
+    folder = Path("evals", "results") if run is None else run / "evals"
+    out = arguments.out or folder / f"lm-eval-{time.strftime('%Y%m%dT%H%M%S')}.json"
+    finished: Results = {}
+
+    def keep(whole: Results, part: Results) -> None:
+        finished.update(whole)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        replace(out, json.dumps(whole, indent=2, default=utils.handle_non_serializable, ensure_ascii=False))
+        if run is not None:
+            track(run, part)
+
+    failures = evaluate_all(names, lambda name: evaluate(lm, tasks[name], manager, arguments), keep, lm.world_size == 1)
+    if finished:
+        make_table: Any = utils.make_table
+        tables = [make_table(finished), *([make_table(finished, "groups")] if finished.get("groups") else [])]
+        print(*tables, f"results: {out}", sep="\n")
+    return failures
+
+
+def main(argv: list[str]) -> None:
+    """`minrnn eval ...`
+
+    Raises:
+        UserError: arguments, model or tasks that cannot be used.
+        SystemExit: 1, when a task failed; 2, in all processes but the first, where that one raises UserError.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        _check(arguments)
+        failures = _evaluate(arguments)
+    except ModuleNotFoundError as error:
+        if error.name != "lm_eval":
+            raise
+        raise UserError(("eval", "lm-eval is not installed: pip install 'minrnn[eval]'")) from None
+    except UserError:
+        if os.environ.get("RANK", "0") != "0":
+            raise SystemExit(2) from None
+        raise
+    if failures:
+        print("\n".join(failures), file=sys.stderr)
+        raise SystemExit(1)

@@ -1,0 +1,328 @@
+"""Our models in lm-eval, as what they are: a state that is read into once and gone on from as often as one likes.
+
+    contexts -> what many of them share, once -> the rest of each, in batches -> logits and states -> each continuation from its context's state
+
+Nothing is ever cut off, since nothing grows with the length: a text of any length goes through in pieces of `piece` tokens. A document is
+scored as it was trained on, behind <bos>, and its perplexity (`loglikelihood_rolling`) with the state carried through all of it, or, to compare
+with what is reported for other models, in windows that each begin anew.
+
+lm-eval (0.4.13) finds models in its own table only, so the name `minrnn` is known where this module was imported:
+
+    minrnn eval MODEL --tasks a,b                                                            (command.py)
+    python -m minrnn.evals.lm_eval_model --model minrnn --model_args pretrained=MODEL ...     every option of lm_eval
+"""
+
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LogitsProcessorList,
+    PreTrainedConfig,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from ..data.errors import UserError
+from ..models import MinRNNForCausalLM
+from ..models.decoding import TokenStep
+from ..models.modeling_minrnn import PREFILL
+from ..pipeline.processes import start, world_size
+from .likelihood import Score, batches, read, read_contexts, score, select_rows
+
+Request = tuple[tuple[str, str] | None, list[int], list[int]]  # text (None: not a request of its own), context, continuation
+
+
+def model_folder(name: str) -> str:
+    """A run's folder stands for the model it exported; any other name for itself.
+
+    Raises:
+        UserError: a run that has exported none yet.
+    """
+    run = Path(name)
+    if (run / "model" / "config.json").exists():
+        return str(run / "model")
+    if (run / "checkpoints").is_dir():
+        raise UserError(("MODEL", f"the run {name} has no model/ yet; minrnn export {name} --out DIR makes one of its newest checkpoint"))
+    return name
+
+
+def load(name: str, dtype: str = "auto") -> tuple[MinRNNForCausalLM, Any]:
+    """Model, in eval mode on the CPU, and tokenizer of an export, a hub id or a run.
+
+    Raises:
+        UserError: they cannot be loaded, are none of ours, or belong to another version of the code.
+    """
+    folder = model_folder(name)
+    try:
+        model_type = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
+        if model_type != "minrnn":
+            raise UserError(("MODEL", f"{name} is a {model_type} model; lm_eval --model hf evaluates it"))
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    except UserError:
+        raise
+    except Exception as error:  # the hub's client, the file system and the configuration each raise their own
+        message = " ".join(str(error).split())[:300]
+        raise UserError(("MODEL", f"cannot load {name}: {message}")) from None
+    model, found = loaded
+    strange = [f"{kind.removesuffix('_keys')} {', '.join(sorted(map(str, keys))[:3])}" for kind, keys in found.items() if keys]
+    if strange:
+        raise UserError(
+            ("MODEL", f"{name} was exported by another version of minrnn ({'; '.join(strange)}); lm_eval --model hf runs the code it carries")
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # what transformers raises where there is none
+        raise UserError(("MODEL", f"{name} has no tokenizer; minrnn export writes one beside the weights")) from None
+    if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
+        raise UserError(("MODEL", f"the tokenizer of {name} has no bos or no eos token, between which a document stands"))
+    return model.eval(), tokenizer
+
+
+def _sampling(kwargs: dict[str, Any]) -> LogitsProcessorList | None:
+    """What a task's generation_kwargs make of the logits before a token is drawn; None: the likeliest is taken.
+
+    Raises:
+        ValueError: settings that are not known here.
+    """
+    options = dict(kwargs)
+    do_sample, temperature = options.pop("do_sample"), float(options.pop("temperature", 0.0) or 1.0)
+    top_k, top_p = int(options.pop("top_k", 0) or 0), float(options.pop("top_p", 1.0) or 1.0)
+    unknown = sorted(options.keys() - {"until", "max_gen_toks"})
+    if unknown:
+        raise ValueError(
+            f"generation_kwargs: {', '.join(unknown)} not known here, only until, max_gen_toks, do_sample, temperature, top_k, top_p."
+        )
+    if not do_sample:
+        return None
+    warpers: list[Any] = [TemperatureLogitsWarper(temperature)] if temperature != 1 else []
+    warpers += [TopKLogitsWarper(top_k)] if top_k > 0 else []
+    warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+    return LogitsProcessorList(warpers)
+
+
+class MinRNNLM(TemplateLM):
+    """lm-eval's view of a model.
+
+    Args:
+        pretrained: A model in eval mode, or the export, hub id or run to load.
+        tokenizer: Of a model that is given.
+        batch_size: Rows at once.
+        max_batch_size: lm_eval's; not used.
+        device: Of the model; by default the accelerator, if there is one.
+        dtype: Of the weights: auto (as they are stored), float32, bfloat16, float64.
+        piece: Tokens read at once, over all rows.
+        rolling_window: `loglikelihood_rolling` in windows of so many tokens with the state reset; None: carried through the document.
+        max_gen_toks: Tokens to write where a task says nothing.
+
+    Raises:
+        UserError: a model that cannot be loaded.
+        ValueError: a size that is no number of at least 1.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | MinRNNForCausalLM,
+        tokenizer: Any = None,
+        batch_size: int | str = 32,
+        max_batch_size: int | None = None,
+        device: str | None = None,
+        dtype: str = "auto",
+        piece: int = PREFILL,
+        rolling_window: int | None = None,
+        max_gen_toks: int = 256,
+    ):
+        super().__init__()
+        for name, size in {"batch_size": batch_size, "piece": piece, "rolling_window": rolling_window, "max_gen_toks": max_gen_toks}.items():
+            if size is not None and (not str(size).isdecimal() or int(size) < 1):
+                raise ValueError(f"{name} must be a number of at least 1, not {size!r}.")
+        self.accelerator = None
+        if isinstance(pretrained, str):
+            pretrained, tokenizer = load(pretrained, dtype)
+            if world_size() > 1:
+                self.accelerator = start(timedelta(weeks=1))  # the fastest waits for the slowest
+                self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+                device = str(self.accelerator.device)
+            default = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+            try:
+                nn.Module.to(pretrained, torch.device(device) if device else default or torch.device("cpu"))
+            except (RuntimeError, AssertionError) as error:
+                raise UserError(("--device", f"cannot use {device}: {str(error).splitlines()[0]}; --device cpu is always there")) from None
+        self.model, self.tokenizer, self._device = pretrained, tokenizer, pretrained.device
+        self.config = self.model.config
+        self.batch_size, self.piece, self.rolling_window, self.max_gen_toks = int(batch_size), piece, rolling_window, max_gen_toks
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends a document."""
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token that a document begins with: the context of an empty context."""
+        return self.tokenizer.bos_token_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Names the tokenizer in caches."""
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    @property
+    def rolling(self) -> str:
+        """How `loglikelihood_rolling` reads a document, in words."""
+        return "state carried through the document" if self.rolling_window is None else f"windows of {self.rolling_window} tokens, state reset"
+
+    def get_model_info(self) -> dict[str, Any]:
+        """For the results."""
+        return {"model_num_parameters": self.model.num_parameters(), "model_dtype": str(self.model.dtype), "rolling": self.rolling}
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Tokens, behind <bos> as in training unless `add_special_tokens` is False."""
+        ids = self.tokenizer.encode(string, add_special_tokens=False, **kwargs)
+        return ids if add_special_tokens is False or ids[:1] == [self.prefix_token_id] else [self.prefix_token_id, *ids]
+
+    def tok_decode(self, tokens: list[int]) -> str:
+        """Text without special tokens."""
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """By the tokenizer's template."""
+        return self.tokenizer.apply_chat_template(
+            chat_history, tokenize=False, add_generation_prompt=add_generation_prompt, continue_final_message=not add_generation_prompt
+        )
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        return tensor if self.accelerator is None else self.accelerator.gather(tensor)  # pyright: ignore[reportReturnType]
+
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any]:
+        if self.accelerator is None:
+            return [obj]
+        gathered = [None] * self.world_size if self.rank == dst else None
+        torch.distributed.gather_object(obj, gathered, dst)
+        return gathered  # pyright: ignore[reportReturnType]
+
+    def barrier(self) -> None:
+        if self.accelerator is not None:
+            self.accelerator.wait_for_everyone()
+
+    def _loglikelihood_tokens(self, requests: Sequence[Request], disable_tqdm: bool = False, **kwargs: Any) -> list[Score]:
+        """Each context is read once, and what several begin with once for all of them."""
+        lengths = [len(continuation) for _, _, continuation in requests]
+        by_context: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for number, (_, context, _) in enumerate(requests):
+            if lengths[number]:
+                by_context[tuple(context)].append(number)
+        contexts, members = [list(context) for context in by_context], list(by_context.values())
+        scores: list[Score] = [(0.0, True)] * len(requests)
+        progress = tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="loglikelihood")
+        for batch, logits, cache in read_contexts(self.model, contexts, self.batch_size, self.piece):
+            row_of = {number: row for row, context in enumerate(batch) for number in members[context]}
+            for part in batches(list(row_of), lengths, self.batch_size):
+                rows = [row_of[number] for number in part]
+                found = score(self.model, logits[rows], select_rows(cache, rows), [requests[number][2] for number in part], self.piece)
+                for number, value in zip(part, found, strict=True):
+                    scores[number] = value
+                    if (text := requests[number][0]) is not None:
+                        self.cache_hook.add_partial("loglikelihood", text, value)
+                progress.update(len(part))
+        progress.close()
+        return scores
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of whole documents behind <bos>, in nats: see `rolling`."""
+        windows: list[Request] = []
+        owners: list[int] = []
+        for number, request in enumerate(requests):
+            tokens = self.tok_encode(request.args[0], add_special_tokens=False)
+            parts = [([self.prefix_token_id], tokens)]
+            if self.rolling_window is not None:
+                parts = map(make_disjoint_window, get_rolling_token_windows(tokens, self.prefix_token_id, self.rolling_window, 1))
+            for context, continuation in parts:
+                windows.append((None, context, continuation))
+                owners.append(number)
+        values = [0.0] * len(requests)
+        for number, (value, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
+            values[number] += value
+        for request, value in zip(requests, values, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, value)
+        return values
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Continuations up to the first stop string, <eos> or `max_gen_toks` tokens; requests of equal settings share batches."""
+        arguments: list[Any] = [request.args for request in requests]
+        by_settings: dict[str, list[int]] = defaultdict(list)
+        for number, (_, settings) in enumerate(arguments):
+            by_settings[repr(settings)].append(number)
+        contexts = [self.tok_encode(context) for context, _ in arguments]
+        texts = [""] * len(requests)
+        progress = tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="generate_until")
+        for members in by_settings.values():
+            kwargs: dict[str, Any] = {**normalize_gen_kwargs(arguments[members[0]][1], self.max_gen_toks)}
+            for batch in batches(members, [len(context) for context in contexts], self.batch_size):
+                for number, tokens in zip(batch, self._generate([contexts[number] for number in batch], kwargs), strict=True):
+                    texts[number] = postprocess_generated_text(self.tok_decode(tokens), kwargs["until"], None)
+                    self.cache_hook.add_partial("generate_until", arguments[number], texts[number])
+                progress.update(len(batch))
+        progress.close()
+        return texts
+
+    @torch.no_grad()
+    def _generate(self, contexts: list[list[int]], kwargs: dict[str, Any]) -> list[list[int]]:
+        """New tokens of each row, <eos> left out. A stop string ends its row where its last byte is written."""
+        warp: Any = _sampling(kwargs)
+        stops = [stop for stop in kwargs["until"] if stop]
+        tail = max((len(stop.encode()) for stop in stops), default=0) + 4  # a token spells at least a byte; some decoders drop a first space
+        logits, cache = read(self.model, contexts, None, self.piece)
+        step = TokenStep(self.model, cache)
+        rows: list[list[int]] = [[] for _ in contexts]
+        unfinished = set(range(len(rows)))
+        for count in range(kwargs["max_gen_toks"]):
+            if warp is None:
+                tokens = logits.argmax(-1)
+            else:
+                warped = warp(torch.empty(len(rows), 0, dtype=torch.long, device=logits.device), logits.float())
+                tokens = torch.multinomial(warped.softmax(-1), 1).squeeze(1)
+            for row, token in enumerate(tokens.tolist()):
+                if row not in unfinished:
+                    continue
+                if token != self.eot_token_id:
+                    rows[row].append(token)
+                end = self.tok_decode(rows[row][-tail:]) if stops else ""
+                if token == self.eot_token_id or any(stop in end for stop in stops):
+                    unfinished.remove(row)
+            if not unfinished or count + 1 == kwargs["max_gen_toks"]:
+                break
+            logits = step(tokens)
+        return rows
+
+
+register_model("minrnn")(MinRNNLM)  # as a decorator it would hide the class from type checkers
+
+
+def main() -> None:
+    """The command `lm_eval`, which knows `--model minrnn` here."""
+    from lm_eval.__main__ import cli_evaluate
+
+    try:
+        cli_evaluate()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()
