@@ -4,6 +4,7 @@ from .corpus import CorpusSpec, DocumentStream, open_source
 from .errors import UserError
 from .loader import ChunkLoader, ReaderSpec
 from .reader import IGNORED, Chunk, DocumentReader, WindowReader, joined_tokens
+from .synthetic import Task, TaskValidation, build_task, is_synthetic, tokenizer_of
 from .tokenizer import BYTES, Encoder, byte_tokenizer, fingerprint, load_tokenizer, model_vocab_size, with_bos
 from .validation import ValidationSet, document_validation, window_validation
 
@@ -17,16 +18,21 @@ __all__ = [
     "DocumentStream",
     "Encoder",
     "ReaderSpec",
+    "Task",
+    "TaskValidation",
     "UserError",
     "ValidationSet",
     "WindowReader",
+    "build_task",
     "byte_tokenizer",
     "document_validation",
     "fingerprint",
+    "is_synthetic",
     "joined_tokens",
     "load_tokenizer",
     "model_vocab_size",
     "open_source",
+    "tokenizer_of",
     "window_validation",
     "with_bos",
 ]

@@ -14,11 +14,18 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from .corpus import CorpusSpec
 from .reader import Chunk, DocumentReader, WindowReader, joined_tokens
+from .synthetic import Task, TaskReader
 from .tokenizer import Encoder
+
+
+class Reader(Protocol):
+    """What gives one chunk after another."""
+
+    def next_chunk(self) -> Chunk: ...
 
 
 @dataclass(frozen=True)
@@ -34,9 +41,14 @@ class ReaderSpec:
     chunk: int
     window: int
     seed: int
+    task: Task | None = None
+    """A synthetic task, drawn instead of reading the corpus."""
 
-    def open(self, readers: Sequence[int], states: Sequence[dict[str, Any] | None]) -> list[DocumentReader] | list[WindowReader]:
+    def open(self, readers: Sequence[int], states: Sequence[dict[str, Any] | None]) -> Sequence[Reader]:
         """These readers, each where its state says."""
+        if self.task is not None:
+            task, shape = self.task, (self.lanes, self.chunk, self.seed)
+            return [TaskReader(task, r, *shape, state) for r, state in zip(readers, states, strict=True)]
         if self.order == "documents":
             return [
                 DocumentReader(self.corpus, self.encoder, r, self.num_readers, self.lanes, self.chunk, self.window, self.seed, state)

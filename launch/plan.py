@@ -297,7 +297,7 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         UserError: everything that is wrong with the options or the recipe.
     """
-    from ..data.tokenizer import load_tokenizer, model_vocab_size
+    from ..data import model_vocab_size, tokenizer_of
     from ..pipeline.recipe import read_recipe
 
     arguments, overrides = _parser().parse_known_args(argv)
@@ -305,7 +305,8 @@ def main(argv: Sequence[str]) -> None:
     recipe = read_recipe([*overrides, *(word for option, value in named.items() if value is not None for word in (option, value))])
     _check(arguments)
     layout = lay_out(recipe, arguments.processes)
-    vocab_size = arguments.vocab_size or model_vocab_size(load_tokenizer(recipe.data.tokenizer))
+    data = recipe.data
+    vocab_size = arguments.vocab_size or model_vocab_size(tokenizer_of(data.corpus, data.tokenizer, data.task))
     model = measure(recipe, vocab_size)
     lines = heading(recipe, model, layout)
     if arguments.tflops is not None:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
+from ..data import Task, UserError, build_task, is_synthetic
 from ..models import MinRNNConfig
 from ..models.configuration_minrnn import PRESETS
 
@@ -79,7 +80,9 @@ class DataSection(Section):
     """What is read, and in which order."""
 
     corpus: str = Field(default="python-stdlib", min_length=1)
-    """python-stdlib (the interpreter's own), a file, folder or glob (parquet, jsonl, jsonl.gz, jsonl.zst, text), or a hub dataset."""
+    """python-stdlib, a file, folder or glob (parquet, jsonl, jsonl.gz, jsonl.zst, text), a hub dataset, or a task: synthetic/NAME."""
+    task: dict[str, Any] = {}
+    """Options of a synthetic task (docs/synthetic.md), e.g. {length: 64, num_tokens: 4}. It has no use for the settings of text, below."""
     subset: str | None = None
     """Configuration of a hub dataset, e.g. sample-10BT."""
     split: str = "train"
@@ -106,6 +109,20 @@ class DataSection(Section):
     """Validate on whole documents until they have this many tokens; null for all."""
     workers: int = Field(default=1, ge=0)
     """Processes that read ahead; 0 reads in the training process."""
+
+    def problems(self) -> dict[str, str]:
+        if not is_synthetic(self.corpus):
+            return {"task": f"is for synthetic corpora (synthetic/TASK), not for {self.corpus}"} if self.task else {}
+        found = {
+            name: f"is for text; {self.corpus} makes its own examples, so leave it out"
+            for name, field in type(self).model_fields.items()
+            if name not in ("corpus", "task", "workers") and getattr(self, name) != field.default
+        }
+        try:
+            build_task(self.corpus, self.task)
+        except UserError as error:
+            found |= {key.removeprefix("data."): message for key, message in error.problems}
+        return found
 
 
 class BatchSection(Section):
@@ -208,6 +225,20 @@ class Recipe:
     train: TrainSection
     parallel: ParallelSection
     tracking: TrackingSection
+
+    def synthetic_task(self) -> Task | None:
+        """The task that is drawn, where the corpus is one.
+
+        Raises:
+            UserError: a chunk does not hold its longest sequence.
+        """
+        if not is_synthetic(self.data.corpus):
+            return None
+        task = build_task(self.data.corpus, self.data.task)
+        if self.batch.chunk < task.longest:
+            told = f"{self.batch.chunk} does not hold the longest sequence of {self.data.corpus}: set it to {task.longest} or more"
+            raise UserError(("batch.chunk", told))
+        return task
 
     def model_fields_resolved(self) -> dict[str, Any]:
         """Every field of MinRNNConfig that a recipe can set: the user's, then the preset's, then the default."""

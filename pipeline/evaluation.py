@@ -1,25 +1,46 @@
-"""Validation: held-out documents from their first byte to their last, the state carried as in training."""
+"""Validation: held-out documents from their first byte to their last, the state carried as in training; of a synthetic task, fixed examples."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ..data import CorpusSpec, Encoder, UserError, ValidationSet, document_validation, joined_tokens, window_validation
+from ..data import (
+    IGNORED,
+    Chunk,
+    CorpusSpec,
+    Encoder,
+    TaskValidation,
+    UserError,
+    ValidationSet,
+    document_validation,
+    joined_tokens,
+    window_validation,
+)
 from ..data.corpus import Split
+from ..data.synthetic import IN_DISTRIBUTION
+from ..models.cells import at_least_fp32
 from .config import Recipe
 from .processes import Layout, largest, to_device, total
 
+PIECE = 8  # positions of a task's chunk that each process of a context group has, or a multiple
 
-def validation_sets(recipe: Recipe, corpus: CorpusSpec, encoder: Encoder, readers: Iterable[int]) -> list[ValidationSet]:
+
+def validation_sets(
+    recipe: Recipe, corpus: CorpusSpec, encoder: Encoder, readers: Iterable[int]
+) -> Sequence[ValidationSet] | Sequence[TaskValidation]:
     """The shares of these readers.
 
     Raises:
         UserError: no such corpus, or nothing in it; under data.validation if that was named.
     """
-    data = recipe.data
+    data, batch = recipe.data, recipe.batch
+    if (task := recipe.synthetic_task()) is not None:
+        return [TaskValidation(task, reader, batch.readers, batch.lanes, PIECE * recipe.parallel.context) for reader in readers]
     if data.validation is None:
         return _sets(recipe, corpus, "validation", encoder, readers)
     spec = CorpusSpec(data.validation, None, data.validation_split, None, data.text_field, data.skip_broken)
@@ -41,14 +62,16 @@ def _sets(recipe: Recipe, spec: CorpusSpec, part: Split, encoder: Encoder, reade
 @torch.no_grad()
 def validate(
     model: nn.Module,
-    sets: list[ValidationSet],
+    sets: Sequence[ValidationSet] | Sequence[TaskValidation],
     accelerator: Accelerator,
     carry_state: bool,
     layout: Layout | None = None,
     in_lockstep: bool = False,
     moved: Callable[[], None] = lambda: None,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Mean loss in nats per token and bits per byte over all documents of all processes' sets, and their tokens.
+
+    Of a synthetic task: the loss and the accuracy with lengths as in training, and the accuracy by length.
 
     Args:
         layout: where processes share sequences.
@@ -56,9 +79,12 @@ def validate(
         moved: called after each chunk.
     """
     layout = layout or Layout()
+    if examples := [part for part in sets if isinstance(part, TaskValidation)]:
+        return _validate_task(model, examples, accelerator, layout, moved)
+    texts = [part for part in sets if isinstance(part, ValidationSet)]
     model.eval()
     nats, tokens = 0.0, 0
-    for part in sets:
+    for part in texts:
         cache = None
         for chunk in part.chunks():
             if cache is not None:
@@ -78,12 +104,61 @@ def validate(
             tokens += piece.num_scored
             moved()
     if in_lockstep:
-        num_chunks = sum(1 for part in sets for _ in part.chunks())
+        num_chunks = sum(1 for part in texts for _ in part.chunks())
         empty = torch.zeros(1, 64, dtype=torch.long, device=accelerator.device)
         for _ in range(largest(accelerator, num_chunks) - num_chunks):
             model(input_ids=empty, shift_labels=empty, skip_logits=True, num_items_in_batch=1)
             moved()
     model.train()
-    num_bytes = sum(part.num_bytes for part in sets) / layout.context
+    num_bytes = sum(part.num_bytes for part in texts) / layout.context
     nats, tokens, num_bytes = total(accelerator, [nats, tokens, num_bytes])
     return {"loss": nats / tokens, "bits_per_byte": nats / (num_bytes * math.log(2)), "validation_tokens": int(tokens)}
+
+
+def _validate_task(
+    model: nn.Module, sets: list[TaskValidation], accelerator: Accelerator, layout: Layout, moved: Callable[[], None]
+) -> dict[str, Any]:
+    """Processes have equally many chunks, so those whose forward passes need each other stay together."""
+    task, lengths = sets[0].task, sets[0].lengths
+    sums = np.zeros((len(lengths), 3))  # right, scored, nats
+    model.eval()
+    for part in sets:
+        for length, chunk in part.chunks():
+            sums[lengths.index(length)] += _score(model, layout.piece(chunk), accelerator)
+            moved()
+    model.train()
+    sums = np.reshape(total(accelerator, sums.ravel().tolist()), sums.shape)
+    accuracies = dict(zip(lengths, (sums[:, 0] / sums[:, 1]).tolist(), strict=True))
+    accuracy = accuracies.pop(IN_DISTRIBUTION)
+    return {
+        "loss": float(sums[0, 2] / sums[0, 1]),
+        "accuracy": accuracy,
+        "accuracy_scaled": task.scaled(accuracy),
+        "chance": task.chance,
+        "by_length": {str(length): value for length, value in accuracies.items()},
+        "validation_tokens": int(sums[0, 1]),
+    }
+
+
+def _score(model: nn.Module, chunk: Chunk, accelerator: Accelerator) -> tuple[float, float, float]:
+    """How many answers are right, how many there are, and their loss in nats. Only columns with an answer get logits."""
+    scored = chunk.shift_labels != IGNORED
+    columns = np.flatnonzero(scored.any(0))
+    output = model(
+        input_ids=to_device(chunk.input_ids, accelerator),
+        document_starts=to_device(chunk.document_starts, accelerator),
+        use_cache=False,
+        logits_to_keep=to_device(columns, accelerator),
+    )
+    logits = output.logits[to_device(scored[:, columns], accelerator)]  # [answers, vocab_size]
+    answers = to_device(chunk.shift_labels[scored], accelerator)
+    num_right = float((logits.argmax(-1) == answers).sum())
+    return num_right, len(answers), float(nn.functional.cross_entropy(at_least_fp32(logits), answers, reduction="sum"))
+
+
+def told(result: dict[str, Any]) -> str:
+    """What a validation found, in a few words."""
+    if "accuracy" not in result:
+        return f"{result['bits_per_byte']:.4f} bits/byte"
+    by_length = "".join(f", {accuracy:.3f} at {length}" for length, accuracy in result["by_length"].items())
+    return f"accuracy {result['accuracy']:.4f} ({result['accuracy_scaled']:.4f} scaled){by_length}"

@@ -11,7 +11,7 @@ import yaml
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from ..data import UserError, load_tokenizer, with_bos
+from ..data import UserError, tokenizer_of, with_bos
 from ..models import MinRNNConfig, MinRNNForCausalLM
 from .checkpoint import checkpoint_name, load_parameters, newest_valid, read_manifest, sync
 
@@ -130,7 +130,7 @@ def export_run(run: Path, out: Path, step: int | None = None, dtype: str = "fp32
 def load_checkpoint(path: Path, vocab_size: int, dtype: str) -> tuple[MinRNNForCausalLM, Any, dict[str, Any]]:
     """The model of a checkpoint, its tokenizer and the resolved recipe."""
     config = yaml.safe_load((path / "config.yaml").read_text())
-    tokenizer = load_tokenizer(config["data"]["tokenizer"])
+    tokenizer = tokenizer_of(config["data"]["corpus"], config["data"]["tokenizer"], config["data"].get("task"))
     fields = {name: value for name, value in config["model"].items() if name not in ("preset", "init_from")}
     model = MinRNNForCausalLM(model_config(fields, tokenizer, vocab_size))
     nn.Module.to(model, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}[dtype])

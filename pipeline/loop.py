@@ -19,18 +19,18 @@ from typing import Any
 import torch
 import transformers
 
-from ..data import Chunk, UserError, fingerprint
+from ..data import Chunk, UserError, fingerprint, is_synthetic
 from ..models import MinRNNForCausalLM
 from . import checkpoint, processes
 from .config import Recipe
 from .errors import NonFiniteError
-from .evaluation import validate
+from .evaluation import told, validate
 from .export import export_model, load_checkpoint, sample
 from .folder import open_folder, warn
 from .interrupt import Interrupt, leave
 from .launch_checks import check_launch
 from .machine import keep_freed_memory, training_flops_per_token
-from .metrics import draw_loss, read_metrics
+from .metrics import draw_accuracy, draw_loss, read_metrics
 from .optim import learning_rate
 from .recipe import resolved
 from .run import Run, patience, set_up
@@ -238,12 +238,14 @@ def _validate(run: Run) -> None:
         raise NonFiniteError(f"step {run.step}: the validation loss is {run.latest['loss']}. This step was not saved.")
     seconds = round(time.perf_counter() - start, 2)
     _record(run, {"kind": "validation", "step": run.step, "tokens": run.tokens, **run.latest, "seconds": seconds})
-    run.say(f"step {run.step}: held-out loss {run.latest['loss']:.4f} nats/token, {run.latest['bits_per_byte']:.4f} bits/byte")
+    run.say(f"step {run.step}: held-out loss {run.latest['loss']:.4f} nats/token, {told(run.latest)}")
     if run.is_main:
         try:
             draw_loss(run.folder.metrics.path, run.folder.path / "loss.png", run.folder.path.name)
+            if run.latest.get("by_length"):
+                draw_accuracy(run.folder.metrics.path, run.folder.path / "accuracy_by_length.png", run.folder.path.name)
         except Exception as error:  # a picture is not worth a run
-            warn(f"loss.png could not be drawn: {error}")
+            warn(f"the pictures could not be drawn: {error}")
 
 
 def _save(run: Run, is_last: bool) -> None:
@@ -279,12 +281,12 @@ def _finish(run: Run) -> None:
         path = folder / "checkpoints" / checkpoint.checkpoint_name(run.step)
         model, tokenizer, config = load_checkpoint(path, run.config.vocab_size, "fp64" if recipe.train.precision == "fp64" else "fp32")
         validations = [entry for entry in read_metrics(run.folder.metrics.path) if entry["kind"] == "validation" and entry["step"] == run.step]
-        score = f", {validations[-1]['bits_per_byte']:.3f} bits per byte on held-out documents" if validations else ""
+        score = f", {told(validations[-1])} on held-out data" if validations else ""
         export_model(model, tokenizer, folder / "model", config, run.tokens, score)
         run.folder.mark_finished(run.step)
         _write_samples(run, model, tokenizer)
         if run.tracker is not None:
-            for name in ("config.yaml", "loss.png", "samples.txt"):
+            for name in ("config.yaml", "loss.png", "accuracy_by_length.png", "samples.txt"):
                 if (folder / name).exists():
                     run.tracker.artifact(folder / name)
         run.say(f"finished: model, samples.txt and loss.png are in {folder}")
@@ -293,7 +295,7 @@ def _finish(run: Run) -> None:
 
 def _write_samples(run: Run, model: MinRNNForCausalLM, tokenizer: Any) -> None:
     recipe = run.recipe
-    if not (recipe.train.sample_tokens and recipe.train.prompts):
+    if not (recipe.train.sample_tokens and recipe.train.prompts) or is_synthetic(recipe.data.corpus):
         return
     try:
         if not run.engine.in_lockstep:  # what is sharded may not fit on one device

@@ -67,30 +67,56 @@ class MetricsFile:
 
 
 def draw_loss(metrics: Path, picture: Path, title: str) -> None:
-    """Training loss (thin: every logged step, thick: smoothed) and validation loss over tokens, with bits per byte at the validations."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+    """Training loss (thin: every logged step, thick: smoothed) and validation loss over tokens, with bits per byte (or accuracy) at those."""
     entries = read_metrics(metrics)
     train = [(entry["tokens"], entry["loss"]) for entry in entries if entry["kind"] == "train" and math.isfinite(entry["loss"])]
     validation = [entry for entry in entries if entry["kind"] == "validation"]
-    figure = Figure(figsize=(8, 4.5))
-    FigureCanvasAgg(figure)
-    axes = figure.add_axes((0.08, 0.12, 0.9, 0.8))
+    figure, axes = _empty_figure()
     if train:
         tokens, losses = zip(*train, strict=True)
         axes.plot(tokens, losses, color="tab:blue", alpha=0.3, linewidth=0.8)
         axes.plot(tokens, _smoothed(losses), color="tab:blue", label="training (smoothed)")
         axes.set_ylim(0.9 * min(losses[len(losses) // 10 :]), min(max(losses), 2.5 * sorted(losses)[len(losses) // 2]))
     if validation:
-        axes.plot([e["tokens"] for e in validation], [e["loss"] for e in validation], "o-", color="tab:orange", label="held-out documents")
+        axes.plot([e["tokens"] for e in validation], [e["loss"] for e in validation], "o-", color="tab:orange", label="held out")
         for entry in validation:
-            note = f"{entry['bits_per_byte']:.2f} bits/byte"
+            note = f"{entry['bits_per_byte']:.2f} bits/byte" if "bits_per_byte" in entry else f"accuracy {entry['accuracy']:.3f}"
             axes.annotate(note, (entry["tokens"], entry["loss"]), textcoords="offset points", xytext=(0, 9), ha="center", fontsize=8)
     axes.set(xlabel="tokens", ylabel="loss (nats per token)", title=title)
     axes.grid(alpha=0.3)
     if train or validation:
         axes.legend()
+    _save_figure(figure, picture)
+
+
+def draw_accuracy(metrics: Path, picture: Path, title: str) -> None:
+    """Accuracy over test lengths: every validation (thin) and the last, with what a guess has."""
+    validations = [entry for entry in read_metrics(metrics) if entry.get("by_length")]
+    figure, axes = _empty_figure()
+    for entry in validations:
+        lengths = [int(length) for length in entry["by_length"]]
+        style = {"alpha": 0.25, "linewidth": 0.8} if entry is not validations[-1] else {"marker": "o", "label": f"step {entry['step']}"}
+        axes.plot(lengths, list(entry["by_length"].values()), color="tab:blue", **style)
+    if validations:
+        axes.axhline(validations[-1]["chance"], color="tab:gray", linestyle="--", label="a guess")
+        axes.legend()
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="length", ylabel="accuracy", title=title, ylim=(-0.02, 1.02))
+    axes.grid(alpha=0.3)
+    _save_figure(figure, picture)
+
+
+def _empty_figure() -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5))
+    FigureCanvasAgg(figure)
+    return figure, figure.add_axes((0.08, 0.12, 0.9, 0.8))
+
+
+def _save_figure(figure: Any, picture: Path) -> None:
+    """Whole or not at all."""
     unfinished = picture.with_suffix(".part.png")
     figure.savefig(unfinished, dpi=120)
     os.replace(unfinished, picture)

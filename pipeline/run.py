@@ -1,6 +1,7 @@
 """A run: everything that lasts as long as it does, and how it is set up, anew or from a checkpoint."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -11,7 +12,18 @@ from torch import nn
 from tqdm import tqdm
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from ..data import ChunkLoader, CorpusSpec, Encoder, ReaderSpec, UserError, ValidationSet, fingerprint, load_tokenizer, model_vocab_size
+from ..data import (
+    ChunkLoader,
+    CorpusSpec,
+    Encoder,
+    ReaderSpec,
+    TaskValidation,
+    UserError,
+    ValidationSet,
+    fingerprint,
+    model_vocab_size,
+    tokenizer_of,
+)
 from ..models import MinRNNConfig, MinRNNForCausalLM
 from ..models.context_parallel import use_context_parallel
 from ..models.recompute import checkpointing_options
@@ -47,7 +59,7 @@ class Run:
     readers: dict[int, ReaderState]
     """This process's readers and where they are."""
     loader: ChunkLoader
-    validation: list[ValidationSet]
+    validation: Sequence[ValidationSet] | Sequence[TaskValidation]
     saver: Saver
     watchdog: Watchdog
     step: int
@@ -59,7 +71,7 @@ class Run:
     """Batches left out in a row."""
     tracker: Tracker | None = None
     bar: Any = None
-    latest: dict[str, float] = field(default_factory=dict)
+    latest: dict[str, Any] = field(default_factory=dict)
     """Of the latest validation."""
 
     @property
@@ -142,12 +154,12 @@ def set_up(recipe: Recipe, accelerator: Accelerator, folder: RunFolder) -> Run:
     return run
 
 
-Opened = tuple[ChunkLoader, list[ValidationSet], dict[int, ReaderState], Any, MinRNNForCausalLM]
+Opened = tuple[ChunkLoader, Sequence[ValidationSet] | Sequence[TaskValidation], dict[int, ReaderState], Any, MinRNNForCausalLM]
 
 
 def _open(recipe: Recipe, folder: RunFolder, mine: range, device: torch.device) -> Opened:
     """What this process reads and trains, before it has to do with others: data under way, its share of what is held out, tokenizer, model."""
-    tokenizer = load_tokenizer(recipe.data.tokenizer)
+    tokenizer = tokenizer_of(recipe.data.corpus, recipe.data.tokenizer, recipe.data.task)
     if folder.manifest.get("tokenizer", fingerprint(tokenizer)) != fingerprint(tokenizer):
         name = recipe.data.tokenizer
         raise UserError(("data.tokenizer", f"{name} is not the tokenizer that the run began with: its vocabulary has changed; another run.dir"))
@@ -160,7 +172,7 @@ def _open(recipe: Recipe, folder: RunFolder, mine: range, device: torch.device) 
         readers = {reader: load(folder.checkpoint, reader, config.num_hidden_layers, device) for reader in mine}
     data, batch = recipe.data, recipe.batch
     shape = (batch.readers, batch.lanes, batch.chunk)
-    spec = ReaderSpec(corpus_of(recipe), data.order, encoder, *shape, data.shuffle_window, recipe.run.seed)
+    spec = ReaderSpec(corpus_of(recipe), data.order, encoder, *shape, data.shuffle_window, recipe.run.seed, recipe.synthetic_task())
     loader = ChunkLoader(spec, list(mine), [reader.position for reader in readers.values()], data.workers)
     try:
         return loader, validation_sets(recipe, corpus_of(recipe), encoder, mine), readers, tokenizer, _build_model(recipe, config, folder)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from minrnn.data import BYTES, byte_tokenizer, load_tokenizer, model_vocab_size
+from minrnn.data import BYTES, byte_tokenizer, model_vocab_size, tokenizer_of
 from minrnn.launch.cli import main
 from minrnn.models import MinRNNConfig, MinRNNForCausalLM
 from minrnn.pipeline.export import export_model, model_config
@@ -37,11 +37,19 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", sorted(shipped_recipes()))
 def test_each_recipe_parses_and_its_model_builds(name: str):
     recipe = read_recipe(["--config", name])
-    tokenizer = load_tokenizer(BYTES)  # the hub's are out of reach of a test; only the vocabulary differs
-    vocab_size = model_vocab_size(tokenizer) if recipe.data.tokenizer == BYTES else 50_264
+    data = recipe.data
+    tokenizer = tokenizer_of(data.corpus, BYTES, data.task)  # the hub's are out of reach of a test; only the vocabulary differs
+    vocab_size = model_vocab_size(tokenizer) if data.tokenizer == BYTES else 50_264
     with torch.device("meta"):
         model = MinRNNForCausalLM(model_config(recipe.model_fields_resolved(), tokenizer, vocab_size))
-    expected = {"quickstart": (2e6, 3e6), "shakespeare-paper": (4e6, 7e6), "fineweb-350m": (300e6, 400e6), "fineweb-1b": (950e6, 1050e6)}[name]
+    expected = {
+        "quickstart": (2e6, 3e6),
+        "shakespeare-paper": (4e6, 7e6),
+        "fineweb-350m": (300e6, 400e6),
+        "fineweb-1b": (950e6, 1050e6),
+        "synthetic-formal": (0.4e6, 0.6e6),
+        "synthetic-selective-copying": (0.2e6, 0.3e6),
+    }[name]
     assert expected[0] < model.num_parameters() < expected[1]
 
 

@@ -1,0 +1,10 @@
+"""Synthetic tasks as corpora: seeded examples with a small vocabulary, scored where the answer is due.
+
+data.corpus synthetic/NAME, data.task {option: value} -> Task -> examples -> chunks
+"""
+
+from .reader import IN_DISTRIBUTION, TaskReader, TaskValidation
+from .registry import TASKS, build_task, is_synthetic, tokenizer_of
+from .task import Task
+
+__all__ = ["IN_DISTRIBUTION", "TASKS", "Task", "TaskReader", "TaskValidation", "build_task", "is_synthetic", "tokenizer_of"]

@@ -1,0 +1,227 @@
+"""Formal languages: trained on short sequences, tested on longer ones (Deletang et al., arXiv 2207.02098; Beck et al., arXiv 2405.04517).
+
+Definitions differ between papers; each class says which it is. Strings are uniform, lengths too. The answer is read where the last
+symbol is seen, for Bucket Sort over the second half.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .task import Example, Task, unscored
+
+
+@dataclass(frozen=True, kw_only=True)
+class FormalLanguage(Task):
+    """Sequences of min_length to max_length positions, one answer at the last."""
+
+    min_length: int = 1
+    """Shortest sequence in training."""
+    max_length: int = 40
+    """Longest sequence in training."""
+    test_lengths: tuple[int, ...] = (40, 64, 96, 128, 160, 192, 224, 256)
+    """Lengths that validation scores one by one: as published, from the longest of training to 256."""
+
+    @property
+    def longest(self) -> int:
+        return self.max_length
+
+    def draw_length(self, generator: np.random.Generator) -> int:
+        return self.fit(int(generator.integers(max(self.min_length, self.shortest), self.max_length + 1)))
+
+    @property
+    def num_symbols(self) -> int:
+        """Symbols that a string is drawn from: ids 0, 1, ..."""
+        return 2
+
+    @property
+    def symbols(self) -> list[str]:
+        return [str(number) for number in range(self.num_symbols)]
+
+    @property
+    def num_answers(self) -> int:
+        return self.num_symbols
+
+    def problems(self) -> dict[str, str]:
+        found = super().problems()
+        if self.min_length < 1:
+            found["min_length"] = f"must be at least 1, not {self.min_length}"
+        if self.max_length < max(self.min_length, self.shortest):
+            needed = max(self.min_length, self.shortest)
+            found["max_length"] = f"must be at least {needed} (min_length {self.min_length}, shortest sequence {self.shortest})"
+        return found
+
+    def example(self, generator: np.random.Generator, length: int) -> Example:
+        string = generator.integers(0, self.num_symbols, length)
+        labels = unscored(length)
+        labels[-1] = self.answer(string)
+        return string, labels
+
+    def answer(self, string: np.ndarray) -> int:
+        """The token that a string, int64 [length], asks for."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvenPairs(FormalLanguage):
+    """Even Pairs: 1 if the number of unequal neighbours in a binary string is even, that is, if its first symbol is its last; else 0."""
+
+    def answer(self, string: np.ndarray) -> int:
+        return int(string[0] == string[-1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parity(FormalLanguage):
+    """Parity: the number of ones mod 2. Decays in (0, 1) cannot carry it to longer strings (Grazzi et al., arXiv 2411.12537)."""
+
+    def answer(self, string: np.ndarray) -> int:
+        return int(string.sum() % 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CycleNavigation(FormalLanguage):
+    """Cycle Navigation: from position 0, the moves 0, +1 and -1 on a ring; where do we end?"""
+
+    ring_size: int = 5
+    """Positions of the ring."""
+
+    MOVES = np.array([0, 1, -1])
+
+    @property
+    def num_symbols(self) -> int:
+        return len(self.MOVES)
+
+    @property
+    def symbols(self) -> list[str]:
+        return ["0", "+1", "-1", *(f"position-{number}" for number in range(self.ring_size))]
+
+    @property
+    def num_answers(self) -> int:
+        return self.ring_size
+
+    def problems(self) -> dict[str, str]:
+        found = super().problems()
+        if self.ring_size < 2:
+            found["ring_size"] = f"must be at least 2, not {self.ring_size}"
+        return found
+
+    def answer(self, string: np.ndarray) -> int:
+        return self.num_symbols + int(self.MOVES[string].sum() % self.ring_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MissingDuplicate(FormalLanguage):
+    """Missing Duplicate, Deletang et al.: a binary string twice, one symbol of the second or first copy blanked out: which? Even lengths."""
+
+    BLANK = 2
+
+    @property
+    def shortest(self) -> int:
+        return 2
+
+    @property
+    def symbols(self) -> list[str]:
+        return ["0", "1", "blank"]
+
+    def fit(self, length: int) -> int:
+        return length - length % 2
+
+    def example(self, generator: np.random.Generator, length: int) -> Example:
+        half = self.fit(length) // 2
+        sequence = np.tile(generator.integers(0, 2, half), 2)
+        labels, hole = unscored(2 * half), generator.integers(2 * half)
+        labels[-1], sequence[hole] = sequence[hole], self.BLANK
+        return sequence, labels
+
+
+@dataclass(frozen=True, kw_only=True)
+class MissingDuplicate9(FormalLanguage):
+    """Missing Duplicate, minRNN experiments: a string over 9 symbols, and again without its last one: which comes next? Odd lengths."""
+
+    @property
+    def num_symbols(self) -> int:
+        return 9
+
+    def fit(self, length: int) -> int:
+        return length - (length + 1) % 2
+
+    def example(self, generator: np.random.Generator, length: int) -> Example:
+        length = self.fit(length)
+        string = generator.integers(0, self.num_symbols, (length + 1) // 2)
+        labels = unscored(length)
+        labels[-1] = string[-1]
+        return np.tile(string, 2)[:length], labels
+
+
+@dataclass(frozen=True, kw_only=True)
+class BucketSort(FormalLanguage):
+    """Bucket Sort: a string, then as many markers, where it is to be said again in order. Even lengths."""
+
+    @property
+    def shortest(self) -> int:
+        return 2
+
+    @property
+    def symbols(self) -> list[str]:
+        return [*super().symbols, "sorted"]
+
+    def fit(self, length: int) -> int:
+        return length - length % 2
+
+    def example(self, generator: np.random.Generator, length: int) -> Example:
+        half = self.fit(length) // 2
+        string = generator.integers(0, self.num_symbols, half)
+        ids, labels = np.full(2 * half, self.num_symbols, np.int64), unscored(2 * half)
+        ids[:half], labels[half:] = string, np.sort(string)
+        return ids, labels
+
+
+@dataclass(frozen=True, kw_only=True)
+class BucketSort5(BucketSort):
+    """Bucket Sort, Deletang et al.: 5 symbols."""
+
+    @property
+    def num_symbols(self) -> int:
+        return 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class BucketSort10(BucketSort):
+    """Bucket Sort, minRNN experiments: 10 symbols."""
+
+    @property
+    def num_symbols(self) -> int:
+        return 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Majority(FormalLanguage):
+    """Majority: the most frequent of 63 symbols, of equally frequent ones the largest."""
+
+    @property
+    def num_symbols(self) -> int:
+        return 63
+
+    def answer(self, string: np.ndarray) -> int:
+        counts = np.bincount(string, minlength=self.num_symbols)
+        return self.num_symbols - 1 - int(counts[::-1].argmax())
+
+
+@dataclass(frozen=True, kw_only=True)
+class MajorityCount(FormalLanguage):
+    """Majority Count: how often the most frequent of 63 symbols occurs; token n also says the number n."""
+
+    @property
+    def num_symbols(self) -> int:
+        return 63
+
+    @property
+    def num_answers(self) -> int:
+        return max((self.max_length, *self.test_lengths))
+
+    @property
+    def symbols(self) -> list[str]:
+        return [str(number) for number in range(max(self.num_symbols, self.num_answers + 1))]
+
+    def answer(self, string: np.ndarray) -> int:
+        return int(np.bincount(string).max())

@@ -1,0 +1,218 @@
+"""Recall: something is to be said again that was seen before."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..tokenizer import byte_tokenizer
+from .task import Example, Task, unscored
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedLength(Task):
+    """Training sequences are all equally long."""
+
+    length: int = 256
+    """Positions of a sequence in training."""
+
+    @property
+    def longest(self) -> int:
+        return self.length
+
+    def draw_length(self, generator: np.random.Generator) -> int:
+        return self.longest
+
+    def problems(self) -> dict[str, str]:
+        found = super().problems()
+        if self.longest < self.shortest:
+            found["length"] = f"{self.length} is too short: a sequence has at least {self.shortest} positions"
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectiveCopying(FixedLength):
+    """Selective Copying (Gu and Dao, arXiv 2312.00752): tokens at random places among blanks, said again at as many markers behind them."""
+
+    length: int = 4096
+    """Positions that hold tokens and blanks; `num_tokens` markers follow."""
+    num_tokens: int = 16
+    """Tokens to remember."""
+    vocab_size: int = 16
+    """Symbols: the blank, the marker, and those that are remembered."""
+
+    @property
+    def longest(self) -> int:
+        return self.length + self.num_tokens
+
+    @property
+    def shortest(self) -> int:
+        return 2 * self.num_tokens
+
+    @property
+    def symbols(self) -> list[str]:
+        return ["blank", *(str(number) for number in range(1, self.vocab_size - 1)), "marker"]
+
+    @property
+    def num_answers(self) -> int:
+        return self.vocab_size - 2
+
+    def problems(self) -> dict[str, str]:
+        found = super().problems()
+        if self.num_tokens < 1:
+            found["num_tokens"] = f"must be at least 1, not {self.num_tokens}"
+        elif self.length < self.num_tokens:
+            found["length"] = f"{self.length} positions cannot hold {self.num_tokens} tokens (num_tokens)"
+        if self.vocab_size < 4:
+            found["vocab_size"] = f"must be at least 4 (blank, marker, two to tell apart), not {self.vocab_size}"
+        return found
+
+    def example(self, generator: np.random.Generator, length: int) -> Example:
+        body, count = length - self.num_tokens, self.num_tokens
+        ids, labels = np.zeros(length, np.int64), unscored(length)
+        tokens = generator.integers(1, self.vocab_size - 1, count)
+        ids[np.sort(generator.permutation(body)[:count])] = tokens
+        ids[body:], labels[body:] = self.vocab_size - 1, tokens
+        return ids, labels
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiQueryRecall(Task):
+    """MQAR (zoology; Arora et al., arXiv 2312.04927): pairs of key and value, then each key again among noise: there its value is asked for.
+
+    The first half of the vocabulary are keys (but for 0), the second values. Queries stand at even places, at a distance d from the pairs
+    that is drawn with a probability in proportion to d ** (power - 1).
+    """
+
+    sizes: tuple[tuple[int, int], ...] = ((64, 4), (128, 8), (256, 16), (512, 64))
+    """(positions, pairs) of the sequences; training draws one of them each time."""
+    vocab_size: int = 8192
+    """Keys and values together."""
+    power: float = 0.01
+    """The smaller, the nearer are the queries; 1 spreads them evenly."""
+    test_lengths: tuple[int, ...] = (64, 128, 256, 512)
+    """Positions of those sizes that validation scores one by one."""
+
+    @property
+    def longest(self) -> int:
+        return max(length for length, _ in self.sizes)
+
+    @property
+    def symbols(self) -> list[str]:
+        half = self.vocab_size // 2
+        return ["0", *(f"key-{number}" for number in range(1, half)), *(f"value-{number}" for number in range(half, self.vocab_size))]
+
+    @property
+    def num_answers(self) -> int:
+        return self.vocab_size - self.vocab_size // 2
+
+    def problems(self) -> dict[str, str]:
+        found = super().problems()
+        if not self.sizes:
+            found["sizes"] = "must name at least one (positions, pairs)"
+        for length, pairs in self.sizes:
+            if pairs < 1 or length < 4 * pairs:
+                found["sizes"] = f"{pairs} pairs and as many queries need at least 1 pair and {4 * max(pairs, 1)} positions, not {length}"
+            elif pairs > self.vocab_size // 2 - 1:
+                found["vocab_size"] = f"{self.vocab_size} has {max(self.vocab_size // 2 - 1, 0)} keys, too few for {pairs} pairs"
+        if len(dict(self.sizes)) < len(self.sizes):
+            found["sizes"] = "must name each length once"
+        if unknown := [length for length in self.test_lengths if length not in dict(self.sizes)]:
+            found["test_lengths"] = f"{unknown[0]} is none of the lengths in sizes ({', '.join(str(length) for length, _ in self.sizes)})"
+        if not self.power > 0:
+            found["power"] = f"must be positive, not {self.power}"
+        return found
+
+    def draw_length(self, generator: np.random.Generator) -> int:
+        return self.sizes[generator.integers(len(self.sizes))][0]
+
+    def example(self, generator: np.random.Generator, length: int) -> Example:
+        pairs, half = dict(self.sizes)[length], self.vocab_size // 2
+        keys = 1 + generator.choice(half - 1, pairs, replace=False)
+        values = half + generator.choice(self.vocab_size - half, pairs, replace=False)
+        ids, labels = generator.integers(0, self.vocab_size, length), unscored(length)
+        ids[0 : 2 * pairs : 2], ids[1 : 2 * pairs : 2] = keys, values
+        weights = np.arange(1, (length - 2 * pairs) // 2 + 1) ** (self.power - 1.0)
+        places = 2 * pairs + 2 * generator.choice(len(weights), pairs, replace=False, p=weights / weights.sum())
+        ids[places], labels[places] = keys, values
+        return ids, labels
+
+
+@dataclass(frozen=True, kw_only=True)
+class InductionHeads(FixedLength):
+    """Induction heads (Gu and Dao): a marker somewhere in noise, and again as the last symbol: which symbol followed the first?"""
+
+    vocab_size: int = 16
+    """Symbols, the marker included."""
+    test_lengths: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048, 4096)
+    """Lengths that validation scores one by one; published up to 2^20."""
+
+    @property
+    def shortest(self) -> int:
+        return 3
+
+    @property
+    def symbols(self) -> list[str]:
+        return [*(str(number) for number in range(self.num_answers)), "marker"]
+
+    @property
+    def num_answers(self) -> int:
+        return self.vocab_size - 1
+
+    def problems(self) -> dict[str, str]:
+        found = super().problems()
+        if self.vocab_size < 3:
+            found["vocab_size"] = f"must be at least 3 (the marker, two to tell apart), not {self.vocab_size}"
+        return found
+
+    def example(self, generator: np.random.Generator, length: int) -> Example:
+        ids, labels = generator.integers(0, self.num_answers, length), unscored(length)
+        place = generator.integers(length - 2)
+        labels[-1] = ids[place + 1]
+        ids[place] = ids[-1] = self.num_answers
+        return ids, labels
+
+
+HAYSTACK = b"The river runs past the mill. Birds sit in the old trees. A cart goes up the hill, and in the evening it comes back. "
+NEEDLE = b"The pass key is %s. Remember it. "
+QUESTION = b"What is the pass key? The pass key is "
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needle(FixedLength):
+    """Needle in a haystack (pass-key retrieval, after Mohtashami and Jaggi, arXiv 2305.16300) on bytes: digits hidden in filler text."""
+
+    length: int = 1024
+    """Bytes of a text in training."""
+    num_digits: int = 5
+    """Digits of the key."""
+    test_lengths: tuple[int, ...] = (256, 512, 1024, 2048, 4096)
+    """Lengths that validation scores one by one."""
+
+    @property
+    def shortest(self) -> int:
+        return len(NEEDLE % b"" + QUESTION) + 2 * self.num_digits - 1
+
+    @property
+    def symbols(self) -> list[str]:
+        return [f"<0x{byte:02X}>" for byte in range(256)]
+
+    @property
+    def num_answers(self) -> int:
+        return 10
+
+    def problems(self) -> dict[str, str]:
+        return super().problems() | ({} if self.num_digits > 0 else {"num_digits": f"must be at least 1, not {self.num_digits}"})
+
+    def example(self, generator: np.random.Generator, length: int) -> Example:
+        digits = bytes(generator.integers(ord("0"), ord("9") + 1, self.num_digits).tolist())
+        num_filler, first = length - self.shortest, int(generator.integers(len(HAYSTACK)))
+        filler = (HAYSTACK * (num_filler // len(HAYSTACK) + 2))[first : first + num_filler]
+        depth = int(generator.integers(num_filler + 1))
+        text = np.frombuffer(filler[:depth] + NEEDLE % digits + filler[depth:] + QUESTION + digits, np.uint8).astype(np.int64)
+        labels = unscored(length)
+        labels[-self.num_digits :] = text[-self.num_digits :]
+        return text[:-1], labels
+
+    def tokenizer(self) -> Any:
+        return byte_tokenizer()

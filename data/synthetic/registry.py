@@ -1,0 +1,93 @@
+"""From `data.corpus: synthetic/NAME` and `data.task` to a task."""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, get_type_hints
+
+from ..errors import UserError
+from .formal import (
+    BucketSort5,
+    BucketSort10,
+    CycleNavigation,
+    EvenPairs,
+    Majority,
+    MajorityCount,
+    MissingDuplicate,
+    MissingDuplicate9,
+    Parity,
+)
+from .recall import InductionHeads, MultiQueryRecall, Needle, SelectiveCopying
+from .task import Task
+
+PREFIX = "synthetic/"
+TASKS: dict[str, type[Task]] = {
+    "selective-copying": SelectiveCopying,
+    "even-pairs": EvenPairs,
+    "parity": Parity,
+    "cycle-navigation": CycleNavigation,
+    "missing-duplicate": MissingDuplicate,
+    "missing-duplicate-9": MissingDuplicate9,
+    "bucket-sort-5": BucketSort5,
+    "bucket-sort-10": BucketSort10,
+    "majority": Majority,
+    "majority-count": MajorityCount,
+    "mqar": MultiQueryRecall,
+    "induction-heads": InductionHeads,
+    "needle": Needle,
+}
+
+
+def is_synthetic(corpus: str) -> bool:
+    """Whether a corpus is a task."""
+    return corpus.startswith(PREFIX)
+
+
+def _near(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
+    return f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
+
+
+def _checked(task: type[Task], options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The options in their types, and what is wrong with them."""
+    from pydantic import ConfigDict, TypeAdapter, ValidationError  # the processes that read ahead have no use for it
+
+    types: dict[str, Any] = get_type_hints(task)
+    values, problems = {}, []
+    for name, value in options.items():
+        if name not in types:
+            problems.append(f"unknown option {name} ({_near(name, list(types))})")
+            continue
+        try:
+            values[name] = TypeAdapter(types[name], config=ConfigDict(allow_inf_nan=False)).validate_python(value)
+        except ValidationError as error:
+            first = error.errors()[0]
+            problems.append(f"{name}: {first['msg'][0].lower()}{first['msg'][1:]}, not {first['input']!r}")
+    return values, problems
+
+
+def build_task(corpus: str, options: Mapping[str, Any] | None = None) -> Task:
+    """The task of `synthetic/NAME`.
+
+    Raises:
+        UserError: no such task, options that it does not have, or values that do not fit: all of them, under data.corpus and data.task.
+    """
+    name = corpus.removeprefix(PREFIX)
+    if not is_synthetic(corpus) or name not in TASKS:
+        raise UserError(("data.corpus", f"there is no task {corpus} ({_near(name, list(TASKS))})"))
+    values, problems = _checked(TASKS[name], options or {})
+    task = TASKS[name](**values)
+    problems += [f"{option}: {problem}" for option, problem in task.problems().items()]
+    if problems:
+        raise UserError(("data.task", f"of {corpus}: " + "; ".join(problems)))
+    return task
+
+
+def tokenizer_of(corpus: str, tokenizer: str, options: Mapping[str, Any] | None = None) -> Any:
+    """A run's tokenizer: a task's own vocabulary, or that which `data.tokenizer` names.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    from ..tokenizer import load_tokenizer
+
+    return build_task(corpus, options).tokenizer() if is_synthetic(corpus) else load_tokenizer(tokenizer)
