@@ -184,7 +184,7 @@ def cell_scan(
             candidate's, then the output gate's.
         gate_bias: [num_gates, width], added to the gates in fp32.
         h0: state before the first token, [batch, width] fp32; zeros when not given.
-        cell: "mingru" or "minlstm", or any other of `cells.CELLS` (composed then).
+        cell: one of `cells.CELLS`; fused are "mingru" and "minlstm", the others are composed.
         activation: candidate activation, one of `cells.CANDIDATE_ACTIVATIONS`.
         output_gate: multiply h by silu of the last projection.
         document_starts: bool [batch, time]: the state before such a token is dropped.

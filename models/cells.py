@@ -9,6 +9,10 @@ that is what makes the recurrence linear, and the whole sequence one scan.
 with pre-activations k, p, q, u = W x and c the candidate activation. Source: Feng et al., arXiv 2410.01201, sections 3.1 and 3.2; minGRU with
 c = tanh is GILR of Martin & Cundy (ICLR 2018).
 
+Each cell has a variant whose decays lie in (-1, 1), `NAME_signed`: 2 a - 1 in place of a, b as before. A state that can change its sign at
+every token can count modulo 2, which decays in (0, 1) cannot (Grazzi et al., "Unlocking State-Tracking in Linear RNNs Through Negative
+Eigenvalues", arXiv 2411.12537).
+
 Numerics: a is computed in fp32 whatever the dtype of the projections, since bfloat16 has no number between 0.996 and 1: it cannot hold a memory
 longer than 256 tokens. Each factor is a sigmoid of its own, a = sigmoid(-k) and z = sigmoid(k), never one minus the other: the difference loses
 the digits of whichever is small.
@@ -16,6 +20,7 @@ the digits of whichever is small.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -74,7 +79,18 @@ def _minlstm_bias(memory: Tensor) -> Tensor:
     return torch.stack([log_ratio, -log_ratio])
 
 
+def _signed(cell: Cell) -> Cell:
+    """The cell with decays 2 a - 1. Where 1 / (1 - a) is 2 m, 1 / (1 - (2 a - 1)) is m."""
+
+    def coefficients(*pre_activations: Any) -> tuple[Tensor, Tensor]:
+        a, b = cell.coefficients(*pre_activations)
+        return 2 * a - 1, b
+
+    return Cell(cell.num_gates, coefficients, lambda memory: cell.gate_bias(2 * memory))
+
+
 CELLS = {
     "mingru": Cell(num_gates=1, coefficients=mingru, gate_bias=_mingru_bias),
     "minlstm": Cell(num_gates=2, coefficients=minlstm, gate_bias=_minlstm_bias),
 }
+CELLS |= {f"{name}_signed": _signed(cell) for name, cell in CELLS.items()}

@@ -27,7 +27,7 @@ class MinRNNConfig(PreTrainedConfig):
         vocab_size: Number of rows of the embedding; at least the tokenizer's, usually rounded up.
         hidden_size: Width of the residual stream.
         num_hidden_layers: Number of blocks.
-        cell: Name of the recurrent cell, `"mingru"` or `"minlstm"`.
+        cell: Name of the recurrent cell: `"mingru"` or `"minlstm"` with decays in (0, 1), `"mingru_signed"` or `"minlstm_signed"` in (-1, 1).
         expansion_factor: Recurrent width / hidden_size (the paper's alpha).
         candidate_activation: Activation of the candidate: `"g"` (x + 0.5 for x >= 0, else sigmoid), `"none"`, `"tanh"` or `"silu"`.
         output_gate: Multiply the cell's output by silu of one more projection.

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import generator
+from minrnn.models.cell_scan import FUSED_CELLS
 from minrnn.models.cells import CANDIDATE_ACTIVATIONS, CELLS
 from torch import Tensor
 
@@ -15,8 +16,10 @@ def variant(cell: str, activation: str, output_gate: bool) -> Options:
     return {"cell": cell, "activation": activation, "output_gate": output_gate}
 
 
-# Each is a kernel to compile, for a second or two: every cell with every activation once, the gate on for half of them, and two again in bf16.
-EIGHT = [variant(cell, activation, (i + j) % 2 == 1) for i, cell in enumerate(CELLS) for j, activation in enumerate(CANDIDATE_ACTIVATIONS)]
+# Each is a kernel to compile, for a second or two: every cell with every activation once, the gate on for half, two again in bf16.
+EIGHT = [
+    variant(cell, activation, (i + j) % 2 == 1) for i, cell in enumerate(FUSED_CELLS) for j, activation in enumerate(CANDIDATE_ACTIVATIONS)
+]
 DEFAULT, PAPER = variant("mingru", "none", True), variant("minlstm", "g", False)
 CASES = [(options, torch.float32) for options in EIGHT] + [(DEFAULT, torch.bfloat16), (PAPER, torch.bfloat16)]
 cases = pytest.mark.parametrize(("options", "dtype"), CASES, ids=["-".join(map(str, [*o.values(), d])).replace("torch.", "") for o, d in CASES])

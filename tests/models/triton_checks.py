@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import assert_close, generator
 from minrnn.models import cell_scan_triton, scan_triton
+from minrnn.models.cell_scan import FUSED_CELLS
 from minrnn.models.cells import CELLS
 from minrnn.models.tiles_triton import Tile, plan_chunks, run_all
 from torch import Tensor
@@ -26,7 +27,7 @@ DTYPES = {
     "fp64-bf16": (FP64, BF16, FP32),
     "fp32-fp64": (FP32, FP64, FP64),
 }
-KINDS = list(itertools.product(CELLS, ("g", "none", "tanh", "silu"), (False, True)))
+KINDS = list(itertools.product(FUSED_CELLS, ("g", "none", "tanh", "silu"), (False, True)))
 needs_patience = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, for what overflows on purpose
 Results = dict[str, Tensor]
 Problem = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # what goes in, and the gradients of what comes out
@@ -298,7 +299,7 @@ def test_one_gradient_only(which):
 
 
 @needs_patience
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", FUSED_CELLS)
 def test_gates_far_out(cell):
     """Decays next to 0 and 1, gates beyond what exp can hold, and infinities: no NaN, and the digits that there are."""
     kind, width = (cell, "none", False), 4

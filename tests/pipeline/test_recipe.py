@@ -26,7 +26,7 @@ def test_every_mistake_is_told_at_once_with_its_key(tmp_path: Path):
         "error: batch.lanes: input should be a valid integer, unable to parse string as an integer, not 'many'",
         "error: batch.chunk: input should be greater than or equal to 1, not -3",
         "error: modle: unknown section (did you mean model?)",
-        "error: model.cell: 'gru' is none of mingru, minlstm",
+        "error: model.cell: 'gru' is none of mingru, minlstm, mingru_signed, minlstm_signed",
         "error: model.dropout: must be in [0, 1), not 2.0",
         "error: optim.lrr: unknown key (did you mean optim.lr?)",
         "error: train.precison: unknown key (did you mean train.precision?)",
