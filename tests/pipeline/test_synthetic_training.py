@@ -123,9 +123,9 @@ def test_the_command_line_sets_a_task():
     assert task.longest == 20
 
 
-def learn(run_recipe: Run, folder: Path, data: dict[str, Any], chunk: int, steps: int) -> dict[str, Any]:
+def learn(run_recipe: Run, folder: Path, data: dict[str, Any], chunk: int, steps: int, cell: str = "mingru") -> dict[str, Any]:
     """The last validation of a 2-layer minGRU."""
-    shape = {"hidden_size": 32, "num_hidden_layers": 2, "expansion_factor": 2, "intermediate_size": 0}
+    shape = {"cell": cell, "hidden_size": 32, "num_hidden_layers": 2, "expansion_factor": 2, "intermediate_size": 0}
     values = {
         "run": {"dir": str(folder)},
         "model": shape,
@@ -150,3 +150,14 @@ def test_even_pairs_is_learned_for_longer_strings_than_those_of_training(run_rec
     found = learn(run_recipe, tmp_path / "pairs", data, chunk=40, steps=600)
     assert min(found["by_length"].values()) > 0.95
     assert max(int(length) for length in found["by_length"]) == 160
+
+
+@pytest.mark.slow
+def test_parity_needs_decays_below_zero(run_recipe: Run, tmp_path: Path):
+    """Decays in (-1, 1) learn it, for strings four times as long too; with those in (0, 1) the answer beyond training's lengths is a guess."""
+    data = {"corpus": "synthetic/parity", "task": {"test_lengths": [64, 96, 128, 160]}}
+    signed = learn(run_recipe, tmp_path / "signed", data, chunk=40, steps=600, cell="mingru_signed")
+    assert signed["accuracy"] > 0.95
+    assert min(signed["by_length"].values()) > 0.95
+    positive = learn(run_recipe, tmp_path / "positive", data, chunk=40, steps=600)
+    assert all(abs(accuracy - 0.5) < 0.1 for accuracy in positive["by_length"].values())  # 512 strings of each: 0.022 is one deviation
