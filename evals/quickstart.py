@@ -20,6 +20,7 @@ from ..pipeline.evaluation import validate, validation_sets
 from ..pipeline.recipe import build_recipe
 from ..pipeline.run import corpus_of
 from .bench.record import commit, machine, versions
+from .runs import training_seconds
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -29,10 +30,8 @@ def measured(run: Path) -> dict:
     values = yaml.safe_load((run / "config.yaml").read_text())
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     train, validations = ([line for line in lines if line["kind"] == kind] for kind in ("train", "validation"))
-    training_seconds = sum(
-        (line["tokens"] - before["tokens"]) / line["tokens_per_second"]
-        for before, line in zip([{"tokens": 0}, *train[:-1]], train, strict=True)
-    )
+    seconds = training_seconds(train, validations)
+    assert seconds is not None, "every line of a run says how fast it was"
     model = MinRNNForCausalLM.from_pretrained(run / "model")
     values["data"]["validation_tokens"] = None
     recipe = build_recipe(values)
@@ -45,7 +44,7 @@ def measured(run: Path) -> dict:
         "tokens": train[-1]["tokens"],
         "steps": train[-1]["step"],
         "seed": recipe.run.seed,
-        "training_seconds": round(training_seconds + sum(line["seconds"] for line in validations)),
+        "training_seconds": round(seconds),
         "tokens_per_second_median": statistics.median(line["tokens_per_second"] for line in train),
         "validation_subset": validations[-1],
         "validation_all_held_out_modules": validate(model, sets, Accelerator(cpu=True), recipe.batch.carry_state),

@@ -1,0 +1,283 @@
+"""One results file from run folders: `python -m minrnn.evals.runs RUN [RUN ...] --as NAME --out evals/results/NAME.json`.
+
+    config.yaml, metrics.jsonl of each run -> a `Seed` each -> runs that differ in run.seed only: one `Entry` -> `Results`, a JSON file
+
+A run may be finished, stopped, or still going: what its metrics hold counts, and the file says how many of its steps that are.
+"""
+
+import argparse
+import difflib
+import json
+import math
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from pydantic import BaseModel, Field
+from safetensors import safe_open
+
+from ..data.errors import UserError
+from ..pipeline.checkpoint import replace
+from ..pipeline.metrics import read_metrics
+from .bench.record import commit, machine, versions
+from .published import published
+
+CURVE_POINTS = 100
+KEPT_SECTIONS = ("model", "data", "batch", "optim", "train")
+# Settings that say how a run is run and reported, not what it computes.
+WITHOUT_EFFECT = {
+    *("data.workers", "train.log_every", "train.save_every", "train.keep_checkpoints", "train.save_in_background"),
+    *("train.peer_timeout", "train.prompts", "train.sample_tokens"),
+}
+
+
+class Validation(BaseModel):
+    """A validation line of metrics.jsonl: of text with bits_per_byte, of a task with the rest."""
+
+    step: int
+    tokens: int
+    loss: float
+    bits_per_byte: float | None = None
+    accuracy: float | None = None
+    accuracy_scaled: float | None = None
+    chance: float | None = None
+    by_length: dict[str, float] | None = None
+
+
+class Curve(BaseModel):
+    """At most CURVE_POINTS points each."""
+
+    train: list[tuple[int, float]] = Field(min_length=1)
+    """(step, mean loss in nats since the point before)"""
+    validation: list[tuple[int, float, float | None]]
+    """(step, loss in nats, accuracy of a task)"""
+
+
+class Seed(BaseModel):
+    """One run."""
+
+    run: str
+    """Name of its folder."""
+    seed: int
+    steps: int
+    steps_asked: int
+    tokens: int
+    parameters: int | None
+    """None where no checkpoint was left."""
+    training_seconds: float | None
+    """With validations, without the start; None where the lines do not say."""
+    not_finite: int
+    """Lines whose loss was no number; they count nowhere else."""
+    best: Validation | None
+    """The validation with the lowest loss."""
+    final: Validation | None
+    curve: Curve
+
+
+class Entry(BaseModel):
+    """Runs that differ in run.seed only."""
+
+    config: dict[str, dict[str, Any]]
+    """The sections KEPT_SECTIONS of the resolved recipe."""
+    seeds: list[Seed]
+
+
+class Results(BaseModel):
+    """A results file."""
+
+    kind: Literal["runs"] = "runs"
+    experiment: str
+    """A key of published.yaml, or a name of one's own."""
+    command: str
+    commit: str | None
+    time: str
+    machine: dict[str, Any]
+    versions: dict[str, str | None]
+    entries: list[Entry]
+
+
+def is_run(path: Path) -> bool:
+    """Whether this is the folder of a run."""
+    return (path / "config.yaml").is_file() and (path / "metrics.jsonl").is_file()
+
+
+def training_seconds(train: Sequence[dict[str, Any]], validations: Sequence[dict[str, Any]]) -> float | None:
+    """Of steps and validations, from their lines; None where a line does not say."""
+    if not all(line.get("tokens_per_second") for line in train) or not all("seconds" in line for line in validations):
+        return None
+    before = [0, *(line["tokens"] for line in train[:-1])]
+    steps = sum((line["tokens"] - tokens) / line["tokens_per_second"] for line, tokens in zip(train, before, strict=True))
+    return steps + sum(line["seconds"] for line in validations)
+
+
+def num_parameters(run: Path) -> int | None:
+    """From the newest weights that the run left, if any."""
+    found = sorted(run.glob("checkpoints/step-*/model.safetensors"))[-1:] or list(run.glob("model/model.safetensors"))
+    if not found:
+        return None
+    with safe_open(str(found[0]), "pt") as file:
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 - it is no dict
+
+
+def _thinned(lines: Sequence[dict[str, Any]]) -> list[tuple[int, float]]:
+    """(step, loss) at no more than CURVE_POINTS steps; each loss is the mean since the point before."""
+    size = max(1, math.ceil(len(lines) / CURVE_POINTS))
+    groups = [lines[i : i + size] for i in range(0, len(lines), size)]
+    return [(group[-1]["step"], round(sum(line["loss"] for line in group) / len(group), 5)) for group in groups]
+
+
+def _spread(validations: Sequence[Validation]) -> list[tuple[int, float, float | None]]:
+    """At most CURVE_POINTS of them, first and last included."""
+    count = min(len(validations), CURVE_POINTS)
+    picked = [validations[round(i * (len(validations) - 1) / max(count - 1, 1))] for i in range(count)]
+    return [(line.step, round(line.loss, 5), line.accuracy) for line in picked]
+
+
+def _without_folders(section: dict[str, Any]) -> dict[str, Any]:
+    """Paths of this machine by their last part."""
+    local = {
+        key for key, value in section.items() if isinstance(value, str) and (Path(value).is_absolute() or value.startswith(("./", "../", "~")))
+    }
+    return {key: Path(value).name if key in local else value for key, value in section.items()}
+
+
+def read_run(run: Path) -> tuple[dict[str, dict[str, Any]], Seed]:
+    """The settings of a run, and what it reached.
+
+    Raises:
+        UserError: no folder of a run, or nothing in it yet.
+    """
+    if not is_run(run):
+        raise UserError((str(run), "is no run: config.yaml or metrics.jsonl is missing; name the folder that run.dir said"))
+    try:
+        values = yaml.safe_load((run / "config.yaml").read_text())
+        config = {name: _without_folders(values[name]) for name in KEPT_SECTIONS}
+        seed, steps_asked = values["run"]["seed"], values["train"]["steps"]
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        told = f"config.yaml is not what a run writes ({type(error).__name__}: {' '.join(str(error).split())})"
+        raise UserError((str(run), told)) from None
+    lines = [line for line in read_metrics(run / "metrics.jsonl") if line.get("kind") in ("train", "validation")]
+    finite = [line for line in lines if math.isfinite(line["loss"])]
+    train = [line for line in finite if line["kind"] == "train"]
+    if not train:
+        raise UserError((str(run), "metrics.jsonl holds no step yet; wait for the first, or leave this run out"))
+    validation_lines = [line for line in finite if line["kind"] == "validation"]
+    validations = [Validation(**line) for line in validation_lines]
+    seconds = training_seconds(train, validation_lines)
+    return config, Seed(
+        run=run.resolve().name,
+        seed=seed,
+        steps=train[-1]["step"],
+        steps_asked=steps_asked,
+        tokens=train[-1]["tokens"],
+        parameters=num_parameters(run),
+        training_seconds=None if seconds is None else round(seconds, 1),
+        not_finite=len(lines) - len(finite),
+        best=min(validations, key=lambda line: line.loss, default=None),
+        final=validations[-1] if validations else None,
+        curve=Curve(train=_thinned(train), validation=_spread(validations)),
+    )
+
+
+def settings(config: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """{"optim.lr": ...}: what two runs have in common that differ in their seed only."""
+    flat = {f"{section}.{name}": value for section, fields in config.items() for name, value in fields.items()}
+    return {key: value for key, value in flat.items() if key not in WITHOUT_EFFECT}
+
+
+def entries_of(runs: Sequence[Path]) -> list[Entry]:
+    """The runs, those that differ in their seed only together.
+
+    Raises:
+        UserError: every run that cannot be read, or that has the settings and the seed of another.
+    """
+    entries: dict[str, Entry] = {}
+    problems = []
+    for run in runs:
+        try:
+            config, seed = read_run(run)
+        except UserError as error:
+            problems += error.problems
+            continue
+        entry = entries.setdefault(json.dumps(settings(config), sort_keys=True), Entry(config=config, seeds=[]))
+        if same := [other.run for other in entry.seeds if other.seed == seed.seed]:
+            problems.append((str(run), f"has the settings and the seed ({seed.seed}) of {same[0]}; leave one of them out"))
+        entry.seeds.append(seed)
+    if problems:
+        raise UserError(*problems)
+    for entry in entries.values():
+        entry.seeds.sort(key=lambda seed: seed.seed)
+    return list(entries.values())
+
+
+def check_corpora(name: str, entries: Sequence[Entry], key: str) -> None:
+    """Runs of another task have no place under the name of a published one.
+
+    Raises:
+        UserError: under `key`, for each such run, or where nothing of ours compares.
+    """
+    experiment = published().experiments.get(name)
+    if experiment is None:
+        return
+    if experiment.metric in (None, "lm_eval"):
+        told = "lm-eval's files are read as they are" if experiment.metric else "it is for reference only"
+        raise UserError((key, f"{name} takes no runs ({told}); choose another name"))
+    wrong = [(entry, entry.config["data"]["corpus"]) for entry in entries if experiment.corpora]
+    wrong = [(entry.seeds[0].run, corpus) for entry, corpus in wrong if corpus not in experiment.corpora]
+    if wrong:
+        wanted = " or ".join(experiment.corpora)
+        raise UserError(*((key, f"{name} is about {wanted}, but {run} has {corpus}; choose another name") for run, corpus in wrong))
+
+
+def collect(runs: Sequence[Path], name: str, command: str) -> Results:
+    """Everything a results file holds.
+
+    Raises:
+        UserError: runs that cannot be read, or that are not about the named experiment.
+    """
+    entries = entries_of(runs)
+    check_corpora(name, entries, "--as")
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    where = machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return Results(experiment=name, command=command, commit=commit(), time=now, machine=where, versions=versions(), entries=entries)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Write the file; a user's mistakes end with status 2 and a line for each."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser("python -m minrnn.evals.runs", description="One results file from folders of runs, for minrnn report.")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs; those that differ in run.seed only are one entry")
+    parser.add_argument(
+        "--as", dest="name", required=True, metavar="NAME", help=f"one of {', '.join(published().experiments)}; or a name of its own"
+    )
+    parser.add_argument("--out", type=Path, help="JSON file to write (default: evals/results/NAME.json)")
+    arguments = parser.parse_args(argv)
+    out = arguments.out or Path("evals", "results", f"{arguments.name}.json")
+    names = [Path(run).name if run.is_absolute() else str(run) for run in arguments.runs]
+    command = shlex.join(["python", "-m", "minrnn.evals.runs", *names, "--as", arguments.name])
+    try:
+        if out.suffix != ".json":
+            raise UserError(("--out", f"{out} must end in .json"))
+        results = collect(arguments.runs, arguments.name, command)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
+    if arguments.name not in published().experiments:
+        near = difflib.get_close_matches(arguments.name, published().experiments, n=1, cutoff=0.75)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        print(f"warning: --as: nothing is published as {arguments.name}{hint}; the report will show it by itself", file=sys.stderr)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    replace(out, json.dumps(results.model_dump(), indent=1) + "\n")
+    for entry in results.entries:
+        steps = ", ".join(f"{seed.seed} ({seed.steps:,} of {seed.steps_asked:,} steps)" for seed in entry.seeds)
+        print(f"{entry.config['model'].get('cell')}, {entry.config['data']['corpus']}: seeds {steps}")
+    print(f"{out} written")
+
+
+if __name__ == "__main__":
+    main()
