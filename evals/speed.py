@@ -22,8 +22,8 @@ TITLES = {
 }
 
 
-def _load(name: str) -> list[dict[str, Any]]:
-    return json.loads((RESULTS / f"{name}.json").read_text())["rows"]
+def _load(source: Path) -> list[dict[str, Any]]:
+    return json.loads(source.read_text())["rows"]
 
 
 def _line(*cells: str) -> str:
@@ -35,9 +35,9 @@ def _rows(rows: list[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]:
     return [row for row in rows if "reason" not in row and all(row.get(key) == value for key, value in wanted.items())]
 
 
-def scan_lines(dtype: str = "fp32") -> list[str]:
+def scan_lines(source: Path = RESULTS / "bench-scan-cpu.json", dtype: str = "fp32") -> list[str]:
     """Rates of the general scan as fractions of torch.add's in the same run."""
-    rows = [row for row in _rows(_load("bench-scan-cpu"), section="scan", dtype=dtype) if not row.get("sweep")]
+    rows = [row for row in _rows(_load(source), section="scan", dtype=dtype) if not row.get("sweep")]
     points = list(dict.fromkeys((tuple(row["shape"]), row["direction"]) for row in rows))
     table = {(row["contender"], tuple(row["shape"]), row["direction"]): row["of_torch.add"] for row in rows}
     titles = (f"{' x '.join(f'{size:,}' for size in shape)}, {direction}" for shape, direction in points)
@@ -48,9 +48,9 @@ def scan_lines(dtype: str = "fp32") -> list[str]:
     return lines
 
 
-def train_lines() -> list[str]:
+def train_lines(source: Path = RESULTS / "bench-train-cpu.json") -> list[str]:
     """Tokens a second of training by length."""
-    rows = _rows(_load("bench-train-cpu"), section="train")
+    rows = _rows(_load(source), section="train")
     lengths = sorted({row["length"] for row in rows})
     table = {(row["contender"], row["length"]): row for row in rows}
     lines = [_line("training, tokens/s", *(f"length {length:,}" for length in lengths)), "|---|" + "---|" * len(lengths)]
@@ -61,9 +61,9 @@ def train_lines() -> list[str]:
     return [*lines, _line("minrnn, of the matrix product's rate", *fractions)]
 
 
-def generate_lines() -> list[str]:
+def generate_lines(source: Path = RESULTS / "bench-generate-cpu.json") -> list[str]:
     """Milliseconds a token after contexts."""
-    rows = _rows(_load("bench-generate-cpu"), section="generate", batch=1)
+    rows = _rows(_load(source), section="generate", batch=1)
     contexts = sorted({row["context"] for row in rows})
     table = {(row["contender"], row["context"]): row for row in rows}
     lines = [_line("decoding, ms/token", *(f"after {context:,}" for context in contexts)), "|---|" + "---|" * len(contexts)]
@@ -73,9 +73,9 @@ def generate_lines() -> list[str]:
     return lines
 
 
-def contexts_line() -> str:
+def contexts_line(source: Path = RESULTS / "bench-generate-cpu.json") -> str:
     """Ours after all contexts, measured in one rotation."""
-    rows = _rows(_load("bench-generate-cpu"), section="contexts", batch=1)
+    rows = _rows(_load(source), section="contexts", batch=1)
     first, last = (pick(rows, key=lambda row: row["context"]) for pick in (min, max))
     return (
         f"In one rotation of its own, minrnn's token after {last['context']:,} (all of them read) takes {last['of_shortest']:.2f} of the time "
@@ -84,10 +84,10 @@ def contexts_line() -> str:
     )
 
 
-def stream_line() -> str:
+def stream_line(source: Path = RESULTS / "bench-stream-cpu.json", rows: Path = RESULTS / "bench-length-cpu.json") -> str:
     """Training on long rows and on one long document."""
-    (row,) = _rows(_load("bench-stream-cpu"), section="stream")
-    rates = {(row["contender"], row["length"]): row["tokens_per_second"] for row in _rows(_load("bench-length-cpu"), section="train")}
+    (row,) = _rows(_load(source), section="stream")
+    rates = {(row["contender"], row["length"]): row["tokens_per_second"] for row in _rows(_load(rows), section="train")}
     longest = max(length for _, length in rates)
     return (
         f"One document of {row['tokens_read']:,} tokens, read {row['chunk']:,} at a time with the state carried, trains at "
@@ -97,23 +97,24 @@ def stream_line() -> str:
     )
 
 
-def loop_line() -> str:
-    """What the loop adds to its steps."""
-    (row,) = _rows(_load("bench-loop-cpu"), section="loop", contender="loop")
+def loop_line(source: Path = RESULTS / "bench-loop-cpu.json", link: str = "evals/results/bench-loop-cpu.json") -> str:
+    """What the loop adds to its steps; `link` is where a reader finds the file."""
+    (row,) = _rows(_load(source), section="loop", contender="loop")
     return (
         f"At the quickstart's size, the loop with its data, logging, tracking and a checkpoint every {row['steps']} steps takes "
-        f"{100 * row['overhead']:+.1f} % of the time of the steps alone ([file](evals/results/bench-loop-cpu.json))."
+        f"{100 * row['overhead']:+.1f} % of the time of the steps alone ([file]({link}))."
     )
 
 
-def soak_line() -> str:
-    """What a run survived."""
-    soak = json.loads((RESULTS / "soak.json").read_text())
+def soak_line(source: Path = RESULTS / "soak.json", link: str = "evals/results/soak.json") -> str:
+    """What a run survived; `link` is where a reader finds the file."""
+    soak = json.loads(source.read_text())
     faults = ", ".join(f"{count} x {name}" for name, count in soak["faults"].items())
     return (
-        f"In a soak of {soak['steps']:,} steps on two processes ([file](evals/results/soak.json)), {soak['kills']} times `kill -9` among its "
+        f"In a soak of {soak['steps']:,} steps on two processes ([file]({link})), {soak['kills']} times `kill -9` among its "
         f"faults ({faults}), {soak['steps_repeated']:,} steps were taken again, {soak['checkpoints_refused']} broken checkpoints refused, and "
-        f"{len(soak['problems'])} things differed from an undisturbed run: every loss is equal to the bit, every step is there once."
+        f"{len(soak['problems'])} things differed from an undisturbed run"
+        + ("." if soak["problems"] else ": every loss is equal to the bit, every step is there once.")
     )
 
 
