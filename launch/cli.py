@@ -14,6 +14,8 @@ USAGE = """usage: minrnn COMMAND ...
              model
   eval       tasks of lm-eval                      minrnn eval runs/quickstart --tasks lambada_openai,hellaswag
   bench      speed and memory beside the peers'    minrnn bench train [--peers llama,mamba ...]
+  report     all results on one page, beside the   minrnn report [PATH ...] [--out DIR]
+             published numbers
 
 `minrnn COMMAND --help` says more. Several processes: accelerate launch -m minrnn.pipeline.train --config RECIPE ...
 """
@@ -61,6 +63,10 @@ def main(argv: list[str] | None = None) -> None:
             from ..evals.command import main as evaluate
 
             evaluate(rest)
+        elif command == "report":
+            from ..evals.report.command import main as report
+
+            report(rest)
         elif command == "bench":
             from ..evals.bench.command import main as bench
 
@@ -68,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             import difflib
 
-            near = difflib.get_close_matches(command, ("train", "generate", "plan", "export", "eval", "bench"), n=1)
+            near = difflib.get_close_matches(command, ("train", "generate", "plan", "export", "eval", "bench", "report"), n=1)
             raise UserError((command, "unknown command" + (f" (did you mean {near[0]}?)" if near else "; minrnn --help lists them")))
     except UserError as error:
         print(error, file=sys.stderr)

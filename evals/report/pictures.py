@@ -1,0 +1,84 @@
+"""Learning curves and accuracies by length."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..runs import Seed
+from .compare import Pooled
+
+COLOURS = [f"C{i}" for i in range(10)]
+
+
+def _figure(columns: int) -> tuple[Any, list[Any]]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8 if columns == 1 else 11, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, list(figure.subplots(1, columns, squeeze=False)[0])
+
+
+def _save(figure: Any, picture: Path) -> None:
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, dpi=110)
+
+
+def learning_curves(pooled: Sequence[Pooled], picture: Path) -> None:
+    """Training loss (thin) and held-out loss (dots) over steps, every seed; of tasks the accuracy beside it."""
+    with_accuracy = any(accuracy is not None for one in pooled for seed in one.seeds for *_, accuracy in seed.curve.validation)
+    figure, axes = _figure(2 if with_accuracy else 1)
+    for i, one in enumerate(pooled):
+        colour = COLOURS[i % len(COLOURS)]
+        for j, seed in enumerate(one.seeds):
+            label = f"{one.label} ({len(one.runs)} seed{'s' if len(one.runs) > 1 else ''})" if j == 0 else None
+            _draw_losses(axes[0], seed, colour, label)
+            if with_accuracy:
+                points = [(step, accuracy) for step, _, accuracy in seed.curve.validation if accuracy is not None]
+                axes[1].plot(
+                    [step for step, _ in points], [100 * accuracy for _, accuracy in points], "o-", color=colour, markersize=3, label=label
+                )
+    lowest, highest = _loss_range(pooled)
+    axes[0].set(xlabel="steps", ylabel="loss (nats); thin: training, dots: held out", ylim=(lowest, highest))
+    if with_accuracy:
+        axes[1].set(xlabel="steps", ylabel="accuracy (%), lengths as in training", ylim=(-2, 102))
+    for ax in axes:
+        ax.grid(alpha=0.3)
+    axes[-1].legend(fontsize=8)
+    _save(figure, picture)
+
+
+def _draw_losses(ax: Any, seed: Seed, colour: str, label: str | None) -> None:
+    ax.plot(*zip(*seed.curve.train, strict=True), color=colour, alpha=0.5, linewidth=0.9, label=label)
+    if seed.curve.validation:
+        ax.plot([step for step, *_ in seed.curve.validation], [loss for _, loss, _ in seed.curve.validation], "o", color=colour, markersize=4)
+
+
+def _loss_range(pooled: Sequence[Pooled]) -> tuple[float, float]:
+    """All but the first steps of training, where the loss falls from what a guess has."""
+    curves = [[loss for _, loss in seed.curve.train] for one in pooled for seed in one.seeds]
+    losses = [loss for curve in curves for loss in curve]
+    validated = [loss for one in pooled for seed in one.seeds for _, loss, _ in seed.curve.validation]
+    later = [loss for curve in curves for loss in curve[len(curve) // 20 :]]
+    lowest, highest = min(losses + validated), max(later + validated)
+    margin = 0.05 * (highest - lowest) or 0.1
+    return lowest - margin, highest + margin
+
+
+def accuracy_by_length(pooled: Sequence[Pooled], picture: Path) -> None:
+    """A line for each seed at its last validation, over test lengths, with what a guess has."""
+    figure, (ax,) = _figure(1)
+    chances = set()
+    for i, one in enumerate(pooled):
+        for j, seed in enumerate(seed for seed in one.seeds if seed.final and seed.final.by_length):
+            assert seed.final is not None
+            points = sorted((int(length), 100 * accuracy) for length, accuracy in (seed.final.by_length or {}).items())
+            ax.plot(*zip(*points, strict=True), "o-", color=COLOURS[i % len(COLOURS)], markersize=4, label=one.label if j == 0 else None)
+            chances.add(seed.final.chance)
+    for chance in sorted(chance for chance in chances if chance is not None):
+        ax.axhline(100 * chance, color="tab:gray", linestyle="--", label="a guess")
+    ax.set_xscale("log", base=2)
+    ax.set(xlabel="length", ylabel="accuracy (%)", ylim=(-2, 102))
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize=8)
+    _save(figure, picture)

@@ -1,0 +1,390 @@
+"""Runs -> results files -> one page: the right numbers, what is missing, what is broken."""
+
+import base64
+import html.parser
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from minrnn.data.errors import UserError
+from minrnn.evals import runs, speed
+from minrnn.evals.published import published
+from minrnn.evals.report import page
+from minrnn.evals.report.compare import METRICS, estimate
+from minrnn.evals.report.sources import FIELDS
+from minrnn.launch.cli import main
+from minrnn.pipeline.recipe import build_recipe, resolved, shipped_recipes
+from scipy import stats
+
+LENGTHS = (40, 128)
+Values = dict[str, dict[str, Any]]
+Numbers = list[float] | None
+
+
+def make_run(folder: Path, recipe: str, seed: int, accuracies: Numbers = None, losses: Numbers = None, **changes: Any) -> Path:
+    """The folder of a run of a shipped recipe, with a validation every 10 steps; its last line is cut short.
+
+    Args:
+        accuracies: of each validation of a task; at length 128 it is half of that.
+        losses: of each validation of text.
+        changes: section__field=value.
+    """
+    values: Values = yaml.safe_load(shipped_recipes()[recipe].read_text())
+    for key, value in {"run__dir": str(folder), "run__seed": seed, "train__steps": 100, **changes}.items():
+        section, field = key.split("__")
+        values.setdefault(section, {})[field] = value
+    lines = []
+    for i in range(len(accuracies or losses or [])):
+        step = 10 * (i + 1)
+        progress = {"step": step, "tokens": 64 * step}
+        lines.append({"kind": "train", **progress, "loss": 3.0 / (i + 1), "tokens_per_second": 320.0})
+        validation: dict[str, Any] = {"kind": "validation", **progress, "loss": losses[i] if losses else 0.5, "seconds": 1.0}
+        if accuracies:
+            by_length = {str(length): accuracies[i] * 40 / max(40, length / 1.6) for length in LENGTHS}
+            validation |= {"accuracy": accuracies[i], "accuracy_scaled": (accuracies[i] - 0.1) / 0.9, "chance": 0.1, "by_length": by_length}
+        else:
+            validation["bits_per_byte"] = validation["loss"] / math.log(2)
+        lines.append(validation)
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(resolved(build_recipe(values))))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"kind": "train", "st')
+    return folder
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """A folder with three seeds of Bucket Sort and one run of Shakespeare."""
+    folder = tmp_path / "results"
+    accuracies = [[0.2, 0.9], [0.2, 0.95], [0.3, 0.98]]
+    corpus: dict[str, Any] = {"data__corpus": "synthetic/bucket-sort-10", "train__steps": 20}
+    buckets = [make_run(tmp_path / f"bucket-{i}", "synthetic-formal", i, accuracies[i], **corpus) for i in range(3)]
+    shakespeare = make_run(tmp_path / "shakespeare", "shakespeare-paper", 0, losses=[2.0, 1.6, 1.7], data__corpus="/home/someone/input.txt")
+    runs.main([*map(str, buckets), "--as", "bucket-sort", "--out", str(folder / "bucket.json")])
+    runs.main([str(shakespeare), "--as", "shakespeare", "--out", str(folder / "text.json")])
+    return folder
+
+
+def report(*paths: Path, out: Path) -> str:
+    main(["report", *map(str, paths), "--out", str(out)])
+    return (out / "report.md").read_text()
+
+
+def rows(markdown: str, first: str) -> list[list[str]]:
+    """The rows of tables whose first cell begins so, links replaced by their words."""
+    bare = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", markdown)
+    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in bare.splitlines() if line.startswith("|")]
+    return [row for row in cells if row[0].startswith(first)]
+
+
+def section(markdown: str, title: str) -> str:
+    """From a heading to the next of its level or above."""
+    level = title.split(" ")[0]
+    return re.split(rf"\n#{{1,{len(level)}}} ", markdown.split(f"\n{title}\n")[1])[0]
+
+
+@given(st.lists(st.floats(-100, 100), min_size=2, max_size=8))
+def test_the_interval_is_that_of_scipy(values: list[float]):
+    found = estimate(values)
+    assert found.half is not None
+    error = float(stats.sem(values)) if max(values) > min(values) else 0.0
+    assert found.half == pytest.approx(error * stats.t.ppf(0.975, len(values) - 1), rel=1e-6, abs=1e-9)
+    assert found.mean == pytest.approx(sum(values) / len(values), abs=1e-9)
+
+
+def test_one_seed_has_no_interval():
+    assert estimate([3.0]).half is None
+
+
+def test_the_interval_of_three_seeds_by_hand():
+    found = estimate([1.0, 2.0, 3.0])  # s = 1, t(2) = 4.3027
+    assert (found.mean, found.half) == (2.0, pytest.approx(4.302653 / math.sqrt(3), rel=1e-6))
+
+
+def test_a_results_file_says_what_was_run(results: Path):
+    data = json.loads((results / "bucket.json").read_text())
+    (entry,) = data["entries"]
+    assert [seed["seed"] for seed in entry["seeds"]] == [0, 1, 2]
+    assert {"model", "data", "batch", "optim", "train"} == entry["config"].keys()
+    seed = entry["seeds"][0]
+    assert (seed["steps"], seed["steps_asked"], seed["tokens"], seed["parameters"]) == (20, 20, 1280, None)
+    assert seed["training_seconds"] == pytest.approx(1280 / 320 + 2)
+    assert seed["final"]["by_length"] == {"40": pytest.approx(0.9), "128": pytest.approx(0.45)}
+    assert seed["curve"] == {"train": [[10, 3.0], [20, 1.5]], "validation": [[10, 0.5, 0.2], [20, 0.5, 0.9]]}
+    assert data["command"].endswith("bucket-0 bucket-1 bucket-2 --as bucket-sort")
+    text = json.loads((results / "text.json").read_text())["entries"][0]
+    assert (text["seeds"][0]["best"]["step"], text["seeds"][0]["final"]["step"]) == (20, 30)
+    assert "someone" not in (results / "text.json").read_text()
+    assert text["config"]["data"]["corpus"] == "input.txt"
+
+
+def test_long_curves_are_thinned(tmp_path: Path):
+    folder = make_run(tmp_path / "run", "shakespeare-paper", 0, losses=[5.0 / (i + 1) for i in range(1234)])
+    _, seed = runs.read_run(folder)
+    for points in (seed.curve.train, seed.curve.validation):
+        assert 50 < len(points) <= runs.CURVE_POINTS
+        assert points[-1][0] == 12340
+        assert [point[0] for point in points] == sorted({point[0] for point in points})
+    assert seed.curve.validation[0][0] == 10
+
+
+def test_settings_that_do_not_change_the_result_do_not_part_seeds(tmp_path: Path):
+    accuracies = [0.5]
+    corpus: dict[str, Any] = {"data__corpus": "synthetic/parity"}
+    first = make_run(tmp_path / "a", "synthetic-formal", 0, accuracies, **corpus)
+    second = make_run(tmp_path / "b", "synthetic-formal", 1, accuracies, train__log_every=7, **corpus)
+    other = make_run(tmp_path / "c", "synthetic-formal", 1, accuracies, optim__lr=0.1, **corpus)
+    assert [[seed.run for seed in entry.seeds] for entry in runs.entries_of([first, second, other])] == [["a", "b"], ["c"]]
+    again = make_run(tmp_path / "d", "synthetic-formal", 1, accuracies, **corpus)
+    with pytest.raises(UserError, match=r"has the settings and the seed \(1\) of b"):
+        runs.entries_of([first, second, again])
+
+
+def test_numbers_stand_beside_the_published_ones(results: Path, tmp_path: Path):
+    markdown = report(results, out=tmp_path / "out")
+    found = estimate([100 * (0.75 * accuracy - 0.1) / 0.9 for accuracy in (0.9, 0.95, 0.98)])  # mean of all and half, scaled
+    assert found.half is not None
+    (row,) = rows(section(markdown, "#### Bucket Sort"), "minLSTM (paper), 2 layers (beside minLSTM)")
+    assert row[1:5] == ["94", "minrnn", f"{found.mean:.1f} ± {found.half:.1f}", f"{found.mean - 94:+.1f}"]
+    assert row[7:9] == ["3", "20"]
+    assert "differs in train.steps 20 (published 500,000)" in section(markdown, "#### Bucket Sort")
+    assert rows(markdown, "Bucket Sort")[0][3] == row[3]
+    (text,) = rows(section(markdown, "### Shakespeare, character by character"), "minGRU (paper), 3 layers")
+    assert text[1:5] == ["1.548 (reported)", "minrnn", "1.600", "+0.052"]
+    assert text[6:8] == ["1 (no interval)", "30 of 100"]
+    (lengths,) = rows(section(markdown, "### Bucket Sort by length"), "minLSTM")
+    assert [cell.split(" ")[0] for cell in lengths[1:]] == ["94.3", "47.2"]
+
+
+def test_what_is_missing_is_not_run(results: Path, tmp_path: Path):
+    markdown = report(results, out=tmp_path / "out")
+    assert rows(section(markdown, "### Shakespeare, character by character"), "minLSTM")[0][3] == "not run"
+    missing = set(re.findall(r"^- `([\w-]+)`: .*not run", section(markdown, "## Not run"), flags=re.MULTILINE))
+    assert missing == published().experiments.keys() - {"bucket-sort", "shakespeare"}
+    for words in ("lm-eval: not run.", "Loss by position, and memory: not run.", "Scan: not run.", "The soak: not run."):
+        assert words in markdown
+
+
+def test_another_task_does_not_stand_beside_the_published_one(tmp_path: Path):
+    small = {"data__task": {"length": 64, "num_tokens": 4}, "batch__chunk": 68}
+    folder = make_run(tmp_path / "copying", "synthetic-selective-copying", 0, [1.0], **small)
+    markdown = report(folder, out=tmp_path / "out")
+    quality = section(markdown, "### Selective copying")
+    assert rows(quality, "minGRU, 3 layers")[0][3] == "not run"
+    (ours,) = rows(quality, "minGRU (paper), 3 layers, length 64, num_tokens 4".replace("_", r"\_"))
+    assert (ours[1], ours[3], ours[4]) == ("-", "100.0", "-")
+    assert "`selective-copying`" in section(markdown, "## Not run")
+
+
+def test_seeds_of_several_files_are_one_mean(results: Path, tmp_path: Path):
+    more = [make_run(tmp_path / f"more-{i}", "shakespeare-paper", i, losses=[1.5], data__corpus="input.txt") for i in (0, 1)]
+    runs.main([*map(str, more), "--as", "shakespeare", "--out", str(results / "more.json")])
+    markdown = report(results, out=tmp_path / "out")
+    (text,) = rows(section(markdown, "### Shakespeare, character by character"), "minGRU (paper), 3 layers")
+    assert text[3].startswith("1.550 ± ")  # of 1.6 (30 steps of seed 0) and 1.5 (seed 1)
+    assert "seed 0 of the same settings is in text.json (30 steps) and more.json (10)" in markdown
+
+
+def test_a_run_that_nothing_is_published_about_has_its_own_table(tmp_path: Path):
+    runs_folder = tmp_path / "runs"
+    make_run(runs_folder / "sweep" / "quick", "quickstart", 3, losses=[1.5, 1.4])
+    markdown = report(runs_folder, out=tmp_path / "out")
+    (row,) = rows(section(markdown, "### python-stdlib"), "minGRU (default), 3 layers")
+    assert row[1:5] == [f"{1.4 / math.log(2):.3f}", "1.400", "1 (no interval)", "20 of 100"]
+    assert (tmp_path / "out" / "pictures" / "python-stdlib-curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+LM_EVAL = {
+    "results": {
+        "hellaswag": {"alias": "hellaswag", "acc_norm,none": 0.5123, "acc_norm_stderr,none": 0.005, "acc,none": 0.4, "acc_stderr,none": "N/A"}
+    },
+    "configs": {"hellaswag": {"metadata": {"version": 1.0}}},
+    "versions": {"hellaswag": 1},
+    "n-shot": {"hellaswag": 0},
+    "config": {"model_args": {"pretrained": "my|model"}, "model_num_parameters": 1_010_000_000},
+}
+
+
+@pytest.mark.parametrize(("parameters", "counts"), [(1_010_000_000, True), (2_000_000, False)])
+def test_files_of_lm_eval(parameters: int, counts: bool, tmp_path: Path):
+    path = tmp_path / "lm_eval.json"
+    path.write_text(json.dumps({**LM_EVAL, "config": {**LM_EVAL["config"], "model_num_parameters": parameters}}))
+    markdown = report(path, out=tmp_path / "out")
+    table = rows(section(markdown, "## Language model evaluation"), "hellaswag")
+    assert [row[1:3] for row in table] == [["acc\\_norm", "0.5123 ± 0.0050"], ["acc", "0.4000"]]
+    assert ("51.2 ± 0.5" in section(markdown, "#### HellaSwag at 1B parameters, 60B tokens of DCLM")) == counts
+    assert ("`hellaswag-1b`" in section(markdown, "## Not run")) != counts
+
+
+def test_files_of_long_contexts_with_their_picture(results: Path, tmp_path: Path):
+    data = {"command": "minrnn long-context x", "model": {"parameters": 5, "config": {"memory_length": 7}}, "buckets": []}
+    overall = {"carried": {"bits_per_byte": 1.25}, "cut": {"2048": {"bits_per_byte": 1.5}}}
+    path = tmp_path / "long.json"
+    path.write_text(json.dumps({**data, "overall": overall, "memory": {"effective_memory_length": None, "tolerance": 0.01}}))
+    report(results, out=tmp_path / "first")
+    picture = next((tmp_path / "first" / "pictures").glob("*.png")).read_bytes()
+    path.with_suffix(".png").write_bytes(picture)
+    markdown = report(path, out=tmp_path / "out")
+    found = {row[0]: row[1] for row in rows(section(markdown, "## Long context"), "")}
+    assert (
+        found.items()
+        >= {
+            "overall carried bits per byte": "1.2500",
+            "overall cut 2048 bits per byte": "1.5000",
+            "memory effective memory length": "longer than measured",
+        }.items()
+    )
+    assert not any("config" in name or "tolerance" in name for name in found)
+    assert (tmp_path / "out" / "pictures" / "long-long-context.png").read_bytes() == picture
+
+
+BROKEN = {
+    "half": ('{"kind": "runs", "experi', "is no JSON, or cut short"),
+    "list": ("[1, 2]", "holds no results (list instead of an object)"),
+    "odd": ('{"a": 1}', "holds no results that are known (its fields: a)"),
+    "other": ('{"kind": "cake"}', "is of the unknown kind 'cake'"),
+    "empty": ('{"kind": "runs", "experiment": "mqar"}', "lacks what a file of runs has (command: Field required)"),
+    "soak": (json.dumps(dict.fromkeys(FIELDS["soak"], 0)), "lacks what a file of kind soak has"),
+    "bench": ('{"bench": "scan", "rows": [{"section": "scan", "dtype": "fp32"}]}', "lacks what a file of kind bench has"),
+    "lm": ('{"results": {}, "configs": {}, "versions": {}}', "lacks what a file of kind lm-eval has (ValueError: it holds no number)"),
+}
+
+
+def test_broken_files_that_are_named_are_errors_all_at_once(tmp_path: Path, capsys):
+    for name, (content, _) in BROKEN.items():
+        (tmp_path / f"{name}.json").write_text(content)
+    (tmp_path / "none").mkdir()
+    paths = [*(str(tmp_path / f"{name}.json") for name in BROKEN), str(tmp_path / "none"), str(tmp_path / "nowhere")]
+    with pytest.raises(SystemExit) as left:
+        main(["report", *paths, "--out", str(tmp_path / "out")])
+    assert left.value.code == 2
+    told = capsys.readouterr().err
+    for name, (_, reason) in BROKEN.items():
+        assert f"error: {tmp_path / f'{name}.json'}: {reason}" in told
+    assert f"{tmp_path / 'none'}: holds neither results files (*.json) nor runs" in told
+    assert f"{tmp_path / 'nowhere'}: is not there" in told
+    assert len(told.splitlines()) == len(paths)
+    assert not (tmp_path / "out").exists()
+
+
+def test_broken_files_in_a_folder_are_listed_and_the_rest_is_reported(results: Path, tmp_path: Path, capsys):
+    for name, (content, _) in BROKEN.items():
+        (results / f"{name}.json").write_text(content)
+    markdown = report(results, out=tmp_path / "out")
+    told = capsys.readouterr().err
+    listed = section(markdown, "## Could not be read")
+    for name, (_, reason) in BROKEN.items():
+        assert f"- `{name}.json` {page.text(reason)}" in listed
+        assert f"{name}.json {reason}" in told
+    assert rows(markdown, "Shakespeare")[0][3] == "1.600"
+
+
+def test_mistakes_of_the_collector_are_a_line_each(tmp_path: Path, capsys):
+    parity = make_run(tmp_path / "parity", "synthetic-formal", 0, [0.5], data__corpus="synthetic/parity")
+    empty = make_run(tmp_path / "empty", "synthetic-formal", 0, [], data__corpus="synthetic/parity")
+    broken = make_run(tmp_path / "broken", "synthetic-formal", 0, [0.5], data__corpus="synthetic/parity")
+    (broken / "config.yaml").write_text("run: 3")
+    cases = {
+        ("majority", str(parity)): "error: --as: majority is about synthetic/majority, but parity has synthetic/parity",
+        ("wikitext-103", str(parity)): "error: --as: wikitext-103 takes no runs (it is for reference only)",
+        ("parity", str(empty)): f"error: {empty}: metrics.jsonl holds no step yet",
+        ("parity", str(broken)): f"error: {broken}: config.yaml is not what a run writes",
+        ("parity", str(tmp_path)): f"error: {tmp_path}: is no run",
+    }
+    for (name, folder), expected in cases.items():
+        with pytest.raises(SystemExit) as left:
+            runs.main([folder, "--as", name, "--out", str(tmp_path / "out.json")])
+        assert left.value.code == 2
+        assert expected in (told := capsys.readouterr().err)
+        assert len(told.splitlines()) == 1
+    runs.main([str(parity), "--as", "partiy", "--out", str(tmp_path / "out.json")])
+    assert "nothing is published as partiy (did you mean parity?)" in capsys.readouterr().err
+
+
+class Page(html.parser.HTMLParser):
+    """Checks that tags are closed in order, and keeps what a test asks for."""
+
+    def __init__(self, content: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.images: list[str] = []
+        self.widths: list[list[int]] = []
+        self.feed(content)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = {key: value or "" for key, value in attrs}
+        self.ids += [found["id"]] if "id" in found else []
+        self.links += [found["href"]] if tag == "a" else []
+        self.images += [found["src"]] if tag == "img" else []
+        if tag == "table":
+            assert self.open[-1] == "div"
+            self.widths.append([])
+        elif tag == "tr":
+            self.widths[-1].append(0)
+        elif tag in ("td", "th"):
+            self.widths[-1][-1] += 1
+        if tag not in ("meta", "img", "br", "hr"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_html_is_one_well_formed_file(results: Path, tmp_path: Path):
+    make_run(tmp_path / "a<b>_c|d", "quickstart", 0, losses=[2.0, 1.5], data__corpus="text/<i>`x`|*y*.jsonl")
+    markdown = report(results, tmp_path / "a<b>_c|d", out=tmp_path / "out")
+    content = (tmp_path / "out" / "report.html").read_text()
+    found = Page(content)
+    tables = markdown.count("\n| --- ") + markdown.count("\n|---")
+    assert len(found.widths) == tables
+    assert all(len(set(widths)) == 1 and len(widths) > 1 for widths in found.widths)
+    pictures = re.findall(r"^!\[.*\]\((.*)\)$", markdown, flags=re.MULTILINE)
+    assert len(found.images) == len(pictures) == 4
+    for source, picture in zip(found.images, pictures, strict=True):
+        kind, _, encoded = source.partition(",")
+        assert kind == "data:image/png;base64"
+        assert base64.b64decode(encoded) == (tmp_path / "out" / picture).read_bytes()
+    inner = {link.removeprefix("#") for link in found.links if link.startswith("#")}
+    assert len(inner) > 3
+    assert inner <= set(found.ids)
+    assert len(found.ids) == len(set(found.ids))
+    assert "<i>" not in content
+    assert "text/&lt;i&gt;`x`|*y*.jsonl" in content
+
+
+def test_the_shipped_results_make_a_report(tmp_path: Path):
+    main(["report", "--out", str(tmp_path)])
+    markdown = (tmp_path / "report.md").read_text()
+    assert "## Could not be read" not in markdown
+    missing = section(markdown, "## Not run")
+    for name, experiment in published().experiments.items():
+        with_number = any(row[3] not in ("-", "not run") for row in rows(section(markdown, "## In short"), page.text(experiment.title)))
+        assert (f"- `{name}`:" in missing) != with_number
+    for lines in (speed.scan_lines(), speed.train_lines(), speed.generate_lines(), [speed.contexts_line(), speed.stream_line()]):
+        assert all(line in markdown for line in lines)
+    assert speed.soak_line(link="#soakjson") in markdown
+    Page((tmp_path / "report.html").read_text())
+
+
+def test_published_numbers_are_in_their_units():
+    known = {*runs.settings(resolved(build_recipe({}))), "sequences_per_step", "parameters", "tokens"}
+    for name, experiment in published().experiments.items():
+        percent = experiment.metric is not None and METRICS[experiment.metric].percent
+        for row in experiment.rows:
+            assert (row.value is not None) or row.note, name
+            if row.value is not None and percent:
+                assert 1 < row.value <= 100, name
+        for key in experiment.setup:
+            assert key.startswith("data.task.") or key in known
