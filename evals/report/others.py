@@ -145,9 +145,14 @@ def _measures(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, flo
             if path or key not in OF_A_MODEL:
                 yield from _measures(child, (*path, str(key)))
         return
+    if isinstance(value, list):
+        for child in value:
+            if isinstance(child, dict) and "part" in child:  # of a document
+                yield from _measures(child, (str(child["part"]),))
+        return
     is_memory = bool(path) and path[-1].endswith("memory_length")
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if (is_number and (is_memory or "bits_per_byte" in path[-1])) or (value is None and is_memory):
+    if (is_number and (is_memory or path[-1].endswith("bits_per_byte"))) or (value is None and is_memory):
         yield " ".join(path).replace("_", " "), value
 
 

@@ -14,14 +14,15 @@ from ..runs import Entry, Results, is_run, read_run
 
 Kind = Literal["runs", "lm-eval", "long-context", "bench", "soak", "quickstart", "kernels"]
 # Files that bear no kind, by fields that only they have.
-FIELDS: dict[Kind, set[str]] = {
-    "bench": {"bench", "rows"},
-    "lm-eval": {"results", "configs", "versions"},
-    "soak": {"faults", "kills", "steps_repeated", "checkpoints_refused", "problems"},
-    "quickstart": {"validation_subset", "validation_all_held_out_modules", "training_seconds"},
-    "kernels": {"kernels", "triton"},
-    "long-context": {"overall", "buckets"},
-}
+FIELDS: tuple[tuple[Kind, set[str]], ...] = (
+    ("bench", {"bench", "rows"}),
+    ("lm-eval", {"results", "configs", "versions"}),
+    ("soak", {"faults", "kills", "steps_repeated", "checkpoints_refused", "problems"}),
+    ("quickstart", {"validation_subset", "validation_all_held_out_modules", "training_seconds"}),
+    ("kernels", {"kernels", "triton"}),
+    ("long-context", {"overall", "buckets"}),  # loss by position
+    ("long-context", {"rows", "carried_minus_windows_bits_per_byte"}),  # one long document through lm-eval
+)
 MADE_BY = "minrnn.evals.runs, minrnn eval, minrnn long-context and minrnn bench write such files"
 NOT_RECORDED = "not recorded"
 
@@ -73,7 +74,7 @@ def kind_of(data: Any) -> Kind:
         if data["kind"] in ("runs", "long-context"):
             return data["kind"]
         raise Unreadable(f"is of the unknown kind {data['kind']!r}; {MADE_BY}")
-    for kind, keys in FIELDS.items():
+    for kind, keys in FIELDS:
         if keys <= data.keys():
             return kind
     raise Unreadable(f"holds no results that are known (its fields: {', '.join(map(str, list(data)[:6])) or 'none'}); {MADE_BY}")
