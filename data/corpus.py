@@ -19,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from .errors import UserError
+from .joined import join_documents
 from .sources import HubDataset, JsonLines, Parquet, Place, Record, Source, TextFiles
 
 PYTHON_STDLIB = "python-stdlib"
@@ -43,6 +44,7 @@ class CorpusSpec:
     skip_broken: bool = False
     held_out: float = 0.0
     """Fraction of documents that are for validation, chosen by a hash of their text (not used by python-stdlib, which names modules)."""
+    join: str | None = None
 
 
 def stdlib_files(part: Split) -> tuple[list[Path], Path]:
@@ -60,23 +62,23 @@ def stdlib_files(part: Split) -> tuple[list[Path], Path]:
     return files, root
 
 
-def _local_files(pattern: str) -> list[Path]:
-    """Files a path, folder or glob names, sorted; hidden ones aside. Empty if there is nothing of that name."""
+def _local_files(pattern: str) -> tuple[list[Path], Path]:
+    """Files a path, folder or glob names, sorted, hidden ones aside, and the folder they are below. None if there is nothing of that name."""
 
     def visible(paths: Iterable[Path], root: Path) -> list[Path]:
         return sorted(p for p in paths if p.is_file() and not any(part.startswith(".") for part in p.relative_to(root).parts))
 
     path = Path(pattern).expanduser()
     if path.is_file():
-        return [path]
+        return [path], path.parent
     if path.is_dir():
-        return visible(path.rglob("*"), path)
+        return visible(path.rglob("*"), path), path
     if not any(character in pattern for character in "*?["):
-        return []
+        return [], path
     anchor = Path(path.anchor) if path.is_absolute() else Path()
     while not re.search(r"[*?[]", path.parts[len(anchor.parts)]):  # folders before the first pattern may be hidden
         anchor = anchor / path.parts[len(anchor.parts)]
-    return visible(anchor.glob(str(path.relative_to(anchor))), anchor)
+    return visible(anchor.glob(str(path.relative_to(anchor))), anchor), anchor
 
 
 def _kind(path: Path) -> str:
@@ -87,22 +89,26 @@ def _kind(path: Path) -> str:
 
 
 def open_source(spec: CorpusSpec, part: Split = "train") -> Source:
-    """The source behind a corpus name: python-stdlib, a local file, folder or glob, or a dataset of the hub.
+    """The source behind a corpus name: python-stdlib, a local file, folder or glob, or a dataset of the hub; joined if that is asked for.
 
     Raises:
-        UserError: nothing of that name, no documents in it, or files of several kinds.
+        UserError: nothing of that name, no documents in it, files of several kinds, or a way of joining that is not theirs.
     """
+    return join_documents(_open_parts(spec, part), spec.join)
+
+
+def _open_parts(spec: CorpusSpec, part: Split) -> Source:
     if spec.corpus == PYTHON_STDLIB:
         files, root = stdlib_files(part)
         return TextFiles(files, root, spec.skip_broken)
-    files = _local_files(spec.corpus)
+    files, root = _local_files(spec.corpus)
     if not files:
         if Path(spec.corpus).expanduser().is_dir():
             raise UserError(("data.corpus", f"the folder {spec.corpus} holds no files"))
         looks_like_hub_id = re.fullmatch(r"\w[\w-]*(/\w[\w.-]*)?", spec.corpus) and not spec.corpus.endswith(FILE_SUFFIXES)
         if not looks_like_hub_id:
             raise UserError(("data.corpus", f"there is no file, folder or match for {spec.corpus} (looked from {Path.cwd()})"))
-        return HubDataset(spec.corpus, spec.subset, spec.split, spec.revision, spec.text_field, spec.skip_broken)
+        return HubDataset(spec.corpus, spec.subset, spec.split, spec.revision, spec.text_field, spec.skip_broken, spec.join)
     if all(path.stat().st_size == 0 for path in files):
         raise UserError(("data.corpus", f"{spec.corpus} is empty"))
     kinds = {_kind(path) for path in files}
@@ -110,9 +116,8 @@ def open_source(spec: CorpusSpec, part: Split = "train") -> Source:
         raise UserError(("data.corpus", f"{spec.corpus} mixes {', '.join(sorted(kinds))} files; name one kind with a glob such as DIR/*.jsonl"))
     kind = kinds.pop()
     if kind == "text":
-        root = Path(spec.corpus).expanduser()
-        return TextFiles(files, root if root.is_dir() else root.parent, spec.skip_broken)
-    return (JsonLines if kind == "jsonl" else Parquet)(files, spec.text_field, spec.skip_broken)
+        return TextFiles(files, root, spec.skip_broken)
+    return (JsonLines if kind == "jsonl" else Parquet)(files, spec.text_field, spec.skip_broken, spec.join)
 
 
 def is_held_out(text: str, fraction: float) -> bool:
@@ -180,9 +185,8 @@ class DocumentStream:
             self._index = record.index + 1
             if not self.owns_shards and (self.shards[self._shard] + record.index) % self.num_readers != self.reader:
                 continue
-            if record.text is None:
-                num_skipped += 1
-            elif self._is_wanted(record.text):
+            num_skipped += record.num_skipped
+            if record.text is not None and self._is_wanted(record.text):
                 documents.append(record)
         if self._shard == len(self.shards):
             following = WindowAddress(address.epoch + 1)

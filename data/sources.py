@@ -7,9 +7,10 @@ Order never depends on the file system: paths are sorted. A place is a document'
 """
 
 import codecs
+import difflib
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
@@ -31,8 +32,12 @@ class Record:
 
     text: str | None
     name: str
-    """Where it came from, for messages: a path, path:line, or dataset[shard][index]."""
+    """Where it came from, for messages: a path, path:line, or dataset[shard][index]; of a joined document, what was joined."""
     index: int
+    num_skipped: int = 0
+    """What was left out because it was broken: 1 for a document, more for parts of a joined one."""
+    group: Any = None
+    """Of a row: its value in the column that says which rows belong together (joined.py), if there is such a column."""
 
 
 class Source(Protocol):
@@ -77,7 +82,23 @@ def _broken(skip: bool, error: UserError, name: str, index: int) -> Record:
     """A record that is left out, if the user asked for that; otherwise the error."""
     if not skip:
         raise error
-    return Record(None, name, index)
+    return Record(None, name, index, num_skipped=1)
+
+
+def _no_join_column(column: str, columns: Collection[str], name: str) -> UserError:
+    """The error for rows that lack the column they are to be joined by."""
+    near = difflib.get_close_matches(column, columns, n=3)
+    advice = f"did you mean {' or '.join(map(repr, near))}?" if near else f"it has {', '.join(map(repr, columns))}"
+    return UserError(("data.join", f"{name} has no column {column!r} ({advice})"))
+
+
+def _group(row: Mapping[str, Any], column: str | None, name: str) -> Any:
+    """What a row belongs to."""
+    if column is None:
+        return None
+    if column not in row:
+        raise _no_join_column(column, row.keys(), name)
+    return row[column]
 
 
 @dataclass
@@ -89,10 +110,14 @@ class TextFiles:
     skip_broken: bool = False
     num_shards: int = field(default=1, init=False)
 
+    def relative(self, path: Path) -> Path:
+        """A file as it is named: below the root."""
+        return path.relative_to(self.root) if path.is_relative_to(self.root) else path
+
     def read(self, shard: int, start: Place) -> Iterator[Record]:
         for index in range(start.index, len(self.paths)):
             path = self.paths[index]
-            name = str(path.relative_to(self.root)) if path.is_relative_to(self.root) else str(path)
+            name = str(self.relative(path))
             try:
                 yield Record(decode(path.read_bytes(), str(path)), name, index)
             except UserError as error:
@@ -126,6 +151,7 @@ class JsonLines:
     paths: list[Path]
     text_field: str
     skip_broken: bool = False
+    group_field: str | None = None
     _offset: int | None = field(default=None, init=False)
 
     @property
@@ -156,7 +182,7 @@ class JsonLines:
             problem = f"{name} is not JSON ({error})"
         else:
             if isinstance(row, dict) and is_text(row.get(self.text_field)):
-                return Record(row[self.text_field], name, index)
+                return Record(row[self.text_field], name, index, group=_group(row, self.group_field, name))
             fields = ", ".join(map(repr, row)) if isinstance(row, dict) else f"a {type(row).__name__}"
             problem = f"{name} has no text in field {self.text_field!r} (it has {fields}); set data.text_field"
         return _broken(self.skip_broken, UserError(("data.corpus", f"{problem}; or set data.skip_broken to leave it out")), name, index)
@@ -172,6 +198,7 @@ class Parquet:
     paths: list[Path]
     text_field: str
     skip_broken: bool = False
+    group_field: str | None = None
 
     @property
     def num_shards(self) -> int:
@@ -186,25 +213,32 @@ class Parquet:
         except pyarrow.ArrowInvalid as error:
             raise UserError(("data.corpus", f"{path} is not a parquet file ({error})")) from None
         with file:
-            if self.text_field not in file.schema_arrow.names:
-                columns = ", ".join(map(repr, file.schema_arrow.names))
+            names = file.schema_arrow.names
+            if self.text_field not in names:
+                columns = ", ".join(map(repr, names))
                 raise UserError(("data.text_field", f"{path} has no column {self.text_field!r}; it has {columns}"))
+            if self.group_field is not None and self.group_field not in names:
+                raise _no_join_column(self.group_field, names, str(path))
+            wanted = [self.text_field] if self.group_field is None else [self.text_field, self.group_field]
             first = 0
             for group in range(file.num_row_groups):
                 num_rows = file.metadata.row_group(group).num_rows
                 if first + num_rows > start.index:
-                    column = file.read_row_group(group, columns=[self.text_field]).column(0)
+                    table = file.read_row_group(group, columns=wanted)
+                    column = table.column(self.text_field)
+                    groups = None if self.group_field is None else table.column(self.group_field)
                     for index in range(max(first, start.index), first + num_rows):
                         try:
                             text = column[index - first].as_py()
                         except UnicodeDecodeError:  # parquet does not promise UTF-8
                             text = column[index - first].cast(pyarrow.binary()).as_py()
-                        yield self._record(text, f"{path}[{index}]", index)
+                        value = None if groups is None else groups[index - first].as_py()
+                        yield self._record(text, f"{path}[{index}]", index, value)
                 first += num_rows
 
-    def _record(self, text: Any, name: str, index: int) -> Record:
+    def _record(self, text: Any, name: str, index: int, group: Any) -> Record:
         if is_text(text):
-            return Record(text, name, index)
+            return Record(text, name, index, group=group)
         problem = f"{name} holds no text in column {self.text_field!r} but {text!r:.40}; or set data.skip_broken to leave it out"
         return _broken(self.skip_broken, UserError(("data.corpus", problem)), name, index)
 
@@ -225,6 +259,7 @@ class HubDataset:
     revision: str | None
     text_field: str
     skip_broken: bool = False
+    group_field: str | None = None
     _reading: Any = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -249,7 +284,7 @@ class HubDataset:
             if index >= start.index:
                 name = f"{self.path}[{shard}][{index}]"
                 if is_text(row.get(self.text_field)):
-                    yield Record(row[self.text_field], name, index)
+                    yield Record(row[self.text_field], name, index, group=_group(row, self.group_field, name))
                 else:
                     fields = ", ".join(map(repr, row))
                     problem = f"{name} has no text in field {self.text_field!r} (it has {fields}); set data.text_field"

@@ -93,6 +93,10 @@ class DataSection(Section):
     """Column or key that holds a document's text."""
     skip_broken: bool = False
     """Leave out documents that are not UTF-8, not JSON, or without text (they are counted) instead of stopping."""
+    join: str | None = Field(default=None, min_length=1)
+    """Join documents into long ones. folder: the files of a folder; package: all files below a folder of the corpus's root; in both, files
+    directly in the root stay as they are. Rows: the name of a column, e.g. book_id; consecutive rows with the same value are one document.
+    A window of the shuffle holds data.shuffle_window documents, so lower that where they are very long."""
     order: Literal["documents", "windows"] = "documents"
     """documents: every lane reads documents to their end. windows: random crops of the joined text, nothing carried."""
     tokenizer: str = Field(default="bytes", min_length=1)
@@ -112,7 +116,12 @@ class DataSection(Section):
 
     def problems(self) -> dict[str, str]:
         if not is_synthetic(self.corpus):
-            return {"task": f"is for synthetic corpora (synthetic/TASK), not for {self.corpus}"} if self.task else {}
+            found = {}
+            if self.task:
+                found["task"] = f"is for synthetic corpora (synthetic/TASK), not for {self.corpus}"
+            if self.join is not None and self.order == "windows":
+                found["join"] = "is for data.order documents; windows reads the whole corpus as one text, so leave it out"
+            return found
         found = {
             name: f"is for text; {self.corpus} makes its own examples, so leave it out"
             for name, field in type(self).model_fields.items()

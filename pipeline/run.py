@@ -205,7 +205,7 @@ def corpus_of(recipe: Recipe) -> CorpusSpec:
     """What the recipe reads."""
     data = recipe.data
     held_out = 0.0 if data.validation is not None else data.validation_fraction
-    return CorpusSpec(data.corpus, data.subset, data.split, data.revision, data.text_field, data.skip_broken, held_out)
+    return CorpusSpec(data.corpus, data.subset, data.split, data.revision, data.text_field, data.skip_broken, held_out, data.join)
 
 
 def _warm_start(model: MinRNNForCausalLM, name: str) -> None:

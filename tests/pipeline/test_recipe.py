@@ -7,6 +7,7 @@ import yaml
 from minrnn.data import UserError
 from minrnn.pipeline.config import SECTIONS
 from minrnn.pipeline.recipe import build_recipe, check_unchanged, flatten, help_text, read_recipe, resolved
+from minrnn.pipeline.run import corpus_of
 
 
 def problems(argv: list[str]) -> list[str]:
@@ -68,6 +69,13 @@ def test_the_command_line_wins(tmp_path: Path):
     assert (recipe.optim.lr, recipe.optim.clip, recipe.run.change, recipe.train.prompts) == (1e-3, 3.0, ["optim.lr"], ["a"])
 
 
+def test_what_is_joined():
+    assert build_recipe({"data": {"join": "package"}}).data.join == "package"
+    assert corpus_of(build_recipe({"data": {"join": "book_id"}})).join == "book_id"
+    (told,) = problems(["--data.join", "folder", "--data.order", "windows"])
+    assert told.startswith("error: data.join: is for data.order documents")
+
+
 def test_presets_fill_what_the_user_left_open():
     recipe = read_recipe(["--model.preset", "paper", "--model.hidden_act", "relu"])
     fields = recipe.model_fields_resolved()
@@ -91,7 +99,7 @@ def test_help_teaches_every_setting():
 def test_only_what_decides_no_loss_is_free_to_change():
     recipe = build_recipe({})
     free = {"run.dir": "x", "train.steps": 5, "train.log_every": 3, "tracking.uri": None, "data.workers": 4}
-    fixed = {"optim.lr": 1.0, "batch.lanes": 3, "model.cell": "minlstm", "run.seed": 3, "train.precision": "fp64"}
+    fixed = {"optim.lr": 1.0, "batch.lanes": 3, "model.cell": "minlstm", "run.seed": 3, "train.precision": "fp64", "data.join": "folder"}
     saved = resolved(recipe)
     for key, value in (free | fixed).items():
         section, name = key.split(".")

@@ -108,6 +108,7 @@ def test_a_chunk_must_hold_the_longest_sequence(task_values: Values, run_recipe:
         ({"corpus": "synthetic/partiy"}, "error: data.corpus: there is no task synthetic/partiy (did you mean parity"),
         ({"corpus": "synthetic/mqar", "task": {"size": 3}}, "error: data.task: of synthetic/mqar: unknown option size (did you mean sizes"),
         ({"corpus": "synthetic/mqar", "order": "windows"}, "error: data.order: is for text; synthetic/mqar makes its own examples"),
+        ({"corpus": "synthetic/mqar", "join": "package"}, "error: data.join: is for text; synthetic/mqar makes its own examples"),
     ],
 )
 def test_mistakes_in_a_recipe_are_told(data: dict[str, Any], told: str):
