@@ -19,6 +19,7 @@ from ..data.errors import UserError
 from ..pipeline.checkpoint import replace
 from ..pipeline.folder import warn
 from ..pipeline.processes import together
+from .loading import DTYPES, default_out, run_of
 
 DESCRIPTION = """Evaluate a model on tasks of lm-eval. Texts of any length are read whole; what requests have in common is read once.
 Several processes share the requests: accelerate launch -m minrnn.launch.cli eval MODEL --tasks ..."""
@@ -42,9 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rolling-window", type=int, help="perplexities also with the state reset every so many tokens, as NAME_window_SIZE")
     parser.add_argument("--batch-size", type=int, default=32, help="rows at once (default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the accelerator, if there is one)")
-    parser.add_argument(
-        "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float64"), help="of the weights (default: as stored)"
-    )
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="of the weights (default: as stored)")
     parser.add_argument("--bootstrap-iters", type=int, default=100_000, help="for standard errors; 0: none (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="JSON file to write (default: RUN/evals/lm-eval-TIME.json, evals/results/ without a run)")
     return parser
@@ -65,15 +64,6 @@ def _check(arguments: argparse.Namespace) -> None:
         problems.append(("--out", f"{arguments.out} must end in .json"))
     if problems:
         raise UserError(*problems)
-
-
-def run_of(model: str) -> Path | None:
-    """The folder of the run whose model this is: the run itself, or its model/."""
-    path = Path(model)
-    for folder in (path, path.resolve().parent) if path.resolve().name == "model" else (path,):
-        if (folder / "config.yaml").exists() and (folder / "model" / "config.json").exists():
-            return folder
-    return None
 
 
 def task_names(manager: Any, text: str) -> list[str]:
@@ -265,8 +255,7 @@ def _evaluate(arguments: argparse.Namespace) -> list[str]:
         tasks, problems = together(lm.accelerator, lambda: load_tasks(manager, names))
         if tasks is None or problems:
             raise UserError(*problems)
-    folder = Path("evals", "results") if run is None else run / "evals"
-    out = arguments.out or folder / f"lm-eval-{time.strftime('%Y%m%dT%H%M%S')}.json"
+    out = arguments.out or default_out(arguments.model, "lm-eval")
     finished: Results = {}
 
     def keep(whole: Results, part: Results) -> None:

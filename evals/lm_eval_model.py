@@ -16,7 +16,6 @@ import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,13 +24,10 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     LogitsProcessorList,
-    PreTrainedConfig,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -43,54 +39,9 @@ from ..models.decoding import TokenStep
 from ..models.modeling_minrnn import PREFILL
 from ..pipeline.processes import start, world_size
 from .likelihood import Score, batches, read, read_contexts, score, select_rows
+from .loading import load, to_device
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]  # text (None: not a request of its own), context, continuation
-
-
-def model_folder(name: str) -> str:
-    """A run's folder stands for the model it exported; any other name for itself.
-
-    Raises:
-        UserError: a run that has exported none yet.
-    """
-    run = Path(name)
-    if (run / "model" / "config.json").exists():
-        return str(run / "model")
-    if (run / "checkpoints").is_dir():
-        raise UserError(("MODEL", f"the run {name} has no model/ yet; minrnn export {name} --out DIR makes one of its newest checkpoint"))
-    return name
-
-
-def load(name: str, dtype: str = "auto") -> tuple[MinRNNForCausalLM, Any]:
-    """Model, in eval mode on the CPU, and tokenizer of an export, a hub id or a run.
-
-    Raises:
-        UserError: they cannot be loaded, are none of ours, or belong to another version of the code.
-    """
-    folder = model_folder(name)
-    try:
-        model_type = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
-        if model_type != "minrnn":
-            raise UserError(("MODEL", f"{name} is a {model_type} model; lm_eval --model hf evaluates it"))
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-    except UserError:
-        raise
-    except Exception as error:  # the hub's client, the file system and the configuration each raise their own
-        message = " ".join(str(error).split())[:300]
-        raise UserError(("MODEL", f"cannot load {name}: {message}")) from None
-    model, found = loaded
-    strange = [f"{kind.removesuffix('_keys')} {', '.join(sorted(map(str, keys))[:3])}" for kind, keys in found.items() if keys]
-    if strange:
-        raise UserError(
-            ("MODEL", f"{name} was exported by another version of minrnn ({'; '.join(strange)}); lm_eval --model hf runs the code it carries")
-        )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # what transformers raises where there is none
-        raise UserError(("MODEL", f"{name} has no tokenizer; minrnn export writes one beside the weights")) from None
-    if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
-        raise UserError(("MODEL", f"the tokenizer of {name} has no bos or no eos token, between which a document stands"))
-    return model.eval(), tokenizer
 
 
 def _sampling(kwargs: dict[str, Any]) -> LogitsProcessorList | None:
@@ -157,11 +108,7 @@ class MinRNNLM(TemplateLM):
                 self.accelerator = start(timedelta(weeks=1))  # the fastest waits for the slowest
                 self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
                 device = str(self.accelerator.device)
-            default = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-            try:
-                nn.Module.to(pretrained, torch.device(device) if device else default or torch.device("cpu"))
-            except (RuntimeError, AssertionError) as error:
-                raise UserError(("--device", f"cannot use {device}: {str(error).splitlines()[0]}; --device cpu is always there")) from None
+            to_device(pretrained, device)
         self.model, self.tokenizer, self._device = pretrained, tokenizer, pretrained.device
         self.config = self.model.config
         self.batch_size, self.piece, self.rolling_window, self.max_gen_toks = int(batch_size), piece, rolling_window, max_gen_toks

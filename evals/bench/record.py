@@ -66,7 +66,7 @@ def commit() -> str | None:
     return head + ("+" if changed else "")
 
 
-def command_line(bench: str, argv: Sequence[str]) -> str:
+def command_line(command: str, argv: Sequence[str]) -> str:
     """What was typed, but for where the result went."""
     kept, words = [], iter(argv)
     for word in words:
@@ -74,7 +74,7 @@ def command_line(bench: str, argv: Sequence[str]) -> str:
             next(words, None)
         elif not word.startswith("--out="):
             kept.append(word)
-    return shlex.join(["minrnn", "bench", bench, *kept])
+    return shlex.join([*command.split(), *kept])
 
 
 class Record:
@@ -92,7 +92,7 @@ class Record:
         self.out = out
         self.data: dict[str, Any] = {
             "bench": bench,
-            "command": command_line(bench, argv),
+            "command": command_line(f"minrnn bench {bench}", argv),
             "commit": commit(),
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "machine": machine(device),
