@@ -6,16 +6,20 @@ from pathlib import Path
 
 USAGE = """usage: minrnn COMMAND ...
 
-  train      pretrain a model from a recipe        minrnn train --config quickstart [--section.field VALUE ...]
-  generate   continue a prompt                     minrnn generate runs/quickstart/model --prompt "def main"
-  plan       memory, FLOPs and traffic of a run    minrnn plan --config fineweb-1b --processes 16
-             before it is started
-  export     a run's checkpoint as a transformers  minrnn export runs/quickstart --out my-model
-             model
-  eval       tasks of lm-eval                      minrnn eval runs/quickstart --tasks lambada_openai,hellaswag
-  bench      speed and memory beside the peers'    minrnn bench train [--peers llama,mamba ...]
-  report     all results on one page, beside the   minrnn report [PATH ...] [--out DIR]
-             published numbers
+  train          pretrain a model from a recipe    minrnn train --config quickstart [--section.field VALUE ...]
+  generate       continue a prompt                 minrnn generate runs/quickstart/model --prompt "def main"
+  plan           memory, FLOPs and traffic of a    minrnn plan --config fineweb-1b --processes 16
+                 run before it is started
+  export         a run's checkpoint as a           minrnn export runs/quickstart --out my-model
+                 transformers model
+  eval           tasks of lm-eval                  minrnn eval runs/quickstart --tasks lambada_openai,hellaswag
+  long-context   loss by position on one long      minrnn long-context runs/quickstart --tokens 200000
+                 document, and how far back the
+                 model looks
+  bench          speed and memory beside the       minrnn bench train [--peers llama,mamba ...]
+                 peers'
+  report         all results on one page, beside   minrnn report [PATH ...] [--out DIR]
+                 published numbers
 
 `minrnn COMMAND --help` says more. Several processes: accelerate launch -m minrnn.pipeline.train --config RECIPE ...
 """
@@ -67,6 +71,10 @@ def main(argv: list[str] | None = None) -> None:
             from ..evals.report.command import main as report
 
             report(rest)
+        elif command == "long-context":
+            from ..evals.long_context import main as long_context
+
+            long_context(rest)
         elif command == "bench":
             from ..evals.bench.command import main as bench
 
@@ -74,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             import difflib
 
-            near = difflib.get_close_matches(command, ("train", "generate", "plan", "export", "eval", "bench", "report"), n=1)
+            near = difflib.get_close_matches(command, ("train", "generate", "plan", "export", "eval", "long-context", "bench", "report"), n=1)
             raise UserError((command, "unknown command" + (f" (did you mean {near[0]}?)" if near else "; minrnn --help lists them")))
     except UserError as error:
         print(error, file=sys.stderr)

@@ -1,0 +1,221 @@
+"""Loss at each position of a long document, with the state carried through it or cut, and how far back a model looks.
+
+    tokens <bos> t1 .. tn -> token_nats -> nats [rows, n] -> buckets (mean, error, bits per byte; carried minus cut, paired)
+                                                         -> memory_curve (the same targets, read from so many tokens before them)
+
+The document goes through the model in pieces, so memory does not grow with its length; what is kept is a number per token. A cut is a
+document's start in the middle of it: the scan keeps nothing and the convolution reaches nothing of what was before, as in a window of its own.
+
+Neighbours are alike (a page is hard or easy as a whole), so standard errors are those of means of blocks of BLOCK tokens, and what is compared
+is compared token by token: the difference does not vary with the text as the losses do.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..data import Encoder
+from ..models import MinRNNCache, MinRNNForCausalLM
+from ..models.cells import at_least_fp32
+from .likelihood import NUM_LOGITS
+
+BLOCK = 512  # tokens whose mean is one observation
+MIN_BLOCKS = 4  # fewer say nothing about their spread
+FIRST_BUCKET = 64  # positions of the first bucket; each of the others ends at twice where it begins
+NUM_TARGETS = 32  # tokens scored before each anchor
+
+
+def pieces(length: int, size: int) -> Iterator[tuple[int, int]]:
+    """Where the pieces of a document begin and end: at most `size` tokens each, and one ends at each power of two from there on."""
+    first = 0
+    while first < length:
+        last = min(first + size, length)
+        if last > size and (power := 2 ** (last.bit_length() - 1)) > first:
+            last = power
+        yield first, last
+        first = last
+
+
+def _nats(model: MinRNNForCausalLM, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood of targets [rows, time] under hidden states [rows, time, width]; few logits are held at once."""
+    step = max(1, NUM_LOGITS // (model.config.vocab_size * len(hidden)))
+    found = []
+    for some, after in zip(hidden.split(step, 1), targets.split(step, 1), strict=True):
+        logits = at_least_fp32(model.lm_head(some))
+        found.append(F.cross_entropy(logits.flatten(0, 1), after.flatten(), reduction="none").view_as(after))
+    return torch.cat(found, 1)
+
+
+@torch.no_grad()
+def token_nats(
+    model: MinRNNForCausalLM,
+    tokens: np.ndarray,
+    cuts: Sequence[int | None] = (None,),
+    piece: int = 8192,
+    moved: Callable[[int], object] = lambda position: None,
+) -> np.ndarray:
+    """Negative log-likelihood of each token but the first, in nats.
+
+    Args:
+        model: In eval mode.
+        tokens: <bos> and what follows, int [1 + n].
+        cuts: For each row, the state is reset before every so many tokens; None: it is carried through.
+        piece: Tokens of a forward pass, over all rows.
+        moved: Called with 0 before, and behind each piece with the position where it ends, when that is computed.
+
+    Returns:
+        fp64 [len(cuts), n].
+    """
+    length = len(tokens) - 1
+    nats = np.full((len(cuts), length), np.nan)
+    cache = MinRNNCache(model.config.num_hidden_layers)
+    moved(0)
+    for first, last in pieces(length, max(1, piece // len(cuts))):
+        part = torch.as_tensor(tokens[first : last + 1], dtype=torch.long, device=model.device).expand(len(cuts), -1)
+        positions = np.arange(first, last)
+        starts = np.stack([np.zeros(last - first, bool) if cut is None else positions % cut == 0 for cut in cuts])
+        output = model.model(
+            input_ids=part[:, :-1],
+            past_key_values=cache,
+            use_cache=True,
+            document_starts=torch.as_tensor(starts, device=model.device) if starts.any() else None,
+        )
+        nats[:, first:last] = _nats(model, output.last_hidden_state, part[:, 1:]).double().cpu().numpy()
+        moved(last)
+    return nats
+
+
+def mean_and_error(values: np.ndarray) -> tuple[float, float | None]:
+    """Mean of [n] neighbours and its standard error, from blocks; None for too few blocks."""
+    num_blocks = len(values) // BLOCK
+    if num_blocks < MIN_BLOCKS:
+        return float(values.mean()), None
+    means = values[: num_blocks * BLOCK].reshape(num_blocks, BLOCK).mean(1)
+    return float(values.mean()), float(means.std(ddof=1) / math.sqrt(num_blocks))
+
+
+def bucket_edges(length: int) -> list[int]:
+    """0, 64, 128, 256, ... and the length."""
+    edges, edge = [0], FIRST_BUCKET
+    while edge < length:
+        edges.append(edge)
+        edge *= 2
+    return [*edges, length]
+
+
+def buckets(carried: np.ndarray, cut: dict[int, np.ndarray], num_bytes: Callable[[int], int], edges: Sequence[int]) -> list[dict[str, Any]]:
+    """Losses from edge to edge.
+
+    Args:
+        carried: nats [n].
+        cut: nats [n] by the number of tokens after which the state is reset.
+        num_bytes: bytes of text that the first so many scored tokens spell.
+        edges: positions, rising.
+    """
+    rows = []
+    for first, last in itertools.pairwise(edges):
+        size = num_bytes(last) - num_bytes(first)
+
+        def summary(nats: np.ndarray, first: int = first, last: int = last, size: int = size) -> dict[str, Any]:
+            mean, error = mean_and_error(nats[first:last])
+            bits = float(nats[first:last].sum()) / (size * math.log(2)) if size else None
+            return {"nats": mean, "error": error, "bits_per_byte": bits}
+
+        row: dict[str, Any] = {"from": first, "to": last, "tokens": last - first, "bytes": size, "carried": summary(carried), "cut": {}}
+        for length, nats in cut.items():
+            gain, error = mean_and_error((carried - nats)[first:last])
+            row["cut"][str(length)] = {**summary(nats), "carried_minus_cut": gain, "carried_minus_cut_error": error}
+        rows.append(row)
+    return rows
+
+
+def byte_counter(encoder: Encoder, tokens: np.ndarray) -> Callable[[int], int]:
+    """Bytes of text that the first so many scored tokens of `<bos> text [<eos>]` spell; an <eos> spells none."""
+    text = tokens[1:-1] if tokens[-1] == encoder.eos else tokens[1:]
+    return lambda count: encoder.num_bytes(text[:count])
+
+
+def memory_contexts(length: int, num_anchors: int, budget: int) -> list[int]:
+    """1, 2, 4, ... tokens before the targets: at most half of the document, and all of them within the budget of tokens read."""
+    contexts, context, work = [], 1, 0
+    while context <= length // 2 and work + num_anchors * (context + NUM_TARGETS) <= budget:
+        contexts.append(context)
+        work += num_anchors * (context + NUM_TARGETS)
+        context *= 2
+    return contexts
+
+
+@torch.no_grad()
+def _nats_behind(model: MinRNNForCausalLM, rows: np.ndarray, piece: int) -> np.ndarray:
+    """Nats of the last NUM_TARGETS tokens of each row [rows, context + NUM_TARGETS], read from an empty state."""
+    tokens = torch.as_tensor(rows, dtype=torch.long, device=model.device)
+    cache = MinRNNCache(model.config.num_hidden_layers)
+    context, scored = tokens[:, : -NUM_TARGETS - 1], tokens[:, -NUM_TARGETS - 1 :]
+    if context.shape[1]:
+        for part in context.split(max(1, piece // len(rows)), 1):
+            model.model(input_ids=part, past_key_values=cache, use_cache=True)
+    hidden = model.model(input_ids=scored[:, :-1], past_key_values=cache, use_cache=True).last_hidden_state
+    return _nats(model, hidden, scored[:, 1:]).double().cpu().numpy()
+
+
+def memory_curve(
+    model: MinRNNForCausalLM,
+    tokens: np.ndarray,
+    carried: np.ndarray,
+    num_anchors: int = 256,
+    budget: int = 4_000_000,
+    tolerance: float = 0.01,
+    piece: int = 8192,
+    moved: Callable[[int], object] = lambda count: None,
+) -> dict[str, Any]:
+    """How much of what came before a model has any use for.
+
+    The targets are the NUM_TARGETS tokens before each of `num_anchors` places, spread evenly over the document. Their mean loss is taken when
+    exactly c tokens before the targets are read, from an empty state, for c = 1, 2, 4, ...; the same targets each time. The effective memory
+    length is the smallest c whose mean loss is at most `tolerance` nats above the loss with all the context.
+
+    Args:
+        model: In eval mode.
+        tokens: <bos> and what follows, int [1 + n].
+        carried: Nats of each token but the first, the state carried [n].
+        num_anchors: At most; fewer where targets would overlap.
+        budget: Tokens read in all, at most.
+        tolerance: In nats.
+        piece: Tokens of a forward pass, over all rows.
+        moved: Called with the number of tokens behind each forward pass.
+    """
+    contexts = memory_contexts(len(tokens) - NUM_TARGETS, num_anchors, budget)
+    assert contexts, "a budget below a context of one token"
+    longest = contexts[-1]
+    num_anchors = min(num_anchors, (len(tokens) - longest) // NUM_TARGETS)
+    anchors = np.linspace(longest + NUM_TARGETS, len(tokens), num_anchors).round().astype(int)  # the targets end before these
+    whole = carried[anchors[:, None] - 1 - NUM_TARGETS + np.arange(NUM_TARGETS)].mean(1)  # [anchors]
+    curve = []
+    for context in contexts:
+        width = context + NUM_TARGETS
+        rows = tokens[anchors[:, None] - width + np.arange(width)]
+        size = max(1, piece // width)
+        nats = []
+        for first in range(0, num_anchors, size):
+            nats.append(_nats_behind(model, rows[first : first + size], piece).mean(1))
+            moved(rows[first : first + size].size)
+        difference = np.concatenate(nats) - whole
+        error = float(difference.std(ddof=1) / math.sqrt(num_anchors)) if num_anchors > 1 else None
+        curve.append({"context": context, "nats": float(np.concatenate(nats).mean()), "above_all": float(difference.mean()), "error": error})
+    return {
+        "definition": "the smallest number of tokens before the targets, read from an empty state, "
+        f"whose mean loss is at most {tolerance:g} nats above that with all the context",
+        "effective_memory_length": next((row["context"] for row in curve if row["above_all"] <= tolerance), None),
+        "tolerance": tolerance,
+        "anchors": num_anchors,
+        "targets_per_anchor": NUM_TARGETS,
+        "tokens_read": sum(num_anchors * (context + NUM_TARGETS) for context in contexts),
+        "nats_with_all": float(whole.mean()),
+        "curve": curve,
+    }
