@@ -29,7 +29,7 @@ from .positions import NUM_TARGETS, bucket_edges, buckets, byte_counter, memory_
 DESCRIPTION = """Loss by position on one long document, the state carried from its first token to its last, beside the same model with its
 state cut (reset) every so many tokens; how many tokens back the model looks; time and memory. docs/long-context.md says how to read it."""
 EXAMPLES = """examples:
-  minrnn long-context runs/quickstart                                         the longest held-out package of python-stdlib
+  minrnn long-context runs/quickstart                                         the longest held-out module of python-stdlib
   minrnn long-context runs/quickstart --corpus "lib/sympy/**/*.py" --document polys      of a library's packages, the one of that name
   minrnn long-context my-model --corpus books.jsonl --join book_id            the longest book, whose chapters are rows
   minrnn long-context my-model --corpus novel.txt --tokens 200000 --cuts 512,4096 --out novel.json"""

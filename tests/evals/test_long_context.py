@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from minrnn.data import byte_tokenizer
+from minrnn.evals import rolling
 from minrnn.evals.long_documents import encoder_of
 from minrnn.evals.positions import (
     BLOCK,
@@ -238,3 +239,25 @@ def test_mistakes_are_told(run: Path, tmp_path: Path, capsys):
     (tmp_path / "unfinished" / "checkpoints").mkdir(parents=True)
     told = problems(capsys, str(tmp_path / "unfinished"), "--corpus", texts)
     assert f"error: MODEL: the run {tmp_path / 'unfinished'} has no model/ yet; minrnn export" in told
+
+
+def test_lm_eval_says_the_same_of_the_document(run: Path, monkeypatch, capsys):
+    """Carried: the nats of the text's tokens, the state carried; in windows: those with it cut, as the last of them is a whole one."""
+    texts, out = str(run.parent / "texts"), run.parent / "rolling.json"
+    monkeypatch.setattr(rolling, "WINDOW", 100)
+    rolling.main(
+        [str(run), "--corpus", texts, "--document", "alpha", "--dtype", "float64", "--device", "cpu", "--bytes", "1000", "--out", str(out)]
+    )
+    found = json.loads(out.read_text())
+    assert [row["part"] for row in found["rows"]] == ["1/16", "1/8", "1/4", "1/2", "all", "all, in windows"]
+    model = MinRNNForCausalLM.from_pretrained(run / "model", dtype=torch.float64).eval()
+    text = f"# 0\n{TEXT}\n# 1\n{TEXT}".encode()[:1000].decode(errors="ignore")
+    assert len(text.encode()) == 1000, "a whole number of windows"
+    carried, cut = token_nats(model, ENCODER(text)[:-1], (None, 100))
+    for row in found["rows"][:-1]:
+        assert row["tokens"] == row["bytes"]
+        assert row["nats"] == pytest.approx(carried[: row["tokens"]].sum(), rel=1e-6)
+    assert found["rows"][-1]["nats"] == pytest.approx(cut.sum(), rel=1e-6)
+    difference = (carried.sum() - cut.sum()) / 1000 / np.log(2)
+    assert found["carried_minus_windows_bits_per_byte"] == pytest.approx(difference, abs=1e-6)
+    assert "carried minus windows: " in capsys.readouterr().out
