@@ -1,6 +1,8 @@
 """The `minrnn` command."""
 
 import argparse
+import difflib
+import importlib
 import sys
 from pathlib import Path
 
@@ -23,6 +25,15 @@ USAGE = """usage: minrnn COMMAND ...
 
 `minrnn COMMAND --help` says more. Several processes: accelerate launch -m minrnn.pipeline.train --config RECIPE ...
 """
+
+MODULES = {
+    "generate": ".generate",
+    "plan": ".plan",
+    "eval": "..evals.harness.command",
+    "long-context": "..evals.long_context.command",
+    "bench": "..evals.bench.command",
+    "report": "..evals.report.command",
+}
 
 
 def _export(argv: list[str]) -> None:
@@ -53,36 +64,12 @@ def main(argv: list[str] | None = None) -> None:
     from ..data.errors import UserError
 
     try:
-        if command == "generate":
-            from .generate import main as generate
-
-            generate(rest)
-        elif command == "plan":
-            from .plan import main as plan
-
-            plan(rest)
-        elif command == "export":
+        if command == "export":
             _export(rest)
-        elif command == "eval":
-            from ..evals.command import main as evaluate
-
-            evaluate(rest)
-        elif command == "report":
-            from ..evals.report.command import main as report
-
-            report(rest)
-        elif command == "long-context":
-            from ..evals.long_context import main as long_context
-
-            long_context(rest)
-        elif command == "bench":
-            from ..evals.bench.command import main as bench
-
-            bench(rest)
+        elif command in MODULES:
+            importlib.import_module(MODULES[command], __package__).main(rest)
         else:
-            import difflib
-
-            near = difflib.get_close_matches(command, ("train", "generate", "plan", "export", "eval", "long-context", "bench", "report"), n=1)
+            near = difflib.get_close_matches(command, ("train", "export", *MODULES), n=1)
             raise UserError((command, "unknown command" + (f" (did you mean {near[0]}?)" if near else "; minrnn --help lists them")))
     except UserError as error:
         print(error, file=sys.stderr)
