@@ -20,7 +20,7 @@ from ..pipeline.evaluation import validate, validation_sets
 from ..pipeline.recipe import build_recipe
 from ..pipeline.run import corpus_of
 from .bench.record import commit, machine, versions
-from .runs import training_seconds
+from .report.runs import training_seconds
 
 REPOSITORY = Path(__file__).parents[1]
 

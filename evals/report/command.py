@@ -13,10 +13,10 @@ from ...data.errors import UserError
 from ...pipeline.checkpoint import replace
 from ...pipeline.folder import warn
 from .. import speed
-from ..published import published
 from . import lm_eval, others, pictures, quality
 from .compare import METRICS, pool
 from .page import NOT_RUN, code, link, table, text, to_html
+from .published import published
 from .quality import Quality
 from .sources import Source, gather
 
@@ -26,7 +26,7 @@ EXAMPLES = """examples:
   minrnn report                                         the results that come with minrnn
   minrnn report evals/results runs                      and every run below runs/
   minrnn report runs/quickstart results.json --out page
-  python -m minrnn.evals.runs runs/bucket-0 runs/bucket-1 --as bucket-sort      runs into a results file, seeds together"""
+  python -m minrnn.evals.report.runs runs/bucket-0 runs/bucket-1 --as bucket-sort      runs into a results file, seeds together"""
 TITLE = "minrnn: results"
 LEGEND = """Ours: mean over seeds ± half the width of a 95 % t-interval; a single seed has no interval. Published: as in the source;
 *reported* where it was seen second-hand. Difference: ours less the published. Steps: done, and of how many where a run stopped earlier or still

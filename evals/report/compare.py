@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..published import Experiment, MetricName, Row, published
-from ..runs import Seed, settings
+from .published import Experiment, MetricName, Row, published
+from .runs import Seed, settings
 from .sources import Source
 
 CONFIDENCE = 0.95

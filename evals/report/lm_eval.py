@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..published import Experiment
 from .compare import TOLERANCE
 from .page import link, table, text
+from .published import Experiment
 from .sources import Source
 
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..runs import Seed
 from .compare import Pooled
+from .runs import Seed
 
 COLOURS = [f"C{i}" for i in range(10)]
 

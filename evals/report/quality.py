@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ..published import Experiment, MetricName, Published, Row, published
 from . import lm_eval
 from .compare import BESIDE, METRICS, Estimate, Pooled, differences, estimate, lines, own_metric
 from .page import NOT_RUN, link, table, text
+from .published import Experiment, MetricName, Published, Row, published
 from .sources import Source
 
 PUBLISHED = "Published"  # the heading that published numbers lead to

@@ -9,8 +9,8 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from ...data.errors import UserError
-from ..published import published
-from ..runs import Entry, Results, is_run, read_run
+from .published import published
+from .runs import Entry, Results, is_run, read_run
 
 Kind = Literal["runs", "lm-eval", "long-context", "bench", "soak", "quickstart", "kernels"]
 # Files that bear no kind, by fields that only they have.
@@ -23,7 +23,7 @@ FIELDS: tuple[tuple[Kind, set[str]], ...] = (
     ("long-context", {"overall", "buckets"}),  # loss by position
     ("long-context", {"rows", "carried_minus_windows_bits_per_byte"}),  # one long document through lm-eval
 )
-MADE_BY = "minrnn.evals.runs, minrnn eval, minrnn long-context and minrnn bench write such files"
+MADE_BY = "minrnn.evals.report.runs, minrnn eval, minrnn long-context and minrnn bench write such files"
 NOT_RECORDED = "not recorded"
 
 
@@ -103,7 +103,9 @@ def read_file(path: Path, check: Callable[[Source], object]) -> Source:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
-        raise Unreadable(f"lacks what a file of runs has ({place}: {first['msg']}); write it again with python -m minrnn.evals.runs") from None
+        raise Unreadable(
+            f"lacks what a file of runs has ({place}: {first['msg']}); write it again with python -m minrnn.evals.report.runs"
+        ) from None
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError) as error:
         raise Unreadable(
             f"lacks what a file of kind {source.kind} has ({type(error).__name__}: {error}); write it again, or leave it out"

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from minrnn.data import byte_tokenizer
-from minrnn.evals.likelihood import by_prefix, read_contexts
-from minrnn.evals.lm_eval_model import MinRNNLM
+from minrnn.evals.harness.likelihood import by_prefix, read_contexts
+from minrnn.evals.harness.model import MinRNNLM
 from minrnn.models import MinRNNConfig, MinRNNForCausalLM
 from torch import nn
 

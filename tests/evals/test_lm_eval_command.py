@@ -14,7 +14,7 @@ from datasets import config as datasets_config
 from lm_eval import evaluator
 from lm_eval.tasks import TaskManager
 from minrnn.data import byte_tokenizer
-from minrnn.evals.lm_eval_model import MinRNNLM
+from minrnn.evals.harness.model import MinRNNLM
 from minrnn.launch.cli import main
 from minrnn.models import MinRNNConfig, MinRNNForCausalLM
 from minrnn.pipeline.export import export_model
@@ -222,7 +222,7 @@ def launch(*command: str, home: Path) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("module", "arguments"), [("lm_eval", "hf trust_remote_code=True"), ("minrnn.evals.lm_eval_model", "minrnn piece=100")]
+    ("module", "arguments"), [("lm_eval", "hf trust_remote_code=True"), ("minrnn.evals.harness.model", "minrnn piece=100")]
 )
 def test_the_stock_command(export: Path, tmp_path: Path, module: str, arguments: str):
     """As typed, in a process of its own: with the code that the export carries, or with our class."""

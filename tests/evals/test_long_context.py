@@ -12,9 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from minrnn.data import byte_tokenizer
-from minrnn.evals import rolling
-from minrnn.evals.long_documents import encoder_of
-from minrnn.evals.positions import (
+from minrnn.evals.long_context import rolling
+from minrnn.evals.long_context.documents import encoder_of
+from minrnn.evals.long_context.positions import (
     BLOCK,
     NUM_TARGETS,
     bucket_edges,
@@ -85,7 +85,7 @@ def test_carried_is_one_forward_pass_and_cut_is_separate_windows(piece: int, cut
 
 def test_few_logits_at_once_change_nothing(monkeypatch):
     whole = token_nats(MODEL, TOKENS)
-    monkeypatch.setattr("minrnn.evals.positions.NUM_LOGITS", 264 * 50)
+    monkeypatch.setattr("minrnn.evals.long_context.positions.NUM_LOGITS", 264 * 50)
     np.testing.assert_allclose(token_nats(MODEL, TOKENS), whole, rtol=1e-12)
 
 
@@ -193,7 +193,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_lm_eval_is_not_needed():
-    code = "import sys; sys.modules['lm_eval'] = None; import minrnn.evals.long_context"
+    code = "import sys; sys.modules['lm_eval'] = None; import minrnn.evals.long_context.command"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -13,10 +13,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from minrnn.data.errors import UserError
-from minrnn.evals import runs, speed
-from minrnn.evals.published import published
-from minrnn.evals.report import page
+from minrnn.evals import speed
+from minrnn.evals.report import page, runs
 from minrnn.evals.report.compare import METRICS, estimate
+from minrnn.evals.report.published import published
 from minrnn.launch.cli import main
 from minrnn.pipeline.recipe import build_recipe, resolved, shipped_recipes
 from scipy import stats

@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..data import Encoder
-from ..models import MinRNNCache, MinRNNForCausalLM
-from ..models.cells import at_least_fp32
-from .likelihood import NUM_LOGITS
+from ...data import Encoder
+from ...models import MinRNNCache, MinRNNForCausalLM
+from ...models.cells import at_least_fp32
+from ..harness.likelihood import NUM_LOGITS
 
 BLOCK = 512  # tokens whose mean is one observation
 MIN_BLOCKS = 4  # fewer say nothing about their spread

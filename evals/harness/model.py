@@ -9,7 +9,7 @@ with what is reported for other models, in windows that each begin anew.
 lm-eval (0.4.13) finds models in its own table only, so the name `minrnn` is known where this module was imported:
 
     minrnn eval MODEL --tasks a,b                                                            (command.py)
-    python -m minrnn.evals.lm_eval_model --model minrnn --model_args pretrained=MODEL ...     every option of lm_eval
+    python -m minrnn.evals.harness.model --model minrnn --model_args pretrained=MODEL ...     every option of lm_eval
 """
 
 import sys
@@ -33,13 +33,13 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from ..data.errors import UserError
-from ..models import MinRNNForCausalLM
-from ..models.decoding import TokenStep
-from ..models.modeling_minrnn import PREFILL
-from ..pipeline.processes import start, world_size
+from ...data.errors import UserError
+from ...models import MinRNNForCausalLM
+from ...models.decoding import TokenStep
+from ...models.modeling_minrnn import PREFILL
+from ...pipeline.processes import start, world_size
+from ..loading import load, to_device
 from .likelihood import Score, batches, read, read_contexts, score, select_rows
-from .loading import load, to_device
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]  # text (None: not a request of its own), context, continuation
 

@@ -1,4 +1,4 @@
-"""`python -m minrnn.evals.rolling`: lm-eval's own measure of a text, on one text that is a million bytes long.
+"""`python -m minrnn.evals.long_context.rolling`: lm-eval's own measure of a text, on one text that is a million bytes long.
 
 document -> its first 1/16, 1/8, 1/4, 1/2, all of it -> MinRNNLM.loglikelihood_rolling, state carried -> bits per byte, seconds
                                        all of it     -> the same in windows of 2048 tokens, state reset
@@ -14,26 +14,26 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from ..data.errors import UserError
-from ..data.tokenizer import num_bytes
-from ..pipeline.checkpoint import replace
-from . import long_documents as documents
-from .bench.record import table
-from .loading import default_out
+from ...data.errors import UserError
+from ...data.tokenizer import num_bytes
+from ...pipeline.checkpoint import replace
+from ..bench.record import table
+from ..loading import default_out
+from . import documents
 
 DESCRIPTION = (
     "Bits per byte and seconds of ever longer beginnings of one document, through lm-eval's loglikelihood_rolling with our model class."
 )
 EXAMPLES = """examples:
-  python -m minrnn.evals.rolling runs/quickstart
-  python -m minrnn.evals.rolling my-model --corpus "lib/sympy/**/*.py" --document polys --bytes 4000000"""
+  python -m minrnn.evals.long_context.rolling runs/quickstart
+  python -m minrnn.evals.long_context.rolling my-model --corpus "lib/sympy/**/*.py" --document polys --bytes 4000000"""
 FRACTIONS = (16, 8, 4, 2, 1)
 WINDOW = 2048  # tokens: how perplexities are mostly reported
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "python -m minrnn.evals.rolling",
+        "python -m minrnn.evals.long_context.rolling",
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -123,7 +123,7 @@ def main(argv: Sequence[str]) -> None:
     if problems := documents.argument_problems(arguments, ("bytes",)):
         raise UserError(*problems)
     try:
-        from .lm_eval_model import MinRNNLM
+        from ..harness.model import MinRNNLM
     except ModuleNotFoundError as error:
         if error.name != "lm_eval":
             raise
@@ -132,7 +132,7 @@ def main(argv: Sequence[str]) -> None:
     document = documents.find_document(arguments)
     documents.tokens_of(document, documents.encoder_of(tokenizer))  # long enough?
     text = beginning(document.text, arguments.bytes)
-    head = documents.what_was_run("python -m minrnn.evals.rolling", argv, model, document)
+    head = documents.what_was_run("python -m minrnn.evals.long_context.rolling", argv, model, document)
     result = {**head, "bytes": {"read": num_bytes(text), "asked_for": arguments.bytes}}
     result |= measure(MinRNNLM(model, tokenizer, piece=arguments.piece), text)
     out = arguments.out or default_out(arguments.model, "rolling")

@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..data.errors import UserError
-from ..models import MinRNNForCausalLM
-from ..pipeline.checkpoint import replace
-from . import long_documents as documents
-from .bench.measure import current_memory, peak_memory, release_memory, reset_peak_memory, synchronize
-from .bench.record import si, table
-from .loading import default_out
+from ...data.errors import UserError
+from ...models import MinRNNForCausalLM
+from ...pipeline.checkpoint import replace
+from ..bench.measure import current_memory, peak_memory, release_memory, reset_peak_memory, synchronize
+from ..bench.record import si, table
+from ..loading import default_out
+from . import documents
 from .positions import NUM_TARGETS, bucket_edges, buckets, byte_counter, memory_contexts, memory_curve, token_nats
 
 DESCRIPTION = """Loss by position on one long document, the state carried from its first token to its last, beside the same model with its

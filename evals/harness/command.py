@@ -15,11 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..data.errors import UserError
-from ..pipeline.checkpoint import replace
-from ..pipeline.folder import warn
-from ..pipeline.processes import together
-from .loading import DTYPES, default_out, run_of
+from ...data.errors import UserError
+from ...pipeline.checkpoint import replace
+from ...pipeline.folder import warn
+from ...pipeline.processes import together
+from ..loading import DTYPES, default_out, run_of
 
 DESCRIPTION = """Evaluate a model on tasks of lm-eval. Texts of any length are read whole; what requests have in common is read once.
 Several processes share the requests: accelerate launch -m minrnn.launch.cli eval MODEL --tasks ..."""
@@ -242,7 +242,7 @@ def _evaluate(arguments: argparse.Namespace) -> list[str]:
     from lm_eval import utils
     from lm_eval.tasks import TaskManager
 
-    from .lm_eval_model import MinRNNLM
+    from .model import MinRNNLM
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

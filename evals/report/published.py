@@ -82,5 +82,5 @@ class Published(_Strict):
 @functools.cache
 def published() -> Published:
     """The numbers that come with the package."""
-    text = resources.files("minrnn.evals").joinpath("published.yaml").read_text()
+    text = resources.files("minrnn.evals.report").joinpath("published.yaml").read_text()
     return Published.model_validate(yaml.safe_load(text))

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..models import MinRNNCache, MinRNNForCausalLM
-from ..models.modeling_minrnn import PREFILL
+from ...models import MinRNNCache, MinRNNForCausalLM
+from ...models.modeling_minrnn import PREFILL
 
 Score = tuple[float, bool]  # log-likelihood in nats, and whether greedy decoding would have written the same
 NUM_LOGITS = 2**24  # held at once

@@ -1,4 +1,4 @@
-"""One results file from run folders: `python -m minrnn.evals.runs RUN [RUN ...] --as NAME --out evals/results/NAME.json`.
+"""One results file from run folders: `python -m minrnn.evals.report.runs RUN [RUN ...] --as NAME --out evals/results/NAME.json`.
 
     config.yaml, metrics.jsonl of each run -> a `Seed` each -> runs that differ in run.seed only: one `Entry` -> `Results`, a JSON file
 
@@ -21,10 +21,10 @@ import yaml
 from pydantic import BaseModel, Field
 from safetensors import safe_open
 
-from ..data.errors import UserError
-from ..pipeline.checkpoint import replace
-from ..pipeline.metrics import read_metrics
-from .bench.record import commit, machine, versions
+from ...data.errors import UserError
+from ...pipeline.checkpoint import replace
+from ...pipeline.metrics import read_metrics
+from ..bench.record import commit, machine, versions
 from .published import published
 
 CURVE_POINTS = 100
@@ -250,7 +250,9 @@ def collect(runs: Sequence[Path], name: str, command: str) -> Results:
 def main(argv: list[str] | None = None) -> None:
     """Write the file; a user's mistakes end with status 2 and a line for each."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser("python -m minrnn.evals.runs", description="One results file from folders of runs, for minrnn report.")
+    parser = argparse.ArgumentParser(
+        "python -m minrnn.evals.report.runs", description="One results file from folders of runs, for minrnn report."
+    )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs; those that differ in run.seed only are one entry")
     parser.add_argument(
         "--as", dest="name", required=True, metavar="NAME", help=f"one of {', '.join(published().experiments)}; or a name of its own"
@@ -259,7 +261,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     out = arguments.out or Path("evals", "results", f"{arguments.name}.json")
     names = [Path(run).name if run.is_absolute() else str(run) for run in arguments.runs]
-    command = shlex.join(["python", "-m", "minrnn.evals.runs", *names, "--as", arguments.name])
+    command = shlex.join(["python", "-m", "minrnn.evals.report.runs", *names, "--as", arguments.name])
     try:
         if out.suffix != ".json":
             raise UserError(("--out", f"{out} must end in .json"))

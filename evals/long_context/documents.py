@@ -1,4 +1,4 @@
-"""One long document and a model: what `minrnn long-context` and `minrnn.evals.rolling` begin with, and what they write down of both."""
+"""One long document and a model: what `minrnn long-context` and `rolling` begin with, and what they write down of both."""
 
 import argparse
 import difflib
@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..data import BYTES, CorpusSpec, Encoder, byte_tokenizer, fingerprint, open_source
-from ..data.corpus import PYTHON_STDLIB
-from ..data.errors import UserError
-from ..data.joined import PACKAGE, join_documents
-from ..data.sources import Place, Record, Source, TextFiles
-from ..models import MinRNNConfig, MinRNNForCausalLM
-from ..pipeline.folder import warn
-from .bench.record import command_line, commit, machine, versions
-from .loading import DTYPES, load, to_device
+from ...data import BYTES, CorpusSpec, Encoder, byte_tokenizer, fingerprint, open_source
+from ...data.corpus import PYTHON_STDLIB
+from ...data.errors import UserError
+from ...data.joined import PACKAGE, join_documents
+from ...data.sources import Place, Record, Source, TextFiles
+from ...models import MinRNNConfig, MinRNNForCausalLM
+from ...pipeline.folder import warn
+from ..bench.record import command_line, commit, machine, versions
+from ..loading import DTYPES, load, to_device
 
 NONE = "none"  # --join: documents as they are
 SHORTEST = 256  # tokens of a document that something can be said about

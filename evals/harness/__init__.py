@@ -1,0 +1,1 @@
+"""Our models in lm-eval: `minrnn eval`."""

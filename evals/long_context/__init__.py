@@ -1,0 +1,1 @@
+"""One long document: `minrnn long-context`, and the same through lm-eval."""
