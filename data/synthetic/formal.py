@@ -223,5 +223,11 @@ class MajorityCount(FormalLanguage):
     def symbols(self) -> list[str]:
         return [str(number) for number in range(max(self.num_symbols, self.num_answers + 1))]
 
+    def problems(self) -> dict[str, str]:
+        found = super().problems()
+        if self.num_answers < 2:
+            found["max_length"] = "or one of test_lengths must be at least 2: a string of 1 symbol has but one count"
+        return found
+
     def answer(self, string: np.ndarray) -> int:
         return int(np.bincount(string).max())

@@ -68,11 +68,15 @@ class TaskValidation:
         return (IN_DISTRIBUTION, *self.task.test_lengths)
 
     def chunks(self) -> Iterator[tuple[int, Chunk]]:
-        """(one of `lengths`, chunk [lanes, time >= that length]). All readers give the same number, the last ones partly padding."""
+        """(one of `lengths`, chunk [rows, time >= that length]). All readers give the same number, the last ones partly padding.
+
+        Longer sequences than training's come in fewer rows, so that a chunk never has more positions than one of training.
+        """
         share = -(-self.task.validation_examples // self.num_readers)
         for length in self.lengths:
-            for first in range(0, share, self.lanes):
-                numbers = [self.reader + self.num_readers * i for i in range(first, min(first + self.lanes, share))]
+            rows = max(1, self.lanes * self.task.longest // max(length, self.task.longest))
+            for first in range(0, share, rows):
+                numbers = [self.reader + self.num_readers * i for i in range(first, min(first + rows, share))]
                 yield length, self._chunk(length, numbers)
 
     def _chunk(self, length: int, numbers: list[int]) -> Chunk:
