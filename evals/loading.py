@@ -1,5 +1,6 @@
 """A model by its name - a run, an export, a hub id - on its device, and where what is found out about it goes."""
 
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from ..data.errors import UserError
-from ..models import MinRNNForCausalLM
+from ..models import MinRNNConfig, MinRNNForCausalLM
 
+NOT_SETTINGS = {"architectures", "auto_map", "model_type", "torch_dtype", "transformers_version"}  # in config.json, of transformers itself
+SENTENCE = "Any tokenizer of text can spell this sentence."
 DTYPES = ("auto", "float32", "bfloat16", "float64")  # of the weights; auto: as they are stored
 
 
@@ -36,9 +39,9 @@ def load(name: str, dtype: str = "auto") -> tuple[MinRNNForCausalLM, Any]:
     """
     folder = model_folder(name)
     try:
-        model_type = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
-        if model_type != "minrnn":
-            raise UserError(("MODEL", f"{name} is a {model_type} model; lm_eval --model hf evaluates it"))
+        values = PreTrainedConfig.get_config_dict(folder)[0]
+        if values.get("model_type") != "minrnn":
+            raise UserError(("MODEL", f"{name} is a {values.get('model_type')} model; lm_eval --model hf evaluates it"))
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     except UserError:
         raise
@@ -46,6 +49,7 @@ def load(name: str, dtype: str = "auto") -> tuple[MinRNNForCausalLM, Any]:
         message = " ".join(str(error).split())[:300]
         raise UserError(("MODEL", f"cannot load {name}: {message}")) from None
     model, found = loaded
+    found = {**found, "unknown setting": values.keys() - MinRNNConfig().to_dict().keys() - NOT_SETTINGS}
     strange = [f"{kind.removesuffix('_keys')} {', '.join(sorted(map(str, keys))[:3])}" for kind, keys in found.items() if keys]
     if strange:
         raise UserError(
@@ -57,6 +61,8 @@ def load(name: str, dtype: str = "auto") -> tuple[MinRNNForCausalLM, Any]:
         raise UserError(("MODEL", f"{name} has no tokenizer; minrnn export writes one beside the weights")) from None
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
         raise UserError(("MODEL", f"the tokenizer of {name} has no bos or no eos token, between which a document stands"))
+    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in tokenizer.encode(SENTENCE, add_special_tokens=False):
+        raise UserError(("MODEL", f"the tokenizer of {name} cannot spell text (a synthetic task's vocabulary?), so none can be scored"))
     return model.eval(), tokenizer
 
 
@@ -81,6 +87,22 @@ def run_of(model: str) -> Path | None:
         if (folder / "config.yaml").exists() and (folder / "model" / "config.json").exists():
             return folder
     return None
+
+
+def out_problems(out: Path | None) -> list[tuple[str, str]]:
+    """What is wrong with a JSON file that is to be written at the end of long work, found before it begins; its folder is made."""
+    if out is None:
+        return []
+    if out.suffix != ".json":
+        return [("--out", f"{out} must end in .json")]
+    if out.is_dir():
+        return [("--out", f"{out} is a folder; name a file")]
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent):
+            return []
+    except OSError as error:
+        return [("--out", f"cannot write {out} ({error.strerror})")]
 
 
 def default_out(model: str, what: str) -> Path:

@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from ...data.errors import UserError
 from ...pipeline.checkpoint import replace
 from ...pipeline.folder import warn
 from ...pipeline.processes import together
-from ..loading import DTYPES, default_out, run_of
+from ..loading import DTYPES, default_out, out_problems, run_of
 
 DESCRIPTION = """Evaluate a model on tasks of lm-eval. Texts of any length are read whole; what requests have in common is read once.
 Several processes share the requests: accelerate launch -m minrnn.launch.cli eval MODEL --tasks ..."""
@@ -60,8 +60,7 @@ def _check(arguments: argparse.Namespace) -> None:
         problems.append(("--limit", f"must be a number of documents, or a fraction below 1, not {arguments.limit:g}"))
     if arguments.include_path is not None and not arguments.include_path.is_dir():
         problems.append(("--include-path", f"{arguments.include_path} is no folder"))
-    if arguments.out is not None and arguments.out.suffix != ".json":
-        problems.append(("--out", f"{arguments.out} must end in .json"))
+    problems += out_problems(arguments.out)
     if problems:
         raise UserError(*problems)
 
@@ -136,42 +135,42 @@ def _windowed(results: Results, window: int) -> Results:
     return renamed
 
 
-def evaluate(lm: Any, objects: list[Any], manager: Any, arguments: argparse.Namespace) -> Results | None:
-    """One task or group, and its perplexities in windows if they are asked for; None but on the main process."""
+def units_of(tasks: dict[str, list[Any]], manager: Any, window: int | None) -> dict[str, tuple[list[Any], int | None]]:
+    """What is evaluated in one go, by a name for messages: (tasks or a group, None), and of each the perplexities in windows if asked for."""
+    units: dict[str, tuple[list[Any], int | None]] = {}
+    for name, objects in tasks.items():
+        units[name] = objects, None
+        rolling = [task for task in manager.load(objects)["tasks"].values() if task.OUTPUT_TYPE == "loglikelihood_rolling"]
+        if rolling and window is not None:
+            units[f"{name}, in windows of {window}"] = rolling, window
+    return units
+
+
+def evaluate(lm: Any, objects: list[Any], window: int | None, manager: Any, arguments: argparse.Namespace) -> Results | None:
+    """Tasks or a group; None but on the main process."""
     from lm_eval import evaluator
 
     simple_evaluate: Any = evaluator.simple_evaluate  # its decorator hides its parameters from type checkers
-
-    limit = arguments.limit if arguments.limit is None or arguments.limit < 1 else int(arguments.limit)
-
-    def run(tasks: list[Any], window: int | None) -> Results | None:
-        lm.rolling_window = window
-        found = simple_evaluate(
-            lm,
-            tasks=tasks,
-            num_fewshot=arguments.num_fewshot,
-            batch_size=arguments.batch_size,
-            device=str(lm.device),
-            limit=limit,
-            bootstrap_iters=arguments.bootstrap_iters,
-            log_samples=False,
-            task_manager=manager,
-        )
-        if found is None:
-            return None
-        for config in found["configs"].values():
-            if config.get("output_type") == "loglikelihood_rolling":
-                config["metadata"] = {**(config.get("metadata") or {}), "rolling": lm.rolling}
-        found["config"].pop("rolling")
-        found["config"]["model_args"] = {"pretrained": arguments.model, "dtype": arguments.dtype}
-        return found if window is None else _windowed(found, window)
-
-    results = run(objects, None)
-    rolling = [task for task in manager.load(objects)["tasks"].values() if task.OUTPUT_TYPE == "loglikelihood_rolling"]
-    if rolling and arguments.rolling_window:
-        windowed = run(rolling, arguments.rolling_window)
-        results = None if results is None or windowed is None else merge(results, windowed)
-    return results
+    lm.rolling_window = window
+    found = simple_evaluate(
+        lm,
+        tasks=objects,
+        num_fewshot=arguments.num_fewshot,
+        batch_size=arguments.batch_size,
+        device=str(lm.device),
+        limit=arguments.limit if arguments.limit is None or arguments.limit < 1 else int(arguments.limit),
+        bootstrap_iters=arguments.bootstrap_iters,
+        log_samples=False,
+        task_manager=manager,
+    )
+    if found is None:
+        return None
+    for config in found["configs"].values():
+        if config.get("output_type") == "loglikelihood_rolling":
+            config["metadata"] = {**(config.get("metadata") or {}), "rolling": lm.rolling}
+    found["config"].pop("rolling")
+    found["config"]["model_args"] = {"pretrained": arguments.model, "dtype": arguments.dtype}
+    return found if window is None else _windowed(found, window)
 
 
 def track(run: Path, results: Results) -> None:
@@ -208,31 +207,32 @@ def track(run: Path, results: Results) -> None:
         warn(f"tracking: {saved['uri']} failed ({type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}); the file has it all")
 
 
-def evaluate_all(names: list[str], one: Callable[[str], Results | None], keep: Callable[[Results, Results], None], alone: bool) -> list[str]:
-    """Each task, whatever becomes of the others.
+def evaluate_all(
+    units: Iterable[str], one: Callable[[str], Results | None], keep: Callable[[Results, Results], None], alone: bool
+) -> list[str]:
+    """Each unit, whatever becomes of the others.
 
     Args:
-        one: evaluates a task; None but on the main process.
-        keep: is given all results so far, and those of the task that just ended.
+        one: evaluates a unit; None but on the main process.
+        keep: is given all results so far, and those of the unit that just ended; if it fails, so has the unit, on disk.
         alone: this is the only process. Otherwise a failure is the end, since the others would wait for this one.
 
     Returns:
-        A line for each task that failed.
+        A line for each unit that failed.
     """
     whole: Results = {}
     failures = []
-    for name in names:
+    for name in units:
         try:
             part = one(name)
+            if part is not None:
+                whole = merge(whole, part)
+                keep(whole, part)
         except Exception as error:  # a task is code of others
             logging.getLogger(__name__).debug("%s failed", name, exc_info=True)
             failures.append(f"error: {name}: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}")
             if not alone:
                 break
-            continue
-        if part is not None:
-            whole = merge(whole, part)
-            keep(whole, part)
     return failures
 
 
@@ -265,7 +265,8 @@ def _evaluate(arguments: argparse.Namespace) -> list[str]:
         if run is not None:
             track(run, part)
 
-    failures = evaluate_all(names, lambda name: evaluate(lm, tasks[name], manager, arguments), keep, lm.world_size == 1)
+    units = units_of(tasks, manager, arguments.rolling_window)
+    failures = evaluate_all(units, lambda unit: evaluate(lm, *units[unit], manager, arguments), keep, lm.world_size == 1)
     if finished:
         make_table: Any = utils.make_table
         tables = [make_table(finished), *([make_table(finished, "groups")] if finished.get("groups") else [])]
@@ -278,7 +279,8 @@ def main(argv: list[str]) -> None:
 
     Raises:
         UserError: arguments, model or tasks that cannot be used.
-        SystemExit: 1, when a task failed; 2, in all processes but the first, where that one raises UserError.
+        SystemExit: 1, when a task failed; 2, in all processes of a machine but its first, where that one raises UserError: they have the
+            same to say, unless it is about their own device.
     """
     arguments = _parser().parse_args(argv)
     try:
@@ -288,8 +290,8 @@ def main(argv: list[str]) -> None:
         if error.name != "lm_eval":
             raise
         raise UserError(("eval", "lm-eval is not installed: pip install 'minrnn[eval]'")) from None
-    except UserError:
-        if os.environ.get("RANK", "0") != "0":
+    except UserError as error:
+        if os.environ.get("LOCAL_RANK", "0") != "0" and all(key != "--device" for key, _ in error.problems):
             raise SystemExit(2) from None
         raise
     if failures:

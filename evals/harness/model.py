@@ -41,6 +41,7 @@ from ...pipeline.processes import start, world_size
 from ..loading import load, to_device
 from .likelihood import Score, batches, read, read_contexts, score, select_rows
 
+DEFAULT_BATCH = 32
 Request = tuple[tuple[str, str] | None, list[int], list[int]]  # text (None: not a request of its own), context, continuation
 
 
@@ -72,7 +73,7 @@ class MinRNNLM(TemplateLM):
     Args:
         pretrained: A model in eval mode, or the export, hub id or run to load.
         tokenizer: Of a model that is given.
-        batch_size: Rows at once.
+        batch_size: Rows at once; "auto" is 32, since memory does not depend on the lengths.
         max_batch_size: lm_eval's; not used.
         device: Of the model; by default the accelerator, if there is one.
         dtype: Of the weights: auto (as they are stored), float32, bfloat16, float64.
@@ -89,7 +90,7 @@ class MinRNNLM(TemplateLM):
         self,
         pretrained: str | MinRNNForCausalLM,
         tokenizer: Any = None,
-        batch_size: int | str = 32,
+        batch_size: int | str = DEFAULT_BATCH,
         max_batch_size: int | None = None,
         device: str | None = None,
         dtype: str = "auto",
@@ -98,6 +99,7 @@ class MinRNNLM(TemplateLM):
         max_gen_toks: int = 256,
     ):
         super().__init__()
+        batch_size = DEFAULT_BATCH if str(batch_size).startswith("auto") else batch_size
         for name, size in {"batch_size": batch_size, "piece": piece, "rolling_window": rolling_window, "max_gen_toks": max_gen_toks}.items():
             if size is not None and (not str(size).isdecimal() or int(size) < 1):
                 raise ValueError(f"{name} must be a number of at least 1, not {size!r}.")

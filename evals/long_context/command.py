@@ -132,6 +132,8 @@ def measure(arguments: argparse.Namespace, cuts: Sequence[int], argv: Sequence[s
     result = documents.what_was_run("minrnn long-context", argv, model, document)
     result["tokens"] = {"read": length, "asked_for": arguments.tokens, "whole_document": bool(is_whole), "piece": arguments.piece}
     carried, result["stages"] = read_carried(model, tokens, arguments.piece)
+    (result["overall"],) = buckets(carried, {}, byte_counter(encoder, tokens), [0, length])
+    write(result, out)
     cut = read_cut(model, tokens, [cut for cut in cuts if cut < length], arguments.piece)
     num_bytes = byte_counter(encoder, tokens)
     (result["overall"],) = buckets(carried, cut, num_bytes, [0, length])

@@ -20,7 +20,7 @@ from ...data.sources import Place, Record, Source, TextFiles
 from ...models import MinRNNConfig, MinRNNForCausalLM
 from ...pipeline.folder import warn
 from ..bench.record import command_line, commit, machine, versions
-from ..loading import DTYPES, load, to_device
+from ..loading import DTYPES, load, out_problems, to_device
 
 NONE = "none"  # --join: documents as they are
 SHORTEST = 256  # tokens of a document that something can be said about
@@ -61,9 +61,7 @@ def argument_problems(arguments: argparse.Namespace, counts: Sequence[str]) -> l
     """What is wrong with arguments that both commands have, and with these counts."""
     named = [(f"--{name.replace('_', '-')}", getattr(arguments, name)) for name in ("piece", *counts)]
     problems = [(key, f"must be at least 1, not {value}") for key, value in named if value is not None and value < 1]
-    if arguments.out is not None and arguments.out.suffix != ".json":
-        problems.append(("--out", f"{arguments.out} must end in .json"))
-    return problems
+    return problems + out_problems(arguments.out)
 
 
 def _open(arguments: argparse.Namespace) -> Source:

@@ -7,6 +7,7 @@ What a byte costs is the same at any length if the last column stays what it was
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import sys
@@ -130,8 +131,8 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(("rolling", "lm-eval is not installed: pip install 'minrnn[eval]'")) from None
     model, tokenizer = documents.load_model(arguments)
     document = documents.find_document(arguments)
-    documents.tokens_of(document, documents.encoder_of(tokenizer))  # long enough?
     text = beginning(document.text, arguments.bytes)
+    documents.tokens_of(dataclasses.replace(document, text=text), documents.encoder_of(tokenizer))  # long enough?
     head = documents.what_was_run("python -m minrnn.evals.long_context.rolling", argv, model, document)
     result = {**head, "bytes": {"read": num_bytes(text), "asked_for": arguments.bytes}}
     result |= measure(MinRNNLM(model, tokenizer, piece=arguments.piece), text)

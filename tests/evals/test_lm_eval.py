@@ -185,5 +185,6 @@ def test_a_stop_string_ends_a_text_and_is_not_part_of_it(monkeypatch):
 def test_settings_that_are_not_known_are_refused():
     with pytest.raises(ValueError, match="num_beams not known here"):
         MinRNNLM(tiny_model(), TOKENIZER).generate_until(requests("generate_until", ("a", {"until": [], "num_beams": 2})), disable_tqdm=True)
-    with pytest.raises(ValueError, match="batch_size must be a number of at least 1, not 'auto'"):
-        MinRNNLM(tiny_model(), TOKENIZER, batch_size="auto")
+    with pytest.raises(ValueError, match="batch_size must be a number of at least 1, not 'many'"):
+        MinRNNLM(tiny_model(), TOKENIZER, batch_size="many")
+    assert MinRNNLM(tiny_model(), TOKENIZER, batch_size="auto:4").batch_size == 32

@@ -13,7 +13,7 @@ import torch
 from datasets import config as datasets_config
 from lm_eval import evaluator
 from lm_eval.tasks import TaskManager
-from minrnn.data import byte_tokenizer
+from minrnn.data import build_task, byte_tokenizer
 from minrnn.evals.harness.model import MinRNNLM
 from minrnn.launch.cli import main
 from minrnn.models import MinRNNConfig, MinRNNForCausalLM
@@ -122,6 +122,30 @@ def test_a_task_that_fails_takes_no_other_with_it(export: Path, tmp_path: Path, 
     assert found["n-samples"]["tiny_choice"]["effective"] == 2
 
 
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_computed(export: Path, tmp_path: Path, capsys):
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "file" / "results.json"
+    for command in (["eval", str(export), "--tasks", "tiny_choice", *MINE], ["long-context", str(export)]):
+        check_mistake([*command, "--out", str(out)], [f"error: --out: cannot write {out} (File exists)"], capsys)
+        check_mistake([*command, "--out", str(tmp_path)], [f"error: --out: {tmp_path} must end in .json"], capsys)
+
+
+def test_a_perplexity_outlives_a_failure_of_its_windows(export: Path, tmp_path: Path, capsys, monkeypatch):
+    out, original = tmp_path / "results.json", evaluator.simple_evaluate
+
+    def simple_evaluate(lm, **kwargs):
+        if lm.rolling_window is not None:
+            raise RuntimeError("no room for windows")
+        return original(lm, **kwargs)
+
+    monkeypatch.setattr(evaluator, "simple_evaluate", simple_evaluate)
+    with pytest.raises(SystemExit) as left:
+        main(["eval", str(export), "--tasks", "tiny_document", *MINE, "--rolling-window", "20", "--out", str(out)])
+    assert left.value.code == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "error: tiny_document, in windows of 20: RuntimeError: no room for windows"
+    assert json.loads(out.read_text())["results"].keys() == {"tiny_document"}
+
+
 def test_what_is_finished_is_kept_before_the_next_begins(export: Path, tmp_path: Path, monkeypatch):
     """Whatever ends the second task."""
     out, original = tmp_path / "results.json", evaluator.simple_evaluate
@@ -143,9 +167,17 @@ def broken_export(export: Path, folder: Path, fault: str) -> Path:
     model.save_pretrained(folder)
     if fault == "tokenizer":
         return folder
+    if fault == "a task's words":
+        build_task("synthetic/parity").tokenizer().save_pretrained(folder)
+        return folder
     TOKENIZER.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
-    config |= {"another model": {"model_type": "gpt2"}, "another version": {"num_hidden_layers": 3}, "other sizes": {"hidden_size": 24}}[fault]
+    config |= {
+        "another model": {"model_type": "gpt2"},
+        "another version": {"num_hidden_layers": 3},
+        "a newer version": {"gate_delay": 2},
+        "other sizes": {"hidden_size": 24},
+    }[fault]
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -156,6 +188,8 @@ def broken_export(export: Path, folder: Path, fault: str) -> Path:
         ("tokenizer", "has no tokenizer"),
         ("another model", "is a gpt2 model; lm_eval --model hf evaluates it"),
         ("another version", "was exported by another version of minrnn (missing model.layers.2."),
+        ("a newer version", "was exported by another version of minrnn (unknown setting gate_delay)"),
+        ("a task's words", "the tokenizer of "),
         ("other sizes", "cannot load"),
     ],
 )
