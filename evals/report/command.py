@@ -190,7 +190,10 @@ def main(argv: list[str]) -> None:
     sources, unreadable = gather(arguments.paths or [speed.RESULTS], check)
     for path, why in unreadable:
         warn(f"{path} {why}")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(("--out", f"cannot make {out} ({error.strerror})")) from None
     markdown, num_missing = make(sources, unreadable, out)
     replace(out / "report.md", markdown)
     replace(out / "report.html", to_html(markdown, TITLE, out))

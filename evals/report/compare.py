@@ -154,8 +154,9 @@ def _other_task(experiment: Experiment | None, pooled: Pooled) -> str:
     if experiment is None:
         return ""
     ours, wanted = _settings(pooled), _setup(experiment)
-    keys = [key for key in wanted if key == "data.corpus" or key.startswith("data.task.")]
-    return ", ".join(f"{key.rpartition('.')[2]} {_short(ours[key])}" for key in keys if ours.get(key, wanted[key]) != wanted[key])
+    keys = [key for key in wanted if key in ("data.corpus", *TOLERANCE) or key.startswith("data.task.")]
+    keys = [key for key in keys if ours.get(key) is not None and not _same(key, ours[key], wanted[key])]
+    return ", ".join(f"{key.rpartition('.')[2]} {_short(ours[key])}" for key in keys)
 
 
 def _setup(experiment: Experiment) -> dict[str, Any]:

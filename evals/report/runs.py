@@ -18,11 +18,12 @@ from typing import Any, Literal
 
 import torch
 import yaml
-from pydantic import BaseModel, Field
-from safetensors import safe_open
+from pydantic import BaseModel, Field, ValidationError
+from safetensors import SafetensorError, safe_open
 
 from ...data.errors import UserError
 from ...pipeline.checkpoint import replace
+from ...pipeline.config import SECTIONS
 from ...pipeline.metrics import read_metrics
 from ..bench.record import commit, machine, versions
 from .published import published
@@ -116,12 +117,15 @@ def training_seconds(train: Sequence[dict[str, Any]], validations: Sequence[dict
 
 
 def num_parameters(run: Path) -> int | None:
-    """From the newest weights that the run left, if any."""
+    """From the newest weights that the run left, if any can be read (a run that goes on may just be removing them)."""
     found = sorted(run.glob("checkpoints/step-*/model.safetensors"))[-1:] or list(run.glob("model/model.safetensors"))
     if not found:
         return None
-    with safe_open(str(found[0]), "pt") as file:
-        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 - it is no dict
+    try:
+        with safe_open(str(found[0]), "pt") as file:
+            return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 - it is no dict
+    except (OSError, SafetensorError):
+        return None
 
 
 def _thinned(lines: Sequence[dict[str, Any]]) -> list[tuple[int, float]]:
@@ -158,18 +162,36 @@ def read_run(run: Path) -> tuple[dict[str, dict[str, Any]], Seed]:
         values = yaml.safe_load((run / "config.yaml").read_text())
         config = {name: _without_folders(values[name]) for name in KEPT_SECTIONS}
         seed, steps_asked = values["run"]["seed"], values["train"]["steps"]
+        if missing := [key for key in ("data.corpus", "batch.readers", "batch.lanes") if key.split(".")[1] not in config[key.split(".")[0]]]:
+            raise KeyError(missing[0])
     except (yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
         told = f"config.yaml is not what a run writes ({type(error).__name__}: {' '.join(str(error).split())})"
         raise UserError((str(run), told)) from None
     lines = [line for line in read_metrics(run / "metrics.jsonl") if line.get("kind") in ("train", "validation")]
-    finite = [line for line in lines if math.isfinite(line["loss"])]
+    finite = [line for line in lines if isinstance(line.get("loss"), float | int) and math.isfinite(line["loss"])]
     train = [line for line in finite if line["kind"] == "train"]
     if not train:
         raise UserError((str(run), "metrics.jsonl holds no step yet; wait for the first, or leave this run out"))
     validation_lines = [line for line in finite if line["kind"] == "validation"]
-    validations = [Validation(**line) for line in validation_lines]
+    try:
+        validations = [Validation(**line) for line in validation_lines]
+        return config, _seed(run, seed, steps_asked, lines, train, validation_lines, validations)
+    except (KeyError, TypeError, ValidationError) as error:
+        told = f"metrics.jsonl is not what a run writes ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        raise UserError((str(run), told)) from None
+
+
+def _seed(
+    run: Path,
+    seed: int,
+    steps_asked: int,
+    lines: list[dict[str, Any]],
+    train: list[dict[str, Any]],
+    validation_lines: list[dict[str, Any]],
+    validations: list[Validation],
+) -> Seed:
     seconds = training_seconds(train, validation_lines)
-    return config, Seed(
+    return Seed(
         run=run.resolve().name,
         seed=seed,
         steps=train[-1]["step"],
@@ -177,7 +199,7 @@ def read_run(run: Path) -> tuple[dict[str, dict[str, Any]], Seed]:
         tokens=train[-1]["tokens"],
         parameters=num_parameters(run),
         training_seconds=None if seconds is None else round(seconds, 1),
-        not_finite=len(lines) - len(finite),
+        not_finite=len(lines) - len(train) - len(validation_lines),
         best=min(validations, key=lambda line: line.loss, default=None),
         final=validations[-1] if validations else None,
         curve=Curve(train=_thinned(train), validation=_spread(validations)),
@@ -185,8 +207,11 @@ def read_run(run: Path) -> tuple[dict[str, dict[str, Any]], Seed]:
 
 
 def settings(config: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """{"optim.lr": ...}: what two runs have in common that differ in their seed only."""
+    """{"optim.lr": ...}: what two runs have in common that differ in their seed only. A setting newer than a run has its default."""
     flat = {f"{section}.{name}": value for section, fields in config.items() for name, value in fields.items()}
+    for section in config:
+        for name, field in SECTIONS[section].model_fields.items():
+            flat.setdefault(f"{section}.{name}", field.get_default(call_default_factory=True))
     return {key: value for key, value in flat.items() if key not in WITHOUT_EFFECT}
 
 

@@ -176,6 +176,45 @@ def test_another_task_does_not_stand_beside_the_published_one(tmp_path: Path):
     assert "`selective-copying`" in section(markdown, "## Not run")
 
 
+def test_other_test_lengths_and_other_texts_are_other_tasks(results: Path, tmp_path: Path, capsys):
+    task = {"data__corpus": "synthetic/even-pairs", "data__task": {"test_lengths": [40]}}
+    markdown = report(make_run(tmp_path / "pairs", "synthetic-formal", 0, [1.0], **task), out=tmp_path / "out")
+    assert "`even-pairs`" in section(markdown, "## Not run")
+    code = make_run(tmp_path / "code", "quickstart", 0, losses=[1.3])
+    with pytest.raises(SystemExit):
+        runs.main([str(code), "--as", "shakespeare", "--out", str(tmp_path / "code.json")])
+    assert "--as: shakespeare is about input.txt, but code has python-stdlib" in capsys.readouterr().err
+
+
+def test_the_folder_of_a_published_recipe_goes_where_its_corpus_belongs(tmp_path: Path):
+    markdown = report(make_run(tmp_path / "run", "shakespeare-paper", 0, losses=[1.5]), out=tmp_path / "out")
+    assert rows(markdown, "Shakespeare")[0][3] == "1.500"
+
+
+def test_a_setting_that_is_newer_than_a_run_parts_no_seeds(tmp_path: Path):
+    folders = [make_run(tmp_path / f"run-{seed}", "shakespeare-paper", seed, losses=[1.5 + seed]) for seed in (0, 1)]
+    values = yaml.safe_load((folders[0] / "config.yaml").read_text())
+    del values["data"]["join"], values["train"]["skip_spikes"]
+    (folders[0] / "config.yaml").write_text(yaml.safe_dump(values))
+    (entry,) = runs.entries_of(folders)
+    assert [seed.seed for seed in entry.seeds] == [0, 1]
+
+
+def test_a_broken_run_among_others_is_listed(tmp_path: Path):
+    folders = {
+        name: make_run(tmp_path / "runs" / name, "shakespeare-paper", 0, losses=[1.5]) for name in ("whole", "config", "lines", "weights")
+    }
+    (folders["config"] / "config.yaml").write_text("run: {seed: 0}\nmodel: {}\ndata: {}\nbatch: {}\noptim: {}\ntrain: {steps: 3}\n")
+    lines = (folders["lines"] / "metrics.jsonl").read_text().splitlines()
+    (folders["lines"] / "metrics.jsonl").write_text("\n".join([*lines[:-1], '{"kind": "validation", "step": 30, "loss": 1.0}\n']))
+    (folders["weights"] / "checkpoints" / "step-000010").mkdir(parents=True)
+    (folders["weights"] / "checkpoints" / "step-000010" / "model.safetensors").write_bytes(b"cut")
+    listed = section(report(tmp_path / "runs", out=tmp_path / "out"), "## Could not be read")
+    assert "config.yaml is not what a run writes (KeyError: 'data.corpus')" in listed
+    assert "metrics.jsonl is not what a run writes" in listed
+    assert len([line for line in listed.splitlines() if line.startswith("- ")]) == 2
+
+
 def test_seeds_of_several_files_are_one_mean(results: Path, tmp_path: Path):
     more = [make_run(tmp_path / f"more-{i}", "shakespeare-paper", i, losses=[1.5], data__corpus="input.txt") for i in (0, 1)]
     runs.main([*map(str, more), "--as", "shakespeare", "--out", str(results / "more.json")])
