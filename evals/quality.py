@@ -31,14 +31,19 @@ def _steps(entry: Entry) -> str:
 
 def shakespeare_lines() -> list[str]:
     """Best held-out loss beside the published one, of each cell."""
-    lines = ["| Shakespeare, test loss (nats per character) | published | ours | steps | seeds |", "|---|---|---|---|---|"]
-    rows = {row.match.get("cell"): row for row in published().experiments["shakespeare"].rows if row.match}
+    experiment = published().experiments["shakespeare"]
+    lines = [
+        "| Shakespeare, test loss (nats per character) | published | ours | steps | published steps | seeds |",
+        "|---|---|---|---|---|---|",
+    ]
+    rows = {row.match.get("cell"): row for row in experiment.rows if row.match}
     for name, results in _runs():
         for entry in results.entries if results.experiment == "shakespeare" else []:
             row = rows[entry.config["model"]["cell"]]
             losses = [seed.best.loss for seed in entry.seeds if seed.best is not None]
             best = sum(losses) / len(losses)
-            lines.append(f"| {row.model} | {row.value} | [{best:.3f}](evals/results/{name}) | {_steps(entry)} | {len(losses)} |")
+            steps = f"{_steps(entry)} | {experiment.setup['train.steps']:,}"
+            lines.append(f"| {row.model} | {row.value} | [{best:.3f}](evals/results/{name}) | {steps} | {len(losses)} |")
     return lines
 
 
@@ -68,9 +73,14 @@ def rolling_line() -> str:
     )
 
 
+def text() -> str:
+    """The README's section."""
+    return "\n\n".join(["\n".join(shakespeare_lines()), long_context_line(), rolling_line()])
+
+
 def main() -> None:
-    """Print everything."""
-    print("\n\n".join(["\n".join(shakespeare_lines()), long_context_line(), rolling_line()]))
+    """Print it."""
+    print(text())
 
 
 if __name__ == "__main__":

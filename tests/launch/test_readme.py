@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from minrnn.evals import speed
+from minrnn.evals import quality, speed
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -27,3 +27,8 @@ def test_the_tables_of_speed_are_those_of_the_benches():
     blocks = ["\n".join(lines) for lines in (speed.scan_lines(), speed.train_lines(), speed.generate_lines())]
     assert table == "\n\n".join([*blocks, speed.contexts_line(), speed.stream_line(), speed.loop_line()])
     assert readme.split("<!-- soak -->")[1].split("<!-- /soak -->")[0].strip() == speed.soak_line()
+
+
+def test_the_figures_of_quality_are_those_of_the_results():
+    text = (REPOSITORY / "README.md").read_text().split("<!-- quality -->")[1].split("<!-- /quality -->")[0].strip()
+    assert text == quality.text()
