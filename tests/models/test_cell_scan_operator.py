@@ -97,7 +97,7 @@ def test_shapes_that_do_not_fit_are_refused():
 
 
 def test_names_and_devices_that_do_not_fit_are_refused():
-    refused("There is no cell 'lstm'; choose one of mingru, minlstm.", cell="lstm")
+    refused("There is no cell 'lstm'; choose one of mingru, minlstm, mingru_signed, minlstm_signed.", cell="lstm")
     refused("There is no candidate activation 'relu'; choose one of g, none, tanh, silu.", activation="relu")
     refused("There is no scan backend 'cuda'; choose one of reference, torch, numba, triton, or none for the fastest here.", backend="cuda")
     for name, tensor in (
