@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from minrnn.pipeline.loop import train
+from minrnn.pipeline import loop
 from minrnn.pipeline.recipe import build_recipe
 
 Values = dict[str, dict[str, Any]]
@@ -79,10 +79,25 @@ def run_recipe() -> Callable[[Values], Path]:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         PartialState._reset_state()
-        train(build_recipe(values))
+        loop.train(build_recipe(values))
         return Path(values["run"]["dir"])
 
     return run
+
+
+def stop_at_step_7(values: Values, run_recipe: Callable[[Values], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train until that step, where something breaks."""
+    original = loop._one_step
+
+    def one_step(run, step, *arguments):
+        if step == 7:
+            raise RuntimeError("stop here")
+        return original(run, step, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "_one_step", one_step)
+        with pytest.raises(RuntimeError, match="stop here"):
+            run_recipe(values)
 
 
 def recipe_file(values: Values, folder: Path) -> Path:

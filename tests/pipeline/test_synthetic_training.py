@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Values, losses
+from conftest import Values, losses, stop_at_step_7
 from minrnn.data import IGNORED, TaskValidation, UserError, build_task
-from minrnn.pipeline import loop
 from minrnn.pipeline.export import export_run
 from minrnn.pipeline.recipe import build_recipe, read_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -75,17 +74,7 @@ def test_a_stopped_run_goes_on_with_the_same_examples(task_values: Values, run_r
     task_values["data"]["workers"] = 1
     whole = run_recipe(task_values)
     task_values["run"]["dir"] = str(tmp_path / "stopped")
-    original = loop._one_step
-
-    def one_step(run, step, *arguments):
-        if step == 7:
-            raise RuntimeError("stop here")
-        return original(run, step, *arguments)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(loop, "_one_step", one_step)
-        with pytest.raises(RuntimeError, match="stop here"):
-            run_recipe(task_values)
+    stop_at_step_7(task_values, run_recipe, monkeypatch)
     resumed = run_recipe(task_values)
     assert losses(resumed) == losses(whole)
     without_clock = [[{k: v for k, v in entry.items() if k != "seconds"} for entry in validations(run)] for run in (resumed, whole)]

@@ -5,8 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Values, losses
-from minrnn.pipeline import loop
+from conftest import Values, losses, stop_at_step_7
 from mlflow import MlflowClient
 
 Run = Callable[[Values], Path]
@@ -16,17 +15,7 @@ def test_one_mlflow_run_per_training_resume_included(values: Values, run_recipe:
     monkeypatch.chdir(tmp_path)
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     values["tracking"] = {"uri": uri, "experiment": "tests"}
-    original = loop._one_step
-
-    def one_step(run, step, *arguments):
-        if step == 7:
-            raise RuntimeError("stop here")
-        return original(run, step, *arguments)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(loop, "_one_step", one_step)
-        with pytest.raises(RuntimeError, match="stop here"):
-            run_recipe(values)
+    stop_at_step_7(values, run_recipe, monkeypatch)
     folder = run_recipe(values)
     client = MlflowClient(tracking_uri=uri)
     experiment = client.get_experiment_by_name("tests")
