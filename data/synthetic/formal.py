@@ -4,6 +4,7 @@ Definitions differ between papers; each class says which it is. Strings are unif
 symbol is seen, for Bucket Sort over the second half.
 """
 
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,7 @@ from .task import Example, Task, unscored
 
 @dataclass(frozen=True, kw_only=True)
 class FormalLanguage(Task):
-    """Sequences of min_length to max_length positions, one answer at the last."""
+    """Sequences of min_length to max_length positions."""
 
     min_length: int = 1
     """Shortest sequence in training."""
@@ -51,19 +52,36 @@ class FormalLanguage(Task):
             found["max_length"] = f"must be at least {needed} (min_length {self.min_length}, shortest sequence {self.shortest})"
         return found
 
+
+@dataclass(frozen=True, kw_only=True)
+class OneAnswer(FormalLanguage):
+    """A uniform string, and one answer at its last symbol."""
+
     def example(self, generator: np.random.Generator, length: int) -> Example:
         string = generator.integers(0, self.num_symbols, length)
         labels = unscored(length)
         labels[-1] = self.answer(string)
         return string, labels
 
+    @abstractmethod
     def answer(self, string: np.ndarray) -> int:
         """The token that a string, int64 [length], asks for."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvenPairs(FormalLanguage):
+class TwoHalves(FormalLanguage):
+    """A string, then as many positions again: even lengths."""
+
+    @property
+    def shortest(self) -> int:
+        return 2
+
+    def fit(self, length: int) -> int:
+        return length - length % 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvenPairs(OneAnswer):
     """Even Pairs: 1 if the number of unequal neighbours in a binary string is even, that is, if its first symbol is its last; else 0."""
 
     def answer(self, string: np.ndarray) -> int:
@@ -71,7 +89,7 @@ class EvenPairs(FormalLanguage):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parity(FormalLanguage):
+class Parity(OneAnswer):
     """Parity: the number of ones mod 2. Decays in (0, 1) cannot carry it to longer strings (Grazzi et al., arXiv 2411.12537)."""
 
     def answer(self, string: np.ndarray) -> int:
@@ -79,7 +97,7 @@ class Parity(FormalLanguage):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CycleNavigation(FormalLanguage):
+class CycleNavigation(OneAnswer):
     """Cycle Navigation: from position 0, the moves 0, +1 and -1 on a ring; where do we end?"""
 
     ring_size: int = 5
@@ -110,21 +128,14 @@ class CycleNavigation(FormalLanguage):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MissingDuplicate(FormalLanguage):
+class MissingDuplicate(TwoHalves):
     """Missing Duplicate, Deletang et al.: a binary string twice, one symbol of the second or first copy blanked out: which? Even lengths."""
 
     BLANK = 2
 
     @property
-    def shortest(self) -> int:
-        return 2
-
-    @property
     def symbols(self) -> list[str]:
         return ["0", "1", "blank"]
-
-    def fit(self, length: int) -> int:
-        return length - length % 2
 
     def example(self, generator: np.random.Generator, length: int) -> Example:
         half = self.fit(length) // 2
@@ -154,19 +165,12 @@ class MissingDuplicate9(FormalLanguage):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BucketSort(FormalLanguage):
+class BucketSort(TwoHalves):
     """Bucket Sort: a string, then as many markers, where it is to be said again in order. Even lengths."""
-
-    @property
-    def shortest(self) -> int:
-        return 2
 
     @property
     def symbols(self) -> list[str]:
         return [*super().symbols, "sorted"]
-
-    def fit(self, length: int) -> int:
-        return length - length % 2
 
     def example(self, generator: np.random.Generator, length: int) -> Example:
         half = self.fit(length) // 2
@@ -195,7 +199,7 @@ class BucketSort10(BucketSort):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Majority(FormalLanguage):
+class Majority(OneAnswer):
     """Majority: the most frequent of 63 symbols, of equally frequent ones the largest."""
 
     @property
@@ -208,7 +212,7 @@ class Majority(FormalLanguage):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MajorityCount(FormalLanguage):
+class MajorityCount(OneAnswer):
     """Majority Count: how often the most frequent of 63 symbols occurs; token n also says the number n."""
 
     @property

@@ -1,5 +1,6 @@
 """What a synthetic task is: options, a small vocabulary, and one example after another from a random generator."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ Example = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
+class Task(ABC):
     """A task; its fields are the options that `data.task` may set. Lengths count all positions of a sequence, those of the answer included."""
 
     test_lengths: tuple[int, ...] = ()
@@ -23,9 +24,9 @@ class Task:
     """Sequences of a validation: so many drawn as in training, and so many of each test length."""
 
     @property
+    @abstractmethod
     def longest(self) -> int:
         """Positions of the longest sequence in training."""
-        raise NotImplementedError
 
     @property
     def shortest(self) -> int:
@@ -33,26 +34,26 @@ class Task:
         return 1
 
     @property
+    @abstractmethod
     def symbols(self) -> list[str]:
         """Names of the tokens, by id."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def num_answers(self) -> int:
         """Among how many tokens an answer is."""
-        raise NotImplementedError
 
+    @abstractmethod
     def draw_length(self, generator: np.random.Generator) -> int:
         """A length as training has them."""
-        raise NotImplementedError
 
     def fit(self, length: int) -> int:
         """The greatest length up to this one that a sequence can have."""
         return length
 
+    @abstractmethod
     def example(self, generator: np.random.Generator, length: int) -> Example:
         """A sequence of `fit(length)` positions."""
-        raise NotImplementedError
 
     def problems(self) -> dict[str, str]:
         """What is wrong with the options, by name; those of a subclass's own come on top."""

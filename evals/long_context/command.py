@@ -36,14 +36,7 @@ EXAMPLES = """examples:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "minrnn long-context",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    documents.add_arguments(parser)
+    parser = documents.make_parser("minrnn long-context", DESCRIPTION, EXAMPLES)
     parser.add_argument("--tokens", type=int, default=2**20, help="tokens of the document, from its start (default: %(default)s)")
     parser.add_argument("--cuts", default="2048,8192,32768", help="tokens after which the state is reset, to compare (default: %(default)s)")
     parser.add_argument(

@@ -42,8 +42,11 @@ class LongDocument:
         return {"corpus": self.corpus, "name": self.name, "bytes": len(self.text.encode()), "documents_in_corpus": self.num_documents}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The model, the document, and where they are computed."""
+def make_parser(command: str, description: str, examples: str) -> argparse.ArgumentParser:
+    """With the arguments that both commands have: the model, the document, and where they are computed."""
+    parser = argparse.ArgumentParser(
+        command, description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("model", metavar="MODEL", help="a run's folder, an export, or a model of the hub")
     parser.add_argument(
         "--corpus", default=PYTHON_STDLIB, help="name, file, folder, glob or hub id, as data.corpus (default: python-stdlib, held out)"
@@ -55,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the accelerator, if there is one)")
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help="of the weights (default: as stored)")
     parser.add_argument("--out", type=Path, help="JSON file to write (default: in RUN/evals/, or evals/results/ without a run)")
+    return parser
 
 
 def argument_problems(arguments: argparse.Namespace, counts: Sequence[str]) -> list[tuple[str, str]]:

@@ -33,14 +33,7 @@ WINDOW = 2048  # tokens: how perplexities are mostly reported
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "python -m minrnn.evals.long_context.rolling",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    documents.add_arguments(parser)
+    parser = documents.make_parser("python -m minrnn.evals.long_context.rolling", DESCRIPTION, EXAMPLES)
     parser.add_argument("--bytes", type=int, default=1_000_000, help="of the document, from its start (default: %(default)s)")
     return parser
 

@@ -6,85 +6,23 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from minrnn.data.errors import UserError
 from minrnn.evals import speed
 from minrnn.evals.report import page, runs
 from minrnn.evals.report.compare import METRICS, estimate
 from minrnn.evals.report.published import published
 from minrnn.launch.cli import main
-from minrnn.pipeline.recipe import build_recipe, resolved, shipped_recipes
+from minrnn.pipeline.recipe import build_recipe, resolved
+from report_helpers import make_results, make_run, report, rows, section
 from scipy import stats
-
-LENGTHS = (40, 128)
-Values = dict[str, dict[str, Any]]
-Numbers = list[float] | None
-
-
-def make_run(folder: Path, recipe: str, seed: int, accuracies: Numbers = None, losses: Numbers = None, **changes: Any) -> Path:
-    """The folder of a run of a shipped recipe, with a validation every 10 steps; its last line is cut short.
-
-    Args:
-        accuracies: of each validation of a task; at length 128 it is half of that.
-        losses: of each validation of text.
-        changes: section__field=value.
-    """
-    values: Values = yaml.safe_load(shipped_recipes()[recipe].read_text())
-    for key, value in {"run__dir": str(folder), "run__seed": seed, "train__steps": 100, **changes}.items():
-        section, field = key.split("__")
-        values.setdefault(section, {})[field] = value
-    lines = []
-    for i in range(len(accuracies or losses or [])):
-        step = 10 * (i + 1)
-        progress = {"step": step, "tokens": 64 * step}
-        lines.append({"kind": "train", **progress, "loss": 3.0 / (i + 1), "tokens_per_second": 320.0})
-        validation: dict[str, Any] = {"kind": "validation", **progress, "loss": losses[i] if losses else 0.5, "seconds": 1.0}
-        if accuracies:
-            by_length = {str(length): accuracies[i] * 40 / max(40, length / 1.6) for length in LENGTHS}
-            validation |= {"accuracy": accuracies[i], "accuracy_scaled": (accuracies[i] - 0.1) / 0.9, "chance": 0.1, "by_length": by_length}
-        else:
-            validation["bits_per_byte"] = validation["loss"] / math.log(2)
-        lines.append(validation)
-    folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(resolved(build_recipe(values))))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"kind": "train", "st')
-    return folder
 
 
 @pytest.fixture
 def results(tmp_path: Path) -> Path:
-    """A folder with three seeds of Bucket Sort and one run of Shakespeare."""
-    folder = tmp_path / "results"
-    accuracies = [[0.2, 0.9], [0.2, 0.95], [0.3, 0.98]]
-    corpus: dict[str, Any] = {"data__corpus": "synthetic/bucket-sort-10", "train__steps": 20}
-    buckets = [make_run(tmp_path / f"bucket-{i}", "synthetic-formal", i, accuracies[i], **corpus) for i in range(3)]
-    shakespeare = make_run(tmp_path / "shakespeare", "shakespeare-paper", 0, losses=[2.0, 1.6, 1.7], data__corpus="/home/someone/input.txt")
-    runs.main([*map(str, buckets), "--as", "bucket-sort", "--out", str(folder / "bucket.json")])
-    runs.main([str(shakespeare), "--as", "shakespeare", "--out", str(folder / "text.json")])
-    return folder
-
-
-def report(*paths: Path, out: Path) -> str:
-    main(["report", *map(str, paths), "--out", str(out)])
-    return (out / "report.md").read_text()
-
-
-def rows(markdown: str, first: str) -> list[list[str]]:
-    """The rows of tables whose first cell begins so, links replaced by their words."""
-    bare = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", markdown)
-    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in bare.splitlines() if line.startswith("|")]
-    return [row for row in cells if row[0].startswith(first)]
-
-
-def section(markdown: str, title: str) -> str:
-    """From a heading to the next of its level or above."""
-    level = title.split(" ")[0]
-    return re.split(rf"\n#{{1,{len(level)}}} ", markdown.split(f"\n{title}\n")[1])[0]
+    return make_results(tmp_path)
 
 
 @given(st.lists(st.floats(-100, 100), min_size=2, max_size=8))
@@ -100,44 +38,6 @@ def test_the_interval_of_three_seeds_by_hand_and_none_of_one():
     assert estimate([3.0]).half is None
     found = estimate([1.0, 2.0, 3.0])  # s = 1, t(2) = 4.3027
     assert (found.mean, found.half) == (2.0, pytest.approx(4.302653 / math.sqrt(3), rel=1e-6))
-
-
-def test_a_results_file_says_what_was_run(results: Path):
-    data = json.loads((results / "bucket.json").read_text())
-    (entry,) = data["entries"]
-    assert [seed["seed"] for seed in entry["seeds"]] == [0, 1, 2]
-    assert {"model", "data", "batch", "optim", "train"} == entry["config"].keys()
-    seed = entry["seeds"][0]
-    assert (seed["steps"], seed["steps_asked"], seed["tokens"], seed["parameters"]) == (20, 20, 1280, None)
-    assert seed["training_seconds"] == pytest.approx(1280 / 320 + 2)
-    assert seed["final"]["by_length"] == {"40": pytest.approx(0.9), "128": pytest.approx(0.45)}
-    assert seed["curve"] == {"train": [[10, 3.0], [20, 1.5]], "validation": [[10, 0.5, 0.2], [20, 0.5, 0.9]]}
-    assert data["command"].endswith("bucket-0 bucket-1 bucket-2 --as bucket-sort")
-    text = json.loads((results / "text.json").read_text())["entries"][0]
-    assert (text["seeds"][0]["best"]["step"], text["seeds"][0]["final"]["step"]) == (20, 30)
-    assert "someone" not in (results / "text.json").read_text()
-    assert text["config"]["data"]["corpus"] == "input.txt"
-
-
-def test_long_curves_are_thinned(tmp_path: Path):
-    folder = make_run(tmp_path / "run", "shakespeare-paper", 0, losses=[5.0 / (i + 1) for i in range(1234)])
-    _, seed = runs.read_run(folder)
-    for points in (seed.curve.train, seed.curve.validation):
-        assert 50 < len(points) <= runs.CURVE_POINTS
-        assert points[-1][0] == 12340
-        assert [point[0] for point in points] == sorted({point[0] for point in points})
-    assert seed.curve.validation[0][0] == 10
-
-
-def test_settings_that_do_not_change_the_result_do_not_part_seeds(tmp_path: Path):
-    corpus: dict[str, Any] = {"data__corpus": "synthetic/parity", "accuracies": [0.5]}
-    first = make_run(tmp_path / "a", "synthetic-formal", 0, **corpus)
-    second = make_run(tmp_path / "b", "synthetic-formal", 1, train__log_every=7, **corpus)
-    other = make_run(tmp_path / "c", "synthetic-formal", 1, optim__lr=0.1, **corpus)
-    assert [[seed.run for seed in entry.seeds] for entry in runs.entries_of([first, second, other])] == [["a", "b"], ["c"]]
-    again = make_run(tmp_path / "d", "synthetic-formal", 1, **corpus)
-    with pytest.raises(UserError, match=r"has the settings and the seed \(1\) of b"):
-        runs.entries_of([first, second, again])
 
 
 def test_numbers_stand_beside_the_published_ones(results: Path, tmp_path: Path):
@@ -189,15 +89,6 @@ def test_other_test_lengths_and_other_texts_are_other_tasks(results: Path, tmp_p
 def test_the_folder_of_a_published_recipe_goes_where_its_corpus_belongs(tmp_path: Path):
     markdown = report(make_run(tmp_path / "run", "shakespeare-paper", 0, losses=[1.5]), out=tmp_path / "out")
     assert rows(markdown, "Shakespeare")[0][3] == "1.500"
-
-
-def test_a_setting_that_is_newer_than_a_run_parts_no_seeds(tmp_path: Path):
-    folders = [make_run(tmp_path / f"run-{seed}", "shakespeare-paper", seed, losses=[1.5 + seed]) for seed in (0, 1)]
-    values = yaml.safe_load((folders[0] / "config.yaml").read_text())
-    del values["data"]["join"], values["train"]["skip_spikes"]
-    (folders[0] / "config.yaml").write_text(yaml.safe_dump(values))
-    (entry,) = runs.entries_of(folders)
-    assert [seed.seed for seed in entry.seeds] == [0, 1]
 
 
 def test_a_broken_run_among_others_is_listed(tmp_path: Path):
@@ -331,28 +222,6 @@ def test_broken_files_in_a_folder_are_listed_and_the_rest_is_reported(results: P
         assert f"- `{name}.json` {page.text(reason)}" in listed
         assert f"{name}.json {reason}" in told
     assert rows(markdown, "Shakespeare")[0][3] == "1.600"
-
-
-def test_mistakes_of_the_collector_are_a_line_each(tmp_path: Path, capsys):
-    parity = make_run(tmp_path / "parity", "synthetic-formal", 0, [0.5], data__corpus="synthetic/parity")
-    empty = make_run(tmp_path / "empty", "synthetic-formal", 0, [], data__corpus="synthetic/parity")
-    broken = make_run(tmp_path / "broken", "synthetic-formal", 0, [0.5], data__corpus="synthetic/parity")
-    (broken / "config.yaml").write_text("run: 3")
-    cases = {
-        ("majority", str(parity)): "error: --as: majority is about synthetic/majority, but parity has synthetic/parity",
-        ("wikitext-103", str(parity)): "error: --as: wikitext-103 takes no runs (it is for reference only)",
-        ("parity", str(empty)): f"error: {empty}: metrics.jsonl holds no step yet",
-        ("parity", str(broken)): f"error: {broken}: config.yaml is not what a run writes",
-        ("parity", str(tmp_path)): f"error: {tmp_path}: is no run",
-    }
-    for (name, folder), expected in cases.items():
-        with pytest.raises(SystemExit) as left:
-            runs.main([folder, "--as", name, "--out", str(tmp_path / "out.json")])
-        assert left.value.code == 2
-        assert expected in (told := capsys.readouterr().err)
-        assert len(told.splitlines()) == 1
-    runs.main([str(parity), "--as", "partiy", "--out", str(tmp_path / "out.json")])
-    assert "nothing is published as partiy (did you mean parity?)" in capsys.readouterr().err
 
 
 class Page(html.parser.HTMLParser):
