@@ -70,14 +70,9 @@ class Tracker:
             self.warn(f"tracking: {self.uri} failed ({type(error).__name__}: {message[0] if message else ''}); training goes on without it")
 
     def _connect(self) -> tuple[Any, str]:
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        for name in ("mlflow", "alembic"):
-            logging.getLogger(name).setLevel(logging.WARNING)
-        from mlflow import MlflowClient
-
         if self.uri.startswith("sqlite:///"):
             prepare_sqlite(Path(self.uri.removeprefix("sqlite:///")))
-        client = MlflowClient(tracking_uri=self.uri)
+        client = open_client(self.uri)
         note = self.folder / "mlflow.json"
         if note.exists():
             saved = json.loads(note.read_text())
@@ -114,6 +109,16 @@ class Tracker:
                 item(client, run_id)
 
 
+def open_client(uri: str) -> Any:
+    """An `MlflowClient` that says nothing but warnings."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    from mlflow import MlflowClient
+
+    for name in ("mlflow", "alembic"):  # importing mlflow sets its own level
+        logging.getLogger(name).setLevel(logging.WARNING)
+    return MlflowClient(tracking_uri=uri)
+
+
 def prepare_sqlite(path: Path) -> None:
     """Create an MLflow database whole or not at all.
 
@@ -122,13 +127,11 @@ def prepare_sqlite(path: Path) -> None:
     """
     if path.exists():
         return
-    from mlflow import MlflowClient
-
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_name(path.name + ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
             building = path.with_name(path.name + ".building")
             building.unlink(missing_ok=True)
-            MlflowClient(tracking_uri=f"sqlite:///{building}").search_experiments()
+            open_client(f"sqlite:///{building}").search_experiments()
             os.replace(building, path)

@@ -19,6 +19,7 @@ from ...data.errors import UserError
 from ...pipeline.checkpoint import replace
 from ...pipeline.folder import warn
 from ...pipeline.processes import together
+from ...pipeline.tracking import open_client
 from ..loading import DTYPES, default_out, out_problems, run_of
 
 DESCRIPTION = """Evaluate a model on tasks of lm-eval. Texts of any length are read whole; what requests have in common is read once.
@@ -179,11 +180,7 @@ def track(run: Path, results: Results) -> None:
     if not note.exists():
         return
     saved = json.loads(note.read_text())
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
     try:
-        from mlflow import MlflowClient
         from mlflow.entities import Metric
 
         database = Path(saved["uri"].removeprefix("sqlite:///"))
@@ -202,7 +199,7 @@ def track(run: Path, results: Results) -> None:
             for key, value in values.items()
             if "," in key and isinstance(value, int | float)
         ]
-        MlflowClient(tracking_uri=saved["uri"]).log_batch(saved["run_id"], metrics=metrics)
+        open_client(saved["uri"]).log_batch(saved["run_id"], metrics=metrics)
     except Exception as error:  # every store raises its own; the results are on disk
         warn(f"tracking: {saved['uri']} failed ({type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}); the file has it all")
 
