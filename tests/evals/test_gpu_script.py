@@ -8,6 +8,7 @@ import pytest
 import torch
 from minrnn.evals import gpu
 from minrnn.evals.bench import agreement
+from minrnn.models.scan import linear_scan
 
 
 def test_checks_and_benches_end_to_end(tmp_path: Path):
@@ -37,10 +38,50 @@ def test_a_section_whose_time_is_up_leaves_what_it_had(tmp_path: Path, monkeypat
     assert json.loads((tmp_path / "gpu.json").read_text())["sections"].keys() == {"checks"}
 
 
-def test_a_backend_that_is_wrong_is_found_out(monkeypatch):
-    monkeypatch.setattr(agreement, "linear_scan", lambda a, b, h0, backend: (a * 1.001 + b + h0.unsqueeze(1), h0 + a[:, -1]))
-    row = agreement.check_scan((2, 3, 4), torch.float32, torch.device("cpu"), "torch")
-    assert row["passed"]  # compared with itself in fp64
+class _ScaledGradient(torch.autograd.Function):
+    """The identity, whose gradient is 0.1 % too large."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return grads[0] * 1.001
+
+
+@pytest.mark.parametrize("fault", ["", "h", "h_last", "da", "db", "dh0"])
+def test_an_error_of_a_backend_is_reported_by_name(fault: str, monkeypatch: pytest.MonkeyPatch):
+    def backend_under_test(a, b, h0, backend):
+        if backend == "torch":  # what it is compared with
+            return linear_scan(a, b, h0, backend=backend)
+        a, b, h0 = (_ScaledGradient.apply(x) if fault == name else x for name, x in (("da", a), ("db", b), ("dh0", h0)))
+        h, h_last = linear_scan(a, b, h0, backend=backend)
+        return h * (1.001 if fault == "h" else 1), h_last * (1.001 if fault == "h_last" else 1)
+
+    monkeypatch.setattr(agreement, "linear_scan", backend_under_test)
+    row = agreement.check_scan((2, 3, 4), torch.float32, torch.device("cpu"), "reference")
+    assert row["passed"] == (not fault)
+    wrong = {name for name, error in row["errors"].items() if error > row["tolerance"]}
+    assert (fault in wrong) if fault else not wrong
+
+
+def test_a_backend_that_gives_other_bits_the_second_time_fails(monkeypatch: pytest.MonkeyPatch):
+    calls = []
+
+    def backend_under_test(a, b, h0, backend):
+        calls.append(backend)
+        h, h_last = linear_scan(a, b, h0, backend=backend)
+        return h * (1 + 1e-6 * len(calls)), h_last
+
+    monkeypatch.setattr(agreement, "linear_scan", backend_under_test)
+    row = agreement.check_scan((2, 3, 4), torch.float32, torch.device("cpu"), "reference")
+    assert max(row["errors"].values()) < row["tolerance"]
+    assert not row["same_bits_twice"]
+    assert not row["passed"]
+
+
+def test_relative_error():
     assert agreement.relative_error(torch.tensor([1.0, float("nan")]), torch.ones(2)) == 1e30
     assert agreement.relative_error(torch.tensor([1.0, 1.1]), torch.ones(2)) == pytest.approx(0.1)
 
