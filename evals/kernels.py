@@ -20,6 +20,7 @@ import itertools
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ from torch import Tensor
 
 from ..models import cell_scan_triton, scan_triton
 from ..models.tiles_triton import Launch
+from .bench.record import command_line, commit, versions
 
 try:
     import triton
@@ -204,7 +206,15 @@ def main() -> None:
             line += f" {row['instructions_per_element']:10.1f} {row['issue']:6.2f} {row['special']:6.2f}"
         print(line, flush=True)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    report = {"triton": triton.__version__, "shape": [BATCH, TIME, WIDTH], "bandwidth": BANDWIDTH, "issue_rate": ISSUE_RATE, "kernels": rows}
+    report = {
+        "command": command_line("python -m minrnn.evals.kernels", sys.argv[1:]),
+        "commit": commit(),
+        "versions": versions(),
+        "shape": [BATCH, TIME, WIDTH],
+        "bandwidth": BANDWIDTH,
+        "issue_rate": ISSUE_RATE,
+        "kernels": rows,
+    }
     arguments.out.write_text(json.dumps(report, indent=1) + "\n")
 
 

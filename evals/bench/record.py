@@ -55,12 +55,21 @@ def versions() -> dict[str, str | None]:
     return found
 
 
+# What a measurement writes into the checkout: the second bench of a series is as clean as the first.
+_WRITTEN_BY_EVALS = (":(exclude,top)evals/results", ":(exclude,top)docs/quickstart.png")
+
+
 def commit() -> str | None:
-    """The checkout's commit, `+` behind it where tracked files differ; None outside a checkout."""
+    """The checkout's commit; None outside a checkout.
+
+    A `+` behind it marks a checkout whose files differ from that commit, changed or new (results of earlier measurements aside): what was
+    measured cannot be found again. No such record is committed (tests/evals/test_results.py).
+    """
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True).stdout.strip()
+        status = [*git, "status", "--porcelain", "--", ":(top)", *_WRITTEN_BY_EVALS]
+        changed = subprocess.run(status, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
     return head + ("+" if changed else "")

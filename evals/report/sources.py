@@ -19,7 +19,7 @@ FIELDS: tuple[tuple[Kind, set[str]], ...] = (
     ("lm-eval", {"results", "configs", "versions"}),
     ("soak", {"faults", "kills", "steps_repeated", "checkpoints_refused", "problems"}),
     ("quickstart", {"validation_subset", "validation_all_held_out_modules", "training_seconds"}),
-    ("kernels", {"kernels", "triton"}),
+    ("kernels", {"kernels", "issue_rate"}),
     ("long-context", {"overall", "buckets"}),  # loss by position
     ("long-context", {"rows", "carried_minus_windows_bits_per_byte"}),  # one long document through lm-eval
 )
