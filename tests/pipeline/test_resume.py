@@ -11,6 +11,7 @@ import pytest
 from conftest import Values, losses
 from minrnn.data import UserError
 from minrnn.pipeline import checkpoint, loop
+from minrnn.pipeline.interrupt import Interrupt
 from minrnn.pipeline.metrics import MetricsFile, read_metrics
 
 Run = Callable[[Values], Path]
@@ -55,8 +56,15 @@ def test_crashes_leave_no_trace(values: Values, run_recipe: Run, undisturbed: Pa
     assert (folder / "model" / "model.safetensors").read_bytes() == (undisturbed / "model" / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("order", ["documents", "windows"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("number", "order"),
+    [
+        (signal.SIGTERM, "documents"),
+        (signal.SIGINT, "windows"),
+        (signal.SIGHUP, "documents"),
+        (signal.SIGUSR1, "windows"),
+    ],
+)
 def test_a_signal_saves_and_leaves(values: Values, run_recipe: Run, monkeypatch, tmp_path, number: signal.Signals, order: str, capfd):
     values["data"]["order"] = order
     whole = run_recipe({**values, "run": {"dir": str(tmp_path / "undisturbed")}})
@@ -69,6 +77,33 @@ def test_a_signal_saves_and_leaves(values: Values, run_recipe: Run, monkeypatch,
     folder = Path(values["run"]["dir"])
     assert checkpoint.steps_in(folder / "checkpoints")[0].name == "step-000007"
     assert losses(run_recipe(values)) == losses(whole)
+
+
+def test_a_hangup_that_nohup_has_set_to_be_ignored_stays_so(values: Values, run_recipe: Run, undisturbed: Path, monkeypatch):
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with monkeypatch.context() as patched:
+            crash_at(patched, 7, lambda: os.kill(os.getpid(), signal.SIGHUP))
+            assert losses(run_recipe(values)) == losses(undisturbed)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+
+
+def test_a_hangup_is_obeyed_when_the_terminal_is_gone():
+    """Writing to a terminal that was closed fails: the step is finished and saved all the same."""
+    terminal, ours = os.openpty()
+    os.close(terminal)
+    stderr = os.dup(2)
+    with Interrupt() as interrupt:
+        os.dup2(ours, 2)
+        try:
+            os.kill(os.getpid(), signal.SIGHUP)
+        finally:
+            os.dup2(stderr, 2)
+    os.close(stderr)
+    os.close(ours)
+    assert interrupt.requested == signal.SIGHUP
 
 
 def full_disk(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
