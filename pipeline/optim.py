@@ -29,17 +29,19 @@ def build_optimizer(model: nn.Module, config: OptimSection) -> torch.optim.AdamW
 
 
 def learning_rate(config: OptimSection, step: int, num_steps: int) -> float:
-    """Learning rate of step 1 .. num_steps.
+    """Learning rate of step 1, 2, ... of a schedule of `num_steps`; later steps have that of the last.
 
     All schedules rise linearly over `warmup_steps`. `wsd` (warmup, stable, decay: Hu et al., arXiv 2404.06395) falls linearly over its last
-    part, `cosine` from the end of the warmup on.
+    part, `cosine` from the end of the warmup on. Both would reach `final_lr_fraction` one step after the last: a step at a rate of 0 would be
+    computed for nothing.
     """
+    step = min(step, num_steps)
     warmup = min(1.0, step / config.warmup_steps) if config.warmup_steps else 1.0
     progress = 0.0  # of the fall
     if config.schedule == "wsd":
         length = config.decay_fraction * num_steps
-        progress = max(0.0, (step - (num_steps - length)) / length) if length > 0 else 0.0
+        progress = max(0.0, (step - (num_steps - length)) / (length + 1))
     elif config.schedule == "cosine":
-        length = max(num_steps - config.warmup_steps, 1)
-        progress = 0.5 - 0.5 * math.cos(math.pi * min(max((step - config.warmup_steps) / length, 0.0), 1.0))
+        length = max(num_steps - config.warmup_steps, 0)
+        progress = 0.5 - 0.5 * math.cos(math.pi * max(step - config.warmup_steps, 0) / (length + 1))
     return config.lr * min(warmup, 1.0 - (1.0 - config.final_lr_fraction) * progress)
