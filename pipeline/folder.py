@@ -1,6 +1,5 @@
 """A run's folder: who may write in it, and where to go on."""
 
-import fcntl
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from accelerate import Accelerator
 from ..data import UserError
 from .checkpoint import newest_valid, replace, steps_in
 from .config import Recipe
+from .locks import lock
 from .metrics import MetricsFile, cut_metrics
 from .processes import from_main
 from .recipe import check_unchanged, resolved
@@ -62,10 +62,10 @@ def open_folder(recipe: Recipe, accelerator: Accelerator) -> RunFolder:
         UserError: another run is writing there, run.resume does not allow what is there, or the run was started with other settings.
     """
     path = Path(recipe.run.dir)
-    lock, found, problems = None, None, []
+    held, found, problems = None, None, []
     if accelerator.is_main_process:
         try:
-            lock = _lock(path)
+            held = _lock(path)
             found = _where_to_go_on(path, recipe)
         except UserError as error:
             problems = error.problems
@@ -73,21 +73,23 @@ def open_folder(recipe: Recipe, accelerator: Accelerator) -> RunFolder:
             problems = [("run.dir", f"cannot write to {path}: {error.strerror}")]
     found, problems = from_main(accelerator, (found, problems))
     if problems:
-        if lock is not None:
-            lock.close()
+        if held is not None:
+            held.close()
         raise UserError(*problems)
     checkpoint, manifest = found or (None, {})
-    return RunFolder(path, checkpoint, manifest, lock, MetricsFile(path / "metrics.jsonl", warn))
+    return RunFolder(path, checkpoint, manifest, held, MetricsFile(path / "metrics.jsonl", warn))
 
 
 def _lock(path: Path) -> IO[str]:
     path.mkdir(parents=True, exist_ok=True)
-    lock = (path / ".lock").open("w")
+    file = (path / ".lock").open("w")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        unlocked = lock(file, wait=False)
     except BlockingIOError:
         raise UserError(("run.dir", f"another process is training in {path}; wait for it, or name another folder")) from None
-    return lock
+    if unlocked is not None:
+        warn(f"{path} is not locked, since {unlocked}; see to it that no other process trains in it")
+    return file
 
 
 def _where_to_go_on(path: Path, recipe: Recipe) -> tuple[Path, dict[str, Any]] | None:

@@ -4,7 +4,6 @@ One MLflow run per training: its id is kept in the run's folder from the start, 
 training goes on.
 """
 
-import fcntl
 import json
 import logging
 import os
@@ -14,6 +13,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from .locks import lock
 
 BATCH_SECONDS = 2.0
 MAX_PARAMETERS = 100  # of one call
@@ -128,8 +129,8 @@ def prepare_sqlite(path: Path) -> None:
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(path.name + ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with path.with_name(path.name + ".lock").open("w") as file:
+        lock(file, wait=True)
         if not path.exists():
             building = path.with_name(path.name + ".building")
             building.unlink(missing_ok=True)

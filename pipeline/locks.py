@@ -1,0 +1,31 @@
+"""Locks on files, where the system and the file system have them."""
+
+import errno
+from typing import IO
+
+try:
+    import fcntl
+except ImportError:  # not Unix
+    fcntl = None
+
+_NO_LOCKS_HERE = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
+
+
+def lock(file: IO[str], wait: bool) -> str | None:
+    """Lock an open file until it is closed or the process ends; returns None, or why there are no locks, in words.
+
+    Args:
+        wait: until whoever holds the lock gives it up.
+
+    Raises:
+        BlockingIOError: another process holds it, and `wait` is False.
+    """
+    if fcntl is None:
+        return "this system has no file locks"
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno not in _NO_LOCKS_HERE:
+            raise
+        return f"the file system has no locks ({error.strerror})"
+    return None
