@@ -1,10 +1,13 @@
 """A recipe from its file and the command line: every mistake found at once, each on a line of its own."""
 
+import collections
 import difflib
+import json
 import sys
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -39,7 +42,11 @@ The same command goes on after any interruption. Examples:
 
   minrnn train --config quickstart
   minrnn train --config quickstart --run.dir runs/wide --model.hidden_size 384 --optim.lr 2e-3
+
+A setting that is text takes VALUE as it is typed; null is for those that may be left out. Lists and mappings are written as in
+YAML: --run.change '[optim.lr, optim.clip]' --train.prompts '["def ", "class "]' --data.task '{{length: 64}}'
 """
+NULL = ("null", "none")  # on the command line, of settings that may be None
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -62,18 +69,18 @@ def help_text() -> str:
 def parse_arguments(argv: list[str]) -> tuple[str | None, dict[str, str]]:
     """`--config RECIPE` and the overrides by key, from `--key value` and `--key=value`."""
     config, overrides, problems = None, {}, []
-    words = iter(argv)
-    for word in words:
+    words = collections.deque(argv)
+    while words:
+        word = words.popleft()
         if not word.startswith("--"):
             problems.append((word, "is no option; settings are written --section.field VALUE"))
             continue
         key, equals, value = word.removeprefix("--").partition("=")
         if not equals:
-            following = next(words, None)
-            if following is None:
-                problems.append((key, "lacks a value"))
+            if not words or _is_option(words[0]):
+                problems.append((key, "lacks a value" + (f" (if {words[0]} is meant to be it: --{key}={words[0]})" if words else "")))
                 continue
-            value = following
+            value = words.popleft()
         if key == "config":
             config = value
         else:
@@ -99,6 +106,11 @@ def _load_yaml(name: str) -> dict[str, Any]:
 
 def _known_keys() -> list[str]:
     return [f"{section}.{name}" for section, cls in SECTIONS.items() for name in cls.model_fields]
+
+
+def _is_option(word: str) -> bool:
+    """Whether a word of the command line begins a setting, rather than being the value of one."""
+    return word.startswith("--") and word.removeprefix("--").partition("=")[0] in ("config", *_known_keys())
 
 
 def _unknown(key: str) -> tuple[str, str]:
@@ -171,7 +183,8 @@ def read_recipe(argv: list[str]) -> Recipe:
         if values.get(section) is None:
             values[section] = {}
         if isinstance(values[section], dict):
-            values[section][name] = _value(text)
+            field = SECTIONS[section].model_fields.get(name)
+            values[section][name] = _value(text, field.annotation) if field else text
     try:
         recipe = build_recipe(values)
     except UserError as error:
@@ -181,12 +194,29 @@ def read_recipe(argv: list[str]) -> Recipe:
     return recipe
 
 
-def _value(text: str) -> Any:
-    """What a word of the command line says in YAML; itself where it is none (a glob begins like a YAML alias)."""
-    try:
-        return yaml.safe_load(text) if text else text
-    except yaml.YAMLError:
+def _value(text: str, annotation: Any) -> Any:
+    """A word of the command line, as a field of this type takes it.
+
+    Text stays as it is typed: YAML would make a number of `123`, a date of `2024-01-01`, a comment of what follows ` #`, and another folder of
+    each. Everything else, and what is not of the field's type, pydantic reads or refuses.
+    """
+    kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    if NoneType in kinds and text.lower() in NULL:
+        return None
+    if str in kinds or any(get_origin(kind) is Literal and text in get_args(kind) for kind in kinds):
         return text
+    try:
+        for kind in kinds:
+            if get_origin(kind) is list:
+                items = yaml.load(text, yaml.BaseLoader)  # leaves every scalar as it is written
+                (item_type,) = get_args(kind)
+                return [_value(item, item_type) if isinstance(item, str) else item for item in items] if isinstance(items, list) else text
+            if get_origin(kind) is dict:
+                return yaml.safe_load(text)
+        number = json.loads(text)
+    except (yaml.YAMLError, ValueError):
+        return text
+    return number if isinstance(number, int | float) and not isinstance(number, bool) else text
 
 
 def resolved(recipe: Recipe) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Recipes: from a file and a command line to values, every mistake at once."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,63 @@ def test_the_command_line_wins(tmp_path: Path):
         ["--config", str(path), "--optim.lr", "1e-3", "--data.subset=null", "--run.change", "[optim.lr]", "--train.prompts", "[a]"]
     )
     assert (recipe.optim.lr, recipe.optim.clip, recipe.run.change, recipe.train.prompts) == (1e-3, 3.0, ["optim.lr"], ["a"])
+
+
+@pytest.mark.parametrize(
+    "typed",
+    ["a #b", "123", "'q'", '"q"', " lead", "trail ", "null", "2024-01-01", "yes", "1e3", "0x10", "1:30", "*.txt", "{a: b}", "[a]", "~", "- x"],
+)
+def test_text_is_taken_as_it_is_typed(typed: str):
+    """By settings of type str; by those that may be None too, but for the word null; and within lists."""
+    recipe = read_recipe(["--run.dir", typed, f"--data.corpus={typed}", "--data.join", typed, "--train.prompts", json.dumps([typed, "b"])])
+    assert (recipe.run.dir, recipe.data.corpus) == (typed, typed)
+    assert recipe.data.join == (None if typed == "null" else typed)
+    assert recipe.train.prompts == [typed, "b"]
+
+
+def test_what_is_no_text_is_read_as_its_type():
+    typed = {
+        "train.steps": ("1e3", 1000),
+        "data.validation_tokens": ("null", None),
+        "optim.clip": ("None", None),
+        "optim.lr": ("1e-3", 1e-3),
+        "model.dropout": (".5", 0.5),
+        "data.skip_broken": ("yes", True),
+        "batch.carry_state": ("false", False),
+        "train.recompute": ("none", "none"),
+        "model.scan_backend": ("null", None),
+        "run.change": ("[optim.lr, optim.clip]", ["optim.lr", "optim.clip"]),
+        "train.prompts": ("[123, null, yes, 2024-01-01, 1e3]", ["123", "null", "yes", "2024-01-01", "1e3"]),
+    }
+    recipe = read_recipe([f"--{key}={text}" for key, (text, _) in typed.items()])
+    for key, (_, value) in typed.items():
+        section, name = key.split(".")
+        assert getattr(getattr(recipe, section), name) == value, key
+    task = read_recipe(["--data.corpus", "synthetic/mqar", "--data.task", "{vocab_size: 8192, power: 0.1}"]).data.task
+    assert task == {"vocab_size": 8192, "power": 0.1}
+
+
+def test_what_is_not_of_its_type_is_refused():
+    told = problems(
+        ["--train.steps", "2024-01-01", "--optim.lr", "null", "--train.prompts", "def ", "--run.change", "[a", "--run.seed", "true"]
+    )
+    for expected in (
+        "train.steps: input should be a valid integer",
+        "optim.lr: input should be a valid number",
+        "train.prompts: input should be a valid list",
+        "run.change: input should be a valid list",
+        "run.seed: input should be a valid integer",
+    ):
+        assert sum(line.startswith(f"error: {expected}") for line in told) == 1
+    assert len(told) == 5
+
+
+def test_a_setting_is_not_the_value_of_another():
+    told = problems(["--run.dir", "--train.steps", "3", "--data.corpus"])
+    assert told == [
+        "error: run.dir: lacks a value (if --train.steps is meant to be it: --run.dir=--train.steps)",
+        "error: data.corpus: lacks a value",
+    ]
 
 
 def test_what_is_joined():
