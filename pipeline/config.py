@@ -188,7 +188,9 @@ class TrainSection(Section):
     eval_every: int | None = Field(default=None, ge=1)
     """Steps between validations; null for one at the end."""
     save_every: int | None = Field(default=None, ge=1)
-    """Steps between checkpoints; null for one at the end (and when the run is interrupted)."""
+    """Steps between checkpoints, beside those of `save_minutes`; null for none of its own."""
+    save_minutes: float | None = Field(default=15.0, gt=0)
+    """Minutes after which a checkpoint is due, beside those of `save_every`; null for none. One is written at the end, and on signals."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """Newest checkpoints that are kept."""
     save_in_background: bool = True

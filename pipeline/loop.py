@@ -2,7 +2,7 @@
 
     train         set up (run.py) -> steps -> finish
     one step      for each of my readers: chunk -> forward with that reader's state -> backward;  clip, step
-    between them  log, validate, save; leave if asked to
+    between them  log, save, validate; leave if asked to
 
 The loss of a step is one mean over all scored tokens of the global batch, whatever the number of readers, processes and accumulations.
 """
@@ -78,13 +78,18 @@ def train(recipe: Recipe) -> None:
 def take_steps(run: Run, interrupt: Interrupt) -> int | None:
     """Take all steps; returns the signal that stopped them, on all processes, if one did."""
     recipe, chunks = run.recipe, iter(run.loader)
+    if _validation_is_missing(run):
+        _validate(run)
     clock, tokens_at_clock = time.perf_counter(), run.tokens
+    saved_at = time.monotonic()
     while run.step < recipe.train.steps:
         run.watchdog.enter(f"step {run.step + 1}: reading")
         batch, problems = _next_batch(run, chunks)
         run.watchdog.enter(f"step {run.step + 1}: computing")
-        counts = [sum(chunk.num_scored for chunk in batch), interrupt.requested is not None, len(problems)]
-        num_scored, stop, failed = processes.total(run.accelerator, counts)
+        minutes = recipe.train.save_minutes
+        save_is_due = run.is_main and minutes is not None and time.monotonic() - saved_at >= 60 * minutes  # one clock decides for all
+        counts = [sum(chunk.num_scored for chunk in batch), interrupt.requested is not None, len(problems), save_is_due]
+        num_scored, stop, failed, save_is_due = processes.total(run.accelerator, counts)
         if (stop or failed) and run.step > 0:
             _save(run, is_last=True)
         if failed:
@@ -103,16 +108,25 @@ def take_steps(run: Run, interrupt: Interrupt) -> int | None:
         if run.bar is not None:
             run.bar.update()
         paused = time.perf_counter()
-        if is_last or _is_due(run.step, recipe.train.eval_every):
-            _validate(run)
-        if is_last or _is_due(run.step, recipe.train.save_every):
+        if is_last or save_is_due or _is_due(run.step, recipe.train.save_every):
             _save(run, is_last)
+            saved_at = time.monotonic()
+        if is_last or _is_due(run.step, recipe.train.eval_every):
+            _validate(run)  # after saving: it can fail
         clock += time.perf_counter() - paused
     return None
 
 
 def _is_due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
+
+
+def _validation_is_missing(run: Run) -> bool:
+    """Whether the run goes on from a step that was saved, but ended before that step's validation did."""
+    if run.step == 0 or not (run.step == run.recipe.train.steps or _is_due(run.step, run.recipe.train.eval_every)):
+        return False
+    entries = read_metrics(run.folder.metrics.path) if run.is_main else []
+    return processes.from_main(run.accelerator, not any(e["kind"] == "validation" and e["step"] == run.step for e in entries))
 
 
 def _next_batch(run: Run, chunks: Iterator[list[Chunk]]) -> tuple[list[Chunk], list[tuple[str, str]]]:
@@ -235,7 +249,7 @@ def _validate(run: Run) -> None:
     sharing = (run.layout, run.engine.in_lockstep, run.watchdog.move)
     run.latest = validate(run.engine.module, run.validation, run.accelerator, run.recipe.batch.carry_state, *sharing)
     if not math.isfinite(run.latest["loss"]):
-        raise NonFiniteError(f"step {run.step}: the validation loss is {run.latest['loss']}. This step was not saved.")
+        raise NonFiniteError(f"step {run.step}: the validation loss is {run.latest['loss']}. Checkpoints are as they were.")
     seconds = round(time.perf_counter() - start, 2)
     _record(run, {"kind": "validation", "step": run.step, "tokens": run.tokens, **run.latest, "seconds": seconds})
     run.say(f"step {run.step}: held-out loss {run.latest['loss']:.4f} nats/token, {told(run.latest)}")

@@ -24,6 +24,7 @@ FREE_ON_RESUME = {
         "train.log_every",
         "train.eval_every",
         "train.save_every",
+        "train.save_minutes",
         "train.keep_checkpoints",
         "train.save_in_background",
         "train.peer_timeout",

@@ -13,6 +13,7 @@ from minrnn.data import UserError
 from minrnn.pipeline import checkpoint, loop
 from minrnn.pipeline.interrupt import Interrupt
 from minrnn.pipeline.metrics import MetricsFile, read_metrics
+from minrnn.pipeline.recipe import build_recipe
 
 Run = Callable[[Values], Path]
 
@@ -104,6 +105,44 @@ def test_a_hangup_is_obeyed_when_the_terminal_is_gone():
     os.close(stderr)
     os.close(ours)
     assert interrupt.requested == signal.SIGHUP
+
+
+def test_a_checkpoint_is_due_after_some_time_too(values: Values, run_recipe: Run, undisturbed: Path, monkeypatch, tmp_path: Path):
+    """Nobody said save_every: what is lost is at most save_minutes, here less than a step."""
+    assert build_recipe({}).train.save_minutes == 15
+    values["train"] |= {"save_every": None, "save_minutes": 1e-9, "save_in_background": False}
+    with monkeypatch.context() as patched:
+        crash_at(patched, 8, crash)
+        with pytest.raises(Crash):
+            run_recipe(values)
+    folder = Path(values["run"]["dir"])
+    assert [path.name for path in checkpoint.steps_in(folder / "checkpoints")] == ["step-000007", "step-000006"]
+    values["train"]["save_minutes"] = None
+    assert losses(run_recipe(values)) == losses(undisturbed)
+    assert checkpoint.steps_in(folder / "checkpoints")[0].name == "step-000012"
+    values["run"]["dir"] = str(tmp_path / "never")
+    assert [path.name for path in checkpoint.steps_in(run_recipe(values) / "checkpoints")] == ["step-000012"]
+
+
+@pytest.mark.parametrize("step", [6, 12])
+def test_a_step_is_saved_before_its_validation_can_fail(values: Values, run_recipe: Run, undisturbed: Path, monkeypatch, step: int):
+    values["train"]["save_every"] = 6
+    original = loop.validate
+
+    def fail(*arguments):
+        if (Path(values["run"]["dir"]) / "metrics.jsonl").read_text().count("train") == step:
+            raise RuntimeError("no memory for this")
+        return original(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "validate", fail)
+        with pytest.raises(RuntimeError, match="no memory"):
+            run_recipe(values)
+    folder = Path(values["run"]["dir"])
+    assert checkpoint.steps_in(folder / "checkpoints")[0].name == f"step-{step:06d}"
+    run_recipe(values)
+    for kind in ("train", "validation"):
+        assert losses(folder, kind) == losses(undisturbed, kind)
 
 
 def full_disk(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
