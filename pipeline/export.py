@@ -14,6 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from ..data import UserError, tokenizer_of, with_bos
 from ..models import MinRNNConfig, MinRNNForCausalLM
 from .checkpoint import checkpoint_name, load_parameters, newest_valid, read_manifest, sync
+from .public import public_config
 
 CARD = """---
 library_name: transformers
@@ -58,14 +59,15 @@ def export_model(model: PreTrainedModel, tokenizer: Any, folder: Path, config: d
     )
     model.save_pretrained(building)
     tokenizer.save_pretrained(building)
+    published = public_config(config)
     card = CARD.format(
         name=folder.resolve().parent.name if folder.name == "model" else folder.name,
         cell=model.config.cell,
         parameters=model.num_parameters(),
-        corpus=config["data"]["corpus"],
+        corpus=published["data"]["corpus"],
         tokens=tokens,
         score=score,
-        config=yaml.safe_dump(config, sort_keys=False),
+        config=yaml.safe_dump({name: section for name, section in published.items() if name != "tracking"}, sort_keys=False),
     )
     (building / "README.md").write_text(card)
     for file in building.iterdir():

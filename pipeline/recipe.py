@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from ..data.errors import UserError
 from .config import SECTIONS, Recipe
+from .public import config_without_credentials
 
 # What may change when a run goes on: where it lives, how long it is, how it reports. Everything else decides the losses.
 FREE_ON_RESUME = {
@@ -221,10 +222,10 @@ def _value(text: str, annotation: Any) -> Any:
 
 
 def resolved(recipe: Recipe) -> dict[str, Any]:
-    """Everything the recipe says, defaults included: what config.yaml holds."""
+    """Everything the recipe says, defaults included and credentials left out: what config.yaml holds."""
     values = {name: getattr(recipe, name).model_dump(mode="json") for name in SECTIONS}
     values["model"] = {"preset": recipe.model.preset, "init_from": recipe.model.init_from, **recipe.model_fields_resolved()}
-    return values
+    return config_without_credentials(values)
 
 
 def flatten(values: dict[str, Any]) -> dict[str, Any]:

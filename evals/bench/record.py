@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from ...pipeline.public import public_config, public_value
+
 PACKAGES = (
     *("torch", "triton", "transformers", "numpy", "numba", "datasets"),
     *("minGRU-pytorch", "mambapy", "accelerated-scan", "flash-linear-attention", "mamba-ssm", "causal-conv1d"),
@@ -76,13 +78,14 @@ def commit() -> str | None:
 
 
 def command_line(command: str, argv: Sequence[str]) -> str:
-    """What was typed, but for where the result went."""
+    """What was typed, but for where the result went; local paths by their last part."""
     kept, words = [], iter(argv)
     for word in words:
         if word == "--out":
             next(words, None)
         elif not word.startswith("--out="):
-            kept.append(word)
+            option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+            kept.append(option + equals + public_value(value))
     return shlex.join([*command.split(), *kept])
 
 
@@ -106,7 +109,7 @@ class Record:
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "machine": machine(device),
             "versions": versions(),
-            "config": {key: value for key, value in config.items() if key != "out"},
+            "config": public_config({key: value for key, value in config.items() if key != "out"}),
             "ceilings": {},
             "rows": [],
         }

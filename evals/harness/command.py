@@ -19,6 +19,7 @@ from ...data.errors import UserError
 from ...pipeline.checkpoint import replace
 from ...pipeline.folder import warn
 from ...pipeline.processes import together
+from ...pipeline.public import public_config, public_value
 from ...pipeline.tracking import open_client
 from ..loading import DTYPES, default_out, out_problems, run_of
 
@@ -167,10 +168,12 @@ def evaluate(lm: Any, objects: list[Any], window: int | None, manager: Any, argu
     if found is None:
         return None
     for config in found["configs"].values():
+        config |= public_config({key: config[key] for key in ("dataset_path", "dataset_kwargs", "metadata") if key in config})
         if config.get("output_type") == "loglikelihood_rolling":
             config["metadata"] = {**(config.get("metadata") or {}), "rolling": lm.rolling}
     found["config"].pop("rolling")
-    found["config"]["model_args"] = {"pretrained": arguments.model, "dtype": arguments.dtype}
+    name = public_value(str(run_of(arguments.model) or arguments.model))
+    found["config"] |= {"model": name, "model_args": {"pretrained": name, "dtype": arguments.dtype}}
     return found if window is None else _windowed(found, window)
 
 

@@ -19,6 +19,7 @@ from ...data.joined import PACKAGE, join_documents
 from ...data.sources import Place, Record, Source, TextFiles
 from ...models import MinRNNConfig, MinRNNForCausalLM
 from ...pipeline.folder import warn
+from ...pipeline.public import public_value
 from ..bench.record import command_line, commit, machine, versions
 from ..loading import DTYPES, load, out_problems, to_device
 
@@ -39,7 +40,12 @@ class LongDocument:
 
     def described(self) -> dict[str, Any]:
         """For the results."""
-        return {"corpus": self.corpus, "name": self.name, "bytes": len(self.text.encode()), "documents_in_corpus": self.num_documents}
+        return {
+            "corpus": public_value(self.corpus),
+            "name": self.name,
+            "bytes": len(self.text.encode()),
+            "documents_in_corpus": self.num_documents,
+        }
 
 
 def make_parser(command: str, description: str, examples: str) -> argparse.ArgumentParser:

@@ -25,6 +25,7 @@ from ...data.errors import UserError
 from ...pipeline.checkpoint import replace
 from ...pipeline.config import SECTIONS
 from ...pipeline.metrics import read_metrics
+from ...pipeline.public import public_config
 from ..bench.record import commit, machine, versions
 from .published import published
 
@@ -142,14 +143,6 @@ def _spread(validations: Sequence[Validation]) -> list[tuple[int, float, float |
     return [(line.step, round(line.loss, 5), line.accuracy) for line in picked]
 
 
-def _without_folders(section: dict[str, Any]) -> dict[str, Any]:
-    """Paths of this machine by their last part."""
-    local = {
-        key for key, value in section.items() if isinstance(value, str) and (Path(value).is_absolute() or value.startswith(("./", "../", "~")))
-    }
-    return {key: Path(value).name if key in local else value for key, value in section.items()}
-
-
 def read_run(run: Path) -> tuple[dict[str, dict[str, Any]], Seed]:
     """The settings of a run, and what it reached.
 
@@ -160,7 +153,7 @@ def read_run(run: Path) -> tuple[dict[str, dict[str, Any]], Seed]:
         raise UserError((str(run), "is no run: config.yaml or metrics.jsonl is missing; name the folder that run.dir said"))
     try:
         values = yaml.safe_load((run / "config.yaml").read_text())
-        config = {name: _without_folders(values[name]) for name in KEPT_SECTIONS}
+        config = {name: public_config(values[name]) for name in KEPT_SECTIONS}
         seed, steps_asked = values["run"]["seed"], values["train"]["steps"]
         if missing := [key for key in ("data.corpus", "batch.readers", "batch.lanes") if key.split(".")[1] not in config[key.split(".")[0]]]:
             raise KeyError(missing[0])

@@ -96,7 +96,8 @@ def test_a_process_that_dies_is_a_reason():
 
 
 def test_the_command_line_is_kept_but_for_where_the_result_went():
-    assert command_line("minrnn bench scan", ["--out", "/home/me/x.json", "--rounds", "3", "--out=y.json"]) == "minrnn bench scan --rounds 3"
+    argv = ["--out", "/home/me/x.json", "--rounds", "3", "--out=y.json", "/home/me/model", "--corpus=/home/me/a.txt"]
+    assert command_line("minrnn bench scan", argv) == "minrnn bench scan --rounds 3 model --corpus=a.txt"
 
 
 def test_a_table_shows_reasons():

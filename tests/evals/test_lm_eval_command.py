@@ -102,7 +102,9 @@ def test_results_are_whole_and_in_the_run(export: Path, tmp_path: Path, capsys):
     windowed = found["results"]["tiny_document_window_16"]["bits_per_byte,none"]
     assert windowed != pytest.approx(expected_scores(export)["bits_per_byte"], rel=1e-5)
     assert {"versions", "n-shot", "n-samples", "config", "lm_eval_version"} <= found.keys()
-    assert found["config"]["model_args"]["pretrained"] == str(export.parent)
+    assert found["config"]["model_args"]["pretrained"] == export.parent.name
+    assert str(TASKS) not in file.read_text()
+    assert str(export.parent) not in file.read_text()
     assert "tiny_document_window_16" in capsys.readouterr().out
     note = json.loads((export.parent / "mlflow.json").read_text())
     client = MlflowClient(tracking_uri=note["uri"])

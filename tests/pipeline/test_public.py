@@ -1,0 +1,70 @@
+"""Nothing secret and nothing of this machine is published."""
+
+import pytest
+from minrnn.pipeline.public import public_config, public_value, text_without_credentials, without_credentials
+
+SECRET = "s3cret"
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("https://user:s3cret@mlflow.org/path", "https://mlflow.org/path"),
+        ("https://s3cret@mlflow.org:8080", "https://mlflow.org:8080"),
+        ("https://mlflow.org/path?token=s3cret", "https://mlflow.org/path"),
+        ("https://mlflow.org/path?token=a@s3cret", "https://mlflow.org/path"),
+        ("https://mlflow.org/path#s3cret", "https://mlflow.org/path"),
+        ("postgresql+psycopg2://user:s3cret@host:5432/db?password=s3cret", "postgresql+psycopg2://host:5432/db"),
+        ("postgresql://user:s3cret/x@host/db", "postgresql://host/db"),
+        ("postgresql://user:a@s3cret/x@host/db", "postgresql://host/db"),
+        ("mysql://:s3cret@host/db", "mysql://host/db"),
+        ("hf://datasets/org/name@main/data.parquet", "hf://datasets/org/name@main/data.parquet"),
+        ("sqlite:////home/me/mlflow.db?timeout=3", "sqlite:////home/me/mlflow.db?timeout=3"),
+        ("HuggingFaceFW/fineweb-edu", "HuggingFaceFW/fineweb-edu"),
+    ],
+)
+def test_a_uri_keeps_its_place_and_loses_its_credentials(uri: str, shown: str):
+    assert without_credentials(uri) == shown
+    assert text_without_credentials(f"cannot reach {uri} (and '{uri}')", uri) == f"cannot reach {shown} (and '{shown}')"
+
+
+@pytest.mark.parametrize("uri", ["postgresql://user:s3cret?x@host/db", "https://host:80/p?token=s3cret@b", "x://u:a#s3cret@h"])
+def test_where_the_password_ends_is_not_guessed(uri: str):
+    assert SECRET not in without_credentials(uri)
+    assert SECRET not in text_without_credentials(f"failed: {uri}", uri)
+
+
+@pytest.mark.parametrize(
+    ("value", "published"),
+    [
+        ("/home/me/corpus/words.jsonl", "words.jsonl"),
+        ("/home/me/corpus/", "corpus"),
+        ("/home/me/*/part-*.parquet", "part-*.parquet"),
+        ("../../me/words.jsonl", "words.jsonl"),
+        ("~/words.jsonl", "words.jsonl"),
+        ("C:\\Users\\me\\words.jsonl", "words.jsonl"),
+        ("sqlite:////home/me/mlflow.db?timeout=3", "sqlite:///mlflow.db"),
+        ("sqlite:///mlflow.db", "sqlite:///mlflow.db"),
+        ("file:///home/me/mlruns", "file:///mlruns"),
+        ("file:/home/me/mlruns", "mlruns"),
+        ("runs/quickstart", "runs/quickstart"),
+        ("org/name", "org/name"),
+        ("python-stdlib", "python-stdlib"),
+        ("s3://bucket/words.jsonl", "s3://bucket/words.jsonl"),
+    ],
+)
+def test_local_paths_are_published_by_their_last_part(value: str, published: str):
+    assert public_value(value) == published
+
+
+def test_every_text_of_a_config_is_published_so_but_for_prompts():
+    config = {
+        "data": {"corpus": "/home/me/a.txt", "task": {"file": "/home/me/b.txt", "length": 3}, "split": "train"},
+        "run": {"change": ["/home/me/c.txt"], "seed": 0},
+        "train": {"prompts": ["/* a comment */", "https://x.org?y"]},
+    }
+    assert public_config(config) == {
+        "data": {"corpus": "a.txt", "task": {"file": "b.txt", "length": 3}, "split": "train"},
+        "run": {"change": ["c.txt"], "seed": 0},
+        "train": {"prompts": ["/* a comment */", "https://x.org?y"]},
+    }
