@@ -160,6 +160,9 @@ class OptimSection(Section):
     """Share of the steps in which wsd falls."""
     final_lr_fraction: float = Field(default=0.0, ge=0.0, le=1.0)
     """What the schedule falls to, as a fraction of the peak."""
+    schedule_steps: int | None = Field(default=None, ge=1)
+    """Steps of the schedule; null for train.steps as the run begins. A run that goes on keeps them, also where train.steps is raised: further
+    steps have the last one's rate. `run.change: [optim.schedule_steps]` draws the schedule anew, over train.steps where this is null."""
     weight_decay: float = Field(default=0.1, ge=0.0)
     """Decoupled decay of the output and MLP projections."""
     beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
@@ -176,7 +179,7 @@ class TrainSection(Section):
     """The loop."""
 
     steps: int = Field(default=1000, ge=1)
-    """Optimizer steps in all. A finished run goes on when this is raised."""
+    """Optimizer steps in all. A finished run goes on when this is raised, at the learning rate that it ended with (optim.schedule_steps)."""
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"
     """bf16 is autocast over fp32 weights; the recurrent state is fp32 all the same."""
     recompute: Literal["none", "selective", "full"] = "none"

@@ -26,6 +26,8 @@ class RunFolder:
     """Where to go on, or None to begin."""
     manifest: dict[str, Any]
     """Of the checkpoint; empty without one."""
+    saved: dict[str, Any]
+    """Resolved recipe of the checkpoint; empty without one."""
     lock: IO[str] | None
     metrics: MetricsFile
 
@@ -76,8 +78,8 @@ def open_folder(recipe: Recipe, accelerator: Accelerator) -> RunFolder:
         if held is not None:
             held.close()
         raise UserError(*problems)
-    checkpoint, manifest = found or (None, {})
-    return RunFolder(path, checkpoint, manifest, held, MetricsFile(path / "metrics.jsonl", warn))
+    checkpoint, manifest, saved = found or (None, {}, {})
+    return RunFolder(path, checkpoint, manifest, saved, held, MetricsFile(path / "metrics.jsonl", warn))
 
 
 def _lock(path: Path) -> IO[str]:
@@ -92,7 +94,7 @@ def _lock(path: Path) -> IO[str]:
     return file
 
 
-def _where_to_go_on(path: Path, recipe: Recipe) -> tuple[Path, dict[str, Any]] | None:
+def _where_to_go_on(path: Path, recipe: Recipe) -> tuple[Path, dict[str, Any], dict[str, Any]] | None:
     folder, resume = path / "checkpoints", recipe.run.resume
     if resume == "never":
         if steps_in(folder):
@@ -102,9 +104,11 @@ def _where_to_go_on(path: Path, recipe: Recipe) -> tuple[Path, dict[str, Any]] |
         return None
     found = newest_valid(folder, warn)
     if found is not None:
-        check_unchanged(yaml.safe_load((found[0] / "config.yaml").read_text()), recipe, str(path))
-    elif resume == "must":
+        saved = yaml.safe_load((found[0] / "config.yaml").read_text())
+        check_unchanged(saved, recipe, str(path))
+        return *found, saved
+    if resume == "must":
         raise UserError(("run.resume", f"must, but {path} holds no valid checkpoint"))
-    elif broken := steps_in(folder):
+    if broken := steps_in(folder):
         raise UserError(("run.dir", f"none of the {len(broken)} checkpoints in {folder} is valid (see above); remove them to begin anew"))
-    return found
+    return None

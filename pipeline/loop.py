@@ -162,7 +162,7 @@ def _one_step(run: Run, step: int, batch: list[Chunk], num_scored: float) -> dic
         reader.position = chunk.state
     mine = torch.stack(losses).tolist()
     (loss,) = processes.total(accelerator, [sum(mine)])
-    lr = learning_rate(recipe.optim, step, recipe.train.steps)
+    lr = learning_rate(recipe.optim, step, recipe.optim.schedule_steps or recipe.train.steps)
     entry: dict[str, Any] = {"loss": loss, "lr": lr}
     if recipe.train.skip_spikes is not None and (why := _spike(run, loss)):
         engine.discard()

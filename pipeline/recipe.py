@@ -1,6 +1,7 @@
 """A recipe from its file and the command line: every mistake found at once, each on a line of its own."""
 
 import collections
+import dataclasses
 import difflib
 import json
 import sys
@@ -16,10 +17,10 @@ from ..data.errors import UserError
 from .config import SECTIONS, Recipe
 from .public import config_without_credentials
 
-# What may change when a run goes on: where it lives, how long it is, how it reports. Everything else decides the losses.
+# What may change when a run goes on: where it lives, how long it is, how it reports. Everything else decides the losses; parallel.context does
+# so with dropout alone (`free_on_resume`).
 FREE_ON_RESUME = {
-    *("run.dir", "run.resume", "run.change", "data.workers", "data.validation_tokens"),
-    "parallel.context",
+    *("run.dir", "run.resume", "run.change", "data.workers", "data.validation_tokens", "parallel.context"),
     *(
         "train.steps",
         "train.log_every",
@@ -233,21 +234,47 @@ def flatten(values: dict[str, Any]) -> dict[str, Any]:
     return {f"{section}.{name}": value for section, fields in values.items() for name, value in fields.items()}
 
 
+def schedule_steps_of(saved: dict[str, Any]) -> int:
+    """Steps of the learning rate's schedule of a run whose resolved recipe was saved. Older runs had no other than train.steps."""
+    return saved["optim"].get("schedule_steps") or saved["train"]["steps"]
+
+
+def settled(recipe: Recipe, saved: dict[str, Any]) -> Recipe:
+    """The recipe with what it leaves to the run: `optim.schedule_steps` as the run began with, unless run.change names it.
+
+    Args:
+        saved: the resolved recipe of the checkpoint to go on from; empty for a run that begins.
+    """
+    steps = recipe.optim.schedule_steps
+    if steps is None:
+        keeps = saved and "optim.schedule_steps" not in recipe.run.change
+        steps = schedule_steps_of(saved) if keeps else recipe.train.steps
+    return dataclasses.replace(recipe, optim=recipe.optim.model_copy(update={"schedule_steps": steps}))
+
+
+def free_on_resume(saved: dict[str, Any]) -> set[str]:
+    """Settings that do not decide the losses of a run."""
+    fixed = {"parallel.context"} if saved["model"].get("dropout") else set()  # each process of a context draws masks of its own
+    return FREE_ON_RESUME - fixed
+
+
 def check_unchanged(saved: dict[str, Any], recipe: Recipe, folder: str) -> None:
     """A run goes on with the settings it was started with.
 
     Raises:
         UserError: each setting that differs, is not free to, and was not named in run.change.
     """
-    old, new = flatten(saved), flatten(resolved(recipe))
-    allowed = FREE_ON_RESUME | set(recipe.run.change)
+    old = flatten(saved) | {"optim.schedule_steps": schedule_steps_of(saved)}
+    new = flatten(resolved(settled(recipe, saved)))
+    allowed = free_on_resume(saved) | set(recipe.run.change)
     different = [key for key in new if key in old and old[key] != new[key] and key not in allowed and not key.startswith("tracking.")]
 
     def problem(key: str) -> str:
+        why = " (with model.dropout it decides which values are dropped)" if key == "parallel.context" else ""
         advice = "set it back, or name another run.dir"
         if not key.startswith(FIXED_ON_RESUME):
             advice += f", or accept the change with --run.change [{key}]"
-        return f"is {new[key]!r}, but the run in {folder} was started with {old[key]!r}; {advice}"
+        return f"is {new[key]!r}, but the run in {folder} was started with {old[key]!r}{why}; {advice}"
 
     if different:
         raise UserError(*((key, problem(key)) for key in different))

@@ -29,14 +29,15 @@ from ..models.context_parallel import use_context_parallel
 from ..models.recompute import checkpointing_options
 from . import checkpoint, processes
 from .checkpoint import ReaderState
-from .config import Recipe
+from .config import OptimSection, Recipe
 from .engine import Engine, build_engine
 from .evaluation import validation_sets
 from .export import model_config
 from .folder import RunFolder, warn
 from .machine import matmul_rate
+from .optim import learning_rate
 from .processes import Layout
-from .recipe import flatten, resolved
+from .recipe import flatten, resolved, schedule_steps_of, settled
 from .saving import Saver
 from .tracking import Tracker
 from .watchdog import Watchdog
@@ -104,6 +105,7 @@ def set_up(recipe: Recipe, accelerator: Accelerator, folder: RunFolder) -> Run:
     Raises:
         UserError: data, a checkpoint or an export that cannot be used, from whichever process met it.
     """
+    recipe = settled(recipe, folder.saved)
     rate = matmul_rate(accelerator.device, DTYPES[recipe.train.precision])  # before anything runs beside it
     layout = processes.layout_of(accelerator, recipe.parallel.context, patience(recipe))
     mine = layout.readers(recipe.batch.readers)
@@ -151,7 +153,23 @@ def set_up(recipe: Recipe, accelerator: Accelerator, folder: RunFolder) -> Run:
     if layout.context > 1 and recipe.train.compile and recipe.train.recompute != "none":
         run.say("warning: with parallel.context, train.compile does nothing for blocks that train.recompute runs again; they stay as they are")
     run.say(f"{folder.path}: {size}, {layout_said}; {f'going on from step {step}' if step else 'from the beginning'}")
+    if folder.saved and (note := _learning_rate_note(recipe, folder.saved, step)):
+        run.say(note)
     return run
+
+
+def _learning_rate_note(recipe: Recipe, saved: dict[str, Any], step: int) -> str | None:
+    """What the learning rate does from here on, where the run is longer or shorter than it was, or its schedule another."""
+    before, steps, schedule = saved["train"]["steps"], recipe.train.steps, recipe.optim.schedule_steps or recipe.train.steps
+    if (steps, schedule) == (before, schedule_steps_of(saved)) or step >= steps:
+        return None
+    was = learning_rate(OptimSection.model_construct(**saved["optim"]), step, schedule_steps_of(saved))
+    first, last = (learning_rate(recipe.optim, at, schedule) for at in (step + 1, steps))
+    does = f"stays at {first:.3g}" if first == last else f"{'falls' if last < first else 'rises'} from {first:.3g} to {last:.3g}"
+    note = f"train.steps is {steps}, it was {before}: the learning rate, {was:.3g} at step {step}, {does} until step {steps}"
+    if schedule < steps and recipe.optim.schedule != "constant":
+        note += f"; its schedule ends at step {schedule}. --optim.schedule_steps {steps} --run.change [optim.schedule_steps] draws it anew"
+    return note
 
 
 Opened = tuple[ChunkLoader, Sequence[ValidationSet] | Sequence[TaskValidation], dict[int, ReaderState], Any, MinRNNForCausalLM]

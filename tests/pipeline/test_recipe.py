@@ -7,7 +7,7 @@ import pytest
 import yaml
 from minrnn.data import UserError
 from minrnn.pipeline.config import SECTIONS
-from minrnn.pipeline.recipe import build_recipe, check_unchanged, flatten, help_text, read_recipe, resolved
+from minrnn.pipeline.recipe import build_recipe, check_unchanged, flatten, help_text, read_recipe, resolved, settled
 from minrnn.pipeline.run import corpus_of
 
 
@@ -166,6 +166,35 @@ def test_only_what_decides_no_loss_is_free_to_change():
     with pytest.raises(UserError) as raised:
         check_unchanged(saved, recipe, "runs/x")
     assert {key for key, _ in raised.value.problems} == fixed.keys()
+
+
+def test_a_longer_run_keeps_the_schedule_it_began_with():
+    """Also where it began before the schedule was written down; another one is a setting like others."""
+    began = resolved(settled(build_recipe({"train": {"steps": 100}}), {}))
+    assert began["optim"]["schedule_steps"] == 100
+    older = {**began, "optim": {key: value for key, value in began["optim"].items() if key != "schedule_steps"}}
+    for saved in (began, older):
+        longer = build_recipe({"train": {"steps": 300}})
+        check_unchanged(saved, longer, "runs/x")
+        assert settled(longer, saved).optim.schedule_steps == 100
+        longer.run.change = ["optim.schedule_steps"]
+        assert settled(longer, saved).optim.schedule_steps == 300
+        explicit = build_recipe({"train": {"steps": 300}, "optim": {"schedule_steps": 200}})
+        with pytest.raises(UserError, match=r"optim\.schedule_steps: is 200, but the run in runs/x was started with 100"):
+            check_unchanged(saved, explicit, "runs/x")
+        explicit.run.change = ["optim.schedule_steps"]
+        check_unchanged(saved, explicit, "runs/x")
+
+
+def test_processes_of_a_sequence_may_change_where_that_changes_nothing():
+    two = {"parallel": {"context": 2}}
+    check_unchanged(resolved(build_recipe({})), build_recipe(two), "runs/x")
+    dropping = {"model": {"dropout": 0.1}}
+    with pytest.raises(UserError, match=r"parallel\.context: is 2, .* was started with 1 \(with model\.dropout") as raised:
+        check_unchanged(resolved(build_recipe(dropping)), build_recipe(dropping | two), "runs/x")
+    assert [key for key, _ in raised.value.problems] == ["parallel.context"]
+    meant = build_recipe(dropping | two | {"run": {"change": ["parallel.context"]}})
+    check_unchanged(resolved(build_recipe(dropping)), meant, "runs/x")
 
 
 def test_what_a_run_cannot_change_cannot_be_accepted_either():

@@ -13,6 +13,7 @@ from minrnn.data import UserError
 from minrnn.pipeline import checkpoint, loop
 from minrnn.pipeline.interrupt import Interrupt
 from minrnn.pipeline.metrics import MetricsFile, read_metrics
+from minrnn.pipeline.optim import learning_rate
 from minrnn.pipeline.recipe import build_recipe
 
 Run = Callable[[Values], Path]
@@ -231,14 +232,32 @@ def test_no_valid_checkpoint_is_not_a_fresh_start(values: Values, run_recipe: Ru
         run_recipe({**values, "train": {**values["train"], "steps": 20}})
 
 
-def test_a_finished_run_says_so_and_goes_on_when_it_is_lengthened(values: Values, run_recipe: Run, capsys):
+def test_a_finished_run_says_so_and_goes_on_when_it_is_lengthened(values: Values, run_recipe: Run, capfd):
+    """At the learning rate that it ended with, or with a schedule drawn anew: what becomes of it is said, and stays so when it goes on."""
+    values["optim"]["schedule"] = "cosine"
     folder = run_recipe(values)
     before = (folder / "metrics.jsonl").read_text()
     run_recipe(values)
-    assert "is finished: step 12 of 12" in capsys.readouterr().out
+    assert "is finished: step 12 of 12" in capfd.readouterr().out
     assert (folder / "metrics.jsonl").read_text() == before
+    optim = build_recipe(values).optim
+    rates = [learning_rate(optim, step, 12) for step in range(1, 13)]
     values["train"]["steps"] = 15
     assert [step for step, _ in losses(run_recipe(values))] == list(range(1, 16))
+    assert learning_rates(folder) == pytest.approx([*rates, *[rates[-1]] * 3])
+    note = capfd.readouterr().err
+    assert f"train.steps is 15, it was 12: the learning rate, {rates[-1]:.3g} at step 12, stays at {rates[-1]:.3g} until step 15" in note
+    values["train"]["steps"], values["run"]["change"] = 18, ["optim.schedule_steps"]
+    run_recipe(values)
+    anew = [learning_rate(optim, step, 18) for step in (16, 17, 18)]
+    assert learning_rates(folder)[15:] == pytest.approx(anew)
+    assert f"{rates[-1]:.3g} at step 15, falls from {anew[0]:.3g} to {anew[-1]:.3g} until step 18" in capfd.readouterr().err
+    values["train"]["steps"], values["run"]["change"] = 19, []
+    assert learning_rates(run_recipe(values))[18:] == pytest.approx(anew[-1:]), "the schedule is that of 18 steps now"
+
+
+def learning_rates(folder: Path) -> list[float]:
+    return [entry["lr"] for entry in read_metrics(folder / "metrics.jsonl") if entry["kind"] == "train"]
 
 
 def test_a_run_cut_before_its_export_is_finished_by_the_next_start(values: Values, run_recipe: Run, monkeypatch):
