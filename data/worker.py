@@ -7,10 +7,12 @@ import sys
 
 from .errors import UserError
 from .loader import DirectChunks
+from .output import secure_output
 
 
 def main() -> None:
     """Read the job, then send chunks until nobody listens."""
+    secure_output()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # whoever ends the parent ends this process, by closing the pipe
     out = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())

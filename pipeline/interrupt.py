@@ -1,10 +1,11 @@
 """Ctrl-C, SIGTERM, SIGHUP and SIGUSR1: finish the step, save, leave. A second Ctrl-C leaves at once."""
 
-import contextlib
 import os
 import signal
 import sys
 from types import FrameType
+
+from ..data.output import write_at_once
 
 # A closed terminal sends SIGHUP, batch systems SIGTERM or SIGUSR1. Windows has neither SIGHUP nor SIGUSR1.
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
@@ -23,10 +24,10 @@ class Interrupt:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.requested is not None:
-            _write_stderr("Leaving at once; the last checkpoint is untouched.")
+            write_at_once("\nLeaving at once; the last checkpoint is untouched.\n")
             os._exit(128 + number)
         self.requested = number
-        _write_stderr(f"{signal.Signals(number).name}: saving after this step, then leaving (Ctrl-C once more leaves at once).")
+        write_at_once(f"\n{signal.Signals(number).name}: saving after this step, then leaving (Ctrl-C once more leaves at once).\n")
 
     def __enter__(self) -> "Interrupt":
         for number in SIGNALS:
@@ -37,12 +38,6 @@ class Interrupt:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # pyright: ignore[reportArgumentType] - what signal.signal returned
-
-
-def _write_stderr(line: str) -> None:
-    """Past Python's buffers, which a signal may have met in the middle of a write."""
-    with contextlib.suppress(OSError):  # after SIGHUP the terminal is gone
-        os.write(2, f"\n{line}\n".encode())
 
 
 def leave(number: int, message: str, is_main: bool) -> None:

@@ -3,13 +3,15 @@
 import os
 import sys
 
-from .recipe import exit_with, help_text, read_recipe
+from ..data.output import secure_output
 
 
 def main(argv: list[str] | None = None) -> None:
     """Read the recipe, train. A user's mistakes end it with status 2 and a line for each."""
+    secure_output()  # before a library can open a file on a descriptor that is closed
     from ..data.errors import UserError
     from .errors import NonFiniteError
+    from .recipe import exit_with, help_text, read_recipe
 
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:

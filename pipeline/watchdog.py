@@ -9,7 +9,6 @@ gone for so long: then the launcher is, and whoever comes to start the run again
 
 import os
 import socket
-import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -18,6 +17,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch.distributed import distributed_c10d as c10d
+
+from ..data.output import write_at_once
 
 EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h
 
@@ -116,6 +117,5 @@ class Watchdog:
                     self._leave(f"the launcher's store does not answer ({why}): the launcher, or the machine that holds it, is gone")
 
     def _leave(self, why: str) -> None:
-        sys.stderr.write(f"error: training: rank {self.rank}: {why}. Leaving; the newest checkpoint is as it was (train.peer_timeout).\n")
-        sys.stderr.flush()
+        write_at_once(f"error: training: rank {self.rank}: {why}. Leaving; the newest checkpoint is as it was (train.peer_timeout).\n")
         os._exit(EXIT_STATUS)

@@ -143,3 +143,17 @@ def test_sigterm_to_the_group_and_a_second_interrupt(values: Values, tmp_path: P
     process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGINT
     assert set(saved) <= set((metrics.parent / "checkpoints").iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("redirection", ["> /dev/full 2> /dev/full", "2>&1 | head -c 1", "<&- >&- 2>&-"])
+def test_output_that_goes_nowhere_stops_no_training(values: Values, tmp_path: Path, redirection: str):
+    """Its status is the training's, and a data worker's messages land in no file of the run."""
+    values["data"]["workers"] = 1
+    command = f'"$0" -m minrnn.pipeline.train --config {recipe_file(values, tmp_path)} {redirection}; exit ${{PIPESTATUS[0]}}'
+    ended = subprocess.run(["bash", "-c", command, sys.executable], env=ENVIRONMENT, capture_output=True, timeout=300, check=False)
+    folder = Path(values["run"]["dir"])
+    assert ended.returncode == 0
+    assert (folder / "model" / "model.safetensors").exists()
+    assert (folder / ".lock").read_text() == ""
+    assert [step for step, _ in losses(folder)] == list(range(1, 13))
