@@ -1,41 +1,86 @@
-# The project's commands. Each sets up what it needs; a second call installs nothing.
-#   make setup      a .venv with everything, versions pinned by constraints.txt
-#   make train      the main job: about two minutes of training on two cores, into runs/quickstart/
+# The project's commands. Each installs what it needs first; a second call installs nothing.
+#   make setup      a .venv with the core, versions pinned by constraints.txt (TORCH_INDEX=URL chooses a build of torch, PYTHON=python3.12 a Python)
+#   make setup-X    the core and an extra: eval, bench, deepspeed; test for all of them and the test tools
+#   make train      the main job: a few minutes of training on two cores, into runs/quickstart/
+#   make bench      minrnn bench with all peers (BENCH="train --lengths 512" for another than the scan)
 #   make test       lint, types and tests, a few minutes
 #   make test-slow  what launches many processes or learns for long
 #   make soak       half an hour of random faults against an undisturbed run (MINUTES=5 for less)
 #   make test-multihost  two hosts made of network namespaces, as root; one is lost in the middle of a run
 PYTHON ?= python3
 BIN := .venv/bin
-READY := .venv/.ready
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
+UNFINISHED := .venv/.unfinished
 
-.PHONY: setup train test test-slow test-multihost soak clean
+# pip takes half a package for a whole one, and one build of torch for another. So the .venv is made from nothing after an installation that
+# was interrupted, and for another TORCH_INDEX.
+RESTART := $(if $(wildcard $(UNFINISHED)),from-nothing)
+ifdef TORCH_INDEX
+ifneq ($(TORCH_INDEX),$(shell cat .venv/.torch-index 2> /dev/null))
+RESTART := from-nothing
+endif
+endif
 
-setup: $(READY)
+.PHONY: setup setup-eval setup-bench setup-deepspeed setup-test train bench test test-slow test-multihost soak clean from-nothing
 
-$(READY): pyproject.toml constraints.txt
+setup: .venv/.ready
+setup-eval setup-bench setup-deepspeed setup-test: setup-%: .venv/.ready-%
+
+define CHECK_PYTHON
+import sys
+if sys.version_info < (3, 11):
+    sys.exit("error: PYTHON: $(PYTHON) is Python %d.%d; install 3.11 or newer and name it: make setup PYTHON=python3.11" % sys.version_info[:2])
+try:
+    import ensurepip, venv
+except ImportError:
+    sys.exit("error: PYTHON: $(PYTHON) has no venv or ensurepip; install them (Debian and Ubuntu: apt install python%d.%d-venv)" % sys.version_info[:2])
+endef
+export CHECK_PYTHON
+
+# Byte code is written for what the main job imports, here and not by pip: compiling all of torch takes longer than the rest.
+.venv/.ready: pyproject.toml constraints.txt $(RESTART)
+	@command -v $(PYTHON) > /dev/null || { echo 'error: PYTHON: there is no $(PYTHON); install Python 3.11 or newer' >&2; exit 1; }
+	@$(PYTHON) -c "$$CHECK_PYTHON"
+	$(if $(RESTART),rm -rf .venv)
+	mkdir -p .venv && touch $(UNFINISHED)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench,deepspeed,eval,test]'
+	$(if $(TORCH_INDEX),$(PIP) --index-url $(TORCH_INDEX) --no-deps torch)
+	$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch setuptools
+	$(PIP) --no-build-isolation --editable .
 	mkdir -p .venv/package && ln -sfn ../.. .venv/package/minrnn
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -c 'import alembic, datasets, matplotlib.pyplot, mlflow, sqlalchemy, minrnn.pipeline.loop'
+	$(if $(TORCH_INDEX),echo '$(TORCH_INDEX)' > .venv/.torch-index)
+	rm $(UNFINISHED)
 	touch $@
 
-train: $(READY)
+.venv/.ready-test: EXTRAS := bench,deepspeed,eval,test
+.venv/.ready-%: EXTRAS = $*
+.venv/.ready-%: .venv/.ready
+	touch $(UNFINISHED)
+	$(PIP) --no-build-isolation --editable '.[$(EXTRAS)]'
+	$(BIN)/python -m compileall -q -j 0 .venv/lib > /dev/null || true  # some packages hold files of other Pythons
+	rm $(UNFINISHED)
+	touch $@
+
+train: .venv/.ready
 	$(BIN)/minrnn train --config quickstart
 
-test: $(READY)
+bench: .venv/.ready-bench
+	$(BIN)/minrnn bench $(or $(BENCH),scan)
+
+test: .venv/.ready-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/python -m pytest -q -n 2 -m "not slow"
 
-test-slow: $(READY)
+test-slow: .venv/.ready-test
 	$(BIN)/python -m pytest -q -m slow
 
-soak: $(READY)
+soak: .venv/.ready-test
 	$(BIN)/python tests/soak.py --minutes $(or $(MINUTES),30)
 
-test-multihost: $(READY)
+test-multihost: .venv/.ready-test
 	$(BIN)/python -m pytest -q tests/multihost
 
 clean:

@@ -21,7 +21,7 @@ KINDS = {
 USAGE = """usage: minrnn bench KIND [options]
 
 Measure ours and the peers in one run, in rotation, against the machine's own copy, torch.add and matrix product. Prints tables;
-writes evals/results/bench-KIND-DEVICE.json and .png. Peers come with: pip install 'minrnn[bench]'
+writes evals/results/bench-KIND-DEVICE.json and .png. Peers come with: make setup-bench, or pip install 'minrnn[bench]'
 
 {kinds}
 

@@ -289,7 +289,7 @@ def main(argv: list[str]) -> None:
     except ModuleNotFoundError as error:
         if error.name != "lm_eval":
             raise
-        raise UserError(("eval", "lm-eval is not installed: pip install 'minrnn[eval]'")) from None
+        raise UserError(("eval", "lm-eval is not installed: make setup-eval, or pip install 'minrnn[eval]'")) from None
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") != "0" and all(key != "--device" for key, _ in error.problems):
             raise SystemExit(2) from None

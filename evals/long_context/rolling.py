@@ -121,7 +121,7 @@ def main(argv: Sequence[str]) -> None:
     except ModuleNotFoundError as error:
         if error.name != "lm_eval":
             raise
-        raise UserError(("rolling", "lm-eval is not installed: pip install 'minrnn[eval]'")) from None
+        raise UserError(("rolling", "lm-eval is not installed: make setup-eval, or pip install 'minrnn[eval]'")) from None
     model, tokenizer = documents.load_model(arguments)
     document = documents.find_document(arguments)
     text = beginning(document.text, arguments.bytes)

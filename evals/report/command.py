@@ -184,7 +184,7 @@ def main(argv: list[str]) -> None:
     out: Path = arguments.out
     for module, package in (("markdown_it", "markdown-it-py"), ("scipy", "scipy")):
         if importlib.util.find_spec(module) is None:
-            raise UserError(("report", f"{package} is not installed: pip install 'minrnn[eval]'"))
+            raise UserError(("report", f"{package} is not installed: make setup-eval, or pip install 'minrnn[eval]'"))
     if out.exists() and not out.is_dir():
         raise UserError(("--out", f"{out} is a file; name a folder"))
     sources, unreadable = gather(arguments.paths or [speed.RESULTS], check)
