@@ -1,5 +1,6 @@
 """A run's folder: who may write in it, and where to go on."""
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from accelerate import Accelerator
 from ..data import UserError
 from .checkpoint import newest_valid, replace, steps_in
 from .config import Recipe
+from .folder_checks import folder_problems
 from .locks import lock
 from .metrics import MetricsFile, cut_metrics
 from .processes import from_main
@@ -28,23 +30,41 @@ class RunFolder:
     """Of the checkpoint; empty without one."""
     saved: dict[str, Any]
     """Resolved recipe of the checkpoint; empty without one."""
+    is_finished: bool
+    """Whether what follows the last step is there: exported model, samples, artifacts."""
     lock: IO[str] | None
     metrics: MetricsFile
+    _config: str = ""
 
     def begin(self, recipe: Recipe) -> None:
         """Everything is ready: cut the metrics to the checkpoint's step and write down the settings that hold from here on."""
         if num_cut := cut_metrics(self.metrics.path, self.manifest.get("step", 0)):
             warn(f"{num_cut} lines of {self.metrics.path} came after the checkpoint; they are written again")
-        replace(self.path / "config.yaml", yaml.safe_dump(resolved(recipe), sort_keys=False))
-
-    def finished_step(self) -> int | None:
-        """The step whose model was exported, if any was."""
-        note = self.path / ".finished"
-        return int(note.read_text()) if note.exists() and note.read_text().isdigit() else None
+        self._config = yaml.safe_dump(resolved(recipe), sort_keys=False)
+        replace(self.path / "config.yaml", self._config)
 
     def mark_finished(self, step: int) -> None:
-        """The model of this step is exported."""
+        """What follows the last step is there. Whatever a kill before this leaves undone is done at the next start."""
         replace(self.path / ".finished", str(step))
+
+    def restore(self) -> None:
+        """Make the folder again, with its lock and settings, if it was removed while the run goes on.
+
+        Raises:
+            UserError: another run has taken its place.
+        """
+        if self.lock is None or _is_lock_of(self.lock, self.path):
+            return
+        was_removed = not (self.path / "config.yaml").exists()
+        try:
+            lock = _lock(self.path)
+            self.lock.close()
+            self.lock = lock
+            replace(self.path / "config.yaml", self._config)
+        except OSError:  # what is written next says why
+            return
+        if was_removed:
+            warn(f"{self.path} was removed while the run goes on; it is made again, without the metrics and checkpoints that were in it")
 
     def close(self) -> None:
         """Let others write there."""
@@ -61,37 +81,66 @@ def open_folder(recipe: Recipe, accelerator: Accelerator) -> RunFolder:
     """Create or reopen `run.dir`; all processes agree on the checkpoint to go on from.
 
     Raises:
-        UserError: another run is writing there, run.resume does not allow what is there, or the run was started with other settings.
+        UserError: the folder is of no use or not a run's, another run is writing there, run.resume does not allow what is there, or the run was
+            started with other settings.
     """
     path = Path(recipe.run.dir)
-    held, found, problems = None, None, []
+    held, found, is_finished, problems = None, None, False, []
     if accelerator.is_main_process:
         try:
+            if unusable := folder_problems(path):
+                raise UserError(*(("run.dir", problem) for problem in unusable))
             held = _lock(path)
+            recover_export(path / "model")
             found = _where_to_go_on(path, recipe)
+            is_finished = found is not None and found[1]["step"] >= recipe.train.steps and _is_finished(path, found[1]["step"])
         except UserError as error:
             problems = error.problems
         except OSError as error:
-            problems = [("run.dir", f"cannot write to {path}: {error.strerror}")]
-    found, problems = from_main(accelerator, (found, problems))
+            problems = [("run.dir", f"cannot use {path}: {error.strerror}")]
+    found, is_finished, problems = from_main(accelerator, (found, is_finished, problems))
     if problems:
         if held is not None:
             held.close()
         raise UserError(*problems)
     checkpoint, manifest, saved = found or (None, {}, {})
-    return RunFolder(path, checkpoint, manifest, saved, held, MetricsFile(path / "metrics.jsonl", warn))
+    return RunFolder(path, checkpoint, manifest, saved, is_finished, held, MetricsFile(path / "metrics.jsonl", warn))
 
 
 def _lock(path: Path) -> IO[str]:
     path.mkdir(parents=True, exist_ok=True)
-    file = (path / ".lock").open("w")
+    file = (path / ".lock").open("a")
     try:
         unlocked = lock(file, wait=False)
     except BlockingIOError:
+        file.close()
         raise UserError(("run.dir", f"another process is training in {path}; wait for it, or name another folder")) from None
     if unlocked is not None:
         warn(f"{path} is not locked, since {unlocked}; see to it that no other process trains in it")
     return file
+
+
+def _is_lock_of(file: IO[str], path: Path) -> bool:
+    """Whether the folder still holds the file that was locked; a file system that gives no answer does not say otherwise."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path / ".lock"))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+
+
+def recover_export(folder: Path) -> None:
+    """Give an exported model its name back, if the export that was to replace it was killed between its renames."""
+    replaced = folder.with_name(f".{folder.name}.replaced")
+    if os.path.lexists(replaced) and not os.path.lexists(folder):
+        os.rename(replaced, folder)
+
+
+def _is_finished(path: Path, step: int) -> bool:
+    """Whether what follows the last step was done at this step, and the model is still there."""
+    note, model = path / ".finished", path / "model"
+    return note.exists() and note.read_text() == str(step) and (model / "config.json").exists() and any(model.glob("*.safetensors"))
 
 
 def _where_to_go_on(path: Path, recipe: Recipe) -> tuple[Path, dict[str, Any], dict[str, Any]] | None:

@@ -54,7 +54,7 @@ def train(recipe: Recipe) -> None:
     transformers.logging.disable_progress_bar()
     accelerator = processes.start(patience(recipe))
     with contextlib.closing(open_folder(recipe, accelerator)) as folder:
-        if folder.manifest.get("step", 0) >= recipe.train.steps and folder.finished_step() == folder.manifest["step"]:
+        if folder.is_finished:
             if accelerator.is_main_process:
                 done = f"{folder.path} is finished: step {folder.manifest['step']} of {recipe.train.steps}"
                 print(f"{done}, model in {folder.path / 'model'}. Raise train.steps to go on.")
@@ -69,6 +69,8 @@ def train(recipe: Recipe) -> None:
             status = "FINISHED" if signal_number is None else "KILLED"
         finally:
             run.close(status)
+        if run.is_main and signal_number is None:
+            folder.mark_finished(run.step)
         if signal_number is not None:
             saved = f"Saved step {run.step} of {recipe.train.steps}" if run.step else "Nothing to save yet"
             message = f"{saved} in {folder.path}; the same command goes on from there."
@@ -238,6 +240,7 @@ def _log(run: Run, entry: dict[str, Any], tokens_per_second: float) -> None:
 
 def _record(run: Run, entry: dict[str, Any]) -> None:
     if run.is_main:
+        run.folder.restore()
         run.folder.metrics.append(entry)
         if run.tracker is not None:
             run.tracker.log(entry)
@@ -281,6 +284,7 @@ def _save(run: Run, is_last: bool) -> None:
             "transformers": transformers.__version__,
         }
         if run.is_main:
+            run.folder.restore()
             run.folder.metrics.sync()
         run.saver.start(run.step, snapshot(run.engine, run.readers, run.layout, resolved(run.recipe)), info)
     if is_last and (failures := run.saver.wait()):
@@ -296,8 +300,7 @@ def _finish(run: Run) -> None:
         model, tokenizer, config = load_checkpoint(path, run.config.vocab_size, "fp64" if recipe.train.precision == "fp64" else "fp32")
         validations = [entry for entry in read_metrics(run.folder.metrics.path) if entry["kind"] == "validation" and entry["step"] == run.step]
         score = f", {told(validations[-1])} on held-out data" if validations else ""
-        export_model(model, tokenizer, folder / "model", config, run.tokens, score)
-        run.folder.mark_finished(run.step)
+        export_model(model, tokenizer, (folder / "model").resolve(), config, run.tokens, score)
         _write_samples(run, model, tokenizer)
         if run.tracker is not None:
             for name in ("config.yaml", "loss.png", "accuracy_by_length.png", "samples.txt"):

@@ -1,0 +1,199 @@
+"""A run's folder: what a run may write in, what it leaves alone, and what is done again after a kill."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import Values, losses
+from minrnn.data import UserError
+from minrnn.pipeline import loop
+from minrnn.pipeline.folder_checks import folder_problems
+from minrnn.pipeline.locks import lock
+from minrnn.pipeline.recipe import build_recipe, resolved
+
+Run = Callable[[Values], Path]
+
+
+class Crash(BaseException):
+    """Ends the training where it stands, as a kill would."""
+
+
+def write(path: Path, text: str = "mine") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_what_no_run_has_made_is_left_alone(values: Values, run_recipe: Run, tmp_path: Path):
+    folder = tmp_path / "run"
+    for name in ("config.yaml", "model/config.json", "metrics.jsonl", "samples.txt", ".lock"):
+        write(folder / name, "name: mine")
+    before = contents(folder)
+    with pytest.raises(UserError, match=r"run\.dir: .* holds config\.yaml, metrics\.jsonl, samples\.txt, model, which the run would overwrite"):
+        run_recipe(values)
+    assert contents(folder) == before
+    shutil.rmtree(folder)
+    write(folder / "config.yaml", yaml.safe_dump(values))  # a recipe is not what a run writes
+    with pytest.raises(UserError, match=r"run\.dir: .* holds config\.yaml"):
+        run_recipe(values)
+    assert yaml.safe_load((folder / "config.yaml").read_text()) == values
+
+
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "loss.png", "accuracy_by_length.png", "mlflow.json", ".finished", "checkpoints/a", "model/a"]
+)
+def test_each_name_that_a_run_writes_counts(tmp_path: Path, name: str):
+    write(tmp_path / name)
+    (problem,) = folder_problems(tmp_path)
+    assert f"holds {name.split('/')[0]}, which" in problem
+
+
+def test_folders_that_a_run_may_use(tmp_path: Path):
+    assert folder_problems(tmp_path / "new" / "deep") == []
+    (tmp_path / "checkpoints").mkdir()
+    assert folder_problems(tmp_path) == []  # made, or linked to another disk, before the run
+    for name in ("notes.md", "slurm-1.out", ".git/config", "evals/a.json", ".lock"):
+        write(tmp_path / name)
+    assert folder_problems(tmp_path) == []
+    config = write(tmp_path / "config.yaml", yaml.safe_dump(resolved(build_recipe({}))))
+    for name in ("metrics.jsonl", "loss.png", "model/config.json", "checkpoints/step-000002/config.yaml"):
+        write(tmp_path / name, config.read_text())
+    assert folder_problems(tmp_path) == []
+    config.unlink()  # the checkpoint's says it too
+    assert folder_problems(tmp_path) == []
+
+
+def a_file(path: Path) -> None:
+    write(path)
+
+
+def a_fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def a_dangling_link(path: Path) -> None:
+    path.symlink_to("nowhere")
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "told"),
+    [
+        (".", a_file, "is no folder"),
+        (".", a_dangling_link, "is a link to nowhere, which is not there"),
+        ("../parent", a_file, "is no folder"),
+        ("checkpoints", a_file, "is no folder"),
+        ("checkpoints", a_dangling_link, "is a link to nowhere"),
+        ("model", a_file, "is no folder"),
+        ("model", a_dangling_link, "is a link to nowhere"),
+        ("metrics.jsonl", Path.mkdir, "is no regular file"),
+        ("metrics.jsonl", a_fifo, "is no regular file"),
+        (".lock", a_fifo, "is no regular file"),
+        ("config.yaml", a_dangling_link, "is a link to nowhere"),
+    ],
+)
+def test_what_would_fail_at_the_end_is_said_at_the_start(tmp_path: Path, name: str, make: Callable[[Path], object], told: str):
+    folder = tmp_path / "run"
+    if name == "../parent":
+        folder = tmp_path / "parent" / "run"
+        make(tmp_path / "parent")
+    elif name == ".":
+        make(folder)
+    else:
+        folder.mkdir()
+        make(folder / name)
+    (problem,) = folder_problems(folder)
+    assert told in problem
+
+
+@pytest.mark.parametrize("path", [Path("x" * 300), Path(*["y" * 200] * 20)])
+def test_names_that_are_too_long(tmp_path: Path, path: Path):
+    (problem,) = folder_problems(tmp_path / path)
+    assert "File name too long" in problem
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_of_somebody_else(tmp_path: Path):
+    tmp_path.chmod(0o500)
+    assert "cannot be written" in folder_problems(tmp_path / "run")[0]
+    assert "cannot be written" in folder_problems(tmp_path)[0]
+
+
+def test_what_follows_the_last_step_is_done_until_it_is_all_there(values: Values, run_recipe: Run, tmp_path: Path, monkeypatch, capfd):
+    """Killed behind the export, then its model removed, then killed within an older export: each start does what is missing."""
+    folder, elsewhere = Path(values["run"]["dir"]), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    folder.mkdir()
+    (folder / "model").symlink_to(elsewhere)
+
+    def killed(*arguments):
+        raise Crash
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "sample", killed)
+        with pytest.raises(Crash):
+            run_recipe(values)
+    assert (elsewhere / "config.json").exists()
+    assert not (folder / "samples.txt").exists()
+    run_recipe(values)
+    assert (folder / "samples.txt").exists()
+    assert (folder / "model").is_symlink()
+    weights = (elsewhere / "model.safetensors").read_bytes()
+
+    (folder / "model").unlink()
+    run_recipe(values)
+    assert (folder / "model" / "model.safetensors").read_bytes() == weights
+
+    (folder / "model").rename(folder / ".model.replaced")
+    capfd.readouterr()
+    run_recipe(values)
+    assert "is finished: step 12 of 12" in capfd.readouterr().out
+    assert (folder / "model" / "model.safetensors").read_bytes() == weights
+    assert not (folder / ".model.replaced").exists()
+
+
+def at_step_7(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
+    original = loop._one_step
+
+    def one_step(run: loop.Run, number: int, *arguments):
+        if number == 7:
+            act()
+        return original(run, number, *arguments)
+
+    monkeypatch.setattr(loop, "_one_step", one_step)
+
+
+def test_a_folder_that_is_removed_is_made_again_with_its_lock(values: Values, run_recipe: Run, monkeypatch, capfd):
+    folder = Path(values["run"]["dir"])
+    with monkeypatch.context() as patched:
+        at_step_7(patched, lambda: shutil.rmtree(folder))
+        run_recipe(values)
+    err = capfd.readouterr().err
+    assert err.count("warning: ") == 1
+    assert "was removed while the run goes on; it is made again" in err
+    assert [step for step, _ in losses(folder)] == list(range(7, 13))
+    assert {"config.yaml", "loss.png", "samples.txt", "checkpoints", "model", ".finished"} <= {path.name for path in folder.iterdir()}
+    run_recipe(values)
+    assert "is finished: step 12 of 12" in capfd.readouterr().out
+
+
+def test_a_folder_that_another_run_has_taken_ends_this_one(values: Values, run_recipe: Run, monkeypatch):
+    folder = Path(values["run"]["dir"])
+    held = []
+
+    def take() -> None:
+        shutil.rmtree(folder)
+        folder.mkdir()
+        held.append((folder / ".lock").open("w"))
+        assert lock(held[0], wait=False) is None
+
+    at_step_7(monkeypatch, take)
+    with pytest.raises(UserError, match="another process is training in"):
+        run_recipe(values)
+    assert [path.name for path in folder.iterdir()] == [".lock"]
