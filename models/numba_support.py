@@ -8,9 +8,10 @@ overlap them. Without that, a loop over six arrays needs so many overlap checks 
 Arithmetic is as it is written, one rounding an operation, and `multiply_add` where one rounding for two is wanted. Were that left to the
 compiler (fastmath's "contract"), it would round vectors and what is left over of a row differently, and the number of threads would show.
 
-numba keeps what it has compiled beside a kernel's file, until that file changes. It does not see a change in this one: delete __pycache__ then.
-
-Kernels run on plain Python threads without the GIL, as many as torch uses: numba's own thread pool may neither be forked nor entered twice.
+Kernels run on plain Python threads without the GIL, as many as torch uses: numba's own thread pool may
+neither be forked nor entered twice. A forked child starts threads of its own, and computes on one thread
+until it asks for more, as a worker of torch's DataLoader does: torch's own threads (OpenMP) do not survive
+a fork either, and the first operation that counts on them waits for ever.
 """
 
 # pyright: reportPossiblyUnboundVariable=false
@@ -18,6 +19,7 @@ Kernels run on plain Python threads without the GIL, as many as torch uses: numb
 
 import functools
 import itertools
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -25,6 +27,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from .kernel_cache import keep_on_disk
 
 try:  # optional: without numba, torch serves the CPU, and remote code loads all the same
     import numba
@@ -117,7 +121,12 @@ if numba is not None:
     store_state = _store_intrinsic("state", "input", "output")
     store_output = _store_intrinsic("output", "input", "state")
 
-    kernel: Callable[..., Any] = functools.partial(numba.njit, nogil=True, cache=True, error_model="numpy", boundscheck=False)
+    compiled: Callable[..., Any] = functools.partial(numba.njit, nogil=True, error_model="numpy", boundscheck=False)
+
+    def kernel(function: Callable, **options: Any) -> Any:
+        """Decorator: compile for each kind of arguments when they first come, and keep that on disk."""
+        return keep_on_disk(compiled(function, **options))
+
     reduction: Callable[..., Any] = functools.partial(kernel, fastmath={"contract", "reassoc"})  # may add in any order, so in lanes
     inlined: Callable[..., Any] = functools.partial(numba.njit, error_model="numpy", forceinline=True)
 
@@ -172,6 +181,17 @@ if numba is not None:
 @functools.lru_cache(maxsize=1)
 def _pool(num_threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(num_threads, thread_name_prefix="minrnn-scan")
+
+
+def _begin_forked_process() -> None:
+    """Threads stay behind in the parent: start from none, ours and torch's."""
+    _pool.cache_clear()
+    if torch.get_num_threads() > 1:
+        torch.set_num_threads(1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_forked_process)
 
 
 def run_tasks(kernel_function, arguments: tuple, num_tasks: int) -> None:

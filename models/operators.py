@@ -17,10 +17,15 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 
 @functools.cache
-def namespace(module_file: str) -> str:
-    """`minrnn_HASH` of a module's file and of those it imports from the same folder, directly or through each other."""
+def source_hash(module_file: str) -> str:
+    """12 hex digits: hash of a module's file and of all that it imports from its folder, directly or not."""
     sources = sorted({Path(module_file), *map(Path, get_relative_import_files(module_file))}, key=lambda path: path.name)
-    return f"minrnn_{hashlib.sha256(b''.join(path.read_bytes() for path in sources)).hexdigest()[:12]}"
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
+
+
+def namespace(module_file: str) -> str:
+    """`minrnn_HASH`: the namespace of the operators that a module defines."""
+    return f"minrnn_{source_hash(module_file)}"
 
 
 def define(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> tuple[Any, bool]:

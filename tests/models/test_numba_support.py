@@ -1,5 +1,10 @@
 """What the numba kernels are built from: elementary functions to the last place, bfloat16, tasks among threads."""
 
+import contextlib
+import os
+import signal
+import subprocess
+import sys
 import threading
 
 import minrnn.models.numba_support as support
@@ -142,6 +147,59 @@ def test_an_error_in_a_thread_is_raised():
 
     with pytest.raises(ZeroDivisionError):
         support.run_tasks(kernel, (), 3)
+
+
+FORKED = """
+import multiprocessing, os, sys, torch
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from minrnn.models import MinRNNConfig, MinRNNForCausalLM
+
+torch.set_num_threads(2)
+model = MinRNNForCausalLM(MinRNNConfig(vocab_size=16, hidden_size=256, num_hidden_layers=1))
+ids = torch.arange(1024).view(4, 256) % 16
+
+def loss(row=None):
+    return model(ids, labels=ids).loss.item()
+
+def train():
+    model(ids, labels=ids).loss.backward()
+    torch.randn(1000, 1000).sigmoid()
+    return torch.get_num_threads()
+
+expected = loss()
+train()
+with multiprocessing.get_context("fork").Pool(2) as pool:
+    assert pool.map(loss, range(2), chunksize=1) == [expected] * 2
+    assert pool.apply(train) == 1
+loader = DataLoader(range(2), batch_size=1, num_workers=1, multiprocessing_context="fork", collate_fn=loss)
+assert list(loader) == [expected] * 2
+rows = Dataset.from_dict({"x": [0, 1]}).map(lambda row: {"loss": loss()}, num_proc=2)
+assert rows["loss"][:] == [expected] * 2
+assert torch.get_num_threads() == 2 and loss() == expected
+os._exit(0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_a_forked_child_computes_what_its_parent_does(tmp_path):
+    """After a parent that has used its threads. The timeout is for a child that waits for threads it has not got."""
+    environment = os.environ | {"HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "2"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", FORKED],
+        env=environment,
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        _, errors = process.communicate(timeout=600)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, errors[-4000:]
 
 
 @pytest.mark.parametrize(
