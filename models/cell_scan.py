@@ -143,7 +143,7 @@ def _check(
     projected: Tensor, gate_bias: Tensor, h0: Tensor | None, document_starts: Tensor | None, lengths: Tensor | None,
     cell: str, activation: str, output_gate: bool, backend: str,
 ) -> None:  # fmt: skip
-    check_backend(backend, projected.device)
+    check_backend(backend, projected.device, projected.dtype)
     for what, name, known in (("cell", cell, tuple(CELLS)), ("candidate activation", activation, CANDIDATE_ACTIVATIONS)):
         if name not in known:
             raise ValueError(f"There is no {what} {name!r}; choose one of {', '.join(known)}.")
@@ -225,7 +225,7 @@ def _cell_scan(
     projected: Tensor, gate_bias: Tensor, h0: Tensor | None, document_starts: Tensor | None, lengths: Tensor | None,
     cell: str, activation: str, output_gate: bool, want_decay: bool, backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    backend = backend or default_backend(projected.device)
+    backend = backend or default_backend(projected.device, projected.dtype)
     _check(projected, gate_bias, h0, document_starts, lengths, cell, activation, output_gate, backend)
     if not _is_fused(projected, cell, backend):
         return composed(projected, gate_bias, h0, document_starts, lengths, cell, activation, output_gate, want_decay, backend)

@@ -155,7 +155,8 @@ def context_cell_scan(
     """
     dtype = torch.promote_types(projected.dtype, torch.float32)
     h0 = projected.new_zeros(len(projected), gate_bias.shape[1], dtype=dtype) if h0 is None else h0.to(dtype)
-    options = {"cell": cell, "activation": activation, "output_gate": output_gate, "backend": backend or default_backend(projected.device)}
+    backend = backend or default_backend(projected.device, projected.dtype)
+    options = {"cell": cell, "activation": activation, "output_gate": output_gate, "backend": backend}
     return _slice_scan(projected, gate_bias, h0, document_starts, group, options)
 
 
@@ -227,4 +228,4 @@ def context_conv(
             f"A slice must hold conv_kernel - 1 = {taps} tokens, but this one has {time}: use longer chunks, or fewer processes for a sequence."
         )
     state = x.new_zeros(batch, taps, width) if state is None else state.to(x.dtype)
-    return _slice_conv(x, weight, state, reach, group, backend or default_backend(x.device))
+    return _slice_conv(x, weight, state, reach, group, backend or default_backend(x.device, x.dtype))

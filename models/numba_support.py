@@ -34,13 +34,25 @@ try:  # optional: without numba, torch serves the CPU, and remote code loads all
     import numba
     from llvmlite import ir
     from numba import types
+    from numba.core import config
     from numba.extending import intrinsic
+
+    IS_DISABLED = bool(getattr(config, "DISABLE_JIT", 0))
+    if IS_DISABLED:
+        numba = None
 except ImportError:
-    numba = None
+    numba, IS_DISABLED = None, False
+
+
+def numba_problem() -> str | None:
+    """Why the numba kernels cannot be compiled; None where they can."""
+    if numba is not None:
+        return None
+    return "numba's compiler is switched off (NUMBA_DISABLE_JIT)" if IS_DISABLED else "the package numba is not installed"
 
 
 def is_available() -> bool:
-    """Whether numba is installed."""
+    """Whether the kernels can be compiled."""
     return numba is not None
 
 

@@ -18,21 +18,24 @@ db. Nothing else is saved.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
+from .numba_support import numba_problem
 from .operators import define
+from .probe_triton import triton_problem
 from .scan_numba import backward as numba_backward
 from .scan_numba import forward as numba_forward
-from .scan_numba import is_available as numba_is_available
 from .scan_torch import accumulate_dtype
 from .scan_torch import backward as torch_backward
 from .scan_torch import forward as torch_forward
 from .scan_triton import backward as triton_backward
 from .scan_triton import forward as triton_forward
-from .scan_triton import is_available as triton_is_available
 
+logger: Any = logging.get_logger(__name__)
 BACKENDS = ("reference", "torch", "numba", "triton")
 
 
@@ -109,26 +112,39 @@ _SCANS = {
 }
 
 
-def default_backend(device: torch.device) -> str:
-    """The fastest backend that runs on `device`."""
+@torch.compiler.assume_constant_result
+def default_backend(device: torch.device, dtype: torch.dtype) -> str:
+    """The fastest backend that runs on tensors of `dtype` on `device`; one line says so where that is not its own.
+
+    A tracer takes the answer for a constant and does not look inside, where a kernel may be tried out.
+    """
     if device.type == "cpu":
-        return "numba" if numba_is_available() else "torch"
-    return "triton" if device.type == "cuda" and triton_is_available() else "torch"
+        kernels, problem = "numba", numba_problem()
+    elif device.type == "cuda":
+        kernels, problem = "triton", triton_problem(device, dtype)
+    else:
+        return "torch"
+    if problem is None:
+        return kernels
+    name = str(dtype).removeprefix("torch.")
+    cost = "the torch backend takes their place, with the same results and several times the memory traffic"
+    logger.warning_once(f"warning: the {kernels} kernels cannot run on {device} in {name}: {problem}; {cost}")
+    return "torch"
 
 
-def check_backend(backend: str, device: torch.device) -> None:
-    """Raises ValueError where `backend` is none, or cannot run on `device`."""
+@torch.compiler.assume_constant_result
+def check_backend(backend: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises ValueError where `backend` is none, or cannot run on tensors of `dtype` on `device`."""
     if backend not in BACKENDS:
-        raise ValueError(f"There is no scan backend {backend!r}; choose one of {', '.join(BACKENDS)}, or none for the fastest here.")
-    if device.type == "meta":
+        choice = f"choose one of {', '.join(BACKENDS)}, or none for the fastest here"
+        raise ValueError(f"There is no scan backend {backend!r}; {choice}.")
+    if device.type == "meta" or backend not in ("numba", "triton"):
         return
-    if backend == "numba" and device.type != "cpu":
-        raise ValueError(f"The numba backend runs on the CPU, but the tensors are on {device}; use backend='torch' or none.")
-    if backend == "numba" and not numba_is_available():
-        raise ValueError("The numba backend needs the package numba: pip install numba, or use backend='torch'.")
-    if backend == "triton" and not triton_is_available(on_cpu=device.type == "cpu"):
-        needs = "the package triton, and tensors on a GPU (or TRITON_INTERPRET=1 for slow checks on the CPU)"
-        raise ValueError(f"The triton backend needs {needs}, but the tensors are on {device}; use another backend, or none for the fastest.")
+    problem = triton_problem(device, dtype) if backend == "triton" else numba_problem()
+    if problem is None and backend == "numba" and device.type != "cpu":
+        problem = f"they run on the CPU, and the tensors are on {device}"
+    if problem is not None:
+        raise ValueError(f"The {backend} kernels cannot run here: {problem}; use another backend, or none for the fastest.")
 
 
 def check_one_device(tensors: dict[str, Tensor | None], device: torch.device) -> None:
@@ -148,7 +164,7 @@ def _check(a: Tensor, b: Tensor, h0: Tensor | None, backend: str) -> None:
         if tensor is not None and not tensor.is_floating_point():
             raise ValueError(f"linear_scan takes floating-point tensors, but {name} is {tensor.dtype}.")
     check_one_device({"a": a, "h0": h0}, b.device)
-    check_backend(backend, b.device)
+    check_backend(backend, b.device, b.dtype)
 
 
 def linear_scan(a: Tensor, b: Tensor, h0: Tensor | None = None, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
@@ -184,7 +200,7 @@ def linear_scan_with_decay(a: Tensor, b: Tensor, h0: Tensor | None = None, *, ba
 
 
 def _scan(a: Tensor, b: Tensor, h0: Tensor | None, want_decay: bool, backend: str | None) -> tuple[Tensor, Tensor, Tensor]:
-    backend = backend or default_backend(b.device)
+    backend = backend or default_backend(b.device, b.dtype)
     _check(a, b, h0, backend)
     if h0 is None:
         h0 = b.new_zeros(b.shape[0], b.shape[2], dtype=accumulate_dtype(a, b))

@@ -11,8 +11,7 @@ bytes take twice as long. Channels are independent, so the result does not depen
 import torch
 from torch import Tensor
 
-from .numba_support import as_numpy, run_tasks, stripe_width
-from .numba_support import is_available as is_available
+from .numba_support import as_numpy, is_available, run_tasks, stripe_width
 from .scan_torch import accumulate_dtype
 
 if is_available():

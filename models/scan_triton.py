@@ -26,7 +26,6 @@ from .tiles_triton import (
     coordinates,
     cut_launch,
     inside,
-    is_available,
     jit,
     latest_token,
     load_previous_rows,
@@ -40,8 +39,6 @@ from .tiles_triton import (
     whole_tiles,
     with_contiguous_channels,
 )
-
-__all__ = ["backward", "backward_launches", "choose_tile", "forward", "forward_launches", "is_available"]
 
 
 @jit

@@ -48,22 +48,12 @@ from torch import Tensor
 try:  # optional: without triton the torch backend serves the GPU, and remote code loads all the same
     import triton
     import triton.language as tl
+    from triton import knobs
 except ImportError:
-    triton = tl = None
+    triton = tl = knobs = None
 
 jit: Any = triton.jit if triton is not None else (lambda function: function)  # without triton nobody calls what it decorates
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret) if triton is not None else None
-
-
-def is_available(on_cpu: bool = False) -> bool:
-    """Whether these kernels can run here: triton is installed, and there is an NVIDIA GPU or TRITON_INTERPRET=1 was set before the import.
-
-    Args:
-        on_cpu: whether they can on CPU tensors, which takes the interpreter.
-    """
-    if triton is None or INTERPRETED.value:
-        return triton is not None
-    return torch.cuda.is_available() and torch.version.hip is None and not on_cpu
+INTERPRETED = tl.constexpr(knobs.runtime.interpret) if knobs is not None else None
 
 
 class Tile(NamedTuple):

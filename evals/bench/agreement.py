@@ -118,7 +118,7 @@ def cases(device: torch.device, backend: str, tiny: bool) -> list[Callable[[], d
 
 def run_checks(device: torch.device, tiny: bool, report: Callable[[list[dict[str, Any]]], None]) -> None:
     """Run every check with the device's default backend; `report` is told all rows so far, often."""
-    backend = default_backend(device)
+    backend = default_backend(device, torch.bfloat16)
     rows: list[dict[str, Any]] = []
     try:
         for number, case in enumerate(cases(device, backend, tiny)):

@@ -149,6 +149,38 @@ def test_an_error_in_a_thread_is_raised():
         support.run_tasks(kernel, (), 3)
 
 
+WITHOUT_KERNELS = """
+import torch
+from minrnn.models import MinRNNConfig, MinRNNForCausalLM
+
+model = MinRNNForCausalLM(MinRNNConfig(vocab_size=16, hidden_size=16, num_hidden_layers=2))
+ids = torch.arange(32).view(2, 16) % 16
+model(ids, labels=ids).loss.backward()
+model(ids, labels=ids).loss.backward()
+assert not torch.stack([parameter.grad.norm() for parameter in model.parameters()]).isnan().any()
+"""
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"NUMBA_DISABLE_JIT": "1"},
+        pytest.param({"NUMBA_DISABLE_JIT": "1", "PYTHONOPTIMIZE": "2"}, marks=pytest.mark.slow),
+        pytest.param({"PYTHONOPTIMIZE": "2"}, marks=pytest.mark.slow),
+    ],
+)
+def test_models_train_under_settings_of_the_environment(environment, tmp_path):
+    """Without numba's compiler the torch backend serves, and one line says so; without docstrings nothing changes."""
+    variables = os.environ | environment
+    if "PYTHONOPTIMIZE" in environment:
+        variables["PYTHONPYCACHEPREFIX"] = str(tmp_path)  # of all packages, for this test alone
+    finished = subprocess.run([sys.executable, "-c", WITHOUT_KERNELS], env=variables, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    warnings = [line for line in finished.stderr.splitlines() if line.startswith("warning:")]
+    assert len(warnings) == ("NUMBA_DISABLE_JIT" in environment)
+    assert all("switched off (NUMBA_DISABLE_JIT)" in line for line in warnings)
+
+
 FORKED = """
 import multiprocessing, os, sys, torch
 from datasets import Dataset

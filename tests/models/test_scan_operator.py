@@ -90,15 +90,12 @@ def test_inputs_stay_and_outputs_are_new(backend):
         assert all(torch.equal(tensor, copy) for tensor, copy in zip(arguments, before, strict=True))
 
 
-@pytest.mark.parametrize("has_triton", [False, True])
-def test_default_backend_is_triton_on_the_gpu(has_triton, monkeypatch):
-    monkeypatch.setattr(scan_module, "triton_is_available", lambda on_cpu=False: has_triton)
-    assert scan_module.default_backend(torch.device("cuda")) == ("triton" if has_triton else "torch")
-    assert scan_module.default_backend(torch.device("meta")) == "torch"
-
-
-def test_default_backend_is_numba_on_the_cpu():
-    assert scan_module.default_backend(torch.device("cpu")) == "numba"
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_default_backend_is_the_one_of_the_device(dtype, monkeypatch):
+    monkeypatch.setattr(scan_module, "triton_problem", lambda device, dtype: None)
+    assert scan_module.default_backend(torch.device("cuda"), dtype) == "triton"
+    assert scan_module.default_backend(torch.device("cpu"), dtype) == "numba"
+    assert scan_module.default_backend(torch.device("meta"), dtype) == "torch"
     assert exported_linear_scan is linear_scan
 
 
@@ -164,14 +161,24 @@ def test_unknown_backends_and_devices_are_refused():
         linear_scan(a.to("meta"), b, h0)
 
 
-def test_numba_without_numba_is_refused(monkeypatch):
-    monkeypatch.setattr(scan_module, "numba_is_available", lambda: False)
-    assert scan_module.default_backend(torch.device("cpu")) == "torch"
-    with pytest.raises(ValueError, match="pip install numba"):
-        linear_scan(*inputs("contiguous", 3), backend="numba")
+@pytest.mark.parametrize(("device", "kernels"), [("cpu", "numba"), ("cuda:1", "triton")])
+def test_kernels_that_cannot_run_are_replaced_in_words_or_refused(device, kernels, monkeypatch):
+    """One line, with what is wrong and what it costs; where they were asked for by name, an error with the reason."""
+    warnings: list[str] = []
+    monkeypatch.setattr(scan_module, "numba_problem", lambda: "the reason")
+    monkeypatch.setattr(scan_module, "triton_problem", lambda device, dtype: "the reason")
+    monkeypatch.setattr(scan_module.logger, "warning_once", warnings.append)
+    assert scan_module.default_backend(torch.device(device), torch.bfloat16) == "torch"
+    assert len(warnings) == 1
+    said = f"warning: the {kernels} kernels cannot run on {device} in bfloat16: the reason; the torch backend takes their place"
+    assert warnings[0].startswith(said)
+    assert "\n" not in warnings[0]
+    with pytest.raises(ValueError, match=f"The {kernels} kernels cannot run here: the reason; use another backend"):
+        scan_module.check_backend(kernels, torch.device(device), torch.bfloat16)
 
 
-def test_triton_without_a_gpu_is_refused(monkeypatch):
-    monkeypatch.setattr(scan_module, "triton_is_available", lambda on_cpu=False: False)
-    with pytest.raises(ValueError, match=r"needs the package triton, and tensors on a GPU .*, but the tensors are on cpu; use another backend"):
+def test_triton_without_a_gpu_is_refused():
+    with pytest.raises(ValueError, match=r"they run on a GPU .*, and the tensors are on cpu; use another backend"):
         linear_scan(*inputs("contiguous", 3), backend="triton")
+    with pytest.raises(ValueError, match="they run on the CPU, and the tensors are on cuda:0; use another backend"):
+        scan_module.check_backend("numba", torch.device("cuda:0"), torch.float32)

@@ -11,6 +11,7 @@ from helpers import assert_close, generator
 from minrnn.models import cell_scan_triton, scan_triton
 from minrnn.models.cell_scan import FUSED_CELLS
 from minrnn.models.cells import CELLS
+from minrnn.models.probe_triton import SIZE, run_probe
 from minrnn.models.tiles_triton import Tile, plan_chunks, run_all
 from torch import Tensor
 
@@ -56,6 +57,11 @@ def to_device(tensors: Problem) -> Problem:
     memory = (torch.empty(0, dtype=x.dtype).set_(x.untyped_storage()).to(DEVICE) for x in tensors)
     a, b, c, d, e = (whole.as_strided(x.shape, x.stride(), x.storage_offset()) for whole, x in zip(memory, tensors, strict=True))
     return a, b, c, d, e
+
+
+@pytest.mark.parametrize("dtype", [FP64, FP32, FP16, BF16])
+def test_the_probe_passes(dtype):
+    run_probe(torch.zeros(SIZE, dtype=dtype, device=DEVICE))
 
 
 # The scan of given decays
