@@ -62,6 +62,7 @@ def main(argv: list[str] | None = None) -> None:
         train(rest)
         return
     from ..data.errors import UserError
+    from ..pipeline.errors import StorageError
 
     try:
         if command == "export":
@@ -74,6 +75,9 @@ def main(argv: list[str] | None = None) -> None:
     except UserError as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
+    except StorageError as error:
+        print(f"error: {command}: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
 
 
 if __name__ == "__main__":

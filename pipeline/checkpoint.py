@@ -8,16 +8,17 @@
         config.yaml               the resolved recipe
         manifest.json             every file's size and SHA-256, written last
 
-A checkpoint is built in a hidden folder, synced to disk, and renamed (`saving.Saver`). Only a folder whose manifest holds for every file is
-one; older ones are removed after the new one is valid. Nothing in it depends on the number of processes or on the engine: the writing is
-shared, the result is not.
+A checkpoint is built in a hidden folder, synced to disk, and renamed (`saving.Saver`). Only a folder whose manifest holds
+for every file, and for itself, is one; older ones are removed after the new one is valid. One that turns out to be
+damaged is renamed to step-000200.invalid-1. Nothing in a checkpoint depends on the number of processes or on the engine:
+the writing is shared, the result is not.
 """
 
 import hashlib
 import json
-import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +29,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..models import MinRNNCache
+from .storage import read, sync
 
 MANIFEST = "manifest.json"
+FORMAT = 2  # of the manifest: since 2 it has a checksum of its own
+INVALID_KEPT = 3  # damaged checkpoints, newest first
 
 
 @dataclass
@@ -47,24 +51,6 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def sync(path: Path) -> None:
-    """To the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.part")
-    unfinished.write_text(text)
-    sync(unfinished)
-    os.replace(unfinished, path)
-    sync(path.parent)
-
-
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -79,23 +65,75 @@ def write_file(path: Path, write: Callable[[Path], object]) -> tuple[str, dict[s
 
 def publish(building: Path, final: Path, manifest: dict[str, Any]) -> None:
     """Seal a built folder with its manifest and give it its name."""
-    write_file(building / MANIFEST, lambda path: path.write_text(json.dumps(manifest, indent=1)))
+    write_file(building / MANIFEST, lambda path: path.write_text(_sealed({"format": FORMAT, **manifest})))
     sync(building)
     if final.exists():  # an invalid one of the same step, or the run would have gone on from it
-        final.rename(final.with_name(f".{final.name}.replaced"))
+        set_aside(final)
     building.rename(final)
     sync(final.parent)
 
 
+def _sealed(manifest: dict[str, Any]) -> str:
+    """The text of a manifest, with the SHA-256 of its fields."""
+    digest = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
+    return json.dumps({**manifest, "sha256": digest}, indent=1)
+
+
 def remove_old(folder: Path, keep: int, step: int) -> None:
-    """Keep the newest up to `step`; what claims to be newer is invalid, or the run would have gone on from it."""
+    """Keep the newest up to `step`; what claims to be newer cannot be valid, or the run would have gone on from it."""
     paths = steps_in(folder)
-    for path in [p for p in paths if _step_of(p) > step] + [p for p in paths if _step_of(p) <= step][keep:]:
-        grave = path.with_name(f".{path.name}.removing")
-        path.rename(grave)  # so that no half-removed folder keeps the name
-        shutil.rmtree(grave, ignore_errors=True)
+    for path in [p for p in paths if _step_of(p) > step]:
+        set_aside(path)
+    for path in [p for p in paths if _step_of(p) <= step][keep:]:
+        _remove(path)
+    remove_leftovers(folder)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a process that was killed left of building or removing checkpoints."""
     for leftover in folder.glob(".step-*"):
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def make_room(folder: Path, newest: int | None) -> str | None:
+    """Remove what is needed least: a damaged checkpoint, or else the oldest, but never the newest valid one.
+
+    Returns:
+        Its name; None where nothing could go.
+    """
+    others = [path for path in reversed(steps_in(folder)) if newest is not None and _step_of(path) != newest]
+    for path in [*reversed(_invalid_in(folder)), *others]:
+        _remove(path)
+        return path.name
+    return None
+
+
+def _remove(path: Path) -> None:
+    grave = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    path.rename(grave / path.name)  # so that no half-removed folder keeps the name
+    shutil.rmtree(grave, ignore_errors=True)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged checkpoint: it is not taken for one, and can still be looked at. The newest few are kept.
+
+    Returns:
+        Its new path.
+    """
+    numbers = [int(old.name.rpartition("-")[2]) for old in _invalid_in(path.parent) if old.stem == path.name]
+    number = max(numbers, default=0) + 1
+    aside = path.with_name(f"{path.name}.invalid-{number}")
+    path.rename(aside)
+    sync(path.parent)
+    for old in _invalid_in(path.parent)[INVALID_KEPT:]:
+        _remove(old)
+    return aside
+
+
+def _invalid_in(folder: Path) -> list[Path]:
+    """Damaged checkpoints that were set aside, newest first."""
+    paths = (path for path in folder.glob("step-*.invalid-*") if re.fullmatch(r"step-\d+\.invalid-\d+", path.name))
+    return sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True)
 
 
 def steps_in(folder: Path) -> list[Path]:
@@ -109,36 +147,56 @@ def _step_of(path: Path) -> int:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest, after checking every file against it.
+    """The manifest, after checking every file against it, and itself.
 
     Raises:
         ValueError: naming the file that is missing, cut short or changed.
+        StorageError: a file that cannot be read now, which says nothing about the checkpoint.
     """
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        text = read(path / MANIFEST, Path.read_text)
+        manifest = json.loads(text)
+        fields = {key: value for key, value in manifest.items() if key != "sha256"}
+        if ("format" in manifest or "sha256" in manifest) and text != _sealed(fields):  # neither: of before format 2
+            raise ValueError("its own checksum differs")
         files = [(name, entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()]
         if manifest["step"] != _step_of(path) or not {"model.safetensors", "optimizer.safetensors", "config.yaml"} <= manifest["files"].keys():
             raise ValueError("not this step's")
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path / MANIFEST} is missing or unreadable ({type(error).__name__})") from None
+    except (FileNotFoundError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path / MANIFEST} is missing or damaged ({type(error).__name__})") from None
     for name, size, sha256 in files:
-        file = path / name
-        if not file.is_file():
-            raise ValueError(f"{file} is missing")
-        if file.stat().st_size != size:
-            raise ValueError(f"{file} has {file.stat().st_size} bytes instead of {size}: it was cut short or changed")
-        if _digest(file) != sha256:
-            raise ValueError(f"{file} is not what was written (its SHA-256 differs)")
+        try:
+            there, digest = read(path / name, lambda file: (file.stat().st_size, _digest(file)))
+        except FileNotFoundError:
+            raise ValueError(f"{path / name} is missing") from None
+        if there != size:
+            raise ValueError(f"{path / name} has {there} bytes instead of {size}: it was cut short or changed")
+        if digest != sha256:
+            raise ValueError(f"{path / name} is not what was written (its SHA-256 differs)")
     return manifest
 
 
-def newest_valid(folder: Path, warn: Callable[[str], object]) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint whose every file is as it was written, and its manifest; `warn` hears of each that is not."""
+def newest_valid(folder: Path, warn: Callable[[str], object], rename_invalid: bool = False) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint whose every file is as it was written, and its manifest; `warn` hears of each that is not.
+
+    Args:
+        rename_invalid: set those aside, once a valid one is found. For who writes in the folder alone.
+
+    Raises:
+        StorageError: the disk does not answer. To go on from an older checkpoint then would be to lose the newer ones.
+    """
+    invalid = []
     for path in steps_in(folder):
         try:
-            return path, read_manifest(path)
-        except (OSError, ValueError) as error:  # a sector that cannot be read, too
+            manifest = read_manifest(path)
+        except ValueError as error:
             warn(f"checkpoint {path.name} is not used: {error}")
+            invalid.append(path)
+            continue
+        if rename_invalid and invalid:
+            names = ", ".join(set_aside(damaged).name for damaged in invalid)
+            warn(f"what is damaged is kept as {names} in {folder}")
+        return path, manifest
     return None
 
 
@@ -148,7 +206,7 @@ def load_parameters(path: Path, model: nn.Module) -> None:
     Raises:
         ValueError: names or shapes that are not the model's.
     """
-    saved, own = load_file(path / "model.safetensors"), dict(model.named_parameters())
+    saved, own = read(path / "model.safetensors", load_file), dict(model.named_parameters())
     if saved.keys() != own.keys():
         raise ValueError(f"{path} holds another model: {sorted(saved.keys() ^ own.keys())[:4]} differ")
     with torch.no_grad():
@@ -160,7 +218,7 @@ def load_parameters(path: Path, model: nn.Module) -> None:
 
 def read_moments(path: Path) -> dict[str, Tensor]:
     """The optimizer's state: `exp_avg.NAME`, `exp_avg_sq.NAME`, `step.NAME`."""
-    return load_file(path / "optimizer.safetensors")
+    return read(path / "optimizer.safetensors", load_file)
 
 
 def put_moments(saved: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -175,6 +233,6 @@ def put_moments(saved: dict[str, Tensor], model: nn.Module, optimizer: torch.opt
 
 def load_reader(path: Path, index: int, num_layers: int, device: torch.device) -> ReaderState:
     """One reader's position and carried state."""
-    position = json.loads((path / f"reader-{index:04d}.json").read_text())
-    carried = load_file(path / f"reader-{index:04d}.safetensors")
+    position = json.loads(read(path / f"reader-{index:04d}.json", Path.read_text))
+    carried = read(path / f"reader-{index:04d}.safetensors", load_file)
     return ReaderState(position, MinRNNCache(num_layers).load_state_dict(carried, device) if carried else None)

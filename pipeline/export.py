@@ -13,8 +13,9 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from ..data import UserError, tokenizer_of, with_bos
 from ..models import MinRNNConfig, MinRNNForCausalLM
-from .checkpoint import checkpoint_name, load_parameters, newest_valid, read_manifest, sync
+from .checkpoint import checkpoint_name, load_parameters, newest_valid, read_manifest
 from .public import public_config
+from .storage import sync
 
 CARD = """---
 library_name: transformers

@@ -10,13 +10,15 @@ import yaml
 from accelerate import Accelerator
 
 from ..data import UserError
-from .checkpoint import newest_valid, replace, steps_in
+from .checkpoint import newest_valid, steps_in
 from .config import Recipe
+from .errors import StorageError
 from .folder_checks import folder_problems
 from .locks import lock
 from .metrics import MetricsFile, cut_metrics
 from .processes import from_main
 from .recipe import check_unchanged, resolved
+from .storage import make_folder, read, replace
 
 
 @dataclass
@@ -83,6 +85,7 @@ def open_folder(recipe: Recipe, accelerator: Accelerator) -> RunFolder:
     Raises:
         UserError: the folder is of no use or not a run's, another run is writing there, run.resume does not allow what is there, or the run was
             started with other settings.
+        StorageError: a checkpoint cannot be read now, and might be in order.
     """
     path = Path(recipe.run.dir)
     held, found, is_finished, problems = None, None, False, []
@@ -96,6 +99,10 @@ def open_folder(recipe: Recipe, accelerator: Accelerator) -> RunFolder:
             is_finished = found is not None and found[1]["step"] >= recipe.train.steps and _is_finished(path, found[1]["step"])
         except UserError as error:
             problems = error.problems
+        except StorageError:
+            if held is not None:
+                held.close()
+            raise
         except OSError as error:
             problems = [("run.dir", f"cannot use {path}: {error.strerror}")]
     found, is_finished, problems = from_main(accelerator, (found, is_finished, problems))
@@ -108,7 +115,7 @@ def open_folder(recipe: Recipe, accelerator: Accelerator) -> RunFolder:
 
 
 def _lock(path: Path) -> IO[str]:
-    path.mkdir(parents=True, exist_ok=True)
+    make_folder(path)
     file = (path / ".lock").open("a")
     try:
         unlocked = lock(file, wait=False)
@@ -151,9 +158,9 @@ def _where_to_go_on(path: Path, recipe: Recipe) -> tuple[Path, dict[str, Any], d
                 ("run.resume", f"never, but {path} already holds {steps_in(folder)[0].name}; remove the folder or name another run.dir")
             )
         return None
-    found = newest_valid(folder, warn)
+    found = newest_valid(folder, warn, rename_invalid=True)
     if found is not None:
-        saved = yaml.safe_load((found[0] / "config.yaml").read_text())
+        saved = yaml.safe_load(read(found[0] / "config.yaml", Path.read_text))
         check_unchanged(saved, recipe, str(path))
         return *found, saved
     if resume == "must":

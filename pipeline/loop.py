@@ -23,7 +23,7 @@ from ..data import Chunk, UserError, fingerprint, is_synthetic
 from ..models import MinRNNForCausalLM
 from . import checkpoint, processes
 from .config import Recipe
-from .errors import NonFiniteError
+from .errors import NonFiniteError, StorageError
 from .evaluation import told, validate
 from .export import export_model, load_checkpoint, sample
 from .folder import open_folder, warn
@@ -46,7 +46,7 @@ def train(recipe: Recipe) -> None:
         UserError: something the user can mend.
         NonFiniteError: the loss or gradient is not finite; the last checkpoint is as it was.
         SystemExit: after SIGINT or SIGTERM, with 128 + the signal, everything saved.
-        OSError: the last checkpoint could not be written.
+        StorageError: a checkpoint cannot be read, or the last one not be written.
     """
     check_launch(recipe)
     keep_freed_memory()
@@ -269,7 +269,7 @@ def _save(run: Run, is_last: bool) -> None:
     """Save this step. A save that failed is told of when the next begins, and training goes on; only the last must succeed.
 
     Raises:
-        OSError: in every process, if the last could not be written by any.
+        StorageError: in every process, if the last could not be written by any.
     """
     run.watchdog.enter(f"step {run.step}: saving")
     if failures := run.saver.wait():
@@ -288,7 +288,7 @@ def _save(run: Run, is_last: bool) -> None:
             run.folder.metrics.sync()
         run.saver.start(run.step, snapshot(run.engine, run.readers, run.layout, resolved(run.recipe)), info)
     if is_last and (failures := run.saver.wait()):
-        raise OSError(f"The checkpoint of step {run.step} could not be written: {'; '.join(failures)}. Older checkpoints are untouched.")
+        raise StorageError(f"The checkpoint of step {run.step} could not be written: {'; '.join(failures)}. Older checkpoints are untouched.")
 
 
 def _finish(run: Run) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .checkpoint import replace, sync
+from .storage import replace, sync
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -135,7 +135,7 @@ def set_up(recipe: Recipe, accelerator: Accelerator, folder: RunFolder) -> Run:
         readers,
         loader,
         validation,
-        Saver(folder.path / "checkpoints", accelerator, train.keep_checkpoints, train.save_in_background, step or None, patience(recipe)),
+        Saver(folder.path / "checkpoints", accelerator, train.keep_checkpoints, train.save_in_background, step or None, patience(recipe), warn),
         Watchdog(accelerator, train.peer_timeout),
         step,
         manifest.get("tokens", 0),

@@ -3,8 +3,9 @@
     training's thread:  snapshot (copies in main memory) ........ next steps .......................... wait, before the next snapshot
     the writing one:             own files -> all have theirs? -> manifest, rename, remove old -> all know
 
-What processes must agree on while they write goes through a gloo group of its own, which nothing else uses, so it cannot cross the training's
-collectives. A checkpoint that could not be written leaves the older ones as they are.
+What processes must agree on while they write goes through a gloo group of its own, which nothing else uses, so it cannot
+cross the training's collectives. Where the disk is full, what is needed least gives way (`checkpoint.make_room`), and the
+checkpoint is written again. One that could not be written leaves the newest valid one as it is.
 """
 
 import contextlib
@@ -25,6 +26,7 @@ from . import checkpoint
 from .checkpoint import ReaderState, checkpoint_name
 from .engine import Engine
 from .processes import Layout
+from .storage import NO_SPACE, make_folder, system_error
 
 Files = dict[str, Callable[[Path], object]]
 """What this process writes: by name, a function that does it."""
@@ -60,10 +62,20 @@ class Saver:
         in_background: write in a thread; otherwise `start` returns when all is written.
         newest: step of the newest valid checkpoint, if any.
         timeout: how long processes wait for each other.
+        warn: hears which checkpoint gave way to a new one.
     """
 
-    def __init__(self, folder: Path, accelerator: Accelerator, keep: int, in_background: bool, newest: int | None, timeout: timedelta):
-        self.folder, self.keep, self.in_background, self.newest = folder, keep, in_background, newest
+    def __init__(
+        self,
+        folder: Path,
+        accelerator: Accelerator,
+        keep: int,
+        in_background: bool,
+        newest: int | None,
+        timeout: timedelta,
+        warn: Callable[[str], object],
+    ):
+        self.folder, self.keep, self.in_background, self.newest, self.warn = folder, keep, in_background, newest, warn
         self.rank, self.num_processes = accelerator.process_index, accelerator.num_processes
         self.group = torch.distributed.new_group(backend="gloo", timeout=timeout) if self.num_processes > 1 else None
         self._thread: threading.Thread | None = None
@@ -99,12 +111,24 @@ class Saver:
             self.newest = step
 
     def _write(self, step: int, files: Files, info: dict[str, Any]) -> list[str]:
+        while True:
+            failures, is_full = self._try(step, files, info)
+            if not is_full or not self._gather(self.rank == 0 and self._make_room())[0]:
+                break
+        if self.rank == 0 and not failures:
+            with contextlib.suppress(OSError):  # what cannot be removed now is tried again after the next
+                checkpoint.remove_old(self.folder, self.keep, step)
+        return failures
+
+    def _try(self, step: int, files: Files, info: dict[str, Any]) -> tuple[list[str], bool]:
+        """Write the checkpoint once; returns what went wrong in whichever process, and whether the disk is full."""
         final = self.folder / checkpoint_name(step)
         building = self.folder / f".{checkpoint_name(step)}.building"
         if self.rank == 0:
-            shutil.rmtree(building, ignore_errors=True)
+            checkpoint.remove_leftovers(self.folder)
             with contextlib.suppress(OSError):  # then no file can be written either, and that is told by every process
-                building.mkdir(parents=True)
+                make_folder(self.folder)
+                building.mkdir()
         self._gather(None)
         entries: dict[str, Any] = {}
         failure = None
@@ -112,7 +136,7 @@ class Saver:
             for name, write in files.items():
                 entries.update([checkpoint.write_file(building / name, write)])
         except Exception as error:  # safetensors raises its own for a full disk
-            failure = f"{type(error).__name__}: {error} (rank {self.rank})"
+            failure = self._described(error)
         parts = self._gather((entries, failure))
         failures = [failure for _, failure in parts if failure]
         if self.rank == 0:
@@ -121,13 +145,26 @@ class Saver:
                     manifest = {**info, "step": step, "files": dict(sorted(item for entries, _ in parts for item in entries.items()))}
                     checkpoint.publish(building, final, manifest)
                 except Exception as error:  # the others wait to hear of it
-                    failures.append(f"{type(error).__name__}: {error} (rank 0)")
+                    failures.append(self._described(error))
             if failures:
                 shutil.rmtree(building, ignore_errors=True)  # a full disk needs the room
-            else:
-                with contextlib.suppress(OSError):  # what cannot be removed now is tried again after the next
-                    checkpoint.remove_old(self.folder, self.keep, step)
-        return self._gather(failures)[0]
+        failures = self._gather(failures)[0]
+        return [text for text, _ in failures], any(is_full for _, is_full in failures)
+
+    def _described(self, error: Exception) -> tuple[str, bool]:
+        """What went wrong, and whether it is that the disk is full."""
+        failure = system_error(error)
+        return f"{type(error).__name__}: {error} (rank {self.rank})", failure is not None and failure.errno in NO_SPACE
+
+    def _make_room(self) -> bool:
+        """Whether something could be removed to write the checkpoint again."""
+        try:
+            removed = checkpoint.make_room(self.folder, self.newest)
+        except OSError:
+            return False
+        if removed is not None:
+            self.warn(f"{self.folder} is full: {removed} was removed for the next checkpoint")
+        return removed is not None
 
     def _gather(self, value: Any) -> list[Any]:
         if self.group is None:

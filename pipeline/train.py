@@ -10,7 +10,7 @@ def main(argv: list[str] | None = None) -> None:
     """Read the recipe, train. A user's mistakes end it with status 2 and a line for each."""
     secure_output()  # before a library can open a file on a descriptor that is closed
     from ..data.errors import UserError
-    from .errors import NonFiniteError
+    from .errors import NonFiniteError, StorageError
     from .recipe import exit_with, help_text, read_recipe
 
     argv = sys.argv[1:] if argv is None else argv
@@ -24,6 +24,10 @@ def main(argv: list[str] | None = None) -> None:
         train(recipe)
     except NonFiniteError as error:
         if os.environ.get("RANK", "0") == "0":
+            print(f"error: training: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except StorageError as error:
+        if error.errno is not None or os.environ.get("RANK", "0") == "0":  # reading fails in one process, writing in all together
             print(f"error: training: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     except UserError as error:

@@ -30,6 +30,7 @@ from pathlib import Path
 import torch
 import yaml
 from minrnn.evals.bench.record import commit, machine, versions
+from minrnn.pipeline.checkpoint import steps_in
 from tqdm import tqdm
 
 REPOSITORY = Path(__file__).parents[1]
@@ -132,19 +133,17 @@ class Soak:
 
     def rot(self) -> bool:
         """Break one file of the newest checkpoint; False where there is no older one to go on from."""
-        paths = sorted((self.run / "checkpoints").glob("step-*"))
+        paths = steps_in(self.run / "checkpoints")
         if len(paths) < 2:
             return False
-        file = self.draw.choice([path for path in paths[-1].iterdir() if path.stat().st_size > 0])
+        file = self.draw.choice([path for path in paths[0].iterdir() if path.stat().st_size > 0])
         content = bytearray(file.read_bytes())
         if self.draw.random() < 0.5:
             content = content[: self.draw.randrange(len(content))]
         else:
             content[self.draw.randrange(len(content))] ^= 1 << self.draw.randrange(8)
-        if file.name == "manifest.json" and len(content) == file.stat().st_size:
-            content = content[:-2]  # a flipped bit in a version string is no harm to anyone
         file.write_bytes(content)
-        self.broken = paths[-1].name.removeprefix("step-")
+        self.broken = paths[0].name.removeprefix("step-")
         return True
 
     def disturb(self, fault: str) -> None:
@@ -189,7 +188,7 @@ def differences(disturbed: Path, undisturbed: Path) -> list[str]:
         problems.append(f"{len(unequal)} losses differ, the first at step {unequal[0]}")
     if len(losses[disturbed]) != len(losses[undisturbed]):
         problems.append(f"{len(losses[disturbed])} steps against {len(losses[undisturbed])}")
-    newest = [sorted((run / "checkpoints").glob("step-*"))[-1] for run in (disturbed, undisturbed)]
+    newest = [steps_in(run / "checkpoints")[0] for run in (disturbed, undisturbed)]
     for name in ("reader-0000.json", "reader-0001.json", "model.safetensors", "optimizer.safetensors"):
         first, second = ((path / name).read_bytes() for path in newest)
         if first != second:

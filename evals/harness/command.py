@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from ...data.errors import UserError
-from ...pipeline.checkpoint import replace
 from ...pipeline.folder import warn
 from ...pipeline.processes import together
 from ...pipeline.public import public_config, public_value
+from ...pipeline.storage import replace
 from ...pipeline.tracking import open_client
 from ..loading import DTYPES, default_out, out_problems, run_of
 

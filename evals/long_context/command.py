@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from ...data.errors import UserError
 from ...models import MinRNNForCausalLM
-from ...pipeline.checkpoint import replace
+from ...pipeline.storage import replace
 from ..bench.measure import current_memory, peak_memory, release_memory, reset_peak_memory, synchronize
 from ..bench.record import si, table
 from ..loading import default_out

@@ -17,7 +17,7 @@ from typing import Any
 
 from ...data.errors import UserError
 from ...data.tokenizer import num_bytes
-from ...pipeline.checkpoint import replace
+from ...pipeline.storage import replace
 from ..bench.record import table
 from ..loading import default_out
 from . import documents

@@ -10,8 +10,8 @@ from pathlib import Path
 from urllib.parse import quote
 
 from ...data.errors import UserError
-from ...pipeline.checkpoint import replace
 from ...pipeline.folder import warn
+from ...pipeline.storage import replace
 from .. import speed
 from . import lm_eval, others, pictures, quality
 from .compare import METRICS, pool

@@ -22,10 +22,10 @@ from pydantic import BaseModel, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from ...data.errors import UserError
-from ...pipeline.checkpoint import replace
 from ...pipeline.config import SECTIONS
 from ...pipeline.metrics import read_metrics
 from ...pipeline.public import public_config
+from ...pipeline.storage import replace
 from ..bench.record import commit, machine, versions
 from .published import published
 

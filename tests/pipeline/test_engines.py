@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import Values, losses, recipe_file
+from minrnn.pipeline.checkpoint import steps_in
 
 Run = Callable[[Values], Path]
 CPU = Path(__file__).parents[2] / "launch" / "accelerate" / "cpu.yaml"
@@ -38,7 +39,7 @@ def launch(launcher: list[str], recipe: Path, *overrides: str, **environment: st
 
 def names_read(folder: Path) -> dict[str, dict]:
     """Where every reader is in the newest checkpoint."""
-    newest = sorted((folder / "checkpoints").glob("step-*"))[-1]
+    newest = steps_in(folder / "checkpoints")[0]
     return {path.name: json.loads(path.read_text()) for path in newest.glob("reader-*.json")}
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import Values, losses
 from minrnn.data import UserError
-from minrnn.pipeline import checkpoint, loop
+from minrnn.pipeline import checkpoint, loop, storage
+from minrnn.pipeline.errors import StorageError
 from minrnn.pipeline.interrupt import Interrupt
 from minrnn.pipeline.metrics import MetricsFile, read_metrics
 from minrnn.pipeline.optim import learning_rate
@@ -221,7 +222,31 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(values: Values, run_recip
     message = capfd.readouterr().err
     assert "step-000008 is not used" in message
     assert victim.name in message
+    assert "what is damaged is kept as step-000008.invalid-1" in message
+    assert {path.name for path in newest.parent.iterdir()} == {"step-000008.invalid-1", "step-000008", "step-000012"}
     assert losses(folder) == losses(undisturbed)
+
+
+def test_a_checkpoint_that_cannot_be_read_stops_the_run(values: Values, run_recipe: Run, monkeypatch):
+    """It does not go on from an older one; the next start, when the disk answers, goes on from the newest."""
+    values["train"]["steps"] = 8
+    folder = run_recipe(values)
+    values["train"]["steps"] = 12
+    original, before = Path.read_text, (folder / "metrics.jsonl").read_text()
+
+    def failing(path: Path, *arguments, **options):
+        if path == folder / "checkpoints" / "step-000008" / "manifest.json":
+            raise OSError(errno.EIO, "Input/output error")
+        return original(path, *arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(storage, "RETRY_AFTER", (0.0,))
+        patched.setattr(Path, "read_text", failing)
+        with pytest.raises(StorageError, match=r"step-000008/manifest\.json cannot be read: Input/output error"):
+            run_recipe(values)
+    assert (folder / "metrics.jsonl").read_text() == before
+    assert [path.name for path in checkpoint.steps_in(folder / "checkpoints")] == ["step-000008", "step-000004"]
+    assert [step for step, _ in losses(run_recipe(values))] == list(range(1, 13))
 
 
 def test_no_valid_checkpoint_is_not_a_fresh_start(values: Values, run_recipe: Run):
