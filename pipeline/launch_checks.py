@@ -14,6 +14,7 @@ import torch
 
 from ..data.errors import UserError
 from .config import Recipe
+from .launcher_engines import deepspeed_key_problems, engine_problems
 from .processes import launcher_holds_store, uses_deepspeed, world_size
 
 Problem = tuple[str, str]
@@ -21,7 +22,9 @@ Problem = tuple[str, str]
 
 def check_launch(recipe: Recipe) -> None:
     """Raises UserError with everything that does not fit together."""
-    problems = [*_layout_problems(recipe), *_precision_problems(recipe), *(_deepspeed_problems(recipe) if uses_deepspeed() else [])]
+    accelerator = torch.accelerator.current_accelerator()
+    problems = engine_problems(accelerator.type if accelerator is not None else "cpu", world_size())
+    problems += [*_layout_problems(recipe), *_precision_problems(recipe), *(_deepspeed_problems(recipe) if uses_deepspeed() else [])]
     here = _machine_problems()
     if here and os.environ["LOCAL_RANK"] == "0" and os.environ["RANK"] != "0":  # rank 0, which tells the others, cannot know of them
         print(*(f"error: {key}: {problem}" for key, problem in here), sep="\n", file=sys.stderr)
@@ -93,6 +96,7 @@ def _deepspeed_problems(recipe: Recipe) -> list[Problem]:
             said, where = json.loads(Path(file).read_text()), file
         except (OSError, ValueError) as error:
             return [*problems, ("deepspeed", f"cannot read {file}: {error}")]
+        problems += deepspeed_key_problems(said, where)
     for key, ours in deepspeed_values(recipe).items():
         theirs = said.get(key, "auto")
         if theirs != "auto" and float(theirs) != ours:

@@ -29,6 +29,7 @@ from .export import export_model, load_checkpoint, sample
 from .folder import open_folder, warn
 from .interrupt import Interrupt, leave
 from .launch_checks import check_launch
+from .launcher_engines import check_engine
 from .machine import keep_freed_memory, training_flops_per_token
 from .metrics import draw_accuracy, draw_loss, read_metrics
 from .optim import learning_rate
@@ -53,6 +54,7 @@ def train(recipe: Recipe) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     accelerator = processes.start(patience(recipe))
+    check_engine(accelerator.distributed_type)
     with contextlib.closing(open_folder(recipe, accelerator)) as folder:
         if folder.is_finished:
             if accelerator.is_main_process:
