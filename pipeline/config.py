@@ -218,10 +218,10 @@ class ParallelSection(Section):
 
 
 class TrackingSection(Section):
-    """MLflow, best effort: training never waits for it and never stops for it."""
+    """MLflow mirrors metrics.jsonl: training never waits for it and never stops for it; what it misses is sent later, by the next start too."""
 
     uri: str | None = "sqlite:///mlflow.db"
-    """Tracking server or database; null for none."""
+    """Tracking server or database; null for none. A relative database stays where the run began."""
     experiment: str = "minrnn"
     """MLflow experiment."""
 

@@ -36,6 +36,7 @@ from .optim import learning_rate
 from .recipe import resolved
 from .run import Run, patience, set_up
 from .saving import snapshot
+from .tracking import send_missed
 
 SPIKE_WINDOW = 100  # steps whose median loss says what is usual
 
@@ -60,6 +61,7 @@ def train(recipe: Recipe) -> None:
             if accelerator.is_main_process:
                 done = f"{folder.path} is finished: step {folder.manifest['step']} of {recipe.train.steps}"
                 print(f"{done}, model in {folder.path / 'model'}. Raise train.steps to go on.")
+                send_missed(folder.path, recipe, folder.manifest["step"], warn)
             return
         run = set_up(recipe, accelerator, folder)
         status, signal_number = "FAILED", None
@@ -245,7 +247,7 @@ def _record(run: Run, entry: dict[str, Any]) -> None:
         run.folder.restore()
         run.folder.metrics.append(entry)
         if run.tracker is not None:
-            run.tracker.log(entry)
+            run.tracker.notify()
 
 
 def _validate(run: Run) -> None:
@@ -304,10 +306,6 @@ def _finish(run: Run) -> None:
         score = f", {told(validations[-1])} on held-out data" if validations else ""
         export_model(model, tokenizer, (folder / "model").resolve(), config, run.tokens, score)
         _write_samples(run, model, tokenizer)
-        if run.tracker is not None:
-            for name in ("config.yaml", "loss.png", "accuracy_by_length.png", "samples.txt"):
-                if (folder / name).exists():
-                    run.tracker.artifact(folder / name)
         run.say(f"finished: model, samples.txt and loss.png are in {folder}")
     run.accelerator.wait_for_everyone()
 

@@ -39,7 +39,7 @@ def without_credentials(value: str) -> str:
 
 def text_without_credentials(text: str, *uris: str) -> str:
     """A message in which every URI is without credentials; `uris` are replaced as they stand, whatever characters they hold."""
-    for uri in uris:
+    for uri in filter(None, uris):
         text = text.replace(uri, without_credentials(uri))
     return _URI_IN_TEXT.sub(lambda match: without_credentials(match[0]), text)
 

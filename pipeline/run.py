@@ -37,9 +37,9 @@ from .folder import RunFolder, warn
 from .machine import matmul_rate
 from .optim import learning_rate
 from .processes import Layout
-from .recipe import flatten, resolved, schedule_steps_of, settled
+from .recipe import schedule_steps_of, settled
 from .saving import Saver
-from .tracking import Tracker
+from .tracking import Tracker, tracker_of
 from .watchdog import Watchdog
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -143,8 +143,7 @@ def set_up(recipe: Recipe, accelerator: Accelerator, folder: RunFolder) -> Run:
         manifest.get("recent_losses", []),
     )
     if run.is_main:
-        if recipe.tracking.uri is not None:
-            run.tracker = Tracker(folder.path, recipe.tracking.uri, recipe.tracking.experiment, flatten(resolved(recipe)), warn)
+        run.tracker = tracker_of(folder.path, recipe, warn)
         run.bar = tqdm(total=recipe.train.steps, initial=step, unit="step", dynamic_ncols=True)
     batch = recipe.batch
     size = f"{config.cell}, {num_parameters:,} parameters, {batch.readers} x {batch.lanes} x {batch.chunk} tokens a step"

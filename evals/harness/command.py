@@ -20,7 +20,7 @@ from ...pipeline.folder import warn
 from ...pipeline.processes import together
 from ...pipeline.public import public_config, public_value
 from ...pipeline.storage import replace
-from ...pipeline.tracking import open_client
+from ...pipeline.tracking import error_line, open_client, read_note, sqlite_file, uri_of
 from ..loading import DTYPES, default_out, out_problems, run_of
 
 DESCRIPTION = """Evaluate a model on tasks of lm-eval. Texts of any length are read whole; what requests have in common is read once.
@@ -179,15 +179,15 @@ def evaluate(lm: Any, objects: list[Any], window: int | None, manager: Any, argu
 
 def track(run: Path, results: Results) -> None:
     """Metrics of some tasks to the run's MLflow, as eval/TASK/METRIC; a failure is said, and nothing else."""
-    note = run / "mlflow.json"
-    if not note.exists():
-        return
-    saved = json.loads(note.read_text())
+    uri = ""
     try:
+        note = read_note(run)
+        if note is None:
+            return
         from mlflow.entities import Metric
 
-        database = Path(saved["uri"].removeprefix("sqlite:///"))
-        if saved["uri"].startswith("sqlite:///") and not database.exists():
+        uri = uri_of(note)
+        if (database := sqlite_file(uri)) is not None and not database.exists():
             raise FileNotFoundError(f"{database} is not here")
         finished, now = run / ".finished", round(time.time() * 1000)
         step = int(finished.read_text()) if finished.exists() else 0
@@ -202,9 +202,9 @@ def track(run: Path, results: Results) -> None:
             for key, value in values.items()
             if "," in key and isinstance(value, int | float)
         ]
-        open_client(saved["uri"]).log_batch(saved["run_id"], metrics=metrics)
+        open_client(uri).log_batch(note["run_id"], metrics=metrics)
     except Exception as error:  # every store raises its own; the results are on disk
-        warn(f"tracking: {saved['uri']} failed ({type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}); the file has it all")
+        warn(f"tracking: the metrics did not reach MLflow ({error_line(error, uri)}); the file has them all")
 
 
 def evaluate_all(

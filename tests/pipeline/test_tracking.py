@@ -1,46 +1,301 @@
-"""MLflow mirrors a run, and cannot stop it."""
+"""MLflow mirrors metrics.jsonl, every step once, whatever happens on the way; and it cannot stop a run."""
 
 import json
-from collections.abc import Callable
+import os
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import Values, losses, stop_at_step_7
+import yaml
+from conftest import Values, losses, recipe_file, stop_at_step_7
+from minrnn.evals.harness.command import track
+from minrnn.pipeline import tracking
+from minrnn.pipeline.tracking import Tracker, prepare_sqlite, read_note
 from mlflow import MlflowClient
 
 Run = Callable[[Values], Path]
+SECRET = "s3cret"
 
 
-def test_one_mlflow_run_per_training_resume_included(values: Values, run_recipe: Run, tmp_path: Path, monkeypatch):
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database as its first start leaves it; that takes seconds."""
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    prepare_sqlite(path)
+    return path
+
+
+@pytest.fixture
+def uri(empty_database: Path, tmp_path: Path, monkeypatch) -> str:
+    """Of a database of this test's own; artifacts go below the working directory."""
     monkeypatch.chdir(tmp_path)
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    shutil.copy(empty_database, tmp_path / "mlflow.db")
+    return f"sqlite:///{tmp_path / 'mlflow.db'}"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A run's folder."""
+    (tmp_path / "run").mkdir()
+    return tmp_path / "run"
+
+
+@pytest.fixture(autouse=True)
+def an_answer_may_take_long(monkeypatch):
+    """On a busy machine, where nothing is to be seen of leaving."""
+    monkeypatch.setattr(tracking, "ANSWER_SECONDS", 60.0)
+
+
+def write_lines(folder: Path, *steps: int) -> None:
+    """Lines of metrics.jsonl, a validation at every third step."""
+    with (folder / "metrics.jsonl").open("a") as file:
+        for step in steps:
+            file.write(json.dumps({"kind": "train", "step": step, "loss": 1 / step, "tokens": 10 * step, "grad_norm": None}) + "\n")
+            if step % 3 == 0:
+                file.write(json.dumps({"kind": "validation", "step": step, "loss": 2 / step, "by_length": {"8": 0.5}}) + "\n")
+
+
+class Warnings(list):
+    """The lines that a tracker warns with."""
+
+    def __call__(self, message: str) -> None:
+        self.append(message)
+
+    def wait(self) -> None:
+        end = time.monotonic() + 120
+        while not self:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+
+
+def mirror(folder: Path, uri: str, status: str = "KILLED", **parameters: Any) -> list[str]:
+    """One start of a tracker, ended; returns the warnings."""
+    warnings = Warnings()
+    Tracker(folder, uri, "tests", parameters, warnings).close(status)
+    return warnings
+
+
+def values_of(folder: Path, key: str) -> list[tuple[int, float]]:
+    """(step, value) of `kind/name` in metrics.jsonl."""
+    kind, name = key.split("/")
+    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(entry["step"], entry[name]) for entry in entries if entry["kind"] == kind]
+
+
+def check_mirrored(folder: Path, uri: str, *keys: str) -> Any:
+    """MLflow holds what metrics.jsonl holds, every step once; returns the MLflow run."""
+    client, note = MlflowClient(tracking_uri=uri), read_note(folder)
+    assert note is not None
+    for key in keys or ("train/loss", "train/tokens", "validation/loss"):
+        history = client.get_metric_history(note["run_id"], key)
+        assert sorted((metric.step, metric.value) for metric in history) == values_of(folder, key), key
+    return client.get_run(note["run_id"])
+
+
+def runs_of(uri: str, experiment: str = "tests") -> list[Any]:
+    client = MlflowClient(tracking_uri=uri)
+    found = client.get_experiment_by_name(experiment)
+    return [] if found is None else list(client.search_runs([found.experiment_id]))
+
+
+def test_one_mlflow_run_per_training_resume_included(values: Values, run_recipe: Run, uri: str, monkeypatch):
     values["tracking"] = {"uri": uri, "experiment": "tests"}
     stop_at_step_7(values, run_recipe, monkeypatch)
     folder = run_recipe(values)
-    client = MlflowClient(tracking_uri=uri)
-    experiment = client.get_experiment_by_name("tests")
-    assert experiment is not None
-    (run,) = client.search_runs([experiment.experiment_id])
-    assert run.info.run_id == json.loads((folder / "mlflow.json").read_text())["run_id"]
+    run = check_mirrored(folder, uri, "train/loss", "train/tokens", "validation/loss", "validation/bits_per_byte")
+    assert [run.info.run_id for run in runs_of(uri)] == [run.info.run_id]
     assert run.info.status == "FINISHED"
     assert run.data.params["model.hidden_size"] == "16"
-    history = {metric.step: metric.value for metric in client.get_metric_history(run.info.run_id, "train/loss")}
-    assert sorted(history.items()) == losses(folder)
-    assert client.get_metric_history(run.info.run_id, "validation/bits_per_byte")
+    assert run.data.params["data.corpus"] == "words.jsonl"
+    assert run.data.params["run.dir"] == "run"
+    client = MlflowClient(tracking_uri=uri)
     assert {artifact.path for artifact in client.list_artifacts(run.info.run_id)} == {"config.yaml", "loss.png", "samples.txt"}
+    config = yaml.safe_load(Path(client.download_artifacts(run.info.run_id, "config.yaml")).read_text())
+    assert config["data"]["corpus"] == "words.jsonl"
+
+
+@pytest.mark.slow
+def test_every_step_is_there_once_after_a_kill(values: Values, run_recipe: Run, uri: str, tmp_path: Path):
+    values["tracking"] = {"uri": uri, "experiment": "tests"}
+    values["train"] |= {"steps": 250, "eval_every": 50, "save_every": 20}
+    command = [sys.executable, "-m", "minrnn.pipeline.train", "--config", str(recipe_file(values, tmp_path))]
+    for enough in (20, 60):
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        while process.poll() is None and max([metric.step for run in runs_of(uri) for metric in run.data._metric_objs], default=0) <= enough:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    check_mirrored(run_recipe(values), uri)
+
+
+def test_what_the_run_has_is_not_sent_again_and_what_it_lacks_is(uri: str, folder: Path):
+    """Cut back to a checkpoint, and a store that took one half of a line."""
+    write_lines(folder, *range(1, 8))
+    assert mirror(folder, uri) == []
+    run = check_mirrored(folder, uri)
+    (folder / "metrics.jsonl").unlink()
+    write_lines(folder, *range(1, 5))
+    assert mirror(folder, uri) == []
+    write_lines(folder, *range(5, 10))
+    MlflowClient(tracking_uri=uri).log_metric(run.info.run_id, "train/tokens", 80, step=8)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "step": 10, "lo')
+    assert mirror(folder, uri) == []
+    text = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(text[: text.rindex("\n") + 1])
+    check_mirrored(folder, uri)
+    assert len(runs_of(uri)) == 1
+
+
+def test_more_than_one_batch_is_sent_in_order(uri: str, folder: Path):
+    write_lines(folder, *range(1, 901))
+    assert mirror(folder, uri, **{f"key.{number}": "x" * 7000 for number in range(150)}) == []
+    assert len(check_mirrored(folder, uri).data.params) == 150
+
+
+def test_a_request_that_fails_ends_nothing(uri: str, folder: Path, tmp_path: Path, capfd):
+    database, warnings = sqlite3.connect(tmp_path / "mlflow.db"), Warnings()
+    write_lines(folder, 1, 2, 3)
+    database.execute("ALTER TABLE metrics RENAME COLUMN step TO away")
+    tracker = Tracker(folder, uri, "tests", {}, warnings)
+    warnings.wait()
+    write_lines(folder, 4, 5, 6)
+    tracker.notify()
+    database.execute("ALTER TABLE metrics RENAME COLUMN away TO step")
+    tracker.close("FINISHED")
+    database.close()
+    assert capfd.readouterr().err == ""
+    assert len(warnings) == 1
+    assert "training goes on, and what MLflow misses is sent later" in warnings[0]
+    assert check_mirrored(folder, uri).info.status == "FINISHED"
+
+
+@pytest.fixture
+def silent_server() -> Iterator[str]:
+    """Takes connections and never answers."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        yield f"http://me:{SECRET}@127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("kind", ["silent", "refused", "locked"])
+def test_leaving_does_not_wait_for_who_does_not_answer(kind: str, uri: str, folder: Path, tmp_path: Path, silent_server: str, monkeypatch):
+    monkeypatch.setattr(tracking, "ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(tracking, "LEAVING_SECONDS", 600.0)
+    place = {"silent": silent_server, "refused": f"http://me:{SECRET}@127.0.0.1:9", "locked": uri}[kind]
+    database = sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None)
+    database.execute("BEGIN EXCLUSIVE")
+    write_lines(folder, 1, 2, 3)
+    warnings = Warnings()
+    tracker = Tracker(folder, place, "tests", {}, warnings)
+    tracker.close("FINISHED")
+    database.execute("ROLLBACK")
+    database.close()
+    assert "did not take everything; the rest is in metrics.jsonl" in warnings[-1]
+    assert len(warnings) <= 2
+    assert not any(SECRET in line or "\n" in line for line in warnings)
+    if kind == "locked":
+        tracker._thread.join()  # a process that left would not do more
+    monkeypatch.setattr(tracking, "ANSWER_SECONDS", 60.0)
+    assert mirror(folder, uri, "FINISHED") == []
+    assert check_mirrored(folder, uri).info.status == "FINISHED"
 
 
 @pytest.mark.parametrize("content", ["this is no database", None])
-def test_a_database_that_cannot_be_opened_is_said_once_and_training_goes_on(values: Values, run_recipe: Run, tmp_path: Path, capfd, content):
+def test_a_run_that_could_not_be_tracked_is_sent_when_it_is_started_again(values: Values, run_recipe: Run, tmp_path: Path, capfd, content):
     path = tmp_path / "broken" / "mlflow.db"
     if content is None:
         (tmp_path / "broken").write_text("a file where a folder should be")
     else:
         path.parent.mkdir()
         path.write_text(content)
-    values["tracking"] = {"uri": f"sqlite:///{path}"}
+    values["tracking"] = {"uri": f"sqlite:///{path}", "experiment": "tests"}
     folder = run_recipe(values)
     warnings = [line for line in capfd.readouterr().err.splitlines() if "warning: tracking" in line]
-    assert len(warnings) == 1
-    assert "training goes on without it" in warnings[0]
+    assert 1 <= len(warnings) <= 2
+    assert "did not take everything" in warnings[-1]
     assert len(losses(folder)) == 12
+    if content is not None:
+        return
+    (tmp_path / "broken").unlink()
+    run_recipe(values)
+    assert "is finished" in capfd.readouterr().out
+    assert check_mirrored(folder, values["tracking"]["uri"]).info.status == "FINISHED"
+    note = read_note(folder)
+    assert note is not None
+    assert note["finished_step"] == 12
+
+
+@pytest.mark.parametrize("what", ["note", "run", "removed run", "experiment"])
+def test_what_was_deleted_or_broken_is_replaced_in_words(what: str, uri: str, folder: Path, tmp_path: Path):
+    write_lines(folder, 1, 2, 3)
+    assert mirror(folder, uri) == []
+    (old,) = runs_of(uri)
+    client, experiment = MlflowClient(tracking_uri=uri), "tests"
+    if what == "note":
+        (folder / "mlflow.json").write_text('{"uri": "sqli')
+    elif what == "experiment":
+        client.delete_experiment(old.info.experiment_id)
+        experiment = "tests-2"
+    else:
+        client.delete_run(old.info.run_id)
+        if what == "removed run":
+            with sqlite3.connect(tmp_path / "mlflow.db") as database:
+                for table in ("metrics", "latest_metrics", "params", "tags", "runs"):
+                    database.execute(f"DELETE FROM {table} WHERE run_uuid = ?", [old.info.run_id])
+    write_lines(folder, 4, 5)
+    warnings = mirror(folder, uri)
+    assert len(warnings) == (2 if what == "experiment" else 1)
+    assert ("is broken" if what == "note" else "was deleted") in warnings[0]
+    new = check_mirrored(folder, uri)
+    assert new.info.run_id != old.info.run_id
+    assert new.info.run_id in [run.info.run_id for run in runs_of(uri, experiment)]
+    assert mirror(folder, uri) == []
+
+
+def test_a_relative_database_is_where_the_run_began(uri: str, folder: Path, tmp_path: Path, monkeypatch):
+    write_lines(folder, 1, 2, 3)
+    assert mirror(folder, "sqlite:///mlflow.db?timeout=9") == []
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    write_lines(folder, 4, 5, 6)
+    assert mirror(folder, "sqlite:///mlflow.db?timeout=9") == []
+    check_mirrored(folder, uri)
+    assert len(runs_of(uri)) == 1
+    moved = tmp_path / "moved"  # the project, with its runs and its database
+    moved.mkdir()
+    shutil.move(folder, moved / "run")
+    shutil.move(tmp_path / "mlflow.db", moved / "mlflow.db")
+    monkeypatch.chdir(moved)
+    write_lines(moved / "run", 7)
+    assert mirror(moved / "run", "sqlite:///mlflow.db?timeout=9") == []
+    check_mirrored(moved / "run", f"sqlite:///{moved / 'mlflow.db'}")
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_training_that_begins_anew_with_other_settings_is_another_mlflow_run(uri: str, folder: Path):
+    write_lines(folder, 1, 2, 3)
+    assert mirror(folder, uri, lr=1) == []
+    write_lines(folder, 4)
+    assert mirror(folder, uri, lr=2) == []  # goes on, changed on purpose
+    assert len(runs_of(uri)) == 1
+    (folder / "metrics.jsonl").write_text("")
+    (warning,) = mirror(folder, uri, lr=2)
+    assert "other settings" in warning
+    assert len(runs_of(uri)) == 2
+
+
+def test_metrics_of_an_evaluation_with_a_broken_note_cost_a_line(folder: Path, capsys):
+    (folder / "mlflow.json").write_text("[]")
+    track(folder, {"results": {}})
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "mlflow.json is broken" in line
