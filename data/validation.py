@@ -65,14 +65,15 @@ def document_validation(
     """Every num_readers-th document of the set: whole documents until they have `max_tokens` tokens in all readers together (None: all).
 
     Raises:
-        UserError: nothing is held out.
+        UserError: nothing is held out, or nothing but empty documents.
     """
     stream = DocumentStream(spec, part, 0, 1, window=64, seed=VALIDATION_SEED)
-    documents, size, total = [], 0, 0
+    documents, size, total, has_text = [], 0, 0, False
     for i, record in enumerate(stream.one_epoch()):
         assert record.text is not None
         tokens = encoder(record.text)
         total += len(tokens) - 1
+        has_text = has_text or bool(record.text)
         if i % num_readers == reader:
             documents.append(tokens)
             size += num_bytes(record.text)
@@ -82,16 +83,27 @@ def document_validation(
         raise UserError(
             ("data.validation_fraction", f"no document of {spec.corpus} is held out; raise it, or name a corpus in data.validation")
         )
+    if not has_text:
+        told = (
+            f"the held-out documents of {spec.corpus} are empty{'' if max_tokens is None else f' up to data.validation_tokens ({max_tokens})'}"
+        )
+        raise UserError(("data.validation_fraction", f"{told}, so there is nothing to score; raise it, or name a corpus in data.validation"))
     return _deal(reader, documents, num_lanes, chunk, size)
 
 
 def window_validation(
     tokens: np.ndarray, encoder: Encoder, reader: int, num_readers: int, num_lanes: int, chunk: int, max_tokens: int | None
 ) -> ValidationSet:
-    """Every num_readers-th of the consecutive crops of a text."""
+    """Every num_readers-th of the consecutive crops of a text.
+
+    Raises:
+        UserError: the text is empty.
+    """
     tokens = tokens if max_tokens is None else tokens[: max_tokens + 1]
     if len(tokens) < 2:
         raise UserError(("data.validation_fraction", "leaves no text for validation; raise it"))
     size = encoder.num_bytes(tokens[1:]) if reader == 0 else 0  # of the whole: a crop's edge may lie within a character
+    if reader == 0 and size == 0:
+        raise UserError(("data.validation_fraction", "leaves tokens for validation that spell no text; raise it"))
     crops = [tokens[start : start + chunk + 1] for start in range(0, len(tokens) - 1, chunk)][reader::num_readers]
     return _deal(reader, crops, num_lanes, chunk, size)

@@ -133,6 +133,17 @@ def test_nothing_is_held_out(tmp_path: Path):
         window_validation(joined_tokens(spec, "validation", ENCODER), ENCODER, 0, 1, 2, 8, None)
 
 
+@pytest.mark.parametrize(("texts", "max_tokens"), [(["", ""], None), (["some text", *[""] * 20], 1)])
+def test_held_out_documents_that_are_all_empty_are_refused(tmp_path: Path, texts: list[str], max_tokens: int | None):
+    """By every reader, whatever its share: their bits per byte would be divided by 0."""
+    spec = write_corpus("jsonl", tmp_path, texts)
+    for reader in range(3):
+        with pytest.raises(UserError, match=r"^error: data\.validation_fraction: the held-out documents of .* are empty"):
+            document_validation(spec, "all", ENCODER, reader, 3, 2, 8, max_tokens)
+    mixed = write_corpus("jsonl", tmp_path, ["", "text"])
+    assert sum(document_validation(mixed, "all", ENCODER, reader, 2, 2, 8, None).num_bytes for reader in range(2)) == 4
+
+
 def test_more_readers_than_documents(tmp_path: Path):
     spec = write_corpus("jsonl", tmp_path, ["one", "two"])
     shares = [document_validation(spec, "all", ENCODER, reader, 3, 2, 8, None) for reader in range(3)]
