@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 from safetensors import SafetensorError, safe_open
 
 from ...data.errors import UserError
@@ -160,18 +160,19 @@ def read_run(run: Path) -> tuple[dict[str, dict[str, Any]], Seed]:
     except (yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
         told = f"config.yaml is not what a run writes ({type(error).__name__}: {' '.join(str(error).split())})"
         raise UserError((str(run), told)) from None
-    lines = [line for line in read_metrics(run / "metrics.jsonl") if line.get("kind") in ("train", "validation")]
-    finite = [line for line in lines if isinstance(line.get("loss"), float | int) and math.isfinite(line["loss"])]
-    train = [line for line in finite if line["kind"] == "train"]
-    if not train:
-        raise UserError((str(run), "metrics.jsonl holds no step yet; wait for the first, or leave this run out"))
-    validation_lines = [line for line in finite if line["kind"] == "validation"]
     try:
+        lines = [line for line in read_metrics(run / "metrics.jsonl") if line.get("kind") in ("train", "validation")]
+        finite = [line for line in lines if isinstance(line.get("loss"), float | int) and math.isfinite(line["loss"])]
+        train = [line for line in finite if line["kind"] == "train"]
+        validation_lines = [line for line in finite if line["kind"] == "validation"]
         validations = [Validation(**line) for line in validation_lines]
-        return config, _seed(run, seed, steps_asked, lines, train, validation_lines, validations)
-    except (KeyError, TypeError, ValidationError) as error:
+        reached = _seed(run, seed, steps_asked, lines, train, validation_lines, validations) if train else None
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         told = f"metrics.jsonl is not what a run writes ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
         raise UserError((str(run), told)) from None
+    if reached is None:
+        raise UserError((str(run), "metrics.jsonl holds no step yet; wait for the first, or leave this run out"))
+    return config, reached
 
 
 def _seed(

@@ -89,8 +89,12 @@ def read_file(path: Path, check: Callable[[Source], object]) -> Source:
     Raises:
         Unreadable: no JSON, cut short, of an unknown kind, or without what its kind has.
     """
+    if not path.is_file():  # reading a pipe would wait for who writes into it
+        raise Unreadable("is no regular file; name a results file, a folder of them, or a run's folder")
     try:
         data = json.loads(path.read_text())
+    except RecursionError:
+        raise Unreadable("is nested too deep for results; leave it out") from None
     except OSError as error:
         raise Unreadable(f"cannot be read ({error.strerror})") from None
     except ValueError as error:  # no JSON, or no UTF-8
@@ -170,8 +174,12 @@ def gather(paths: Sequence[Path], check: Callable[[Source], object]) -> tuple[li
         elif not path.is_dir() or is_run(path):
             wanted[path.resolve()] = (path, True)
             found = _of_run(path)[1:] if path.is_dir() else []
-        elif not (found := _scan(path)):
-            problems.append((str(path), "holds neither results files (*.json) nor runs"))
+        else:
+            try:
+                if not (found := _scan(path)):
+                    problems.append((str(path), "holds neither results files (*.json) nor runs"))
+            except OSError as error:
+                problems.append((str(path), f"cannot be read ({error.filename}: {error.strerror})"))
         for child in found:
             wanted.setdefault(child.resolve(), (child, False))
     sources: list[Source] = []

@@ -4,6 +4,7 @@ import base64
 import html.parser
 import json
 import math
+import os
 import re
 from pathlib import Path
 
@@ -222,6 +223,38 @@ def test_broken_files_in_a_folder_are_listed_and_the_rest_is_reported(results: P
         assert f"- `{name}.json` {page.text(reason)}" in listed
         assert f"{name}.json {reason}" in told
     assert rows(markdown, "Shakespeare")[0][3] == "1.600"
+
+
+def test_what_is_not_a_result_is_neither_waited_for_nor_a_traceback(tmp_path: Path, capsys):
+    """Pipes that nobody writes into, and folders whose config.yaml and metrics.jsonl are of another program."""
+    os.mkfifo(tmp_path / "pipe.json")
+    foreign = (
+        "[1, 2]",
+        '"text"',
+        '{"kind": "train", "loss": 1e999, "step": {}}',
+        '{"kind": "train", "loss": 1%s}' % ("0" * 400),
+        '{"loss": 1.0}',
+    )
+    own = [make_run(tmp_path / "runs" / str(i), "shakespeare-paper", 0, losses=[1.5]) for i in range(len(foreign))]
+    for run, line in zip(own, foreign, strict=True):
+        (run / "metrics.jsonl").write_text(line + "\n")
+    (own[0] / "evals").mkdir()
+    os.mkfifo(own[0] / "evals" / "pipe.json")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.yaml").write_text("name: someone's\n")
+    (other / "metrics.jsonl").write_text('{"epoch": 1}\n')
+    paths = [tmp_path / "pipe.json", *own, other]
+    with pytest.raises(SystemExit) as left:
+        main(["report", *map(str, paths), "--out", str(tmp_path / "out")])
+    assert left.value.code == 2
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == len(paths)
+    assert f"error: {tmp_path / 'pipe.json'}: is no regular file; name a results file, a folder of them, or a run's folder" in told
+    assert all(line.startswith("error: ") and "Traceback" not in line for line in told)
+    make_run(tmp_path / "runs" / "whole", "shakespeare-paper", 0, losses=[1.5])
+    listed = section(report(tmp_path / "runs", out=tmp_path / "out"), "## Could not be read")
+    assert len([line for line in listed.splitlines() if line.startswith("- ")]) == len(own) + 1
 
 
 class Page(html.parser.HTMLParser):
