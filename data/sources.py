@@ -219,6 +219,9 @@ class Parquet:
                 raise UserError(("data.text_field", f"{path} has no column {self.text_field!r}; it has {columns}"))
             if self.group_field is not None and self.group_field not in names:
                 raise _no_join_column(self.group_field, names, str(path))
+            for key, column in (("data.text_field", self.text_field), ("data.join", self.group_field)):
+                if names.count(column) > 1:
+                    raise UserError((key, f"{path} has {names.count(column)} columns of the name {column!r}; give them different names"))
             wanted = [self.text_field] if self.group_field is None else [self.text_field, self.group_field]
             first = 0
             for group in range(file.num_row_groups):

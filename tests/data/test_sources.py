@@ -200,6 +200,10 @@ def test_broken_parquet_rows(tmp_path: Path):
     message = problem(CorpusSpec(str(tmp_path / "other.parquet")))
     assert message.startswith("error: data.text_field:")
     assert "'content'" in message
+    for name, key, join in (("text", "data.text_field", None), ("book", "data.join", "book")):
+        path = tmp_path / f"two-{name}.parquet"
+        pyarrow.parquet.write_table(pyarrow.table([["one"], ["a"], ["b"]], names=["text", "book", name]), path)
+        assert f"error: {key}: {path} has 2 columns of the name {name!r}" in problem(CorpusSpec(str(path), join=join))
     (tmp_path / "fake.parquet").write_text("hello, this is no parquet")
     assert f"{tmp_path / 'fake.parquet'} is not a parquet file" in problem(CorpusSpec(str(tmp_path / "fake.parquet")))
 
