@@ -7,11 +7,12 @@ document of a window is always the same one; so any document is found again from
 documents.
 """
 
+import functools
 import hashlib
 import os
 import re
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -45,6 +46,11 @@ class CorpusSpec:
     held_out: float = 0.0
     """Fraction of documents that are for validation, chosen by a hash of their text (not used by python-stdlib, which names modules)."""
     join: str | None = None
+    left_out: tuple[str, ...] = ()
+    """What a run writes: files and folders (absolute, links resolved) that are no part of a folder or glob they are in.
+
+    A corpus named by a path within such a folder is read all the same.
+    """
 
 
 def stdlib_files(part: Split) -> tuple[list[Path], Path]:
@@ -62,11 +68,20 @@ def stdlib_files(part: Split) -> tuple[list[Path], Path]:
     return files, root
 
 
-def _local_files(pattern: str) -> tuple[list[Path], Path]:
-    """Files a path, folder or glob names, sorted, hidden ones aside, and the folder they are below. None if there is nothing of that name."""
+def _local_files(pattern: str, left_out: Sequence[str] = ()) -> tuple[list[Path], Path]:
+    """Files a path, folder or glob names, sorted, hidden ones aside, and the folder they are below. None if there is nothing of that name.
+
+    Args:
+        left_out: see `CorpusSpec`.
+    """
 
     def visible(paths: Iterable[Path], root: Path) -> list[Path]:
-        return sorted(p for p in paths if p.is_file() and not any(part.startswith(".") for part in p.relative_to(root).parts))
+        found = sorted(p for p in paths if p.is_file() and not any(part.startswith(".") for part in p.relative_to(root).parts))
+        resolved = Path(os.path.realpath(root))
+        if places := {place for place in map(Path, left_out) if place.is_relative_to(resolved) and place != resolved}:
+            resolve = functools.cache(os.path.realpath)  # once for each folder
+            found = [p for p in found if places.isdisjoint((full := Path(resolve(p.parent), p.name), *full.parents))]
+        return found
 
     path = Path(pattern).expanduser()
     if path.is_file():
@@ -101,10 +116,11 @@ def _open_parts(spec: CorpusSpec, part: Split) -> Source:
     if spec.corpus == PYTHON_STDLIB:
         files, root = stdlib_files(part)
         return TextFiles(files, root, spec.skip_broken)
-    files, root = _local_files(spec.corpus)
+    files, root = _local_files(spec.corpus, spec.left_out)
     if not files:
         if Path(spec.corpus).expanduser().is_dir():
-            raise UserError(("data.corpus", f"the folder {spec.corpus} holds no files"))
+            only = " but those of the run" if _local_files(spec.corpus)[0] else ""
+            raise UserError(("data.corpus", f"the folder {spec.corpus} holds no files{only}"))
         looks_like_hub_id = re.fullmatch(r"\w[\w-]*(/\w[\w.-]*)?", spec.corpus) and not spec.corpus.endswith(FILE_SUFFIXES)
         if not looks_like_hub_id:
             raise UserError(("data.corpus", f"there is no file, folder or match for {spec.corpus} (looked from {Path.cwd()})"))

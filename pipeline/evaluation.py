@@ -43,7 +43,7 @@ def validation_sets(
         return [TaskValidation(task, reader, batch.readers, batch.lanes, PIECE * recipe.parallel.context) for reader in readers]
     if data.validation is None:
         return _sets(recipe, corpus, "validation", encoder, readers)
-    spec = CorpusSpec(data.validation, None, data.validation_split, None, data.text_field, data.skip_broken, join=data.join)
+    spec = CorpusSpec(data.validation, None, data.validation_split, None, data.text_field, data.skip_broken, 0.0, data.join, corpus.left_out)
     try:
         return _sets(recipe, spec, "all", encoder, readers)
     except UserError as error:

@@ -1,9 +1,11 @@
 """A run: everything that lasts as long as it does, and how it is set up, anew or from a checkpoint."""
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +36,7 @@ from .engine import Engine, build_engine
 from .evaluation import validation_sets
 from .export import model_config
 from .folder import RunFolder, warn
+from .folder_checks import FILES, FOLDERS
 from .machine import matmul_rate
 from .optim import learning_rate
 from .processes import Layout
@@ -222,7 +225,15 @@ def corpus_of(recipe: Recipe) -> CorpusSpec:
     """What the recipe reads."""
     data = recipe.data
     held_out = 0.0 if data.validation is not None else data.validation_fraction
-    return CorpusSpec(data.corpus, data.subset, data.split, data.revision, data.text_field, data.skip_broken, held_out, data.join)
+    return CorpusSpec(
+        data.corpus, data.subset, data.split, data.revision, data.text_field, data.skip_broken, held_out, data.join, _written_by(recipe)
+    )
+
+
+def _written_by(recipe: Recipe) -> tuple[str, ...]:
+    """Where the run writes, as absolute paths without links: its folder, and its own names in that. It is no part of a corpus that holds it."""
+    folder = Path(recipe.run.dir)
+    return tuple(os.path.realpath(path) for path in (folder, *(folder / name for name in (*FILES, *FOLDERS))))
 
 
 def _warm_start(model: MinRNNForCausalLM, name: str) -> None:

@@ -3,6 +3,8 @@
 import gzip
 import itertools
 import json
+import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -184,6 +186,25 @@ def test_a_file_that_is_not_text(tmp_path: Path):
     assert f"{broken} is not UTF-8 (byte 2)" in message
     assert "data.skip_broken" in message
     assert [record.text for record in open_source(CorpusSpec(str(tmp_path), skip_broken=True)).read(0, Place())] == ["one", None, "two"]
+
+
+def test_what_a_run_writes_is_no_part_of_the_folder_it_is_in(tmp_path: Path):
+    """By its real place, below a folder and in globs; but a corpus that is named within it, or is such a file itself, is read."""
+    for name in ("a.txt", "runs/x/samples.txt", "runs/x/own.txt", "runs/y/b.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "link").symlink_to(tmp_path / "runs")
+    left_out = tuple(os.path.realpath(tmp_path / name) for name in ("runs/x", "runs/x/samples.txt"))
+
+    def found(corpus: str) -> list[str]:
+        return texts_of(open_source(CorpusSpec(str(tmp_path / corpus), left_out=left_out)).read(0, Place()))
+
+    assert found("") == found("**/*.txt") == ["a.txt", "runs/y/b.txt"]
+    assert found("runs") == found("runs/*/*.txt") == found("link/*/*.txt") == ["runs/y/b.txt"]
+    assert found("runs/x") == found("runs/x/*") == ["runs/x/own.txt"]
+    assert found("runs/x/samples.txt") == ["runs/x/samples.txt"]
+    shutil.rmtree(tmp_path / "runs" / "y")
+    assert "holds no files but those of the run" in problem(CorpusSpec(str(tmp_path / "runs"), left_out=left_out))
 
 
 def test_broken_parquet_rows(tmp_path: Path):

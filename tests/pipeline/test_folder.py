@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import Values, losses
+from conftest import Values, losses, stop_at_step_7
 from minrnn.data import UserError
 from minrnn.pipeline import loop
 from minrnn.pipeline.folder_checks import folder_problems
@@ -197,3 +197,14 @@ def test_a_folder_that_another_run_has_taken_ends_this_one(values: Values, run_r
     with pytest.raises(UserError, match="another process is training in"):
         run_recipe(values)
     assert [path.name for path in folder.iterdir()] == [".lock"]
+
+
+def test_a_corpus_that_holds_the_run_is_read_without_it(values: Values, run_recipe: Run, tmp_path: Path, monkeypatch):
+    corpus = tmp_path / "corpus"
+    for i in range(40):
+        write(corpus / f"{i}.txt", f"the text number {i} of a folder that the run is in " * (i % 5 + 1))
+    values["data"] |= {"corpus": str(corpus), "shuffle_window": 8}
+    expected = losses(run_recipe(values))
+    values["run"]["dir"] = str(corpus / "runs" / "x")
+    stop_at_step_7(values, run_recipe, monkeypatch)
+    assert losses(run_recipe(values)) == expected
