@@ -30,6 +30,11 @@ class ValidationSet:
     num_bytes: int
     """Bytes of text in the share, what bits per byte divides by."""
 
+    @property
+    def num_positions(self) -> int:
+        """How many positions are read."""
+        return sum(len(tokens) - 1 for documents in self.lanes for tokens in documents)
+
     def chunks(self) -> Iterator[Chunk]:
         """All documents once. A chunk holds the lanes that are still running: [lanes <= those of the chunk before, time]."""
         lanes = [Lane() for _ in self.lanes]

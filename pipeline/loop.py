@@ -27,6 +27,7 @@ from .errors import NonFiniteError, StorageError
 from .evaluation import told, validate
 from .export import export_model, load_checkpoint, sample
 from .folder import open_folder, warn
+from .forecast import Forecast
 from .interrupt import Interrupt, leave
 from .launch_checks import check_launch
 from .launcher_engines import check_engine
@@ -87,7 +88,7 @@ def take_steps(run: Run, interrupt: Interrupt) -> int | None:
     if _validation_is_missing(run):
         _validate(run)
     clock, tokens_at_clock = time.perf_counter(), run.tokens
-    saved_at = time.monotonic()
+    saved_at, forecast = time.monotonic(), Forecast()
     while run.step < recipe.train.steps:
         run.watchdog.enter(f"step {run.step + 1}: reading")
         batch, problems = _next_batch(run, chunks)
@@ -106,13 +107,15 @@ def take_steps(run: Run, interrupt: Interrupt) -> int | None:
         run.step, run.tokens = run.step + 1, run.tokens + recipe.batch.readers * recipe.batch.lanes * recipe.batch.chunk
         is_last = run.step == recipe.train.steps
 
-        if run.step % recipe.train.log_every == 0 or is_last or "skipped" in entry:
+        is_logged = run.step % recipe.train.log_every == 0 or is_last or "skipped" in entry
+        if is_logged:
             now = time.perf_counter()
             rate = (run.tokens - tokens_at_clock) / (now - clock)
             clock, tokens_at_clock = now, run.tokens
             _log(run, entry, rate)
         if run.bar is not None:
             run.bar.update()
+        forecast.after_step(run, is_logged)
         paused = time.perf_counter()
         if is_last or save_is_due or _is_due(run.step, recipe.train.save_every):
             _save(run, is_last)

@@ -67,16 +67,25 @@ class TaskValidation:
         """What is scored apart: training's lengths (0), then each test length."""
         return (IN_DISTRIBUTION, *self.task.test_lengths)
 
+    @property
+    def num_positions(self) -> int:
+        """How many positions are read."""
+        return self._share * sum(length or self.task.longest for length in self.lengths)
+
+    @property
+    def _share(self) -> int:
+        """Examples of each length."""
+        return -(-self.task.validation_examples // self.num_readers)
+
     def chunks(self) -> Iterator[tuple[int, Chunk]]:
         """(one of `lengths`, chunk [rows, time >= that length]). All readers give the same number, the last ones partly padding.
 
         Longer sequences than training's come in fewer rows, so that a chunk never has more positions than one of training.
         """
-        share = -(-self.task.validation_examples // self.num_readers)
         for length in self.lengths:
             rows = max(1, self.lanes * self.task.longest // max(length, self.task.longest))
-            for first in range(0, share, rows):
-                numbers = [self.reader + self.num_readers * i for i in range(first, min(first + rows, share))]
+            for first in range(0, self._share, rows):
+                numbers = [self.reader + self.num_readers * i for i in range(first, min(first + rows, self._share))]
                 yield length, self._chunk(length, numbers)
 
     def _chunk(self, length: int, numbers: list[int]) -> Chunk:

@@ -1,0 +1,53 @@
+"""How long a run still takes, in a line of the log after its first steps.
+
+steps after the first (which compiles) -> seconds per step -> steps and validations that are left -> "about 3 min to go"
+"""
+
+import time
+from collections.abc import Callable
+
+from .config import Recipe
+from .run import Run
+
+FORWARD_SHARE = 1 / 3  # of a training step's work: a validation has no backward pass, which takes two thirds
+UNITS = ((1.0, "s"), (60.0, "min"), (3600.0, "h"), (86400.0, "days"))
+
+
+class Forecast:
+    """Says once how long the rest of a run takes, at the first log line that has a whole step before it."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._start: tuple[int, float] | None = None
+        self._is_said = False
+
+    def after_step(self, run: Run, is_logged: bool) -> None:
+        """To be called after each step, before it is saved and validated."""
+        if self._is_said:
+            return
+        if self._start is None:
+            self._start = (run.step, self._clock())
+            return
+        if not is_logged:
+            return
+        first, start = self._start
+        self._is_said = True
+        seconds_per_step = (self._clock() - start) / (run.step - first)
+        batch = run.recipe.batch
+        positions = sum(part.num_positions for part in run.validation) / (max(len(run.readers), 1) * batch.lanes * batch.chunk)
+        steps, validations = run.recipe.train.steps - run.step, validations_left(run.recipe, run.step)
+        seconds = seconds_per_step * (steps + validations * positions * FORWARD_SHARE)
+        run.say(f"step {run.step}: {in_words(seconds)} to go ({steps} steps, validation {validations} times)")
+
+
+def validations_left(recipe: Recipe, step: int) -> int:
+    """How often a run that has just taken this step is still validated, at its end included."""
+    steps, every = recipe.train.steps, recipe.train.eval_every
+    due = set() if every is None else set(range(-(-step // every) * every, steps + 1, every))
+    return len(due | {steps})
+
+
+def in_words(seconds: float) -> str:
+    """`about 3 min`: in the largest unit of which there are at least 1.5."""
+    size, unit = next(((size, unit) for size, unit in reversed(UNITS) if seconds >= 1.5 * size), UNITS[0])
+    return f"about {max(1, round(seconds / size))} {unit}"

@@ -1,0 +1,66 @@
+"""What a run says about the time it takes."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from conftest import Values
+from minrnn.pipeline.forecast import Forecast, in_words, validations_left
+from minrnn.pipeline.recipe import build_recipe
+
+
+class Steps:
+    """A run on a clock of its own: a first step of 1,000 seconds, all others of 2."""
+
+    def __init__(self, values: Values, num_positions: int):
+        self.recipe, self.step, self.now, self.lines = build_recipe(values), 0, 0.0, []
+        self.readers, self.validation = {0: None}, [SimpleNamespace(num_positions=num_positions)]
+        self.say: Callable[[str], Any] = self.lines.append
+
+    def take(self, count: int, log_every: int) -> list[str]:
+        forecast = Forecast(lambda: self.now)
+        first = self.step + 1
+        for self.step in range(first, first + count):
+            self.now += 1000 if self.step == first else 2
+            forecast.after_step(self, is_logged=self.step % log_every == 0)  # type: ignore[arg-type]
+        return self.lines
+
+
+@pytest.mark.parametrize(("done", "log_every", "logged"), [(0, 5, 5), (0, 1, 2), (50, 5, 55), (54, 5, 60)])
+def test_a_forecast_counts_what_is_left_without_the_first_step(values: Values, done: int, log_every: int, logged: int):
+    values["batch"] |= {"readers": 1, "lanes": 2, "chunk": 50}
+    values["train"] |= {"steps": 100, "eval_every": 60, "save_every": None}
+    run = Steps(values, num_positions=3000)  # as many as in 30 steps, so 10 steps' work
+    run.step = done
+    seconds = 2 * (100 - logged + 2 * 10)
+    assert run.take(20, log_every) == [f"step {logged}: {in_words(seconds)} to go ({100 - logged} steps, validation 2 times)"]
+
+
+def test_validations_that_are_left(values: Values):
+    values["train"] |= {"steps": 12, "eval_every": 5}
+    recipe = build_recipe(values)
+    assert [validations_left(recipe, step) for step in (1, 5, 6, 10, 11, 12)] == [3, 3, 2, 2, 1, 1]
+    values["train"]["eval_every"] = None
+    assert validations_left(build_recipe(values), 1) == 1
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.1, "1 s"), (80, "80 s"), (90, "2 min"), (200, "3 min"), (5000, "83 min"), (6000, "2 h"), (1e5, "28 h"), (1e6, "12 days")],
+)
+def test_times_in_words(seconds: float, words: str):
+    assert in_words(seconds) == f"about {words}"
+
+
+@pytest.mark.parametrize("corpus_is_a_task", [False, True])
+def test_every_run_says_it_once(values: Values, run_recipe: Callable[[Values], Path], capsys: pytest.CaptureFixture, corpus_is_a_task: bool):
+    if corpus_is_a_task:
+        values["data"] = {"corpus": "synthetic/parity", "task": {"validation_examples": 8}}
+        values["batch"]["chunk"] = 40
+    run_recipe(values)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "to go" in line]
+    assert len(lines) == 1
+    assert re.fullmatch(r"step 2: about \d+ (s|min) to go \(10 steps, validation 2 times\)", lines[0].strip())
