@@ -7,6 +7,7 @@ in `Settings` and told at once, a line each.
 import argparse
 import difflib
 import importlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,8 +37,8 @@ class Settings:
 
     def at_least(self, key: str, value: float, least: float) -> None:
         """`value` is a number of things, or of seconds."""
-        if value < least:
-            self.problems.append((key, f"must be at least {least:g}, not {value:g}"))
+        if not least <= value < math.inf:  # JSON has no infinity
+            self.problems.append((key, f"must be a number of at least {least:g}, not {value:g}"))
 
     def choices(self, key: str, text: str, allowed: Sequence[str]) -> tuple[str, ...]:
         """Names separated by commas; `all` and `none` for all and none of those allowed."""

@@ -10,7 +10,7 @@ from minrnn.evals.bench import generate, scan, train, worker
 from minrnn.evals.bench.command import main, run_bench
 from minrnn.launch.cli import main as minrnn
 
-QUICK = ["--rounds", "1", "--min-seconds", "0", "--threads", "1"]
+QUICK = ["--rounds", "1", "--min-seconds", "0", "--threads", "1", "--limit", "1e6"]
 MODEL = ["--params", "400k", "--layers", "2", *QUICK]
 
 
@@ -137,6 +137,7 @@ def test_data(tmp_path: Path):
         (["bench", "scn"], "error: bench scn: unknown bench (did you mean scan?)"),
         (["bench", "train", "--peers", "lama"], "error: --peers: there is no 'lama' (did you mean llama?)"),
         (["bench", "train", "--lengths", "0"], "error: --lengths: '0' is not a whole number of at least 1"),
+        (["bench", "train", "--limit", "inf"], "error: --limit: must be a number of at least 0, not inf"),
         (["bench", "train", "--params", "many"], "error: --params: 'many' is not a number such as 10.7M or 350000000"),
         (["bench", "train", "--params", "1000"], "error: --params: no minrnn of 6 layers has 1,000 parameters within 2%"),
         (["bench", "scan", "--device", "cuda"], "error: --device: cuda is not available here"),

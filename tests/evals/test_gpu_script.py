@@ -12,7 +12,7 @@ from minrnn.models.scan import linear_scan
 
 
 def test_checks_and_benches_end_to_end(tmp_path: Path):
-    gpu.main(["--out", str(tmp_path), "--device", "cpu", "--tiny", "--sections", "checks,fused,layers"])
+    gpu.main(["--out", str(tmp_path), "--device", "cpu", "--tiny", "--minutes", "600", "--sections", "checks,fused,layers"])
     summary = json.loads((tmp_path / "gpu.json").read_text())
     assert {name: section["end"] for name, section in summary["sections"].items()} == dict.fromkeys(("checks", "fused", "layers"), "finished")
     checks = json.loads((tmp_path / "checks.json").read_text())

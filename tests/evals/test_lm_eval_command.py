@@ -251,7 +251,7 @@ def test_lm_evals_own_class_says_the_same(export: Path, task: str):
 def launch(*command: str, home: Path) -> str:
     """Standard output of a command, offline; it must end well."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(home), "HF_MODULES_CACHE": str(home / "modules"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-m", *command], env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run([sys.executable, "-m", *command], env=environment, capture_output=True, text=True, timeout=1200, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

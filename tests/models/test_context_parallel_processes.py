@@ -227,7 +227,7 @@ def check_tokens_read(group: ContextGroup) -> None:
 
 def work(rank: int, size: int, rendezvous: Path, cases: list[Case]) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=size, timeout=timedelta(seconds=120))
+    dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=size, timeout=timedelta(seconds=600))
     process_group = dist.new_group(list(range(size)))
     assert isinstance(process_group, dist.ProcessGroup)
     group = ContextGroup(process_group, rank, size)

@@ -113,7 +113,7 @@ def start(script: str, home: Path, *arguments: str) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen) -> dict:
-    output, errors = process.communicate(timeout=240)
+    output, errors = process.communicate(timeout=1200)
     assert process.returncode == 0, errors[-4000:]
     return json.loads(output.splitlines()[-1])
 

@@ -34,7 +34,7 @@ def command(launcher: list[str], recipe: Path, *overrides: str) -> list[str]:
 
 def launch(launcher: list[str], recipe: Path, *overrides: str, **environment: str) -> subprocess.CompletedProcess[str]:
     environment = {**ENVIRONMENT, "DS_ACCELERATOR": "cpu", **environment}
-    return subprocess.run(command(launcher, recipe, *overrides), env=environment, capture_output=True, text=True, timeout=200, check=False)
+    return subprocess.run(command(launcher, recipe, *overrides), env=environment, capture_output=True, text=True, timeout=1200, check=False)
 
 
 def names_read(folder: Path) -> dict[str, dict]:
@@ -122,7 +122,7 @@ def background() -> Iterator[Callable[..., subprocess.Popen[str]]]:
             continue
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 100) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "nothing happened"
@@ -132,7 +132,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 100) -> None:
 @pytest.mark.slow
 def test_an_elastic_launcher_survives_a_kill_and_a_hanging_peer(values: Values, run_recipe: Run, tmp_path: Path, background):
     """One command: a process is killed, then one is stopped (its peer names it and leaves); the launcher starts all anew both times."""
-    values["train"] |= {"steps": 600, "save_every": 20, "eval_every": None, "sample_tokens": 0, "peer_timeout": 5.0}
+    values["train"] |= {"steps": 600, "save_every": 20, "eval_every": None, "sample_tokens": 0, "peer_timeout": 20.0}
     undisturbed = run_recipe({**values, "run": {"dir": str(tmp_path / "undisturbed")}})
     folder = Path(values["run"]["dir"])
     process = background(command(ddp(2, "--max_restarts", "5", "--monitor_interval", "0.5"), recipe_file(values, tmp_path)), tmp_path)
@@ -140,9 +140,9 @@ def test_an_elastic_launcher_survives_a_kill_and_a_hanging_peer(values: Values, 
     os.kill(workers(process)[1], signal.SIGKILL)
     wait_for(lambda: "going on from step" in (tmp_path / "stderr.txt").read_text())
     os.kill(workers(process)[1], signal.SIGSTOP)
-    assert process.wait(120) == 0, (tmp_path / "stderr.txt").read_text()[-3000:]
+    assert process.wait(1200) == 0, (tmp_path / "stderr.txt").read_text()[-3000:]
     told = (tmp_path / "stderr.txt").read_text()
-    assert "error: training: rank 0: nothing has moved for 5 seconds; waiting for rank 1 on" in told
+    assert "error: training: rank 0: nothing has moved for 20 seconds; waiting for rank 1 on" in told
     assert [step for step, _ in losses(folder)] == list(range(1, 601))
     np.testing.assert_allclose(losses(folder)[:20], losses(undisturbed)[:20], atol=1e-5)
     assert names_read(folder) == names_read(undisturbed)
@@ -168,12 +168,12 @@ def test_nan_in_one_process_stops_or_is_skipped_by_both(values: Values, tmp_path
     script.write_text(NAN_IN_ONE)
     recipe = recipe_file(values, tmp_path)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script), "--config", str(recipe)]
-    stopped = subprocess.run(launcher, env=ENVIRONMENT, capture_output=True, text=True, timeout=200, check=False)
+    stopped = subprocess.run(launcher, env=ENVIRONMENT, capture_output=True, text=True, timeout=1200, check=False)
     assert stopped.stderr.count("error: training: step 5: loss nan. In reader 1: ") == 1, stopped.stderr[-3000:]
     folder = Path(values["run"]["dir"])
     assert [path.name for path in (folder / "checkpoints").glob("step-*")] == ["step-000004"]
     skipping = [*launcher, "--train.skip_spikes", "3.0", "--run.change", "[train.skip_spikes]"]
-    went_on = subprocess.run(skipping, env=ENVIRONMENT, capture_output=True, text=True, timeout=200, check=False)
+    went_on = subprocess.run(skipping, env=ENVIRONMENT, capture_output=True, text=True, timeout=1200, check=False)
     assert went_on.returncode == 0, went_on.stderr[-3000:]
     assert went_on.stderr.count("step 5 is left out: loss nan") == 1
     entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -24,7 +24,7 @@ def launch(recipe: Path, *overrides: str, processes: int = 1) -> subprocess.Comp
     config = REPOSITORY / "launch" / "accelerate" / "cpu.yaml"
     launcher = ["accelerate.commands.launch", "--config_file", str(config), "--num_processes", str(processes), "-m"] if processes > 1 else []
     command = [sys.executable, "-m", *launcher, "minrnn.pipeline.train", "--config", str(recipe), *overrides]
-    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=1200, check=False)
 
 
 @pytest.mark.slow
@@ -106,7 +106,7 @@ def test_kill_minus_nine_while_saving(values: Values, run_recipe: Run, tmp_path:
     """While the first file, the weights, the manifest is being written."""
     undisturbed = run_recipe({**values, "run": {"dir": str(tmp_path / "undisturbed")}})
     recipe = recipe_file(values, tmp_path)
-    killed = subprocess.run([sys.executable, "-c", KILLER, str(write), "--config", str(recipe)], env=ENVIRONMENT, check=False, timeout=120)
+    killed = subprocess.run([sys.executable, "-c", KILLER, str(write), "--config", str(recipe)], env=ENVIRONMENT, check=False, timeout=600)
     assert killed.returncode == -signal.SIGKILL
     folder = Path(values["run"]["dir"])
     assert [path.name for path in sorted((folder / "checkpoints").glob("step-*"))] == ["step-000004"]
@@ -129,7 +129,7 @@ def test_sigterm_to_the_group_and_a_second_interrupt(values: Values, tmp_path: P
 
     process = start()
     os.killpg(process.pid, signal.SIGTERM)
-    told = process.communicate(timeout=60)[1]
+    told = process.communicate(timeout=600)[1]
     assert process.returncode == 128 + signal.SIGTERM, told[-2000:]
     assert "SIGTERM: saving after this step" in told
     assert "the same command goes on from there" in told
@@ -140,7 +140,7 @@ def test_sigterm_to_the_group_and_a_second_interrupt(values: Values, tmp_path: P
     process.send_signal(signal.SIGCONT)
     time.sleep(0.001)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
+    process.communicate(timeout=600)
     assert process.returncode == 128 + signal.SIGINT
     assert set(saved) <= set((metrics.parent / "checkpoints").iterdir())
 
@@ -151,7 +151,7 @@ def test_output_that_goes_nowhere_stops_no_training(values: Values, tmp_path: Pa
     """Its status is the training's, and a data worker's messages land in no file of the run."""
     values["data"]["workers"] = 1
     command = f'"$0" -m minrnn.pipeline.train --config {recipe_file(values, tmp_path)} {redirection}; exit ${{PIPESTATUS[0]}}'
-    ended = subprocess.run(["bash", "-c", command, sys.executable], env=ENVIRONMENT, capture_output=True, timeout=300, check=False)
+    ended = subprocess.run(["bash", "-c", command, sys.executable], env=ENVIRONMENT, capture_output=True, timeout=1200, check=False)
     folder = Path(values["run"]["dir"])
     assert ended.returncode == 0
     assert (folder / "model" / "model.safetensors").exists()
