@@ -7,11 +7,12 @@ from typing import Any
 
 from ..data.errors import UserError
 from ..data.tokenizer import with_bos
+from ..pipeline.options import add_device, add_dtype
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("minrnn generate", description="Continue a prompt with an exported model.")
-    parser.add_argument("model", metavar="MODEL", help="an export (folder), or a model of the hub")
+    parser = argparse.ArgumentParser("minrnn generate", description="Continue a prompt with a trained model.")
+    parser.add_argument("model", metavar="MODEL", help="a run's folder, an export, or a model of the hub")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", default="", help="text to continue (default: a new document)")
     source.add_argument("--prompt-file", type=Path, help="file to continue, of any length; - for standard input")
@@ -20,28 +21,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this total probability")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling")
     parser.add_argument("--prefill", type=int, default=8192, help="tokens of the prompt that are read at once (default: %(default)s)")
+    add_device(parser)
+    add_dtype(parser)
     return parser
-
-
-def load(name: str) -> tuple[Any, Any]:
-    """Model and tokenizer of an export.
-
-    Raises:
-        UserError: they cannot be loaded.
-    """
-    import torch
-    from torch import nn
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from .. import models  # noqa: F401 - registers the model type, so no remote code is needed
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise UserError(("MODEL", f"cannot load {name}: {str(error).splitlines()[0]}")) from None
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    return nn.Module.to(model, device).eval(), tokenizer
 
 
 def main(argv: list[str]) -> None:
@@ -66,9 +48,12 @@ def main(argv: list[str]) -> None:
 
     import transformers
 
+    from ..pipeline.loading import load
+
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    model, tokenizer = load(arguments.model)
+    loaded: Any = load(arguments.model, arguments.dtype, arguments.device)  # generate() is none of the class's for type checkers
+    model, tokenizer = loaded
     transformers.set_seed(arguments.seed)
     sampling = {"do_sample": True, "temperature": arguments.temperature, "top_p": arguments.top_p, "top_k": 0}
     model.generate(

@@ -180,8 +180,11 @@ class TrainSection(Section):
 
     steps: int = Field(default=1000, ge=1)
     """Optimizer steps in all. A finished run goes on when this is raised, at the learning rate that it ended with (optim.schedule_steps)."""
-    precision: Literal["fp32", "bf16", "fp64"] = "fp32"
-    """bf16 is autocast over fp32 weights; the recurrent state is fp32 all the same."""
+    device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = "auto"
+    """Where to compute. auto: the accelerator if there is one, else the CPU. Of several, each process takes one."""
+    precision: Literal["auto", "fp32", "bf16", "fp64"] = "auto"
+    """auto: the faster of fp32 and bf16, as their matrix products measure at the start; a resumed run keeps what it
+    began with. bf16 is autocast over fp32 weights; the recurrent state is fp32 all the same."""
     recompute: Literal["none", "selective", "full"] = "none"
     """What is computed again in the backward pass. none: nothing; selective: all but matrix products and scans; full: whole blocks."""
     compile: bool = False

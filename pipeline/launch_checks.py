@@ -15,18 +15,19 @@ import torch
 from ..data.errors import UserError
 from .config import Recipe
 from .launcher_engines import deepspeed_key_problems, engine_problems
-from .processes import launcher_holds_store, uses_deepspeed, world_size
+from .machine import DTYPES, device_name, supports
+from .processes import launcher_holds_store, local_device, uses_deepspeed, world_size
 
 Problem = tuple[str, str]
 
 
 def check_launch(recipe: Recipe) -> None:
     """Raises UserError with everything that does not fit together."""
-    accelerator = torch.accelerator.current_accelerator()
-    problems = engine_problems(accelerator.type if accelerator is not None else "cpu", world_size())
+    device, here = _this_device(recipe)
+    problems = engine_problems(device.type, world_size())
     problems += [*_layout_problems(recipe), *_precision_problems(recipe), *(_deepspeed_problems(recipe) if uses_deepspeed() else [])]
-    here = _machine_problems()
-    if here and os.environ["LOCAL_RANK"] == "0" and os.environ["RANK"] != "0":  # rank 0, which tells the others, cannot know of them
+    rank, local_rank = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK"))
+    if here and local_rank == "0" != rank:  # rank 0, which tells the others, cannot know of them
         print(*(f"error: {key}: {problem}" for key, problem in here), sep="\n", file=sys.stderr)
     if problems or here:
         raise UserError(*problems, *here)
@@ -50,12 +51,13 @@ def _layout_problems(recipe: Recipe) -> list[Problem]:
     return problems
 
 
-def _machine_problems() -> list[Problem]:
+def _machine_problems(device: torch.device) -> list[Problem]:
     """What is wrong with this machine's part of the launch."""
     said = {name: int(os.environ.get(name, "0")) for name in ("LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "TORCHELASTIC_MAX_RESTARTS")}
     problems = []
-    if torch.accelerator.is_available() and said["LOCAL_WORLD_SIZE"] > (devices := torch.accelerator.device_count()):
-        problems.append(("launcher", f"started {said['LOCAL_WORLD_SIZE']} processes on a machine with {devices} GPUs; lower --num_processes"))
+    if device.type != "cpu" and said["LOCAL_WORLD_SIZE"] > (devices := torch.accelerator.device_count()):
+        started = f"started {said['LOCAL_WORLD_SIZE']} processes on a machine with {devices} GPUs"
+        problems.append(("launcher", f"{started}; lower --num_processes, or use train.device cpu"))
     if said["GROUP_WORLD_SIZE"] > 1 and said["TORCHELASTIC_MAX_RESTARTS"] > 0 and launcher_holds_store():
         advice = "use rdzv_backend c10d and set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on all of them, or max_restarts 0"
         problems.append(("launcher", f"machines that restart their processes could meet in different places; {advice}"))
@@ -63,10 +65,25 @@ def _machine_problems() -> list[Problem]:
 
 
 def _precision_problems(recipe: Recipe) -> list[Problem]:
+    """The launcher leaves the precision to the recipe, or says the same."""
     theirs, ours = os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), recipe.train.precision
     if theirs in ("no", "", ours):
         return []
     return [("train.precision", f"is {ours}, but the launcher's mixed_precision is {theirs}; leave it 'no' there, the recipe decides")]
+
+
+def _this_device(recipe: Recipe) -> tuple[torch.device, list[Problem]]:
+    """This process's device, and what it and its machine cannot do."""
+    try:
+        device = local_device(recipe.train.device)
+    except UserError as error:
+        return torch.device("cpu"), error.problems
+    if problems := _machine_problems(device):
+        return device, problems
+    if recipe.train.precision in DTYPES and not supports(device, recipe.train.precision):
+        unsupported = f"{device_name(device)} does not support {recipe.train.precision}"
+        return device, [("train.precision", f"{unsupported}; use train.precision auto")]
+    return device, []
 
 
 def deepspeed_values(recipe: Recipe) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def train(recipe: Recipe) -> None:
     keep_freed_memory()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    accelerator = processes.start(patience(recipe))
+    accelerator = processes.start(patience(recipe), processes.local_device(recipe.train.device))
     check_engine(accelerator.distributed_type)
     with contextlib.closing(open_folder(recipe, accelerator)) as folder:
         if folder.is_finished:
@@ -166,10 +166,11 @@ def _one_step(run: Run, step: int, batch: list[Chunk], num_scored: float) -> dic
                 num_items_in_batch=num_scored / accelerator.num_processes,  # engines divide the sum of gradients by the number of processes
             )
             engine.backward(output.loss)
-        losses.append(output.loss.detach().double() / accelerator.num_processes)
+        losses.append(output.loss.detach())
         reader.cache = output.past_key_values.detach_() if recipe.batch.carry_state else None
         reader.position = chunk.state
-    mine = torch.stack(losses).tolist()
+    # Python's numbers are fp64, which not every device has.
+    mine: list[float] = [loss / accelerator.num_processes for loss in torch.stack(losses).tolist()]
     (loss,) = processes.total(accelerator, [sum(mine)])
     lr = learning_rate(recipe.optim, step, recipe.optim.schedule_steps or recipe.train.steps)
     entry: dict[str, Any] = {"loss": loss, "lr": lr}

@@ -20,6 +20,7 @@ from torch.distributed import distributed_c10d as c10d
 
 from ..data import Chunk, UserError
 from ..models.context_parallel import ContextGroup
+from .machine import num_cores, resolve_device, share_of_threads
 
 T = TypeVar("T")
 
@@ -80,17 +81,39 @@ def layout_of(accelerator: Accelerator, context: int, timeout: timedelta) -> Lay
     return Layout(rank, num_processes, context, ContextGroup(groups[rank // context], rank % context, context))
 
 
-def start(timeout: timedelta) -> Accelerator:
+def local_device(name: str, key: str = "train.device") -> torch.device:
+    """This process's device, of a name as in `machine.resolve_device`: of several accelerators, that of its number on the machine.
+
+    Processes cannot send each other what is on MPS, so several of them take the CPU instead where the name is `auto`.
+
+    Raises:
+        UserError: under `key`, if there is no such device here, or several processes cannot work on it.
+    """
+    device = resolve_device(name, key)
+    if device.type == "mps" and world_size() > 1:
+        if name != "auto":
+            raise UserError((key, f"several processes cannot work on {name}; start one, or use cpu"))
+        return torch.device("cpu")
+    if device.type == "cpu" or device.index is not None or world_size() == 1:
+        return device
+    return torch.device(device.type, int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def start(timeout: timedelta, device: torch.device) -> Accelerator:
     """Connect the processes: gloo on CPUs, nccl on GPUs. Precision is ours (`engine.autocast`), whatever the launcher says.
 
     Args:
         timeout: after which a collective that nobody answers fails.
+        device: this process's (`local_device`).
     """
-    on_cpu, deepspeed = not torch.accelerator.is_available(), uses_deepspeed()
+    on_cpu, deepspeed = device.type == "cpu", uses_deepspeed()
     if on_cpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # Accelerate imports DeepSpeed where it is installed, and that guesses aloud
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # where DeepSpeed is on, Accelerate takes a GPU if the machine has one
+        os.environ["DS_ACCELERATOR"] = "cpu"  # Accelerate imports DeepSpeed where it is installed, and that guesses aloud
+        if (threads := share_of_threads(os.environ, num_cores())) is not None:
+            torch.set_num_threads(threads)
     if world_size() > 1:
-        _connect(on_cpu, timeout)
+        _connect(device, timeout)
     if deepspeed and on_cpu:
         os.environ.pop("ACCELERATE_USE_CPU", None)  # with it, DeepSpeed would be left out in silence
         PartialState(backend="gloo")
@@ -105,17 +128,17 @@ def start(timeout: timedelta) -> Accelerator:
     return accelerator
 
 
-def _connect(on_cpu: bool, timeout: timedelta) -> None:
+def _connect(device: torch.device, timeout: timedelta) -> None:
     """Make the process group, which Accelerate then uses.
 
     A store that the launcher holds may outlive a restart of its processes (it does with torchrun's static rendezvous, Accelerate's default),
     and so do the addresses of the dead ones in it: each attempt has a corner of its own. One that rank 0 holds is new each time; it must not
     be divided, since the launchers of several machines count their attempts apart.
     """
-    rank, size, local = (int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    if not on_cpu:
-        torch.accelerator.set_device_index(local)
-    backend = "gloo" if on_cpu else torch.distributed.get_default_backend_for_device(torch.accelerator.current_accelerator() or "cuda")
+    rank, size = (int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE"))
+    if device.type != "cpu":
+        torch.accelerator.set_device_index(device)
+    backend = "gloo" if device.type == "cpu" else torch.distributed.get_default_backend_for_device(device)
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     is_master = rank == 0 and not launcher_holds_store()
     store = torch.distributed.TCPStore(host, port, size, is_master, timeout=timeout, wait_for_workers=False)  # pyright: ignore
@@ -145,9 +168,10 @@ def total(accelerator: Accelerator, values: list[float]) -> list[float]:
     """The sum of each value over all processes, in fp64."""
     if accelerator.num_processes == 1:
         return values
-    tensor = torch.tensor(values, dtype=torch.float64, device=accelerator.device)
-    torch.distributed.all_reduce(tensor)
-    return tensor.tolist()
+    bits = torch.from_numpy(np.array(values, dtype=np.float64).view(np.int64)).to(accelerator.device)  # not every device has fp64
+    rows = [torch.empty_like(bits) for _ in range(accelerator.num_processes)]
+    torch.distributed.all_gather(rows, bits)
+    return torch.stack(rows).cpu().numpy().view(np.float64).sum(0).tolist()
 
 
 def largest(accelerator: Accelerator, value: int) -> int:

@@ -23,6 +23,7 @@ FREE_ON_RESUME = {
     *("run.dir", "run.resume", "run.change", "data.workers", "data.validation_tokens", "parallel.context"),
     *(
         "train.steps",
+        "train.device",
         "train.log_every",
         "train.eval_every",
         "train.save_every",
@@ -240,7 +241,8 @@ def schedule_steps_of(saved: dict[str, Any]) -> int:
 
 
 def settled(recipe: Recipe, saved: dict[str, Any]) -> Recipe:
-    """The recipe with what it leaves to the run: `optim.schedule_steps` as the run began with, unless run.change names it.
+    """The recipe with what it leaves to the run: `optim.schedule_steps`, and `train.precision` where that is auto, as the
+    run began with, unless run.change names them.
 
     Args:
         saved: the resolved recipe of the checkpoint to go on from; empty for a run that begins.
@@ -249,7 +251,14 @@ def settled(recipe: Recipe, saved: dict[str, Any]) -> Recipe:
     if steps is None:
         keeps = saved and "optim.schedule_steps" not in recipe.run.change
         steps = schedule_steps_of(saved) if keeps else recipe.train.steps
-    return dataclasses.replace(recipe, optim=recipe.optim.model_copy(update={"schedule_steps": steps}))
+    precision = recipe.train.precision
+    if saved and precision == "auto" and "train.precision" not in recipe.run.change:
+        precision = saved["train"]["precision"]
+    return dataclasses.replace(
+        recipe,
+        optim=recipe.optim.model_copy(update={"schedule_steps": steps}),
+        train=recipe.train.model_copy(update={"precision": precision}),
+    )
 
 
 def free_on_resume(saved: dict[str, Any]) -> set[str]:
@@ -259,7 +268,7 @@ def free_on_resume(saved: dict[str, Any]) -> set[str]:
 
 
 def check_unchanged(saved: dict[str, Any], recipe: Recipe, folder: str) -> None:
-    """A run goes on with the settings it was started with.
+    """A run goes on with the settings it was started with; train.precision auto stands for any.
 
     Raises:
         UserError: each setting that differs, is not free to, and was not named in run.change.

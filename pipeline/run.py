@@ -1,5 +1,6 @@
 """A run: everything that lasts as long as it does, and how it is set up, anew or from a checkpoint."""
 
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
@@ -37,15 +38,13 @@ from .evaluation import validation_sets
 from .export import model_config
 from .folder import RunFolder, warn
 from .folder_checks import FILES, FOLDERS
-from .machine import matmul_rate
+from .machine import CHOICES, DTYPES, PrecisionChoice, choose_precision, device_name, measure_rates
 from .optim import learning_rate
 from .processes import Layout
 from .recipe import schedule_steps_of, settled
 from .saving import Saver
 from .tracking import Tracker, tracker_of
 from .watchdog import Watchdog
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
 @dataclass
@@ -108,8 +107,9 @@ def set_up(recipe: Recipe, accelerator: Accelerator, folder: RunFolder) -> Run:
     Raises:
         UserError: data, a checkpoint or an export that cannot be used, from whichever process met it.
     """
+    choice, rate = _decide_precision(recipe, accelerator, folder)  # before anything runs beside it
     recipe = settled(recipe, folder.saved)
-    rate = matmul_rate(accelerator.device, DTYPES[recipe.train.precision])  # before anything runs beside it
+    recipe = dataclasses.replace(recipe, train=recipe.train.model_copy(update={"precision": choice.precision}))
     layout = processes.layout_of(accelerator, recipe.parallel.context, patience(recipe))
     mine = layout.readers(recipe.batch.readers)
     opened, problems = processes.together(accelerator, lambda: _open(recipe, folder, mine, accelerator.device))
@@ -151,7 +151,10 @@ def set_up(recipe: Recipe, accelerator: Accelerator, folder: RunFolder) -> Run:
     batch = recipe.batch
     size = f"{config.cell}, {num_parameters:,} parameters, {batch.readers} x {batch.lanes} x {batch.chunk} tokens a step"
     sharing = f"{engine.name}, " * (layout.num_processes > 1) + f"{layout.context} to a sequence, " * (layout.context > 1)
-    layout_said = f"{accelerator.num_processes} process(es) on {accelerator.device.type}, {sharing}{recipe.train.precision}"
+    layout_said = f"{accelerator.num_processes} process(es) on {accelerator.device.type}, {sharing}{choice.precision}"
+    layout_said += f" ({choice.reason})" * bool(choice.reason)
+    if choice.warning:
+        run.say(f"warning: {choice.warning}")
     if layout.context > 1 and recipe.train.compile and recipe.train.recompute != "none":
         run.say("warning: with parallel.context, train.compile does nothing for blocks that train.recompute runs again; they stay as they are")
     run.say(f"{folder.path}: {size}, {layout_said}; {f'going on from step {step}' if step else 'from the beginning'}")
@@ -172,6 +175,20 @@ def _learning_rate_note(recipe: Recipe, saved: dict[str, Any], step: int) -> str
     if schedule < steps and recipe.optim.schedule != "constant":
         note += f"; its schedule ends at step {schedule}. --optim.schedule_steps {steps} --run.change [optim.schedule_steps] draws it anew"
     return note
+
+
+def _decide_precision(recipe: Recipe, accelerator: Accelerator, folder: RunFolder) -> tuple[PrecisionChoice, float]:
+    """What all processes compute in, as rank 0 chooses, and the rate of its matrix products in FLOP/s.
+
+    Raises:
+        UserError: a device that does not support it.
+    """
+    asked, kept = recipe.train.precision, settled(recipe, folder.saved).train.precision
+    rates = measure_rates(accelerator.device, CHOICES if kept == "auto" else [*CHOICES, kept])
+    everywhere = set.intersection(*processes.gathered(accelerator, [set(rates)]))
+    rates = processes.from_main(accelerator, {name: rate for name, rate in rates.items() if name in everywhere})
+    choice = choose_precision(asked, None if kept == "auto" else kept, rates, device_name(accelerator.device))
+    return choice, rates[choice.precision]
 
 
 Opened = tuple[ChunkLoader, Sequence[ValidationSet] | Sequence[TaskValidation], dict[int, ReaderState], Any, MinRNNForCausalLM]

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from ...pipeline import loop, processes
@@ -50,13 +51,15 @@ class LoopWork:
         overrides = {
             "run.dir": path / "run",
             "run.seed": spec["seed"],
+            "train.device": torch.device(spec["device"]).type,
+            "train.precision": spec["dtype"],
             "train.steps": 10**9,
             "train.eval_every": "null",
             "train.save_every": self.steps,
             "tracking.uri": f"sqlite:///{path / 'mlflow.db'}",
         }
         recipe = read_recipe(["--config", RECIPE, *(word for key, value in overrides.items() for word in (f"--{key}", str(value)))])
-        accelerator = processes.start(patience(recipe))
+        accelerator = processes.start(patience(recipe), processes.local_device(recipe.train.device))
         self.run = set_up(recipe, accelerator, open_folder(recipe, accelerator))
         self.batch = next(iter(self.run.loader))
         self.info = {"parameters": self.run.num_parameters, "steps": self.steps}
@@ -89,7 +92,7 @@ def build_work(spec: Mapping[str, Any]) -> LoopWork:
 
 def measure_loop(arguments: Any) -> list[dict[str, Any]]:
     """Two rows; the loop's says how much longer its step takes."""
-    common = {"module": "loop", "loop": arguments.loop, "threads": arguments.threads, "seed": arguments.seed}
+    common = {"module": "loop", "loop": arguments.loop, **{name: getattr(arguments, name) for name in ("threads", "seed", "device", "dtype")}}
     specs = {name: {**common, "family": name} for name in ("step", "loop")}
     with tqdm(total=2 * arguments.rounds, desc="train, the loop", leave=False) as bar:
         timings, infos = contest(specs, arguments.rounds, float("inf"), True, {}, bar)

@@ -17,11 +17,12 @@ from typing import Any
 
 from ...data.errors import UserError
 from ...pipeline.folder import warn
+from ...pipeline.options import add_device, add_dtype
 from ...pipeline.processes import together
 from ...pipeline.public import public_config, public_value
 from ...pipeline.storage import replace
 from ...pipeline.tracking import error_line, open_client, read_note, sqlite_file, uri_of
-from ..loading import DTYPES, default_out, out_problems, run_of
+from ..output import default_out, out_problems, run_of
 
 DESCRIPTION = """Evaluate a model on tasks of lm-eval. Texts of any length are read whole; what requests have in common is read once.
 Several processes share the requests: accelerate launch -m minrnn.launch.cli eval MODEL --tasks ..."""
@@ -44,8 +45,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--limit", type=float, help="documents of each task, or below 1 a fraction of them (default: all)")
     parser.add_argument("--rolling-window", type=int, help="perplexities also with the state reset every so many tokens, as NAME_window_SIZE")
     parser.add_argument("--batch-size", type=int, default=32, help="rows at once (default: %(default)s)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the accelerator, if there is one)")
-    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="of the weights (default: as stored)")
+    add_device(parser)
+    add_dtype(parser)
     parser.add_argument("--bootstrap-iters", type=int, default=100_000, help="for standard errors; 0: none (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="JSON file to write (default: RUN/evals/lm-eval-TIME.json, evals/results/ without a run)")
     return parser

@@ -37,8 +37,8 @@ from ...data.errors import UserError
 from ...models import MinRNNForCausalLM
 from ...models.decoding import TokenStep
 from ...models.modeling_minrnn import PREFILL
-from ...pipeline.processes import start, world_size
-from ..loading import load, to_device
+from ...pipeline.loading import place, read_model, weights_dtype
+from ...pipeline.processes import from_main, local_device, start, together, world_size
 from .likelihood import Score, batches, read, read_contexts, score, select_rows
 
 DEFAULT_BATCH = 32
@@ -75,8 +75,8 @@ class MinRNNLM(TemplateLM):
         tokenizer: Of a model that is given.
         batch_size: Rows at once; "auto" is 32, since memory does not depend on the lengths.
         max_batch_size: lm_eval's; not used.
-        device: Of the model; by default the accelerator, if there is one.
-        dtype: Of the weights: auto (as they are stored), float32, bfloat16, float64.
+        device: Of the model: auto (the accelerator, if there is one), cpu, cuda, mps, xpu; None is auto.
+        dtype: Of the weights: auto (as they are stored, see `loading.weights_dtype`), fp32, bf16, fp64.
         piece: Tokens read at once, over all rows.
         rolling_window: `loglikelihood_rolling` in windows of so many tokens with the state reset; None: carried through the document.
         max_gen_toks: Tokens to write where a task says nothing.
@@ -105,15 +105,24 @@ class MinRNNLM(TemplateLM):
                 raise ValueError(f"{name} must be a number of at least 1, not {size!r}.")
         self.accelerator = None
         if isinstance(pretrained, str):
-            pretrained, tokenizer = load(pretrained, dtype)
+            target = local_device(device or "auto", "--device")
+            pretrained, tokenizer = read_model(pretrained)
             if world_size() > 1:
-                self.accelerator = start(timedelta(weeks=1))  # the fastest waits for the slowest
+                self.accelerator = start(timedelta(weeks=1), target)  # the fastest waits for the slowest
                 self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-                device = str(self.accelerator.device)
-            to_device(pretrained, device)
+            place(pretrained, self._decide_dtype(pretrained.dtype, dtype, target), target)
         self.model, self.tokenizer, self._device = pretrained, tokenizer, pretrained.device
         self.config = self.model.config
         self.batch_size, self.piece, self.rolling_window, self.max_gen_toks = int(batch_size), piece, rolling_window, max_gen_toks
+
+    def _decide_dtype(self, stored: torch.dtype, asked: str, device: torch.device) -> torch.dtype:
+        """The same in all processes: the first one's."""
+        if self.accelerator is None:
+            return weights_dtype(stored, asked, device)
+        dtype, problems = together(self.accelerator, lambda: weights_dtype(stored, asked, device))
+        if problems or dtype is None:
+            raise UserError(*problems)
+        return from_main(self.accelerator, dtype)
 
     @property
     def eot_token_id(self) -> int:

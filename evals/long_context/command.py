@@ -22,7 +22,7 @@ from ...models import MinRNNForCausalLM
 from ...pipeline.storage import replace
 from ..bench.measure import current_memory, peak_memory, release_memory, reset_peak_memory, synchronize
 from ..bench.record import si, table
-from ..loading import default_out
+from ..output import default_out
 from . import documents
 from .positions import NUM_TARGETS, bucket_edges, buckets, byte_counter, memory_contexts, memory_curve, token_nats
 

@@ -19,9 +19,11 @@ from ...data.joined import PACKAGE, join_documents
 from ...data.sources import Place, Record, Source, TextFiles
 from ...models import MinRNNConfig, MinRNNForCausalLM
 from ...pipeline.folder import warn
+from ...pipeline.loading import load
+from ...pipeline.options import add_device, add_dtype
 from ...pipeline.public import public_value
 from ..bench.record import command_line, commit, machine, versions
-from ..loading import DTYPES, load, out_problems, to_device
+from ..output import out_problems
 
 NONE = "none"  # --join: documents as they are
 SHORTEST = 256  # tokens of a document that something can be said about
@@ -61,8 +63,8 @@ def make_parser(command: str, description: str, examples: str) -> argparse.Argum
     parser.add_argument("--text-field", default="text", help="column or key that holds a row's text (default: %(default)s)")
     parser.add_argument("--document", help="part of the document's name (default: the longest of all; of several, the longest of them)")
     parser.add_argument("--piece", type=int, default=8192, help="tokens of a forward pass, over all rows (default: %(default)s)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the accelerator, if there is one)")
-    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="of the weights (default: as stored)")
+    add_device(parser)
+    add_dtype(parser)
     parser.add_argument("--out", type=Path, help="JSON file to write (default: in RUN/evals/, or evals/results/ without a run)")
     return parser
 
@@ -150,8 +152,7 @@ def load_model(arguments: argparse.Namespace) -> tuple[MinRNNForCausalLM, Any]:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    model, tokenizer = load(arguments.model, arguments.dtype)
-    return to_device(model, arguments.device), tokenizer
+    return load(arguments.model, arguments.dtype, arguments.device)
 
 
 def what_was_run(command: str, argv: Sequence[str], model: MinRNNForCausalLM, document: LongDocument) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from ...data.errors import UserError
 from ...data.tokenizer import num_bytes
 from ...pipeline.storage import replace
 from ..bench.record import table
-from ..loading import default_out
+from ..output import default_out
 from . import documents
 
 DESCRIPTION = (

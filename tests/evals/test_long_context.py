@@ -246,7 +246,7 @@ def test_lm_eval_says_the_same_of_the_document(run: Path, monkeypatch, capsys):
     texts, out = str(run.parent / "texts"), run.parent / "rolling.json"
     monkeypatch.setattr(rolling, "WINDOW", 100)
     rolling.main(
-        [str(run), "--corpus", texts, "--document", "alpha", "--dtype", "float64", "--device", "cpu", "--bytes", "1000", "--out", str(out)]
+        [str(run), "--corpus", texts, "--document", "alpha", "--dtype", "fp64", "--device", "cpu", "--bytes", "1000", "--out", str(out)]
     )
     found = json.loads(out.read_text())
     assert [row["part"] for row in found["rows"]] == ["1/16", "1/8", "1/4", "1/2", "all", "all, in windows"]

@@ -90,11 +90,20 @@ def test_generate_reads_a_prompt_in_pieces(export: Path, tmp_path: Path, capsys)
     assert texts[0].startswith(prompt.read_text())
 
 
+def test_generate_takes_a_run_s_folder_and_the_options_of_the_evaluations(export: Path, capsys):
+    texts = []
+    for model, *more in ((export,), (export.parent,), (export.parent, "--device", "cpu", "--dtype", "fp64")):
+        main(["generate", str(model), "--prompt", "a run", "--max-new-tokens", "5", "--temperature", "0", *more])
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] == texts[2]
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
         (["exprot"], "error: exprot: unknown command (did you mean export?)"),
         (["generate", "./nowhere"], "error: MODEL: cannot load ./nowhere"),
+        (["generate", "x", "--device", "gpu"], "error: --device: 'gpu' is no device"),
         (["generate", "x", "--temperature", "-1", "--prefill", "0"], "error: --prefill: must be at least 1"),
         (["export", "nowhere", "--out", "x"], "error: RUN: nowhere holds no valid checkpoint"),
         (["export", "nowhere", "--out", "x", "--step", "3"], "error: --step: nowhere/checkpoints/step-000003/manifest.json is missing"),

@@ -66,7 +66,7 @@ def values(tmp_path: Path, corpus: Path) -> Values:
         "data": {"corpus": str(corpus), "validation_fraction": 0.1, "validation_tokens": 500, "shuffle_window": 50, "workers": 0},
         "batch": {"readers": 2, "lanes": 2, "chunk": 24},
         "optim": {"warmup_steps": 2},
-        "train": {"steps": 12, "log_every": 1, "eval_every": 6, "save_every": 4, "sample_tokens": 3},
+        "train": {"precision": "fp32", "steps": 12, "log_every": 1, "eval_every": 6, "save_every": 4, "sample_tokens": 3},
         "tracking": {"uri": None},
     }
 

@@ -155,8 +155,8 @@ def test_help_teaches_every_setting():
 
 
 def test_only_what_decides_no_loss_is_free_to_change():
-    recipe = build_recipe({})
-    free = {"run.dir": "x", "train.steps": 5, "train.log_every": 3, "tracking.uri": None, "data.workers": 4}
+    recipe = build_recipe({"train": {"precision": "fp32"}})
+    free = {"run.dir": "x", "train.device": "cpu", "train.steps": 5, "train.log_every": 3, "tracking.uri": None, "data.workers": 4}
     fixed = {"optim.lr": 1.0, "batch.lanes": 3, "model.cell": "minlstm", "run.seed": 3, "train.precision": "fp64", "data.join": "folder"}
     saved = resolved(recipe)
     for key, value in (free | fixed).items():
@@ -166,6 +166,9 @@ def test_only_what_decides_no_loss_is_free_to_change():
     with pytest.raises(UserError) as raised:
         check_unchanged(saved, recipe, "runs/x")
     assert {key for key, _ in raised.value.problems} == fixed.keys()
+    with pytest.raises(UserError) as raised:
+        check_unchanged(saved, build_recipe({}), "runs/x")
+    assert {key for key, _ in raised.value.problems} == fixed.keys() - {"train.precision"}, "auto is what was saved"
 
 
 def test_a_longer_run_keeps_the_schedule_it_began_with():
@@ -195,6 +198,14 @@ def test_processes_of_a_sequence_may_change_where_that_changes_nothing():
     assert [key for key, _ in raised.value.problems] == ["parallel.context"]
     meant = build_recipe(dropping | two | {"run": {"change": ["parallel.context"]}})
     check_unchanged(resolved(build_recipe(dropping)), meant, "runs/x")
+
+
+def test_precision_is_left_to_the_run_unless_it_is_said_or_to_change():
+    saved = resolved(build_recipe({"train": {"precision": "bf16"}}))
+    assert settled(build_recipe({}), {}).train.precision == "auto"
+    assert settled(build_recipe({}), saved).train.precision == "bf16"
+    assert settled(build_recipe({"run": {"change": ["train.precision"]}}), saved).train.precision == "auto"
+    assert settled(build_recipe({"train": {"precision": "fp32"}}), saved).train.precision == "fp32"
 
 
 def test_what_a_run_cannot_change_cannot_be_accepted_either():

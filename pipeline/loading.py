@@ -1,7 +1,5 @@
-"""A model by its name - a run, an export, a hub id - on its device, and where what is found out about it goes."""
+"""A model by its name (a run, an export or a hub id), in a dtype, on a device; for all commands that read one."""
 
-import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +9,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from ..data.errors import UserError
 from ..models import MinRNNConfig, MinRNNForCausalLM
+from .folder import warn
+from .machine import CHOICES, DTYPES, choose_precision, device_name, measure_rates, resolve_device, supports
 
 NOT_SETTINGS = {"architectures", "auto_map", "model_type", "torch_dtype", "transformers_version"}  # in config.json, of transformers itself
 SENTENCE = "Any tokenizer of text can spell this sentence."
-DTYPES = ("auto", "float32", "bfloat16", "float64")  # of the weights; auto: as they are stored
 
 
 def model_folder(name: str) -> str:
@@ -31,8 +30,55 @@ def model_folder(name: str) -> str:
     return name
 
 
-def load(name: str, dtype: str = "auto") -> tuple[MinRNNForCausalLM, Any]:
-    """Model, in eval mode on the CPU, and tokenizer of an export, a hub id or a run.
+def load(name: str, dtype: str = "auto", device: str = "auto") -> tuple[MinRNNForCausalLM, Any]:
+    """Model, in eval mode on its device, and tokenizer of an export, a hub id or a run.
+
+    Args:
+        dtype: auto, fp32, bf16 or fp64, as in `place`.
+        device: as in `machine.resolve_device`.
+
+    Raises:
+        UserError: they cannot be loaded, are none of ours, or belong to another version of the code; there is no such
+            device, or it does not support the dtype.
+    """
+    target = resolve_device(device)  # the quickest mistake first
+    model, tokenizer = read_model(name)
+    place(model, weights_dtype(model.dtype, dtype, target), target)
+    return model, tokenizer
+
+
+def weights_dtype(stored: torch.dtype, asked: str, device: torch.device) -> torch.dtype:
+    """The dtype to compute in on a device.
+
+    `auto` loses no digit and no time: weights stay as they are stored, but bf16 becomes fp32 where the device multiplies
+    that faster. What was asked for is taken, with a warning where it is slow.
+
+    Raises:
+        UserError: an unknown dtype, or one that the device does not support.
+    """
+    if asked not in ("auto", *DTYPES):
+        raise UserError(("--dtype", f"must be auto, {', '.join(DTYPES)}, not {asked}"))
+    if asked == "auto" and stored == torch.float64:
+        if not supports(device, "fp64"):
+            unsupported = f"{device_name(device)} does not support fp64, in which the weights are stored"
+            raise UserError(("--dtype", f"{unsupported}; use --dtype fp32"))
+        return stored
+    if asked == "auto" and stored != torch.bfloat16:
+        return torch.float32
+    rates = measure_rates(device, [*CHOICES, asked] if asked in DTYPES else CHOICES)
+    choice = choose_precision(asked, None, rates, device_name(device), "--dtype")
+    if choice.warning:
+        warn(choice.warning)
+    return DTYPES[choice.precision]
+
+
+def place(model: MinRNNForCausalLM, dtype: torch.dtype, device: torch.device) -> None:
+    """Bring a model to a dtype and a device."""
+    nn.Module.to(model, device=device, dtype=dtype)
+
+
+def read_model(name: str) -> tuple[MinRNNForCausalLM, Any]:
+    """Model, in eval mode on the CPU as it is stored, and tokenizer of an export, a hub id or a run.
 
     Raises:
         UserError: they cannot be loaded, are none of ours, or belong to another version of the code.
@@ -42,7 +88,7 @@ def load(name: str, dtype: str = "auto") -> tuple[MinRNNForCausalLM, Any]:
         values = PreTrainedConfig.get_config_dict(folder)[0]
         if values.get("model_type") != "minrnn":
             raise UserError(("MODEL", f"{name} is a {values.get('model_type')} model; lm_eval --model hf evaluates it"))
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
     except UserError:
         raise
     except Exception as error:  # the hub's client, the file system and the configuration each raise their own
@@ -64,48 +110,3 @@ def load(name: str, dtype: str = "auto") -> tuple[MinRNNForCausalLM, Any]:
     if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in tokenizer.encode(SENTENCE, add_special_tokens=False):
         raise UserError(("MODEL", f"the tokenizer of {name} cannot spell text (a synthetic task's vocabulary?), so none can be scored"))
     return model.eval(), tokenizer
-
-
-def to_device(model: MinRNNForCausalLM, device: str | None) -> MinRNNForCausalLM:
-    """The model on a device; by default the accelerator, if there is one.
-
-    Raises:
-        UserError: there is no such device.
-    """
-    default = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    try:
-        nn.Module.to(model, torch.device(device) if device else default or torch.device("cpu"))
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(("--device", f"cannot use {device}: {str(error).splitlines()[0]}; --device cpu is always there")) from None
-    return model
-
-
-def run_of(model: str) -> Path | None:
-    """The folder of the run whose model this is: the run itself, or its model/."""
-    path = Path(model)
-    for folder in (path, path.resolve().parent) if path.resolve().name == "model" else (path,):
-        if (folder / "config.yaml").exists() and (folder / "model" / "config.json").exists():
-            return folder
-    return None
-
-
-def out_problems(out: Path | None) -> list[tuple[str, str]]:
-    """What is wrong with a JSON file that is to be written at the end of long work, found before it begins; its folder is made."""
-    if out is None:
-        return []
-    if out.suffix != ".json":
-        return [("--out", f"{out} must end in .json")]
-    if out.is_dir():
-        return [("--out", f"{out} is a folder; name a file")]
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out.parent):
-            return []
-    except OSError as error:
-        return [("--out", f"cannot write {out} ({error.strerror})")]
-
-
-def default_out(model: str, what: str) -> Path:
-    """Where results go unless it is said: among those of the model's run, or in evals/results/ without a run."""
-    run = run_of(model)
-    return (Path("evals", "results") if run is None else run / "evals") / f"{what}-{time.strftime('%Y%m%dT%H%M%S')}.json"
