@@ -4,6 +4,7 @@ A recipe is YAML with these sections; `--section.field value` on the command lin
 reports every mistake at once.
 """
 
+import os
 import re
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -223,10 +224,15 @@ class ParallelSection(Section):
 class TrackingSection(Section):
     """MLflow mirrors metrics.jsonl: training never waits for it and never stops for it; what it misses is sent later, by the next start too."""
 
-    uri: str | None = "sqlite:///mlflow.db"
-    """Tracking server or database; null for none. A relative database stays where the run began."""
+    uri: str | None = Field(default="auto", min_length=1)
+    """Tracking server or database; null for none. A relative database stays where the run began. auto: what the environment says in
+    MLFLOW_TRACKING_URI, or else sqlite:///mlflow.db."""
     experiment: str = "minrnn"
     """MLflow experiment."""
+
+    def place(self) -> str | None:
+        """The URI behind `uri`."""
+        return (os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db") if self.uri == "auto" else self.uri
 
 
 @dataclass

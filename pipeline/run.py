@@ -43,7 +43,7 @@ from .optim import learning_rate
 from .processes import Layout
 from .recipe import schedule_steps_of, settled
 from .saving import Saver
-from .tracking import Tracker, tracker_of
+from .tracking import SQLITE_SUFFIXES, Tracker, absolute_uri, sqlite_file, tracker_of
 from .watchdog import Watchdog
 
 
@@ -248,9 +248,15 @@ def corpus_of(recipe: Recipe) -> CorpusSpec:
 
 
 def _written_by(recipe: Recipe) -> tuple[str, ...]:
-    """Where the run writes, as absolute paths without links: its folder, and its own names in that. It is no part of a corpus that holds it."""
-    folder = Path(recipe.run.dir)
-    return tuple(os.path.realpath(path) for path in (folder, *(folder / name for name in (*FILES, *FOLDERS))))
+    """Where the run writes, as absolute paths without links: no part of a corpus that holds it.
+
+    Its folder, and its own names in that; MLflow's database, if that is a file, and the artifacts that MLflow puts beside it.
+    """
+    folder, database = Path(recipe.run.dir), sqlite_file(absolute_uri(recipe.tracking.place() or ""))
+    places = [folder, *(folder / name for name in (*FILES, *FOLDERS))]
+    if database is not None:
+        places += [Path("mlruns"), *(database.with_name(database.name + suffix) for suffix in ("", *SQLITE_SUFFIXES))]
+    return tuple(map(os.path.realpath, places))
 
 
 def _warm_start(model: MinRNNForCausalLM, name: str) -> None:

@@ -38,6 +38,7 @@ MAX_METRICS, MAX_PARAMETERS, MAX_PARAMETER_LENGTH = 1000, 100, 6000  # of one ca
 LONGEST_PAUSE = 60.0
 ANSWER_SECONDS, LEAVING_SECONDS = 5.0, 60.0  # leaving waits so long for one answer, and for all of them
 SQLITE = re.compile(r"(sqlite(?:\+\w+)?:///)([^?]+)(.*)")
+SQLITE_SUFFIXES = ("-journal", "-wal", "-shm", ".lock", ".building", ".building-journal")  # of files beside a database
 
 
 class _LeftError(Exception):
@@ -259,7 +260,7 @@ class Tracker:
 
 def tracker_of(folder: Path, recipe: Recipe, warn: Callable[[str], object]) -> Tracker | None:
     """The tracker of a run; None where the recipe wants none."""
-    uri, experiment = recipe.tracking.uri, recipe.tracking.experiment
+    uri, experiment = recipe.tracking.place(), recipe.tracking.experiment
     return None if uri is None else Tracker(folder, uri, experiment, flatten(public_config(resolved(recipe))), warn)
 
 
@@ -269,7 +270,7 @@ def send_missed(folder: Path, recipe: Recipe, step: int, warn: Callable[[str], o
         note = read_note(folder)
     except ValueError:
         note = None
-    if note is not None and note.get("finished_step") == step and _is_about(note, recipe.tracking.uri or ""):
+    if note is not None and note.get("finished_step") == step and _is_about(note, recipe.tracking.place() or ""):
         return
     if (tracker := tracker_of(folder, recipe, warn)) is not None:
         tracker.close("FINISHED")

@@ -211,3 +211,30 @@ def test_precision_is_left_to_the_run_unless_it_is_said_or_to_change():
 def test_what_a_run_cannot_change_cannot_be_accepted_either():
     (told,) = problems(["--run.change", "[model.hidden_size]"])
     assert "model.hidden_size cannot change within a run" in told
+
+
+@pytest.mark.parametrize(
+    ("typed", "environment", "place"),
+    [
+        ([], None, "sqlite:///mlflow.db"),
+        ([], "", "sqlite:///mlflow.db"),
+        ([], "http://mlflow:5000", "http://mlflow:5000"),
+        (["--tracking.uri", "sqlite:///own.db"], "http://mlflow:5000", "sqlite:///own.db"),
+        (["--tracking.uri", "null"], "http://mlflow:5000", None),
+    ],
+)
+def test_the_environment_says_where_to_track_if_the_recipe_does_not(typed: list[str], environment: str | None, place: str | None, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    if environment is not None:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", environment)
+    recipe = read_recipe(typed)
+    assert recipe.tracking.place() == place
+    again = build_recipe(yaml.safe_load(yaml.safe_dump(resolved(recipe))))
+    assert again.tracking.uri == recipe.tracking.uri, "what config.yaml says means the same wherever it is used"
+
+
+def test_a_corpus_is_read_without_what_the_run_writes_beside_it(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    left_out = corpus_of(read_recipe(["--run.dir", "runs/x", "--tracking.uri", "sqlite:///db/mlflow.db?timeout=9"])).left_out
+    expected = {"runs/x", "runs/x/metrics.jsonl", "runs/x/model", "mlruns", "db/mlflow.db", "db/mlflow.db-journal"}
+    assert expected <= {str(Path(path).relative_to(tmp_path.resolve())) for path in left_out}
