@@ -5,6 +5,8 @@ Its size does not depend on how much has been read: per layer the recurrent stat
 [batch, kernel-1, hidden].
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, LinearAttentionLayer
@@ -17,7 +19,7 @@ class MinRNNLayerCache(LinearAttentionLayer):
 
     def __init__(self) -> None:
         super().__init__()
-        self.num_tokens = 0
+        self.num_tokens: int | None = 0  # read so far; None where a saved state does not say it
 
     @property
     def recurrent(self) -> Tensor | None:
@@ -35,7 +37,8 @@ class MinRNNLayerCache(LinearAttentionLayer):
         self.is_recurrent_states_initialized[0] = self.has_previous_state[0] = recurrent is not None
         self.is_conv_states_initialized[0] = conv is not None
         self.device = None if recurrent is None else recurrent.device
-        self.num_tokens += num_tokens
+        if self.num_tokens is not None:
+            self.num_tokens += num_tokens
 
     def map(self, function) -> None:
         """Apply `function` to each tensor."""
@@ -43,16 +46,29 @@ class MinRNNLayerCache(LinearAttentionLayer):
         self.replace(*states, num_tokens=0)
 
     def get_seq_length(self) -> int:
+        if self.num_tokens is None:
+            raise ValueError("This state was saved without its number of tokens, so where it stands in a text is not known.")
         return self.num_tokens
 
     def reset(self) -> None:
-        self.replace(None, None, -self.num_tokens)
+        self.num_tokens = 0
+        self.replace(None, None, num_tokens=0)
+
+    def activate_past_recording(self) -> None:
+        raise RuntimeError("A recurrent state keeps no record of earlier tokens to go back to: keep a copy.deepcopy of an earlier state.")
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove != 0:
+            raise RuntimeError(f"A recurrent state cannot be cropped ({tokens_to_remove} tokens): keep a copy.deepcopy of an earlier state.")
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self.map(lambda tensor: tensor[indices])
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))  # wherever a loaded state is now
 
 
 class MinRNNCache(Cache):
@@ -90,14 +106,64 @@ class MinRNNCache(Cache):
             layer.map(lambda tensor: tensor.masked_fill(broken.view(-1, *[1] * (tensor.ndim - 1)), 0))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Contiguous CPU tensors by name, empty before the first token."""
+        """Contiguous CPU tensors by name, `num_tokens` among them; empty before the first token."""
         named = {f"layers.{i}.{kind}": getattr(layer, kind) for i, layer in enumerate(self.layers) for kind in ("recurrent", "conv")}
-        return {name: tensor.detach().cpu().contiguous() for name, tensor in named.items() if tensor is not None}
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items() if tensor is not None}
+        num_tokens = self.layers[0].num_tokens
+        return state | {"num_tokens": torch.tensor(num_tokens)} if state and num_tokens is not None else state
 
     def load_state_dict(self, state: dict[str, Tensor], device: torch.device | str = "cpu") -> "MinRNNCache":
-        """The inverse of `state_dict`."""
+        """The inverse of `state_dict`. States saved without `num_tokens` load, too, but generate() does not go on from them.
+
+        Raises:
+            ValueError: tensors of layers that this state does not have, or none for a layer of it.
+        """
+        layers = {f"layers.{i}.recurrent" for i in range(len(self.layers))}
+        known = layers | {f"layers.{i}.conv" for i in range(len(self.layers))} | {"num_tokens"}
+        if state and (unfit := sorted(state.keys() - known | layers - state.keys())):
+            names = ", ".join(unfit[:4])
+            raise ValueError(f"The saved state is not one of {len(self.layers)} layers: {names} is missing, or should not be there.")
+        num_tokens = int(state["num_tokens"]) if "num_tokens" in state else None
         for i, layer in enumerate(self.layers):
             recurrent, conv = (state.get(f"layers.{i}.{kind}") for kind in ("recurrent", "conv"))
-            layer.reset()
             layer.replace(*(None if tensor is None else tensor.to(device) for tensor in (recurrent, conv)), num_tokens=0)
+            layer.num_tokens = num_tokens if state else 0
         return self
+
+
+def check_state(state: Any, num_layers: int, recurrent_shape: tuple[int, ...], conv_shape: tuple[int, ...] | None) -> None:
+    """Refuse a state that a model cannot go on from.
+
+    Args:
+        state: What came as `past_key_values`.
+        num_layers: The model's layers.
+        recurrent_shape: [batch, width] of a layer.
+        conv_shape: [batch, kernel-1, hidden] of a layer; None without a convolution.
+
+    Raises:
+        ValueError: another library's cache, or one of another model or batch.
+    """
+    layers = getattr(state, "layers", None)
+    if layers is None or not all(hasattr(layer, "recurrent") for layer in layers) or not hasattr(state, "detach_"):  # a copy's class passes
+        raise ValueError(f"past_key_values must be a MinRNNCache, or None to begin a text, but is a {type(state).__name__}.")
+    if len(layers) != num_layers:
+        raise ValueError(f"past_key_values is the state of a model of {len(layers)} layers, but this one has {num_layers}.")
+    is_empty = layers[0].recurrent is None
+    expected = {"recurrent": None if is_empty else recurrent_shape, "conv": None if is_empty else conv_shape}
+    for i, layer in enumerate(layers):
+        for kind, shape in expected.items():
+            tensor = getattr(layer, kind)
+            actual = None if tensor is None else tuple(tensor.shape)
+            if actual == shape:
+                continue
+            if actual and shape and actual[0] != shape[0] and actual[1:] == shape[1:]:
+                raise ValueError(
+                    f"past_key_values is the state of {actual[0]} rows, but the batch has {shape[0]}: "
+                    "batch_select_indices and batch_repeat_interleave choose and repeat rows."
+                )
+            raise ValueError(
+                f"past_key_values is the state of another model: {kind} of layer {i} is {actual or 'missing'}, but should be {shape or 'none'}."
+            )
+
+
+torch.serialization.add_safe_globals([MinRNNCache, MinRNNLayerCache])  # torch.load reads a state as it reads tensors

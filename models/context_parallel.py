@@ -60,8 +60,8 @@ def use_context_parallel(model: nn.Module, group: ContextGroup | None) -> None:
     Raises:
         ValueError: the model has nothing that could be cut, torch.distributed is not initialised, or `group` is not what it says.
     """
-    mixers: list[Any] = [module for module in model.modules() if hasattr(module, "context_group")]
-    if not mixers:
+    parts: list[Any] = [module for module in model.modules() if hasattr(module, "context_group")]
+    if not parts:
         raise ValueError(f"{type(model).__name__} has no MinRNNMixer: only models of type minrnn can be cut between processes.")
     if group is not None:
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
@@ -73,8 +73,8 @@ def use_context_parallel(model: nn.Module, group: ContextGroup | None) -> None:
             raise ValueError(
                 f"This process is rank {found[0]} of {found[1]} in the process group, but ContextGroup says {group.rank} of {group.size}."
             )
-    for mixer in mixers:
-        mixer.context_group = group
+    for part in parts:
+        part.context_group = group
 
 
 def start_gather(own: Tensor, group: ContextGroup) -> Callable[[], Tensor]:

@@ -88,7 +88,7 @@ class TokenStep:
         model = self.model.model
         x = model.embed_tokens(self.tokens)
         for block, state in zip(model.layers, self.states, strict=True):
-            x, after = block(x, state, Boundaries(None, None, None))
+            x, *after = block(x, *state, Boundaries(None, None, None))
             for old, new in zip(state, after, strict=True):
                 if old is not None and new is not None:
                     old.copy_(new)

@@ -14,6 +14,7 @@ off by 1 %.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .cells import at_least_fp32
 from .layers import compute_dtype
@@ -83,6 +84,27 @@ def next_token_loss(logits: Tensor, targets: Tensor, num_items: int | float | Te
     if num_items is None:
         return F.cross_entropy(logits, targets, ignore_index=IGNORED)
     return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum") / num_items
+
+
+def loss_of_any_head(
+    head: nn.Module, hidden: Tensor, targets: Tensor, num_items: int | float | Tensor | None = None, block: int = 1024
+) -> Tensor:
+    """`linear_cross_entropy` for a head that is more than a matrix, such as one with an adapter.
+
+    Logits of `block` tokens are held at once, and computed again for the backward pass.
+
+    Args:
+        head: [..., hidden_size] -> logits [..., vocab_size].
+        hidden, targets, num_items: As in `linear_cross_entropy`.
+    """
+    rows, labels = hidden.flatten(0, -2), targets.to(hidden.device).flatten()
+
+    def summed(rows: Tensor, labels: Tensor) -> Tensor:
+        return next_token_loss(head(rows), labels, num_items=1)
+
+    parts = zip(rows.split(block), labels.split(block), strict=True)
+    losses = [checkpoint(summed, part, targets, use_reentrant=False) for part, targets in parts]
+    return torch.stack(losses).sum() / ((labels != IGNORED).sum() if num_items is None else num_items)
 
 
 class LMHead(nn.Linear):

@@ -15,30 +15,33 @@ Shapes: B batch, T time, H hidden_size, R recurrent_size, K conv_kernel.
 """
 
 import math
+import os
 from dataclasses import dataclass
-from typing import cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache import MinRNNCache
+from .batches import PACKING, check_counted, check_names, packing_order, shift_labels_of, starts_of_packing
+from .cache import MinRNNCache, check_state
 from .cell_scan import cell_scan, one_token
 from .cells import CELLS
 from .configuration_minrnn import MinRNNConfig
 from .context_parallel import ContextGroup, context_cell_scan, context_conv
 from .conv import causal_conv, conv_one_token, next_conv_state, reach_within_document
+from .generation import PREFILL, StateGenerationMixin
 from .layers import RMSNorm, swiglu
-from .loss import LMHead, next_token_loss
+from .loss import LMHead, loss_of_any_head, next_token_loss
 from .numba_support import is_token_step
 
-PREFILL = 8192  # tokens of a prompt that are read at once, unless said
 State = tuple[Tensor | None, Tensor | None]  # recurrent [B, R] fp32, conv inputs [B, K-1, H]
 
 
@@ -151,13 +154,15 @@ class MinRNNBlock(GradientCheckpointingLayer):
         if self.mlp is not None:
             self.mlp.down_proj.residual_scale = scale
 
-    def forward(self, x: Tensor, state: State, boundaries: Boundaries) -> tuple[Tensor, State]:
-        """x [B, T, H] -> [B, T, H], and the state after it."""
-        mixed, state = self.mixer(self.mixer_norm(x), state, boundaries)
+    def forward(
+        self, x: Tensor, recurrent: Tensor | None, conv: Tensor | None, boundaries: Boundaries
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """x [B, T, H] -> [B, T, H], and the state after it. Flat: reentrant checkpointing sees no gradient inside of a tuple."""
+        mixed, (recurrent, conv) = self.mixer(self.mixer_norm(x), (recurrent, conv), boundaries)
         x = x + self.dropout(mixed)
         if self.mlp is not None and self.mlp_norm is not None:
             x = x + self.dropout(self.mlp(self.mlp_norm(x)))
-        return x, state
+        return x, recurrent, conv
 
 
 class MinRNNPreTrainedModel(PreTrainedModel):
@@ -171,6 +176,12 @@ class MinRNNPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _is_stateful = True
     _can_record_outputs = {"hidden_states": MinRNNBlock}
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """As everywhere in transformers; the folder's code also serves `AutoModel`, which transformers itself would not note."""
+        if self._auto_class is not None:
+            self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), "AutoModel": "modeling_minrnn.MinRNNModel"}
+        super().save_pretrained(save_directory, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -198,6 +209,7 @@ class MinRNNModel(MinRNNPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(MinRNNBlock(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.scan_backend)
+        self.context_group: ContextGroup | None = None  # see `use_context_parallel`
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -226,8 +238,8 @@ class MinRNNModel(MinRNNPreTrainedModel):
         use_cache = self.config.use_cache if use_cache is None else use_cache
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         time = x.shape[1]
-        if document_starts is not None and document_starts.shape != x.shape[:2]:
-            raise ValueError(f"document_starts must be [batch, time] = {tuple(x.shape[:2])}, but is {tuple(document_starts.shape)}.")
+        check_names(type(self).forward, kwargs)
+        document_starts = self.read_boundaries(x.shape[:2], attention_mask, past_key_values, document_starts, kwargs)
         if use_cache and past_key_values is None:
             past_key_values = MinRNNCache(self.config.num_hidden_layers)
 
@@ -239,13 +251,12 @@ class MinRNNModel(MinRNNPreTrainedModel):
             x = x.gather(1, order.unsqueeze(-1).expand_as(x))
             document_starts = None if document_starts is None else document_starts.gather(1, order)
         boundaries = Boundaries.of(document_starts, lengths, max(self.config.conv_kernel, 1))
-        group = cast(MinRNNBlock, self.layers[0]).mixer.context_group
-        num_tokens = time if group is None else time * group.size
+        num_tokens = time if self.context_group is None else time * self.context_group.size
 
         for i, block in enumerate(self.layers):
             layer = None if past_key_values is None else past_key_values.layers[i]
             state = (None, None) if layer is None else (layer.recurrent, layer.conv)
-            x, state = block(x, state, boundaries)
+            x, *state = block(x, *state, boundaries)
             if layer is not None and use_cache:
                 layer.replace(*state, num_tokens=num_tokens)
         x = self.norm(x)
@@ -254,21 +265,40 @@ class MinRNNModel(MinRNNPreTrainedModel):
             x = torch.empty_like(x).scatter(1, order.unsqueeze(-1).expand_as(x), x)
         return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=past_key_values if use_cache else None)
 
+    def read_boundaries(
+        self,
+        shape: tuple[int, ...],
+        attention_mask: Tensor | None,
+        state: MinRNNCache | None,
+        document_starts: Tensor | None,
+        others: dict[str, Any],
+    ) -> Tensor | None:
+        """Check what comes with a batch, and take from `others` all that says where documents start: bool `shape`, or None.
 
-def packing_order(attention_mask: Tensor | None, time: int) -> Tensor | None:
-    """Indices [B, T] that bring each row's real tokens to the left, in order; None if nothing is padded.
+        Raises:
+            ValueError: shapes that do not fit the batch, a state of another model or batch, contradictions.
+        """
+        batch, time = shape
+        if document_starts is not None and document_starts.shape != shape:
+            raise ValueError(f"document_starts must be [batch, time] = {tuple(shape)}, but is {tuple(document_starts.shape)}.")
+        if state is not None:
+            config, taps = self.config, self.config.conv_kernel - 1
+            conv_shape = (batch, taps, config.hidden_size) if taps > 0 else None
+            check_state(state, config.num_hidden_layers, (batch, config.recurrent_size), conv_shape)
+        goes_on = state is not None and state.layers[0].recurrent is not None
+        num_read = 0 if state is None else state.layers[0].num_tokens
+        if attention_mask is not None and num_read is not None and attention_mask.shape[-1] not in (time, num_read + time):
+            raise ValueError(
+                f"attention_mask must be [batch, {time}], or [batch, {num_read + time}] with what past_key_values has read, "
+                f"but is {tuple(attention_mask.shape)}."
+            )
+        packing = {name: others.pop(name) for name in PACKING if name in others}
+        if all(value is None for value in packing.values()):
+            return document_starts
+        return starts_of_packing(packing, document_starts, attention_mask, (batch, time), goes_on)
 
-    `attention_mask` [B, >= T] is 1 for real tokens; only its last T columns belong to this call (generate() passes the whole past).
-    """
-    if attention_mask is None:
-        return None
-    if attention_mask.ndim != 2 or attention_mask.shape[1] < time:
-        raise ValueError(f"attention_mask must be [batch, time] with at least {time} columns, but is {tuple(attention_mask.shape)}.")
-    mask = attention_mask[:, attention_mask.shape[1] - time :].bool()
-    return None if bool(mask.all()) else torch.argsort(~mask, dim=1, stable=True)
 
-
-class MinRNNForCausalLM(MinRNNPreTrainedModel, GenerationMixin):
+class MinRNNForCausalLM(MinRNNPreTrainedModel, StateGenerationMixin):
     """The language model: [`MinRNNModel`] and a linear head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -286,6 +316,7 @@ class MinRNNForCausalLM(MinRNNPreTrainedModel, GenerationMixin):
         if not isinstance(new_embeddings, LMHead):  # a resized vocabulary comes as a plain nn.Linear
             head = LMHead(new_embeddings.in_features, new_embeddings.out_features, bias=False, device="meta")
             head.weight = new_embeddings.weight
+            head.__dict__["_is_hf_initialized"] = getattr(new_embeddings, "_is_hf_initialized", False)  # else post_init draws it again
             new_embeddings = head
         self.lm_head = new_embeddings
 
@@ -314,17 +345,27 @@ class MinRNNForCausalLM(MinRNNPreTrainedModel, GenerationMixin):
             past_key_values: State to go on from. It is updated in place when `use_cache`.
             inputs_embeds: [batch, time, hidden_size] instead of input_ids.
             labels: [batch, time], the input_ids themselves (-100 where nothing is scored): shifted inside, as everywhere in transformers. A
-                target at a document start is masked, and one that a pad would predict.
+                target at a document start is masked, and one that a pad would predict; where `num_items_in_batch` may have counted it,
+                it must be -100.
             use_cache: Return the state after the last token.
             document_starts: bool [batch, time], True where a new document begins: nothing before it is seen from there on.
             shift_labels: [batch, time], targets that are already shifted (made before a sequence was cut); used instead of labels.
             num_items_in_batch: Number of scored tokens to divide the summed loss by; by default those of this call.
             logits_to_keep: Compute logits for the last n positions (0: all), or for these positions.
             skip_logits: Compute the loss without ever holding the logits (see `loss.linear_cross_entropy`), and return none. Needs targets.
+            kwargs: `position_ids`, `seq_idx`, `cu_seq_lens_q`: other ways to say `document_starts` (see batches.py); and what transformers
+                passes to every model (`output_hidden_states`, `return_dict`, ...).
 
         Returns:
             `loss` (scalar, nats per scored token), `logits` [batch, time, vocab_size], `past_key_values`.
+
+        Raises:
+            TypeError: a keyword argument that nobody reads.
+            ValueError: shapes that do not fit, contradictions, or a state of another model or batch.
         """
+        check_names(type(self).forward, kwargs)
+        if labels is not None:  # else the model itself reads them
+            document_starts = self.model.read_boundaries(labels.shape, attention_mask, past_key_values, document_starts, kwargs)
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -337,16 +378,17 @@ class MinRNNForCausalLM(MinRNNPreTrainedModel, GenerationMixin):
         hidden = outputs.last_hidden_state
         assert hidden is not None
         if labels is not None and shift_labels is None:
-            shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-            if attention_mask is not None:  # a pad predicts nothing
-                shift_labels = shift_labels.masked_fill(attention_mask[:, attention_mask.shape[1] - labels.shape[1] :] == 0, -100)
-            if document_starts is not None:
-                shift_labels = shift_labels.masked_fill(nn.functional.pad(document_starts[:, 1:], (0, 1)), -100)
+            shift_labels = shift_labels_of(labels, attention_mask, document_starts, is_counted=num_items_in_batch is not None)
+        elif shift_labels is None and num_items_in_batch is not None:
+            check_counted(attention_mask)
         loss = logits = None
         if skip_logits:
             if shift_labels is None:
                 raise ValueError("skip_logits leaves nothing to return without labels or shift_labels.")
-            loss = self.lm_head(hidden, shift_labels, num_items_in_batch)
+            if isinstance(self.lm_head, LMHead):
+                loss = self.lm_head(hidden, shift_labels, num_items_in_batch)
+            else:  # wrapped by an adapter (LoRA), which knows nothing of targets
+                loss = loss_of_any_head(self.lm_head, hidden, shift_labels, num_items_in_batch)
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, kept])
@@ -354,17 +396,8 @@ class MinRNNForCausalLM(MinRNNPreTrainedModel, GenerationMixin):
                 loss = next_token_loss(logits, shift_labels, num_items_in_batch)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states)
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> bool:
-        """generate() starts from our own kind of state unless it was given one or told to use none."""
-        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = MinRNNCache(self.config.num_hidden_layers)
-        return False  # like the base method, whose result nobody reads
 
-    def _prefill(self, input_ids: Tensor, generation_config, *args, **kwargs):
-        """A long prompt is read in pieces, so that memory does not grow with it; `prefill_chunk_size` says how long they are."""
-        if input_ids.shape[1] > PREFILL and generation_config.use_cache is not False and generation_config.prefill_chunk_size is None:
-            generation_config.prefill_chunk_size = PREFILL  # generate()'s own copy
-        return super()._prefill(input_ids, generation_config, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+# Trainer shifts the labels of a smoothed loss for the classes in this table only, and has no other way to know.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["minrnn"] = MinRNNForCausalLM.__name__
 
-
-__all__ = ["MinRNNForCausalLM", "MinRNNModel", "MinRNNPreTrainedModel"]
+__all__ = ["PREFILL", "MinRNNForCausalLM", "MinRNNModel", "MinRNNPreTrainedModel"]

@@ -32,7 +32,7 @@ def select_rows(cache: MinRNNCache, rows: list[int]) -> MinRNNCache:
     """A cache of its own with these rows of another, repeated where they are named again."""
     selected = MinRNNCache(len(cache.layers))
     for layer, old in zip(selected.layers, cache.layers, strict=True):
-        layer.replace(*(None if tensor is None else tensor[rows] for tensor in (old.recurrent, old.conv)), num_tokens=old.num_tokens)
+        layer.replace(*(None if tensor is None else tensor[rows] for tensor in (old.recurrent, old.conv)), num_tokens=old.get_seq_length())
     return selected
 
 

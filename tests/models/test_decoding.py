@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import assert_close, generate, new_model, random_ids
-from minrnn.models import MinRNNCache, modeling_minrnn
+from minrnn.models import MinRNNCache, generation
 from minrnn.models.cells import CELLS
 from minrnn.models.decoding import TokenStep, prefill
 from torch import Tensor
@@ -60,14 +60,14 @@ def test_compiled_token_step_is_the_same():
 
 
 def test_generate_reads_a_long_prompt_in_pieces(monkeypatch):
-    monkeypatch.setattr(modeling_minrnn, "PREFILL", 10)
+    monkeypatch.setattr(generation, "PREFILL", 10)
     model, ids, lengths = new_model(dtype=torch.float64, tie_word_embeddings=False).eval(), random_ids(2, 37), []
     model.register_forward_pre_hook(lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
     mask = torch.ones_like(ids)
     mask[1, :15] = 0  # left padding, longer than a piece
     output = generate(model, ids, 5, attention_mask=mask, pad_token_id=0, eos_token_id=None)
     assert max(lengths) == 10
-    monkeypatch.setattr(modeling_minrnn, "PREFILL", 1000)
+    monkeypatch.setattr(generation, "PREFILL", 1000)
     assert torch.equal(output, generate(model, ids, 5, attention_mask=mask, pad_token_id=0, eos_token_id=None))
 
 
