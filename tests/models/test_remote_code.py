@@ -42,7 +42,8 @@ for name in gone:
     raise SystemExit(f"{name} can still be imported")
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 """
 
 GENERATE = """
@@ -65,6 +66,11 @@ norm = loss.detach()
 if "numba" in gone:  # else the backward kernel would be compiled once more, for seconds
     norm = torch.stack([gradient.norm() for gradient in torch.autograd.grad(loss, list(model.parameters()))]).norm()
 model.save_pretrained(f"{folder}-again-{len(gone)}")
+body = AutoModel.from_pretrained(f"{folder}-again-{len(gone)}", trust_remote_code=True)
+assert torch.equal(body(ids).last_hidden_state, model.model(ids).last_hidden_state)
+assert type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()  # Trainer's label smoothing shifts
+features = pipeline("feature-extraction", model=folder, tokenizer=tokenizer, trust_remote_code=True, device="cpu")(prompts[0])
+assert torch.allclose(torch.tensor(features), model.model(ids).last_hidden_state, atol=1e-5)
 print(json.dumps({"alone": alone, "batched": batched, "loss": loss.item(), "norm": norm.item()}))
 """
 
@@ -138,6 +144,7 @@ def test_the_saved_folder_holds_the_code(tmp_path):
         assert {"torch", "transformers", "huggingface_hub", "numpy"} >= set(get_imports(tmp_path / name)) - sys.stdlib_module_names, name
     assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == {
         "AutoConfig": "configuration_minrnn.MinRNNConfig",
+        "AutoModel": "modeling_minrnn.MinRNNModel",
         "AutoModelForCausalLM": "modeling_minrnn.MinRNNForCausalLM",
     }
 

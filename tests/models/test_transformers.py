@@ -50,6 +50,23 @@ def test_vocabulary_can_grow():
     assert model.lm_head.weight is model.get_input_embeddings().weight
 
 
+def test_a_resized_head_is_not_drawn_again():
+    model, ids = new_model(tie_word_embeddings=False), random_ids(2, 5)
+    before = logits_of(model, ids)
+    model.resize_token_embeddings(VOCAB + 8)
+    model.post_init()
+    assert torch.equal(logits_of(model, ids)[..., :VOCAB], before)
+
+
+def test_label_smoothing_trains_on_the_next_token(tmp_path):
+    """The loss that Trainer computes from our logits: of the next token, whatever the package that holds the class."""
+    model, ids = new_model(), random_ids(4, 12)
+    arguments = TrainingArguments(output_dir=str(tmp_path), label_smoothing_factor=0.1, report_to="none", use_cpu=True)
+    smoothed: Any = Trainer(model=model, args=arguments).compute_loss(model, {"input_ids": ids, "labels": ids}, num_items_in_batch=4 * 11)
+    expected = torch.nn.functional.cross_entropy(logits_of(model, ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), label_smoothing=0.1)
+    assert torch.allclose(smoothed, expected, atol=1e-5)
+
+
 def test_text_generation_pipeline():
     tokenizer = byte_tokenizer()
     model = new_model(vocab_size=264, pad_token_id=tokenizer.pad_token_id)
