@@ -32,8 +32,8 @@ from .interrupt import Interrupt, leave
 from .launch_checks import check_launch
 from .launcher_engines import check_engine
 from .machine import keep_freed_memory, training_flops_per_token
-from .metrics import draw_accuracy, draw_loss, read_metrics
 from .optim import learning_rate
+from .pictures import draw_accuracy, draw_loss
 from .recipe import resolved
 from .run import Run, patience, set_up
 from .saving import snapshot
@@ -134,8 +134,8 @@ def _validation_is_missing(run: Run) -> bool:
     """Whether the run goes on from a step that was saved, but ended before that step's validation did."""
     if run.step == 0 or not (run.step == run.recipe.train.steps or _is_due(run.step, run.recipe.train.eval_every)):
         return False
-    entries = read_metrics(run.folder.metrics.path) if run.is_main else []
-    return processes.from_main(run.accelerator, not any(e["kind"] == "validation" and e["step"] == run.step for e in entries))
+    validations = run.folder.metrics.history.update().validations if run.is_main else []
+    return processes.from_main(run.accelerator, not any(entry["step"] == run.step for entry in validations))
 
 
 def _next_batch(run: Run, chunks: Iterator[list[Chunk]]) -> tuple[list[Chunk], list[tuple[str, str]]]:
@@ -266,9 +266,10 @@ def _validate(run: Run) -> None:
     run.say(f"step {run.step}: held-out loss {run.latest['loss']:.4f} nats/token, {told(run.latest)}")
     if run.is_main:
         try:
-            draw_loss(run.folder.metrics.path, run.folder.path / "loss.png", run.folder.path.name)
+            history = run.folder.metrics.history.update()
+            draw_loss(history, run.folder.path / "loss.png", run.folder.path.name)
             if run.latest.get("by_length"):
-                draw_accuracy(run.folder.metrics.path, run.folder.path / "accuracy_by_length.png", run.folder.path.name)
+                draw_accuracy(history, run.folder.path / "accuracy_by_length.png", run.folder.path.name)
         except Exception as error:  # a picture is not worth a run
             warn(f"the pictures could not be drawn: {error}")
 
@@ -288,25 +289,30 @@ def _save(run: Run, is_last: bool) -> None:
             "vocab_size": run.config.vocab_size,
             "tokenizer": fingerprint(run.tokenizer),
             "recent_losses": run.recent_losses,
+            "num_skips": run.num_skips,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }
         if run.is_main:
             run.folder.restore()
-            run.folder.metrics.sync()
         run.saver.start(run.step, snapshot(run.engine, run.readers, run.layout, resolved(run.recipe)), info)
     if is_last and (failures := run.saver.wait()):
         raise StorageError(f"The checkpoint of step {run.step} could not be written: {'; '.join(failures)}. Older checkpoints are untouched.")
 
 
 def _finish(run: Run) -> None:
-    """The exported model, from the checkpoint that was just written, and what it writes itself."""
+    """The exported model, from the checkpoint that was just written, and what it writes itself.
+
+    Raises:
+        OSError: a line of metrics.jsonl or the export could not be written; the same command tries again.
+    """
     run.watchdog.enter("exporting")
     if run.is_main:
         folder, recipe = run.folder.path, run.recipe
         path = folder / "checkpoints" / checkpoint.checkpoint_name(run.step)
         model, tokenizer, config = load_checkpoint(path, run.config.vocab_size, "fp64" if recipe.train.precision == "fp64" else "fp32")
-        validations = [entry for entry in read_metrics(run.folder.metrics.path) if entry["kind"] == "validation" and entry["step"] == run.step]
+        run.folder.metrics.sync()
+        validations = [entry for entry in run.folder.metrics.history.update().validations if entry["step"] == run.step]
         score = f", {told(validations[-1])} on held-out data" if validations else ""
         export_model(model, tokenizer, (folder / "model").resolve(), config, run.tokens, score)
         _write_samples(run, model, tokenizer)

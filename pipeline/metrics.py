@@ -1,131 +1,181 @@
-"""metrics.jsonl is the truth about a run; loss.png draws it."""
+"""metrics.jsonl is the truth about a run: one JSON object a line, in the order of the steps, each step once."""
 
 import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+import threading
+from array import array
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-import numpy as np
+from .storage import sync
 
-from .storage import replace, sync
+_BLOCK = 1 << 16  # bytes read at a time, from the end
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """A line's object; None for a line that a crash has cut."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) else None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole lines; the last one may have been cut by a crash."""
+    """All whole lines."""
     if not path.exists():
         return []
-    entries = []
-    for line in path.read_text().splitlines():
-        try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return entries
+    with path.open("rb") as file:
+        return [entry for line in file if (entry := _parse(line)) is not None]
 
 
 def cut_metrics(path: Path, step: int) -> int:
-    """Remove, in one atomic step, what was written after `step`: it will be written again. Returns how many lines that were."""
-    num_cut = 0
-    if path.exists():
-        entries = read_metrics(path)
-        kept = [entry for entry in entries if entry["step"] <= step]
-        num_cut = len(entries) - len(kept)
-        replace(path, "".join(json.dumps(entry) + "\n" for entry in kept))
+    """Remove, in one atomic step, what was written after `step`: it will be written again. Returns how many lines that were.
+
+    Only what is removed is read, so a file of a million lines takes no longer than a short one.
+    """
+    if not path.exists():
+        return 0
+    num_cut, last = 0, b"\n"
+    with path.open("r+b") as file:
+        size = keep = file.seek(0, os.SEEK_END)
+        for offset, line in _lines_from_the_end(file):
+            entry = _parse(line)
+            if entry is not None and entry["step"] <= step:
+                last = line
+                break
+            num_cut, keep = num_cut + (entry is not None), offset
+        if keep < size:
+            file.truncate(keep)
+        if not last.endswith(b"\n"):  # all of the line but its end
+            file.seek(keep)
+            file.write(b"\n")
+    sync(path)
     return num_cut
 
 
+def _lines_from_the_end(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """The last line first, each with its offset."""
+    start, rest = file.seek(0, os.SEEK_END), b""
+    while start > 0:
+        end, start = start, max(start - _BLOCK, 0)
+        file.seek(start)
+        block = file.read(end - start) + rest
+        lines = block.splitlines(keepends=True)
+        rest = lines.pop(0) if start > 0 else b""  # its beginning may be in the block before
+        offset = start + len(block)
+        for line in reversed(lines):
+            offset -= len(line)
+            yield offset, line
+
+
+def _strict(value: Any) -> Any:
+    """The value as JSON has it: null for what is not finite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return {key: _strict(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+class History:
+    """What the pictures show of a metrics.jsonl. It is read on as the file grows, never again from its beginning."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._forget()
+
+    def _forget(self) -> None:
+        self._offset = 0
+        self.tokens, self.losses = array("d"), array("d")
+        """Of the training lines with a finite loss."""
+        self.validations: list[dict[str, Any]] = []
+
+    def update(self) -> "History":
+        """Read what has been written since."""
+        if not self.path.exists() or self.path.stat().st_size < self._offset:
+            self._forget()
+        if self.path.exists():
+            with self.path.open("rb") as file:
+                file.seek(self._offset)
+                for line in file:
+                    if not line.endswith(b"\n"):
+                        break
+                    self._offset += len(line)
+                    self._add(_parse(line) or {})
+        return self
+
+    def _add(self, entry: dict[str, Any]) -> None:
+        if entry.get("kind") == "validation":
+            self.validations.append(entry)
+        elif entry.get("kind") == "train" and isinstance(loss := entry["loss"], float) and math.isfinite(loss):
+            self.tokens.append(entry["tokens"])
+            self.losses.append(loss)
+
+
 class MetricsFile:
-    """metrics.jsonl, one line after another, visible at once. Lines that a full disk does not take are kept until it does."""
+    """metrics.jsonl, one line after another, visible at once. Lines that a full disk does not take are kept until it does.
+
+    A checkpoint must not outlive the lines before it: it counts only after `sync`, which the thread that saves may call.
+    """
 
     def __init__(self, path: Path, warn: Callable[[str], object]):
         self.path, self.warn = path, warn
-        self._waiting = ""
+        self.history = History(path)
+        self._waiting: list[str] = []
+        self._whole: int | None = None
+        """Size of the file without the half line at its end, if there is one."""
+        self._lock = threading.Lock()
 
     def append(self, entry: dict[str, Any]) -> None:
         """One more line."""
-        was_waiting = bool(self._waiting)
-        self._waiting += json.dumps(entry) + "\n"
-        try:
-            size = self.path.stat().st_size if self.path.exists() else 0
+        with self._lock:
+            was_waiting = bool(self._waiting)
+            self._waiting.append(json.dumps(_strict(entry), allow_nan=False) + "\n")
             try:
-                with self.path.open("a") as file:
-                    file.write(self._waiting)
-            except OSError:
-                os.truncate(self.path, size)  # no half lines
-                raise
-        except OSError as error:
-            if not was_waiting:
-                self.warn(f"{self.path} takes no more lines ({error.strerror}); they are kept until it does")
+                self._write()
+            except OSError as error:
+                if not was_waiting:
+                    self.warn(f"{self.path} takes no more lines ({error.strerror}); they are kept until it does")
+
+    def _write(self) -> None:
+        """Write the lines that wait, all or none.
+
+        Raises:
+            OSError: they go on waiting.
+        """
+        if not self._waiting:
             return
-        self._waiting = ""
+        size = self.path.stat().st_size if self.path.exists() else 0
+        if self._whole is not None and size > self._whole:
+            os.truncate(self.path, self._whole)
+            size = self._whole
+        try:
+            with self.path.open("a") as file:
+                file.write("".join(self._waiting))
+        except OSError:
+            self._whole = size
+            with contextlib.suppress(OSError):  # then the next write begins with it
+                os.truncate(self.path, size)
+            raise
+        self._waiting, self._whole = [], None
 
     def sync(self) -> None:
-        """To the disk: a checkpoint must not outlive the lines before it."""
-        with contextlib.suppress(OSError):  # a disk that fails here fails the checkpoint too
+        """Write all lines to the disk.
+
+        Raises:
+            OSError: they are not there.
+        """
+        with self._lock:
+            self._write()
+        if self.path.exists():
             sync(self.path)
 
-
-def draw_loss(metrics: Path, picture: Path, title: str) -> None:
-    """Training loss (thin: every logged step, thick: smoothed) and validation loss over tokens, with bits per byte (or accuracy) at those."""
-    entries = read_metrics(metrics)
-    train = [(entry["tokens"], entry["loss"]) for entry in entries if entry["kind"] == "train" and math.isfinite(entry["loss"])]
-    validation = [entry for entry in entries if entry["kind"] == "validation"]
-    figure, axes = _empty_figure()
-    if train:
-        tokens, losses = zip(*train, strict=True)
-        axes.plot(tokens, losses, color="tab:blue", alpha=0.3, linewidth=0.8)
-        axes.plot(tokens, _smoothed(losses), color="tab:blue", label="training (smoothed)")
-        axes.set_ylim(0.9 * min(losses[len(losses) // 10 :]), min(max(losses), 2.5 * sorted(losses)[len(losses) // 2]))
-    if validation:
-        axes.plot([e["tokens"] for e in validation], [e["loss"] for e in validation], "o-", color="tab:orange", label="held out")
-        for entry in validation:
-            note = f"{entry['bits_per_byte']:.2f} bits/byte" if "bits_per_byte" in entry else f"accuracy {entry['accuracy']:.3f}"
-            side = "right" if entry is validation[-1] else "center"  # the last stands at the edge
-            axes.annotate(note, (entry["tokens"], entry["loss"]), textcoords="offset points", xytext=(0, 9), ha=side, fontsize=8)
-    axes.set(xlabel="tokens", ylabel="loss (nats per token)", title=title)
-    axes.grid(alpha=0.3)
-    if train or validation:
-        axes.legend()
-    _save_figure(figure, picture)
-
-
-def draw_accuracy(metrics: Path, picture: Path, title: str) -> None:
-    """Accuracy over test lengths: every validation (thin) and the last, with what a guess has."""
-    validations = [entry for entry in read_metrics(metrics) if entry.get("by_length")]
-    figure, axes = _empty_figure()
-    for entry in validations:
-        lengths = [int(length) for length in entry["by_length"]]
-        style = {"alpha": 0.25, "linewidth": 0.8} if entry is not validations[-1] else {"marker": "o", "label": f"step {entry['step']}"}
-        axes.plot(lengths, list(entry["by_length"].values()), color="tab:blue", **style)
-    if validations:
-        axes.axhline(validations[-1]["chance"], color="tab:gray", linestyle="--", label="a guess")
-        axes.legend()
-    axes.set_xscale("log", base=2)
-    axes.set(xlabel="length", ylabel="accuracy", title=title, ylim=(-0.02, 1.02))
-    axes.grid(alpha=0.3)
-    _save_figure(figure, picture)
-
-
-def _empty_figure() -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5))
-    FigureCanvasAgg(figure)
-    return figure, figure.add_axes((0.08, 0.12, 0.9, 0.8))
-
-
-def _save_figure(figure: Any, picture: Path) -> None:
-    """Whole or not at all."""
-    unfinished = picture.with_suffix(".part.png")
-    figure.savefig(unfinished, dpi=120)
-    os.replace(unfinished, picture)
-
-
-def _smoothed(values: Sequence[float]) -> list[float]:
-    """Running mean over the neighbours on both sides, a fifteenth of all; it does not lag behind a falling loss."""
-    window = np.ones(2 * (len(values) // 30) + 1)
-    return (np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")).tolist()
+    def close(self) -> None:
+        """Write what waits, or say that it could not be written."""
+        with self._lock:
+            try:
+                self._write()
+            except OSError as error:
+                self.warn(f"{len(self._waiting)} lines of {self.path} are lost ({error.strerror}); no checkpoint covers them")

@@ -85,6 +85,8 @@ class Run:
         """Stop what runs beside the loop."""
         self.loader.close()
         self.saver.wait(timeout=60)
+        if self.is_main:
+            self.folder.metrics.close()
         if self.bar is not None:
             self.bar.close()
         if self.tracker is not None:
@@ -138,12 +140,22 @@ def set_up(recipe: Recipe, accelerator: Accelerator, folder: RunFolder) -> Run:
         readers,
         loader,
         validation,
-        Saver(folder.path / "checkpoints", accelerator, train.keep_checkpoints, train.save_in_background, step or None, patience(recipe), warn),
+        Saver(
+            folder.path / "checkpoints",
+            accelerator,
+            train.keep_checkpoints,
+            train.save_in_background,
+            step or None,
+            patience(recipe),
+            warn,
+            folder.metrics.sync,
+        ),
         Watchdog(accelerator, train.peer_timeout),
         step,
         manifest.get("tokens", 0),
         rate,
         manifest.get("recent_losses", []),
+        manifest.get("num_skips", 0),
     )
     if run.is_main:
         run.tracker = tracker_of(folder.path, recipe, warn)

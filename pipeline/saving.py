@@ -63,6 +63,7 @@ class Saver:
         newest: step of the newest valid checkpoint, if any.
         timeout: how long processes wait for each other.
         warn: hears which checkpoint gave way to a new one.
+        before_publishing: called by the first process when all files are written; what it raises fails the checkpoint.
     """
 
     def __init__(
@@ -74,8 +75,10 @@ class Saver:
         newest: int | None,
         timeout: timedelta,
         warn: Callable[[str], object],
+        before_publishing: Callable[[], object],
     ):
         self.folder, self.keep, self.in_background, self.newest, self.warn = folder, keep, in_background, newest, warn
+        self.before_publishing = before_publishing
         self.rank, self.num_processes = accelerator.process_index, accelerator.num_processes
         self.group = torch.distributed.new_group(backend="gloo", timeout=timeout) if self.num_processes > 1 else None
         self._thread: threading.Thread | None = None
@@ -143,6 +146,7 @@ class Saver:
             if not failures:
                 try:
                     manifest = {**info, "step": step, "files": dict(sorted(item for entries, _ in parts for item in entries.items()))}
+                    self.before_publishing()
                     checkpoint.publish(building, final, manifest)
                 except Exception as error:  # the others wait to hear of it
                     failures.append(self._described(error))

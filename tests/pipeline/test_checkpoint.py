@@ -41,7 +41,7 @@ def folder(tmp_path: Path) -> Path:
 
 def saver_in(folder: Path, warnings: list[str], keep: int = 2, newest: int | None = None) -> Saver:
     alone: Any = SimpleNamespace(process_index=0, num_processes=1)
-    return Saver(folder, alone, keep, True, newest, timedelta(seconds=60), warnings.append)
+    return Saver(folder, alone, keep, True, newest, timedelta(seconds=60), warnings.append, lambda: None)
 
 
 def names(folder: Path) -> list[str]:

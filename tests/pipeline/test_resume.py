@@ -13,7 +13,7 @@ from minrnn.data import UserError
 from minrnn.pipeline import checkpoint, loop, storage
 from minrnn.pipeline.errors import StorageError
 from minrnn.pipeline.interrupt import Interrupt
-from minrnn.pipeline.metrics import MetricsFile, read_metrics
+from minrnn.pipeline.metrics import read_metrics
 from minrnn.pipeline.optim import learning_rate
 from minrnn.pipeline.recipe import build_recipe
 
@@ -179,29 +179,6 @@ def test_a_full_disk_at_the_end_is_an_error(values: Values, run_recipe: Run, und
         with pytest.raises(OSError, match=r"checkpoint of step 12 could not be written: .*No space left.*Older checkpoints are untouched"):
             run_recipe(values)
     assert losses(run_recipe(values)) == losses(undisturbed)
-
-
-def test_metrics_wait_for_room(tmp_path: Path, monkeypatch):
-    warnings: list[str] = []
-    file = MetricsFile(tmp_path / "metrics.jsonl", warnings.append)
-    file.append({"step": 1})
-    with monkeypatch.context() as patched:
-        opened = Path.open
-
-        def refuse(path: Path, mode: str = "r", *arguments, **options):
-            if mode == "a":
-                with opened(path, mode) as half:
-                    half.write('{"ste')
-                raise OSError(errno.ENOSPC, "No space left on device")
-            return opened(path, mode, *arguments, **options)
-
-        patched.setattr(Path, "open", refuse)
-        file.append({"step": 2})
-        file.append({"step": 3})
-        assert file.path.read_text() == '{"step": 1}\n'
-    file.append({"step": 4})
-    assert [entry["step"] for entry in read_metrics(file.path)] == [1, 2, 3, 4]
-    assert len(warnings) == 1
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "missing", "manifest"])

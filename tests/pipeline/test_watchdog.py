@@ -75,6 +75,24 @@ def test_too_many_spikes_stop_the_run(values: Values, run_recipe: Run, monkeypat
         run_recipe(values)
 
 
+def test_the_count_of_batches_left_out_in_a_row_survives_a_resume(values: Values, run_recipe: Run, monkeypatch):
+    values["train"] |= {"steps": 24, "save_every": 12, "eval_every": None, "skip_spikes": 3.0, "max_skips": 2}
+    spoil(monkeypatch, dict.fromkeys((11, 12, 13), float("nan")))
+    with monkeypatch.context() as patched:
+        inner = loop._one_step
+
+        def stop_after_12(run, step, *arguments):
+            if step == 13:
+                raise KeyboardInterrupt
+            return inner(run, step, *arguments)
+
+        patched.setattr(loop, "_one_step", stop_after_12)
+        with pytest.raises(KeyboardInterrupt):
+            run_recipe(values)
+    with pytest.raises(NonFiniteError, match=r"step 13: loss nan; 2 batches in a row were left out before"):
+        run_recipe(values)
+
+
 def test_states_that_are_not_finite_begin_anew():
     cache = MinRNNCache(2)
     for layer in cache.layers:

@@ -1,0 +1,91 @@
+"""loss.png and accuracy_by_length.png: what metrics.jsonl says, drawn."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .metrics import History
+
+NUM_POINTS = 4000  # of a curve: more than the picture has columns
+NUM_NOTES = 12
+
+
+def draw_loss(history: History, picture: Path, title: str) -> None:
+    """Training loss (thin: every logged step, thick: smoothed) and validation loss over tokens, with bits per byte (or accuracy) at those."""
+    validations = history.validations
+    tokens, losses = np.asarray(history.tokens), np.asarray(history.losses)
+    figure, axes = _empty_figure()
+    if len(losses):
+        axes.plot(*_extremes(tokens, losses), color="tab:blue", alpha=0.3, linewidth=0.8)
+        shown = _spread(len(losses), NUM_POINTS)
+        axes.plot(tokens[shown], _smoothed(losses)[shown], color="tab:blue", label="training (smoothed)")
+        axes.set_ylim(0.9 * losses[len(losses) // 10 :].min(), min(losses.max(), 2.5 * float(np.median(losses))))
+    if validations:
+        shown = [validations[i] for i in _spread(len(validations), NUM_POINTS)]
+        axes.plot([e["tokens"] for e in shown], [e["loss"] for e in shown], "o-", color="tab:orange", label="held out")
+        for entry in (validations[i] for i in _spread(len(validations), NUM_NOTES)):
+            note = f"{entry['bits_per_byte']:.2f} bits/byte" if "bits_per_byte" in entry else f"accuracy {entry['accuracy']:.3f}"
+            side = "right" if entry is validations[-1] else "center"  # the last stands at the edge
+            axes.annotate(note, (entry["tokens"], entry["loss"]), textcoords="offset points", xytext=(0, 9), ha=side, fontsize=8)
+    axes.set(xlabel="tokens", ylabel="loss (nats per token)", title=title)
+    axes.grid(alpha=0.3)
+    if len(losses) or validations:
+        axes.legend()
+    _save_figure(figure, picture)
+
+
+def draw_accuracy(history: History, picture: Path, title: str) -> None:
+    """Accuracy over test lengths: validations (thin) and the last, with what a guess has."""
+    validations = [entry for entry in history.validations if entry.get("by_length")]
+    figure, axes = _empty_figure()
+    for entry in (validations[i] for i in _spread(len(validations), 100)):
+        lengths = [int(length) for length in entry["by_length"]]
+        style = {"alpha": 0.25, "linewidth": 0.8} if entry is not validations[-1] else {"marker": "o", "label": f"step {entry['step']}"}
+        axes.plot(lengths, list(entry["by_length"].values()), color="tab:blue", **style)
+    if validations:
+        axes.axhline(validations[-1]["chance"], color="tab:gray", linestyle="--", label="a guess")
+        axes.legend()
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="length", ylabel="accuracy", title=title, ylim=(-0.02, 1.02))
+    axes.grid(alpha=0.3)
+    _save_figure(figure, picture)
+
+
+def _empty_figure() -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5))
+    FigureCanvasAgg(figure)
+    return figure, figure.add_axes((0.08, 0.12, 0.9, 0.8))
+
+
+def _save_figure(figure: Any, picture: Path) -> None:
+    """Whole or not at all."""
+    unfinished = picture.with_suffix(".part.png")
+    figure.savefig(unfinished, dpi=120)
+    os.replace(unfinished, picture)
+
+
+def _spread(count: int, limit: int) -> np.ndarray:
+    """All indices of `count` things, or `limit` of them, evenly, the first and the last among them."""
+    return np.linspace(0, count - 1, min(count, limit)).round().astype(int)
+
+
+def _extremes(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A long curve by the least and the greatest of each of its pieces, which look as the curve does."""
+    if len(y) <= NUM_POINTS:
+        return x, y
+    starts = np.arange(NUM_POINTS // 2) * len(y) // (NUM_POINTS // 2)
+    pairs = np.stack([np.minimum.reduceat(y, starts), np.maximum.reduceat(y, starts)], axis=1)
+    return np.repeat(x[starts], 2), pairs.ravel()
+
+
+def _smoothed(values: np.ndarray) -> np.ndarray:
+    """Running mean over the neighbours on both sides, a fifteenth of all; it does not lag behind a falling loss."""
+    reach, index = len(values) // 30, np.arange(len(values))
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    first, end = np.maximum(index - reach, 0), np.minimum(index + reach + 1, len(values))
+    return (sums[end] - sums[first]) / (end - first)
