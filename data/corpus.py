@@ -215,7 +215,11 @@ class DocumentStream:
         return Window(address, documents, following, num_skipped)
 
     def _read(self, shard: int, place: Place) -> Iterator[Record]:
-        return self.source.read(self.shards[shard], place)
+        try:
+            yield from self.source.read(self.shards[shard], place)
+        except OSError as error:  # a file that is gone, a disk, a network
+            name, why = error.filename or self.spec.corpus, error.strerror or f"{type(error).__name__}: {error}"
+            raise UserError(("data.corpus", f"{name} cannot be read any more ({why}); a run goes on with the corpus it began with")) from None
 
     def _is_wanted(self, text: str) -> bool:
         if self.part == "all" or self.spec.corpus == PYTHON_STDLIB:  # the files were chosen already

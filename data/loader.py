@@ -12,6 +12,7 @@ import queue
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -20,6 +21,8 @@ from .corpus import CorpusSpec
 from .reader import Chunk, DocumentReader, WindowReader, joined_tokens
 from .synthetic import Task, TaskReader
 from .tokenizer import Encoder
+
+CLOSE_SECONDS = 10.0  # for a killed worker to be gone
 
 
 class Reader(Protocol):
@@ -59,18 +62,48 @@ class ReaderSpec:
 
 
 class DirectChunks:
-    """Readers in this process, in turn, for ever."""
+    """Readers in this process, in turn, for ever. `take` reads in a thread, so that whoever waits for a chunk can do something else."""
 
     def __init__(self, spec: ReaderSpec, readers: Sequence[int], states: Sequence[dict[str, Any] | None]):
         self._readers = spec.open(readers, states)
+        self._chunks = iter(self)
+        self._wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._ready: queue.SimpleQueue[Chunk | Exception] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._is_asked = False
 
     def __iter__(self) -> Iterator[Chunk]:
         while True:
             for reader in self._readers:
                 yield reader.next_chunk()
 
+    def take(self, timeout: float | None) -> Chunk | None:
+        """The next chunk, or None if it is not there in time; the next call waits for the same one."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._serve, name="reader", daemon=True)
+            self._thread.start()
+        if not self._is_asked:
+            self._wanted.put(True)
+            self._is_asked = True
+        try:
+            item = self._ready.get(timeout=timeout)
+        except queue.Empty:
+            return None
+        if isinstance(item, Exception):
+            raise item
+        self._is_asked = False
+        return item
+
+    def _serve(self) -> None:
+        try:
+            while self._wanted.get():
+                self._ready.put(next(self._chunks))
+        except Exception as error:  # whatever it is, the loop must hear of it
+            self._ready.put(error)
+
     def close(self) -> None:
-        """Nothing to stop."""
+        """End the thread, once it has read what it is reading."""
+        self._wanted.put(False)
 
 
 class WorkerChunks:
@@ -103,22 +136,28 @@ class WorkerChunks:
         except Exception:  # whatever it was, the loop must hear of it
             self._ready.put(RuntimeError(f"a data worker ended without a word (exit status {self._process.wait()})"))
 
-    def __iter__(self) -> Iterator[Chunk]:
-        while True:
-            item = self._ready.get()
-            if isinstance(item, Exception):
-                raise item
-            yield item
+    def take(self, timeout: float | None) -> Chunk | None:
+        """The next chunk, or None if it is not there in time."""
+        try:
+            item = self._ready.get(timeout=timeout)
+        except queue.Empty:
+            return None
+        if isinstance(item, Exception):
+            raise item
+        return item
 
     def close(self) -> None:
-        """Stop the process and the thread that listens to it."""
+        """Stop the process and the thread that listens to it; not for ever where the process waits for a dead disk."""
+        end = time.monotonic() + CLOSE_SECONDS
         self._process.kill()
-        self._process.wait()
-        while self._thread.is_alive():  # it may wait for room
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(CLOSE_SECONDS)
+        while self._thread.is_alive() and time.monotonic() < end:  # it may wait for room
             with contextlib.suppress(queue.Empty):
                 self._ready.get(timeout=0.01)
         assert self._process.stdout is not None
-        self._process.stdout.close()
+        if not self._thread.is_alive():
+            self._process.stdout.close()
 
 
 def _num_workers(wanted: int, num_readers: int) -> int:
@@ -139,13 +178,30 @@ class ChunkLoader:
     def __init__(self, spec: ReaderSpec, readers: Sequence[int], states: Sequence[dict[str, Any] | None], workers: int):
         num_sources = _num_workers(workers, len(readers)) if workers else 1
         source = WorkerChunks if workers else DirectChunks
-        self._num_turns = len(readers) // num_sources
+        self._num_readers = len(readers)
+        self._taken: list[Chunk] = []
         self._sources = [source(spec, readers[i::num_sources], states[i::num_sources]) for i in range(num_sources)]
 
     def __iter__(self) -> Iterator[list[Chunk]]:
-        iterators = [iter(source) for source in self._sources]
-        while True:
-            yield [next(iterator) for _ in range(self._num_turns) for iterator in iterators]
+        while (chunks := self.take()) is not None:
+            yield chunks
+
+    def take(self, timeout: float | None = None) -> list[Chunk] | None:
+        """The next step's chunks, or None if they are not all there in `timeout` seconds; the next call waits for the same ones.
+
+        Raises:
+            UserError: the corpus cannot be read.
+            RuntimeError: a worker has died.
+        """
+        end = None if timeout is None else time.monotonic() + timeout
+        while len(self._taken) < self._num_readers:
+            source = self._sources[len(self._taken) % len(self._sources)]
+            chunk = source.take(None if end is None else max(end - time.monotonic(), 0.0))
+            if chunk is None:
+                return None
+            self._taken.append(chunk)
+        chunks, self._taken = self._taken, []
+        return chunks
 
     def close(self) -> None:
         """Stop the workers."""

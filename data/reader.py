@@ -178,9 +178,13 @@ class DocumentReader:
         lane.name, lane.window, lane.number = document.name, window.address, number
 
     def _next_document(self, lane: Lane) -> None:
+        epoch = self.window.address.epoch
         while self.number == len(self.window.documents):
             self.window, self.number = self.stream.window(self.window.following), 0
             self.num_skipped += self.window.num_skipped
+            if self.window.address.epoch > epoch + 1:  # a whole epoch went by; it would for ever
+                corpus = self.stream.spec.corpus
+                raise UserError(("data.corpus", f"{corpus} holds no documents any more; a run goes on with the corpus it began with"))
         self._start(lane, self.window, self.number)
         self.number += 1
 

@@ -227,7 +227,10 @@ class Parquet:
             for group in range(file.num_row_groups):
                 num_rows = file.metadata.row_group(group).num_rows
                 if first + num_rows > start.index:
-                    table = file.read_row_group(group, columns=wanted)
+                    try:
+                        table = file.read_row_group(group, columns=wanted)
+                    except pyarrow.ArrowInvalid as error:  # cut short or changed since it was opened
+                        raise UserError(("data.corpus", f"{path} cannot be read to its end ({error}); is it a whole file?")) from None
                     column = table.column(self.text_field)
                     groups = None if self.group_field is None else table.column(self.group_field)
                     for index in range(max(first, start.index), first + num_rows):

@@ -13,7 +13,7 @@ import math
 import signal
 import statistics
 import time
-from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ from .saving import snapshot
 from .tracking import send_missed
 
 SPIKE_WINDOW = 100  # steps whose median loss says what is usual
+POLL_SECONDS = 0.5  # without data until signals are looked for
 
 
 def train(recipe: Recipe) -> None:
@@ -84,26 +85,22 @@ def train(recipe: Recipe) -> None:
 
 def take_steps(run: Run, interrupt: Interrupt) -> int | None:
     """Take all steps; returns the signal that stopped them, on all processes, if one did."""
-    recipe, chunks = run.recipe, iter(run.loader)
+    recipe = run.recipe
     if _validation_is_missing(run):
         _validate(run)
     clock, tokens_at_clock = time.perf_counter(), run.tokens
     saved_at, forecast = time.monotonic(), Forecast()
     while run.step < recipe.train.steps:
-        run.watchdog.enter(f"step {run.step + 1}: reading")
-        batch, problems = _next_batch(run, chunks)
-        run.watchdog.enter(f"step {run.step + 1}: computing")
         minutes = recipe.train.save_minutes
         save_is_due = run.is_main and minutes is not None and time.monotonic() - saved_at >= 60 * minutes  # one clock decides for all
-        counts = [sum(chunk.num_scored for chunk in batch), interrupt.requested is not None, len(problems), save_is_due]
-        num_scored, stop, failed, save_is_due = processes.total(run.accelerator, counts)
-        if (stop or failed) and run.step > 0:
+        step = _next_step(run, interrupt, save_is_due)
+        if (step.is_stopped or step.is_failed) and run.step > 0:
             _save(run, is_last=True)
-        if failed:
-            raise UserError(*dict.fromkeys(processes.gathered(run.accelerator, problems)))
-        if stop:
+        if step.is_failed:
+            raise UserError(*dict.fromkeys(processes.gathered(run.accelerator, step.problems)))
+        if step.is_stopped:
             return interrupt.requested or signal.SIGTERM
-        entry = _one_step(run, run.step + 1, batch, num_scored)
+        entry = _one_step(run, run.step + 1, step.batch, step.num_scored)
         run.step, run.tokens = run.step + 1, run.tokens + recipe.batch.readers * recipe.batch.lanes * recipe.batch.chunk
         is_last = run.step == recipe.train.steps
 
@@ -117,7 +114,7 @@ def take_steps(run: Run, interrupt: Interrupt) -> int | None:
             run.bar.update()
         forecast.after_step(run, is_logged)
         paused = time.perf_counter()
-        if is_last or save_is_due or _is_due(run.step, recipe.train.save_every):
+        if is_last or step.save_is_due or _is_due(run.step, recipe.train.save_every):
             _save(run, is_last)
             saved_at = time.monotonic()
         if is_last or _is_due(run.step, recipe.train.eval_every):
@@ -138,10 +135,50 @@ def _validation_is_missing(run: Run) -> bool:
     return processes.from_main(run.accelerator, not any(entry["step"] == run.step for entry in validations))
 
 
-def _next_batch(run: Run, chunks: Iterator[list[Chunk]]) -> tuple[list[Chunk], list[tuple[str, str]]]:
-    """This process's part of the next chunk of each of its readers, or what is wrong: all processes must hear of it before one leaves."""
+@dataclass
+class NextStep:
+    """What all processes have agreed on before a step."""
+
+    batch: list[Chunk]
+    """This process's part of the next chunk of each of its readers."""
+    num_scored: float
+    """Scored tokens of the global batch."""
+    is_stopped: bool
+    """A signal has come to one of them."""
+    is_failed: bool
+    """One of them cannot read."""
+    save_is_due: bool
+    problems: list[tuple[str, str]]
+    """Why this one cannot."""
+
+
+def _next_step(run: Run, interrupt: Interrupt, save_is_due: bool) -> NextStep:
+    """Wait until every process has its data, or one has to leave.
+
+    They ask each other as soon as each has its data, and every POLL_SECONDS where one still waits for it: so none is deaf to a
+    signal, its own or another's, however long a disk or a network stalls.
+    """
+    run.watchdog.enter(f"step {run.step + 1}: reading")
+    batch: list[Chunk] | None = None
+    problems: list[tuple[str, str]] = []
+    while True:
+        if batch is None:
+            batch, problems = _read(run)
+            if batch is not None:
+                run.watchdog.enter(f"step {run.step + 1}: computing")
+        counts = [sum(chunk.num_scored for chunk in batch or []), interrupt.requested is not None, len(problems), batch is None, save_is_due]
+        num_scored, stopped, failed, num_waiting, due = processes.total(run.accelerator, counts)
+        if stopped or failed or not num_waiting:
+            if batch is None:
+                run.watchdog.enter(f"step {run.step + 1}: leaving")
+            return NextStep(batch or [], num_scored, bool(stopped), bool(failed), bool(due), problems)
+
+
+def _read(run: Run) -> tuple[list[Chunk] | None, list[tuple[str, str]]]:
+    """This process's part of the next chunks, None if they are not there yet, or what is wrong: all must hear of it before one leaves."""
     try:
-        return [run.layout.piece(chunk) for chunk in next(chunks)], []
+        chunks = run.loader.take(POLL_SECONDS)
+        return None if chunks is None else [run.layout.piece(chunk) for chunk in chunks], []
     except UserError as error:
         return [], error.problems
     except Exception as error:  # a worker that died, a network, a broken file: the others must not wait

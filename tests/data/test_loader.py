@@ -244,3 +244,55 @@ def test_windows_of_one_text_in_workers(corpus: CorpusSpec):
     spec = replace(reader_spec(corpus, 2, "windows"), chunk=30)
     one, other = steps(spec, [0, 1], 1, workers=2)[0]
     assert not np.array_equal(one.input_ids, other.input_ids)
+
+
+def test_a_stalled_worker_keeps_nobody_waiting(corpus: CorpusSpec):
+    """`take` comes back without a chunk, and later with the one that comes next."""
+    expected = steps(reader_spec(corpus, 2), [0, 1], 30, workers=0)
+    loader = ChunkLoader(reader_spec(corpus, 2), [0, 1], [None, None], workers=2)
+    try:
+        (slow,) = [process for process in children() if process.pid == loader._sources[1]._process.pid]  # pyright: ignore
+        slow.suspend()
+        taken = []
+        while (chunks := loader.take(0.2)) is not None:  # what was read ahead
+            taken.append(chunks)
+        assert loader.take(0.0) is None
+        slow.resume()
+        assert_same_steps(taken + [in_time(loader.take) for _ in range(30 - len(taken))], expected)
+        slow.suspend()
+    finally:
+        loader.close()
+    assert not children()
+
+
+def test_a_stalled_reader_in_this_process_keeps_nobody_waiting(corpus: CorpusSpec):
+    expected = steps(reader_spec(corpus), [0], 2, workers=0)
+    loader = ChunkLoader(reader_spec(corpus), [0], [None], workers=0)
+    disk = threading.Event()
+
+    class Stalled:
+        def next_chunk(self) -> Chunk:
+            disk.wait()
+            return expected[0][0]
+
+    loader._sources[0]._readers = [Stalled()]  # pyright: ignore
+    assert loader.take(0.01) is None
+    assert loader.take(0.0) is None
+    disk.set()
+    assert in_time(loader.take) == expected[0]
+    loader.close()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_that_is_deleted_under_the_reader_costs_a_line(workers: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    for number in range(300):
+        (tmp_path / f"{number:03d}.txt").write_text("x" * 100)
+    loader = ChunkLoader(reader_spec(CorpusSpec(str(tmp_path))), [0], [None], workers)
+    in_time(loader.take)
+    for path in tmp_path.iterdir():
+        path.unlink()
+    error = in_time(lambda: list(islice(loader, 1000)))
+    loader.close()
+    assert type(error) is UserError
+    assert ".txt cannot be read any more (No such file or directory)" in str(error)
+    assert "Traceback" not in capfd.readouterr().err

@@ -270,3 +270,14 @@ def test_a_joined_text_is_split_by_position(fraction: float, tmp_path: Path):
 
 def test_positions_compare_without_hints():
     assert without_hints({"hint": 1, "a": [{"hint": 2, "b": 3}]}) == {"a": [{"b": 3}]}
+
+
+@pytest.mark.parametrize("text", ["", "\n\n\n"])
+def test_an_epoch_without_documents_is_an_error(tmp_path: Path, text: str):
+    """Not a reader that spins for ever, looking for the next one."""
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json_line(f"document {i}") for i in range(20)))
+    reader = DocumentReader(CorpusSpec(str(path)), ENCODER, 0, 1, 2, 12, 4, 1)
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"a\.jsonl holds no documents any more"):
+        list(itertools.islice(iter(reader.next_chunk, None), 1000))

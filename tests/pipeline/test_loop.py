@@ -1,6 +1,9 @@
 """What the loop computes."""
 
+import itertools
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Values, losses
-from minrnn.data import BYTES, CorpusSpec, Encoder, ReaderSpec, UserError, load_tokenizer
+from minrnn.data import BYTES, Chunk, ChunkLoader, CorpusSpec, Encoder, ReaderSpec, UserError, load_tokenizer
 from minrnn.models import MinRNNForCausalLM
 from minrnn.pipeline import loop
 from minrnn.pipeline.optim import build_optimizer, learning_rate
@@ -162,3 +165,45 @@ def test_readers_that_processes_cannot_share(values: Values, run_recipe: Run, mo
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(UserError, match=r"batch\.readers: 2 readers cannot be shared evenly by 3"):
         run_recipe(values)
+
+
+def stall(monkeypatch: pytest.MonkeyPatch, after: int, then: Callable[[], object]) -> None:
+    """A loader that has no more chunks after some steps, and what happens while the loop waits."""
+    take, count = ChunkLoader.take, itertools.count(1)
+
+    def stalled(self: ChunkLoader, timeout: float | None = None) -> list[Chunk] | None:
+        if next(count) <= after:
+            return take(self)
+        assert timeout is not None
+        then()
+        return None
+
+    monkeypatch.setattr(ChunkLoader, "take", stalled)
+
+
+def test_a_signal_is_heard_while_the_data_stall(values: Values, run_recipe: Run, monkeypatch: pytest.MonkeyPatch):
+    whole = losses(run_recipe({**values, "run": {"dir": values["run"]["dir"] + "-undisturbed"}}))
+    with monkeypatch.context() as patched:
+        stall(patched, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit) as left:
+            run_recipe(values)
+    assert left.value.code == 128 + signal.SIGTERM
+    assert [path.name for path in (Path(values["run"]["dir"]) / "checkpoints").glob("step-000005")]
+    assert losses(run_recipe(values)) == whole
+
+
+def test_a_process_without_data_hears_of_the_others_signal(values: Values, run_recipe: Run, monkeypatch: pytest.MonkeyPatch):
+    """It goes on voting; another process, which has its data, votes to leave."""
+    rounds = []
+    stall(monkeypatch, 3, lambda: rounds.append(1))
+    total = loop.processes.total
+
+    def with_another(accelerator, counts):
+        others = [0, len(rounds) == 4, 0, 0, 0] if len(counts) == 5 else [0] * len(counts)
+        return [a + b for a, b in zip(total(accelerator, counts), others, strict=True)]
+
+    monkeypatch.setattr(loop.processes, "total", with_another)
+    with pytest.raises(SystemExit) as left:
+        run_recipe(values)
+    assert left.value.code == 128 + signal.SIGTERM
+    assert len(rounds) == 4
