@@ -109,10 +109,7 @@ def _register(name: str, forward: Callable, backward: Callable) -> Callable:
         contiguous = torch.empty_like(projected, memory_format=torch.contiguous_format)
         return contiguous, gate_bias.new_empty(gate_bias.shape, dtype=torch.float32), h0.new_empty(h0.shape, dtype=torch.float32)
 
-    operator, is_new = define(f"cell_scan_{name}", scan, fake)
-    backward_operator, _ = define(f"cell_scan_backward_{name}", scan_backward, fake_backward)
-    if not is_new:
-        return operator
+    backward_operator = define(f"cell_scan_backward_{name}", scan_backward, fake_backward)
 
     def setup_context(ctx, inputs, output) -> None:
         *tensors, cell, activation, output_gate, _ = inputs
@@ -127,8 +124,7 @@ def _register(name: str, forward: Callable, backward: Callable) -> Callable:
         d_projected, d_bias, dh0 = grads
         return d_projected, d_bias.to(gate_bias.dtype), dh0.to(h0.dtype), None, None, None, None, None, None
 
-    operator.register_autograd(differentiate, setup_context=setup_context)
-    return operator
+    return define(f"cell_scan_{name}", scan, fake, differentiate, setup_context)
 
 
 _KERNELS = {"numba": (numba_forward, numba_backward), "triton": (triton_forward, triton_backward)}

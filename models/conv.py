@@ -46,20 +46,20 @@ def _taps_first(weight: Tensor) -> Tensor:
     return weight.float().t().flip(0).contiguous()
 
 
-_conv_op, _is_new = define("causal_conv", _conv, _conv_fake)
-_conv_backward_op, _ = define("causal_conv_backward", _conv_backward, _conv_backward_fake)
+_conv_backward_op = define("causal_conv_backward", _conv_backward, _conv_backward_fake)
 
-if _is_new:
 
-    def _save(ctx, inputs, output) -> None:
-        ctx.save_for_backward(*inputs)
+def _save(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
 
-    def _differentiate(ctx, grad_y: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        x, weight, state, reach = ctx.saved_tensors
-        dx, d_weight, d_state = _conv_backward_op(x, weight, state, reach, grad_y)
-        return dx, d_weight.to(weight.dtype), d_state, None
 
-    _conv_op.register_autograd(_differentiate, setup_context=_save)
+def _differentiate(ctx, grad_y: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    x, weight, state, reach = ctx.saved_tensors
+    dx, d_weight, d_state = _conv_backward_op(x, weight, state, reach, grad_y)
+    return dx, d_weight.to(weight.dtype), d_state, None
+
+
+_conv_op = define("causal_conv", _conv, _conv_fake, _differentiate, _save)
 
 
 def causal_conv(x: Tensor, weight: Tensor, state: Tensor | None = None, reach: Tensor | None = None, backend: str | None = None) -> Tensor:
@@ -113,7 +113,7 @@ def conv_gradients(
 def conv_one_token(x: Tensor, weight: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
     """`causal_conv` and `next_conv_state` of one token: x [batch, 1, width], state [batch, kernel-1, width] -> y, the state after it."""
     if state is None:
-        state = x.new_zeros(len(x), weight.shape[1] - 1, x.shape[2])
+        state = x.new_zeros(x.shape[0], weight.shape[1] - 1, x.shape[2])
     extended = torch.cat([state.to(x.dtype), x], dim=1)
     return (extended * weight.t().to(x.dtype)).sum(1, keepdim=True), extended[:, 1:].clone()
 

@@ -4,6 +4,8 @@ Each is defined in plain torch, which is also what `torch.compile` fuses on a GP
 every operation, fp32 and bf16 go through one kernel each (`layers_numba.py`), as one differentiable operator.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,8 +15,13 @@ from .numba_support import serves
 from .operators import define
 
 
+def _num_rows(x: Tensor) -> int:
+    """Rows of x [..., width]. Not by `Size.numel`, which fixes a length that a tracer keeps open."""
+    return math.prod(x.shape[:-1])
+
+
 def _rows(x: Tensor) -> Tensor:
-    return x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
+    return x.reshape(_num_rows(x), x.shape[-1]).contiguous()
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -23,7 +30,7 @@ def _norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Te
 
 
 def _norm_fake(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[:-1].numel(), dtype=torch.float32)
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(_num_rows(x), dtype=torch.float32)
 
 
 def _norm_backward(x: Tensor, weight: Tensor, inverse: Tensor, grad_y: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,32 +58,30 @@ def _swiglu_backward_fake(x: Tensor, grad_y: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-_norm_op, _norm_is_new = define("rms_norm", _norm, _norm_fake)
-_norm_backward_op, _ = define("rms_norm_backward", _norm_backward, _norm_backward_fake)
-_swiglu_op, _swiglu_is_new = define("swiglu", _swiglu, _swiglu_fake)
-_swiglu_backward_op, _ = define("swiglu_backward", _swiglu_backward, _swiglu_backward_fake)
+_norm_backward_op = define("rms_norm_backward", _norm_backward, _norm_backward_fake)
+_swiglu_backward_op = define("swiglu_backward", _swiglu_backward, _swiglu_backward_fake)
 
-if _norm_is_new:
 
-    def _save_norm(ctx, inputs, output) -> None:
-        ctx.save_for_backward(*inputs[:2], output[1])
+def _save_norm(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:2], output[1])
 
-    def _differentiate_norm(ctx, grad_y: Tensor, _) -> tuple[Tensor, Tensor, None, None]:
-        x, weight, inverse = ctx.saved_tensors
-        dx, d_weight = _norm_backward_op(x, weight, inverse, grad_y)
-        return dx, d_weight.to(weight.dtype), None, None
 
-    _norm_op.register_autograd(_differentiate_norm, setup_context=_save_norm)
+def _differentiate_norm(ctx, grad_y: Tensor, _) -> tuple[Tensor, Tensor, None, None]:
+    x, weight, inverse = ctx.saved_tensors
+    dx, d_weight = _norm_backward_op(x, weight, inverse, grad_y)
+    return dx, d_weight.to(weight.dtype), None, None
 
-if _swiglu_is_new:
 
-    def _save_swiglu(ctx, inputs, output) -> None:
-        ctx.save_for_backward(*inputs)
+def _save_swiglu(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
 
-    def _differentiate_swiglu(ctx, grad_y: Tensor) -> Tensor:
-        return _swiglu_backward_op(*ctx.saved_tensors, grad_y)
 
-    _swiglu_op.register_autograd(_differentiate_swiglu, setup_context=_save_swiglu)
+def _differentiate_swiglu(ctx, grad_y: Tensor) -> Tensor:
+    return _swiglu_backward_op(*ctx.saved_tensors, grad_y)
+
+
+_norm_op = define("rms_norm", _norm, _norm_fake, _differentiate_norm, _save_norm)
+_swiglu_op = define("swiglu", _swiglu, _swiglu_fake, _differentiate_swiglu, _save_swiglu)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 from transformers.dynamic_module_utils import get_relative_import_files
 
 
@@ -28,16 +30,38 @@ def namespace(module_file: str) -> str:
     return f"minrnn_{source_hash(module_file)}"
 
 
-def define(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> tuple[Any, bool]:
-    """Make `function` the operator `minrnn_HASH::name`; `fake` gives empty outputs of the right shapes and dtypes.
+def define(
+    name: str,
+    function: Callable[..., Any],
+    fake: Callable[..., Any],
+    differentiate: Callable[..., Any] | None = None,
+    save: Callable[..., None] | None = None,
+) -> Callable[..., Any]:
+    """Make `function` the operator `minrnn_HASH::name`, and return what calls it.
 
-    Returns the operator, and whether it is new: where another copy of this very source in the process has made it, that one is returned, since
-    to make it again would destroy the other's.
+    Where another copy of this very source in the process has made it, that one is called, since to make it again
+    would destroy the other's. Called with forward-mode tangents (`torch.func.jvp`), it raises NotImplementedError:
+    torch would drop them where an operator has a backward formula alone, and the derivative would be 0.
+
+    Args:
+        fake: gives empty outputs of the right shapes and dtypes.
+        differentiate, save: backward formula and what it keeps, as in `torch.library.register_autograd`.
     """
     space = namespace(inspect.getfile(function))
-    existing = getattr(getattr(torch.ops, space), name, None)
-    if existing is not None:
-        return existing, False
-    operator = torch.library.custom_op(f"{space}::{name}", function, mutates_args=())
-    operator.register_fake(fake)
-    return operator, True
+    operator = getattr(getattr(torch.ops, space), name, None)
+    if operator is None:
+        operator = torch.library.custom_op(f"{space}::{name}", function, mutates_args=())
+        operator.register_fake(fake)
+        if differentiate is not None:
+            operator.register_autograd(differentiate, setup_context=save)
+
+    def call(*arguments: Any) -> Any:
+        if any(map(_has_tangent, arguments)):
+            raise NotImplementedError(f"{name} has no forward-mode derivative: use torch.autograd.grad, or backward().")
+        return operator(*arguments)
+
+    return call
+
+
+def _has_tangent(value: Any) -> bool:
+    return isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None

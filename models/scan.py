@@ -83,10 +83,7 @@ def _register(name: str, forward: Callable, backward: Callable) -> Callable[[Ten
         grad_a, grad_b = torch.empty_like(a, memory_format=contiguous), torch.empty_like(h, memory_format=contiguous)
         return grad_a, grad_b, h0.new_empty(h0.shape, dtype=accumulate_dtype(a, h))
 
-    operator, is_new = define(f"linear_scan_{name}", scan, fake)
-    backward_operator, _ = define(f"linear_scan_backward_{name}", scan_backward, fake_backward)
-    if not is_new:
-        return operator
+    backward_operator = define(f"linear_scan_backward_{name}", scan_backward, fake_backward)
 
     def setup_context(ctx, inputs, output) -> None:
         a, b, h0, _ = inputs
@@ -100,8 +97,7 @@ def _register(name: str, forward: Callable, backward: Callable) -> Callable[[Ten
         da, db, dh0 = backward_operator(a, h, h0, grad_h, grad_last)
         return da, db.to(ctx.b_dtype), dh0.to(ctx.h0_dtype), None
 
-    operator.register_autograd(differentiate, setup_context=setup_context)
-    return operator
+    return define(f"linear_scan_{name}", scan, fake, differentiate, setup_context)
 
 
 _SCANS = {
