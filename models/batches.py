@@ -18,10 +18,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.utils.import_utils import is_tracing
 
 PACKING = ("position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 # What transformers passes by itself, and says nothing to a recurrent model, or is read by its decorators.
 WITHOUT_EFFECT = ("output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "token_type_ids", "cache_position")
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether one may look into a tensor: not while tracing (compile, export, fake tensors), nor on the meta device."""
+    return not tensor.is_meta and not is_tracing(tensor)
 
 
 def check_names(function: Callable, arguments: dict[str, Any]) -> None:
@@ -43,6 +49,7 @@ def check_names(function: Callable, arguments: dict[str, Any]) -> None:
 def packing_order(attention_mask: Tensor | None, time: int) -> Tensor | None:
     """Indices [B, T] that bring each row's real tokens to the left, in order; None if nothing is padded.
 
+    A mask whose values cannot be looked at is taken to have padding, and to be 0 and 1.
     `attention_mask` [B, >= T] is 1 for real tokens; only its last T columns belong to this call (generate() passes the whole past).
     """
     if attention_mask is None:
@@ -50,9 +57,9 @@ def packing_order(attention_mask: Tensor | None, time: int) -> Tensor | None:
     if attention_mask.ndim != 2 or attention_mask.shape[1] < time:
         raise ValueError(f"attention_mask must be [batch, time] with at least {time} columns, but is {tuple(attention_mask.shape)}.")
     mask = attention_mask[:, attention_mask.shape[1] - time :]
-    if bool((mask == 1).all()):
+    if has_values(mask) and bool((mask == 1).all()):
         return None
-    if bool(((mask != 0) & (mask != 1)).any()):
+    if has_values(mask) and bool(((mask != 0) & (mask != 1)).any()):
         raise ValueError("attention_mask must be 1 (real) or 0 (padding); numbers of documents are passed as seq_idx.")
     return torch.argsort(mask == 0, dim=1, stable=True)
 
@@ -103,7 +110,7 @@ def starts_of_packing(
         claims["cu_seq_lens_q"] = _starts_of_lengths(packing, shape)
 
     starts = next(iter(claims.values()))
-    if not torch.compiler.is_compiling():
+    if has_values(starts):
         real = torch.ones_like(starts) if mask is None or order is None else mask.gather(1, order)
         if jumps is not None:
             _refuse_where(jumps & real, "position_ids neither go on by 1 nor restart at 0")
@@ -140,7 +147,7 @@ def _starts_of_lengths(packing: dict[str, Any], shape: tuple[int, int]) -> Tenso
     if edges is None:
         raise ValueError("max_length_q and max_length_k say nothing without cu_seq_lens_q.")
     (batch, time), num_tokens = shape, shape[0] * shape[1]
-    if not torch.compiler.is_compiling():
+    if has_values(edges):
         values = edges.tolist()
         lengths = [end - begin for begin, end in itertools.pairwise(values)]
         if edges.ndim != 1 or not lengths or values[0] != 0 or values[-1] != num_tokens or min(lengths) < 0:
@@ -174,7 +181,7 @@ def shift_labels_of(labels: Tensor, attention_mask: Tensor | None, document_star
         alone = begins if alone is None else begins | alone
     if alone is None:
         return targets
-    if is_counted and not torch.compiler.is_compiling() and bool(((targets != -100) & alone).any()):
+    if is_counted and has_values(targets) and bool(((targets != -100) & alone).any()):
         raise ValueError(_COUNTED.format("the labels"))
     return targets.masked_fill(alone, -100)
 
@@ -185,7 +192,7 @@ def check_counted(attention_mask: Tensor | None) -> None:
     Raises:
         ValueError: as in `shift_labels_of`.
     """
-    if attention_mask is None or torch.compiler.is_compiling():
+    if attention_mask is None or not has_values(attention_mask):
         return
     if bool(((attention_mask[:, 1:] != 0) & (attention_mask[:, :-1] == 0)).any()):
         raise ValueError(_COUNTED.format("labels outside of the model"))

@@ -53,25 +53,28 @@ class TokenStep:
     Args:
         model: In eval mode.
         cache: The state after the prompt (`prefill`); it is copied.
-        graph: Replay a CUDA graph; by default on a GPU.
+        graph: Replay a CUDA graph; by default where the whole model is on one GPU.
 
     Raises:
-        ValueError: a cache that has read nothing, or a graph without a GPU.
+        ValueError: a cache that has read nothing, or a graph of a model that is not on one GPU.
     """
 
     def __init__(self, model: MinRNNForCausalLM, cache: MinRNNCache, graph: bool | None = None):
         if any(layer.recurrent is None for layer in cache.layers):
             raise ValueError("TokenStep goes on from a prompt, but this cache has read none: call prefill first.")
-        is_cuda = model.device.type == "cuda"
-        if graph and not is_cuda:
-            raise ValueError(f"A CUDA graph needs a model on a GPU, but this one is on {model.device}: use graph=False or none.")
+        devices = {parameter.device for parameter in model.parameters()}
+        is_on_one_gpu = len(devices) == 1 and model.device.type == "cuda"
+        if graph and not is_on_one_gpu:
+            places = ", ".join(sorted(map(str, devices)))
+            way_out = "use graph=False or none"
+            raise ValueError(f"A CUDA graph needs a model on one GPU, but this one is on {places}: {way_out}.")
         self.model, self.num_tokens = model, cache.get_seq_length()
         self.states: list[State] = [(_clone(layer.recurrent), _clone(layer.conv)) for layer in cache.layers]
         recurrent = self.states[0][0]
         assert recurrent is not None
         self.tokens = torch.zeros(len(recurrent), 1, dtype=torch.long, device=model.device)
         self.graph = self.logits = None
-        if is_cuda if graph is None else graph:
+        if is_on_one_gpu if graph is None else graph:
             self._capture()
 
     @property
@@ -95,16 +98,19 @@ class TokenStep:
         return self.model.lm_head(model.norm(x))[:, -1]
 
     def _capture(self) -> None:
+        """Record `_forward` on the model's device, which need not be the current one."""
         before = [(_clone(recurrent), _clone(conv)) for recurrent, conv in self.states]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # warm up: libraries allocate on their first calls, which a graph may not
-            for _ in range(3):
-                self._forward()
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.logits = self._forward()
+        with torch.cuda.device(self.tokens.device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # warm up: libraries allocate on their first calls, a graph may not
+                for _ in range(3):
+                    self._forward()
+            torch.cuda.current_stream().wait_stream(stream)
+            self.graph = torch.cuda.CUDAGraph()
+            # Not torch.cuda.graph's own stream, which stays on the device of the process's first graph.
+            with torch.cuda.graph(self.graph, stream=stream):
+                self.logits = self._forward()
         for state, saved in zip(self.states, before, strict=True):
             for tensor, value in zip(state, saved, strict=True):
                 if tensor is not None and value is not None:
@@ -116,6 +122,7 @@ class TokenStep:
         self.num_tokens += 1
         if self.graph is None:
             return self._forward()
-        self.graph.replay()
+        with torch.cuda.device(self.tokens.device):
+            self.graph.replay()
         assert self.logits is not None
         return self.logits

@@ -32,15 +32,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         differentiated = any(ctx.needs_input_grad[:2])
         grad_hidden = torch.empty_like(cast_hidden) if differentiated else None
         grad_weight = torch.zeros_like(weight, dtype=scale.dtype) if differentiated else None
-        for first in range(0, len(hidden), block):
-            rows, labels = cast_hidden[first : first + block], targets[first : first + block]
+        hidden_blocks, target_blocks = cast_hidden.split(block), targets.split(block)
+        grad_blocks = (None,) * len(hidden_blocks) if grad_hidden is None else grad_hidden.split(block)
+        for rows, labels, grad_rows in zip(hidden_blocks, target_blocks, grad_blocks, strict=True):
             log_probabilities = F.log_softmax(rows @ cast_weight.t(), dim=-1, dtype=scale.dtype)
             loss += F.nll_loss(log_probabilities, labels, ignore_index=IGNORED, reduction="sum")
-            if grad_hidden is not None and grad_weight is not None:
+            if grad_rows is not None and grad_weight is not None:
                 scored = (labels != IGNORED).unsqueeze(1)
                 difference = log_probabilities.exp_().scatter_add_(1, labels.clamp(min=0).unsqueeze(1), -scored.to(scale.dtype))
                 difference = difference.masked_fill_(~scored, 0).mul_(scale).to(dtype)
-                torch.mm(difference, cast_weight, out=grad_hidden[first : first + block])
+                torch.mm(difference, cast_weight, out=grad_rows)
                 grad_weight += difference.t() @ rows
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.dtypes = hidden.dtype, weight.dtype
@@ -83,7 +84,8 @@ def next_token_loss(logits: Tensor, targets: Tensor, num_items: int | float | Te
     logits, targets = at_least_fp32(logits).flatten(0, -2), targets.to(logits.device).flatten()
     if num_items is None:
         return F.cross_entropy(logits, targets, ignore_index=IGNORED)
-    return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum") / num_items
+    count = torch.as_tensor(num_items, device=logits.device)
+    return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum") / count
 
 
 def loss_of_any_head(

@@ -59,6 +59,11 @@ class Boundaries:
             document_starts = document_starts & (torch.arange(document_starts.shape[1], device=lengths.device) < lengths.unsqueeze(1))
         return cls(document_starts, lengths, None if document_starts is None else reach_within_document(document_starts, kernel))
 
+    def to(self, device: torch.device | str | int) -> "Boundaries":
+        """The same on a device: the blocks of a model may lie on several (`device_map`)."""
+        tensors = self.document_starts, self.lengths, self.reach
+        return Boundaries(*(None if tensor is None else tensor.to(device) for tensor in tensors))
+
 
 class MinRNNMixer(nn.Module):
     """conv -> projections -> scan -> gate -> down-projection: the half of a block that looks back in time."""
@@ -79,6 +84,7 @@ class MinRNNMixer(nn.Module):
 
     def forward(self, x: Tensor, state: State, boundaries: Boundaries) -> tuple[Tensor, State]:
         """x [B, T, H] -> [B, T, H], and the state after it."""
+        boundaries = boundaries.to(x.device)
         if self.context_group is not None:
             return self.one_slice(x, state, boundaries, self.context_group)
         if self.backend is None and is_token_step(x) and boundaries.lengths is None and boundaries.document_starts is None:
@@ -262,6 +268,7 @@ class MinRNNModel(MinRNNPreTrainedModel):
         x = self.norm(x)
 
         if order is not None:
+            order = order.to(x.device)
             x = torch.empty_like(x).scatter(1, order.unsqueeze(-1).expand_as(x), x)
         return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=past_key_values if use_cache else None)
 
@@ -390,7 +397,8 @@ class MinRNNForCausalLM(MinRNNPreTrainedModel, StateGenerationMixin):
             else:  # wrapped by an adapter (LoRA), which knows nothing of targets
                 loss = loss_of_any_head(self.lm_head, hidden, shift_labels, num_items_in_batch)
         else:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            is_count = isinstance(logits_to_keep, int)
+            kept = slice(-logits_to_keep, None) if is_count else logits_to_keep.to(hidden.device)
             logits = self.lm_head(hidden[:, kept])
             if shift_labels is not None:
                 loss = next_token_loss(logits, shift_labels, num_items_in_batch)

@@ -78,5 +78,5 @@ def test_mistakes_are_named():
     with pytest.raises(ValueError, match="call prefill first"):
         TokenStep(model, MinRNNCache(2))
     _, cache = prefill(model, random_ids(1, 2))
-    with pytest.raises(ValueError, match="needs a model on a GPU, but this one is on cpu"):
+    with pytest.raises(ValueError, match="needs a model on one GPU, but this one is on cpu"):
         TokenStep(model, cache, graph=True)
