@@ -49,7 +49,7 @@ def train(recipe: Recipe) -> None:
     Raises:
         UserError: something the user can mend.
         NonFiniteError: the loss or gradient is not finite; the last checkpoint is as it was.
-        SystemExit: after SIGINT or SIGTERM, with 128 + the signal, everything saved.
+        SystemExit: after a signal of `interrupt.SIGNALS`, with 128 + the signal, everything saved.
         StorageError: a checkpoint cannot be read, or the last one not be written.
     """
     check_launch(recipe)
@@ -73,6 +73,9 @@ def train(recipe: Recipe) -> None:
                 if signal_number is None:
                     _finish(run)
             status = "FINISHED" if signal_number is None else "KILLED"
+        except Exception as error:
+            error.add_note(f"after step {run.step}")  # whether it is the same again after a restart
+            raise
         finally:
             run.close(status)
         if run.is_main and signal_number is None:

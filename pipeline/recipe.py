@@ -4,7 +4,6 @@ import collections
 import dataclasses
 import difflib
 import json
-import sys
 from importlib import resources
 from pathlib import Path
 from types import NoneType, UnionType
@@ -287,9 +286,3 @@ def check_unchanged(saved: dict[str, Any], recipe: Recipe, folder: str) -> None:
 
     if different:
         raise UserError(*((key, problem(key)) for key in different))
-
-
-def exit_with(error: UserError) -> None:
-    """Print the problems and leave with status 2."""
-    print(error, file=sys.stderr)
-    raise SystemExit(2)

@@ -1,0 +1,95 @@
+"""What an elastic launcher starts again, and what would only come back."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Values, recipe_file
+from minrnn.data import UserError
+from minrnn.pipeline import train
+from minrnn.pipeline.restarts import leave_if_final, note_error
+from test_engines import ENVIRONMENT, NAN_IN_ONE, ddp, launch
+
+
+@pytest.fixture
+def attempts(tmp_path: Path, monkeypatch) -> Any:
+    """Begins an attempt of the launcher: the environment is that of its local rank 1."""
+
+    def begin(number: int) -> None:
+        folder = tmp_path / "none_x" / f"attempt_{number}" / "1"
+        folder.mkdir(parents=True)
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(folder / "error.json"))
+
+    return begin
+
+
+def with_note(message: str, note: str) -> Exception:
+    error = RuntimeError(message)
+    error.add_note(note)
+    return error
+
+
+def test_an_error_before_the_processes_are_connected_is_final(attempts, capsys):
+    attempts(0)
+    leave_if_final()
+    with pytest.raises(SystemExit) as left:
+        train.main(["--train.stpes", "3"])
+    assert left.value.code == 2
+    assert "did you mean train.steps?" in capsys.readouterr().err
+    for number in (1, 2):
+        attempts(number)
+        with pytest.raises(SystemExit) as left:
+            train.main(["--train.stpes", "3"])
+        assert left.value.code == 2
+        assert "stpes" not in capsys.readouterr().err
+
+
+def test_one_that_comes_later_is_final_when_it_comes_back(attempts, monkeypatch):
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    for number, (message, step) in enumerate([("loss nan", 5), ("no network", 5), ("no network", 8), ("no network", 8)]):
+        attempts(number)
+        leave_if_final()
+        note_error(with_note(message, f"after step {step}"), 1)
+    attempts(4)
+    with pytest.raises(SystemExit) as left:
+        leave_if_final()
+    assert left.value.code == 1
+
+
+@pytest.mark.parametrize("file", [None, "", os.devnull, "/nowhere/attempt_0/0/error.json"])
+def test_without_an_elastic_launcher_nothing_is_noted(monkeypatch, file: str | None):
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    if file is not None:
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", file)
+    note_error(UserError(("run.dir", "is wrong")), 2)
+    leave_if_final()
+
+
+@pytest.mark.slow
+def test_a_typo_is_told_once_whatever_the_launcher_does(values: Values, tmp_path: Path):
+    done = launch(ddp(2, "--max_restarts", "3", "--monitor_interval", "0.2"), recipe_file(values, tmp_path), "--train.stpes", "3")
+    assert done.returncode != 0
+    assert done.stderr.count("error: train.stpes: unknown key") == 1, done.stderr[-3000:]
+    assert done.stderr.count("not started again") == 3
+    assert re.search(r"exitcode *: 2", done.stderr)
+
+
+@pytest.mark.slow
+def test_a_nan_that_comes_back_ends_the_restarts(values: Values, tmp_path: Path):
+    """After the second time at the same step, with the checkpoint before it untouched."""
+    script = tmp_path / "nan_in_one.py"
+    script.write_text(NAN_IN_ONE)
+    options = ["--nproc_per_node", "2", "--max_restarts", "3", "--monitor_interval", "0.2"]
+    command = [sys.executable, "-m", "torch.distributed.run", *options, str(script), "--config", str(recipe_file(values, tmp_path))]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode != 0
+    assert done.stderr.count("error: training: step 5: loss nan. In reader 1: ") == 2, done.stderr[-3000:]
+    assert done.stderr.count("not started again") == 2
+    folder = Path(values["run"]["dir"])
+    assert [path.name for path in (folder / "checkpoints").glob("step-*")] == ["step-000004"]
+    assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 4
