@@ -43,6 +43,8 @@ class Model:
     recurrent: int
     projections: int
     intermediate: int
+    cell: str
+    activation: str
     layers: int
     vocab: int
     kernel: int
@@ -91,6 +93,8 @@ def measure(recipe: Recipe, vocab_size: int) -> Model:
         recurrent=config.recurrent_size,
         projections=CELLS[config.cell].num_gates + 1 + int(config.output_gate),
         intermediate=config.intermediate_size,
+        cell=config.cell,
+        activation=config.candidate_activation,
         layers=config.num_hidden_layers,
         vocab=vocab_size,
         kernel=max(config.conv_kernel, 1),
@@ -125,6 +129,11 @@ def lay_out(recipe: Recipe, processes: int) -> Layout:
     return Layout(processes, context, batch.readers // groups, batch.lanes, batch.lanes * batch.chunk // context)
 
 
+def assumed_precision(recipe: Recipe) -> str:
+    """The recipe's, or what auto takes on a GPU with bf16 units."""
+    return "bf16" if recipe.train.precision == "auto" else recipe.train.precision
+
+
 def widths(precision: str) -> tuple[int, int]:
     """Bytes of a weight (and of the residual stream), and of what matrix products take and give."""
     return {"fp32": (4, 4), "bf16": (4, 2), "fp64": (8, 8)}[precision]
@@ -132,15 +141,34 @@ def widths(precision: str) -> tuple[int, int]:
 
 def activation_bytes(model: Model, precision: str, recompute: str) -> int:
     """What a block keeps of a token for its backward pass: models/recompute.py, for any block and precision."""
+    from ..models.cell_scan import FUSED_CELLS
+
     w, c = widths(precision)
     has_mlp, has_conv, gate = model.intermediate > 0, model.kernel > 1, int(model.gated_mlp)
     H, R, intermediate = model.hidden, model.recurrent, model.intermediate
-    scanned = (model.projections + 1 + model.output_gate) * R  # without an output gate, h is what goes on
+    fused = model.cell in FUSED_CELLS and precision != "fp64"
+    # Results of the projections, and of the scan: h, and y, unless h is what goes on; composed, y is computed again.
+    scanned = c * (model.projections + 1 + (model.output_gate and fused)) * R
     if recompute == "full":
         return w * H
     if recompute == "selective":
-        return w * H + c * (H * (1 + has_mlp) + scanned + (1 + gate) * intermediate)
-    return w * H * (1 + has_mlp) + c * (H * (1 + has_conv + has_mlp) + scanned + (2 + gate) * intermediate)
+        return w * H + scanned + c * (H * (1 + has_mlp) + (1 + gate) * intermediate)
+    if not fused:
+        scanned = composed_cell_bytes(model, precision) * R
+    kept = w * H * (1 + has_mlp) + scanned + c * (H * (1 + has_conv + has_mlp) + (2 + gate) * intermediate)
+    # No fp64 kernels: a norm also keeps what its gain multiplies, a convolution its padded input, a gate its activation.
+    return kept + (c * (H * (1 + has_conv + has_mlp) + gate * intermediate) if precision == "fp64" else 0)
+
+
+def composed_cell_bytes(model: Model, precision: str) -> int:
+    """What a cell that is composed of its parts (models/cell_scan.py) keeps of a token and channel, its output included."""
+    (state, c), is_lstm = widths(precision), model.cell.startswith("minlstm")
+    is_wide = c == state  # projections are not widened, so what is kept of them is a view of all of them
+    gates = state * (2 + 2 * is_lstm + model.cell.endswith("_signed"))  # a, 1 - a; inputs of two softplus; a stretched to (-1, 1)
+    widened = 0 if is_wide else state
+    candidate = {"none": widened, "tanh": state, "silu": state + widened, "g": 1 + 2 * state}[model.activation]
+    keeps_projections = model.output_gate or (is_wide and model.activation in ("none", "silu"))
+    return gates + candidate + c * (model.projections * keeps_projections + 1 + 2 * model.output_gate)
 
 
 def working_memory(model: Model, layout: Layout, precision: str) -> dict[str, float]:
@@ -212,7 +240,7 @@ def heading(recipe: Recipe, model: Model, layout: Layout) -> list[str]:
         f"{tokens / 1e9:.3g}B, {tokens / model.parameters:.1f} per parameter",
         f"FLOPs       {flops:.3g} a token (6 per parameter), {flops * tokens:.3g} in all",
         f"a process   {layout.readers} micro batches of {layout.tokens:,} tokens a step; {layout.processes} processes{shared}; "
-        f"{recipe.train.precision}",
+        f"{assumed_precision(recipe)}{' (train.precision auto, on a GPU)' if recipe.train.precision == 'auto' else ''}",
     ]
 
 
@@ -305,10 +333,10 @@ def main(argv: Sequence[str]) -> None:
     recipe = read_recipe([*overrides, *(word for option, value in named.items() if value is not None for word in (option, value))])
     _check(arguments)
     layout = lay_out(recipe, arguments.processes)
-    data = recipe.data
+    precision, data = assumed_precision(recipe), recipe.data
     vocab_size = arguments.vocab_size or model_vocab_size(tokenizer_of(data.corpus, data.tokenizer, data.task))
     model = measure(recipe, vocab_size)
     lines = heading(recipe, model, layout)
     if arguments.tflops is not None:
         lines.append(time_line(recipe, model, layout, arguments.tflops, arguments.fraction))
-    print("\n".join([*lines, "", *memory_table(model, layout, recipe.train.precision, parse_memory(arguments.gpu_memory))]))
+    print("\n".join([*lines, "", *memory_table(model, layout, precision, parse_memory(arguments.gpu_memory))]))

@@ -7,7 +7,12 @@ convolution and a gated MLP):
     selective    8 H + 2 P R + 4 R + 4 I     results of matrix products and scans; norms, convolution and gates are computed again
     full         4 H                         the block's input; everything is computed again
 
-`tests/models/test_recompute.py` counts them.
+These are the fused cells. A cell that is composed (the signed ones; in fp64, all) keeps the decay and what it is computed from, too:
+
+    none        + 18 R, signed minLSTM + 26 R        fp32 a, 1 - a and the candidate; of minLSTM, both gates
+    selective    - 2 R                               y is computed again
+
+`tests/models/test_recompute.py` counts them; `minrnn plan` does for every kind of block and precision.
 """
 
 from functools import partial

@@ -61,6 +61,7 @@ def kept_per_token(recipe: Recipe, recompute: str, layers: int) -> int:
     torch.manual_seed(0)
     fields = {**recipe.model_fields_resolved(), "num_hidden_layers": layers}
     model = MinRNNForCausalLM(MinRNNConfig(**fields, vocab_size=16)).train()
+    torch.nn.Module.to(model, torch.float64 if recipe.train.precision == "fp64" else torch.float32)
     if (options := checkpointing_options(recompute)) is not None:
         model.activation_checkpointing_enable(options)
     ids = torch.arange(512).view(1, -1) % 16
@@ -86,10 +87,16 @@ def kept_per_token(recipe: Recipe, recompute: str, layers: int) -> int:
         ("bf16", {"preset": "paper"}),
         ("bf16", {"intermediate_size": 0, "conv_kernel": 0}),
         ("fp32", {}),
+        ("bf16", {"cell": "mingru_signed"}),
+        ("bf16", {"cell": "minlstm_signed", "candidate_activation": "silu", "output_gate": False}),
+        ("fp32", {"cell": "mingru_signed", "candidate_activation": "g", "output_gate": False}),
+        ("fp32", {"cell": "minlstm_signed"}),
+        ("fp64", {}),
+        ("fp64", {"cell": "minlstm_signed", "candidate_activation": "tanh", "intermediate_size": 0, "conv_kernel": 0}),
     ],
 )
 def test_activations_are_what_the_blocks_keep(precision: str, fields: dict, recompute: str):
-    """What models/recompute.py states for one kind of block in bf16, for the other kinds and fp32."""
+    """What models/recompute.py states for one kind of block in bf16, for the other kinds and precisions."""
     recipe = build_recipe({"model": {"hidden_size": 64, "intermediate_size": 128, **fields}, "train": {"precision": precision}})
     model = plan.measure(recipe, 16)
     measured = (kept_per_token(recipe, recompute, 5) - kept_per_token(recipe, recompute, 2)) / 3
