@@ -10,6 +10,7 @@ Texts of any length go through in pieces, so memory does not grow with them.
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -79,7 +80,7 @@ def score(model: MinRNNForCausalLM, logits: Tensor, cache: MinRNNCache, rows: Se
         piece: Tokens read at once, over all rows.
     """
     value, is_greedy = _log_likelihood(logits, torch.tensor([row[0] for row in rows], device=logits.device))
-    value = value.double()
+    total = value.cpu().numpy().astype(np.float64)  # not on the device, which may have no fp64
     if max(len(row) for row in rows) > 1:
         ids, mask = left_padded([row[:-1] for row in rows], model.device)
         targets, _ = left_padded([row[1:] for row in rows], model.device)
@@ -87,9 +88,9 @@ def score(model: MinRNNForCausalLM, logits: Tensor, cache: MinRNNCache, rows: Se
         for part, real, after in zip(ids.split(step, 1), mask.split(step, 1), targets.split(step, 1), strict=True):
             output = model(input_ids=part, attention_mask=real, past_key_values=cache, use_cache=True).logits
             values, likeliest = _log_likelihood(output, after)
-            value += values.double().masked_fill(real == 0, 0).sum(1)
+            total += values.masked_fill(real == 0, 0).cpu().numpy().sum(1, dtype=np.float64)
             is_greedy &= (likeliest | (real == 0)).all(1)
-    return list(zip(value.tolist(), is_greedy.tolist(), strict=True))
+    return list(zip(total.tolist(), is_greedy.tolist(), strict=True))
 
 
 def batches(numbers: Sequence[int], lengths: Sequence[int] | dict[int, int], size: int) -> list[list[int]]:

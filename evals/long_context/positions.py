@@ -86,7 +86,7 @@ def token_nats(
             use_cache=True,
             document_starts=torch.as_tensor(starts, device=model.device) if starts.any() else None,
         )
-        nats[:, first:last] = _nats(model, output.last_hidden_state, part[:, 1:]).double().cpu().numpy()
+        nats[:, first:last] = _nats(model, output.last_hidden_state, part[:, 1:]).cpu().numpy()
         moved(last)
     return nats
 
@@ -161,7 +161,7 @@ def _nats_behind(model: MinRNNForCausalLM, rows: np.ndarray, piece: int) -> np.n
         for part in context.split(max(1, piece // len(rows)), 1):
             model.model(input_ids=part, past_key_values=cache, use_cache=True)
     hidden = model.model(input_ids=scored[:, :-1], past_key_values=cache, use_cache=True).last_hidden_state
-    return _nats(model, hidden, scored[:, 1:]).double().cpu().numpy()
+    return _nats(model, hidden, scored[:, 1:]).cpu().numpy().astype(np.float64)
 
 
 def memory_curve(

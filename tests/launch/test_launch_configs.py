@@ -64,6 +64,8 @@ def test_accelerate_reads_each_file_and_its_command_as_meant(path: Path, dry_run
     assert arguments.training_script == "minrnn.pipeline.train"
     assert int(arguments.nproc_per_node) * config.num_machines == config.num_processes
     assert environment["ACCELERATE_MIXED_PRECISION"] == "no"
+    if path.stem.startswith("cpu"):
+        assert environment["CUDA_VISIBLE_DEVICES"] == "-1,-1", "a machine's GPUs are not seen"
     if path.stem not in ZERO_STAGE:
         assert config.distributed_type == DistributedType.MULTI_GPU
         assert "ACCELERATE_USE_DEEPSPEED" not in environment
