@@ -43,7 +43,7 @@ def test_each_recipe_parses_and_its_model_builds(name: str):
     with torch.device("meta"):
         model = MinRNNForCausalLM(model_config(recipe.model_fields_resolved(), tokenizer, vocab_size))
     expected = {
-        "quickstart": (2e6, 3e6),
+        "quickstart": (1e6, 2e6),
         "shakespeare-paper": (4e6, 7e6),
         "fineweb-350m": (300e6, 400e6),
         "fineweb-1b": (950e6, 1050e6),
