@@ -1,7 +1,7 @@
 # The project's commands. Each installs what it needs first; a second call installs nothing.
 #   make setup      a .venv with the core, versions pinned by constraints.txt (TORCH_INDEX=URL chooses a build of torch, PYTHON=python3.12 a Python)
 #   make setup-X    the core and an extra: eval, bench, deepspeed; test for all of them and the test tools
-#   make train      the main job: a few minutes of training on two cores, into runs/quickstart/
+#   make train      the main job: three minutes of training on two cores, into runs/quickstart/
 #   make bench      minrnn bench with all peers (BENCH="train --lengths 512" for another than the scan)
 #   make test       lint, types and tests, a few minutes
 #   make test-slow  what launches many processes or learns for long
@@ -72,10 +72,10 @@ test: .venv/.ready-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
-	$(BIN)/python -m pytest -q -n 2 -m "not slow"
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow"
 
 test-slow: .venv/.ready-test
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m slow
 
 soak: .venv/.ready-test
 	$(BIN)/python tests/soak.py --minutes $(or $(MINUTES),30)

@@ -5,6 +5,7 @@ names -> tasks, data loaded -> for each: simple_evaluate -> merged into one file
 
 import argparse
 import difflib
+import functools
 import json
 import logging
 import os
@@ -66,6 +67,14 @@ def _check(arguments: argparse.Namespace) -> None:
     problems += out_problems(arguments.out)
     if problems:
         raise UserError(*problems)
+
+
+@functools.cache
+def task_manager(include_path: Path | None) -> Any:
+    """lm-eval's index of tasks, made once: lm-eval reads thousands of files for it, which takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=include_path)
 
 
 def task_names(manager: Any, text: str) -> list[str]:
@@ -241,13 +250,12 @@ def _evaluate(arguments: argparse.Namespace) -> list[str]:
     """Evaluate, print the table, leave the file; a line for each task that failed."""
     import transformers
     from lm_eval import utils
-    from lm_eval.tasks import TaskManager
 
     from .model import MinRNNLM
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    manager = TaskManager(include_path=arguments.include_path)
+    manager = task_manager(arguments.include_path)
     names, run = task_names(manager, arguments.tasks), run_of(arguments.model)
     lm = MinRNNLM(arguments.model, batch_size=arguments.batch_size, device=arguments.device, dtype=arguments.dtype)
     if lm.accelerator is None:

@@ -25,6 +25,7 @@ TASKS = Path(__file__).parent / "lm_eval_tasks"
 REPOSITORY = Path(__file__).parents[2]
 TOKENIZER = byte_tokenizer()
 BOS = TOKENIZER.bos_token_id
+pytestmark = pytest.mark.xdist_group("launcher")  # one after the other: launchers take the same port
 MINE = ["--include-path", str(TASKS), "--bootstrap-iters", "0", "--device", "cpu"]
 
 

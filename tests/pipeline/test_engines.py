@@ -18,6 +18,8 @@ Run = Callable[[Values], Path]
 CPU = Path(__file__).parents[2] / "launch" / "accelerate" / "cpu.yaml"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
+pytestmark = pytest.mark.xdist_group("launcher")  # one after the other: launchers take the same port
+
 
 def ddp(processes: int, *more: str) -> list[str]:
     return ["--config_file", str(CPU), "--num_processes", str(processes), *more]

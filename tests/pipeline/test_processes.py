@@ -17,6 +17,7 @@ from conftest import Values, losses, recipe_file
 Run = Callable[[Values], Path]
 REPOSITORY = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+pytestmark = pytest.mark.xdist_group("launcher")  # one after the other: launchers take the same port
 
 
 def launch(recipe: Path, *overrides: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
