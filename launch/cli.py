@@ -39,13 +39,16 @@ MODULES = {
 def _export(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("minrnn export", description="Export a checkpoint of a run: weights, code, tokenizer, model card.")
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run, e.g. runs/quickstart")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write; an export that is there is replaced")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; an export there is replaced, other files stay")
+    parser.add_argument(
+        "--force", action="store_true", help="write into a folder that holds other files, and replace those of an export's names"
+    )
     parser.add_argument("--step", type=int, help="step of the checkpoint (default: the newest valid one)")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp64"), default="fp32", help="dtype of the weights (default: %(default)s)")
     arguments = parser.parse_args(argv)
     from ..pipeline.export import export_run
 
-    checkpoint = export_run(arguments.run, arguments.out, arguments.step, arguments.dtype)
+    checkpoint = export_run(arguments.run, arguments.out, arguments.step, arguments.dtype, arguments.force)
     print(f"{checkpoint} exported to {arguments.out}")
 
 

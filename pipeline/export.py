@@ -1,8 +1,5 @@
 """From a checkpoint to a model that loads anywhere, and a look at what it writes."""
 
-import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,74 +10,52 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from ..data import UserError, tokenizer_of, with_bos
 from ..models import MinRNNConfig, MinRNNForCausalLM
+from . import card
 from .checkpoint import checkpoint_name, load_parameters, newest_valid, read_manifest
-from .public import public_config
-from .storage import sync
+from .export_folder import check_export, write_export
+from .folder import warn
 
-CARD = """---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [minrnn, {cell}]
----
-
-# {name}
-
-A minimal recurrent language model ({cell}, {parameters:,} parameters), pretrained with `minrnn` on `{corpus}`: {tokens:,} tokens{score}.
-Its state has a fixed size, so time and memory per token do not grow with the context.
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained(PATH, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(PATH, trust_remote_code=True)
-inputs = tokenizer("def main", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=200, do_sample=True)[0]))
-```
-
-## Training configuration
-
-```yaml
-{config}```
-"""
+NO_SHARDS = "100TB"  # one file of weights, whatever its size
 
 
-def export_model(model: PreTrainedModel, tokenizer: Any, folder: Path, config: dict[str, Any], tokens: int, score: str = "") -> None:
-    """Write weights, configuration, the modeling code, tokenizer and a model card; the folder appears whole or not at all.
+def export_model(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    folder: Path,
+    config: dict[str, Any],
+    tokens: int,
+    score: str = "",
+    key: str = "run.dir",
+    force: bool = False,
+) -> bool:
+    """Write weights, configuration, the modeling code, tokenizer and a model card (`export_folder.write_export`).
 
     Args:
-        folder: is replaced if it exists.
+        folder: is made, or holds an export whose files are replaced; other files in it stay.
         config: the resolved recipe.
         tokens: tokens trained on.
         score: how good it is, for the card.
+        key: the setting that names the folder.
+        force: replace files that no export wrote.
+
+    Returns:
+        Whether the card was written; one that was changed by hand is kept.
+
+    Raises:
+        UserError: files in the folder that are to be replaced were not written by an export, or were changed since.
     """
-    building = folder.with_name(f".{folder.name}.building")
-    shutil.rmtree(building, ignore_errors=True)
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
-    model.save_pretrained(building)
-    tokenizer.save_pretrained(building)
-    published = public_config(config)
-    card = CARD.format(
-        name=folder.resolve().parent.name if folder.name == "model" else folder.name,
-        cell=model.config.cell,
-        parameters=model.num_parameters(),
-        corpus=published["data"]["corpus"],
-        tokens=tokens,
-        score=score,
-        config=yaml.safe_dump({name: section for name, section in published.items() if name != "tracking"}, sort_keys=False),
-    )
-    (building / "README.md").write_text(card)
-    for file in building.iterdir():
-        sync(file)
-    if folder.exists():
-        grave = folder.with_name(f".{folder.name}.replaced")
-        shutil.rmtree(grave, ignore_errors=True)
-        os.rename(folder, grave)
-        os.rename(building, folder)
-        shutil.rmtree(grave)
-    else:
-        os.rename(building, folder)
+    name = folder.resolve().parent.name if folder.name == "model" else folder.name
+    text = card.card(name, model.config.cell, model.num_parameters(), tokens, score, config)
+
+    def write(staged: Path) -> None:
+        model.save_pretrained(staged, max_shard_size=NO_SHARDS)
+        tokenizer.save_pretrained(staged)
+        (staged / card.NAME).write_text(text)
+
+    return write_export(folder, write, key, force)
 
 
 def model_config(fields: dict[str, Any], tokenizer: Any, vocab_size: int) -> MinRNNConfig:
@@ -94,24 +69,14 @@ def model_config(fields: dict[str, Any], tokenizer: Any, vocab_size: int) -> Min
     )
 
 
-def _may_be_replaced(path: Path) -> bool:
-    """An empty folder, or an export."""
-    if not path.is_dir():
-        return False
-    return not any(path.iterdir()) or (
-        (path / "config.json").exists() and json.loads((path / "config.json").read_text()).get("model_type") == "minrnn"
-    )
-
-
-def export_run(run: Path, out: Path, step: int | None = None, dtype: str = "fp32") -> Path:
+def export_run(run: Path, out: Path, step: int | None = None, dtype: str = "fp32", force: bool = False) -> Path:
     """Export a checkpoint of a run, the newest valid one or that of `step`; returns the checkpoint.
 
     Raises:
-        UserError: no run, no such checkpoint, or one that was changed.
+        UserError: no run, no such checkpoint, or one that was changed; a folder that holds something else (see `export_model`).
     """
     folder, out = run / "checkpoints", out.resolve()
-    if out.exists() and not _may_be_replaced(out):
-        raise UserError(("--out", f"{out} exists and is no export; name another folder"))
+    check_export(out, "--out", force)
     if step is None:
         found = newest_valid(folder, warn=print)
         if found is None:
@@ -125,9 +90,14 @@ def export_run(run: Path, out: Path, step: int | None = None, dtype: str = "fp32
             available = ", ".join(sorted(p.name for p in folder.glob("step-*"))) or "none"
             raise UserError(("--step", f"{error}; checkpoints there: {available}")) from None
     model, tokenizer, config = load_checkpoint(path, manifest["vocab_size"], dtype)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    export_model(model, tokenizer, out, config, manifest["tokens"])
+    if not export_model(model, tokenizer, out, config, manifest["tokens"], key="--out", force=force):
+        warn(kept_card(out))
     return path
+
+
+def kept_card(folder: Path) -> str:
+    """What to say of a card that was kept."""
+    return f"{folder / card.NAME} is not as an export wrote it and is kept; remove it and export again for a new model card"
 
 
 def load_checkpoint(path: Path, vocab_size: int, dtype: str) -> tuple[MinRNNForCausalLM, Any, dict[str, Any]]:

@@ -13,6 +13,7 @@ from ..data import UserError
 from .checkpoint import newest_valid, steps_in
 from .config import Recipe
 from .errors import StorageError
+from .export_folder import check_export
 from .folder_checks import folder_problems
 from .locks import lock
 from .metrics import MetricsFile, cut_metrics
@@ -97,6 +98,8 @@ def open_folder(recipe: Recipe, accelerator: Accelerator) -> RunFolder:
             recover_export(path / "model")
             found = _where_to_go_on(path, recipe)
             is_finished = found is not None and found[1]["step"] >= recipe.train.steps and _is_finished(path, found[1]["step"])
+            if not is_finished:
+                check_export((path / "model").resolve(), "run.dir")
         except UserError as error:
             problems = error.problems
         except StorageError:

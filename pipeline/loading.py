@@ -12,7 +12,8 @@ from ..models import MinRNNConfig, MinRNNForCausalLM
 from .folder import warn
 from .machine import CHOICES, DTYPES, choose_precision, device_name, measure_rates, resolve_device, supports
 
-NOT_SETTINGS = {"architectures", "auto_map", "model_type", "torch_dtype", "transformers_version"}  # in config.json, of transformers itself
+# In config.json, of transformers itself.
+NOT_SETTINGS = {"architectures", "auto_map", "model_type", "torch_dtype", "transformers_version", "transformers_weights"}
 SENTENCE = "Any tokenizer of text can spell this sentence."
 
 

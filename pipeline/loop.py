@@ -25,7 +25,7 @@ from . import checkpoint, processes
 from .config import Recipe
 from .errors import NonFiniteError, StorageError
 from .evaluation import told, validate
-from .export import export_model, load_checkpoint, sample
+from .export import export_model, kept_card, load_checkpoint, sample
 from .folder import open_folder, warn
 from .forecast import Forecast
 from .interrupt import Interrupt, leave
@@ -354,7 +354,8 @@ def _finish(run: Run) -> None:
         run.folder.metrics.sync()
         validations = [entry for entry in run.folder.metrics.history.update().validations if entry["step"] == run.step]
         score = f", {told(validations[-1])} on held-out data" if validations else ""
-        export_model(model, tokenizer, (folder / "model").resolve(), config, run.tokens, score)
+        if not export_model(model, tokenizer, (folder / "model").resolve(), config, run.tokens, score):
+            warn(kept_card(folder / "model"))
         _write_samples(run, model, tokenizer)
         run.say(f"finished: model, samples.txt and loss.png are in {folder}")
     run.accelerator.wait_for_everyone()

@@ -1,10 +1,18 @@
 """An export takes nothing that is not its own, publishes nothing that is private, and is whole whenever it is cut off."""
 
+import json
+import shutil
+import sys
 from pathlib import Path
 
+import pytest
+import torch
+from minrnn.data import UserError
 from minrnn.data.tokenizer import byte_tokenizer
 from minrnn.models import MinRNNForCausalLM
+from minrnn.pipeline.card import is_card
 from minrnn.pipeline.export import export_model, model_config
+from minrnn.pipeline.export_folder import LIST, STAGED, check_export, write_export
 from minrnn.pipeline.recipe import build_recipe, resolved
 
 TOKENIZER = byte_tokenizer()
@@ -16,8 +24,172 @@ def tiny_model(hidden_size: int = 16) -> MinRNNForCausalLM:
     return MinRNNForCausalLM(model_config(sizes, TOKENIZER, 264))
 
 
-def export(folder: Path, hidden_size: int = 16, **sections) -> None:
-    export_model(tiny_model(hidden_size), TOKENIZER, folder, resolved(build_recipe(sections)), tokens=7)
+def export(folder: Path, hidden_size: int = 16, force: bool = False, **sections) -> bool:
+    recipe = resolved(build_recipe(sections))
+    return export_model(tiny_model(hidden_size), TOKENIZER, folder, recipe, tokens=7, key="--out", force=force)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Exports of two models, of different sizes, by size; to be copied."""
+    folders = {size: tmp_path_factory.mktemp(f"size-{size}") / "out" for size in (16, 24)}
+    for size, folder in folders.items():
+        assert export(folder, size)
+    return folders
+
+
+@pytest.fixture
+def out(exports: dict[int, Path], tmp_path: Path) -> Path:
+    """An export of the smaller model."""
+    return Path(shutil.copytree(exports[16], tmp_path / "out"))
+
+
+def test_an_export_replaces_its_own_files_and_no_others(exports: dict[int, Path], out: Path):
+    (out / ".git").mkdir()
+    (out / ".git" / "HEAD").write_text("ref: refs/heads/main")
+    (out / "notes.txt").write_text("mine")
+    assert export(out, 24)
+    found = contents(out)
+    assert found.pop(".git/HEAD") == b"ref: refs/heads/main"
+    assert found.pop("notes.txt") == b"mine"
+    assert found.keys() == contents(exports[24]).keys()
+    assert MinRNNForCausalLM.from_pretrained(out).config.hidden_size == 24
+
+
+def test_a_card_that_was_changed_by_hand_is_kept(out: Path):
+    (out / "README.md").write_text((out / "README.md").read_text() + "\nMine.\n")
+    for force in (False, True):
+        assert not export(out, 24, force)
+        assert (out / "README.md").read_text().endswith("\nMine.\n")
+    assert MinRNNForCausalLM.from_pretrained(out).config.hidden_size == 24
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_file_that_was_changed_since_is_replaced_by_force_only(name: str, out: Path):
+    with (out / name).open("a") as file:
+        file.write(" ")
+    before = contents(out)
+    with pytest.raises(UserError, match=f"{name} in .* is not as an export wrote it"):
+        export(out, 24)
+    assert contents(out) == before
+    assert export(out, 24, force=True)
+    assert MinRNNForCausalLM.from_pretrained(out).config.hidden_size == 24
+
+
+def test_a_folder_that_holds_no_export_is_written_to_by_force_only(tmp_path: Path):
+    for name in ("README.md", "config.json", "a.txt"):
+        (tmp_path / name).write_text("mine")
+    (tmp_path / ".git").mkdir()
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=r"holds no export, but other files \(.git, README.md, a.txt, ...\)"):
+        check_export(tmp_path, "--out")
+    with pytest.raises(UserError, match="holds no export"):
+        export(tmp_path)
+    assert contents(tmp_path) == before
+    assert not export(tmp_path, force=True)
+    assert [(tmp_path / name).read_text() for name in ("README.md", "a.txt")] == ["mine", "mine"]
+    assert MinRNNForCausalLM.from_pretrained(tmp_path).config.hidden_size == 16
+
+
+def test_an_export_of_before_there_were_lists_is_replaced(out: Path):
+    (out / LIST).unlink()
+    (out / "model-00001-of-00002.safetensors").write_text("of the same export")
+    (out / "notes.txt").write_text("mine")
+    assert is_card((out / "README.md").read_text())
+    assert export(out, 24)
+    assert not (out / "model-00001-of-00002.safetensors").exists()
+    assert (out / "notes.txt").exists()
+    (out / LIST).unlink()
+    changed = (out / "README.md").read_text().replace("A minimal", "A very minimal")
+    (out / "README.md").write_text(changed)
+    assert not export(out)
+    assert (out / "README.md").read_text() == changed
+
+
+def test_what_an_earlier_export_wrote_and_this_one_does_not_goes(out: Path):
+    write_export(out, lambda staged: copy(out, staged, "scan_of_then.py"), "--out")
+    assert (out / "scan_of_then.py").exists()
+    assert export(out)
+    assert not (out / "scan_of_then.py").exists()
+    assert set(json.loads((out / LIST).read_text())["files"]) == {path.name for path in out.iterdir()} - {LIST}
+
+
+def copy(source: Path, staged: Path, *more: str) -> None:
+    """What an export is made of, for writing one without torch."""
+    for name in ("config.json", "model.safetensors", "tokenizer_config.json", "README.md"):
+        shutil.copy(source / name, staged / name)
+    for name in more:
+        (staged / name).write_text("# code")
+
+
+def test_an_export_that_fails_changes_nothing(out: Path):
+    def write(staged: Path) -> None:
+        copy(out, staged)
+        raise OSError(28, "No space left on device")
+
+    before = contents(out)
+    with pytest.raises(OSError, match="No space"):
+        write_export(out, write, "--out")
+    assert contents(out) == before
+
+
+class Killed(BaseException):
+    """Nothing that is under test handles it, as nothing handles a kill -9."""
+
+
+calls_left = 0
+
+
+def kill(event: str, _: object) -> None:
+    """An audit hook: hears of each change of a file's name before it is made, and cannot be taken away again."""
+    global calls_left
+    if calls_left and event in ("os.rename", "os.link", "os.remove"):
+        calls_left -= 1
+        if calls_left == 0:
+            raise Killed
+
+
+sys.addaudithook(kill)
+
+
+def norm_of(folder: Path) -> torch.Tensor:
+    return MinRNNForCausalLM.from_pretrained(folder).model.norm.weight
+
+
+@pytest.mark.parametrize("target", ["other size", "same size"])
+def test_wherever_an_export_is_killed_a_model_loads_and_the_next_export_ends_it(target: str, exports: dict[int, Path], tmp_path: Path):
+    global calls_left
+    sources = {"other size": exports[24], "same size": tmp_path / "new"}
+    model = MinRNNForCausalLM.from_pretrained(exports[16])
+    torch.nn.init.constant_(model.model.norm.weight, 2.0)
+    export_model(model, TOKENIZER, sources["same size"], resolved(build_recipe({})), tokens=9)
+    source, states = sources[target], []
+    assert not torch.equal(norm_of(exports[16]), norm_of(source))
+    while True:
+        folder = Path(shutil.copytree(exports[16], tmp_path / f"killed-{len(states)}"))
+        calls_left = len(states) + 1
+        try:
+            write_export(folder, lambda staged: copy(source, staged), "--out")
+        except Killed:
+            assert calls_left == 0
+        left, calls_left = calls_left, 0
+        found = norm_of(folder)
+        states.append(next(name for name in (exports[16], source) if torch.equal(found, norm_of(name))))
+        if left:
+            break
+        check_export(folder, "--out")
+        assert write_export(folder, lambda staged: copy(source, staged), "--out")
+        assert not (folder / STAGED).exists()
+        for name in ("config.json", "model.safetensors", "README.md"):
+            assert (folder / name).read_bytes() == (source / name).read_bytes()
+    switch = states.index(source)  # once, and for good
+    assert states == [exports[16]] * switch + [source] * (len(states) - switch)
+    assert switch > 3
+    assert len(states) > 8
 
 
 def test_nothing_that_is_private_is_in_an_export(tmp_path: Path):

@@ -1,0 +1,51 @@
+"""The model card of an export: its README.md."""
+
+import re
+from typing import Any
+
+import yaml
+
+from .public import public_config
+
+NAME = "README.md"
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [minrnn, {cell}]
+---
+
+# {name}
+
+A minimal recurrent language model ({cell}, {parameters:,} parameters), pretrained with `minrnn` on `{corpus}`: {tokens:,} tokens{score}.
+Its state has a fixed size, so time and memory per token do not grow with the context.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(PATH, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(PATH, trust_remote_code=True)
+inputs = tokenizer("def main", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=200, do_sample=True)[0]))
+```
+
+## Training configuration
+
+```yaml
+{config}```
+"""
+
+
+def card(name: str, cell: str, parameters: int, tokens: int, score: str, config: dict[str, Any]) -> str:
+    """The text for a model, with what may be published of its resolved recipe."""
+    published = public_config(config)
+    corpus = published["data"]["corpus"]
+    sections = {section: fields for section, fields in published.items() if section != "tracking"}
+    text = yaml.safe_dump(sections, sort_keys=False)
+    return CARD.format(name=name, cell=cell, parameters=parameters, corpus=corpus, tokens=tokens, score=score, config=text)
+
+
+def is_card(text: str) -> bool:
+    """Whether a text is a card as `card` makes it, for some model: then nobody has written in it since."""
+    pattern = re.sub(r"\\\{config\\\}", lambda _: r"(?:(?!```)[\s\S])*", re.escape(CARD))
+    pattern = re.sub(r"\\\{[\w:,]+\\\}", ".*", pattern)
+    return re.fullmatch(pattern, text) is not None
