@@ -58,19 +58,26 @@ def fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(numbered).encode()).hexdigest()
 
 
-def load_tokenizer(name: str) -> Any:
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     """`"bytes"`, or what `AutoTokenizer.from_pretrained` loads from a folder or the hub, with bos, eos and pad filled in from each other.
 
+    Args:
+        trust_remote_code: run the code that it brings along. Without it transformers would ask at a prompt, which a pipe can answer.
+
     Raises:
-        UserError: it cannot be loaded, is not a fast tokenizer, or has no token that could end a document.
+        UserError: it cannot be loaded, is not a fast tokenizer, brings code that is not trusted, or has no token that could end a document.
     """
     if name == BYTES:
         return byte_tokenizer()
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # the hub client, the file system and the parsers each raise their own
+        if wants_trust(error):
+            option = "data.trust_remote_code (of minrnn export: --trust-remote-code)"
+            told = f"{name!r} brings code of its own, which is not run; read it, and set {option} to run it"
+            raise UserError(("data.tokenizer", told)) from None
         message = str(error).splitlines()[0]
         raise UserError(
             ("data.tokenizer", f"cannot load {name!r} (bytes, a folder, or a hub id): {type(error).__name__}: {message}")
@@ -85,6 +92,11 @@ def load_tokenizer(name: str) -> Any:
     tokenizer.pad_token = tokenizer.pad_token or end
     tokenizer.padding_side = "left"
     return tokenizer
+
+
+def wants_trust(error: Exception) -> bool:
+    """Whether transformers refused to load something since it brings code that was not trusted."""
+    return isinstance(error, ValueError) and "trust_remote_code" in str(error)
 
 
 @dataclass

@@ -32,7 +32,7 @@ def measured(run: Path) -> dict:
     train, validations = ([line for line in lines if line["kind"] == kind] for kind in ("train", "validation"))
     seconds = training_seconds(train, validations)
     assert seconds is not None, "every line of a run says how fast it was"
-    model = MinRNNForCausalLM.from_pretrained(run / "model")
+    model = MinRNNForCausalLM.from_pretrained(run / "model", trust_remote_code=False)
     values["data"]["validation_tokens"] = None
     recipe = build_recipe(values)
     encoder = Encoder.of(load_tokenizer(recipe.data.tokenizer), recipe.data.tokenizer)

@@ -6,6 +6,8 @@ import importlib
 import sys
 from pathlib import Path
 
+from ..pipeline.options import add_trust
+
 USAGE = """usage: minrnn COMMAND ...
 
   train          pretrain a model from a recipe    minrnn train --config quickstart [--section.field VALUE ...]
@@ -45,10 +47,11 @@ def _export(argv: list[str]) -> None:
     )
     parser.add_argument("--step", type=int, help="step of the checkpoint (default: the newest valid one)")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp64"), default="fp32", help="dtype of the weights (default: %(default)s)")
+    add_trust(parser)
     arguments = parser.parse_args(argv)
     from ..pipeline.export import export_run
 
-    checkpoint = export_run(arguments.run, arguments.out, arguments.step, arguments.dtype, arguments.force)
+    checkpoint = export_run(arguments.run, arguments.out, arguments.step, arguments.dtype, arguments.force, arguments.trust_remote_code)
     print(f"{checkpoint} exported to {arguments.out}")
 
 

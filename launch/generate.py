@@ -7,7 +7,7 @@ from typing import Any
 
 from ..data.errors import UserError
 from ..data.tokenizer import with_bos
-from ..pipeline.options import add_device, add_dtype
+from ..pipeline.options import add_device, add_dtype, add_trust
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -22,6 +22,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of the sampling")
     parser.add_argument("--prefill", type=int, default=8192, help="tokens of the prompt that are read at once (default: %(default)s)")
     add_device(parser)
+    add_trust(parser)
     add_dtype(parser)
     return parser
 
@@ -52,7 +53,9 @@ def main(argv: list[str]) -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    loaded: Any = load(arguments.model, arguments.dtype, arguments.device)  # generate() is none of the class's for type checkers
+    loaded: Any = load(
+        arguments.model, arguments.dtype, arguments.device, arguments.trust_remote_code
+    )  # generate() is none of the class's for type checkers
     model, tokenizer = loaded
     transformers.set_seed(arguments.seed)
     sampling = {"do_sample": True, "temperature": arguments.temperature, "top_p": arguments.top_p, "top_k": 0}

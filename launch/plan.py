@@ -334,7 +334,7 @@ def main(argv: Sequence[str]) -> None:
     _check(arguments)
     layout = lay_out(recipe, arguments.processes)
     precision, data = assumed_precision(recipe), recipe.data
-    vocab_size = arguments.vocab_size or model_vocab_size(tokenizer_of(data.corpus, data.tokenizer, data.task))
+    vocab_size = arguments.vocab_size or model_vocab_size(tokenizer_of(data.corpus, data.tokenizer, data.task, data.trust_remote_code))
     model = measure(recipe, vocab_size)
     lines = heading(recipe, model, layout)
     if arguments.tflops is not None:

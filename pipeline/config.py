@@ -102,6 +102,8 @@ class DataSection(Section):
     """documents: every lane reads documents to their end. windows: random crops of the joined text, nothing carried."""
     tokenizer: str = Field(default="bytes", min_length=1)
     """bytes, or a tokenizer of the hub or a folder."""
+    trust_remote_code: bool = False
+    """Run the code that a tokenizer brings along; read it before."""
     shuffle_window: int = Field(default=1024, ge=1)
     """Documents that are shuffled together; resuming reads at most this many again."""
     validation: str | None = None

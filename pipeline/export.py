@@ -69,8 +69,13 @@ def model_config(fields: dict[str, Any], tokenizer: Any, vocab_size: int) -> Min
     )
 
 
-def export_run(run: Path, out: Path, step: int | None = None, dtype: str = "fp32", force: bool = False) -> Path:
+def export_run(
+    run: Path, out: Path, step: int | None = None, dtype: str = "fp32", force: bool = False, trust_remote_code: bool = False
+) -> Path:
     """Export a checkpoint of a run, the newest valid one or that of `step`; returns the checkpoint.
+
+    Args:
+        trust_remote_code: run the code that the tokenizer brings along; what the run's own config.yaml says of it does not count.
 
     Raises:
         UserError: no run, no such checkpoint, or one that was changed; a folder that holds something else (see `export_model`).
@@ -89,7 +94,7 @@ def export_run(run: Path, out: Path, step: int | None = None, dtype: str = "fp32
         except (OSError, ValueError) as error:
             available = ", ".join(sorted(p.name for p in folder.glob("step-*"))) or "none"
             raise UserError(("--step", f"{error}; checkpoints there: {available}")) from None
-    model, tokenizer, config = load_checkpoint(path, manifest["vocab_size"], dtype)
+    model, tokenizer, config = load_checkpoint(path, manifest["vocab_size"], dtype, trust_remote_code)
     if not export_model(model, tokenizer, out, config, manifest["tokens"], key="--out", force=force):
         warn(kept_card(out))
     return path
@@ -100,10 +105,10 @@ def kept_card(folder: Path) -> str:
     return f"{folder / card.NAME} is not as an export wrote it and is kept; remove it and export again for a new model card"
 
 
-def load_checkpoint(path: Path, vocab_size: int, dtype: str) -> tuple[MinRNNForCausalLM, Any, dict[str, Any]]:
+def load_checkpoint(path: Path, vocab_size: int, dtype: str, trust_remote_code: bool = False) -> tuple[MinRNNForCausalLM, Any, dict[str, Any]]:
     """The model of a checkpoint, its tokenizer and the resolved recipe."""
     config = yaml.safe_load((path / "config.yaml").read_text())
-    tokenizer = tokenizer_of(config["data"]["corpus"], config["data"]["tokenizer"], config["data"].get("task"))
+    tokenizer = tokenizer_of(config["data"]["corpus"], config["data"]["tokenizer"], config["data"].get("task"), trust_remote_code)
     fields = {name: value for name, value in config["model"].items() if name not in ("preset", "init_from")}
     model = MinRNNForCausalLM(model_config(fields, tokenizer, vocab_size))
     nn.Module.to(model, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}[dtype])

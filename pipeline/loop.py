@@ -350,7 +350,8 @@ def _finish(run: Run) -> None:
     if run.is_main:
         folder, recipe = run.folder.path, run.recipe
         path = folder / "checkpoints" / checkpoint.checkpoint_name(run.step)
-        model, tokenizer, config = load_checkpoint(path, run.config.vocab_size, "fp64" if recipe.train.precision == "fp64" else "fp32")
+        dtype, trusted = "fp64" if recipe.train.precision == "fp64" else "fp32", recipe.data.trust_remote_code
+        model, tokenizer, config = load_checkpoint(path, run.config.vocab_size, dtype, trusted)
         run.folder.metrics.sync()
         validations = [entry for entry in run.folder.metrics.history.update().validations if entry["step"] == run.step]
         score = f", {told(validations[-1])} on held-out data" if validations else ""

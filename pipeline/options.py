@@ -11,6 +11,11 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", metavar="DEVICE", help=text)
 
 
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """`--trust-remote-code`: what `loading.load` reads."""
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the code that the tokenizer brings along; read it before")
+
+
 def add_dtype(parser: argparse.ArgumentParser) -> None:
     """`--dtype` of a loaded model: what `loading.load` reads."""
     text = "of the weights; auto: as stored, but fp32 for bf16 weights where the device multiplies fp32 faster (default: %(default)s)"

@@ -19,7 +19,7 @@ from .public import config_without_credentials
 # What may change when a run goes on: where it lives, how long it is, how it reports. Everything else decides the losses; parallel.context does
 # so with dropout alone (`free_on_resume`).
 FREE_ON_RESUME = {
-    *("run.dir", "run.resume", "run.change", "data.workers", "data.validation_tokens", "parallel.context"),
+    *("run.dir", "run.resume", "run.change", "data.workers", "data.validation_tokens", "data.trust_remote_code", "parallel.context"),
     *(
         "train.steps",
         "train.device",

@@ -208,7 +208,7 @@ Opened = tuple[ChunkLoader, Sequence[ValidationSet] | Sequence[TaskValidation], 
 
 def _open(recipe: Recipe, folder: RunFolder, mine: range, device: torch.device) -> Opened:
     """What this process reads and trains, before it has to do with others: data under way, its share of what is held out, tokenizer, model."""
-    tokenizer = tokenizer_of(recipe.data.corpus, recipe.data.tokenizer, recipe.data.task)
+    tokenizer = tokenizer_of(recipe.data.corpus, recipe.data.tokenizer, recipe.data.task, recipe.data.trust_remote_code)
     if folder.manifest.get("tokenizer", fingerprint(tokenizer)) != fingerprint(tokenizer):
         name = recipe.data.tokenizer
         raise UserError(("data.tokenizer", f"{name} is not the tokenizer that the run began with: its vocabulary has changed; another run.dir"))
@@ -275,7 +275,7 @@ def _warm_start(model: MinRNNForCausalLM, name: str) -> None:
     """Take the weights of an export of the same shape."""
     unset_hf_deepspeed_config()  # under ZeRO-3, from_pretrained would give this process its share of them only
     try:
-        source = MinRNNForCausalLM.from_pretrained(name)
+        source = MinRNNForCausalLM.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(("model.init_from", f"cannot load {name}: {str(error).splitlines()[0]}")) from None
     theirs, ours = source.config.to_dict(), model.config.to_dict()

@@ -82,12 +82,15 @@ def build_task(corpus: str, options: Mapping[str, Any] | None = None) -> Task:
     return task
 
 
-def tokenizer_of(corpus: str, tokenizer: str, options: Mapping[str, Any] | None = None) -> Any:
+def tokenizer_of(corpus: str, tokenizer: str, options: Mapping[str, Any] | None = None, trust_remote_code: bool = False) -> Any:
     """A run's tokenizer: a task's own vocabulary, or that which `data.tokenizer` names.
+
+    Args:
+        trust_remote_code: as in `load_tokenizer`.
 
     Raises:
         UserError: there is none of that name.
     """
     from ..tokenizer import load_tokenizer
 
-    return build_task(corpus, options).tokenizer() if is_synthetic(corpus) else load_tokenizer(tokenizer)
+    return build_task(corpus, options).tokenizer() if is_synthetic(corpus) else load_tokenizer(tokenizer, trust_remote_code)

@@ -18,7 +18,7 @@ from typing import Any
 
 from ...data.errors import UserError
 from ...pipeline.folder import warn
-from ...pipeline.options import add_device, add_dtype
+from ...pipeline.options import add_device, add_dtype, add_trust
 from ...pipeline.processes import together
 from ...pipeline.public import public_config, public_value
 from ...pipeline.storage import replace
@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rolling-window", type=int, help="perplexities also with the state reset every so many tokens, as NAME_window_SIZE")
     parser.add_argument("--batch-size", type=int, default=32, help="rows at once (default: %(default)s)")
     add_device(parser)
+    add_trust(parser)
     add_dtype(parser)
     parser.add_argument("--bootstrap-iters", type=int, default=100_000, help="for standard errors; 0: none (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="JSON file to write (default: RUN/evals/lm-eval-TIME.json, evals/results/ without a run)")
@@ -257,7 +258,8 @@ def _evaluate(arguments: argparse.Namespace) -> list[str]:
     transformers.logging.disable_progress_bar()
     manager = task_manager(arguments.include_path)
     names, run = task_names(manager, arguments.tasks), run_of(arguments.model)
-    lm = MinRNNLM(arguments.model, batch_size=arguments.batch_size, device=arguments.device, dtype=arguments.dtype)
+    where = {"device": arguments.device, "dtype": arguments.dtype, "trust_remote_code": arguments.trust_remote_code}
+    lm = MinRNNLM(arguments.model, batch_size=arguments.batch_size, **where)
     if lm.accelerator is None:
         tasks = load_tasks(manager, names)
     else:

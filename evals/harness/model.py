@@ -80,6 +80,7 @@ class MinRNNLM(TemplateLM):
         piece: Tokens read at once, over all rows.
         rolling_window: `loglikelihood_rolling` in windows of so many tokens with the state reset; None: carried through the document.
         max_gen_toks: Tokens to write where a task says nothing.
+        trust_remote_code: Run the code that the tokenizer brings along.
 
     Raises:
         UserError: a model that cannot be loaded.
@@ -97,6 +98,7 @@ class MinRNNLM(TemplateLM):
         piece: int = PREFILL,
         rolling_window: int | None = None,
         max_gen_toks: int = 256,
+        trust_remote_code: bool = False,
     ):
         super().__init__()
         batch_size = DEFAULT_BATCH if str(batch_size).startswith("auto") else batch_size
@@ -106,7 +108,7 @@ class MinRNNLM(TemplateLM):
         self.accelerator = None
         if isinstance(pretrained, str):
             target = local_device(device or "auto", "--device")
-            pretrained, tokenizer = read_model(pretrained)
+            pretrained, tokenizer = read_model(pretrained, trust_remote_code)
             if world_size() > 1:
                 self.accelerator = start(timedelta(weeks=1), target)  # the fastest waits for the slowest
                 self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes

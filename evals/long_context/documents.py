@@ -20,7 +20,7 @@ from ...data.sources import Place, Record, Source, TextFiles
 from ...models import MinRNNConfig, MinRNNForCausalLM
 from ...pipeline.folder import warn
 from ...pipeline.loading import load
-from ...pipeline.options import add_device, add_dtype
+from ...pipeline.options import add_device, add_dtype, add_trust
 from ...pipeline.public import public_value
 from ..bench.record import command_line, commit, machine, versions
 from ..output import out_problems
@@ -64,6 +64,7 @@ def make_parser(command: str, description: str, examples: str) -> argparse.Argum
     parser.add_argument("--document", help="part of the document's name (default: the longest of all; of several, the longest of them)")
     parser.add_argument("--piece", type=int, default=8192, help="tokens of a forward pass, over all rows (default: %(default)s)")
     add_device(parser)
+    add_trust(parser)
     add_dtype(parser)
     parser.add_argument("--out", type=Path, help="JSON file to write (default: in RUN/evals/, or evals/results/ without a run)")
     return parser
@@ -152,7 +153,7 @@ def load_model(arguments: argparse.Namespace) -> tuple[MinRNNForCausalLM, Any]:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    return load(arguments.model, arguments.dtype, arguments.device)
+    return load(arguments.model, arguments.dtype, arguments.device, arguments.trust_remote_code)
 
 
 def what_was_run(command: str, argv: Sequence[str], model: MinRNNForCausalLM, document: LongDocument) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Text to ids and back, by bytes and by a real BPE; what an encoder in a worker gives is what the Hugging Face tokenizer gives."""
 
+import io
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -166,6 +168,25 @@ def test_what_cannot_be_a_tokenizer(tmp_path: Path):
     (tmp_path / "broken" / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match=r"error: data\.tokenizer: cannot load .*broken"):
         load_tokenizer(str(tmp_path / "broken"))
+
+
+def test_code_that_a_tokenizer_brings_is_run_only_where_it_is_trusted(tmp_path: Path, monkeypatch):
+    """Nobody is asked at a prompt, which a pipe could answer."""
+    folder = Path(train_bpe(tmp_path / "tokenizer", bos_token="<b>", eos_token="<e>"))
+    config, ran = folder / "tokenizer_config.json", tmp_path / "code-was-run"
+    values = json.loads(config.read_text()) if config.exists() else {}
+    auto_map = {"AutoTokenizer": [None, "tokenization_own.OwnTokenizer"]}
+    config.write_text(json.dumps({**values, "tokenizer_class": "OwnTokenizer", "auto_map": auto_map}))
+    (folder / "tokenization_own.py").write_text(
+        "from pathlib import Path\n\nfrom transformers import PreTrainedTokenizerFast\n\n"
+        f"Path({str(ran)!r}).touch()\n\n\nclass OwnTokenizer(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    with pytest.raises(UserError, match=r"data\.tokenizer: .* brings code of its own, which is not run; .*data\.trust_remote_code"):
+        load_tokenizer(str(folder))
+    assert not ran.exists()
+    assert load_tokenizer(str(folder), trust_remote_code=True).bos_token == "<b>"
+    assert ran.exists()
 
 
 def test_the_models_vocabulary_holds_every_id():

@@ -1,8 +1,15 @@
-"""The dtype that a loaded model computes in."""
+"""Models that commands load: the dtype they compute in, the code they may bring, the memory they may take."""
+
+import ast
+import io
+import json
+from pathlib import Path
 
 import pytest
 import torch
-from minrnn.data import UserError
+from minrnn.data import UserError, byte_tokenizer
+from minrnn.launch.cli import main
+from minrnn.models import MinRNNConfig, MinRNNForCausalLM
 from minrnn.pipeline.loading import weights_dtype
 
 CPU, MPS = torch.device("cpu"), torch.device("mps")
@@ -31,3 +38,73 @@ def test_what_cannot_be_is_named():
         weights_dtype(torch.float64, "auto", MPS)
     with pytest.raises(UserError, match="--dtype: must be auto, fp32, bf16, fp64, not float32"):
         weights_dtype(torch.float32, "float32", CPU)
+
+
+@pytest.fixture
+def export(tmp_path: Path) -> Path:
+    folder, tokenizer = tmp_path / "export" / "model", byte_tokenizer()
+    MinRNNForCausalLM(MinRNNConfig(hidden_size=8, num_hidden_layers=1, intermediate_size=0)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def errors_of(arguments: list[str], capsys) -> str:
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    assert left.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+COMMANDS = {
+    "generate": ("--max-new-tokens", "1", "--device", "cpu"),
+    "long-context": ("--corpus", "python-stdlib", "--tokens", "100", "--device", "cpu"),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_code_that_a_model_brings_is_run_only_where_it_is_trusted(export: Path, command: str, monkeypatch, capsys):
+    """Nobody is asked at a prompt, which a pipe could answer; a model's own code is that of this package."""
+    code, ran = export / "tokenization_own.py", export.parent / "code-was-run"
+    code.write_text(
+        "from pathlib import Path\n\nfrom transformers import PreTrainedTokenizerFast\n\n"
+        f"Path({str(ran)!r}).touch()\n\n\nclass OwnTokenizer(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    (export / "modeling_own.py").write_text(code.read_text())
+    own_tokenizer = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": [None, "tokenization_own.OwnTokenizer"]}}
+    own_model = {"auto_map": {"AutoModelForCausalLM": "modeling_own.OwnModel"}}
+    for name, own in (("tokenizer_config.json", own_tokenizer), ("config.json", own_model)):
+        (export / name).write_text(json.dumps({**json.loads((export / name).read_text()), **own}))
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    told = errors_of([command, str(export), *COMMANDS[command]], capsys)
+    assert told.startswith("error: MODEL: the tokenizer of ")
+    assert "brings code of its own, which is not run; read it, and add --trust-remote-code to run it" in told
+    assert not ran.exists()
+    if command == "generate":
+        main([command, str(export), *COMMANDS[command], "--trust-remote-code"])
+        assert ran.exists()
+
+
+def test_all_that_is_loaded_says_whether_its_code_is_trusted():
+    """Where nothing is said, transformers asks at a prompt."""
+    root = Path(__file__).parents[2]
+    for path in [path for folder in ("models", "data", "pipeline", "launch", "evals") for path in (root / folder).rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "from_pretrained":
+                assert "trust_remote_code" in {keyword.arg for keyword in node.keywords}, f"{path}:{node.lineno}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"hidden_size": 1_000_000}, "GB for weights in fp32, by its config.json, of"),
+        ({"num_hidden_layers": 10**12}, "GB for weights in fp32, by its config.json, of"),
+        ({"vocab_size": 10**18, "hidden_size": 10**6}, "is larger than can be counted, by its config.json"),
+    ],
+)
+def test_a_configuration_that_asks_for_more_memory_than_there_is(export: Path, changes: dict[str, int], told: str, capsys):
+    values = json.loads((export / "config.json").read_text())
+    (export / "config.json").write_text(json.dumps({**values, **changes}))
+    line = errors_of(["generate", str(export), *COMMANDS["generate"]], capsys)
+    assert line.startswith("error: MODEL: ")
+    assert told in line
