@@ -4,8 +4,10 @@ The recipe decides what both could: batch, clipping, precision, optimizer. What 
 it; what it says differently is a mistake.
 """
 
+import ipaddress
 import json
 import os
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -61,7 +63,30 @@ def _machine_problems(device: torch.device) -> list[Problem]:
     if said["GROUP_WORLD_SIZE"] > 1 and said["TORCHELASTIC_MAX_RESTARTS"] > 0 and launcher_holds_store():
         advice = "use rdzv_backend c10d and set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on all of them, or max_restarts 0"
         problems.append(("launcher", f"machines that restart their processes could meet in different places; {advice}"))
+    if said["GROUP_WORLD_SIZE"] > 1 and not _is_loopback(os.environ["MASTER_ADDR"]):
+        interfaces = [name for _, name in socket.if_nameindex()]
+        problems += _interface_problems(os.environ.get("GLOO_SOCKET_IFNAME"), interfaces, _is_loopback(socket.gethostname()))
     return problems
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether a name leads nowhere but to this machine itself."""
+    try:
+        addresses = [information[4][0] for information in socket.getaddrinfo(host, None)]
+    except OSError:  # gloo takes the loopback interface then
+        return True
+    return all(ipaddress.ip_address(str(address).split("%")[0]).is_loopback for address in addresses)
+
+
+def _interface_problems(wanted: str | None, interfaces: list[str], name_is_loopback: bool) -> list[Problem]:
+    """Why the processes of other machines could not reach those of this one over gloo, which takes the host's name or GLOO_SOCKET_IFNAME."""
+    host = socket.gethostname()
+    advice = f"set GLOO_SOCKET_IFNAME to the interface that the machines share ({host} has {', '.join(interfaces)})"
+    if wanted is None:
+        reason = f"the name {host} leads to {host} itself (127.0.0.1), so the processes of other machines cannot reach it"
+        return [("launcher", f"{reason}; {advice}")] if name_is_loopback else []
+    missing = [name for name in wanted.split(",") if name not in interfaces]
+    return [("launcher", f"GLOO_SOCKET_IFNAME says {wanted}, but {host} has no {' and no '.join(missing)}; {advice}")] if missing else []
 
 
 def _precision_problems(recipe: Recipe) -> list[Problem]:

@@ -16,6 +16,7 @@ from accelerate.commands.config.config_args import ClusterConfig, load_config_fr
 from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.utils import DistributedType
 from minrnn.launch.cli import main
+from minrnn.pipeline import launch_checks
 from minrnn.pipeline.recipe import read_recipe
 from torch.distributed.run import get_args_parser
 
@@ -125,7 +126,7 @@ def test_what_is_launched_is_shipped():
 STANDINS = {
     "srun": """
 trap 'kill -TERM ${tasks[@]}' TERM
-while [[ $1 == --* ]]; do shift; done
+while [[ $1 == --* ]]; do echo "$1" >> "$LOG/srun"; shift; done
 for ((node = 0; node < SLURM_JOB_NUM_NODES; node++)); do SLURM_NODEID=$node "$@" & tasks+=($!); done
 status=0
 for task in "${tasks[@]}"; do
@@ -161,7 +162,7 @@ def slurm(tmp_path: Path) -> dict[str, str]:
     path = f"{tools}{os.pathsep}{os.environ['PATH']}"
     job = {"SLURM_SUBMIT_DIR": str(REPOSITORY), "SLURM_JOB_ID": "4321", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2"}
     stage = {"LOG": str(tmp_path), "LASTS": "0", "STATUS": "0", "JOB_STATE": "RUNNING", "VENV": str(venv.parent)}
-    return {**os.environ, **job, **stage, "SLURM_GPUS_ON_NODE": "4", "PATH": path}
+    return {**os.environ, **job, **stage, "SLURM_GPUS_ON_NODE": "4", "SLURM_CPUS_PER_TASK": "48", "PATH": path}
 
 
 def submit(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -183,16 +184,20 @@ def test_a_job_launches_the_recipe_on_every_machine(slurm: dict[str, str], tmp_p
         assert environment["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == "2"
         assert read_recipe(arguments.training_script_args).run.dir == "runs/with space"
     assert not (tmp_path / "scontrol").exists()
+    assert "--cpus-per-task=48" in (tmp_path / "srun").read_text().splitlines(), "srun does not take it over from sbatch"
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize(("state", "requeued"), [("RUNNING", "requeue 4321\n"), ("COMPLETING", "")])
-def test_told_to_leave_every_machine_saves_and_the_job_is_queued_again(slurm: dict[str, str], tmp_path: Path, state: str, requeued: str):
+def test_told_to_leave_every_machine_saves_and_the_job_is_queued_again(
+    slurm: dict[str, str], tmp_path: Path, state: str, requeued: str, number: signal.Signals
+):
     """Not where it was cancelled, though: the job is completing then."""
     job = subprocess.Popen(["bash", str(SCRIPT), "quickstart"], env={**slurm, "LASTS": "600", "JOB_STATE": state}, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
     while job.poll() is None and len(list(tmp_path.glob("launched.*"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
-    job.send_signal(signal.SIGTERM)
+    job.send_signal(number)
     assert job.wait(300) != 0
     assert sorted(path.name for path in tmp_path.glob("saved.*")) == ["saved.0", "saved.1"]
     log = tmp_path / "scontrol"
@@ -205,6 +210,27 @@ def test_a_failure_is_a_failure(slurm: dict[str, str], tmp_path: Path):
     told = submit(slurm)
     assert told.returncode == 2
     assert "usage: sbatch" in told.stderr
+
+
+@pytest.mark.parametrize(
+    ("wanted", "name_is_loopback", "problem"),
+    [
+        (None, False, None),
+        (None, True, "so the processes of other machines cannot reach it; set GLOO_SOCKET_IFNAME"),
+        ("ib0", True, None),
+        ("eth0,eth9", False, "GLOO_SOCKET_IFNAME says eth0,eth9, but .* has no eth9; set GLOO_SOCKET_IFNAME .* has lo, eth0, ib0"),
+    ],
+)
+def test_interfaces_that_others_cannot_reach_are_named(wanted: str | None, name_is_loopback: bool, problem: str | None):
+    problems = launch_checks._interface_problems(wanted, ["lo", "eth0", "ib0"], name_is_loopback)
+    assert len(problems) == (problem is not None)
+    assert problem is None or re.search(problem, problems[0][1])
+
+
+def test_names_that_lead_to_this_machine_itself():
+    assert launch_checks._is_loopback("localhost")
+    assert launch_checks._is_loopback("no-such-host.invalid")
+    assert not launch_checks._is_loopback("192.0.2.1")
 
 
 def test_the_script_warns_as_early_as_it_says():
