@@ -73,7 +73,11 @@ class OutOfTime(BaseException):
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise OutOfTime in the main thread after so many seconds."""
+    """Raise OutOfTime in the main thread after so many seconds, where the system has alarms."""
+    if not hasattr(signal, "SIGALRM"):
+        print("warning: this system has no alarms; the section takes as long as it takes")
+        yield
+        return
 
     def expire(signal_number: int, frame: Any) -> None:
         raise OutOfTime

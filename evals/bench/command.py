@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...data.errors import UserError
+from ...pipeline.options import add_device
 
 KINDS = {
     "scan": "the recurrence alone, and whole layers",
@@ -102,7 +103,7 @@ def _parser(kind: str) -> argparse.ArgumentParser:
     )
     module.add_arguments(parser)
     parser.add_argument("--peers", default="all", help="contenders beside ours, separated by commas; all or none (default: %(default)s)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
+    add_device(parser)
     parser.add_argument("--threads", type=int, help="of torch on the CPU (default: as many as torch takes)")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each contender (default: %(default)s)")
     parser.add_argument("--min-seconds", type=float, default=0.2, help="work is repeated until a turn lasts so long (default: %(default)s)")
@@ -120,6 +121,8 @@ def parse(kind: str, argv: Sequence[str]) -> argparse.Namespace:
     """
     import torch
 
+    from ...pipeline.machine import resolve_device
+
     module = importlib.import_module(f".{kind}", __package__)
     arguments = _parser(kind).parse_args(argv)
     settings = Settings()
@@ -129,13 +132,15 @@ def parse(kind: str, argv: Sequence[str]) -> argparse.Namespace:
     if arguments.threads is None:
         arguments.threads = torch.get_num_threads()
     settings.at_least("--threads", arguments.threads, 1)
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        settings.problems.append(("--device", "cuda is not available here (torch.cuda.is_available() is False); use --device cpu"))
+    try:
+        arguments.device = str(resolve_device(arguments.device))
+    except UserError as error:
+        settings.problems += error.problems
     if arguments.out is not None and arguments.out.suffix != ".json":
         settings.problems.append(("--out", f"{arguments.out} must end in .json; the plot goes beside it as .png"))
     module.resolve(arguments, settings)
     settings.check()
-    arguments.out = arguments.out or Path("evals", "results", f"bench-{kind}-{arguments.device}.json")
+    arguments.out = arguments.out or Path("evals", "results", f"bench-{kind}-{arguments.device.partition(':')[0]}.json")
     return arguments
 
 
@@ -148,12 +153,15 @@ def run_bench(kind: str, argv: Sequence[str]) -> None:
     import torch
 
     from ...pipeline.machine import keep_freed_memory
+    from .measure import settle_dtype
     from .record import Record
 
     arguments = parse(kind, argv)
     module = importlib.import_module(f".{kind}", __package__)
     keep_freed_memory()  # as training does: otherwise every new tensor's pages are faulted in anew, which takes longer than the arithmetic
     torch.set_num_threads(arguments.threads)
+    if "dtype" in arguments:
+        settle_dtype(arguments)
     record = Record(kind, argv, vars(arguments), torch.device(arguments.device), arguments.out)
     module.run(arguments, record)
     record.finish(module.draw)

@@ -177,8 +177,8 @@ def _datasets(arguments: argparse.Namespace) -> Turn:
 
 def _training(arguments: argparse.Namespace) -> Turn:
     """Steps of our default model on chunks of this size."""
-    names = ("params", "layers", "device", "threads", "seed", "min_seconds", "compile")
-    spec = {"family": "minrnn", "dtype": "bf16", **{name: getattr(arguments, name) for name in names}}
+    names = ("params", "layers", "dtype", "device", "threads", "seed", "min_seconds", "compile")
+    spec = {"family": "minrnn", **{name: getattr(arguments, name) for name in names}}
     work = TrainingWork({**spec, "batch": arguments.lanes, "length": arguments.chunk, "chunk": arguments.chunk})
     return lambda: {"seconds": work.turn()["seconds"]}
 

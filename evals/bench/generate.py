@@ -62,7 +62,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--read-ours", type=int, default=2**20, help="contexts (rows included) that ours reads to the end (default: %(default)s)"
     )
     parser.add_argument("--steps", type=int, default=16, help="tokens decoded in a turn, for each row (default: %(default)s)")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="of weights and activations (default: %(default)s)")
     parser.add_argument("--cuda-graphs", action="store_true", help="each contender also with its step captured in a CUDA graph")
 
 
@@ -73,7 +72,7 @@ def resolve(arguments: argparse.Namespace, settings: Settings) -> None:
     arguments.batches = parse_counts(settings, "--batches", arguments.batches)
     for name in ("prefill", "read", "read_ours", "steps"):
         settings.at_least(f"--{name.replace('_', '-')}", getattr(arguments, name), 1)
-    if arguments.cuda_graphs and arguments.device != "cuda":
+    if arguments.cuda_graphs and not arguments.device.startswith("cuda"):
         settings.problems.append(("--cuda-graphs", "is for --device cuda"))
 
 

@@ -17,10 +17,30 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+from ...pipeline.folder import warn
+from ...pipeline.machine import CHOICES, choose_precision, device_name, measure_rates
+from ...pipeline.machine import DTYPES as ALL_DTYPES
+
+DTYPES = {name: ALL_DTYPES[name] for name in CHOICES}
+
+
+def settle_dtype(arguments: Any) -> None:
+    """Replace --dtype auto by the faster of fp32 and bf16 on the device; warn where another was asked for that is slow.
+
+    Raises:
+        UserError: the device does not support it.
+    """
+    device = torch.device(arguments.device)
+    choice = choose_precision(arguments.dtype, None, measure_rates(device, CHOICES), device_name(device), "--dtype")
+    arguments.dtype = choice.precision
+    if choice.reason:
+        print(f"--dtype auto: {choice.precision} ({choice.reason})")
+    if choice.warning:
+        warn(choice.warning)
 
 
 class Unavailable(Exception):
@@ -209,32 +229,31 @@ def available_bytes(device: torch.device) -> int:
     release_memory(device)
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return _kilobytes("/proc/meminfo", "MemAvailable") * 1024
+    return psutil.virtual_memory().available
 
 
 def reset_peak_memory(device: torch.device) -> None:
     """Peak memory is counted from here on."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    else:
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # man 5 proc: resets the peak of the resident set
+        return
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:  # else peaks are of the whole process
+        file.write("5")  # man 5 proc: resets the peak of the resident set
 
 
 def peak_memory(device: torch.device) -> int:
     """Largest memory since `reset_peak_memory`, bytes: allocated by torch on a GPU, resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return _kilobytes("/proc/self/status", "VmHWM") * 1024
+    try:
+        with open("/proc/self/status") as lines:
+            return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
+    except (OSError, StopIteration):  # not Linux: the memory now, which its peak is not below
+        return current_memory(device)
 
 
 def current_memory(device: torch.device) -> int:
     """As `peak_memory`, but now."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    return _kilobytes("/proc/self/status", "VmRSS") * 1024
-
-
-def _kilobytes(file: str, key: str) -> int:
-    with open(file) as lines:
-        return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
+    return psutil.Process().memory_info().rss

@@ -19,8 +19,13 @@ from typing import Any
 
 import torch
 
+from ...pipeline.machine import num_cores
 from ...pipeline.public import public_config, public_value
 
+UNITS = (
+    *("avx", "avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_fp16"),
+    *("asimd", "neon", "sve", "sve2", "bf16", "svebf16", "i8mm", "sme"),
+)
 PACKAGES = (
     *("torch", "triton", "transformers", "numpy", "numba", "datasets"),
     *("minGRU-pytorch", "mambapy", "accelerated-scan", "flash-linear-attention", "mamba-ssm", "causal-conv1d"),
@@ -35,10 +40,26 @@ def _cpu_model() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
+def cpu_units(flags: str) -> list[str]:
+    """Those of a CPU's features (a line of /proc/cpuinfo) that decide how fast it multiplies."""
+    present = set(flags.split())
+    return [unit for unit in UNITS if unit in present]
+
+
+def _cpu_flags() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return torch.backends.cpu.get_cpu_capability().lower()
+    return next((line.split(":", 1)[1] for line in lines if line.startswith(("flags", "Features"))), "")
+
+
 def machine(device: torch.device) -> dict[str, Any]:
     """What the bench ran on."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    found: dict[str, Any] = {"device": device.type, "cpu": _cpu_model(), "cores": cores, "threads": torch.get_num_threads(), "gpu": None}
+    found: dict[str, Any] = {"device": device.type, "cpu": _cpu_model(), "cpu_units": cpu_units(_cpu_flags()), "cores": num_cores()}
+    if limit := os.environ.get("ONEDNN_MAX_CPU_ISA"):
+        found["cpu_units_limit"] = limit  # of the library that multiplies
+    found |= {"threads": torch.get_num_threads(), "gpu": None}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         found["gpu"] = {"name": properties.name, "memory_bytes": properties.total_memory, "multiprocessors": properties.multi_processor_count}

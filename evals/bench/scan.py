@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from ...models.cells import mingru
 from ...models.scan import linear_scan
+from ...pipeline.machine import supports
 from .agreement import relative_error
 from .command import Settings, parse_counts, parse_shapes
 from .measure import DTYPES, Stopwatch, Timing, Unavailable, available_bytes, reason_of, round_robin
@@ -178,9 +179,11 @@ def work_of(function: Callable[..., Tensor], peer: ScanPeer, operands: tuple[Ten
 
 def error_of(kind: str, peer: ScanPeer, function: Callable[..., Tensor], operands: tuple[Tensor, ...]) -> float:
     """Largest distance from the scan in fp64 on the same operands, over the largest |h|."""
-    a, b = _coefficients(kind, operands)
+    exact_on = operands[0].device if supports(operands[0].device, "fp64") else torch.device("cpu")
+    a, b = _coefficients(kind, tuple(tensor.to(exact_on) for tensor in operands))
     with torch.no_grad():
-        return relative_error(peer.output(function(*peer.inputs(*operands))), linear_scan(a, b, backend="torch")[0])
+        output = peer.output(function(*peer.inputs(*operands))).to(exact_on)
+        return relative_error(output, linear_scan(a, b, backend="torch")[0])
 
 
 def _coefficients(kind: str, operands: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

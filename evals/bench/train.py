@@ -66,6 +66,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--params", default="10.7M", help="parameters of every model, within 2%% (default: %(default)s)")
     parser.add_argument("--layers", type=int, default=6, help="layers of every model (default: %(default)s)")
     parser.add_argument("--cells", default="minrnn", help=f"which of ours: {','.join(OURS)} (default: %(default)s)")
+    text = "of autocast in training, of weights and activations in decoding; auto: the faster here (default: %(default)s)"
+    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help=text)
     parser.add_argument("--compile", action="store_true", help="torch.compile for everyone, warmed up outside the clock")
 
 
@@ -97,7 +99,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chunk", type=int, default=4096, help=f"tokens that {CHUNKED} and --stream read at once (default: %(default)s)")
     parser.add_argument("--stream", type=int, default=0, help="tokens of one document for ours to train on; 0 for none (default: %(default)s)")
     parser.add_argument("--loop", type=int, default=0, help="steps of the quickstart, bare and in the loop; 0 for none (default: %(default)s)")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16", help="bf16 is autocast (default: %(default)s)")
 
 
 def resolve(arguments: argparse.Namespace, settings: Settings) -> None:

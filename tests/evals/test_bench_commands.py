@@ -25,6 +25,8 @@ def run(kind: str, arguments: list[str], folder: Path) -> dict:
     record = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert record["command"].startswith(f"minrnn bench {kind}")
     assert {"commit", "machine", "versions", "config"} <= record.keys()
+    assert record["machine"]["cpu_units"], "which matrix units the CPU has"
+    assert record["config"].get("dtype") in (None, "fp32", "bf16"), "auto is settled"
     for row in record["rows"]:
         assert ("reason" in row) != ("seconds" in row), row
         assert "seconds" not in row or (row["median_seconds"] > 0 and all(second > 0 for second in row["seconds"]))
@@ -140,7 +142,7 @@ def test_data(tmp_path: Path):
         (["bench", "train", "--limit", "inf"], "error: --limit: must be a number of at least 0, not inf"),
         (["bench", "train", "--params", "many"], "error: --params: 'many' is not a number such as 10.7M or 350000000"),
         (["bench", "train", "--params", "1000"], "error: --params: no minrnn of 6 layers has 1,000 parameters within 2%"),
-        (["bench", "scan", "--device", "cuda"], "error: --device: cuda is not available here"),
+        (["bench", "scan", "--device", "cuda"], "error: --device: there is no cuda device here; use cpu, or auto"),
         (["bench", "scan", "--shapes", "8x16"], "error: --shapes: '8x16' is not BATCHxTIMExWIDTH"),
         (["bench", "generate", "--cuda-graphs"], "error: --cuda-graphs: is for --device cuda"),
         (["bench", "data", "--steps", "0", "--out", "x.txt"], "error: --out: x.txt must end in .json"),
