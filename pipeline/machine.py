@@ -178,6 +178,18 @@ def share_of_threads(environment: Mapping[str, str], cores: int) -> int | None:
     return max(1, cores // int(environment.get("LOCAL_WORLD_SIZE", "1")))
 
 
+def compile_problem(device: torch.device) -> str | None:
+    """Why torch.compile cannot run on a device, in one line: no compiler, no Triton, an old GPU. None where it can.
+
+    Found out by compiling the smallest function: its own error would come in the first step.
+    """
+    try:
+        torch.compile(lambda x: torch.sin(x) + 1)(torch.ones(8, device=device))
+    except Exception as error:  # torch's own, the compiler's, Triton's, the file system's
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return None
+
+
 def keep_freed_memory() -> None:
     """Tell glibc to keep freed memory instead of giving it back to the kernel.
 

@@ -38,7 +38,7 @@ from .evaluation import validation_sets
 from .export import model_config
 from .folder import RunFolder, warn
 from .folder_checks import FILES, FOLDERS
-from .machine import CHOICES, DTYPES, PrecisionChoice, choose_precision, device_name, measure_rates
+from .machine import CHOICES, DTYPES, PrecisionChoice, choose_precision, compile_problem, device_name, measure_rates
 from .optim import learning_rate
 from .processes import Layout
 from .recipe import schedule_steps_of, settled
@@ -224,13 +224,19 @@ def _open(recipe: Recipe, folder: RunFolder, mine: range, device: torch.device) 
     spec = ReaderSpec(corpus_of(recipe), data.order, encoder, *shape, data.shuffle_window, recipe.run.seed, recipe.synthetic_task())
     loader = ChunkLoader(spec, list(mine), [reader.position for reader in readers.values()], data.workers)
     try:
-        return loader, validation_sets(recipe, corpus_of(recipe), encoder, mine), readers, tokenizer, _build_model(recipe, config, folder)
+        return (
+            loader,
+            validation_sets(recipe, corpus_of(recipe), encoder, mine),
+            readers,
+            tokenizer,
+            _build_model(recipe, config, folder, device),
+        )
     except BaseException:
         loader.close()
         raise
 
 
-def _build_model(recipe: Recipe, config: MinRNNConfig, folder: RunFolder) -> MinRNNForCausalLM:
+def _build_model(recipe: Recipe, config: MinRNNConfig, folder: RunFolder, device: torch.device) -> MinRNNForCausalLM:
     """On the CPU, with a checkpoint's weights, an export's, or new ones."""
     torch.manual_seed(recipe.run.seed)
     model = MinRNNForCausalLM(config)
@@ -239,7 +245,10 @@ def _build_model(recipe: Recipe, config: MinRNNConfig, folder: RunFolder) -> Min
     nn.Module.to(model, DTYPES["fp64" if recipe.train.precision == "fp64" else "fp32"])
     if (options := checkpointing_options(recipe.train.recompute)) is not None:
         model.activation_checkpointing_enable(options)
-    if recipe.train.compile:
+    problem = compile_problem(device) if recipe.train.compile else None
+    if problem is not None:
+        warn(f"train.compile: torch.compile cannot run on {device.type}: {problem}; blocks run as they are, slower")
+    elif recipe.train.compile:
         for block in model.model.layers:
             block.compile()
     if folder.checkpoint is not None:

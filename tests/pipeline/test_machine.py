@@ -131,3 +131,15 @@ def test_fp64_is_refused_before_the_start_where_there_is_none(monkeypatch):
 )
 def test_each_process_has_its_share_of_the_cores(environment: dict[str, str], cores: int, expected: int | None):
     assert machine.share_of_threads(environment, cores) == expected
+
+
+def test_a_compiler_that_is_missing_is_a_reason_in_one_line(monkeypatch, tmp_path):
+    """No C++ compiler, and nothing compiled before."""
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/nonexistent/compiler",))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch._dynamo.reset()
+    problem = machine.compile_problem(torch.device("cpu"))
+    assert problem is not None
+    assert "No working C++ compiler" in problem
+    assert "\n" not in problem
+    assert machine.compile_problem(torch.device("meta")) is None
