@@ -171,6 +171,7 @@ class MetricsFile:
             self._write()
         if self.path.exists():
             sync(self.path)
+            sync(self.path.parent)  # its name, too
 
     def close(self) -> None:
         """Write what waits, or say that it could not be written."""
