@@ -53,7 +53,7 @@ def test_a_compiled_block_is_the_same(autocast, backend):
     def differentiate(function) -> list[Tensor]:
         leaf = x.clone().requires_grad_()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            y, (h_last, _) = function(leaf, (h0, None), where)
+            y, h_last, _ = function(leaf, h0, None, where)
         loss = (y[0] ** 2).sum() + (y[1, :7] ** 2).sum() + (h_last**2).sum()
         return [y[0], y[1, :7], h_last, *torch.autograd.grad(loss, [leaf, *block.parameters()])]
 
