@@ -6,6 +6,7 @@
 #   make test       lint, types and tests, a few minutes
 #   make test-slow  what launches many processes or learns for long
 #   make soak       half an hour of random faults against an undisturbed run (MINUTES=5 for less)
+#   make test-transformers  transformers' own model tests, from its source distribution (a download)
 #   make test-multihost  two hosts made of network namespaces, as root; one is lost in the middle of a run
 PYTHON ?= python3
 BIN := .venv/bin
@@ -21,7 +22,7 @@ RESTART := from-nothing
 endif
 endif
 
-.PHONY: setup setup-eval setup-bench setup-deepspeed setup-test train bench test test-slow test-multihost soak clean from-nothing
+.PHONY: setup setup-eval setup-bench setup-deepspeed setup-test train bench test test-slow test-multihost test-transformers soak clean from-nothing
 
 setup: .venv/.ready
 setup-eval setup-bench setup-deepspeed setup-test: setup-%: .venv/.ready-%
@@ -82,6 +83,11 @@ soak: .venv/.ready-test
 
 test-multihost: .venv/.ready-test
 	$(BIN)/python -m pytest -q tests/multihost
+
+test-transformers: .venv/.ready-test
+	$(BIN)/python -m pip install --quiet parameterized
+	mkdir -p .venv/transformers-tests && $(BIN)/python tests/mixins/prepare.py .venv/transformers-tests
+	PYTHONPATH=.venv/transformers-tests HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/mixins -o addopts= -W ignore
 
 clean:
 	rm -rf .venv runs mlruns mlflow.db*
