@@ -20,11 +20,13 @@ from typing import Any, Literal
 import numpy as np
 
 from .errors import UserError
+from .files import COMPRESSED, ROWS, Kind, file_kind, not_text
 from .joined import join_documents
-from .sources import HubDataset, JsonLines, Parquet, Place, Record, Source, TextFiles
+from .rows import Csv, JsonLines, Parquet
+from .sources import HubDataset, Place, Record, Source, TextFiles
 
 PYTHON_STDLIB = "python-stdlib"
-FILE_SUFFIXES = (".txt", ".md", ".py", ".csv", ".json", ".jsonl", ".gz", ".zst", ".parquet")  # of names that are no hub ids
+FILE_SUFFIXES = (".txt", ".md", ".py", ".json", *COMPRESSED, *ROWS)  # of names that are no hub ids
 STDLIB_EXCLUDED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
 # Whole modules, so that no file of a held-out package is seen in training; of every kind that the library has.
 STDLIB_HELD_OUT = {
@@ -96,11 +98,24 @@ def _local_files(pattern: str, left_out: Sequence[str] = ()) -> tuple[list[Path]
     return visible(anchor.glob(str(path.relative_to(anchor))), anchor), anchor
 
 
-def _kind(path: Path) -> str:
-    suffixes = path.suffixes[-2:]
-    if path.suffix == ".parquet":
-        return "parquet"
-    return "jsonl" if path.suffix == ".jsonl" or (suffixes[:1] == [".jsonl"] and path.suffix in (".gz", ".zst")) else "text"
+def _sort_out(files: list[Path], spec: CorpusSpec) -> tuple[Kind, list[Path]]:
+    """What all these files are, and which of them are read: empty ones whose names do not say what they are hold no rows.
+
+    Raises:
+        UserError: they are of several kinds, or not text.
+    """
+    kinds: dict[Path, Kind | None] = {path: file_kind(path) for path in files}
+    examples: dict[Kind, Path] = {}
+    for path, kind in kinds.items():
+        if kind == "binary" and not spec.skip_broken:
+            raise not_text(path)
+        if kind is not None:
+            examples.setdefault("text" if kind == "binary" else kind, path)
+    if len(examples) > 1:
+        mixed = ", ".join(f"{kind} ({path.name})" for kind, path in sorted(examples.items()))
+        raise UserError(("data.corpus", f"{spec.corpus} mixes {mixed} files; name one kind with a glob such as DIR/*.jsonl"))
+    kind: Kind = next(iter(examples)) if examples else "text"
+    return kind, files if kind == "text" else [path for path in files if kinds[path] is not None]
 
 
 def open_source(spec: CorpusSpec, part: Split = "train") -> Source:
@@ -121,19 +136,17 @@ def _open_parts(spec: CorpusSpec, part: Split) -> Source:
         if Path(spec.corpus).expanduser().is_dir():
             only = " but those of the run" if _local_files(spec.corpus)[0] else ""
             raise UserError(("data.corpus", f"the folder {spec.corpus} holds no files{only}"))
-        looks_like_hub_id = re.fullmatch(r"\w[\w-]*(/\w[\w.-]*)?", spec.corpus) and not spec.corpus.endswith(FILE_SUFFIXES)
+        looks_like_hub_id = re.fullmatch(r"\w[\w-]*(/\w[\w.-]*)?", spec.corpus) and not spec.corpus.lower().endswith(FILE_SUFFIXES)
         if not looks_like_hub_id:
             raise UserError(("data.corpus", f"there is no file, folder or match for {spec.corpus} (looked from {Path.cwd()})"))
         return HubDataset(spec.corpus, spec.subset, spec.split, spec.revision, spec.text_field, spec.skip_broken, spec.join)
     if all(path.stat().st_size == 0 for path in files):
         raise UserError(("data.corpus", f"{spec.corpus} is empty"))
-    kinds = {_kind(path) for path in files}
-    if len(kinds) > 1:
-        raise UserError(("data.corpus", f"{spec.corpus} mixes {', '.join(sorted(kinds))} files; name one kind with a glob such as DIR/*.jsonl"))
-    kind = kinds.pop()
+    kind, files = _sort_out(files, spec)
     if kind == "text":
         return TextFiles(files, root, spec.skip_broken)
-    return (JsonLines if kind == "jsonl" else Parquet)(files, spec.text_field, spec.skip_broken, spec.join)
+    rows = {"jsonl": JsonLines, "csv": Csv, "parquet": Parquet}[kind]
+    return rows(files, spec.text_field, spec.skip_broken, spec.join)
 
 
 def is_held_out(text: str, fraction: float) -> bool:
@@ -215,11 +228,7 @@ class DocumentStream:
         return Window(address, documents, following, num_skipped)
 
     def _read(self, shard: int, place: Place) -> Iterator[Record]:
-        try:
-            yield from self.source.read(self.shards[shard], place)
-        except OSError as error:  # a file that is gone, a disk, a network
-            name, why = error.filename or self.spec.corpus, error.strerror or f"{type(error).__name__}: {error}"
-            raise UserError(("data.corpus", f"{name} cannot be read any more ({why}); a run goes on with the corpus it began with")) from None
+        yield from self.source.read(self.shards[shard], place)
 
     def _is_wanted(self, text: str) -> bool:
         if self.part == "all" or self.spec.corpus == PYTHON_STDLIB:  # the files were chosen already

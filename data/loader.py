@@ -9,6 +9,7 @@ handler, in the middle of a save, when a group's SIGTERM ends a worker.
 import contextlib
 import pickle
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from .corpus import CorpusSpec
+from .errors import UserError
 from .reader import Chunk, DocumentReader, WindowReader, joined_tokens
 from .synthetic import Task, TaskReader
 from .tokenizer import Encoder
@@ -119,22 +121,27 @@ class WorkerChunks:
         command = [sys.executable, "-P", "-m", f"{__package__}.worker"]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
         assert self._process.stdin is not None
-        pickle.dump((spec, readers, states), self._process.stdin)
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it has died already; whoever takes a chunk hears why
+            pickle.dump((spec, readers, states), self._process.stdin)
+            self._process.stdin.close()
+        self._corpus = spec.corpus.corpus
         self._ready: queue.Queue[Chunk | Exception] = queue.Queue(self.READ_AHEAD)
         self._thread = threading.Thread(target=self._receive, daemon=True)
         self._thread.start()
 
     def _receive(self) -> None:
         assert self._process.stdout is not None
+        document = None
         try:
             while True:
                 item = pickle.load(self._process.stdout)
                 self._ready.put(item)
                 if isinstance(item, Exception):
                     return
+                document = item.documents[-1][-1]
         except Exception:  # whatever it was, the loop must hear of it
-            self._ready.put(RuntimeError(f"a data worker ended without a word (exit status {self._process.wait()})"))
+            place = f"before its first chunk of {self._corpus}" if document is None else f"behind {document} of {self._corpus}"
+            self._ready.put(_death(self._process.wait(), place))
 
     def take(self, timeout: float | None) -> Chunk | None:
         """The next chunk, or None if it is not there in time."""
@@ -158,6 +165,18 @@ class WorkerChunks:
         assert self._process.stdout is not None
         if not self._thread.is_alive():
             self._process.stdout.close()
+
+
+def _death(status: int, place: str) -> UserError:
+    """The error for a worker that has ended without one of its own."""
+    if status >= 0:
+        return UserError(("data.workers", f"a data worker ended with exit status {status}, {place}"))
+    number = -status
+    name = signal.Signals(number).name if number in set(signal.Signals) else "unknown"
+    problem = f"a data worker was killed by signal {number} ({name}), {place}"
+    if number == signal.SIGKILL:
+        problem += "; a system that runs out of memory does that: use fewer data.workers, a smaller data.shuffle_window or smaller row groups"
+    return UserError(("data.workers", problem))
 
 
 def _num_workers(wanted: int, num_readers: int) -> int:
@@ -190,8 +209,7 @@ class ChunkLoader:
         """The next step's chunks, or None if they are not all there in `timeout` seconds; the next call waits for the same ones.
 
         Raises:
-            UserError: the corpus cannot be read.
-            RuntimeError: a worker has died.
+            UserError: the corpus cannot be read, or a worker has died.
         """
         end = None if timeout is None else time.monotonic() + timeout
         while len(self._taken) < self._num_readers:

@@ -15,6 +15,8 @@ import numpy as np
 
 from .corpus import CorpusSpec, DocumentStream, Split, Window, WindowAddress
 from .errors import UserError
+from .files import errors_name
+from .sources import Record
 from .tokenizer import Encoder
 
 IGNORED = -100  # a target that is not scored, as everywhere in transformers
@@ -83,6 +85,16 @@ class Lane:
         return count
 
 
+def encode_document(encoder: Encoder, document: Record) -> np.ndarray:
+    """Its tokens, `<bos> text <eos>`.
+
+    Raises:
+        UserError: the tokenizer fails, or it does not fit into memory; with the document's name.
+    """
+    with errors_name(document.name):
+        return encoder(document.text or "")
+
+
 class DocumentReader:
     """Order `documents`: lanes are filled in turn, each going on with its document and taking the stream's next when that ends.
 
@@ -122,11 +134,11 @@ class DocumentReader:
         """A first chunk must not need a second epoch."""
         needed, lanes = len(self.lanes) * self.chunk, len(self.lanes)
         documents, address = list(self.window.documents), self.window.following
-        found = sum(len(self.encoder(document.text or "")) - 1 for document in documents[: needed + 1])
+        found = sum(len(encode_document(self.encoder, document)) - 1 for document in documents[: needed + 1])
         while (found < needed or len(documents) < lanes) and address.epoch == 0:
             following = self.stream.window(address)
             documents += following.documents
-            found += sum(len(self.encoder(document.text or "")) - 1 for document in following.documents)
+            found += sum(len(encode_document(self.encoder, document)) - 1 for document in following.documents)
             address = following.following
         share = f"reader {self.reader}'s share (1 of {num_readers}) of {corpus}" if num_readers > 1 else corpus
         if not documents:
@@ -173,8 +185,7 @@ class DocumentReader:
                 )
             )
         document = window.documents[number]
-        assert document.text is not None
-        lane.tokens, lane.offset = self.encoder(document.text), 0
+        lane.tokens, lane.offset = encode_document(self.encoder, document), 0
         lane.name, lane.window, lane.number = document.name, window.address, number
 
     def _next_document(self, lane: Lane) -> None:
@@ -235,7 +246,7 @@ class WindowReader:
 def joined_tokens(spec: CorpusSpec, part: Split, encoder: Encoder) -> np.ndarray:
     """The whole corpus as one text, int32: its first or last part (by position) for training or validation."""
     stream = DocumentStream(spec, "all", 0, 1, window=1024, seed=None)
-    pieces = [encoder.encode(record.text) for record in stream.one_epoch() if record.text is not None]
+    pieces = [encode_document(encoder, record)[1:-1] for record in stream.one_epoch()]
     tokens = np.concatenate(pieces) if pieces else np.zeros(0)
     edge = len(tokens) if part == "all" else round(len(tokens) * (1 - spec.held_out))
     return (tokens[edge:] if part == "validation" else tokens[:edge]).astype(np.int32)

@@ -8,14 +8,14 @@ Order never depends on the file system: paths are sorted. A place is a document'
 
 import codecs
 import difflib
-import io
 import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, cast
+from typing import Any, Protocol
 
 from .errors import UserError
+from .files import HEAD_BYTES, errors_name, is_damage, not_text, one_line, open_decompressed, what_is_it
 
 
 @dataclass(frozen=True)
@@ -78,26 +78,51 @@ def is_text(value: Any) -> bool:
     return True
 
 
-def _broken(skip: bool, error: UserError, name: str, index: int) -> Record:
+def no_text(row: Any, text_field: str, name: str) -> UserError:
+    """The error for a row that holds no text."""
+    skip = "set data.skip_broken to leave such documents out"
+    if not isinstance(row, Mapping):
+        return UserError(("data.corpus", f"{name} is a {type(row).__name__}, not an object with a field {text_field!r}; {skip}"))
+    if text_field not in row:
+        fields = ", ".join(map(repr, row))
+        return UserError(("data.text_field", f"{name} has no field {text_field!r}, it has {fields}; set data.text_field, or {skip}"))
+    value = row[text_field]
+    if isinstance(value, str):
+        problem = "half of a surrogate pair, which is no character,"
+    elif isinstance(value, bytes):
+        problem = "bytes"
+    else:
+        problem = "null" if value is None else f"{value!r:.40} ({type(value).__name__})"
+        skip = f"set data.text_field to a field of text, or {skip}"
+    return UserError(("data.corpus", f"{name} holds {problem} in field {text_field!r} instead of text; {skip}"))
+
+
+def damaged(path: Path, error: Exception, problem: str = "is damaged") -> UserError:
+    """The error for a file whose content is broken, in whole or in part ("is damaged in row group 3")."""
+    advice = "fetch it again, or set data.skip_broken to leave the damaged part out"
+    return UserError(("data.corpus", f"{path} {problem} ({one_line(error)}); {advice}"))
+
+
+def broken(skip: bool, error: UserError, name: str, index: int) -> Record:
     """A record that is left out, if the user asked for that; otherwise the error."""
     if not skip:
         raise error
     return Record(None, name, index, num_skipped=1)
 
 
-def _no_join_column(column: str, columns: Collection[str], name: str) -> UserError:
+def no_join_column(column: str, columns: Collection[str], name: str) -> UserError:
     """The error for rows that lack the column they are to be joined by."""
     near = difflib.get_close_matches(column, columns, n=3)
     advice = f"did you mean {' or '.join(map(repr, near))}?" if near else f"it has {', '.join(map(repr, columns))}"
     return UserError(("data.join", f"{name} has no column {column!r} ({advice})"))
 
 
-def _group(row: Mapping[str, Any], column: str | None, name: str) -> Any:
+def group_of(row: Mapping[str, Any], column: str | None, name: str) -> Any:
     """What a row belongs to."""
     if column is None:
         return None
     if column not in row:
-        raise _no_join_column(column, row.keys(), name)
+        raise no_join_column(column, row.keys(), name)
     return row[column]
 
 
@@ -118,135 +143,21 @@ class TextFiles:
         for index in range(start.index, len(self.paths)):
             path = self.paths[index]
             name = str(self.relative(path))
-            try:
-                yield Record(decode(path.read_bytes(), str(path)), name, index)
-            except UserError as error:
-                yield _broken(self.skip_broken, error, name, index)
+            with errors_name(path):
+                try:
+                    yield Record(self._text(path), name, index)
+                except UserError as error:
+                    yield broken(self.skip_broken, error, name, index)
 
-    def hint(self) -> None:
-        return None
-
-
-def _open(path: Path) -> BinaryIO:
-    """A file's bytes, decompressed; compressed files may have several parts, and one that was cut off is an OSError."""
-    if path.suffix == ".jsonl":
-        return path.open("rb")
-    import pyarrow
-
-    stream = pyarrow.input_stream(str(path), compression="gzip" if path.suffix == ".gz" else "zstd")
-    return cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, stream)))
-
-
-def _lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
-    try:
-        yield from file
-    except OSError as error:
-        raise UserError(("data.corpus", f"{path} cannot be read to its end ({error}); is it a whole file?")) from None
-
-
-@dataclass
-class JsonLines:
-    """Each line of a .jsonl file (plain, .gz or .zst) is a document; each file a shard. The hint is a byte offset in a plain file."""
-
-    paths: list[Path]
-    text_field: str
-    skip_broken: bool = False
-    group_field: str | None = None
-    _offset: int | None = field(default=None, init=False)
-
-    @property
-    def num_shards(self) -> int:
-        return len(self.paths)
-
-    def read(self, shard: int, start: Place) -> Iterator[Record]:
-        path = self.paths[shard]
-        is_plain = path.suffix == ".jsonl"
-        with _open(path) as file:
-            index, self._offset = 0, 0 if is_plain else None
-            if is_plain and start.hint is not None:
-                file.seek(start.hint)
-                index, self._offset = start.index, start.hint
-            for line in _lines(file, path):
-                if self._offset is not None:
-                    self._offset += len(line)
-                if index >= start.index and line.strip():
-                    yield self._parse(line, f"{path}:{index + 1}", index)
-                index += 1
-
-    def _parse(self, line: bytes, name: str, index: int) -> Record:
+    def _text(self, path: Path) -> str:
         try:
-            row = json.loads(decode(line, name))
-        except UserError as error:
-            return _broken(self.skip_broken, error, name, index)
-        except (ValueError, RecursionError) as error:  # also numbers of too many digits, and nesting too deep
-            problem = f"{name} is not JSON ({error})"
-        else:
-            if isinstance(row, dict) and is_text(row.get(self.text_field)):
-                return Record(row[self.text_field], name, index, group=_group(row, self.group_field, name))
-            fields = ", ".join(map(repr, row)) if isinstance(row, dict) else f"a {type(row).__name__}"
-            problem = f"{name} has no text in field {self.text_field!r} (it has {fields}); set data.text_field"
-        return _broken(self.skip_broken, UserError(("data.corpus", f"{problem}; or set data.skip_broken to leave it out")), name, index)
-
-    def hint(self) -> int | None:
-        return self._offset
-
-
-@dataclass
-class Parquet:
-    """Each row is a document; each file a shard."""
-
-    paths: list[Path]
-    text_field: str
-    skip_broken: bool = False
-    group_field: str | None = None
-
-    @property
-    def num_shards(self) -> int:
-        return len(self.paths)
-
-    def read(self, shard: int, start: Place) -> Iterator[Record]:
-        import pyarrow.parquet
-
-        path = self.paths[shard]
-        try:
-            file = pyarrow.parquet.ParquetFile(path)
-        except pyarrow.ArrowInvalid as error:
-            raise UserError(("data.corpus", f"{path} is not a parquet file ({error})")) from None
-        with file:
-            names = file.schema_arrow.names
-            if self.text_field not in names:
-                columns = ", ".join(map(repr, names))
-                raise UserError(("data.text_field", f"{path} has no column {self.text_field!r}; it has {columns}"))
-            if self.group_field is not None and self.group_field not in names:
-                raise _no_join_column(self.group_field, names, str(path))
-            for key, column in (("data.text_field", self.text_field), ("data.join", self.group_field)):
-                if names.count(column) > 1:
-                    raise UserError((key, f"{path} has {names.count(column)} columns of the name {column!r}; give them different names"))
-            wanted = [self.text_field] if self.group_field is None else [self.text_field, self.group_field]
-            first = 0
-            for group in range(file.num_row_groups):
-                num_rows = file.metadata.row_group(group).num_rows
-                if first + num_rows > start.index:
-                    try:
-                        table = file.read_row_group(group, columns=wanted)
-                    except pyarrow.ArrowInvalid as error:  # cut short or changed since it was opened
-                        raise UserError(("data.corpus", f"{path} cannot be read to its end ({error}); is it a whole file?")) from None
-                    column = table.column(self.text_field)
-                    groups = None if self.group_field is None else table.column(self.group_field)
-                    for index in range(max(first, start.index), first + num_rows):
-                        try:
-                            text = column[index - first].as_py()
-                        except UnicodeDecodeError:  # parquet does not promise UTF-8
-                            text = column[index - first].cast(pyarrow.binary()).as_py()
-                        value = None if groups is None else groups[index - first].as_py()
-                        yield self._record(text, f"{path}[{index}]", index, value)
-                first += num_rows
-
-    def _record(self, text: Any, name: str, index: int, group: Any) -> Record:
-        if is_text(text):
-            return Record(text, name, index, group=group)
-        problem = f"{name} holds no text in column {self.text_field!r} but {text!r:.40}; or set data.skip_broken to leave it out"
-        return _broken(self.skip_broken, UserError(("data.corpus", problem)), name, index)
+            with open_decompressed(path) as file:
+                data = file.read()
+        except OSError as error:
+            raise damaged(path, error) if is_damage(error) else error from None
+        if what_is_it(data[:HEAD_BYTES]) is not None:
+            raise not_text(path, data[:HEAD_BYTES])
+        return decode(data, str(path))
 
     def hint(self) -> None:
         return None
@@ -286,16 +197,15 @@ class HubDataset:
         if start.hint is not None:
             self._reading.load_state_dict(start.hint)
             index = start.index
-        for row in self._reading:
-            if index >= start.index:
-                name = f"{self.path}[{shard}][{index}]"
-                if is_text(row.get(self.text_field)):
-                    yield Record(row[self.text_field], name, index, group=_group(row, self.group_field, name))
-                else:
-                    fields = ", ".join(map(repr, row))
-                    problem = f"{name} has no text in field {self.text_field!r} (it has {fields}); set data.text_field"
-                    yield _broken(self.skip_broken, UserError(("data.text_field", problem)), name, index)
-            index += 1
+        with errors_name(f"{self.path}[{shard}]"):
+            for row in self._reading:
+                if index >= start.index:
+                    name = f"{self.path}[{shard}][{index}]"
+                    if is_text(row.get(self.text_field)):
+                        yield Record(row[self.text_field], name, index, group=group_of(row, self.group_field, name))
+                    else:
+                        yield broken(self.skip_broken, no_text(row, self.text_field, name), name, index)
+                index += 1
 
     def hint(self) -> Any:
         return json.loads(json.dumps(self._reading.state_dict()))

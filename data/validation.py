@@ -12,7 +12,7 @@ import numpy as np
 
 from .corpus import CorpusSpec, DocumentStream, Split
 from .errors import UserError
-from .reader import Chunk, Lane, empty_chunk
+from .reader import Chunk, Lane, empty_chunk, encode_document
 from .tokenizer import Encoder, num_bytes
 
 VALIDATION_SEED = 0  # of the order in which held-out documents are taken: one set for every run, whatever its seed
@@ -76,7 +76,7 @@ def document_validation(
     documents, size, total, has_text = [], 0, 0, False
     for i, record in enumerate(stream.one_epoch()):
         assert record.text is not None
-        tokens = encoder(record.text)
+        tokens = encode_document(encoder, record)
         total += len(tokens) - 1
         has_text = has_text or bool(record.text)
         if i % num_readers == reader:

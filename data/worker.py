@@ -4,10 +4,24 @@ import os
 import pickle
 import signal
 import sys
+import traceback
 
 from .errors import UserError
-from .loader import DirectChunks
+from .files import one_line
+from .loader import DirectChunks, ReaderSpec
 from .output import secure_output
+
+
+def _error_to_send(error: BaseException, spec: ReaderSpec) -> Exception:
+    """The error that crosses to the run. One that nobody expected leaves its traceback on stderr, for a bug report."""
+    corpus = spec.corpus.corpus
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, MemoryError):
+        advice = "use fewer data.workers, a smaller data.shuffle_window or smaller documents"
+        return UserError(("data.corpus", f"{corpus}: there is not enough memory to read it; {advice}"))
+    traceback.print_exception(error)
+    return RuntimeError(f"a data worker failed while reading {corpus} ({one_line(error)})")
 
 
 def main() -> None:
@@ -23,8 +37,10 @@ def main() -> None:
             for chunk in DirectChunks(*job):
                 pickle.dump(chunk, out, protocol=pickle.HIGHEST_PROTOCOL)
                 out.flush()
-        except UserError as error:
-            pickle.dump(error, out)
+        except BrokenPipeError:
+            raise
+        except BaseException as error:  # a tokenizer that panics raises no Exception
+            pickle.dump(_error_to_send(error, job[0]), out)
             out.flush()
     except BrokenPipeError:
         os._exit(0)

@@ -81,7 +81,8 @@ class DataSection(Section):
     """What is read, and in which order."""
 
     corpus: str = Field(default="python-stdlib", min_length=1)
-    """python-stdlib, a file, folder or glob (parquet, jsonl, jsonl.gz, jsonl.zst, text), a hub dataset, or a task: synthetic/NAME."""
+    """python-stdlib, a file, folder or glob (parquet; JSON lines, csv, tsv or text, plain, .gz or .zst), a hub dataset, or a task:
+    synthetic/NAME."""
     task: dict[str, Any] = {}
     """Options of a synthetic task (docs/synthetic.md), e.g. {length: 64, num_tokens: 4}. It has no use for the settings of text, below."""
     subset: str | None = None
@@ -93,7 +94,8 @@ class DataSection(Section):
     text_field: str = "text"
     """Column or key that holds a document's text."""
     skip_broken: bool = False
-    """Leave out documents that are not UTF-8, not JSON, or without text (they are counted) instead of stopping."""
+    """Leave out what is broken, and count it, instead of stopping: documents that are not UTF-8, not JSON, or without text; row groups of
+    parquet files that are damaged; and what a cut or damaged file holds behind the damage."""
     join: str | None = Field(default=None, min_length=1)
     """Join documents into long ones. folder: the files of a folder; package: all files below a folder of the corpus's root; in both, files
     directly in the root stay as they are. Rows: the name of a column, e.g. book_id; consecutive rows with the same value are one document.

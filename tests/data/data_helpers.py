@@ -1,8 +1,10 @@
 """What several test files share: corpora of every kind, the naive reader, and documents read back from chunks."""
 
+import csv
 import gzip
+import io
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -14,11 +16,14 @@ import pyarrow.parquet
 import zstandard
 from minrnn.data import IGNORED, Chunk, CorpusSpec, DocumentStream, Encoder, open_source
 from minrnn.data.corpus import Split, WindowAddress
-from minrnn.data.sources import HubDataset, JsonLines, Parquet, Record, Source, TextFiles
+from minrnn.data.rows import Csv, JsonLines, Parquet
+from minrnn.data.sources import HubDataset, Record, Source, TextFiles
 
 BOS, EOS = 256, 257
 ENCODER = Encoder(BOS, EOS, None)
 KINDS = ("text", "jsonl", "jsonl.gz", "jsonl.zst", "parquet", "hub")
+OTHER_NAMES = ("ndjson", "JSONL", "json", "json.gz", "json.ZST", "csv", "csv.zst", "tsv.gz", "txt.gz", "txt.zst")
+PACK = {"gz": gzip.compress, "zst": zstandard.ZstdCompressor().compress}
 
 
 def some_texts(count: int, seed: int = 0, longest: int = 30) -> list[str]:
@@ -35,12 +40,21 @@ def json_line(text: str) -> str:
     return json.dumps({"text": text, "other": 1}, ensure_ascii=False) + "\n"
 
 
+def csv_rows(texts: Iterable[str], delimiter: str) -> bytes:
+    """A header and a row for each text."""
+    text = io.StringIO(newline="")
+    csv.writer(text, delimiter=delimiter).writerows([["other", "text"], *([1, text] for text in texts)])
+    return text.getvalue().encode()
+
+
 def write_corpus(kind: str, folder: Path, texts: Sequence[str], num_shards: int = 1) -> CorpusSpec:
     """The texts, in this order, as a corpus of this kind; consecutive parts of them in each shard."""
     folder.mkdir(parents=True, exist_ok=True)
-    if kind == "text":
+    content, _, packing = kind.lower().partition(".")
+    pack: Callable[[bytes], bytes] = PACK.get(packing, bytes)
+    if content in ("text", "txt"):
         for i, text in enumerate(texts):
-            (folder / f"{i:05}.txt").write_bytes(text.encode())
+            (folder / f"{i:05}.{kind if content == 'txt' else 'txt'}").write_bytes(pack(text.encode()))
         return CorpusSpec(str(folder))
     for shard in range(num_shards):
         part = list(texts[shard * len(texts) // num_shards : (shard + 1) * len(texts) // num_shards])
@@ -50,20 +64,21 @@ def write_corpus(kind: str, folder: Path, texts: Sequence[str], num_shards: int 
             table = pyarrow.table({"other": list(range(len(part))), "text": pyarrow.array(part, pyarrow.string())})
             pyarrow.parquet.write_table(table, folder / name, row_group_size=3)
         else:
-            data = "".join(map(json_line, part)).encode()
-            packed = {"jsonl": bytes, "jsonl.gz": gzip.compress, "jsonl.zst": zstandard.ZstdCompressor().compress}[kind](data)
-            (folder / f"part-{shard:05}.{kind}").write_bytes(packed)
+            is_csv = content in ("csv", "tsv")
+            data = csv_rows(part, "\t" if content == "tsv" else ",") if is_csv else "".join(map(json_line, part)).encode()
+            (folder / f"part-{shard:05}.{kind}").write_bytes(pack(data))
     return CorpusSpec(str(folder))
 
 
 def make_source(kind: str, spec: CorpusSpec) -> Source:
     """The source class of this kind over a corpus that `write_corpus` wrote."""
     files = sorted(path for path in Path(spec.corpus).rglob("*") if path.is_file())
-    if kind == "text":
+    content = kind.lower().partition(".")[0]
+    if content in ("text", "txt"):
         return TextFiles(files, Path(spec.corpus), spec.skip_broken)
     if kind == "hub":
         return HubDataset(spec.corpus, spec.subset, spec.split, spec.revision, spec.text_field, spec.skip_broken)
-    return (Parquet if kind == "parquet" else JsonLines)(files, spec.text_field, spec.skip_broken)
+    return {"parquet": Parquet, "csv": Csv, "tsv": Csv}.get(content, JsonLines)(files, spec.text_field, spec.skip_broken)
 
 
 def texts_of(records: Iterable[Record]) -> list[str]:

@@ -1,9 +1,11 @@
 """Every source, read from every place, is the tail of itself read from the start; what is broken is named."""
 
+import bz2
 import gzip
 import itertools
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,10 +15,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
-from data_helpers import ENCODER, KINDS, json_line, make_source, some_texts, texts_of, write_corpus
+from data_helpers import ENCODER, KINDS, OTHER_NAMES, csv_rows, json_line, make_source, some_texts, texts_of, write_corpus
 from minrnn.data import CorpusSpec, DocumentReader, DocumentStream, UserError, open_source
 from minrnn.data.corpus import Window, WindowAddress
-from minrnn.data.sources import JsonLines, Parquet, Place, Record, Source, TextFiles
+from minrnn.data.rows import JsonLines
+from minrnn.data.sources import Place, Record, Source, TextFiles
 
 
 def read_all(source: Source) -> list[list[Record]]:
@@ -39,12 +42,12 @@ def epoch_of(stream: DocumentStream) -> Iterator[Window]:
         address = window.following
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS + OTHER_NAMES)
 @pytest.mark.parametrize("num_shards", [1, 2])
 def test_reading_from_any_place_is_the_tail(kind: str, num_shards: int, tmp_path: Path):
     texts = some_texts(17)
     source = make_source(kind, write_corpus(kind, tmp_path, texts, num_shards))
-    assert source.num_shards == (1 if kind == "text" else num_shards)
+    assert source.num_shards == (1 if kind.startswith(("text", "txt")) else num_shards)
     shards = read_all(source)
     assert texts_of(itertools.chain(*shards)) == texts
     assert read_all(source) == shards
@@ -58,7 +61,7 @@ def test_reading_from_any_place_is_the_tail(kind: str, num_shards: int, tmp_path
             assert list(source.read(shard, Place(count))) == whole[count:], "without a hint"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS + OTHER_NAMES)
 def test_a_hint_taken_after_going_on_from_a_hint(kind: str, tmp_path: Path):
     source = make_source(kind, write_corpus(kind, tmp_path, some_texts(17)))
     whole = read_all(source)[0]
@@ -81,9 +84,113 @@ def test_paths_folders_and_globs(tmp_path: Path):
     assert texts_of(open_source(CorpusSpec(f"{tmp_path}/?.txt")).read(0, Place())) == ["a.txt", "b.txt"]
 
 
-def test_the_kind_is_told_from_the_suffix(tmp_path: Path):
-    for kind, expected in {"text": TextFiles, "jsonl": JsonLines, "jsonl.gz": JsonLines, "jsonl.zst": JsonLines, "parquet": Parquet}.items():
-        assert isinstance(open_source(write_corpus(kind, tmp_path / kind, some_texts(3))), expected)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS + OTHER_NAMES if kind != "hub"])
+def test_the_kind_is_told_from_the_suffix(kind: str, tmp_path: Path):
+    source = open_source(write_corpus(kind, tmp_path, some_texts(3)))
+    assert type(source) is type(make_source(kind, CorpusSpec(str(tmp_path))))
+    assert texts_of(itertools.chain(*read_all(source))) == some_texts(3)
+
+
+UNNAMED = {
+    "rows": (json_line("one").encode(), JsonLines),
+    "a long row": (json.dumps({"text": "x" * 20_000}).encode(), JsonLines),
+    "a mark before rows": (b"\xef\xbb\xbf" + json_line("one").encode(), JsonLines),
+    "text": (b'one {"text": 1}\n', TextFiles),
+    "a set": (b"{1, 2}\n", TextFiles),
+    "nothing": (b"", TextFiles),
+}
+
+
+@pytest.mark.parametrize("name", ["part-0001", "part.0001", "part.gz", "part.zst"])
+@pytest.mark.parametrize("content", UNNAMED)
+def test_content_says_what_the_name_does_not(content: str, name: str, tmp_path: Path):
+    data, expected = UNNAMED[content]
+    pack = {".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}.get(Path(name).suffix, bytes)
+    (tmp_path / name).write_bytes(pack(data) + b"")
+    if not (tmp_path / name).stat().st_size:
+        (tmp_path / "a.txt").write_text("a text beside it")
+    assert type(open_source(CorpusSpec(str(tmp_path)))) is expected
+
+
+def test_parquet_of_any_name(tmp_path: Path):
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["one"]}), tmp_path / "part-0001")
+    assert texts_of(open_source(CorpusSpec(str(tmp_path))).read(0, Place())) == ["one"]
+
+
+def test_a_file_unpacked_under_its_old_name_is_read(tmp_path: Path):
+    (tmp_path / "a.jsonl.gz").write_text(json_line("one") + json_line("two"))
+    (tmp_path / "b.jsonl").write_bytes(gzip.compress(json_line("three").encode()))
+    assert texts_of(itertools.chain(*read_all(open_source(CorpusSpec(str(tmp_path)))))) == ["one", "two", "three"]
+
+
+REFUSED = {
+    "a.json": (json.dumps([{"text": "one"}]), "is one JSON array, not an object a line; write one object a line, e.g. with jq -c '.[]'"),
+    "b.json": (
+        json.dumps({"text": "one"}, indent=2),
+        "is JSON whose objects go over several lines; write one object a line, e.g. with jq",
+    ),
+    "c.jsonl": (json.dumps([{"text": "one"}], indent=2), "is one JSON array"),
+    "d.ndjson": (json.dumps({"text": "one"}, indent=2) * 2, "is JSON whose objects go over several lines"),
+    "e.json": (json.dumps({"body": "one"}), "has no field 'text', it has 'body'; set data.text_field"),
+    "f.csv": ("title,body\na,b\n", "has no column 'text'; it has 'title', 'body'"),
+    "g.csv": ("text,text\na,b\n", "has 2 columns of the name 'text'"),
+    "h.tsv": ("text\tb\nwith a \t tab\tb\n", "h.tsv[0] has 3 cells, but the header has 2; quote cells"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("pack", ["", ".gz"])
+def test_json_and_tables_of_another_form_are_refused_in_words(name: str, pack: str, tmp_path: Path):
+    text, told = REFUSED[name]
+    path = tmp_path / f"{name}{pack}"
+    path.write_bytes(gzip.compress(text.encode()) if pack else text.encode())
+    message = problem(CorpusSpec(str(path)))
+    assert str(path) in message
+    assert told.replace(name, path.name) in message
+    assert len(message.splitlines()) == 1
+
+
+BINARY = {
+    "picture.png": (b"\x89PNG\r\n\x1a\n\0\0", "a PNG image"),
+    "texts.zip": (b"PK\x03\x04\0\0", "a zip archive"),
+    "texts.tar": (b"a.txt".ljust(257, b"\0") + b"ustar\x0000", "a tar archive"),
+    "texts.tar.gz": (gzip.compress(b"a.txt".ljust(257, b"\0") + b"ustar\x0000"), "a tar archive"),
+    "list.pkl": (pickle.dumps(["one"]), "a pickle"),
+    "words.txt": ("one".encode("utf-16"), "UTF-16; convert it to UTF-8"),
+    "words.text": ("one".encode("utf-16-le"), "binary: it holds NUL bytes"),
+    "a.txt.bz2": (bz2.compress(b"one"), "compressed with bzip2; decompress it"),
+}
+
+
+@pytest.mark.parametrize("name", BINARY)
+def test_a_binary_file_among_texts_is_named_or_skipped(name: str, tmp_path: Path):
+    data, told = BINARY[name]
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / name).write_bytes(data)
+    message = problem(CorpusSpec(str(tmp_path)))
+    assert f"{tmp_path / name} is not text but {told}" in message
+    records = list(open_source(CorpusSpec(str(tmp_path), skip_broken=True)).read(0, Place()))
+    assert sorted(record.text or "" for record in records) == ["", "one"]
+
+
+def test_csv_as_it_comes(tmp_path: Path):
+    """Mark, CR LF, quotes, line breaks in cells, empty lines, cells longer than the module's limit; bytes that are not UTF-8 cost a row."""
+    long = "x" * 200_000
+    rows = csv_rows(["one, two", 'a "quote"', "two\r\nlines\n", "", long], ",").replace(b"\r\n1,", b"\r\n\r\n1,")
+    (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbf" + rows + b"1,\xff\r\n1,last")
+    assert "holds bytes in field 'text'" in problem(CorpusSpec(str(tmp_path)))
+    records = list(open_source(CorpusSpec(str(tmp_path), skip_broken=True)).read(0, Place()))
+    assert [record.text for record in records] == ["one, two", 'a "quote"', "two\r\nlines\n", "", long, None, "last"]
+
+
+def test_folders_that_mix_are_told_with_an_example_of_each(tmp_path: Path):
+    """Empty files whose names say nothing (`_SUCCESS`) are no kind of their own."""
+    (tmp_path / "a.jsonl").write_text(json_line("one"))
+    (tmp_path / "_SUCCESS").touch()
+    assert texts_of(itertools.chain(*read_all(open_source(CorpusSpec(str(tmp_path)))))) == ["one"]
+    (tmp_path / "README.md").write_text("read me")
+    (tmp_path / "b.csv").write_text("text\none\n")
+    assert "mixes csv (b.csv), jsonl (a.jsonl), text (README.md) files; name one kind" in problem(CorpusSpec(str(tmp_path)))
 
 
 def test_relative_paths_are_looked_up_from_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -133,7 +240,7 @@ def test_what_cannot_be_found(tmp_path: Path):
     assert f"{tmp_path / 'a.txt'} is empty" in problem(CorpusSpec(str(tmp_path / "a.txt")))
     (tmp_path / "b.jsonl").write_text(json_line("one"))
     message = problem(CorpusSpec(str(tmp_path)))
-    assert "mixes jsonl, text files" in message
+    assert "mixes jsonl (b.jsonl), text (a.txt) files" in message
     assert "glob" in message
 
 

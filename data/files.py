@@ -1,0 +1,192 @@
+"""What a file of a corpus is: rows or text, and how it is compressed.
+
+The name decides where it says so; the first bytes decide where it does not (`.json`, `part-0001`, `data.gz`), and always how a
+file is compressed, so that a `.jsonl.gz` that a browser has unpacked on the way is read all the same.
+"""
+
+import codecs
+import errno
+import io
+import json
+import mimetypes
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePath
+from typing import Literal, cast
+
+from .errors import UserError
+
+Kind = Literal["text", "jsonl", "csv", "parquet", "binary"]
+
+COMPRESSED = (".gz", ".zst", ".zstd")
+ROWS: dict[str, Kind] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".pq": "parquet"}
+HEAD_BYTES = 8192
+SIGNATURES = {
+    b"\x89PNG": "a PNG image",
+    b"\xff\xd8\xff": "a JPEG image",
+    b"GIF8": "a GIF image",
+    b"%PDF": "a PDF document",
+    b"PK\x03\x04": "a zip archive (or a file made of one: docx, npz, pt)",
+    b"BZh": "compressed with bzip2; decompress it",
+    b"\xfd7zXZ": "compressed with xz; decompress it",
+    b"\x04\x22\x4d\x18": "compressed with lz4; decompress it",
+    b"7z\xbc\xaf": "a 7z archive",
+    b"\x80\x02": "a pickle",
+    b"\x80\x03": "a pickle",
+    b"\x80\x04": "a pickle",
+    b"\x80\x05": "a pickle",
+    b"\x93NUMPY": "a NumPy array",
+    b"ARROW1": "an Arrow file; convert it to parquet",
+    b"PAR1": "a parquet file; its name should end in .parquet",
+    b"SQLite format 3": "an SQLite database",
+    b"\x7fELF": "a program",
+    b"\xff\xfe": "UTF-16; convert it to UTF-8",
+    b"\xfe\xff": "UTF-16; convert it to UTF-8",
+}
+
+
+def compression(path: Path) -> Literal["gzip", "zstd"] | None:
+    """How a file is compressed, by its first bytes."""
+    with path.open("rb") as file:
+        head = file.read(4)
+    if head[:2] == b"\x1f\x8b":
+        return "gzip"
+    is_skippable = len(head) == 4 and 0x50 <= head[0] <= 0x5F and head[1:] == b"\x2a\x4d\x18"  # what parallel compressors begin with
+    return "zstd" if head == b"\x28\xb5\x2f\xfd" or is_skippable else None
+
+
+def open_decompressed(path: Path) -> io.BufferedReader:
+    """A file's bytes; compressed files may have several parts. A damaged one is an OSError without a number."""
+    packed = compression(path)
+    if packed is None:
+        return path.open("rb")
+    import pyarrow
+
+    stream = pyarrow.input_stream(str(path), compression=packed)
+    return io.BufferedReader(cast(io.RawIOBase, stream))
+
+
+def is_damage(error: Exception) -> bool:
+    """Whether an error of reading says that the file's content is broken, rather than that the disk does not answer.
+
+    Arrow raises ArrowInvalid (a ValueError) or OSError without a number for bytes that cannot be decompressed or decoded.
+    """
+    return isinstance(error, ValueError) or (isinstance(error, OSError) and error.errno is None)
+
+
+@contextmanager
+def errors_name(name: Path | str) -> Iterator[None]:
+    """Every error of reading within is a UserError that names the file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except MemoryError:
+        advice = "cut it into smaller documents or row groups, or use fewer data.workers and a smaller data.shuffle_window"
+        raise UserError(("data.corpus", f"{name} does not fit into memory; {advice}")) from None
+    except FileNotFoundError as error:
+        why = f"{name} cannot be read any more ({os.strerror(error.errno or errno.ENOENT)})"
+        raise UserError(("data.corpus", f"{why}; a run goes on with the corpus it began with")) from None
+    except OSError as error:  # permissions, a disk, a network
+        raise UserError(("data.corpus", f"{name} cannot be read ({os.strerror(error.errno) if error.errno else one_line(error)})")) from None
+    except Exception as error:  # pyarrow, datasets and the hub's client each raise their own
+        raise UserError(("data.corpus", f"{name} cannot be read ({one_line(error)})")) from error
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, without line breaks; its type where that is not an OSError."""
+    text = " ".join(str(error).split())[:300]
+    return text if isinstance(error, OSError) and text else f"{type(error).__name__}: {text}".removesuffix(": ")
+
+
+def what_is_it(head: bytes) -> str | None:
+    """What a file is that begins like this, if that is no text."""
+    if head[257:262] == b"ustar":
+        return "a tar archive"
+    for signature, name in SIGNATURES.items():
+        if head.startswith(signature):
+            return name
+    return "binary: it holds NUL bytes (if it is UTF-16, convert it to UTF-8)" if b"\0" in head else None
+
+
+def not_text(path: Path, head: bytes | None = None) -> UserError:
+    """The error for a file that is read as text but is something else."""
+    what = what_is_it(_head(path) if head is None else head)
+    advice = "name the files to read with a glob such as DIR/**/*.txt, or set data.skip_broken to leave such files out"
+    return UserError(("data.corpus", f"{path} is not text but {what}; {advice}"))
+
+
+def inner_suffix(path: Path) -> str:
+    """The suffix that says what is in a file, in lower case: of `a.JSONL.gz` it is `.jsonl`."""
+    suffixes = [suffix.lower() for suffix in PurePath(path.name).suffixes]
+    while suffixes and suffixes[-1] in COMPRESSED:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+_types = mimetypes.MimeTypes()  # Python's own table: the machine's would make another corpus of the same files
+
+
+def file_kind(path: Path) -> Kind | None:
+    """What a file holds; None for an empty one whose name does not say.
+
+    Raises:
+        UserError: it cannot be opened, or is JSON but not a value a line.
+    """
+    suffix = inner_suffix(path)
+    if suffix in ROWS:
+        return ROWS[suffix]
+    media_type = _types.types_map[True].get(suffix, "")
+    if media_type.startswith("text/"):
+        return "text"
+    with errors_name(path):
+        head = _head(path)
+    if not head:
+        return None
+    if suffix == ".json":
+        check_json_lines(head, path)
+        return "jsonl"
+    if head.startswith(b"PAR1"):
+        return "parquet"
+    if what_is_it(head) is not None:
+        return "binary"
+    says_nothing = not suffix or suffix[1:].isdigit()  # part-0001, part.0001
+    return "jsonl" if says_nothing and _begins_with_object(head) else "text"
+
+
+def _head(path: Path) -> bytes:
+    try:
+        with open_decompressed(path) as file:
+            return file.read(HEAD_BYTES)
+    except OSError as error:
+        if not is_damage(error):
+            raise
+        with path.open("rb") as file:  # a compressed file that is broken; reading it says so
+            return file.read(HEAD_BYTES)
+
+
+def _begins_with_object(head: bytes) -> bool:
+    line, newline, _ = head.removeprefix(codecs.BOM_UTF8).lstrip().partition(b"\n")
+    if not newline and len(head) >= HEAD_BYTES:  # a line that is longer than what was read
+        return re.match(rb'\{\s*"', line) is not None
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def check_json_lines(head: bytes, path: Path) -> None:
+    """Refuse, by a file's first bytes, JSON that is not an object a line.
+
+    Raises:
+        UserError: with the way to convert it.
+    """
+    line, newline, _ = head.removeprefix(codecs.BOM_UTF8).lstrip().partition(b"\n")
+    line = line.rstrip()
+    advice = "write one object a line, e.g. with jq -c"
+    if line.startswith(b"["):
+        raise UserError(("data.corpus", f"{path} is one JSON array, not an object a line; {advice} '.[]' IN.json > OUT.jsonl"))
+    if newline and (line == b"{" or (line.startswith(b"{") and line.endswith((b'",', b"[", b"{", b":")))):
+        raise UserError(("data.corpus", f"{path} is JSON whose objects go over several lines; {advice} . IN.json > OUT.jsonl"))

@@ -1,0 +1,204 @@
+"""Local files whose rows are documents: JSON lines, CSV and parquet. Each file is a shard."""
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+from .files import HEAD_BYTES, check_json_lines, compression, errors_name, inner_suffix, is_damage, open_decompressed
+from .sources import Place, Record, broken, damaged, decode, group_of, is_text, no_join_column, no_text
+
+
+@dataclass
+class _RowFiles:
+    """What the sources of this file share."""
+
+    paths: list[Path]
+    text_field: str
+    skip_broken: bool = False
+    group_field: str | None = None
+
+    @property
+    def num_shards(self) -> int:
+        return len(self.paths)
+
+    def _record(self, row: Any, name: str, index: int) -> Record:
+        if isinstance(row, dict) and is_text(row.get(self.text_field)):
+            return Record(row[self.text_field], name, index, group=group_of(row, self.group_field, name))
+        return broken(self.skip_broken, no_text(row, self.text_field, name), name, index)
+
+    def _damaged(self, path: Path, error: Exception, index: int, problem: str) -> Record:
+        """For what cannot be read of a file. An error of the disk is raised as it is: another try may succeed."""
+        if not is_damage(error):
+            raise error
+        return broken(self.skip_broken, damaged(path, error, problem), f"{path}[{index}]", index)
+
+
+@dataclass
+class JsonLines(_RowFiles):
+    """Each line of a file (plain, gzip or zstd) is a document. The hint is a byte offset in a plain file."""
+
+    _offset: int | None = field(default=None, init=False)
+
+    def read(self, shard: int, start: Place) -> Iterator[Record]:
+        path, index = self.paths[shard], 0
+        with errors_name(path):
+            is_plain = compression(path) is None
+            with open_decompressed(path) as file:
+                self._offset = 0 if is_plain else None
+                if is_plain and start.hint is not None:
+                    file.seek(start.hint)
+                    index, self._offset = start.index, start.hint
+                try:
+                    if index == 0 and not self.skip_broken:
+                        check_json_lines(file.peek(HEAD_BYTES), path)
+                    for line in file:
+                        if self._offset is not None:
+                            self._offset += len(line)
+                        if index >= start.index and line.strip():
+                            yield self._parse(line, f"{path}:{index + 1}", index)
+                        index += 1
+                except OSError as error:
+                    record = self._damaged(path, error, index, f"is damaged behind line {index}")
+                    if index >= start.index:
+                        yield record
+
+    def _parse(self, line: bytes, name: str, index: int) -> Record:
+        try:
+            row = json.loads(decode(line, name))
+        except UserError as error:
+            return broken(self.skip_broken, error, name, index)
+        except (ValueError, RecursionError) as error:  # also numbers of too many digits, and nesting too deep
+            problem = f"{name} is not JSON ({error}); set data.skip_broken to leave such documents out"
+            return broken(self.skip_broken, UserError(("data.corpus", problem)), name, index)
+        return self._record(row, name, index)
+
+    def hint(self) -> int | None:
+        return self._offset
+
+
+@dataclass
+class Csv(_RowFiles):
+    """Each row of a .csv or .tsv file (plain, gzip or zstd) below its header is a document."""
+
+    def read(self, shard: int, start: Place) -> Iterator[Record]:
+        path, index = self.paths[shard], 0
+        csv.field_size_limit(2**31 - 1)  # of the process; its default is less than a long document
+        delimiter = "\t" if inner_suffix(path) == ".tsv" else ","
+        with errors_name(path), open_decompressed(path) as file, _text_of(file) as text:
+            rows = csv.reader(text, delimiter=delimiter)
+            try:
+                header = next(rows, [])
+                self._check_header(header, path)
+                for cells in rows:
+                    if not cells:  # an empty line
+                        continue
+                    if index >= start.index:
+                        yield self._row(header, cells, f"{path}[{index}]", index)
+                    index += 1
+            except (OSError, csv.Error) as error:
+                reason = ValueError(str(error)) if isinstance(error, csv.Error) else error
+                record = self._damaged(path, reason, index, f"is damaged behind row {index}")
+                if index >= start.index:
+                    yield record
+
+    def _check_header(self, header: list[str], path: Path) -> None:
+        if header and self.text_field not in header:
+            raise no_column(self.text_field, header, path)
+        if header and self.group_field is not None and self.group_field not in header:
+            raise no_join_column(self.group_field, header, str(path))
+        check_unique(header, self.text_field, self.group_field, path)
+
+    def _row(self, header: list[str], cells: list[str], name: str, index: int) -> Record:
+        if len(cells) != len(header):
+            problem = f"{name} has {len(cells)} cells, but the header has {len(header)}; quote cells that hold the delimiter or a line break"
+            advice = "set data.skip_broken to leave such rows out"
+            return broken(self.skip_broken, UserError(("data.corpus", f"{problem}, or {advice}")), name, index)
+        row: dict[str, Any] = dict(zip(header, cells, strict=True))
+        if not is_text(row[self.text_field]):  # bytes that are not UTF-8 were read as surrogates
+            row[self.text_field] = row[self.text_field].encode(errors="surrogateescape")
+        return self._record(row, name, index)
+
+    def hint(self) -> None:
+        return None
+
+
+def _text_of(file: io.BufferedReader) -> io.TextIOWrapper:
+    return io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+
+
+def no_column(column: str, columns: list[str], path: Path) -> UserError:
+    """The error for a file without the column of text."""
+    return UserError(("data.text_field", f"{path} has no column {column!r}; it has {', '.join(map(repr, columns))}"))
+
+
+def check_unique(columns: list[str], text_field: str, group_field: str | None, path: Path) -> None:
+    """Refuse two columns of a name that is read.
+
+    Raises:
+        UserError: there are.
+    """
+    for key, column in (("data.text_field", text_field), ("data.join", group_field)):
+        if columns.count(column or "") > 1:
+            raise UserError((key, f"{path} has {columns.count(column or '')} columns of the name {column!r}; give them different names"))
+
+
+@dataclass
+class Parquet(_RowFiles):
+    """Each row is a document. A row group that is damaged is named, or left out, all its rows."""
+
+    def read(self, shard: int, start: Place) -> Iterator[Record]:
+        import pyarrow.parquet
+
+        path = self.paths[shard]
+        with errors_name(path):
+            path.open("rb").close()  # raises the system's own error where there is one
+            try:
+                file = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
+            except (OSError, pyarrow.ArrowInvalid) as error:
+                record = self._damaged(path, error, 0, "is not a parquet file, or not a whole one")
+                if start.index == 0:
+                    yield record
+                return
+            with file:
+                names = file.schema_arrow.names
+                if self.text_field not in names:
+                    raise no_column(self.text_field, names, path)
+                if self.group_field is not None and self.group_field not in names:
+                    raise no_join_column(self.group_field, names, str(path))
+                check_unique(names, self.text_field, self.group_field, path)
+                first = 0
+                for group in range(file.num_row_groups):
+                    end = first + file.metadata.row_group(group).num_rows
+                    if end > start.index:
+                        yield from self._row_group(file, group, range(first, end), start.index, path)
+                    first = end
+
+    def _row_group(self, file: Any, group: int, rows: range, start: int, path: Path) -> Iterator[Record]:
+        import pyarrow
+
+        wanted = [self.text_field] if self.group_field is None else [self.text_field, self.group_field]
+        try:
+            table = file.read_row_group(group, columns=wanted)
+            if len(table) != len(rows):
+                raise ValueError(f"{len(table)} rows instead of {len(rows)}")
+        except (OSError, ValueError) as error:  # cut short, changed since it was opened, or bytes that rotted
+            for index in range(max(rows.start, start), rows.stop):
+                yield self._damaged(path, error, index, f"is damaged in row group {group}, rows {rows.start} to {rows.stop - 1}")
+            return
+        columns = [table.column(name) for name in wanted]
+        for index in range(max(rows.start, start), rows.stop):
+            values = []
+            for column in columns:
+                try:
+                    values.append(column[index - rows.start].as_py())
+                except UnicodeDecodeError:  # parquet does not promise UTF-8
+                    values.append(column[index - rows.start].cast(pyarrow.binary()).as_py())
+            yield self._record(dict(zip(wanted, values, strict=True)), f"{path}[{index}]", index)
+
+    def hint(self) -> None:
+        return None
