@@ -4,8 +4,12 @@ A recipe is YAML with these sections; `--section.field value` on the command lin
 reports every mistake at once.
 """
 
+import ast
+import inspect
 import os
 import re
+import sys
+import textwrap
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -42,6 +46,18 @@ class RunSection(Section):
 _TOKENIZER_FIELDS = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
 
 
+def docstring_of(cls: type) -> str:
+    """A class's docstring; from its source, as pydantic reads those of fields, where Python leaves docstrings out (PYTHONOPTIMIZE=2)."""
+    if sys.flags.optimize < 2:
+        return cls.__doc__ or ""
+    try:
+        definition = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    except OSError:  # a class that is made while the program runs keeps its own
+        return cls.__doc__ or ""
+    assert isinstance(definition, ast.ClassDef)
+    return ast.get_docstring(definition, clean=False) or ""
+
+
 def _documented_fields(docstring: str) -> dict[str, str]:
     """The `name: text` entries of a Google-style Args section."""
     args = docstring.split("Args:")[1].split("Raises:")[0]
@@ -67,7 +83,7 @@ class _ModelBase(Section):
         return config.problems()
 
 
-_descriptions = _documented_fields(MinRNNConfig.__doc__ or "")
+_descriptions = _documented_fields(docstring_of(MinRNNConfig))
 _model_fields: dict[str, Any] = {
     name: (annotation, Field(getattr(MinRNNConfig, name), description=_descriptions[name]))
     for name, annotation in MinRNNConfig.__annotations__.items()

@@ -13,7 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from ..data.errors import UserError
-from .config import SECTIONS, Recipe
+from .config import SECTIONS, Recipe, docstring_of
 from .public import config_without_credentials
 
 # What may change when a run goes on: where it lives, how long it is, how it reports. Everything else decides the losses; parallel.context does
@@ -62,7 +62,7 @@ def help_text() -> str:
     """Usage and every setting with its default."""
     lines = [USAGE.format(recipes=", ".join(shipped_recipes()))]
     for section, cls in SECTIONS.items():
-        lines.append(f"{section}: {' '.join((cls.__doc__ or '').split())}")
+        lines.append(f"{section}: {' '.join(docstring_of(cls).split())}")
         for name, field in cls.model_fields.items():
             lines.append(f"  --{section}.{name}  [{field.get_default(call_default_factory=True)}]\n        {field.description}")
         lines.append("")

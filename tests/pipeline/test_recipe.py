@@ -1,6 +1,8 @@
 """Recipes: from a file and a command line to values, every mistake at once."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -144,6 +146,13 @@ def test_what_is_resolved_reads_back_as_itself():
     recipe = read_recipe(["--model.preset", "paper", "--model.dropout", "0.1"])
     again = build_recipe(yaml.safe_load(yaml.safe_dump(resolved(recipe))))
     assert resolved(again) == resolved(recipe)
+
+
+@pytest.mark.slow
+def test_help_is_the_same_where_python_leaves_docstrings_out():
+    code = "from minrnn.pipeline.recipe import help_text; print(help_text())"
+    said = subprocess.run([sys.executable, "-OO", "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.endswith(help_text() + "\n")
 
 
 def test_help_teaches_every_setting():
