@@ -38,6 +38,7 @@ from .recipe import resolved
 from .run import Run, patience, set_up
 from .saving import snapshot
 from .tracking import send_missed
+from .watchdog import Watchdog
 
 SPIKE_WINDOW = 100  # steps whose median loss says what is usual
 POLL_SECONDS = 0.5  # without data until signals are looked for
@@ -58,17 +59,24 @@ def train(recipe: Recipe) -> None:
     transformers.logging.disable_progress_bar()
     accelerator = processes.start(patience(recipe), processes.local_device(recipe.train.device))
     check_engine(accelerator.distributed_type)
-    with contextlib.closing(open_folder(recipe, accelerator)) as folder:
+    with Watchdog.of(accelerator, recipe.train.peer_timeout) as watchdog, contextlib.ExitStack() as stack:
+        watchdog.enter("opening the run's folder", is_set_up=True)
+        if not accelerator.is_main_process:  # the main one opens it for all, and is behind while it does
+            watchdog.enter("waiting for the run's folder", is_set_up=True)
+        folder = stack.enter_context(contextlib.closing(open_folder(recipe, accelerator)))
+        if accelerator.is_main_process:
+            watchdog.enter("handing the run's folder on", is_set_up=True)
         if folder.is_finished:
+            watchdog.stop()
             if accelerator.is_main_process:
                 done = f"{folder.path} is finished: step {folder.manifest['step']} of {recipe.train.steps}"
                 print(f"{done}, model in {folder.path / 'model'}. Raise train.steps to go on.")
                 send_missed(folder.path, recipe, folder.manifest["step"], warn)
             return
-        run = set_up(recipe, accelerator, folder)
+        run = set_up(recipe, accelerator, folder, watchdog)
         status, signal_number = "FAILED", None
         try:
-            with Interrupt() as interrupt, run.watchdog:
+            with Interrupt() as interrupt:
                 signal_number = take_steps(run, interrupt)
                 if signal_number is None:
                     _finish(run)
@@ -77,6 +85,7 @@ def train(recipe: Recipe) -> None:
             error.add_note(f"after step {run.step}")  # whether it is the same again after a restart
             raise
         finally:
+            watchdog.stop()
             run.close(status)
         if run.is_main and signal_number is None:
             folder.mark_finished(run.step)
@@ -352,7 +361,7 @@ def _finish(run: Run) -> None:
         path = folder / "checkpoints" / checkpoint.checkpoint_name(run.step)
         dtype, trusted = "fp64" if recipe.train.precision == "fp64" else "fp32", recipe.data.trust_remote_code
         model, tokenizer, config = load_checkpoint(path, run.config.vocab_size, dtype, trusted)
-        run.folder.metrics.sync()
+        _write_last_lines(run)
         validations = [entry for entry in run.folder.metrics.history.update().validations if entry["step"] == run.step]
         score = f", {told(validations[-1])} on held-out data" if validations else ""
         if not export_model(model, tokenizer, (folder / "model").resolve(), config, run.tokens, score):
@@ -360,6 +369,14 @@ def _finish(run: Run) -> None:
         _write_samples(run, model, tokenizer)
         run.say(f"finished: model, samples.txt and loss.png are in {folder}")
     run.accelerator.wait_for_everyone()
+
+
+def _write_last_lines(run: Run) -> None:
+    try:
+        run.folder.metrics.sync()
+    except OSError as error:
+        message = f"the last lines of {run.folder.metrics.path} could not be written ({error.strerror}); the same command tries again"
+        raise StorageError(error.errno, message) from None
 
 
 def _write_samples(run: Run, model: MinRNNForCausalLM, tokenizer: Any) -> None:

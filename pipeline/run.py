@@ -100,21 +100,30 @@ class Run:
 
 def patience(recipe: Recipe) -> timedelta:
     """How long collectives wait: longer than the watchdog, which knows names."""
-    return timedelta(seconds=recipe.train.peer_timeout + 60)
+    return timedelta(seconds=recipe.train.peer_timeout + 120)
 
 
-def set_up(recipe: Recipe, accelerator: Accelerator, folder: RunFolder) -> Run:
+def set_up(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, watchdog: Watchdog) -> Run:
     """A run ready for its next step: readers where they stopped, model and optimizer as saved, tracking begun.
 
     Raises:
         UserError: data, a checkpoint or an export that cannot be used, from whichever process met it.
     """
+    watchdog.enter("measuring the machine", is_set_up=True)
     choice, rate = _decide_precision(recipe, accelerator, folder)  # before anything runs beside it
     recipe = settled(recipe, folder.saved)
     recipe = dataclasses.replace(recipe, train=recipe.train.model_copy(update={"precision": choice.precision}))
     layout = processes.layout_of(accelerator, recipe.parallel.context, patience(recipe))
     mine = layout.readers(recipe.batch.readers)
-    opened, problems = processes.together(accelerator, lambda: _open(recipe, folder, mine, accelerator.device))
+    watchdog.enter("opening data and model", is_set_up=True)
+
+    def open_own() -> Opened:
+        try:
+            return _open(recipe, folder, mine, accelerator.device)
+        finally:
+            watchdog.enter("meeting the others, data and model open", is_set_up=True)  # ahead of who has not opened them yet
+
+    opened, problems = processes.together(accelerator, open_own)
     if problems or opened is None:
         if opened is not None:
             opened[0].close()
@@ -123,6 +132,7 @@ def set_up(recipe: Recipe, accelerator: Accelerator, folder: RunFolder) -> Run:
     config, num_parameters = model.config, model.num_parameters()
     if layout.group is not None:
         use_context_parallel(model, layout.group)
+    watchdog.enter("building the engine", is_set_up=True)
     engine = build_engine(recipe, accelerator, model, folder.checkpoint)
     if accelerator.is_main_process:
         folder.begin(recipe)
@@ -150,7 +160,7 @@ def set_up(recipe: Recipe, accelerator: Accelerator, folder: RunFolder) -> Run:
             warn,
             folder.metrics.sync,
         ),
-        Watchdog(accelerator, train.peer_timeout),
+        watchdog,
         step,
         manifest.get("tokens", 0),
         rate,

@@ -1,10 +1,11 @@
 """When a process hangs, the others wait for it in some collective, which says nothing. The watchdog says who it is, and ends the wait.
 
-Every process has a thread that writes down in the launcher's store, now and then, that it lives (a beat), whether its training moves (a count),
-and which phase it has come to (another count, the same on all processes where they are equally far). Where nobody has moved for `timeout`
-seconds, someone hangs: who does not beat (it is stopped, or its machine is gone), or else who is phases behind. The thread names them and ends
-its process with status 75, so that an elastic launcher starts all anew from the newest checkpoint. It ends it too where the store has been
-gone for so long: then the launcher is, and whoever comes to start the run again is to find nobody in its folder.
+Every process has a thread that writes down in the store, now and then, that it lives (a beat), whether it moves (a count), and which
+phase it has come to (another count, the same on all processes where they are equally far). Where nobody has moved for `timeout` seconds,
+someone hangs: who does not beat (it is stopped, or its machine is gone), or else who is phases behind. They are named, and the process ends
+with status 75, so that an elastic launcher starts all anew from the newest checkpoint. It ends too where the store has not answered for so
+long: who holds it, the launcher or rank 0, hangs or is gone, and whoever comes to start the run again is to find nobody in its folder. A
+store that is stopped answers nothing and raises nothing, so a second thread looks at the clock.
 """
 
 import os
@@ -19,8 +20,10 @@ from accelerate import Accelerator
 from torch.distributed import distributed_c10d as c10d
 
 from ..data.output import write_at_once
+from .processes import launcher_holds_store
 
 EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h
+SET_UP_SECONDS = 30.0  # that a phase of the set-up may take longer than `timeout`: a step says nothing about it
 
 
 @dataclass(frozen=True)
@@ -48,21 +51,31 @@ class Watchdog:
 
     Args:
         timeout: seconds for the longest thing between two moves.
+        store: where the processes meet; None for a single one.
     """
 
-    def __init__(self, accelerator: Accelerator, timeout: float):
-        self.rank, self.num_processes, self.timeout = accelerator.process_index, accelerator.num_processes, timeout
-        self._beat, self._moves, self._phase, self._doing = 0, 0, 0, "starting"
-        self._ended = threading.Event()
-        self._store: Any = None
-        if self.num_processes > 1:
-            store: Any = c10d._get_default_store()  # the only way to it; a clone has a connection of its own
-            self._store = c10d.PrefixStore("minrnn/watchdog", store.clone())
+    def __init__(self, rank: int, num_processes: int, timeout: float, store: Any):
+        self.rank, self.num_processes, self.timeout = rank, num_processes, timeout
+        self._period = min(max(timeout / 5, 0.1), 15.0)
+        self._beat, self._moves, self._phase, self._doing, self._slack = 0, 0, 0, "starting", SET_UP_SECONDS
+        self._ended, self._look_is_wanted = threading.Event(), threading.Event()
+        self._looks: list[list[Seen]] = []
+        self._answered, self._why = time.monotonic(), "no answer"
+        self._threads: list[threading.Thread] = []
+        self._store = None if store is None else c10d.PrefixStore("minrnn/watchdog", store)
+        if store is not None:
             self._write()
-            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+            self._threads = [threading.Thread(target=target, daemon=True) for target in (self._talk, self._watch)]
 
-    def enter(self, phase: str) -> None:
-        """The training has come to a phase that all processes come to."""
+    @classmethod
+    def of(cls, accelerator: Accelerator, timeout: float) -> "Watchdog":
+        """That of a connected process, over a connection of its own."""
+        store: Any = c10d._get_default_store() if accelerator.num_processes > 1 else None  # the only way to it
+        return cls(accelerator.process_index, accelerator.num_processes, timeout, store and store.clone())
+
+    def enter(self, phase: str, is_set_up: bool = False) -> None:
+        """The process has come to a phase that all processes come to."""
+        self._slack = SET_UP_SECONDS if is_set_up else 0.0
         self._phase, self._moves, self._doing = self._phase + 1, self._moves + 1, phase
 
     def move(self) -> None:
@@ -70,51 +83,75 @@ class Watchdog:
         self._moves += 1
 
     def __enter__(self) -> "Watchdog":
-        if self._store is not None:
-            self._thread.start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Watch no more: from here on each process leaves when it has done its own."""
         self._ended.set()
-        if self._store is not None:
-            self._thread.join(self.timeout)
+        for thread in self._threads:
+            thread.join(5.0)
 
     def _write(self) -> None:
+        assert self._store is not None
         self._beat += 1
         self._store.set(str(self.rank), f"{self._beat}|{self._moves}|{self._phase}|{socket.gethostname()}|{self._doing}")
 
     def _look(self) -> list[Seen]:
-        keys = [str(rank) for rank in range(self.num_processes)]
-        self._store.wait(keys)
+        assert self._store is not None
         seen = []
-        for rank, value in enumerate(self._store.multi_get(keys)):
-            beat, moves, phase, host, doing = value.decode().split("|", 4)
+        for rank in range(self.num_processes):
+            if not self._store.check([str(rank)]):
+                seen.append(Seen(rank, "a host unknown", 0, 0, 0, "has not come so far"))
+                continue
+            beat, moves, phase, host, doing = self._store.get(str(rank)).decode().split("|", 4)
             seen.append(Seen(rank, host, int(beat), int(moves), int(phase), doing))
         return seen
 
-    def _watch(self) -> None:
-        period = min(max(self.timeout / 5, 0.1), 15.0)
-        moves, since, before, reached = self._moves, time.monotonic(), None, time.monotonic()
-        while not self._ended.wait(period):
-            waited = time.monotonic() - since
+    def _talk(self) -> None:
+        """All that is said to the store: here an answer may never come."""
+        assert self._store is not None
+        while not self._ended.wait(self._period):
             try:
                 self._write()
-                reached = time.monotonic()
-                if self._moves != moves:
-                    moves, since, before = self._moves, time.monotonic(), None
-                elif waited > self.timeout - 2 * period and before is None:
-                    before = self._look()
-                elif waited > self.timeout and before is not None:
-                    now = self._look()
-                    if any(seen.moves != old.moves for seen, old in zip(now, before, strict=True)):
-                        since, before = time.monotonic(), None  # it is its turn
-                    else:
-                        names = "; ".join(f"rank {seen.rank} on {seen.host} ({seen.doing})" for seen in suspects(before, now))
-                        self._leave(f"nothing has moved for {self.timeout:.0f} seconds; waiting for {names}")
+                self._store.add(f"answers/{self.rank}", 1)  # unlike `set`, it waits for one
+                if self._look_is_wanted.is_set():
+                    self._looks.append(self._look())
+                self._answered = time.monotonic()
             except (RuntimeError, torch.distributed.DistError) as error:
-                if not self._ended.is_set() and time.monotonic() - reached > self.timeout:
-                    why = str(error).splitlines()[0]
-                    self._leave(f"the launcher's store does not answer ({why}): the launcher, or the machine that holds it, is gone")
+                self._why = str(error).splitlines()[0]
+
+    def _watch(self) -> None:
+        moves, since = self._moves, time.monotonic()
+        while not self._ended.wait(self._period):
+            now, limit = time.monotonic(), self.timeout + self._slack
+            if now - self._answered > limit:
+                holder = "the launcher" if launcher_holds_store() else "rank 0"
+                host = os.environ.get("MASTER_ADDR", "its host")
+                self._leave(
+                    f"the store has not answered for {limit:.0f} seconds ({self._why}); {holder} on {host}, which holds it, hangs or is gone"
+                )
+            if self._moves != moves:
+                moves, since = self._moves, now
+                self._forget_looks()
+            elif now - since > limit and len(self._looks) >= 3:  # the first and the last are two beats apart
+                before, after = self._looks[0], self._looks[-1]
+                if any(seen.moves != old.moves for seen, old in zip(after, before, strict=True)):
+                    since = now  # it is its turn
+                    self._forget_looks()
+                else:
+                    names = "; ".join(f"rank {seen.rank} on {seen.host} ({seen.doing})" for seen in suspects(before, after))
+                    self._leave(f"nothing has moved for {limit:.0f} seconds; waiting for {names}")
+            elif now - since > limit - 3 * self._period:
+                self._look_is_wanted.set()
+
+    def _forget_looks(self) -> None:
+        self._look_is_wanted.clear()
+        self._looks = []
 
     def _leave(self, why: str) -> None:
         write_at_once(f"error: training: rank {self.rank}: {why}. Leaving; the newest checkpoint is as it was (train.peer_timeout).\n")

@@ -23,6 +23,7 @@ from ...pipeline.interrupt import Interrupt
 from ...pipeline.machine import keep_freed_memory
 from ...pipeline.recipe import read_recipe
 from ...pipeline.run import Run, patience, set_up
+from ...pipeline.watchdog import Watchdog
 from .measure import peak_memory
 from .worker import contest
 
@@ -60,7 +61,7 @@ class LoopWork:
         }
         recipe = read_recipe(["--config", RECIPE, *(word for key, value in overrides.items() for word in (f"--{key}", str(value)))])
         accelerator = processes.start(patience(recipe), processes.local_device(recipe.train.device))
-        self.run = set_up(recipe, accelerator, open_folder(recipe, accelerator))
+        self.run = set_up(recipe, accelerator, open_folder(recipe, accelerator), Watchdog.of(accelerator, recipe.train.peer_timeout))
         self.batch = next(iter(self.run.loader))
         self.info = {"parameters": self.run.num_parameters, "steps": self.steps}
         self._bare_steps(5)

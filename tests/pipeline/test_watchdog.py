@@ -1,19 +1,24 @@
 """Who hangs, and who is skipped."""
 
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import Values, losses
+from conftest import Values, losses, recipe_file
 from hypothesis import given
 from hypothesis import strategies as st
 from minrnn.data import UserError, byte_tokenizer
 from minrnn.models import MinRNNCache
 from minrnn.pipeline import loop
 from minrnn.pipeline.errors import NonFiniteError
-from minrnn.pipeline.watchdog import Seen, suspects
+from minrnn.pipeline.watchdog import EXIT_STATUS, Seen, suspects
 
 Run = Callable[[Values], Path]
 
@@ -25,6 +30,80 @@ def test_the_silent_are_named_or_else_those_furthest_behind(processes):
     silent = [rank for rank, (is_silent, _) in enumerate(processes) if is_silent]
     behind = [rank for rank, (_, mark) in enumerate(processes) if mark == min(mark for _, mark in processes)]
     assert [seen.rank for seen in suspects(before, now)] == (silent or behind)
+
+
+STORE = """
+import sys, time
+from datetime import timedelta
+from torch.distributed import TCPStore
+store = TCPStore("127.0.0.1", 0, 2, True, timeout=timedelta(seconds=60), wait_for_workers=False)
+print(store.port, flush=True)
+time.sleep(600)
+"""
+PEER = """
+import sys, time
+from datetime import timedelta
+from torch.distributed import TCPStore
+from minrnn.pipeline.watchdog import Watchdog
+store = TCPStore("127.0.0.1", int(sys.argv[1]), 2, False, timeout=timedelta(seconds=600), wait_for_workers=False)
+with Watchdog(1, 2, 1.0, store) as watchdog:
+    watchdog.enter("step 1: computing")
+    print("watched", flush=True)
+    while True:
+        time.sleep(0.1)
+        if sys.argv[2] == "moves":
+            watchdog.move()
+"""
+
+
+@pytest.mark.parametrize(
+    ("moves", "is_stopped", "message"),
+    [
+        ("moves", True, "the store has not answered for 1 seconds (no answer); rank 0 on 127.0.0.1, which holds it, hangs or is gone"),
+        ("hangs", True, "the store has not answered for 1 seconds (no answer); rank 0 on 127.0.0.1, which holds it, hangs or is gone"),
+        ("hangs", False, "nothing has moved for 1 seconds; waiting for rank 0 on a host unknown (has not come so far)"),
+    ],
+)
+def test_who_holds_the_store_is_named_when_it_is_stopped_and_who_never_came(moves: str, is_stopped: bool, message: str):
+    """A stopped store raises nothing: whoever asks it waits for ever."""
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1"}
+    with subprocess.Popen([sys.executable, "-c", STORE], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        command = [sys.executable, "-c", PEER, holder.stdout.readline().strip(), moves]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as peer:
+            assert peer.stdout is not None
+            assert peer.stdout.readline() == "watched\n"
+            if is_stopped:
+                holder.send_signal(signal.SIGSTOP)
+            told = peer.communicate(timeout=300)[1]
+        holder.kill()
+    assert peer.returncode == EXIT_STATUS
+    assert f"error: training: rank 1: {message}" in told
+
+
+HANGS_IN_SET_UP = """
+import os, sys, time
+from minrnn.pipeline import run, watchdog
+watchdog.SET_UP_SECONDS = 2.0
+if os.environ["RANK"] == "1":
+    run._open = lambda *_: time.sleep(600)
+from minrnn.pipeline.train import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_in_the_set_up_is_named(values: Values, tmp_path: Path):
+    values["train"]["peer_timeout"] = 10.0
+    (tmp_path / "program.py").write_text(HANGS_IN_SET_UP)
+    config = Path(__file__).parents[2] / "launch" / "accelerate" / "cpu.yaml"
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), str(tmp_path / "program.py")]
+    ended = subprocess.run(
+        [*launcher, "--config", str(recipe_file(values, tmp_path))], capture_output=True, text=True, timeout=600, check=False
+    )
+    assert ended.returncode != 0
+    named = r"error: training: rank [01]: nothing has moved for 12 seconds; waiting for rank 1 on \S+ \(opening data and model\)\."
+    assert re.search(named, ended.stderr)
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, steps: dict[int, float]) -> None:
