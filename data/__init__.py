@@ -3,9 +3,10 @@
 from .corpus import CorpusSpec, DocumentStream, open_source
 from .errors import UserError
 from .loader import ChunkLoader, ReaderSpec
+from .prompts import TextStream, prompt_batch, prompt_tokens, read_prompt
 from .reader import IGNORED, Chunk, DocumentReader, WindowReader, joined_tokens
 from .synthetic import Task, TaskValidation, build_task, is_synthetic, tokenizer_of
-from .tokenizer import BYTES, Encoder, byte_tokenizer, fingerprint, load_tokenizer, model_vocab_size, with_bos
+from .tokenizer import BYTES, Encoder, byte_tokenizer, fingerprint, load_tokenizer, model_vocab_size
 from .validation import ValidationSet, document_validation, window_validation
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "ReaderSpec",
     "Task",
     "TaskValidation",
+    "TextStream",
     "UserError",
     "ValidationSet",
     "WindowReader",
@@ -32,7 +34,9 @@ __all__ = [
     "load_tokenizer",
     "model_vocab_size",
     "open_source",
+    "prompt_batch",
+    "prompt_tokens",
+    "read_prompt",
     "tokenizer_of",
     "window_validation",
-    "with_bos",
 ]

@@ -6,7 +6,6 @@ Order never depends on the file system: paths are sorted. A place is a document'
 (byte offset, state of a streamed dataset); both are JSON.
 """
 
-import codecs
 import difflib
 import json
 from collections.abc import Collection, Iterator, Mapping
@@ -57,10 +56,19 @@ class Source(Protocol):
         ...
 
 
+def utf8(data: bytes) -> str:
+    """The text without a byte order mark.
+
+    Raises:
+        UnicodeDecodeError: its `start` counts from the first byte of the data.
+    """
+    return data.decode("utf-8").removeprefix("\ufeff")
+
+
 def decode(data: bytes, name: str) -> str:
     """UTF-8 text without a byte order mark; `name` is used in the error."""
     try:
-        return data.removeprefix(codecs.BOM_UTF8).decode("utf-8")
+        return utf8(data)
     except UnicodeDecodeError as error:
         raise UserError(
             ("data.corpus", f"{name} is not UTF-8 (byte {error.start}); convert it, or set data.skip_broken to leave such documents out")

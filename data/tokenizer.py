@@ -6,6 +6,7 @@ contains such a name stays text.
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,13 @@ from .errors import UserError
 
 BYTES = "bytes"
 SPECIAL_TOKENS = ("<bos>", "<eos>", "<pad>")
+SAVED = {  # what an export says of its tokenizer: tokenizer_config.json holds what the constructor was given
+    "padding_side": "left",
+    "split_special_tokens": True,
+    "clean_up_tokenization_spaces": False,
+    "model_max_length": 2**30,
+    "model_input_names": ["input_ids", "attention_mask"],
+}
 
 
 def _byte_alphabet() -> list[str]:
@@ -46,9 +54,7 @@ def byte_tokenizer() -> Any:
         bos_token=bos,
         eos_token=eos,
         pad_token=pad,
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-        model_max_length=2**30,
+        **SAVED,
     )
 
 
@@ -59,13 +65,13 @@ def fingerprint(tokenizer: Any) -> str:
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
-    """`"bytes"`, or what `AutoTokenizer.from_pretrained` loads from a folder or the hub, with bos, eos and pad filled in from each other.
+    """`"bytes"`, or what `AutoTokenizer.from_pretrained` loads from a folder or the hub, as `document_tokenizer` makes it.
 
     Args:
         trust_remote_code: run the code that it brings along. Without it transformers would ask at a prompt, which a pipe can answer.
 
     Raises:
-        UserError: it cannot be loaded, is not a fast tokenizer, brings code that is not trusted, or has no token that could end a document.
+        UserError: it cannot be loaded, is not a fast tokenizer, brings code that is not trusted, or cannot say where a document ends.
     """
     if name == BYTES:
         return byte_tokenizer()
@@ -84,14 +90,74 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
         ) from error
     if not tokenizer.is_fast:
         raise UserError(("data.tokenizer", f"{name!r} has no fast (tokenizers) version"))
+    return document_tokenizer(tokenizer, name)
+
+
+def document_tokenizer(tokenizer: Any, name: str) -> Any:
+    """A `PreTrainedTokenizerFast` of the same tokens that encodes any text as a document begins: `<bos> text`, nothing behind it.
+
+    It is of no model's own class, since those rebuild parts of themselves when they are loaded: what is saved here is loaded everywhere
+    as it is. Names of special tokens in a text are text, padding is on the left, nothing is cut off; bos, eos and pad are filled in from
+    each other.
+
+    Raises:
+        UserError: there is no token that could end a document, or the text of its name would become that token.
+    """
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
     end = tokenizer.eos_token or tokenizer.bos_token
     if end is None:
         raise UserError(("data.tokenizer", f"{name!r} has neither an eos nor a bos token, so a document cannot end"))
     tokenizer.eos_token = end
     tokenizer.bos_token = tokenizer.bos_token or end
     tokenizer.pad_token = tokenizer.pad_token or end
-    tokenizer.padding_side = "left"
-    return tokenizer
+    values = json.loads(tokenizer.backend_tokenizer.to_str())
+    values |= {"truncation": None, "padding": None, "post_processor": _begins_with(tokenizer.bos_token, tokenizer.bos_token_id)}
+    backend = Tokenizer.from_str(json.dumps(values))
+    _split_names(backend)
+    boundaries = {tokenizer.bos_token_id: tokenizer.bos_token, tokenizer.eos_token_id: tokenizer.eos_token}
+    if whole := [boundaries[number] for number in _read_as_tokens(backend).keys() & boundaries.keys()]:
+        problem = f"{name!r} reads the text {' or '.join(map(repr, whole))} as the token that bounds documents"
+        raise UserError(("data.tokenizer", f"{problem}; choose a tokenizer that spells such names out"))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        **tokenizer.special_tokens_map,
+        extra_special_tokens=tokenizer.extra_special_tokens,
+        chat_template=tokenizer.chat_template,
+        **SAVED,
+    )
+
+
+def _begins_with(bos: str, number: int) -> dict[str, Any]:
+    """The post-processor that writes bos before each text, as tokenizer.json holds it (its Python class does not take every name)."""
+    token, texts = {"SpecialToken": {"id": bos, "type_id": 0}}, [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]
+    return {
+        "type": "TemplateProcessing",
+        "single": [token, texts[0]],
+        "pair": [token, texts[0], token, texts[1]],
+        "special_tokens": {bos: {"id": bos, "ids": [number], "tokens": [bos]}},
+    }
+
+
+def _read_as_tokens(backend: Any) -> dict[int, str]:
+    """Names of special tokens, by id, that the model finds in a text where they are to be text: pieces of its vocabulary, as T5's."""
+    backend.encode_special_tokens = True
+    special = {number: token.content for number, token in backend.get_added_tokens_decoder().items() if token.special}
+    ids = {number: backend.encode(f"{name} x{name}", add_special_tokens=False).ids for number, name in special.items()}
+    return {number: name for number, name in special.items() if number in ids[number]}
+
+
+def _split_names(backend: Any) -> None:
+    """Let the last step before the model cut such names behind their first character, so that none reaches it whole."""
+    from tokenizers import Regex, pre_tokenizers
+
+    names = [name for name in _read_as_tokens(backend).values() if len(name) > 1]
+    if names:
+        pattern = "|".join(f"{re.escape(name[0])}(?={re.escape(name[1:])})" for name in names)
+        split = pre_tokenizers.Split(Regex(pattern), "isolated")
+        before = backend.pre_tokenizer
+        backend.pre_tokenizer = split if before is None else pre_tokenizers.Sequence([before, split])
 
 
 def wants_trust(error: Exception) -> bool:
@@ -154,9 +220,3 @@ def num_bytes(text: str) -> int:
 def model_vocab_size(tokenizer: Any, multiple: int = 8) -> int:
     """Rows of the model's embedding: the tokenizer's ids, rounded up for the matrix units."""
     return -(-(max(tokenizer.get_vocab().values()) + 1) // multiple) * multiple
-
-
-def with_bos(tokenizer: Any, prompt: str) -> str:
-    """The prompt as a document begins: behind the bos token, where the tokenizer does not write that by itself."""
-    writes_it = tokenizer(prompt or " ", return_token_type_ids=False)["input_ids"][:1] == [tokenizer.bos_token_id]
-    return prompt if writes_it or prompt.startswith(tokenizer.bos_token) else tokenizer.bos_token + prompt

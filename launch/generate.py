@@ -1,12 +1,12 @@
 """`minrnn generate`: continue a prompt, printed as it comes. A prompt of any length is read in pieces of bounded memory."""
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 from ..data.errors import UserError
-from ..data.tokenizer import with_bos
+from ..data.prompts import TextStream, prompt_batch, read_prompt
+from ..data.sources import is_text
 from ..pipeline.options import add_device, add_dtype, add_trust
 
 
@@ -39,11 +39,13 @@ def main(argv: list[str]) -> None:
         (f"--{name.replace('_', '-')}", "must be at least 1") for name in ("max_new_tokens", "prefill") if getattr(arguments, name) < 1
     ]
     prompt = arguments.prompt
-    if arguments.prompt_file is not None:
-        try:
-            prompt = sys.stdin.read() if str(arguments.prompt_file) == "-" else arguments.prompt_file.read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            problems.append(("--prompt-file", f"cannot read {arguments.prompt_file}: {error}"))
+    try:
+        if arguments.prompt_file is not None:
+            prompt = read_prompt(arguments.prompt_file, "--prompt-file")
+        elif not is_text(prompt):
+            problems.append(("--prompt", "is not UTF-8; convert it"))
+    except UserError as error:
+        problems += error.problems
     if problems:
         raise UserError(*problems)
 
@@ -57,13 +59,35 @@ def main(argv: list[str]) -> None:
         arguments.model, arguments.dtype, arguments.device, arguments.trust_remote_code
     )  # generate() is none of the class's for type checkers
     model, tokenizer = loaded
+    inputs = prompt_batch(tokenizer, [prompt]).to(model.device)
+    output = TextStream(tokenizer, inputs["input_ids"][0].tolist())
+    _print(prompt)
     transformers.set_seed(arguments.seed)
     sampling = {"do_sample": True, "temperature": arguments.temperature, "top_p": arguments.top_p, "top_k": 0}
     model.generate(
-        **tokenizer(with_bos(tokenizer, prompt), return_tensors="pt", return_token_type_ids=False).to(model.device),
+        **inputs,
         **(sampling if arguments.temperature > 0 else {"do_sample": False}),
         max_new_tokens=arguments.max_new_tokens,
         prefill_chunk_size=arguments.prefill,
         pad_token_id=tokenizer.pad_token_id,
-        streamer=transformers.TextStreamer(tokenizer, skip_special_tokens=True),
+        streamer=_Streamer(output),
     )
+
+
+def _print(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+class _Streamer:
+    """What `generate()` hands tokens to: prints all but the prompt, which it hands over first."""
+
+    def __init__(self, output: TextStream):
+        self.output, self.is_prompt = output, True
+
+    def put(self, value: Any) -> None:
+        if not self.is_prompt:
+            _print(self.output.write(value.tolist()))
+        self.is_prompt = False
+
+    def end(self) -> None:
+        _print(self.output.end() + "\n")

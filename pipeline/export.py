@@ -8,7 +8,7 @@ import yaml
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from ..data import UserError, tokenizer_of, with_bos
+from ..data import TextStream, UserError, prompt_batch, tokenizer_of
 from ..models import MinRNNConfig, MinRNNForCausalLM
 from . import card
 from .checkpoint import checkpoint_name, load_parameters, newest_valid, read_manifest
@@ -119,9 +119,7 @@ def load_checkpoint(path: Path, vocab_size: int, dtype: str, trust_remote_code: 
 @torch.no_grad()
 def sample(model: PreTrainedModel, tokenizer: Any, prompts: list[str], num_tokens: int, seed: int) -> list[str]:
     """A continuation of each prompt, prompt included, drawn at temperature 0.8; leaves the global random state as it was."""
-    inputs = tokenizer([with_bos(tokenizer, prompt) for prompt in prompts], return_tensors="pt", padding=True, return_token_type_ids=False).to(
-        model.device
-    )
+    inputs = prompt_batch(tokenizer, prompts).to(model.device)
     was_training = model.training
     model.eval()
     with torch.random.fork_rng():
@@ -130,4 +128,11 @@ def sample(model: PreTrainedModel, tokenizer: Any, prompts: list[str], num_token
         drawn = {"do_sample": True, "temperature": 0.8, "top_k": 0, "pad_token_id": tokenizer.pad_token_id}
         ids = generate(**inputs, max_new_tokens=num_tokens, synced_gpus=False, **drawn)  # ZeRO-3 or not, this process is alone with it
     model.train(was_training)
-    return tokenizer.batch_decode(ids, skip_special_tokens=True)
+    length = inputs["input_ids"].shape[1]
+    return [prompt + _text(tokenizer, row[:length], row[length:]) for prompt, row in zip(prompts, ids.tolist(), strict=True)]
+
+
+def _text(tokenizer: Any, prompt: list[int], new: list[int]) -> str:
+    """What was written behind a prompt."""
+    stream = TextStream(tokenizer, prompt)
+    return stream.write(new) + stream.end()

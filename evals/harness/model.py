@@ -34,6 +34,7 @@ from transformers import (
 )
 
 from ...data.errors import UserError
+from ...data.prompts import prompt_tokens
 from ...models import MinRNNForCausalLM
 from ...models.decoding import TokenStep
 from ...models.modeling_minrnn import PREFILL
@@ -114,7 +115,7 @@ class MinRNNLM(TemplateLM):
                 self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
             place(pretrained, self._decide_dtype(pretrained.dtype, dtype, target), target)
         self.model, self.tokenizer, self._device = pretrained, tokenizer, pretrained.device
-        self.config = self.model.config
+        self.config, self._has_template = self.model.config, False
         self.batch_size, self.piece, self.rolling_window, self.max_gen_toks = int(batch_size), piece, rolling_window, max_gen_toks
 
     def _decide_dtype(self, stored: torch.dtype, asked: str, device: torch.device) -> torch.dtype:
@@ -151,16 +152,19 @@ class MinRNNLM(TemplateLM):
         return {"model_num_parameters": self.model.num_parameters(), "model_dtype": str(self.model.dtype), "rolling": self.rolling}
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Tokens, behind <bos> as in training unless `add_special_tokens` is False."""
-        ids = self.tokenizer.encode(string, add_special_tokens=False, **kwargs)
-        return ids if add_special_tokens is False or ids[:1] == [self.prefix_token_id] else [self.prefix_token_id, *ids]
+        """Tokens as training reads a text, behind <bos> unless `add_special_tokens` is False."""
+        if self._has_template:  # whose special tokens are tokens, its <bos> among them
+            ids = self.tokenizer.encode(string, add_special_tokens=False, split_special_tokens=False)
+            return ids if add_special_tokens is False or ids[:1] == [self.prefix_token_id] else [self.prefix_token_id, *ids]
+        return prompt_tokens(self.tokenizer, string)[0 if add_special_tokens is not False else 1 :]
 
     def tok_decode(self, tokens: list[int]) -> str:
         """Text without special tokens."""
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """By the tokenizer's template."""
+        """By the tokenizer's template; from then on names of special tokens are read as tokens."""
+        self._has_template = True
         return self.tokenizer.apply_chat_template(
             chat_history, tokenize=False, add_generation_prompt=add_generation_prompt, continue_final_message=not add_generation_prompt
         )
