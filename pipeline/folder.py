@@ -17,7 +17,7 @@ from .export_folder import check_export
 from .folder_checks import folder_problems
 from .locks import lock
 from .metrics import MetricsFile, cut_metrics
-from .processes import from_main
+from .processes import on_main
 from .recipe import check_unchanged, resolved
 from .storage import make_folder, read, replace
 
@@ -47,8 +47,15 @@ class RunFolder:
         replace(self.path / "config.yaml", self._config)
 
     def mark_finished(self, step: int) -> None:
-        """What follows the last step is there. Whatever a kill before this leaves undone is done at the next start."""
-        replace(self.path / ".finished", str(step))
+        """What follows the last step is there. Whatever a kill before this leaves undone is done at the next start.
+
+        Raises:
+            StorageError: this could not be written.
+        """
+        try:
+            replace(self.path / ".finished", str(step))
+        except OSError as error:
+            raise StorageError(f"The end of the run could not be noted ({error}); the same command does so.") from error
 
     def restore(self) -> None:
         """Make the folder again, with its lock and settings, if it was removed while the run goes on.
@@ -89,32 +96,37 @@ def open_folder(recipe: Recipe, accelerator: Accelerator) -> RunFolder:
         StorageError: a checkpoint cannot be read now, and might be in order.
     """
     path = Path(recipe.run.dir)
-    held, found, is_finished, problems = None, None, False, []
-    if accelerator.is_main_process:
-        try:
-            if unusable := folder_problems(path):
-                raise UserError(*(("run.dir", problem) for problem in unusable))
-            held = _lock(path)
-            recover_export(path / "model")
-            found = _where_to_go_on(path, recipe)
-            is_finished = found is not None and found[1]["step"] >= recipe.train.steps and _is_finished(path, found[1]["step"])
-            if not is_finished:
-                check_export((path / "model").resolve(), "run.dir")
-        except UserError as error:
-            problems = error.problems
-        except StorageError:
-            if held is not None:
-                held.close()
-            raise
-        except OSError as error:
-            problems = [("run.dir", f"cannot use {path}: {error.strerror}")]
-    found, is_finished, problems = from_main(accelerator, (found, is_finished, problems))
-    if problems:
-        if held is not None:
-            held.close()
-        raise UserError(*problems)
-    checkpoint, manifest, saved = found or (None, {}, {})
-    return RunFolder(path, checkpoint, manifest, saved, is_finished, held, MetricsFile(path / "metrics.jsonl", warn))
+    folder = RunFolder(path, None, {}, {}, False, None, MetricsFile(path / "metrics.jsonl", warn))
+    try:
+        found, folder.is_finished = on_main(accelerator, lambda: _take(folder, recipe))
+    except BaseException:
+        folder.close()
+        raise
+    folder.checkpoint, folder.manifest, folder.saved = found or (None, {}, {})
+    return folder
+
+
+Found = tuple[Path, dict[str, Any], dict[str, Any]]
+"""A checkpoint, its manifest and its resolved recipe."""
+
+
+def _take(folder: RunFolder, recipe: Recipe) -> tuple[Found | None, bool]:
+    """Lock the folder; returns where to go on, if anywhere, and whether the run is finished."""
+    path = folder.path
+    try:
+        if problems := folder_problems(path):
+            raise UserError(*(("run.dir", problem) for problem in problems))
+        folder.lock = _lock(path)
+        recover_export(path / "model")
+        found = _where_to_go_on(path, recipe)
+        is_finished = found is not None and found[1]["step"] >= recipe.train.steps and _is_finished(path, found[1]["step"])
+        if not is_finished:
+            check_export((path / "model").resolve(), "run.dir")
+    except StorageError:
+        raise
+    except OSError as error:
+        raise UserError(("run.dir", f"cannot use {path}: {error.strerror}")) from None
+    return found, is_finished
 
 
 def _lock(path: Path) -> IO[str]:
@@ -153,7 +165,7 @@ def _is_finished(path: Path, step: int) -> bool:
     return note.exists() and note.read_text() == str(step) and (model / "config.json").exists() and any(model.glob("*.safetensors"))
 
 
-def _where_to_go_on(path: Path, recipe: Recipe) -> tuple[Path, dict[str, Any], dict[str, Any]] | None:
+def _where_to_go_on(path: Path, recipe: Recipe) -> Found | None:
     folder, resume = path / "checkpoints", recipe.run.resume
     if resume == "never":
         if steps_in(folder):

@@ -353,22 +353,24 @@ def _finish(run: Run) -> None:
     """The exported model, from the checkpoint that was just written, and what it writes itself.
 
     Raises:
-        OSError: a line of metrics.jsonl or the export could not be written; the same command tries again.
+        UserError, StorageError: in every process, if a line of metrics.jsonl or the export could not be written; the same command tries again.
     """
     run.watchdog.enter("exporting")
-    if run.is_main:
-        folder, recipe = run.folder.path, run.recipe
-        path = folder / "checkpoints" / checkpoint.checkpoint_name(run.step)
-        dtype, trusted = "fp64" if recipe.train.precision == "fp64" else "fp32", recipe.data.trust_remote_code
-        model, tokenizer, config = load_checkpoint(path, run.config.vocab_size, dtype, trusted)
-        _write_last_lines(run)
-        validations = [entry for entry in run.folder.metrics.history.update().validations if entry["step"] == run.step]
-        score = f", {told(validations[-1])} on held-out data" if validations else ""
-        if not export_model(model, tokenizer, (folder / "model").resolve(), config, run.tokens, score):
-            warn(kept_card(folder / "model"))
-        _write_samples(run, model, tokenizer)
-        run.say(f"finished: model, samples.txt and loss.png are in {folder}")
-    run.accelerator.wait_for_everyone()
+    processes.on_main(run.accelerator, lambda: _export(run))
+
+
+def _export(run: Run) -> None:
+    folder, recipe = run.folder.path, run.recipe
+    path = folder / "checkpoints" / checkpoint.checkpoint_name(run.step)
+    dtype, trusted = "fp64" if recipe.train.precision == "fp64" else "fp32", recipe.data.trust_remote_code
+    model, tokenizer, config = load_checkpoint(path, run.config.vocab_size, dtype, trusted)
+    _write_last_lines(run)
+    validations = [entry for entry in run.folder.metrics.history.update().validations if entry["step"] == run.step]
+    score = f", {told(validations[-1])} on held-out data" if validations else ""
+    if not export_model(model, tokenizer, (folder / "model").resolve(), config, run.tokens, score):
+        warn(kept_card(folder / "model"))
+    _write_samples(run, model, tokenizer)
+    run.say(f"finished: model, samples.txt and loss.png are in {folder}")
 
 
 def _write_last_lines(run: Run) -> None:

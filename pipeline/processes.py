@@ -15,11 +15,13 @@ import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, gather_object
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d as c10d
 
 from ..data import Chunk, UserError
 from ..models.context_parallel import ContextGroup
+from .errors import StorageError
 from .machine import num_cores, resolve_device, share_of_threads
 
 T = TypeVar("T")
@@ -186,6 +188,27 @@ def largest(accelerator: Accelerator, value: int) -> int:
 def from_main(accelerator: Accelerator, value: T) -> T:
     """The main process's value, everywhere."""
     return broadcast_object_list([value])[0] if accelerator.num_processes > 1 else value
+
+
+def on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
+    """What the function returns in the main process, which alone calls it; everywhere.
+
+    Raises:
+        UserError, StorageError: in every process, where the main one met a user's mistake or a disk's error. The others would wait for it.
+    """
+    result: Any = None
+    error: Exception | None = None
+    if accelerator.is_main_process:
+        try:
+            result = function()
+        except UserError as raised:
+            error = raised
+        except (OSError, SafetensorError) as raised:  # one line from all processes, so without the number (see train.main)
+            error = StorageError(str(raised))
+    result, error = from_main(accelerator, (result, error))
+    if error is not None:
+        raise error
+    return result
 
 
 def gathered(accelerator: Accelerator, values: list[Any]) -> list[Any]:

@@ -1,5 +1,6 @@
 """A run: everything that lasts as long as it does, and how it is set up, anew or from a checkpoint."""
 
+import contextlib
 import dataclasses
 import os
 import sys
@@ -133,9 +134,11 @@ def set_up(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, watchdog
     if layout.group is not None:
         use_context_parallel(model, layout.group)
     watchdog.enter("building the engine", is_set_up=True)
-    engine = build_engine(recipe, accelerator, model, folder.checkpoint)
-    if accelerator.is_main_process:
-        folder.begin(recipe)
+    with contextlib.ExitStack() as if_it_fails:
+        if_it_fails.callback(loader.close)
+        engine = build_engine(recipe, accelerator, model, folder.checkpoint)
+        processes.on_main(accelerator, lambda: folder.begin(recipe))
+        if_it_fails.pop_all()
     manifest, train = folder.manifest, recipe.train
     step = manifest.get("step", 0)
     run = Run(

@@ -128,8 +128,8 @@ class Saver:
         final = self.folder / checkpoint_name(step)
         building = self.folder / f".{checkpoint_name(step)}.building"
         if self.rank == 0:
-            checkpoint.remove_leftovers(self.folder)
             with contextlib.suppress(OSError):  # then no file can be written either, and that is told by every process
+                checkpoint.remove_leftovers(self.folder)
                 make_folder(self.folder)
                 building.mkdir()
         self._gather(None)

@@ -10,6 +10,7 @@ import yaml
 from conftest import Values, losses, stop_at_step_7
 from minrnn.data import UserError
 from minrnn.pipeline import loop
+from minrnn.pipeline.errors import StorageError
 from minrnn.pipeline.folder_checks import folder_problems
 from minrnn.pipeline.locks import lock
 from minrnn.pipeline.recipe import build_recipe, resolved
@@ -156,6 +157,19 @@ def test_what_follows_the_last_step_is_done_until_it_is_all_there(values: Values
     assert "is finished: step 12 of 12" in capfd.readouterr().out
     assert (folder / "model" / "model.safetensors").read_bytes() == weights
     assert not (folder / ".model.replaced").exists()
+
+
+def test_a_disk_that_does_not_take_a_file_ends_the_run_in_words(values: Values, run_recipe: Run):
+    """Where the temporary file of a name would be is a folder: config.yaml's at the start, the export's list, .finished at the very end."""
+    run = Path(values["run"]["dir"])
+    for steps, in_the_way in ((2, run / ".config.yaml.part"), (3, run / "..finished.part"), (4, run / "model" / "..minrnn-export.json.part")):
+        values["train"]["steps"] = steps
+        in_the_way.mkdir(parents=True)
+        with pytest.raises(StorageError, match=in_the_way.name):
+            run_recipe(values)
+        in_the_way.rmdir()
+        run_recipe(values)
+        assert (run / ".finished").read_text() == str(steps)
 
 
 def at_step_7(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:

@@ -56,6 +56,16 @@ def test_mistakes_are_told_once_by_two_processes(values: Values, tmp_path: Path)
 
 
 @pytest.mark.slow
+def test_what_the_main_process_cannot_write_is_told_once_and_all_leave(values: Values, tmp_path: Path):
+    """config.yaml, which the first process writes while the other would wait for it: a folder is in the way of its temporary file."""
+    (tmp_path / "run" / ".config.yaml.part").mkdir(parents=True)
+    result = launch(recipe_file(values, tmp_path), processes=2)
+    assert result.returncode == 1
+    assert result.stderr.count("error: training: [Errno 21] Is a directory") == 1, result.stderr
+    assert "broadcast" not in result.stderr  # what a process says that waited for one that is gone
+
+
+@pytest.mark.slow
 def test_kill_minus_nine_at_random_moments(values: Values, run_recipe: Run, tmp_path: Path):
     """The same command, started again and again, ends with the file of an undisturbed run."""
     values["train"] |= {"steps": 300, "save_every": 15, "eval_every": 100, "sample_tokens": 0}
