@@ -189,7 +189,7 @@ def describe(name: str, launch: Launch, architecture: int) -> dict[str, Any]:
 
 def main() -> None:
     """Compile everything, print a line each, write the JSON."""
-    parser = argparse.ArgumentParser(prog="python -m minrnn.evals.kernels", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m minrnn.evals.kernels", description="What Triton kernels compile to.")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where to write the JSON")
     parser.add_argument("--sm", type=int, nargs="+", default=[80, 90], help="architectures to compile for")
     arguments = parser.parse_args()

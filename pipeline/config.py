@@ -8,7 +8,6 @@ import ast
 import inspect
 import os
 import re
-import sys
 import textwrap
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -47,21 +46,22 @@ _TOKENIZER_FIELDS = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id
 
 
 def docstring_of(cls: type) -> str:
-    """A class's docstring; from its source, as pydantic reads those of fields, where Python leaves docstrings out (PYTHONOPTIMIZE=2)."""
-    if sys.flags.optimize < 2:
-        return cls.__doc__ or ""
+    """A class's docstring without indentation, which Python 3.13 drops and others keep.
+
+    It is read from the source, as pydantic reads those of fields: Python leaves docstrings out under PYTHONOPTIMIZE=2.
+    """
     try:
         definition = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
     except OSError:  # a class that is made while the program runs keeps its own
-        return cls.__doc__ or ""
+        return inspect.cleandoc(cls.__doc__ or "")
     assert isinstance(definition, ast.ClassDef)
-    return ast.get_docstring(definition, clean=False) or ""
+    return ast.get_docstring(definition) or ""
 
 
 def _documented_fields(docstring: str) -> dict[str, str]:
     """The `name: text` entries of a Google-style Args section."""
     args = docstring.split("Args:")[1].split("Raises:")[0]
-    entries = re.findall(r"^        (\w+): (.*?)(?=^        \w+: |\Z)", args, flags=re.MULTILINE | re.DOTALL)
+    entries = re.findall(r"^    (\w+): (.*?)(?=^    \w+: |\Z)", args, flags=re.MULTILINE | re.DOTALL)
     return {name: " ".join(text.split()) for name, text in entries}
 
 

@@ -1,5 +1,6 @@
 """Recipes: from a file and a command line to values, every mistake at once."""
 
+import inspect
 import json
 import subprocess
 import sys
@@ -8,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 from minrnn.data import UserError
-from minrnn.pipeline.config import SECTIONS
+from minrnn.models import MinRNNConfig
+from minrnn.pipeline.config import SECTIONS, docstring_of
 from minrnn.pipeline.recipe import build_recipe, check_unchanged, flatten, help_text, read_recipe, resolved, settled
 from minrnn.pipeline.run import corpus_of
 
@@ -247,3 +249,9 @@ def test_a_corpus_is_read_without_what_the_run_writes_beside_it(tmp_path: Path, 
     left_out = corpus_of(read_recipe(["--run.dir", "runs/x", "--tracking.uri", "sqlite:///db/mlflow.db?timeout=9"])).left_out
     expected = {"runs/x", "runs/x/metrics.jsonl", "runs/x/model", "mlruns", "db/mlflow.db", "db/mlflow.db-journal"}
     assert expected <= {str(Path(path).relative_to(tmp_path.resolve())) for path in left_out}
+
+
+def test_docstrings_are_read_as_python_3_13_keeps_them():
+    """From 3.13 on without indentation; before, as they are written."""
+    assert MinRNNConfig.__doc__ is not None
+    assert docstring_of(MinRNNConfig) == inspect.cleandoc(MinRNNConfig.__doc__)
