@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from ..data.errors import UserError
 from .config import Recipe
 from .launcher_engines import deepspeed_key_problems, engine_problems
 from .machine import DTYPES, device_name, supports
-from .processes import launcher_holds_store, local_device, uses_deepspeed, world_size
+from .processes import gathered, launcher_holds_store, local_device, uses_deepspeed, world_size
+from .recipe import flatten, resolved
 
 Problem = tuple[str, str]
 
@@ -33,6 +35,23 @@ def check_launch(recipe: Recipe) -> None:
         print(*(f"error: {key}: {problem}" for key, problem in here), sep="\n", file=sys.stderr)
     if problems or here:
         raise UserError(*problems, *here)
+
+
+def check_same_recipe(recipe: Recipe, accelerator: Accelerator) -> None:
+    """Each process has read the recipe from its own machine: they must be the same. Called by all processes alike.
+
+    Raises:
+        UserError: in every process, each setting that differs and where.
+    """
+    recipes = gathered(accelerator, [flatten(resolved(recipe))])
+    problems = []
+    for rank, other in enumerate(recipes[1:], start=1):
+        for key in recipes[0].keys() | other.keys():
+            first, second = recipes[0].get(key), other.get(key)
+            if first != second:
+                problems.append((key, f"is {first!r} on rank 0, but {second!r} on rank {rank}; give all machines the same recipe"))
+    if problems:
+        raise UserError(*{key: (key, problem) for key, problem in sorted(problems, reverse=True)}.values())
 
 
 def _layout_problems(recipe: Recipe) -> list[Problem]:

@@ -29,7 +29,7 @@ from .export import export_model, kept_card, load_checkpoint, sample
 from .folder import open_folder, warn
 from .forecast import Forecast
 from .interrupt import Interrupt, leave
-from .launch_checks import check_launch
+from .launch_checks import check_launch, check_same_recipe
 from .launcher_engines import check_engine
 from .machine import keep_freed_memory, training_flops_per_token
 from .optim import learning_rate
@@ -60,6 +60,8 @@ def train(recipe: Recipe) -> None:
     accelerator = processes.start(patience(recipe), processes.local_device(recipe.train.device))
     check_engine(accelerator.distributed_type)
     with Watchdog.of(accelerator, recipe.train.peer_timeout) as watchdog, contextlib.ExitStack() as stack:
+        watchdog.enter("comparing recipes", is_set_up=True)
+        check_same_recipe(recipe, accelerator)
         watchdog.enter("opening the run's folder", is_set_up=True)
         if not accelerator.is_main_process:  # the main one opens it for all, and is behind while it does
             watchdog.enter("waiting for the run's folder", is_set_up=True)

@@ -6,6 +6,7 @@ every chunk.
 
 import dataclasses
 import os
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -157,13 +158,23 @@ def check_wrapped(accelerator: Accelerator, model: nn.Module) -> None:
 
 
 def together(accelerator: Accelerator, function: Callable[[], T]) -> tuple[T | None, list[tuple[str, str]]]:
-    """The function's result, and what the user must mend: in whichever process it raised UserError, all hear of it."""
-    result, problems = None, []
+    """The function's result, and what the user must mend: in whichever process it raised UserError, all hear of it.
+
+    Raises:
+        StorageError: in every process, where a file system of one of them failed. The others would wait for it.
+    """
+    result, problems, failures = None, [], []
     try:
         result = function()
     except UserError as error:
         problems = error.problems
-    return result, list(dict.fromkeys(gathered(accelerator, problems)))
+    except (OSError, SafetensorError) as error:
+        several = accelerator.num_processes > 1
+        failures = [f"rank {accelerator.process_index} on {socket.gethostname()}: {error}" if several else str(error)]
+    everywhere = gathered(accelerator, [(problems, failures)])
+    if failures := [failure for _, failures in everywhere for failure in failures]:
+        raise StorageError("; ".join(failures))
+    return result, list(dict.fromkeys(problem for problems, _ in everywhere for problem in problems))
 
 
 def total(accelerator: Accelerator, values: list[float]) -> list[float]:

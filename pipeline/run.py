@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -230,6 +231,9 @@ def _open(recipe: Recipe, folder: RunFolder, mine: range, device: torch.device) 
     config = model_config(recipe.model_fields_resolved(), tokenizer, vocab_size)
     readers = {reader: ReaderState(None, None) for reader in mine}
     if folder.checkpoint is not None:
+        if not folder.checkpoint.is_dir():
+            advice = "run.dir must be on a file system that all machines share"
+            raise UserError(("run.dir", f"rank 0 goes on from {folder.checkpoint}, which {socket.gethostname()} does not have; {advice}"))
         load = checkpoint.load_reader
         readers = {reader: load(folder.checkpoint, reader, config.num_hidden_layers, device) for reader in mine}
     data, batch = recipe.data, recipe.batch

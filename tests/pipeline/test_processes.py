@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from conftest import Values, losses, recipe_file
 
 Run = Callable[[Values], Path]
@@ -53,6 +54,24 @@ def test_mistakes_are_told_once_by_two_processes(values: Values, tmp_path: Path)
     values["batch"]["readers"] = 3
     told = launch(recipe_file(values, tmp_path), processes=2).stderr
     assert told.count("error: batch.readers: 3 readers cannot be shared evenly by 2 processes") == 1
+
+
+@pytest.mark.slow
+def test_recipes_that_differ_between_machines_are_refused(values: Values, tmp_path: Path):
+    """Both processes read the same path; each has a recipe of its own behind it, as machines with folders of their own do."""
+    for rank, lanes in enumerate((2, 3)):
+        (tmp_path / f"recipe-{rank}.yaml").write_text(yaml.safe_dump({**values, "batch": {**values["batch"], "lanes": lanes}}))
+    program = tmp_path / "own_recipe.py"
+    program.write_text(
+        "import os\nfrom minrnn.pipeline.train import main\n"
+        f"main(['--config', {str(tmp_path)!r} + '/recipe-' + os.environ['RANK'] + '.yaml'])\n"
+    )
+    config = REPOSITORY / "launch" / "accelerate" / "cpu.yaml"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), str(program)]
+    ended = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=1200, check=False)
+    assert ended.returncode != 0
+    assert ended.stderr.count("error: batch.lanes: is 2 on rank 0, but 3 on rank 1; give all machines the same recipe") == 1
+    assert not Path(values["run"]["dir"]).exists()
 
 
 @pytest.mark.slow
