@@ -68,6 +68,13 @@ def _open_descriptor(number: int) -> None:
             os.close(descriptor)
 
 
+def warn(message: str) -> None:
+    """One line on standard error, above a progress bar if there is one."""
+    from tqdm import tqdm  # here, since who secures the output does so before importing anything
+
+    tqdm.write(f"warning: {message}", file=sys.stderr)
+
+
 def write_at_once(message: str) -> None:
     """Write to stderr past Python's buffers, which a signal may have met in the middle of a write."""
     with contextlib.suppress(OSError, ValueError):

@@ -16,7 +16,6 @@ leave the process unusable.
 import argparse
 import gc
 import json
-import os
 import signal
 import time
 import traceback
@@ -28,6 +27,8 @@ from typing import Any
 import torch
 
 from ..data.errors import UserError
+from ..data.output import warn
+from ..pipeline.storage import replace
 from .bench.agreement import run_checks
 from .bench.command import run_bench
 from .bench.measure import release_memory
@@ -75,7 +76,7 @@ class OutOfTime(BaseException):
 def time_limit(seconds: float) -> Iterator[None]:
     """Raise OutOfTime in the main thread after so many seconds, where the system has alarms."""
     if not hasattr(signal, "SIGALRM"):
-        print("warning: this system has no alarms; the section takes as long as it takes")
+        warn("this system has no alarms; the section takes as long as it takes")
         yield
         return
 
@@ -92,9 +93,7 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def _write(path: Path, value: Any) -> None:
-    partial = path.with_name(f".{path.name}")
-    partial.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(partial, path)
+    replace(path, json.dumps(value, indent=1) + "\n")
 
 
 def _checks(device: torch.device, tiny: bool, out: Path) -> None:

@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..models import MinRNNCache
-from .storage import read, sync
+from .storage import read, sha256_of, sync
 
 MANIFEST = "manifest.json"
 FORMAT = 2  # of the manifest: since 2 it has a checksum of its own
@@ -51,16 +51,11 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def write_file(path: Path, write: Callable[[Path], object]) -> tuple[str, dict[str, Any]]:
     """Write and sync a file; returns its entry in the manifest."""
     write(path)
     sync(path)
-    return path.name, {"size": path.stat().st_size, "sha256": _digest(path)}
+    return path.name, {"size": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def publish(building: Path, final: Path, manifest: dict[str, Any]) -> None:
@@ -166,7 +161,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path / MANIFEST} is missing or damaged ({type(error).__name__})") from None
     for name, size, sha256 in files:
         try:
-            there, digest = read(path / name, lambda file: (file.stat().st_size, _digest(file)))
+            there, digest = read(path / name, lambda file: (file.stat().st_size, sha256_of(file)))
         except FileNotFoundError:
             raise ValueError(f"{path / name} is missing") from None
         if there != size:

@@ -9,11 +9,12 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from ..data import TextStream, UserError, prompt_batch, tokenizer_of
+from ..data.output import warn
 from ..models import MinRNNConfig, MinRNNForCausalLM
 from . import card
 from .checkpoint import checkpoint_name, load_parameters, newest_valid, read_manifest
 from .export_folder import check_export, write_export
-from .folder import warn
+from .machine import DTYPES
 
 NO_SHARDS = "100TB"  # one file of weights, whatever its size
 
@@ -83,7 +84,7 @@ def export_run(
     folder, out = run / "checkpoints", out.resolve()
     check_export(out, "--out", force)
     if step is None:
-        found = newest_valid(folder, warn=print)
+        found = newest_valid(folder, warn)
         if found is None:
             raise UserError(("RUN", f"{run} holds no valid checkpoint"))
         path, manifest = found
@@ -111,7 +112,7 @@ def load_checkpoint(path: Path, vocab_size: int, dtype: str, trust_remote_code: 
     tokenizer = tokenizer_of(config["data"]["corpus"], config["data"]["tokenizer"], config["data"].get("task"), trust_remote_code)
     fields = {name: value for name, value in config["model"].items() if name not in ("preset", "init_from")}
     model = MinRNNForCausalLM(model_config(fields, tokenizer, vocab_size))
-    nn.Module.to(model, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}[dtype])
+    nn.Module.to(model, DTYPES[dtype])
     load_parameters(path, model)
     return model, tokenizer, config
 

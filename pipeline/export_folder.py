@@ -23,7 +23,7 @@ from typing import Any
 from ..data import UserError
 from .card import NAME as CARD
 from .card import is_card
-from .storage import make_folder, replace, sync
+from .storage import make_folder, replace, sha256_of, sync
 
 LIST, STAGED = ".minrnn-export.json", ".minrnn-export.new"
 CONFIG, WEIGHTS, POINTER = "config.json", "model.safetensors", "transformers_weights"
@@ -91,8 +91,8 @@ def write_export(folder: Path, write: Callable[[Path], object], key: str, force:
     written = _written(folder, names) or {}
     keeps_card = (folder / CARD).exists() and not _is_own(folder / CARD, written)
     own = [name for name in names if not (name == CARD and keeps_card)]
-    hashes = {name: _sha256(staged / name) for name in own}
-    before = {name: _sha256(folder / name) for name in {*own, *written} if (folder / name).is_file() and (name != CARD or not keeps_card)}
+    hashes = {name: sha256_of(staged / name) for name in own}
+    before = {name: sha256_of(folder / name) for name in {*own, *written} if (folder / name).is_file() and (name != CARD or not keeps_card)}
     pointing = _pointing(staged)
     both = {name: sorted({hashes.get(name, ""), before.get(name, "")} - {""}) for name in sorted({*hashes, *before})}
     both[CONFIG] = sorted({*both[CONFIG], hashlib.sha256(pointing.encode()).hexdigest()})
@@ -162,14 +162,9 @@ def _written(folder: Path, names: Iterable[str]) -> dict[str, list[str]] | None:
     own = [name for name in {CONFIG, WEIGHTS, *shards, *names} - {CARD} if (folder / name).is_file()]
     with contextlib.suppress(OSError, UnicodeDecodeError):
         own += [CARD] * is_card((folder / CARD).read_text())
-    return {name: [_sha256(folder / name)] for name in own}
+    return {name: [sha256_of(folder / name)] for name in own}
 
 
 def _is_own(path: Path, written: dict[str, list[str]]) -> bool:
     """Whether a file is as an export wrote it, or is not there."""
-    return not path.exists() or (path.is_file() and _sha256(path) in written.get(path.name, []))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return not path.exists() or (path.is_file() and sha256_of(path) in written.get(path.name, []))

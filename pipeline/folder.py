@@ -1,7 +1,6 @@
 """A run's folder: who may write in it, and where to go on."""
 
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -10,6 +9,7 @@ import yaml
 from accelerate import Accelerator
 
 from ..data import UserError
+from ..data.output import warn
 from .checkpoint import newest_valid, steps_in
 from .config import Recipe
 from .errors import StorageError
@@ -80,11 +80,6 @@ class RunFolder:
         """Let others write there."""
         if self.lock is not None:
             self.lock.close()
-
-
-def warn(message: str) -> None:
-    """One line on standard error."""
-    print(f"warning: {message}", file=sys.stderr)
 
 
 def open_folder(recipe: Recipe, accelerator: Accelerator) -> RunFolder:

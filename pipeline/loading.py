@@ -10,9 +10,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from ..data.errors import UserError
+from ..data.output import warn
 from ..data.tokenizer import wants_trust
 from ..models import MinRNNConfig, MinRNNForCausalLM
-from .folder import warn
 from .machine import CHOICES, DTYPES, choose_precision, device_name, measure_rates, resolve_device, supports
 
 # In config.json, of transformers itself.

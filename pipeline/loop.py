@@ -20,13 +20,14 @@ import torch
 import transformers
 
 from ..data import Chunk, UserError, fingerprint, is_synthetic
+from ..data.output import warn
 from ..models import MinRNNForCausalLM
 from . import checkpoint, processes
 from .config import Recipe
 from .errors import NonFiniteError, StorageError
 from .evaluation import told, validate
 from .export import export_model, kept_card, load_checkpoint, sample
-from .folder import open_folder, warn
+from .folder import open_folder
 from .forecast import Forecast
 from .interrupt import Interrupt, leave
 from .launch_checks import check_launch, check_same_recipe
@@ -332,8 +333,8 @@ def _save(run: Run, is_last: bool) -> None:
         StorageError: in every process, if the last could not be written by any.
     """
     run.watchdog.enter(f"step {run.step}: saving")
-    if failures := run.saver.wait():
-        run.say(f"warning: a checkpoint could not be written: {'; '.join(failures)}. Older ones are untouched; training goes on.")
+    if (failures := run.saver.wait()) and run.is_main:
+        warn(f"a checkpoint could not be written: {'; '.join(failures)}. Older ones are untouched; training goes on.")
     if run.saver.newest != run.step:
         info = {
             "tokens": run.tokens,

@@ -33,7 +33,7 @@ def draw_loss(history: History, picture: Path, title: str) -> None:
     axes.grid(alpha=0.3)
     if len(losses) or validations:
         axes.legend()
-    _save_figure(figure, picture)
+    save_figure(figure, picture)
 
 
 def draw_accuracy(history: History, picture: Path, title: str) -> None:
@@ -50,7 +50,7 @@ def draw_accuracy(history: History, picture: Path, title: str) -> None:
     axes.set_xscale("log", base=2)
     axes.set(xlabel="length", ylabel="accuracy", title=title, ylim=(-0.02, 1.02))
     axes.grid(alpha=0.3)
-    _save_figure(figure, picture)
+    save_figure(figure, picture)
 
 
 def _empty_figure() -> tuple[Any, Any]:
@@ -62,7 +62,7 @@ def _empty_figure() -> tuple[Any, Any]:
     return figure, figure.add_axes((0.08, 0.12, 0.9, 0.8))
 
 
-def _save_figure(figure: Any, picture: Path) -> None:
+def save_figure(figure: Any, picture: Path) -> None:
     """Whole or not at all."""
     unfinished = picture.with_suffix(".part.png")
     figure.savefig(unfinished, dpi=120)

@@ -29,6 +29,7 @@ from ..data import (
     model_vocab_size,
     tokenizer_of,
 )
+from ..data.output import warn
 from ..models import MinRNNConfig, MinRNNForCausalLM
 from ..models.context_parallel import use_context_parallel
 from ..models.recompute import checkpointing_options
@@ -38,7 +39,7 @@ from .config import OptimSection, Recipe
 from .engine import Engine, build_engine
 from .evaluation import validation_sets
 from .export import model_config
-from .folder import RunFolder, warn
+from .folder import RunFolder
 from .folder_checks import FILES, FOLDERS
 from .machine import CHOICES, DTYPES, PrecisionChoice, choose_precision, compile_problem, device_name, measure_rates
 from .optim import learning_rate

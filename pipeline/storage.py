@@ -1,6 +1,7 @@
 """Files on disks that fail: written whole or not at all, read again where an error may pass."""
 
 import errno
+import hashlib
 import os
 import re
 import time
@@ -36,6 +37,12 @@ def replace(path: Path, text: str) -> None:
     sync(unfinished)
     os.replace(unfinished, path)
     sync(path.parent)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, as hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def make_folder(path: Path) -> None:

@@ -21,6 +21,7 @@ import torch
 
 from ...pipeline.machine import num_cores
 from ...pipeline.public import public_config, public_value
+from ...pipeline.storage import replace
 
 UNITS = (
     *("avx", "avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_fp16"),
@@ -147,9 +148,7 @@ class Record:
     def write(self) -> None:
         """Replace the file by what is known now."""
         self.out.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.out.with_name(f".{self.out.name}")
-        partial.write_text(json.dumps(self.data, indent=1) + "\n")
-        os.replace(partial, self.out)
+        replace(self.out, json.dumps(self.data, indent=1) + "\n")
 
     def finish(self, draw: Callable[[Any, list[dict[str, Any]]], None]) -> None:
         """Write the file and the plot; `draw(figure, rows)` fills the latter."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ...data.errors import UserError
-from ...pipeline.folder import warn
+from ...data.output import warn
 from ...pipeline.options import add_device, add_dtype, add_trust
 from ...pipeline.processes import together
 from ...pipeline.public import public_config, public_value

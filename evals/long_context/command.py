@@ -7,7 +7,6 @@ The file is written anew behind each part, so that what was measured stays.
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from tqdm import tqdm
 
 from ...data.errors import UserError
 from ...models import MinRNNForCausalLM
+from ...pipeline.pictures import save_figure
 from ...pipeline.storage import replace
 from ..bench.measure import current_memory, peak_memory, release_memory, reset_peak_memory, synchronize
 from ..bench.record import si, table
@@ -226,9 +226,7 @@ def draw(result: dict[str, Any], picture: Path) -> None:
     size = f"{result['model']['parameters'] / 1e6:.1f}M parameters"
     figure.suptitle(f"{result['document']['name']}, {result['tokens']['read']:,} tokens; {size}", fontsize=10)
     FigureCanvasAgg(figure)
-    unfinished = picture.with_suffix(".part.png")
-    figure.savefig(unfinished, dpi=120)
-    os.replace(unfinished, picture)
+    save_figure(figure, picture)
 
 
 def _line(number: int, label: str | None) -> dict[str, Any]:

@@ -16,9 +16,9 @@ from ...data import BYTES, CorpusSpec, Encoder, byte_tokenizer, fingerprint, ope
 from ...data.corpus import PYTHON_STDLIB
 from ...data.errors import UserError
 from ...data.joined import PACKAGE, join_documents
+from ...data.output import warn
 from ...data.sources import Place, Record, Source, TextFiles
 from ...models import MinRNNConfig, MinRNNForCausalLM
-from ...pipeline.folder import warn
 from ...pipeline.loading import load
 from ...pipeline.options import add_device, add_dtype, add_trust
 from ...pipeline.public import public_value

@@ -10,7 +10,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from ...data.errors import UserError
-from ...pipeline.folder import warn
+from ...data.output import warn
 from ...pipeline.storage import replace
 from .. import speed
 from . import lm_eval, others, pictures, quality

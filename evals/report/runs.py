@@ -22,6 +22,7 @@ from pydantic import BaseModel, Field
 from safetensors import SafetensorError, safe_open
 
 from ...data.errors import UserError
+from ...data.output import warn
 from ...pipeline.config import SECTIONS
 from ...pipeline.metrics import read_metrics
 from ...pipeline.public import public_config
@@ -291,7 +292,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.name not in published().experiments:
         near = difflib.get_close_matches(arguments.name, published().experiments, n=1, cutoff=0.75)
         hint = f" (did you mean {near[0]}?)" if near else ""
-        print(f"warning: --as: nothing is published as {arguments.name}{hint}; the report will show it by itself", file=sys.stderr)
+        warn(f"--as: nothing is published as {arguments.name}{hint}; the report will show it by itself")
     out.parent.mkdir(parents=True, exist_ok=True)
     replace(out, json.dumps(results.model_dump(), indent=1) + "\n")
     for entry in results.entries:
