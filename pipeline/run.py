@@ -118,20 +118,7 @@ def set_up(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, watchdog
     recipe = dataclasses.replace(recipe, train=recipe.train.model_copy(update={"precision": choice.precision}))
     layout = processes.layout_of(accelerator, recipe.parallel.context, patience(recipe))
     mine = layout.readers(recipe.batch.readers)
-    watchdog.enter("opening data and model", is_set_up=True)
-
-    def open_own() -> Opened:
-        try:
-            return _open(recipe, folder, mine, accelerator.device)
-        finally:
-            watchdog.enter("meeting the others, data and model open", is_set_up=True)  # ahead of who has not opened them yet
-
-    opened, problems = processes.together(accelerator, open_own)
-    if problems or opened is None:
-        if opened is not None:
-            opened[0].close()
-        raise UserError(*problems)
-    loader, validation, readers, tokenizer, model = opened
+    loader, validation, readers, tokenizer, model = _open_everywhere(recipe, accelerator, folder, mine, watchdog)
     config, num_parameters = model.config, model.num_parameters()
     if layout.group is not None:
         use_context_parallel(model, layout.group)
@@ -175,19 +162,26 @@ def set_up(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, watchdog
     if run.is_main:
         run.tracker = tracker_of(folder.path, recipe, warn)
         run.bar = tqdm(total=recipe.train.steps, initial=step, unit="step", dynamic_ncols=True)
-    batch = recipe.batch
-    size = f"{config.cell}, {num_parameters:,} parameters, {batch.readers} x {batch.lanes} x {batch.chunk} tokens a step"
-    sharing = f"{engine.name}, " * (layout.num_processes > 1) + f"{layout.context} to a sequence, " * (layout.context > 1)
-    layout_said = f"{accelerator.num_processes} process(es) on {accelerator.device.type}, {sharing}{choice.precision}"
-    layout_said += f" ({choice.reason})" * bool(choice.reason)
-    if choice.warning:
-        run.say(f"warning: {choice.warning}")
-    if layout.context > 1 and recipe.train.compile and recipe.train.recompute != "none":
-        run.say("warning: with parallel.context, train.compile does nothing for blocks that train.recompute runs again; they stay as they are")
-    run.say(f"{folder.path}: {size}, {layout_said}; {f'going on from step {step}' if step else 'from the beginning'}")
-    if folder.saved and (note := _learning_rate_note(recipe, folder.saved, step)):
-        run.say(note)
+        _announce(run, choice)
     return run
+
+
+def _announce(run: Run, choice: PrecisionChoice) -> None:
+    """The lines that a run begins with: what is trained, on what, from which step."""
+    recipe, layout, batch, saved = run.recipe, run.layout, run.recipe.batch, run.folder.saved
+    size = f"{run.config.cell}, {run.num_parameters:,} parameters, {batch.readers} x {batch.lanes} x {batch.chunk} tokens a step"
+    sharing = f"{run.engine.name}, " * (layout.num_processes > 1) + f"{layout.context} to a sequence, " * (layout.context > 1)
+    engine_and_precision = f"{layout.num_processes} process(es) on {run.accelerator.device.type}, {sharing}{choice.precision}"
+    reason = f" ({choice.reason})" if choice.reason else ""
+    if choice.warning:
+        warn(choice.warning)
+    if layout.context > 1 and recipe.train.compile and recipe.train.recompute != "none":
+        warn("with parallel.context, train.compile does nothing for blocks that train.recompute runs again; they stay as they are")
+    run.say(
+        f"{run.folder.path}: {size}, {engine_and_precision}{reason}; {f'going on from step {run.step}' if run.step else 'from the beginning'}"
+    )
+    if saved and (note := _learning_rate_note(recipe, saved, run.step)):
+        run.say(note)
 
 
 def _learning_rate_note(recipe: Recipe, saved: dict[str, Any], step: int) -> str | None:
@@ -219,6 +213,28 @@ def _decide_precision(recipe: Recipe, accelerator: Accelerator, folder: RunFolde
 
 
 Opened = tuple[ChunkLoader, Sequence[ValidationSet] | Sequence[TaskValidation], dict[int, ReaderState], Any, MinRNNForCausalLM]
+
+
+def _open_everywhere(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, mine: range, watchdog: Watchdog) -> Opened:
+    """What this process opens, once all have opened theirs.
+
+    Raises:
+        UserError: what the user must mend, of whichever process met it.
+    """
+    watchdog.enter("opening data and model", is_set_up=True)
+
+    def open_own() -> Opened:
+        try:
+            return _open(recipe, folder, mine, accelerator.device)
+        finally:
+            watchdog.enter("meeting the others, data and model open", is_set_up=True)  # ahead of who has not opened them yet
+
+    opened, problems = processes.together(accelerator, open_own)
+    if problems or opened is None:
+        if opened is not None:
+            opened[0].close()
+        raise UserError(*problems)
+    return opened
 
 
 def _open(recipe: Recipe, folder: RunFolder, mine: range, device: torch.device) -> Opened:
