@@ -11,8 +11,9 @@ graph: the launches of some hundred small kernels, which would take longer than 
 import torch
 from torch import Tensor
 
+from .block import Boundaries, State
 from .cache import MinRNNCache
-from .modeling_minrnn import PREFILL, Boundaries, MinRNNForCausalLM, State
+from .modeling_minrnn import PREFILL, MinRNNForCausalLM
 
 
 @torch.no_grad()

@@ -1,174 +1,35 @@
 """Minimal RNN language models for transformers.
 
     input_ids -> embedding -> blocks -> norm -> logits
-    block:  x + down(cell(conv(norm(x)))),   then   x + mlp(norm(x))
-    cell:   projections -> (a, b) -> linear_scan -> h  [* silu(gate)]
 
-The state of a block is (h, last conv inputs); it enters with `past_key_values` and leaves the same way, so a sequence may be cut anywhere.
-Two kinds of boundary inside a batch are exact in the scan and in the convolution alike:
+The state of a block (block.py) is (h, last conv inputs); it enters with `past_key_values` and leaves the same way, so a sequence may be cut
+anywhere. Documents may start anywhere in a row (`document_starts`), and padding may be on either side: rows are first packed to the left, so
+that padding is always on the right, where nothing real can see it.
 
-- `document_starts`: the decay is zero there (the input is kept) and no conv tap reaches across;
-- padding, on either side: rows are first packed to the left, so that padding is always on the right, where nothing real can see it. In the
-  recurrence a pad is (a, b) = (1, 0); the conv state is taken where the row ends.
-
-Shapes: B batch, T time, H hidden_size, R recurrent_size, K conv_kernel.
+Shapes: B batch, T time, H hidden_size.
 """
 
 import math
 import os
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.activations import ACT2FN
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .batches import PACKING, check_counted, check_names, packing_order, shift_labels_of, starts_of_packing
+from .block import Boundaries, MinRNNBlock, MinRNNMixer
 from .cache import MinRNNCache, check_state
-from .cell_scan import cell_scan, one_token
-from .cells import CELLS
 from .configuration_minrnn import MinRNNConfig
-from .context_parallel import ContextGroup, context_cell_scan, context_conv
-from .conv import causal_conv, conv_one_token, next_conv_state, reach_within_document
+from .context_parallel import ContextGroup
 from .generation import PREFILL, StateGenerationMixin
-from .layers import RMSNorm, swiglu
+from .layers import RMSNorm
 from .loss import LMHead, loss_of_any_head, next_token_loss
-from .numba_support import is_token_step
-
-State = tuple[Tensor | None, Tensor | None]  # recurrent [B, R] fp32, conv inputs [B, K-1, H]
-
-
-@dataclass(frozen=True)
-class Boundaries:
-    """Where rows hold something else than one running text; computed once, used by every block."""
-
-    document_starts: Tensor | None  # bool [B, T]
-    lengths: Tensor | None  # [B], real tokens of each row; padding is on the right
-    reach: Tensor | None  # [B, T], how many tokens back the convolution may look
-
-    @classmethod
-    def of(cls, document_starts: Tensor | None, lengths: Tensor | None, kernel: int) -> "Boundaries":
-        if document_starts is not None and lengths is not None:
-            document_starts = document_starts & (torch.arange(document_starts.shape[1], device=lengths.device) < lengths.unsqueeze(1))
-        return cls(document_starts, lengths, None if document_starts is None else reach_within_document(document_starts, kernel))
-
-    def to(self, device: torch.device | str | int) -> "Boundaries":
-        """The same on a device: the blocks of a model may lie on several (`device_map`)."""
-        tensors = self.document_starts, self.lengths, self.reach
-        return Boundaries(*(None if tensor is None else tensor.to(device) for tensor in tensors))
-
-
-class MinRNNMixer(nn.Module):
-    """conv -> projections -> scan -> gate -> down-projection: the half of a block that looks back in time."""
-
-    def __init__(self, config: MinRNNConfig):
-        super().__init__()
-        self.cell = CELLS[config.cell]
-        self.backend = config.scan_backend
-        self.options = {"cell": config.cell, "activation": config.candidate_activation, "output_gate": config.output_gate}
-        self.memory_length = config.memory_length
-        self.context_group: ContextGroup | None = None  # see `use_context_parallel`
-        self.kernel = max(config.conv_kernel, 1)
-        num_projections = self.cell.num_gates + 1 + int(config.output_gate)
-        self.conv_weight = nn.Parameter(torch.empty(config.hidden_size, self.kernel)) if self.kernel > 1 else None
-        self.in_proj = nn.Linear(config.hidden_size, num_projections * config.recurrent_size, bias=False)
-        self.gate_bias = nn.Parameter(torch.empty(self.cell.num_gates, config.recurrent_size))
-        self.out_proj = nn.Linear(config.recurrent_size, config.hidden_size, bias=False)
-
-    def forward(self, x: Tensor, state: State, boundaries: Boundaries) -> tuple[Tensor, State]:
-        """x [B, T, H] -> [B, T, H], and the state after it."""
-        boundaries = boundaries.to(x.device)
-        if self.context_group is not None:
-            return self.one_slice(x, state, boundaries, self.context_group)
-        if self.backend is None and is_token_step(x) and boundaries.lengths is None and boundaries.document_starts is None:
-            return self.one_token(x, state)
-        recurrent, conv = state
-        next_conv = None
-        if self.conv_weight is not None:
-            next_conv = next_conv_state(x, conv, self.kernel, boundaries.document_starts, boundaries.lengths)
-            x = causal_conv(x, self.conv_weight, conv, boundaries.reach, self.backend)
-        y, recurrent = cell_scan(
-            self.in_proj(x), self.gate_bias, recurrent, **self.options,
-            document_starts=boundaries.document_starts, lengths=boundaries.lengths, backend=self.backend,
-        )  # fmt: skip
-        return self.out_proj(y), (recurrent, next_conv)
-
-    def one_token(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        """The same for x [B, 1, H] that continues a text, in inference: weights and state are read once, and little else is done."""
-        recurrent, conv = state
-        if self.conv_weight is not None:
-            x, conv = conv_one_token(x, self.conv_weight, conv)
-        y, recurrent = one_token(self.in_proj(x), self.gate_bias, recurrent, **self.options)
-        return self.out_proj(y), (recurrent, conv)
-
-    def one_slice(self, x: Tensor, state: State, boundaries: Boundaries, group: ContextGroup) -> tuple[Tensor, State]:
-        """The same for x [B, T, H] that is one process's slice of a longer text; both states are those around the whole text."""
-        if boundaries.lengths is not None:
-            raise ValueError(
-                "A sequence that is cut between processes cannot be padded: pass no attention_mask, or use_context_parallel(model, None)."
-            )
-        recurrent, conv = state
-        if self.conv_weight is not None:
-            x, conv = context_conv(x, self.conv_weight, conv, boundaries.reach, group, self.backend)
-        y, recurrent = context_cell_scan(
-            self.in_proj(x), self.gate_bias, recurrent, boundaries.document_starts, group, **self.options, backend=self.backend
-        )
-        return self.out_proj(y), (recurrent, conv)
-
-
-class MinRNNMLP(nn.Module):
-    """down(act(up(x))), or down(act(gate(x)) * up(x))."""
-
-    def __init__(self, config: MinRNNConfig):
-        super().__init__()
-        self.act, self.gated, self.backend = ACT2FN[config.hidden_act], config.gated_mlp, config.scan_backend
-        self.is_swiglu = config.gated_mlp and config.hidden_act in ("silu", "swish")
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size * (2 if config.gated_mlp else 1), bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.up_proj(x)
-        if self.is_swiglu:
-            return self.down_proj(swiglu(x, self.backend))
-        if not self.gated:
-            return self.down_proj(self.act(x))
-        gate, up = x.chunk(2, dim=-1)
-        return self.down_proj(self.act(gate) * up)
-
-
-class MinRNNBlock(GradientCheckpointingLayer):
-    """Mixer and MLP, each behind a norm and around a residual."""
-
-    def __init__(self, config: MinRNNConfig):
-        super().__init__()
-        self.mixer_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.scan_backend)
-        self.mixer = MinRNNMixer(config)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.scan_backend) if config.intermediate_size else None
-        self.mlp = MinRNNMLP(config) if config.intermediate_size else None
-        self.dropout = nn.Dropout(config.dropout)
-        # What is added to the residual stream shrinks with the number of additions; _init_weights reads it (it never sees a module that has no
-        # parameters of its own, such as this one).
-        scale = (config.num_hidden_layers * (1 if self.mlp is None else 2)) ** -0.5
-        self.mixer.out_proj.residual_scale = scale
-        if self.mlp is not None:
-            self.mlp.down_proj.residual_scale = scale
-
-    def forward(
-        self, x: Tensor, recurrent: Tensor | None, conv: Tensor | None, boundaries: Boundaries
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """x [B, T, H] -> [B, T, H], and the state after it. Flat: reentrant checkpointing sees no gradient inside of a tuple."""
-        mixed, (recurrent, conv) = self.mixer(self.mixer_norm(x), (recurrent, conv), boundaries)
-        x = x + self.dropout(mixed)
-        if self.mlp is not None and self.mlp_norm is not None:
-            x = x + self.dropout(self.mlp(self.mlp_norm(x)))
-        return x, recurrent, conv
 
 
 class MinRNNPreTrainedModel(PreTrainedModel):

@@ -9,9 +9,9 @@ import pytest
 import torch
 from cell_scan_problems import DEFAULT, boundaries, few, problem, variant
 from helpers import assert_close, generator
+from minrnn.models.block import Boundaries, MinRNNBlock
 from minrnn.models.cell_scan import cell_scan, cell_scan_with_decay
 from minrnn.models.configuration_minrnn import MinRNNConfig
-from minrnn.models.modeling_minrnn import Boundaries, MinRNNBlock
 from minrnn.models.operators import namespace
 from torch import Tensor
 
