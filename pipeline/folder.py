@@ -47,7 +47,7 @@ class RunFolder:
         replace(self.path / "config.yaml", self._config)
 
     def mark_finished(self, step: int) -> None:
-        """What follows the last step is there. Whatever a kill before this leaves undone is done at the next start.
+        """Note that what follows the last step is there. What a kill before this leaves undone is done at the next start.
 
         Raises:
             StorageError: this could not be written.
@@ -55,7 +55,7 @@ class RunFolder:
         try:
             replace(self.path / ".finished", str(step))
         except OSError as error:
-            raise StorageError(f"The end of the run could not be noted ({error}); the same command does so.") from error
+            raise StorageError(f"The end of the run could not be noted ({error}); start it again.") from error
 
     def restore(self) -> None:
         """Make the folder again, with its lock and settings, if it was removed while the run goes on.

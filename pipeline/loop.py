@@ -356,7 +356,8 @@ def _finish(run: Run) -> None:
     """The exported model, from the checkpoint that was just written, and what it writes itself.
 
     Raises:
-        UserError, StorageError: in every process, if a line of metrics.jsonl or the export could not be written; the same command tries again.
+        UserError, StorageError: in every process, if a line of metrics.jsonl or the export could not be written; the same
+            command tries again.
     """
     run.watchdog.enter("exporting")
     processes.on_main(run.accelerator, lambda: _export(run))

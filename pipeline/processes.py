@@ -205,7 +205,8 @@ def on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
     """What the function returns in the main process, which alone calls it; everywhere.
 
     Raises:
-        UserError, StorageError: in every process, where the main one met a user's mistake or a disk's error. The others would wait for it.
+        UserError, StorageError: in every process, where the main one met a user's mistake or a disk's error: the others
+            would wait for it.
     """
     result: Any = None
     error: Exception | None = None
@@ -214,7 +215,7 @@ def on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
             result = function()
         except UserError as raised:
             error = raised
-        except (OSError, SafetensorError) as raised:  # one line from all processes, so without the number (see train.main)
+        except (OSError, SafetensorError) as raised:  # without its number: train.main prints it once
             error = StorageError(str(raised))
     result, error = from_main(accelerator, (result, error))
     if error is not None:
