@@ -41,7 +41,8 @@ class MinRNNConfig(PreTrainedConfig):
         dropout: Probability of dropping an element of a block's output, in training.
         rms_norm_eps: Epsilon of the RMS norms.
         tie_word_embeddings: Use the embedding as output projection.
-        max_position_embeddings: The longest input that harnesses should send. The recurrence itself has no limit.
+        max_position_embeddings: The longest input that harnesses should send. The recurrence itself has no limit; harnesses try out
+            batches of this length and cut texts to it.
         scan_backend: Backend of the scan (see `scan.linear_scan`); `None` for the fastest on the device.
         use_cache: Return the state, so that the sequence can go on.
         bos_token_id: First token of every document.
@@ -71,7 +72,7 @@ class MinRNNConfig(PreTrainedConfig):
     dropout: int | float = 0.0
     rms_norm_eps: int | float = 1e-6
     tie_word_embeddings: bool = True
-    max_position_embeddings: int = 65_536
+    max_position_embeddings: int = 8_192
     scan_backend: str | None = None
     use_cache: bool = True
     bos_token_id: int | None = None

@@ -20,6 +20,7 @@ from .public import config_without_credentials
 # so with dropout alone (`free_on_resume`).
 FREE_ON_RESUME = {
     *("run.dir", "run.resume", "run.change", "data.workers", "data.validation_tokens", "data.trust_remote_code", "parallel.context"),
+    "model.max_position_embeddings",
     *(
         "train.steps",
         "train.device",

@@ -45,7 +45,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--num-fewshot", type=int, help="examples before each question (default: the task's)")
     parser.add_argument("--limit", type=float, help="documents of each task, or below 1 a fraction of them (default: all)")
     parser.add_argument("--rolling-window", type=int, help="perplexities also with the state reset every so many tokens, as NAME_window_SIZE")
-    parser.add_argument("--batch-size", type=int, default=32, help="rows at once (default: %(default)s)")
+    size = "rows at once (default: %(default)s); auto is 32, since memory does not grow with the lengths"
+    parser.add_argument("--batch-size", type=_batch_size, default=32, metavar="N", help=size)
     add_device(parser)
     add_trust(parser)
     add_dtype(parser)
@@ -54,12 +55,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _batch_size(text: str) -> int | str:
+    """A number, or lm-eval's auto and auto:N, which `MinRNNLM` reads."""
+    return text if text.partition(":")[0] == "auto" else int(text)
+
+
 def _check(arguments: argparse.Namespace) -> None:
     """Raise all that is wrong with the arguments by themselves."""
     problems = []
     for name, least in (("num_fewshot", 0), ("rolling_window", 1), ("batch_size", 1), ("bootstrap_iters", 0)):
         value = getattr(arguments, name)
-        if value is not None and value < least:
+        if isinstance(value, int) and value < least:
             problems.append((f"--{name.replace('_', '-')}", f"must be at least {least}, not {value}"))
     if arguments.limit is not None and (arguments.limit <= 0 or (arguments.limit > 1 and arguments.limit != int(arguments.limit))):
         problems.append(("--limit", f"must be a number of documents, or a fraction below 1, not {arguments.limit:g}"))
@@ -169,7 +175,7 @@ def evaluate(lm: Any, objects: list[Any], window: int | None, manager: Any, argu
         lm,
         tasks=objects,
         num_fewshot=arguments.num_fewshot,
-        batch_size=arguments.batch_size,
+        batch_size=lm.batch_size,
         device=str(lm.device),
         limit=arguments.limit if arguments.limit is None or arguments.limit < 1 else int(arguments.limit),
         bootstrap_iters=arguments.bootstrap_iters,

@@ -61,11 +61,15 @@ def test_log_likelihoods_are_those_of_one_forward_pass(dtype, tolerance, pairs, 
 def test_short_requests_score_as_with_hf():
     model = tiny_model(torch.float32)
     pairs = [("", "It begins"), ("A state", " goes on"), ("A state", " ends"), ("x", "y"), ("spaces at its end  ", "and on")]
+    pairs += [("x = '<eos>'", "\ny = '<pad><bos>'"), ("", "z<eos>")]  # names of special tokens are text
     factory: Any = HFLM
     hf = factory(pretrained=model, tokenizer=TOKENIZER, batch_size=2)
     expected = hf.loglikelihood(requests("loglikelihood", *pairs), disable_tqdm=True)
     found = MinRNNLM(model, TOKENIZER, batch_size=3).loglikelihood(requests("loglikelihood", *pairs), disable_tqdm=True)
-    for (value, is_greedy), (hf_value, hf_greedy) in zip(found, expected, strict=True):
+    for (context, continuation), (value, is_greedy), (hf_value, hf_greedy) in zip(pairs, found, expected, strict=True):
+        tokens = [BOS, *encode(context + continuation)]
+        if context == context.rstrip():
+            assert value == pytest.approx(forward_score(model, tokens, len(encode(continuation)))[0], rel=1e-5)
         assert value == pytest.approx(hf_value, rel=1e-5)
         assert is_greedy == hf_greedy
 

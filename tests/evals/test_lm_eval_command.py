@@ -116,13 +116,15 @@ def test_results_are_whole_and_in_the_run(export: Path, tmp_path: Path, capsys):
 
 def test_a_task_that_fails_takes_no_other_with_it(export: Path, tmp_path: Path, capsys):
     out = tmp_path / "deep" / "results.json"
+    options = [*MINE, "--batch-size", "auto", "--limit", "2", "--out", str(out)]
     with pytest.raises(SystemExit) as left:
-        main(["eval", str(export), "--tasks", "tiny_choice,tiny_broken,tiny_writing", *MINE, "--limit", "2", "--out", str(out)])
+        main(["eval", str(export), "--tasks", "tiny_choice,tiny_broken,tiny_writing", *options])
     assert left.value.code == 1
     assert capsys.readouterr().err.splitlines()[-1] == "error: tiny_broken: RuntimeError: this task is broken"
     found = json.loads(out.read_text())
     assert found["results"].keys() == found["n-samples"].keys() == {"tiny_choice", "tiny_writing"}
     assert found["n-samples"]["tiny_choice"]["effective"] == 2
+    assert found["config"]["batch_size"] == 32
 
 
 def test_a_file_that_cannot_be_written_is_told_before_anything_is_computed(export: Path, tmp_path: Path, capsys):
@@ -269,6 +271,14 @@ def test_the_stock_command(export: Path, tmp_path: Path, module: str, arguments:
     assert f"{model} (" in launch(*command, home=tmp_path)
     (file,) = (tmp_path / "out").rglob("results_*.json")
     check_scores(json.loads(file.read_text())["results"], export)
+
+
+@pytest.mark.slow
+def test_the_stock_command_finds_its_batch_size(export: Path, tmp_path: Path):
+    """At the length that an export says: 64 rows of it, five times."""
+    options = ["--include_path", str(TASKS), "--device", "cpu", "--batch_size", "auto", "--limit", "2"]
+    command = ["lm_eval", "--model", "hf", "--model_args", f"pretrained={export},trust_remote_code=True", "--tasks", "tiny_writing", *options]
+    assert "Largest batch size: 64" in launch(*command, home=tmp_path)
 
 
 @pytest.mark.slow

@@ -168,6 +168,7 @@ def test_help_teaches_every_setting():
 def test_only_what_decides_no_loss_is_free_to_change():
     recipe = build_recipe({"train": {"precision": "fp32"}})
     free = {"run.dir": "x", "train.device": "cpu", "train.steps": 5, "train.log_every": 3, "tracking.uri": None, "data.workers": 4}
+    free["model.max_position_embeddings"] = 65_536  # the default of runs that were begun before
     fixed = {"optim.lr": 1.0, "batch.lanes": 3, "model.cell": "minlstm", "run.seed": 3, "train.precision": "fp64", "data.join": "folder"}
     saved = resolved(recipe)
     for key, value in (free | fixed).items():
