@@ -85,17 +85,35 @@ def run_recipe() -> Callable[[Values], Path]:
     return run
 
 
-def stop_at_step_7(values: Values, run_recipe: Callable[[Values], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Train until that step, where something breaks."""
+class Crash(BaseException):
+    """Ends the training where it stands, as a kill would: nothing catches it, nothing is saved."""
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file's bytes, by its path in a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def before_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], object]) -> None:
+    """Do something when a training comes to a step."""
     original = loop._one_step
 
-    def one_step(run, step, *arguments):
-        if step == 7:
-            raise RuntimeError("stop here")
-        return original(run, step, *arguments)
+    def one_step(run: loop.Run, number: int, *arguments):
+        if number == step:
+            act()
+        return original(run, number, *arguments)
+
+    monkeypatch.setattr(loop, "_one_step", one_step)
+
+
+def stop_at_step_7(values: Values, run_recipe: Callable[[Values], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train until that step, where something breaks."""
+
+    def stop() -> None:
+        raise RuntimeError("stop here")
 
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "_one_step", one_step)
+        before_step(patched, 7, stop)
         with pytest.raises(RuntimeError, match="stop here"):
             run_recipe(values)
 

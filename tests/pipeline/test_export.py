@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import contents
 from minrnn.data import UserError
 from minrnn.data.tokenizer import byte_tokenizer
 from minrnn.models import MinRNNForCausalLM
@@ -27,10 +28,6 @@ def tiny_model(hidden_size: int = 16) -> MinRNNForCausalLM:
 def export(folder: Path, hidden_size: int = 16, force: bool = False, **sections) -> bool:
     recipe = resolved(build_recipe(sections))
     return export_model(tiny_model(hidden_size), TOKENIZER, folder, recipe, tokens=7, key="--out", force=force)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="module")

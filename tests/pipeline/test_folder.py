@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import Values, losses, stop_at_step_7
+from conftest import Crash, Values, before_step, contents, losses, stop_at_step_7
 from minrnn.data import UserError
 from minrnn.pipeline import loop
 from minrnn.pipeline.errors import StorageError
@@ -18,18 +18,10 @@ from minrnn.pipeline.recipe import build_recipe, resolved
 Run = Callable[[Values], Path]
 
 
-class Crash(BaseException):
-    """Ends the training where it stands, as a kill would."""
-
-
 def write(path: Path, text: str = "mine") -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
     return path
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_what_no_run_has_made_is_left_alone(values: Values, run_recipe: Run, tmp_path: Path):
@@ -172,21 +164,10 @@ def test_a_disk_that_does_not_take_a_file_ends_the_run_in_words(values: Values, 
         assert (run / ".finished").read_text() == str(steps)
 
 
-def at_step_7(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
-    original = loop._one_step
-
-    def one_step(run: loop.Run, number: int, *arguments):
-        if number == 7:
-            act()
-        return original(run, number, *arguments)
-
-    monkeypatch.setattr(loop, "_one_step", one_step)
-
-
 def test_a_folder_that_is_removed_is_made_again_with_its_lock(values: Values, run_recipe: Run, monkeypatch, capfd):
     folder = Path(values["run"]["dir"])
     with monkeypatch.context() as patched:
-        at_step_7(patched, lambda: shutil.rmtree(folder))
+        before_step(patched, 7, lambda: shutil.rmtree(folder))
         run_recipe(values)
     err = capfd.readouterr().err
     assert err.count("warning: ") == 1
@@ -207,7 +188,7 @@ def test_a_folder_that_another_run_has_taken_ends_this_one(values: Values, run_r
         held.append((folder / ".lock").open("w"))
         assert lock(held[0], wait=False) is None
 
-    at_step_7(monkeypatch, take)
+    before_step(monkeypatch, 7, take)
     with pytest.raises(UserError, match="another process is training in"):
         run_recipe(values)
     assert [path.name for path in folder.iterdir()] == [".lock"]

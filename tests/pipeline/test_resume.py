@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Values, losses
+from conftest import Crash, Values, losses
 from minrnn.data import UserError
 from minrnn.pipeline import checkpoint, loop, storage
 from minrnn.pipeline.errors import StorageError
@@ -18,10 +18,6 @@ from minrnn.pipeline.optim import learning_rate
 from minrnn.pipeline.recipe import build_recipe
 
 Run = Callable[[Values], Path]
-
-
-class Crash(BaseException):
-    """Ends the training where it stands, as a kill would: nothing catches it, nothing is saved."""
 
 
 def crash_at(monkeypatch: pytest.MonkeyPatch, step: int, how: Callable[[], object]) -> None:
