@@ -132,9 +132,9 @@ def _invalid_in(folder: Path) -> list[Path]:
 
 
 def steps_in(folder: Path) -> list[Path]:
-    """Folders that are named as checkpoints, newest first."""
-    paths = (path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name) and path.is_dir())
-    return sorted(paths, key=_step_of, reverse=True)
+    """Folders that are named as checkpoints, newest first; `step-15` is not, as it is no name that `checkpoint_name` gives."""
+    paths = (path for path in folder.glob("step-*") if re.fullmatch(r"step-[0-9]+", path.name) and path.is_dir())
+    return sorted((path for path in paths if path.name == checkpoint_name(_step_of(path))), key=_step_of, reverse=True)
 
 
 def _step_of(path: Path) -> int:

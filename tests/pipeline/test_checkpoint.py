@@ -147,6 +147,17 @@ def test_left_over_folders_block_nothing(folder: Path, warnings: list[str]):
     assert names(folder) == ["step-000002.invalid-1", "step-000003"]
 
 
+def test_a_folder_of_another_name_is_no_checkpoint(folder: Path, warnings: list[str]):
+    """What is read by its step is found under the step's one name."""
+    saver = saver_in(folder, warnings)
+    save(saver, 1)
+    save(saver, 2)
+    (folder / "step-000002").rename(folder / "step-2")
+    newest = checkpoint.newest_valid(folder, warnings.append)
+    assert newest is not None
+    assert newest[0].name == "step-000001"
+
+
 class Disk:
     """Takes so many bytes; what is beyond fails as it does on a real one, in the middle of a file."""
 
