@@ -12,7 +12,8 @@ import textwrap
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator
+from pydantic_core import PydanticCustomError
 
 from ..data import Task, UserError, build_task, is_synthetic
 from ..models import MinRNNConfig
@@ -23,6 +24,14 @@ class Section(BaseModel):
     """A section of a recipe: unknown keys are errors, and docstrings are descriptions."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _without_nul(cls, value: Any) -> Any:
+        """No name of a file, folder, dataset or server holds a NUL; the system's functions raise where one does."""
+        if isinstance(value, str) and "\0" in value:
+            raise PydanticCustomError("nul_character", "input should have no NUL character")
+        return value
 
     def problems(self) -> dict[str, str]:
         """What is wrong with values that have the right types, by field."""

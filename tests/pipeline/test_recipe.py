@@ -123,6 +123,14 @@ def test_what_is_not_of_its_type_is_refused():
     assert len(told) == 5
 
 
+def test_text_with_a_nul_is_refused():
+    """Only a file can hold one: `"a\\0b"` in YAML."""
+    with pytest.raises(UserError) as caught:
+        build_recipe({"run": {"dir": "a\0b"}, "data": {"corpus": "x\0", "join": "\0"}})
+    assert [key for key, _ in caught.value.problems] == ["run.dir", "data.corpus", "data.join"]
+    assert all("no NUL character" in problem for _, problem in caught.value.problems)
+
+
 def test_a_setting_is_not_the_value_of_another():
     told = problems(["--run.dir", "--train.steps", "3", "--data.corpus"])
     assert told == [
