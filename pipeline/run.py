@@ -219,21 +219,23 @@ def _open_everywhere(recipe: Recipe, accelerator: Accelerator, folder: RunFolder
     """What this process opens, once all have opened theirs.
 
     Raises:
-        UserError: what the user must mend, of whichever process met it.
+        UserError, StorageError: in every process, what any of them met.
     """
     watchdog.enter("opening data and model", is_set_up=True)
 
     def open_own() -> Opened:
         try:
-            return _open(recipe, folder, mine, accelerator.device)
+            opened = _open(recipe, folder, mine, accelerator.device)
         finally:
             watchdog.enter("meeting the others, data and model open", is_set_up=True)  # ahead of who has not opened them yet
+        if_it_fails.callback(opened[0].close)
+        return opened
 
-    opened, problems = processes.together(accelerator, open_own)
-    if problems or opened is None:
-        if opened is not None:
-            opened[0].close()
-        raise UserError(*problems)
+    with contextlib.ExitStack() as if_it_fails:
+        opened, problems = processes.together(accelerator, open_own)
+        if problems or opened is None:
+            raise UserError(*problems)
+        if_it_fails.pop_all()
     return opened
 
 
