@@ -85,7 +85,8 @@ def _local_files(pattern: str, left_out: Sequence[str] = ()) -> tuple[list[Path]
             found = [p for p in found if places.isdisjoint((full := Path(resolve(p.parent), p.name), *full.parents))]
         return found
 
-    path = Path(pattern).expanduser()
+    pattern = os.path.expanduser(pattern)
+    path = Path(pattern)
     if path.is_file():
         return [path], path.parent
     if path.is_dir():
@@ -114,8 +115,8 @@ def _sort_out(files: list[Path], spec: CorpusSpec) -> tuple[Kind, list[Path]]:
     if len(examples) > 1:
         mixed = ", ".join(f"{kind} ({path.name})" for kind, path in sorted(examples.items()))
         raise UserError(("data.corpus", f"{spec.corpus} mixes {mixed} files; name one kind with a glob such as DIR/*.jsonl"))
-    kind: Kind = next(iter(examples)) if examples else "text"
-    return kind, files if kind == "text" else [path for path in files if kinds[path] is not None]
+    common: Kind = next(iter(examples)) if examples else "text"
+    return common, files if common == "text" else [path for path in files if kinds[path] is not None]
 
 
 def open_source(spec: CorpusSpec, part: Split = "train") -> Source:
@@ -133,7 +134,7 @@ def _open_parts(spec: CorpusSpec, part: Split) -> Source:
         return TextFiles(files, root, spec.skip_broken)
     files, root = _local_files(spec.corpus, spec.left_out)
     if not files:
-        if Path(spec.corpus).expanduser().is_dir():
+        if os.path.isdir(os.path.expanduser(spec.corpus)):
             only = " but those of the run" if _local_files(spec.corpus)[0] else ""
             raise UserError(("data.corpus", f"the folder {spec.corpus} holds no files{only}"))
         looks_like_hub_id = re.fullmatch(r"\w[\w-]*(/\w[\w.-]*)?", spec.corpus) and not spec.corpus.lower().endswith(FILE_SUFFIXES)

@@ -6,7 +6,9 @@ in it), and leaves with status 120 where the last flush fails. A run calls `secu
 
 import contextlib
 import os
+import select
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -53,6 +55,53 @@ def secure_output() -> None:
         stream: Any = getattr(sys, name)
         if not isinstance(stream, UnfailingStream):
             setattr(sys, name, UnfailingStream(stream))
+
+
+@contextlib.contextmanager
+def conventional_exit() -> Iterator[None]:
+    """Within, Ctrl-C ends the program with status 130, and a pipe behind stdout or stderr that is closed with 141, without a traceback.
+
+    What is still in Python's buffers is written here, since an error at the end of the interpreter would be one more traceback.
+    """
+    try:
+        try:
+            yield
+        finally:
+            _flush_output()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        if not _is_closed():  # a pipe to something else
+            raise
+        _discard_output()
+        raise SystemExit(141) from None
+
+
+def _flush_output() -> None:
+    """Write what is buffered; BrokenPipeError if nobody reads it."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
+
+
+def _is_closed() -> bool:
+    """Whether nobody reads stdout, or stderr, any more. A buffer whose flush failed is empty, so another flush does not say."""
+    poll = select.poll()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            poll.register(stream.fileno(), 0)
+    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
+
+
+def _discard_output() -> None:
+    """Nothing that is written from here on can fail."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, stream.fileno())
+            os.close(null)
 
 
 def _open_descriptor(number: int) -> None:

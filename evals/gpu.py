@@ -27,7 +27,8 @@ from typing import Any
 import torch
 
 from ..data.errors import UserError
-from ..data.output import warn
+from ..data.output import conventional_exit, warn
+from ..pipeline.options import user_path
 from ..pipeline.storage import replace
 from .bench.agreement import run_checks
 from .bench.command import run_bench
@@ -144,7 +145,7 @@ def run(device: torch.device, out: Path, minutes: float, tiny: bool, names: list
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser("python -m minrnn.evals.gpu", description="All GPU checks and benches, within a time limit.")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--out", type=user_path, required=True, help="folder for the results")
     parser.add_argument("--minutes", type=float, default=9, help="for all sections together (default: %(default)s)")
     parser.add_argument("--sections", default=",".join(SECTIONS), help="which, in order (default: %(default)s)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu is for trying it out, with --tiny")
@@ -165,4 +166,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with conventional_exit():
+        main()

@@ -30,8 +30,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..data.output import conventional_exit
 from ..models import cell_scan_triton, scan_triton
 from ..models.tiles_triton import Launch
+from ..pipeline.options import user_path
 from .bench.record import command_line, commit, versions
 
 try:
@@ -190,7 +192,7 @@ def describe(name: str, launch: Launch, architecture: int) -> dict[str, Any]:
 def main() -> None:
     """Compile everything, print a line each, write the JSON."""
     parser = argparse.ArgumentParser(prog="python -m minrnn.evals.kernels", description="What Triton kernels compile to.")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="where to write the JSON")
+    parser.add_argument("--out", type=user_path, default=RESULTS, help="where to write the JSON")
     parser.add_argument("--sm", type=int, nargs="+", default=[80, 90], help="architectures to compile for")
     arguments = parser.parse_args()
     if triton is None:
@@ -219,4 +221,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with conventional_exit():
+        main()

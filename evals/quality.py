@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..data.output import conventional_exit
 from .report.compare import METRICS
 from .report.published import published
 from .report.runs import Entry, Results
@@ -108,4 +109,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with conventional_exit():
+        main()

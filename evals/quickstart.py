@@ -15,8 +15,10 @@ import yaml
 from accelerate import Accelerator
 
 from ..data import Encoder, load_tokenizer
+from ..data.output import conventional_exit
 from ..models import MinRNNForCausalLM
 from ..pipeline.evaluation import validate, validation_sets
+from ..pipeline.options import user_path
 from ..pipeline.recipe import build_recipe
 from ..pipeline.run import corpus_of
 from .bench.record import commit, machine, versions
@@ -56,7 +58,7 @@ def measured(run: Path) -> dict:
 def main() -> None:
     """Write the results file and the picture."""
     parser = argparse.ArgumentParser("python -m minrnn.evals.quickstart", description="Record what the main job reached.")
-    parser.add_argument("--run", type=Path, default=Path("runs/quickstart"), help="folder of the run (default: %(default)s)")
+    parser.add_argument("--run", type=user_path, default=Path("runs/quickstart"), help="folder of the run (default: %(default)s)")
     arguments = parser.parse_args()
     out = REPOSITORY / "evals" / "results" / "quickstart.json"
     out.write_text(json.dumps(measured(arguments.run), indent=1) + "\n")
@@ -65,4 +67,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with conventional_exit():
+        main()

@@ -4,9 +4,9 @@ import argparse
 import difflib
 import importlib
 import sys
-from pathlib import Path
 
-from ..pipeline.options import add_trust
+from ..data.output import conventional_exit
+from ..pipeline.options import add_trust, user_path
 
 USAGE = """usage: minrnn COMMAND ...
 
@@ -40,8 +40,8 @@ MODULES = {
 
 def _export(argv: list[str]) -> None:
     parser = argparse.ArgumentParser("minrnn export", description="Export a checkpoint of a run: weights, code, tokenizer, model card.")
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run, e.g. runs/quickstart")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write; an export there is replaced, other files stay")
+    parser.add_argument("run", type=user_path, metavar="RUN", help="folder of the run, e.g. runs/quickstart")
+    parser.add_argument("--out", type=user_path, required=True, help="folder to write; an export there is replaced, other files stay")
     parser.add_argument(
         "--force", action="store_true", help="write into a folder that holds other files, and replace those of an export's names"
     )
@@ -56,8 +56,12 @@ def _export(argv: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Dispatch to a command; a user's mistakes end with status 2 and a line for each."""
-    argv = sys.argv[1:] if argv is None else argv
+    """Run a command; a user's mistakes end with status 2 and a line for each, Ctrl-C with 130, a closed pipe with 141."""
+    with conventional_exit():
+        _dispatch(sys.argv[1:] if argv is None else argv)
+
+
+def _dispatch(argv: list[str]) -> None:
     command, rest = (argv[0], argv[1:]) if argv else ("--help", [])
     if command in ("--help", "-h"):
         print(USAGE)

@@ -1,21 +1,21 @@
 """`minrnn generate`: continue a prompt, printed as it comes. A prompt of any length is read in pieces of bounded memory."""
 
 import argparse
-from pathlib import Path
+import os
 from typing import Any
 
 from ..data.errors import UserError
 from ..data.prompts import TextStream, prompt_batch, read_prompt
 from ..data.sources import is_text
-from ..pipeline.options import add_device, add_dtype, add_trust
+from ..pipeline.options import add_device, add_dtype, add_trust, user_path
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("minrnn generate", description="Continue a prompt with a trained model.")
-    parser.add_argument("model", metavar="MODEL", help="a run's folder, an export, or a model of the hub")
+    parser.add_argument("model", type=os.path.expanduser, metavar="MODEL", help="a run's folder, an export, or a model of the hub")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", default="", help="text to continue (default: a new document)")
-    source.add_argument("--prompt-file", type=Path, help="file to continue, of any length; - for standard input")
+    source.add_argument("--prompt-file", type=user_path, help="file to continue, of any length; - for standard input")
     parser.add_argument("--max-new-tokens", type=int, default=300, help="tokens to write (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 always takes the likeliest token (default: %(default)s)")
     parser.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this total probability")

@@ -38,6 +38,14 @@ class Section(BaseModel):
         return {}
 
 
+def expand_home(path: str | None) -> str | None:
+    """A path with the home folder in place of `~`: what is opened, compared and written down.
+
+    Corpora and MLflow's database keep theirs, which are expanded where they are opened: config.yaml has always had them as they are written.
+    """
+    return None if path is None else os.path.expanduser(path)
+
+
 class RunSection(Section):
     """The run itself."""
 
@@ -49,6 +57,7 @@ class RunSection(Section):
     """auto: go on from the newest valid checkpoint in run.dir, if any. never: refuse a folder that has one. must: one without."""
     change: list[str] = []
     """Settings that are meant to differ from those the run was started with, e.g. [optim.lr]; any other difference stops a resume."""
+    _expand = field_validator("dir")(expand_home)
 
 
 _TOKENIZER_FIELDS = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
@@ -79,6 +88,7 @@ class _ModelBase(Section):
     """Where the fields below start from: `paper` is the block as published, `default` ours."""
     init_from: str | None = None
     """An export (a folder or a hub id) of the same shape, whose weights the run starts from."""
+    _expand = field_validator("init_from")(expand_home)
 
     def fields(self) -> dict[str, Any]:
         """The fields of MinRNNConfig that the user set."""
@@ -129,6 +139,7 @@ class DataSection(Section):
     """documents: every lane reads documents to their end. windows: random crops of the joined text, nothing carried."""
     tokenizer: str = Field(default="bytes", min_length=1)
     """bytes, or a tokenizer of the hub or a folder."""
+    _expand = field_validator("tokenizer")(expand_home)
     trust_remote_code: bool = False
     """Run the code that a tokenizer brings along; read it before."""
     shuffle_window: int = Field(default=1024, ge=1)

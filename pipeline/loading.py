@@ -26,6 +26,7 @@ def model_folder(name: str) -> str:
     Raises:
         UserError: a run that has exported none yet.
     """
+    name = os.path.expanduser(name)
     run = Path(name)
     if (run / "model" / "config.json").exists():
         return str(run / "model")

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from ..data.errors import UserError
 from .config import SECTIONS, Recipe, docstring_of
+from .options import user_path
 from .public import config_without_credentials
 
 # What may change when a run goes on: where it lives, how long it is, how it reports. Everything else decides the losses; parallel.context does
@@ -95,7 +96,7 @@ def parse_arguments(argv: list[str]) -> tuple[str | None, dict[str, str]]:
 
 
 def _load_yaml(name: str) -> dict[str, Any]:
-    path = shipped_recipes().get(name, Path(name))
+    path = shipped_recipes().get(name, user_path(name))
     try:
         loaded = yaml.safe_load(path.read_text())
     except OSError as error:

@@ -328,7 +328,7 @@ def sqlite_file(uri: str) -> Path | None:
 def absolute_uri(uri: str) -> str:
     """The URI of a SQLite database with its path from the root; any other as it is."""
     database = sqlite_file(uri)
-    return uri if database is None else SQLITE.sub(lambda match: f"{match[1]}{database.expanduser().absolute()}{match[3]}", uri)
+    return uri if database is None else SQLITE.sub(lambda match: f"{match[1]}{Path(os.path.expanduser(database)).absolute()}{match[3]}", uri)
 
 
 def open_client(uri: str) -> Any:

@@ -3,7 +3,7 @@
 import os
 import sys
 
-from ..data.output import secure_output
+from ..data.output import conventional_exit, secure_output
 from .restarts import leave_if_final, note_error
 
 
@@ -37,4 +37,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with conventional_exit():
+        main()

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...data.errors import UserError
-from ...pipeline.options import add_device
+from ...pipeline.options import add_device, user_path
 
 KINDS = {
     "scan": "the recurrence alone, and whole layers",
@@ -109,7 +109,7 @@ def _parser(kind: str) -> argparse.ArgumentParser:
     parser.add_argument("--min-seconds", type=float, default=0.2, help="work is repeated until a turn lasts so long (default: %(default)s)")
     parser.add_argument("--limit", type=float, default=120, help="seconds after which a contender takes no further turn (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and inputs (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help=f"JSON file to write (default: evals/results/bench-{kind}-DEVICE.json)")
+    parser.add_argument("--out", type=user_path, help=f"JSON file to write (default: evals/results/bench-{kind}-DEVICE.json)")
     return parser
 
 

@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from ...data.output import conventional_exit
 from .measure import Timing, Turn, Unavailable, reason_of, round_robin
 
 PROTOCOL_STREAM = 3  # the child's copy of its standard output; whatever a library prints goes to standard error
@@ -157,4 +158,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with conventional_exit():
+        main()

@@ -18,7 +18,7 @@ from typing import Any
 
 from ...data.errors import UserError
 from ...data.output import warn
-from ...pipeline.options import add_device, add_dtype, add_trust
+from ...pipeline.options import add_device, add_dtype, add_trust, user_path
 from ...pipeline.processes import together
 from ...pipeline.public import public_config, public_value
 from ...pipeline.storage import replace
@@ -39,9 +39,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "minrnn eval", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("model", metavar="MODEL", help="a run's folder, an export, or a model of the hub")
+    parser.add_argument("model", type=os.path.expanduser, metavar="MODEL", help="a run's folder, an export, or a model of the hub")
     parser.add_argument("--tasks", required=True, help="names of tasks, groups or tags, or patterns (blimp_*), separated by commas")
-    parser.add_argument("--include-path", type=Path, help="folder with tasks of your own (YAML)")
+    parser.add_argument("--include-path", type=user_path, help="folder with tasks of your own (YAML)")
     parser.add_argument("--num-fewshot", type=int, help="examples before each question (default: the task's)")
     parser.add_argument("--limit", type=float, help="documents of each task, or below 1 a fraction of them (default: all)")
     parser.add_argument("--rolling-window", type=int, help="perplexities also with the state reset every so many tokens, as NAME_window_SIZE")
@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     add_trust(parser)
     add_dtype(parser)
     parser.add_argument("--bootstrap-iters", type=int, default=100_000, help="for standard errors; 0: none (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="JSON file to write (default: RUN/evals/lm-eval-TIME.json, evals/results/ without a run)")
+    parser.add_argument("--out", type=user_path, help="JSON file to write (default: RUN/evals/lm-eval-TIME.json, evals/results/ without a run)")
     return parser
 
 

@@ -34,6 +34,7 @@ from transformers import (
 )
 
 from ...data.errors import UserError
+from ...data.output import conventional_exit
 from ...data.prompts import prompt_tokens
 from ...models import MinRNNForCausalLM
 from ...models.decoding import TokenStep
@@ -289,4 +290,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with conventional_exit():
+        main()

@@ -3,10 +3,10 @@
 import argparse
 import difflib
 import itertools
+import os
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from ...data.output import warn
 from ...data.sources import Place, Record, Source, TextFiles
 from ...models import MinRNNConfig, MinRNNForCausalLM
 from ...pipeline.loading import load
-from ...pipeline.options import add_device, add_dtype, add_trust
+from ...pipeline.options import add_device, add_dtype, add_trust, user_path
 from ...pipeline.public import public_value
 from ..bench.record import command_line, commit, machine, versions
 from ..output import out_problems
@@ -55,7 +55,7 @@ def make_parser(command: str, description: str, examples: str) -> argparse.Argum
     parser = argparse.ArgumentParser(
         command, description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("model", metavar="MODEL", help="a run's folder, an export, or a model of the hub")
+    parser.add_argument("model", type=os.path.expanduser, metavar="MODEL", help="a run's folder, an export, or a model of the hub")
     parser.add_argument(
         "--corpus", default=PYTHON_STDLIB, help="name, file, folder, glob or hub id, as data.corpus (default: python-stdlib, held out)"
     )
@@ -66,7 +66,7 @@ def make_parser(command: str, description: str, examples: str) -> argparse.Argum
     add_device(parser)
     add_trust(parser)
     add_dtype(parser)
-    parser.add_argument("--out", type=Path, help="JSON file to write (default: in RUN/evals/, or evals/results/ without a run)")
+    parser.add_argument("--out", type=user_path, help="JSON file to write (default: in RUN/evals/, or evals/results/ without a run)")
     return parser
 
 

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...data.errors import UserError
+from ...data.output import conventional_exit
 from ...data.tokenizer import num_bytes
 from ...pipeline.storage import replace
 from ..bench.record import table
@@ -137,7 +138,8 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1:])
+        with conventional_exit():
+            main(sys.argv[1:])
     except UserError as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None

@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 from ...data.errors import UserError
 from ...data.output import warn
+from ...pipeline.options import user_path
 from ...pipeline.storage import replace
 from .. import speed
 from . import lm_eval, others, pictures, quality
@@ -38,8 +39,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "minrnn report", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("paths", type=Path, nargs="*", metavar="PATH", help="results files, folders of them, or runs (default: minrnn's own)")
-    parser.add_argument("--out", type=Path, default=Path("runs", "report"), help="folder to write (default: %(default)s)")
+    parser.add_argument(
+        "paths", type=user_path, nargs="*", metavar="PATH", help="results files, folders of them, or runs (default: minrnn's own)"
+    )
+    parser.add_argument("--out", type=user_path, default=Path("runs", "report"), help="folder to write (default: %(default)s)")
     return parser
 
 

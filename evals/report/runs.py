@@ -22,9 +22,10 @@ from pydantic import BaseModel, Field
 from safetensors import SafetensorError, safe_open
 
 from ...data.errors import UserError
-from ...data.output import warn
+from ...data.output import conventional_exit, warn
 from ...pipeline.config import SECTIONS
 from ...pipeline.metrics import read_metrics
+from ...pipeline.options import user_path
 from ...pipeline.public import public_config
 from ...pipeline.storage import replace
 from ..bench.record import commit, machine, versions
@@ -273,11 +274,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         "python -m minrnn.evals.report.runs", description="One results file from folders of runs, for minrnn report."
     )
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs; those that differ in run.seed only are one entry")
+    parser.add_argument(
+        "runs", type=user_path, nargs="+", metavar="RUN", help="folders of runs; those that differ in run.seed only are one entry"
+    )
     parser.add_argument(
         "--as", dest="name", required=True, metavar="NAME", help=f"one of {', '.join(published().experiments)}; or a name of its own"
     )
-    parser.add_argument("--out", type=Path, help="JSON file to write (default: evals/results/NAME.json)")
+    parser.add_argument("--out", type=user_path, help="JSON file to write (default: evals/results/NAME.json)")
     arguments = parser.parse_args(argv)
     out = arguments.out or Path("evals", "results", f"{arguments.name}.json")
     names = [Path(run).name if run.is_absolute() else str(run) for run in arguments.runs]
@@ -302,4 +305,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with conventional_exit():
+        main()
