@@ -2,6 +2,7 @@
 
 from .corpus import CorpusSpec, DocumentStream, open_source
 from .errors import UserError
+from .fingerprint import check_corpus, corpus_fingerprint
 from .loader import ChunkLoader, ReaderSpec
 from .prompts import TextStream, prompt_batch, prompt_tokens, read_prompt
 from .reader import IGNORED, Chunk, DocumentReader, WindowReader, joined_tokens
@@ -27,6 +28,8 @@ __all__ = [
     "WindowReader",
     "build_task",
     "byte_tokenizer",
+    "check_corpus",
+    "corpus_fingerprint",
     "document_validation",
     "fingerprint",
     "is_synthetic",

@@ -70,7 +70,7 @@ def stdlib_files(part: Split) -> tuple[list[Path], Path]:
     return files, root
 
 
-def _local_files(pattern: str, left_out: Sequence[str] = ()) -> tuple[list[Path], Path]:
+def local_files(pattern: str, left_out: Sequence[str] = ()) -> tuple[list[Path], Path]:
     """Files a path, folder or glob names, sorted, hidden ones aside, and the folder they are below. None if there is nothing of that name.
 
     Args:
@@ -132,10 +132,10 @@ def _open_parts(spec: CorpusSpec, part: Split) -> Source:
     if spec.corpus == PYTHON_STDLIB:
         files, root = stdlib_files(part)
         return TextFiles(files, root, spec.skip_broken)
-    files, root = _local_files(spec.corpus, spec.left_out)
+    files, root = local_files(spec.corpus, spec.left_out)
     if not files:
         if os.path.isdir(os.path.expanduser(spec.corpus)):
-            only = " but those of the run" if _local_files(spec.corpus)[0] else ""
+            only = " but those of the run" if local_files(spec.corpus)[0] else ""
             raise UserError(("data.corpus", f"the folder {spec.corpus} holds no files{only}"))
         looks_like_hub_id = re.fullmatch(r"\w[\w-]*(/\w[\w.-]*)?", spec.corpus) and not spec.corpus.lower().endswith(FILE_SUFFIXES)
         if not looks_like_hub_id:

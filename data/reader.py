@@ -8,6 +8,7 @@ state says, for each lane, which document is under way (the window it came from,
 are done. It travels with the chunk, so what is saved is what was consumed, whatever was prefetched.
 """
 
+import hashlib
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -62,15 +63,17 @@ class Lane:
     window: WindowAddress | None = None
     number: int = 0
     """Which document of its window."""
+    digest: str = ""
+    """Of its tokens."""
 
     @property
     def num_left(self) -> int:
         return max(len(self.tokens) - 1 - self.offset, 0)
 
     def position(self) -> dict[str, Any]:
-        """Where this lane is; JSON. Name and length tell whether the same document is found again."""
+        """Where this lane is; JSON. Name, length and digest tell whether the same document is found again."""
         assert self.window is not None
-        found = {"window": asdict(self.window), "number": self.number, "name": self.name, "length": len(self.tokens)}
+        found = {"window": asdict(self.window), "number": self.number, "name": self.name, "length": len(self.tokens), "digest": self.digest}
         return {**found, "offset": self.offset}
 
     def emit(self, chunk: Chunk, row: int, column: int) -> int:
@@ -172,6 +175,8 @@ class DocumentReader:
                     raise UserError(
                         ("data.corpus", f"has changed: where {was} was being read there is {now}; a run needs the corpus it began with")
                     )
+                if lane.digest != saved.get("digest", lane.digest):  # older checkpoints have none
+                    raise UserError(("data.corpus", f"has changed: {lane.name}, which was being read, has other text; a run needs its corpus"))
                 lane.offset = saved["offset"]
         self.window, self.number = find(state["window"]), state["number"]
         self.num_skipped = state["num_skipped"]
@@ -187,6 +192,7 @@ class DocumentReader:
         document = window.documents[number]
         lane.tokens, lane.offset = encode_document(self.encoder, document), 0
         lane.name, lane.window, lane.number = document.name, window.address, number
+        lane.digest = hashlib.blake2b(lane.tokens.data, digest_size=4).hexdigest()
 
     def _next_document(self, lane: Lane) -> None:
         epoch = self.window.address.epoch

@@ -340,6 +340,7 @@ def _save(run: Run, is_last: bool) -> None:
             "tokens": run.tokens,
             "vocab_size": run.config.vocab_size,
             "tokenizer": fingerprint(run.tokenizer),
+            "corpus": run.corpus,
             "recent_losses": run.recent_losses,
             "num_skips": run.num_skips,
             "torch": torch.__version__,

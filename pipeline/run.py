@@ -25,6 +25,8 @@ from ..data import (
     TaskValidation,
     UserError,
     ValidationSet,
+    check_corpus,
+    corpus_fingerprint,
     fingerprint,
     model_vocab_size,
     tokenizer_of,
@@ -75,6 +77,8 @@ class Run:
     """Of the latest steps, newest last: what a spike is measured by."""
     num_skips: int = 0
     """Batches left out in a row."""
+    corpus: dict[str, Any] | None = None
+    """Its fingerprint, as this start met it."""
     tracker: Tracker | None = None
     bar: Any = None
     latest: dict[str, Any] = field(default_factory=dict)
@@ -118,6 +122,9 @@ def set_up(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, watchdog
     recipe = dataclasses.replace(recipe, train=recipe.train.model_copy(update={"precision": choice.precision}))
     layout = processes.layout_of(accelerator, recipe.parallel.context, patience(recipe))
     mine = layout.readers(recipe.batch.readers)
+    corpus, problems = processes.together(accelerator, lambda: _describe_corpus(recipe, folder, accelerator.is_main_process))
+    if problems:
+        raise UserError(*problems)
     loader, validation, readers, tokenizer, model = _open_everywhere(recipe, accelerator, folder, mine, watchdog)
     config, num_parameters = model.config, model.num_parameters()
     if layout.group is not None:
@@ -158,6 +165,7 @@ def set_up(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, watchdog
         rate,
         manifest.get("recent_losses", []),
         manifest.get("num_skips", 0),
+        corpus,
     )
     if run.is_main:
         run.tracker = tracker_of(folder.path, recipe, warn)
@@ -210,6 +218,21 @@ def _decide_precision(recipe: Recipe, accelerator: Accelerator, folder: RunFolde
     rates = processes.from_main(accelerator, {name: rate for name, rate in rates.items() if name in everywhere})
     choice = choose_precision(asked, None if kept == "auto" else kept, rates, device_name(accelerator.device))
     return choice, rates[choice.precision]
+
+
+def _describe_corpus(recipe: Recipe, folder: RunFolder, is_main: bool) -> dict[str, Any] | None:
+    """The corpus's fingerprint, after comparing it with the one in the checkpoint, which older ones lack.
+
+    Raises:
+        UserError: it is not the corpus that the run began with.
+    """
+    if recipe.synthetic_task() is not None:
+        return None
+    spec, before = corpus_of(recipe), folder.manifest.get("corpus")
+    note = None if before is None else check_corpus(before, spec, recipe.data.order, recipe.batch.readers)
+    if note is not None and is_main:
+        warn(f"data.corpus: {note}")
+    return corpus_fingerprint(spec)
 
 
 Opened = tuple[ChunkLoader, Sequence[ValidationSet] | Sequence[TaskValidation], dict[int, ReaderState], Any, MinRNNForCausalLM]

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -81,7 +82,7 @@ def test_the_command_line_wins(tmp_path: Path):
 def test_text_is_taken_as_it_is_typed(typed: str):
     """By settings of type str; by those that may be None too, but for the word null; and within lists."""
     recipe = read_recipe(["--run.dir", typed, f"--data.corpus={typed}", "--data.join", typed, "--train.prompts", json.dumps([typed, "b"])])
-    assert (recipe.run.dir, recipe.data.corpus) == (typed, typed)
+    assert (recipe.run.dir, recipe.data.corpus) == (os.path.expanduser(typed), typed)
     assert recipe.data.join == (None if typed == "null" else typed)
     assert recipe.train.prompts == [typed, "b"]
 

@@ -303,3 +303,27 @@ def test_two_trainings_cannot_share_a_folder(values: Values, run_recipe: Run, mo
         crash_at(patched, 3, second)
         run_recipe(values)
     assert len(refused) == 1
+
+
+@pytest.mark.parametrize("order", ["documents", "windows"])
+def test_a_run_does_not_go_on_over_other_text(order: str, values: Values, run_recipe: Run, tmp_path: Path):
+    """Changed with equal length, cut, or with text before it: a line. Text behind it is told, and checkpoints without a fingerprint go on."""
+    corpus = tmp_path / "corpus.jsonl"
+    original = Path(values["data"]["corpus"]).read_bytes()
+    corpus.write_bytes(original)
+    values["data"] |= {"corpus": str(corpus), "order": order}
+    values["train"] |= {"steps": 2, "save_every": None, "eval_every": None}
+    folder = run_recipe(values)
+    values["train"]["steps"] = 3
+    at = original.rindex(b'"text": "') + len(b'"text": "')
+    for changed in (original[:at] + b"#" + original[at + 1 :], original[:-200], b'{"text": "new"}\n' + original):
+        corpus.write_bytes(changed)
+        with pytest.raises(UserError, match=r"^error: data\.corpus: .*corpus\.jsonl is not what the run began with: corpus\.jsonl .*run\.dir"):
+            run_recipe(values)
+    corpus.write_bytes(original + b'{"text": "more"}\n')
+    if order == "windows":
+        with pytest.raises(UserError, match="has grown"):
+            run_recipe(values)
+        corpus.write_bytes(original)
+    run_recipe(values)
+    assert [step for step, _ in losses(folder)] == [1, 2, 3]

@@ -1,0 +1,143 @@
+"""What a run can see of a corpus that has changed: refused, or told where text was only added behind what was there."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_helpers import some_texts, write_corpus
+from minrnn.data import CorpusSpec, UserError, check_corpus, corpus_fingerprint
+from minrnn.data.corpus import PYTHON_STDLIB
+
+TEXTS = [f"document {i} {text}" for i, text in enumerate(some_texts(40))]
+
+
+def described(spec: CorpusSpec) -> dict[str, Any]:
+    found = json.loads(json.dumps(corpus_fingerprint(spec)))
+    assert found is not None
+    return found
+
+
+def flip(path: Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[:5] + bytes([data[5] ^ 1]) + data[6:])
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def prepend(path: Path) -> None:
+    path.write_bytes(b'{"text": "new"}\n' + path.read_bytes())
+
+
+def rename(path: Path) -> None:
+    path.rename(path.with_name(f"zz{path.suffix}"))
+
+
+def add_before(path: Path) -> None:
+    path.with_name(f"0{path.suffix}").write_bytes(path.read_bytes())
+
+
+CHANGES: dict[Callable[[Path], Any], str] = {
+    flip: " has other text",
+    cut: " was cut from ",
+    prepend: " has other text",
+    rename: " is gone",
+    add_before: " files were there, of ",
+    Path.unlink: " is gone",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("kind", ["text", "jsonl", "parquet"])
+def test_other_text_is_refused(kind: str, change: Callable[[Path], Any], tmp_path: Path):
+    spec = write_corpus(kind, tmp_path, TEXTS, 2)
+    before = described(spec)
+    assert check_corpus(before, spec, "documents", 1) is None
+    first = min(path for path in tmp_path.iterdir())
+    change(first)
+    with pytest.raises(UserError) as caught:
+        check_corpus(before, spec, "documents", 1)
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith(f"error: data.corpus: {tmp_path} is not what the run began with: ")
+    assert CHANGES[change] in line
+    assert "name another run.dir" in line
+
+
+def append(folder: Path, kind: str) -> None:
+    last = max(folder.iterdir())
+    with last.open("ab") as file:
+        file.write(b'{"text": "one more"}\n' if kind == "jsonl" else b"one more")
+
+
+def add_behind(folder: Path, kind: str) -> None:
+    last = max(folder.iterdir())
+    last.with_name(f"zz{last.suffix}").write_bytes(last.read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("kind", "addition", "order", "readers", "join", "told"),
+    [
+        ("jsonl", append, "documents", 1, None, "has grown from "),
+        ("jsonl", add_behind, "documents", 1, None, "1 more files, behind part-00001.jsonl"),
+        ("text", add_behind, "documents", 2, None, "1 more files, behind 00039.txt"),
+        ("jsonl", append, "windows", 1, None, None),
+        ("jsonl", append, "documents", 1, "other", None),
+        ("jsonl", add_behind, "documents", 2, None, None),
+        ("text", append, "documents", 1, None, None),
+    ],
+)
+def test_text_that_is_added_is_told_where_it_leaves_the_order(
+    kind: str, addition: Callable[[Path, str], None], order: str, readers: int, join: str | None, told: str | None, tmp_path: Path
+):
+    write_corpus(kind, tmp_path, TEXTS, 2)
+    spec = CorpusSpec(str(tmp_path), join=join)
+    before = described(spec)
+    addition(tmp_path, kind)
+    if told is None:
+        with pytest.raises(UserError, match=r"^error: data\.corpus: .* is not what the run began with: "):
+            check_corpus(before, spec, order, readers)
+    else:
+        note = check_corpus(before, spec, order, readers)
+        assert note is not None
+        assert told in note
+
+
+def test_many_files_cost_no_reading(tmp_path: Path):
+    """Of more than 256, the others' names and sizes are compared; the description stays small."""
+    for number in range(600):
+        (tmp_path / f"{number:03}.txt").write_text(f"text {number}")
+    spec = CorpusSpec(str(tmp_path))
+    before = described(spec)
+    assert len(before["files"]) == 256
+    assert len(json.dumps(before)) < 30_000
+    other = next(path for path in sorted(tmp_path.iterdir()) if path.name not in before["files"])
+    other.write_text("another size")
+    with pytest.raises(UserError, match="names or sizes of its files have changed"):
+        check_corpus(before, spec, "documents", 1)
+
+
+def test_what_is_not_text_of_the_corpus_does_not_count(tmp_path: Path):
+    """Times, hidden files, what the run writes, and the name by which the folder is called."""
+    spec = write_corpus("jsonl", tmp_path / "corpus", TEXTS)
+    before = described(spec)
+    for path in (tmp_path / "corpus").iterdir():
+        os.utime(path, (0, 0))
+    (tmp_path / "corpus" / ".cache").write_text("x")
+    (tmp_path / "corpus" / "run").mkdir()
+    (tmp_path / "corpus" / "run" / "samples.txt").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "corpus")
+    run = os.path.realpath(tmp_path / "corpus" / "run")
+    for name in ("corpus", "link"):
+        assert check_corpus(before, CorpusSpec(str(tmp_path / name), left_out=(run,)), "documents", 1) is None
+
+
+def test_the_library_of_another_python_is_refused():
+    before = described(CorpusSpec(PYTHON_STDLIB))
+    assert check_corpus(before, CorpusSpec(PYTHON_STDLIB), "documents", 1) is None
+    with pytest.raises(UserError, match=r"was the library of Python 3\.0\.0, this is 3\."):
+        check_corpus({"python": "3.0.0"}, CorpusSpec(PYTHON_STDLIB), "documents", 1)
+    assert check_corpus(before, CorpusSpec("org/name"), "documents", 1) is None
