@@ -67,6 +67,8 @@ class Tracker:
         self._status: str | None = None
         self._waiting_since: float | None = None
         self._left = self._complete = False
+        self._reason = ""
+        """Of the latest failure."""
         self._warned: set[str] = set()
         self._wake.set()
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
@@ -89,8 +91,9 @@ class Tracker:
             asked, now = self._waiting_since, time.monotonic()
             self._left = now - start > LEAVING_SECONDS or (asked is not None and now - max(asked, start) > ANSWER_SECONDS)
         if not self._complete:
-            place = without_credentials(self.uri)
-            self._warn(f"tracking: {place} did not take everything; the rest is in metrics.jsonl and is sent when the run is started again")
+            reason = "no answer yet" if self._left else self._reason
+            message = f"tracking: {without_credentials(self.uri)} did not take everything ({reason})"
+            self._warn(f"{message}; the rest is in metrics.jsonl and is sent when the run is started again")
 
     def _work(self) -> None:
         pause = 1.0
@@ -109,11 +112,11 @@ class Tracker:
             except _LeftError:
                 return
             except Exception as error:  # every store raises its own; none of them may stop the training
-                self._client = None
+                self._client, self._reason = None, error_line(error, self.uri)
                 if status is not None:
                     return
-                place, reason = without_credentials(self.uri), error_line(error, self.uri)
-                self._warn_once("failed", f"{place} failed ({reason}); training goes on, and what MLflow misses is sent later")
+                place = without_credentials(self.uri)
+                self._warn_once("failed", f"{place} failed ({self._reason}); training goes on, and what MLflow misses is sent later")
                 self._closing.wait(pause)
                 pause = min(2 * pause, LONGEST_PAUSE)
                 self._wake.set()
