@@ -2,10 +2,11 @@
 
 import argparse
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from ..data.errors import UserError
-from ..data.prompts import TextStream, prompt_batch, read_prompt
+from ..data.prompts import TextStream, prompt_tokens, read_prompt
 from ..data.sources import is_text
 from ..pipeline.options import add_device, add_dtype, add_trust, user_path
 
@@ -59,35 +60,40 @@ def main(argv: list[str]) -> None:
         arguments.model, arguments.dtype, arguments.device, arguments.trust_remote_code
     )  # generate() is none of the class's for type checkers
     model, tokenizer = loaded
-    inputs = prompt_batch(tokenizer, [prompt]).to(model.device)
-    output = TextStream(tokenizer, inputs["input_ids"][0].tolist())
+    ids = prompt_tokens(tokenizer, prompt)
+    output = TextStream(tokenizer, ids)
     _print(prompt)
     transformers.set_seed(arguments.seed)
-    sampling = {"do_sample": True, "temperature": arguments.temperature, "top_p": arguments.top_p, "top_k": 0}
-    model.generate(
-        **inputs,
-        **(sampling if arguments.temperature > 0 else {"do_sample": False}),
-        max_new_tokens=arguments.max_new_tokens,
-        prefill_chunk_size=arguments.prefill,
-        pad_token_id=tokenizer.pad_token_id,
-        streamer=_Streamer(output),
-    )
+    for token in _continue(model, ids, arguments):
+        if token == tokenizer.eos_token_id:
+            break
+        _print(output.write([token]))
+    _print(output.end() + "\n")
 
 
 def _print(text: str) -> None:
     print(text, end="", flush=True)
 
 
-class _Streamer:
-    """What `generate()` hands tokens to: prints all but the prompt, which it hands over first."""
+def _continue(model: Any, ids: list[int], arguments: argparse.Namespace) -> Iterator[int]:
+    """New tokens. `generate()` would draw the same ones, but copies the whole prompt for each."""
+    import torch
+    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
-    def __init__(self, output: TextStream):
-        self.output, self.is_prompt = output, True
+    from ..models.decoding import TokenStep, prefill
 
-    def put(self, value: Any) -> None:
-        if not self.is_prompt:
-            _print(self.output.write(value.tolist()))
-        self.is_prompt = False
-
-    def end(self) -> None:
-        _print(self.output.end() + "\n")
+    warp: Any = LogitsProcessorList()
+    if arguments.temperature > 0:
+        warp += [TemperatureLogitsWarper(arguments.temperature)]
+    if arguments.top_p < 1:
+        warp += [TopPLogitsWarper(arguments.top_p)]
+    logits, cache = prefill(model, torch.tensor([ids]), piece=arguments.prefill)
+    step = TokenStep(model, cache)
+    for count in range(arguments.max_new_tokens):
+        if arguments.temperature > 0:
+            token = torch.multinomial(warp(None, logits.float()).softmax(-1), 1).squeeze(1)
+        else:
+            token = logits.argmax(-1)
+        yield int(token)
+        if count + 1 < arguments.max_new_tokens:
+            logits = step(token)

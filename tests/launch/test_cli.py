@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from minrnn.data import BYTES, byte_tokenizer, model_vocab_size, tokenizer_of
+from minrnn.data import BYTES, TextStream, byte_tokenizer, model_vocab_size, prompt_tokens, tokenizer_of
 from minrnn.launch.cli import main
 from minrnn.models import MinRNNConfig, MinRNNForCausalLM
 from minrnn.pipeline.export import export_model, model_config
 from minrnn.pipeline.recipe import build_recipe, parse_arguments, read_recipe, resolved, shipped_recipes
+from transformers import set_seed
 
 REPOSITORY = Path(__file__).parents[2]
 README = REPOSITORY / "README.md"
@@ -122,3 +123,13 @@ def test_mistakes_end_with_status_two_and_a_line_each(arguments: list[str], told
 def test_help(arguments: list[str], capsys):
     main(arguments)
     assert "minrnn train --config quickstart" in capsys.readouterr().out
+
+
+def test_generate_draws_what_transformers_would(export: Path, capsys):
+    main(["generate", str(export), "--prompt", "a", "--max-new-tokens", "20", "--top-p", "0.9", "--seed", "3", "--dtype", "fp32"])
+    model, tokenizer = MinRNNForCausalLM.from_pretrained(export).eval(), byte_tokenizer()
+    set_seed(3)
+    sampling = {"do_sample": True, "temperature": 0.8, "top_p": 0.9, "top_k": 0, "max_new_tokens": 20, "pad_token_id": tokenizer.pad_token_id}
+    ids = model.generate(torch.tensor([prompt_tokens(tokenizer, "a")]), **sampling)
+    stream = TextStream(tokenizer, b"a")
+    assert capsys.readouterr().out == "a" + stream.write(ids[0, 2:].tolist()) + stream.end() + "\n"
