@@ -2,7 +2,7 @@
 
 from typing import Any
 
-import minrnn.models.modeling_minrnn as modeling
+import minrnn.models.block as block
 import pytest
 import torch
 from helpers import VOCAB, assert_close, assert_same_gradients, gradients, logits_of, new_model, random_ids, shared_model
@@ -155,8 +155,8 @@ def test_state_is_fp32_under_autocast(cell, monkeypatch):
         seen.append((projected.dtype, gate_bias.dtype, None if h0 is None else h0.dtype))
         return scan(projected, gate_bias, h0, **kwargs)
 
-    scan = modeling.cell_scan
-    monkeypatch.setattr(modeling, "cell_scan", recording)
+    scan = block.cell_scan
+    monkeypatch.setattr(block, "cell_scan", recording)
     model, ids, cache = new_model(cell=cell), random_ids(2, 9), MinRNNCache(2)
     exact = logits_of(model, ids)
     seen.clear()
