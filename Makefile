@@ -79,7 +79,7 @@ test-slow: .venv/.ready-test
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m slow
 
 soak: .venv/.ready-test
-	$(BIN)/python tests/soak.py --minutes $(or $(MINUTES),30)
+	$(BIN)/python tests/soak --minutes $(or $(MINUTES),30)
 
 test-multihost: .venv/.ready-test
 	$(BIN)/python -m pytest -q tests/multihost

@@ -1,0 +1,253 @@
+"""The run that is disturbed, and the faults that disturb it."""
+
+import errno
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import yaml
+from faulty_disk import FaultyDisk
+from minrnn.pipeline.checkpoint import steps_in
+
+REPOSITORY = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+WORDS = ["state", "lane", "goes", "on", "where", "it", "was", "cut", "and", "no", "document", "ever", "sees", "another"]
+PEER_TIMEOUT = 15.0
+EVAL_EVERY = 10
+SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
+# How often each fault is drawn; `__main__.py` says what each does.
+WEIGHTS = {
+    "kill": 40,
+    "all": 15,
+    "preempt": 6,
+    **dict.fromkeys(SIGNALS, 4),
+    "stop": 5,
+    "rot": 15,
+    "full disk": 5,
+    "sync error": 4,
+    "read error": 5,
+}
+KILLS = ("kill", "all", "rot", "read error")  # faults that begin with a SIGKILL
+
+
+def write_recipe(folder: Path, seed: int) -> Path:
+    """A small corpus and a recipe that never ends by itself."""
+    draw = random.Random(seed)
+    with (folder / "words.jsonl").open("w") as file:
+        for _ in range(2000):
+            file.write(json.dumps({"text": " ".join(draw.choices(WORDS, k=draw.choice([0, 1, 3, 10, 60, 300])))}) + "\n")
+    recipe = {
+        "run": {"seed": seed},
+        "model": {"hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 24, "dropout": 0.1},
+        "data": {"corpus": str(folder / "words.jsonl"), "validation_fraction": 0.05, "validation_tokens": 500, "shuffle_window": 50},
+        "batch": {"readers": 2, "lanes": 2, "chunk": 24},
+        "optim": {"schedule": "constant", "warmup_steps": 2, "lr": 1e-3},
+        "train": {
+            "steps": 10**6,
+            "precision": "fp32",
+            "log_every": 1,
+            "eval_every": EVAL_EVERY,
+            "save_every": 7,
+            "sample_tokens": 0,
+            "keep_checkpoints": 3,
+            "peer_timeout": PEER_TIMEOUT,
+        },
+        "tracking": {"uri": None},
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def command(recipe: Path, run: Path, *more: str) -> list[str]:
+    """Two processes under an elastic launcher."""
+    config = REPOSITORY / "launch" / "accelerate" / "cpu.yaml"
+    launcher = ["accelerate.commands.launch", "--config_file", str(config), "--max_restarts", "100000", "--monitor_interval", "0.2"]
+    return [sys.executable, "-m", *launcher, "-m", "minrnn.pipeline.train", "--config", str(recipe), "--run.dir", str(run), *more]
+
+
+class DisturbedRun:
+    """A run, started again whenever it has ended.
+
+    Args:
+        folder: for the run, its log, its corpus.
+        seed: of the corpus, the model and the faults.
+    """
+
+    def __init__(self, folder: Path, seed: int):
+        self.draw, self.run, self.log = random.Random(seed + 1), folder / "disturbed", folder / "disturbed.txt"
+        self.recipe, self.disk = write_recipe(folder, seed), FaultyDisk(self.run, folder)
+        self.faults: Counter[str] = Counter()
+        self.problems: list[str] = []
+        self.launcher: subprocess.Popen[bytes] | None = None
+
+    @property
+    def num_kills(self) -> int:
+        """Faults that were a kill -9."""
+        return sum(self.faults[name] for name in KILLS)
+
+    def output(self) -> str:
+        """All that the run has printed so far."""
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    def num_starts(self) -> int:
+        """How often training began or went on."""
+        return len(re.findall(r"going on from step \d+|from the beginning", self.output()))
+
+    def last_step(self) -> int:
+        """The step of the last line of metrics.jsonl; 0 without one."""
+        try:
+            lines = (self.run / "metrics.jsonl").read_text().splitlines()
+            return json.loads(lines[-1])["step"]
+        except (OSError, ValueError, IndexError, KeyError):
+            return 0
+
+    def checkpoints(self) -> list[Path]:
+        """Oldest first."""
+        return steps_in(self.run / "checkpoints")[::-1]
+
+    def start(self) -> None:
+        """Give the command (again)."""
+        environment = {**ENVIRONMENT, **self.disk.environment}
+        with self.log.open("ab") as log:
+            words = command(self.recipe, self.run)
+            self.launcher = subprocess.Popen(words, env=environment, stderr=log, stdout=log, start_new_session=True)
+
+    def wait_for(self, what: str, condition, seconds: float = 300.0) -> None:
+        """Until the condition holds; a launcher that has ended is started again.
+
+        Raises:
+            TimeoutError: it does not hold in time.
+        """
+        end = time.monotonic() + seconds
+        while not condition():
+            if time.monotonic() > end:
+                raise TimeoutError(f"{what}: not within {seconds:.0f} s; the run's last words: {self.output()[-2000:]}")
+            if self.launcher is not None and self.launcher.poll() is not None:
+                self.start()
+            time.sleep(0.02)
+
+    def wait_until_it_trains(self, starts: int) -> None:
+        """Until it has started once more than `starts` times, and is a step further."""
+        self.wait_for("a start", lambda: self.num_starts() > starts)
+        step = self.last_step()
+        self.wait_for("a step", lambda: self.last_step() > step)
+
+    def processes(self) -> dict[int, int]:
+        """Pids of the training processes by rank."""
+        assert self.launcher is not None
+        pids = {}
+        for path in Path("/proc").glob("[0-9]*"):
+            try:
+                if int((path / "stat").read_text().rsplit(")", 1)[1].split()[1]) == self.launcher.pid:
+                    pids[int(re.search(r"\0RANK=(\d+)\0", (path / "environ").read_text())[1])] = int(path.name)  # pyright: ignore
+            except (OSError, TypeError, ValueError):
+                continue
+        return pids
+
+    def end_all(self, number: int) -> None:
+        """Send a signal to the launcher (SIGKILL: to the training processes as well) and wait for its end."""
+        assert self.launcher is not None
+        pids = self.processes()  # each leads a session of its own
+        os.killpg(self.launcher.pid, number)
+        if number == signal.SIGKILL:
+            for pid in pids.values():
+                os.kill(pid, number)
+        self.launcher.wait(60)
+
+    def disturb(self, fault: str) -> None:
+        """One fault, and wait until the run goes on."""
+        starts = self.num_starts()
+        if fault in ("full disk", "sync error"):
+            self._fail_writes(fault)
+            self.faults[fault] += 1
+            return
+        refused = None
+        if fault in ("kill", "stop", *SIGNALS):
+            if not self._disturb_one_process(fault):
+                return
+        else:
+            self.end_all(signal.SIGTERM if fault == "preempt" else signal.SIGKILL)
+            if fault == "rot":
+                refused = self._flip_a_bit_or_cut()
+                fault = fault if refused else "all"
+            newest = self.checkpoints()[-1:]
+            if fault == "read error":
+                self.disk.switch_on("read", errno.EIO)
+            output_before = len(self.output())
+            self.start()
+            if fault == "read error":
+                self._end_read_errors(newest, output_before)
+        self.faults[fault] += 1
+        self.wait_until_it_trains(starts)
+        if refused and f"going on from step {refused}\n" in self.output().rsplit("warning: checkpoint", 1)[-1]:
+            self.problems.append(f"the broken checkpoint step-{refused:06d} was used")
+
+    def _disturb_one_process(self, fault: str) -> bool:
+        """A signal to one of the two; False where they are not both there (one has just ended)."""
+        pids = self.processes()
+        if len(pids) < 2:
+            return False
+        rank = self.draw.randrange(2)
+        number = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}.get(fault) or signal.Signals[fault]
+        log_size = len(self.output())
+        os.kill(pids[rank], number)
+        if fault == "stop":
+            try:
+                named = re.compile(rf"waiting for .*rank {rank} on|; (the launcher|rank {rank}) on .*, which holds it, hangs or is gone")
+                self.wait_for("the name of a stopped process", lambda: named.search(self.output()[log_size:]), 90)
+            except TimeoutError as error:
+                self.problems.append(str(error))
+            os.kill(pids[rank], signal.SIGKILL)
+        return True
+
+    def _flip_a_bit_or_cut(self) -> int | None:
+        """Break one file of the newest checkpoint anywhere; its step, or None where there is no older one to go on from."""
+        paths = self.checkpoints()
+        if len(paths) < 2:
+            return None
+        file = self.draw.choice(sorted(path for path in paths[-1].iterdir() if path.stat().st_size > 0))
+        content = bytearray(file.read_bytes())
+        if self.draw.random() < 0.25:
+            content = content[: self.draw.randrange(len(content))]
+        else:
+            content[self.draw.randrange(len(content))] ^= 1 << self.draw.randrange(8)
+        file.write_bytes(content)
+        return int(paths[-1].name.removeprefix("step-"))
+
+    def _fail_writes(self, fault: str) -> None:
+        """The disk takes nothing until a checkpoint has failed; after that the next checkpoint must land."""
+        assert self.launcher is not None
+        launcher, log_size = self.launcher, len(self.output())
+        self.disk.switch_on(*(("write", errno.ENOSPC) if fault == "full disk" else ("fsync", errno.EIO)))
+        try:
+            self.wait_for("a failed save", lambda: "could not be written" in self.output()[log_size:], 120)
+        except TimeoutError as error:
+            self.problems.append(f"{fault}: {error}")
+        self.disk.switch_off()
+        newest = self.checkpoints()[-1:]
+        self.wait_for("a checkpoint after the disk works again", lambda: self.checkpoints()[-1:] != newest)
+        if self.launcher is not launcher:
+            self.problems.append(f"{fault}: the run ended")
+
+    def _end_read_errors(self, newest: list[Path], output_before: int) -> None:
+        """Until a checkpoint could not be read; the newest one must still be there, and is what the run goes on from."""
+        try:
+            self.wait_for("an error of reading", lambda: "Input/output error" in self.output()[output_before:], 120)
+        except TimeoutError as error:
+            self.problems.append(f"read error: {error}")
+        self.disk.switch_off()
+        if newest:
+            step = int(newest[0].name.removeprefix("step-"))
+            going_on = re.compile(r"going on from step (\d+)")
+            self.wait_for("a start", lambda: going_on.search(self.output()[output_before:]))
+            match = going_on.search(self.output()[output_before:])
+            if match is None or int(match[1]) != step:
+                self.problems.append(f"read error: step {step} was the newest checkpoint, but the run went on from {match and match[1]}")
