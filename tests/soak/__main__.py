@@ -37,7 +37,7 @@ from minrnn.evals.bench.record import commit, machine, versions
 from minrnn.pipeline.checkpoint import steps_in
 from tqdm import tqdm
 
-FREE = {"run.dir", "train.steps"}  # settings that differ between the two runs
+FREE = {"run.dir", "train.steps", "optim.schedule_steps"}  # settings that differ between the two runs
 
 
 def _metrics(run: Path, kind: str) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 /* Loaded with LD_PRELOAD: lets calls on files below a folder fail while a control file says so.
  *
- *     FAULTY_DISK_FOLDER    absolute path; files below it are concerned
+ *     FAULTY_DISK_FOLDER    absolute path that ends in /; files below it are concerned
  *     FAULTY_DISK_CONTROL   holds "CALL ERRNO", e.g. "read 5" or "write 28"; no such file: nothing fails
  */
 #define _GNU_SOURCE

@@ -23,7 +23,7 @@ class FaultyDisk:
         subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", str(library), str(SOURCE), "-ldl"], check=True)
         self.environment = {
             "LD_PRELOAD": str(library),
-            "FAULTY_DISK_FOLDER": str(folder.resolve()),
+            "FAULTY_DISK_FOLDER": f"{folder.resolve()}/",
             "FAULTY_DISK_CONTROL": str(self._control),
         }
 
