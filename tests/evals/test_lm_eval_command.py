@@ -161,8 +161,9 @@ def test_what_is_finished_is_kept_before_the_next_begins(export: Path, tmp_path:
         return original(lm, tasks=tasks, **kwargs)
 
     monkeypatch.setattr(evaluator, "simple_evaluate", simple_evaluate)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as left:
         main(["eval", str(export), "--tasks", "tiny_choice,tiny_writing", *MINE, "--out", str(out)])
+    assert left.value.code == 130
     assert json.loads(out.read_text())["results"].keys() == {"tiny_choice"}
 
 

@@ -154,7 +154,7 @@ def test_a_long_history_is_drawn_in_few_points(tmp_path: Path, monkeypatch: pyte
         history.losses.append(1.0 + (step == 123_456))
     history.validations = [line(step, "validation") for step in range(1, 2001)]
     drawn = []
-    monkeypatch.setattr(pictures, "_save_figure", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(pictures, "save_figure", lambda figure, path: drawn.append(figure))
     pictures.draw_loss(history, tmp_path / "loss.png", "run")
     (axes,) = drawn[0].axes
     assert max(len(curve.get_xdata()) for curve in axes.lines) <= pictures.NUM_POINTS
