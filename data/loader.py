@@ -63,6 +63,17 @@ class ReaderSpec:
         return [WindowReader(tokens, r, self.lanes, self.chunk, self.seed, state) for r, state in zip(readers, states, strict=True)]
 
 
+def _next_ready(ready: "queue.Queue[Chunk | Exception] | queue.SimpleQueue[Chunk | Exception]", timeout: float | None) -> Chunk | None:
+    """The next chunk of a queue, or None if there is none in time; an exception in its place is raised."""
+    try:
+        item = ready.get(timeout=timeout)
+    except queue.Empty:
+        return None
+    if isinstance(item, Exception):
+        raise item
+    return item
+
+
 class DirectChunks:
     """Readers in this process, in turn, for ever. `take` reads in a thread, so that whoever waits for a chunk can do something else."""
 
@@ -87,14 +98,9 @@ class DirectChunks:
         if not self._is_asked:
             self._wanted.put(True)
             self._is_asked = True
-        try:
-            item = self._ready.get(timeout=timeout)
-        except queue.Empty:
-            return None
-        if isinstance(item, Exception):
-            raise item
-        self._is_asked = False
-        return item
+        chunk = _next_ready(self._ready, timeout)
+        self._is_asked = chunk is None
+        return chunk
 
     def _serve(self) -> None:
         try:
@@ -145,13 +151,7 @@ class WorkerChunks:
 
     def take(self, timeout: float | None) -> Chunk | None:
         """The next chunk, or None if it is not there in time."""
-        try:
-            item = self._ready.get(timeout=timeout)
-        except queue.Empty:
-            return None
-        if isinstance(item, Exception):
-            raise item
-        return item
+        return _next_ready(self._ready, timeout)
 
     def close(self) -> None:
         """Stop the process and the thread that listens to it; not for ever where the process waits for a dead disk."""

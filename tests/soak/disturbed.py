@@ -155,7 +155,7 @@ class DisturbedRun:
     def end_all(self, number: int) -> None:
         """Send a signal to the launcher (SIGKILL: to the training processes as well) and wait for its end."""
         assert self.launcher is not None
-        pids = self.processes()  # each leads a session of its own
+        pids = self.processes()  # killpg of the launcher does not reach them: each leads a process group of its own
         os.killpg(self.launcher.pid, number)
         if number == signal.SIGKILL:
             for pid in pids.values():
