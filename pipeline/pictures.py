@@ -15,7 +15,7 @@ NUM_NOTES = 12
 def draw_loss(history: History, picture: Path, title: str) -> None:
     """Training loss (thin: every logged step, thick: smoothed) and validation loss over tokens, with bits per byte (or accuracy) at those."""
     validations = history.validations
-    tokens, losses = np.asarray(history.tokens), np.asarray(history.losses)
+    tokens, losses = np.array(history.tokens), np.array(history.losses)  # copies: an array.array with a view cannot grow
     figure, axes = _empty_figure()
     if len(losses):
         axes.plot(*_extremes(tokens, losses), color="tab:blue", alpha=0.3, linewidth=0.8)

@@ -162,6 +162,17 @@ def test_a_long_history_is_drawn_in_few_points(tmp_path: Path, monkeypatch: pyte
     assert max(axes.lines[0].get_ydata()) == 2.0
 
 
+def test_the_history_grows_while_its_figure_is_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A figure is part of reference cycles, so it may live until the next garbage collection; it must not hold the history's memory."""
+    file = MetricsFile(tmp_path / "metrics.jsonl", print)
+    history, figures, save_figure = History(file.path), [], pictures.save_figure
+    monkeypatch.setattr(pictures, "save_figure", lambda figure, path: (save_figure(figure, path), figures.append(figure)))
+    for step in range(1, 4):
+        file.append(line(step))
+        pictures.draw_loss(history.update(), tmp_path / "loss.png", "run")
+    assert [len(figure.axes[0].lines[0].get_xdata()) for figure in figures] == [1, 2, 3]
+
+
 @pytest.mark.parametrize("count", [1, 2, 29, 30, 100, 301])
 def test_smoothing_is_the_mean_of_the_neighbours(count: int):
     values, reach = np.random.default_rng(0).random(count), count // 30
