@@ -30,7 +30,21 @@ FILE_SUFFIXES = (".txt", ".md", ".py", ".json", *COMPRESSED, *ROWS)  # of names 
 STDLIB_EXCLUDED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
 # Whole modules, so that no file of a held-out package is seen in training; of every kind that the library has.
 STDLIB_HELD_OUT = {
-    *("argparse", "calendar", "csv", "fractions", "heapq", "json", "pathlib", "queue", "random", "shutil", "statistics", "textwrap", "zipfile")
+    *(
+        "argparse",
+        "calendar",
+        "csv",
+        "fractions",
+        "heapq",
+        "json",
+        "pathlib",
+        "queue",
+        "random",
+        "shutil",
+        "statistics",
+        "textwrap",
+        "zipfile",
+    )
 }
 Split = Literal["train", "validation", "all"]
 
@@ -60,7 +74,9 @@ def stdlib_files(part: Split) -> tuple[list[Path], Path]:
     root = Path(sysconfig.get_paths()["stdlib"])
     found: list[Path] = []
     for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if name not in STDLIB_EXCLUDED]  # site-packages may hold a hundred thousand files
+        subfolders[:] = [
+            name for name in subfolders if name not in STDLIB_EXCLUDED
+        ]  # site-packages may hold a hundred thousand files
         found += [Path(folder, name) for name in names if name.endswith(".py")]
     files = []
     for path in sorted(found):
@@ -78,11 +94,21 @@ def local_files(pattern: str, left_out: Sequence[str] = ()) -> tuple[list[Path],
     """
 
     def visible(paths: Iterable[Path], root: Path) -> list[Path]:
-        found = sorted(p for p in paths if p.is_file() and not any(part.startswith(".") for part in p.relative_to(root).parts))
+        found = sorted(
+            p
+            for p in paths
+            if p.is_file() and not any(part.startswith(".") for part in p.relative_to(root).parts)
+        )
         resolved = Path(os.path.realpath(root))
-        if places := {place for place in map(Path, left_out) if place.is_relative_to(resolved) and place != resolved}:
+        if places := {
+            place for place in map(Path, left_out) if place.is_relative_to(resolved) and place != resolved
+        }:
             resolve = functools.cache(os.path.realpath)  # once for each folder
-            found = [p for p in found if places.isdisjoint((full := Path(resolve(p.parent), p.name), *full.parents))]
+            found = [
+                p
+                for p in found
+                if places.isdisjoint((full := Path(resolve(p.parent), p.name), *full.parents))
+            ]
         return found
 
     pattern = os.path.expanduser(pattern)
@@ -94,7 +120,9 @@ def local_files(pattern: str, left_out: Sequence[str] = ()) -> tuple[list[Path],
     if not any(character in pattern for character in "*?["):
         return [], path
     anchor = Path(path.anchor) if path.is_absolute() else Path()
-    while not re.search(r"[*?[]", path.parts[len(anchor.parts)]):  # folders before the first pattern may be hidden
+    while not re.search(
+        r"[*?[]", path.parts[len(anchor.parts)]
+    ):  # folders before the first pattern may be hidden
         anchor = anchor / path.parts[len(anchor.parts)]
     return visible(anchor.glob(str(path.relative_to(anchor))), anchor), anchor
 
@@ -114,7 +142,12 @@ def _sort_out(files: list[Path], spec: CorpusSpec) -> tuple[Kind, list[Path]]:
             examples.setdefault("text" if kind == "binary" else kind, path)
     if len(examples) > 1:
         mixed = ", ".join(f"{kind} ({path.name})" for kind, path in sorted(examples.items()))
-        raise UserError(("data.corpus", f"{spec.corpus} mixes {mixed} files; name one kind with a glob such as DIR/*.jsonl"))
+        raise UserError(
+            (
+                "data.corpus",
+                f"{spec.corpus} mixes {mixed} files; name one kind with a glob such as DIR/*.jsonl",
+            )
+        )
     common: Kind = next(iter(examples)) if examples else "text"
     return common, files if common == "text" else [path for path in files if kinds[path] is not None]
 
@@ -137,10 +170,19 @@ def _open_parts(spec: CorpusSpec, part: Split) -> Source:
         if os.path.isdir(os.path.expanduser(spec.corpus)):
             only = " but those of the run" if local_files(spec.corpus)[0] else ""
             raise UserError(("data.corpus", f"the folder {spec.corpus} holds no files{only}"))
-        looks_like_hub_id = re.fullmatch(r"\w[\w-]*(/\w[\w.-]*)?", spec.corpus) and not spec.corpus.lower().endswith(FILE_SUFFIXES)
+        looks_like_hub_id = re.fullmatch(
+            r"\w[\w-]*(/\w[\w.-]*)?", spec.corpus
+        ) and not spec.corpus.lower().endswith(FILE_SUFFIXES)
         if not looks_like_hub_id:
-            raise UserError(("data.corpus", f"there is no file, folder or match for {spec.corpus} (looked from {Path.cwd()})"))
-        return HubDataset(spec.corpus, spec.subset, spec.split, spec.revision, spec.text_field, spec.skip_broken, spec.join)
+            raise UserError(
+                (
+                    "data.corpus",
+                    f"there is no file, folder or match for {spec.corpus} (looked from {Path.cwd()})",
+                )
+            )
+        return HubDataset(
+            spec.corpus, spec.subset, spec.split, spec.revision, spec.text_field, spec.skip_broken, spec.join
+        )
     if all(path.stat().st_size == 0 for path in files):
         raise UserError(("data.corpus", f"{spec.corpus} is empty"))
     kind, files = _sort_out(files, spec)
@@ -189,11 +231,24 @@ class DocumentStream:
         seed: of the permutations; None keeps the corpus's order.
     """
 
-    def __init__(self, spec: CorpusSpec, part: Split, reader: int, num_readers: int, window: int, seed: int | None):
-        self.spec, self.part, self.reader, self.num_readers, self.size, self.seed = spec, part, reader, num_readers, window, seed
+    def __init__(
+        self, spec: CorpusSpec, part: Split, reader: int, num_readers: int, window: int, seed: int | None
+    ):
+        self.spec, self.part, self.reader, self.num_readers, self.size, self.seed = (
+            spec,
+            part,
+            reader,
+            num_readers,
+            window,
+            seed,
+        )
         self.source = open_source(spec, part)
         self.owns_shards = self.source.num_shards % num_readers == 0
-        self.shards = range(reader, self.source.num_shards, num_readers) if self.owns_shards else range(self.source.num_shards)
+        self.shards = (
+            range(reader, self.source.num_shards, num_readers)
+            if self.owns_shards
+            else range(self.source.num_shards)
+        )
         self._records: Iterator[Record] | None = None
         self._next: WindowAddress | None = None
 
@@ -213,7 +268,10 @@ class DocumentStream:
                 self._records, self._index = self._read(self._shard, Place()), 0
                 continue
             self._index = record.index + 1
-            if not self.owns_shards and (self.shards[self._shard] + record.index) % self.num_readers != self.reader:
+            if (
+                not self.owns_shards
+                and (self.shards[self._shard] + record.index) % self.num_readers != self.reader
+            ):
                 continue
             num_skipped += record.num_skipped
             if record.text is not None and self._is_wanted(record.text):
@@ -221,10 +279,20 @@ class DocumentStream:
         if self._shard == len(self.shards):
             following = WindowAddress(address.epoch + 1)
         else:
-            following = replace(address, number=address.number + 1, shard=self._shard, index=self._index, hint=self.source.hint())
-        self._next = following if self._shard < len(self.shards) else None  # an epoch begins with a fresh iterator
+            following = replace(
+                address,
+                number=address.number + 1,
+                shard=self._shard,
+                index=self._index,
+                hint=self.source.hint(),
+            )
+        self._next = (
+            following if self._shard < len(self.shards) else None
+        )  # an epoch begins with a fresh iterator
         if self.seed is not None:
-            order = np.random.default_rng([self.seed, self.reader, address.epoch, address.number]).permutation(len(documents))
+            order = np.random.default_rng(
+                [self.seed, self.reader, address.epoch, address.number]
+            ).permutation(len(documents))
             documents = [documents[i] for i in order]
         return Window(address, documents, following, num_skipped)
 

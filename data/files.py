@@ -21,7 +21,14 @@ from .errors import UserError
 Kind = Literal["text", "jsonl", "csv", "parquet", "binary"]
 
 COMPRESSED = (".gz", ".zst", ".zstd")
-ROWS: dict[str, Kind] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".pq": "parquet"}
+ROWS: dict[str, Kind] = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+}
 HEAD_BYTES = 8192
 SIGNATURES = {
     b"\x89PNG": "a PNG image",
@@ -53,7 +60,9 @@ def compression(path: Path) -> Literal["gzip", "zstd"] | None:
         head = file.read(4)
     if head[:2] == b"\x1f\x8b":
         return "gzip"
-    is_skippable = len(head) == 4 and 0x50 <= head[0] <= 0x5F and head[1:] == b"\x2a\x4d\x18"  # what parallel compressors begin with
+    is_skippable = (
+        len(head) == 4 and 0x50 <= head[0] <= 0x5F and head[1:] == b"\x2a\x4d\x18"
+    )  # what parallel compressors begin with
     return "zstd" if head == b"\x28\xb5\x2f\xfd" or is_skippable else None
 
 
@@ -90,7 +99,12 @@ def errors_name(name: Path | str) -> Iterator[None]:
         why = f"{name} cannot be read any more ({os.strerror(error.errno or errno.ENOENT)})"
         raise UserError(("data.corpus", f"{why}; a run goes on with the corpus it began with")) from None
     except OSError as error:  # permissions, a disk, a network
-        raise UserError(("data.corpus", f"{name} cannot be read ({os.strerror(error.errno) if error.errno else one_line(error)})")) from None
+        raise UserError(
+            (
+                "data.corpus",
+                f"{name} cannot be read ({os.strerror(error.errno) if error.errno else one_line(error)})",
+            )
+        ) from None
     except Exception as error:  # pyarrow, datasets and the hub's client each raise their own
         raise UserError(("data.corpus", f"{name} cannot be read ({one_line(error)})")) from error
 
@@ -98,7 +112,9 @@ def errors_name(name: Path | str) -> Iterator[None]:
 def one_line(error: BaseException) -> str:
     """What an error says, without line breaks; its type where that is not an OSError."""
     text = " ".join(str(error).split())[:300]
-    return text if isinstance(error, OSError) and text else f"{type(error).__name__}: {text}".removesuffix(": ")
+    return (
+        text if isinstance(error, OSError) and text else f"{type(error).__name__}: {text}".removesuffix(": ")
+    )
 
 
 def what_is_it(head: bytes) -> str | None:
@@ -126,7 +142,9 @@ def inner_suffix(path: Path) -> str:
     return suffixes[-1] if suffixes else ""
 
 
-_types = mimetypes.MimeTypes()  # Python's own table: the machine's would make another corpus of the same files
+_types = (
+    mimetypes.MimeTypes()
+)  # Python's own table: the machine's would make another corpus of the same files
 
 
 def file_kind(path: Path) -> Kind | None:
@@ -187,6 +205,16 @@ def check_json_lines(head: bytes, path: Path) -> None:
     line = line.rstrip()
     advice = "write one object a line, e.g. with jq -c"
     if line.startswith(b"["):
-        raise UserError(("data.corpus", f"{path} is one JSON array, not an object a line; {advice} '.[]' IN.json > OUT.jsonl"))
+        raise UserError(
+            (
+                "data.corpus",
+                f"{path} is one JSON array, not an object a line; {advice} '.[]' IN.json > OUT.jsonl",
+            )
+        )
     if newline and (line == b"{" or (line.startswith(b"{") and line.endswith((b'",', b"[", b"{", b":")))):
-        raise UserError(("data.corpus", f"{path} is JSON whose objects go over several lines; {advice} . IN.json > OUT.jsonl"))
+        raise UserError(
+            (
+                "data.corpus",
+                f"{path} is JSON whose objects go over several lines; {advice} . IN.json > OUT.jsonl",
+            )
+        )

@@ -57,10 +57,20 @@ def check_corpus(before: dict[str, Any], spec: CorpusSpec, order: str, num_reade
         changes, additions = _compare(before, _sizes(spec))
     if not changes and not additions:
         return None
-    if not changes and order == "documents" and spec.join is None and _keeps_the_order(before, now, spec, num_readers, additions):
+    if (
+        not changes
+        and order == "documents"
+        and spec.join is None
+        and _keeps_the_order(before, now, spec, num_readers, additions)
+    ):
         return f"{spec.corpus} has more text than when the run began ({_listed(additions)}); it is read where its turn comes"
     advice = "put it back, or name another run.dir (model.init_from takes the weights of an export along)"
-    raise UserError(("data.corpus", f"{spec.corpus} is not what the run began with: {_listed(changes + additions)}; {advice}"))
+    raise UserError(
+        (
+            "data.corpus",
+            f"{spec.corpus} is not what the run began with: {_listed(changes + additions)}; {advice}",
+        )
+    )
 
 
 def _compare(before: dict[str, Any], sizes: dict[str, tuple[Path, int]]) -> tuple[list[str], list[str]]:
@@ -85,7 +95,9 @@ def _compare(before: dict[str, Any], sizes: dict[str, tuple[Path, int]]) -> tupl
     return changes, grown + [f"{new:,} more files, behind {before['last']}"] * bool(new)
 
 
-def _keeps_the_order(before: dict[str, Any], now: dict[str, Any], spec: CorpusSpec, num_readers: int, additions: list[str]) -> bool:
+def _keeps_the_order(
+    before: dict[str, Any], now: dict[str, Any], spec: CorpusSpec, num_readers: int, additions: list[str]
+) -> bool:
     """Whether what was there stays where it was. A file of text is one document; readers own files of rows where those divide among them."""
     some = _sizes(spec)
     is_text = file_kind(some[now["last"]][0]) in ("text", "binary", None)
@@ -103,7 +115,11 @@ def _sizes(spec: CorpusSpec) -> dict[str, tuple[Path, int]]:
 
 def _names_and_sizes(sizes: dict[str, tuple[Path, int]], last: str) -> str:
     """A hash over the files up to one name."""
-    return _hash("\n".join(f"{name} {size}" for name, (_, size) in sorted(sizes.items()) if PurePath(name) <= PurePath(last)))
+    return _hash(
+        "\n".join(
+            f"{name} {size}" for name, (_, size) in sorted(sizes.items()) if PurePath(name) <= PurePath(last)
+        )
+    )
 
 
 def _blocks(path: Path, size: int) -> str:

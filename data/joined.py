@@ -32,7 +32,12 @@ def joined_text(parts: Iterable[str]) -> str:
 def _joined(parts: list[Record], name: str, index: int) -> Record:
     """The parts of a document as one; broken if all of them are."""
     texts = [part.text for part in parts if part.text is not None]
-    return Record(joined_text(texts) if texts else None, name, index, num_skipped=sum(part.num_skipped for part in parts))
+    return Record(
+        joined_text(texts) if texts else None,
+        name,
+        index,
+        num_skipped=sum(part.num_skipped for part in parts),
+    )
 
 
 def _counted(number: int, what: str) -> str:
@@ -118,7 +123,9 @@ class JoinedRows:
         whole = [part for part in parts if part.text is not None]
         if not whole or whole[0].group is None:
             return _joined(parts, (whole or parts)[0].name, index)
-        return _joined(parts, f"{self.join} {whole[0].group} ({_counted(len(whole), 'row')} from {whole[0].name})", index)
+        return _joined(
+            parts, f"{self.join} {whole[0].group} ({_counted(len(whole), 'row')} from {whole[0].name})", index
+        )
 
     def hint(self) -> Any:
         return self._hint
@@ -135,11 +142,17 @@ def join_documents(source: Source, join: str | None) -> Source:
     if isinstance(source, TextFiles):
         if join not in (FOLDER, PACKAGE):
             raise UserError(
-                ("data.join", f"{join!r} would be a column of rows, but this corpus is made of files; join those by folder or package")
+                (
+                    "data.join",
+                    f"{join!r} would be a column of rows, but this corpus is made of files; join those by folder or package",
+                )
             )
         return JoinedFiles(source, join)
     if join in (FOLDER, PACKAGE):
         raise UserError(
-            ("data.join", f"{join} is for files of text, but this corpus has rows; join those by the name of a column, e.g. book_id")
+            (
+                "data.join",
+                f"{join} is for files of text, but this corpus has rows; join those by the name of a column, e.g. book_id",
+            )
         )
     return JoinedRows(source, join)

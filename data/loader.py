@@ -56,14 +56,29 @@ class ReaderSpec:
             return [TaskReader(task, r, *shape, state) for r, state in zip(readers, states, strict=True)]
         if self.order == "documents":
             return [
-                DocumentReader(self.corpus, self.encoder, r, self.num_readers, self.lanes, self.chunk, self.window, self.seed, state)
+                DocumentReader(
+                    self.corpus,
+                    self.encoder,
+                    r,
+                    self.num_readers,
+                    self.lanes,
+                    self.chunk,
+                    self.window,
+                    self.seed,
+                    state,
+                )
                 for r, state in zip(readers, states, strict=True)
             ]
         tokens = joined_tokens(self.corpus, "train", self.encoder)
-        return [WindowReader(tokens, r, self.lanes, self.chunk, self.seed, state) for r, state in zip(readers, states, strict=True)]
+        return [
+            WindowReader(tokens, r, self.lanes, self.chunk, self.seed, state)
+            for r, state in zip(readers, states, strict=True)
+        ]
 
 
-def _next_ready(ready: "queue.Queue[Chunk | Exception] | queue.SimpleQueue[Chunk | Exception]", timeout: float | None) -> Chunk | None:
+def _next_ready(
+    ready: "queue.Queue[Chunk | Exception] | queue.SimpleQueue[Chunk | Exception]", timeout: float | None
+) -> Chunk | None:
     """The next chunk of a queue, or None if there is none in time; an exception in its place is raised."""
     try:
         item = ready.get(timeout=timeout)
@@ -125,7 +140,9 @@ class WorkerChunks:
 
     def __init__(self, spec: ReaderSpec, readers: Sequence[int], states: Sequence[dict[str, Any] | None]):
         command = [sys.executable, "-P", "-m", f"{__package__}.worker"]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+        )
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it has died already; whoever takes a chunk hears why
             pickle.dump((spec, readers, states), self._process.stdin)
@@ -146,7 +163,11 @@ class WorkerChunks:
                     return
                 document = item.documents[-1][-1]
         except Exception:  # whatever it was, the loop must hear of it
-            place = f"before its first chunk of {self._corpus}" if document is None else f"behind {document} of {self._corpus}"
+            place = (
+                f"before its first chunk of {self._corpus}"
+                if document is None
+                else f"behind {document} of {self._corpus}"
+            )
             self._ready.put(_death(self._process.wait(), place))
 
     def take(self, timeout: float | None) -> Chunk | None:
@@ -194,12 +215,16 @@ class ChunkLoader:
         workers: worker processes (rounded down to a divisor of the number of readers); 0 reads in this process.
     """
 
-    def __init__(self, spec: ReaderSpec, readers: Sequence[int], states: Sequence[dict[str, Any] | None], workers: int):
+    def __init__(
+        self, spec: ReaderSpec, readers: Sequence[int], states: Sequence[dict[str, Any] | None], workers: int
+    ):
         num_sources = _num_workers(workers, len(readers)) if workers else 1
         source = WorkerChunks if workers else DirectChunks
         self._num_readers = len(readers)
         self._taken: list[Chunk] = []
-        self._sources = [source(spec, readers[i::num_sources], states[i::num_sources]) for i in range(num_sources)]
+        self._sources = [
+            source(spec, readers[i::num_sources], states[i::num_sources]) for i in range(num_sources)
+        ]
 
     def __iter__(self) -> Iterator[list[Chunk]]:
         while (chunks := self.take()) is not None:

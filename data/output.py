@@ -45,7 +45,9 @@ class UnfailingStream:
 def secure_output() -> None:
     """From here on writing to stdout and stderr raises nothing, and descriptors 0 to 2 are open."""
     names = ("stdin", "stdout", "stderr")
-    closed = [number for number, name in enumerate(names) if getattr(sys, name) is None]  # when Python started
+    closed = [
+        number for number, name in enumerate(names) if getattr(sys, name) is None
+    ]  # when Python started
     for number in closed:
         _open_descriptor(number)
     for number in closed:

@@ -38,7 +38,10 @@ def read_prompt(path: Path, key: str) -> str:
 
 def prompt_tokens(tokenizer: Any, text: str) -> list[int]:
     """`<bos> text` as training reads a document, whatever the tokenizer writes around a text by itself (as those of old exports do)."""
-    return [tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False)]
+    return [
+        tokenizer.bos_token_id,
+        *tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False),
+    ]
 
 
 def prompt_batch(tokenizer: Any, texts: Sequence[str]) -> Any:

@@ -73,7 +73,13 @@ class Lane:
     def position(self) -> dict[str, Any]:
         """Where this lane is; JSON. Name, length and digest tell whether the same document is found again."""
         assert self.window is not None
-        found = {"window": asdict(self.window), "number": self.number, "name": self.name, "length": len(self.tokens), "digest": self.digest}
+        found = {
+            "window": asdict(self.window),
+            "number": self.number,
+            "name": self.name,
+            "length": len(self.tokens),
+            "digest": self.digest,
+        }
         return {**found, "offset": self.offset}
 
     def emit(self, chunk: Chunk, row: int, column: int) -> int:
@@ -143,9 +149,16 @@ class DocumentReader:
             documents += following.documents
             found += sum(len(encode_document(self.encoder, document)) - 1 for document in following.documents)
             address = following.following
-        share = f"reader {self.reader}'s share (1 of {num_readers}) of {corpus}" if num_readers > 1 else corpus
+        share = (
+            f"reader {self.reader}'s share (1 of {num_readers}) of {corpus}" if num_readers > 1 else corpus
+        )
         if not documents:
-            raise UserError(("data.corpus", f"{share} holds no documents; use fewer readers (batch.readers) or another corpus"))
+            raise UserError(
+                (
+                    "data.corpus",
+                    f"{share} holds no documents; use fewer readers (batch.readers) or another corpus",
+                )
+            )
         if found < needed:
             raise UserError(
                 (
@@ -155,7 +168,10 @@ class DocumentReader:
             )
         if len(documents) < lanes:
             raise UserError(
-                ("data.corpus", f"{share} has {len(documents)} documents for {lanes} lanes; lower batch.lanes, or set data.order to windows")
+                (
+                    "data.corpus",
+                    f"{share} has {len(documents)} documents for {lanes} lanes; lower batch.lanes, or set data.order to windows",
+                )
             )
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -171,12 +187,23 @@ class DocumentReader:
             if saved is not None:
                 self._start(lane, find(saved["window"]), saved["number"])
                 if (lane.name, len(lane.tokens)) != (saved["name"], saved["length"]):
-                    was, now = f"{saved['name']} of {saved['length']} tokens", f"{lane.name} of {len(lane.tokens)}"
+                    was, now = (
+                        f"{saved['name']} of {saved['length']} tokens",
+                        f"{lane.name} of {len(lane.tokens)}",
+                    )
                     raise UserError(
-                        ("data.corpus", f"has changed: where {was} was being read there is {now}; a run needs the corpus it began with")
+                        (
+                            "data.corpus",
+                            f"has changed: where {was} was being read there is {now}; a run needs the corpus it began with",
+                        )
                     )
                 if lane.digest != saved.get("digest", lane.digest):  # older checkpoints have none
-                    raise UserError(("data.corpus", f"has changed: {lane.name}, which was being read, has other text; a run needs its corpus"))
+                    raise UserError(
+                        (
+                            "data.corpus",
+                            f"has changed: {lane.name}, which was being read, has other text; a run needs its corpus",
+                        )
+                    )
                 lane.offset = saved["offset"]
         self.window, self.number = find(state["window"]), state["number"]
         self.num_skipped = state["num_skipped"]
@@ -201,14 +228,24 @@ class DocumentReader:
             self.num_skipped += self.window.num_skipped
             if self.window.address.epoch > epoch + 1:  # a whole epoch went by; it would for ever
                 corpus = self.stream.spec.corpus
-                raise UserError(("data.corpus", f"{corpus} holds no documents any more; a run goes on with the corpus it began with"))
+                raise UserError(
+                    (
+                        "data.corpus",
+                        f"{corpus} holds no documents any more; a run goes on with the corpus it began with",
+                    )
+                )
         self._start(lane, self.window, self.number)
         self.number += 1
 
     def state(self) -> dict[str, Any]:
         """Where this reader is; JSON."""
         lanes = [None if lane.num_left == 0 else lane.position() for lane in self.lanes]
-        return {"window": asdict(self.window.address), "number": self.number, "num_skipped": self.num_skipped, "lanes": lanes}
+        return {
+            "window": asdict(self.window.address),
+            "number": self.number,
+            "num_skipped": self.num_skipped,
+            "lanes": lanes,
+        }
 
     def next_chunk(self) -> Chunk:
         """The next `chunk` tokens of every lane."""
@@ -229,9 +266,22 @@ class WindowReader:
     The published character-level Shakespeare set-up. The text is all documents joined; its last `held_out` part is for validation.
     """
 
-    def __init__(self, tokens: np.ndarray, reader: int, lanes: int, chunk: int, seed: int, state: dict[str, Any] | None = None):
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        reader: int,
+        lanes: int,
+        chunk: int,
+        seed: int,
+        state: dict[str, Any] | None = None,
+    ):
         if len(tokens) <= chunk:
-            raise UserError(("data.corpus", f"the text has {len(tokens)} tokens, too few for a crop of batch.chunk {chunk} + 1"))
+            raise UserError(
+                (
+                    "data.corpus",
+                    f"the text has {len(tokens)} tokens, too few for a crop of batch.chunk {chunk} + 1",
+                )
+            )
         self.tokens, self.reader, self.lanes, self.chunk, self.seed = tokens, reader, lanes, chunk, seed
         self.step = 0 if state is None else state["step"]
 

@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .files import HEAD_BYTES, check_json_lines, compression, errors_name, inner_suffix, is_damage, open_decompressed
+from .files import (
+    HEAD_BYTES,
+    check_json_lines,
+    compression,
+    errors_name,
+    inner_suffix,
+    is_damage,
+    open_decompressed,
+)
 from .sources import Place, Record, broken, damaged, decode, group_of, is_text, no_join_column, no_text
 
 
@@ -117,7 +125,9 @@ class Csv(_RowFiles):
         if len(cells) != len(header):
             problem = f"{name} has {len(cells)} cells, but the header has {len(header)}; quote cells that hold the delimiter or a line break"
             advice = "set data.skip_broken to leave such rows out"
-            return broken(self.skip_broken, UserError(("data.corpus", f"{problem}, or {advice}")), name, index)
+            return broken(
+                self.skip_broken, UserError(("data.corpus", f"{problem}, or {advice}")), name, index
+            )
         row: dict[str, Any] = dict(zip(header, cells, strict=True))
         if not is_text(row[self.text_field]):  # bytes that are not UTF-8 were read as surrogates
             row[self.text_field] = row[self.text_field].encode(errors="surrogateescape")
@@ -133,7 +143,9 @@ def _text_of(file: io.BufferedReader) -> io.TextIOWrapper:
 
 def no_column(column: str, columns: list[str], path: Path) -> UserError:
     """The error for a file without the column of text."""
-    return UserError(("data.text_field", f"{path} has no column {column!r}; it has {', '.join(map(repr, columns))}"))
+    return UserError(
+        ("data.text_field", f"{path} has no column {column!r}; it has {', '.join(map(repr, columns))}")
+    )
 
 
 def check_unique(columns: list[str], text_field: str, group_field: str | None, path: Path) -> None:
@@ -144,7 +156,12 @@ def check_unique(columns: list[str], text_field: str, group_field: str | None, p
     """
     for key, column in (("data.text_field", text_field), ("data.join", group_field)):
         if columns.count(column or "") > 1:
-            raise UserError((key, f"{path} has {columns.count(column or '')} columns of the name {column!r}; give them different names"))
+            raise UserError(
+                (
+                    key,
+                    f"{path} has {columns.count(column or '')} columns of the name {column!r}; give them different names",
+                )
+            )
 
 
 @dataclass
@@ -188,7 +205,12 @@ class Parquet(_RowFiles):
                 raise ValueError(f"{len(table)} rows instead of {len(rows)}")
         except (OSError, ValueError) as error:  # cut short, changed since it was opened, or bytes that rotted
             for index in range(max(rows.start, start), rows.stop):
-                yield self._damaged(path, error, index, f"is damaged in row group {group}, rows {rows.start} to {rows.stop - 1}")
+                yield self._damaged(
+                    path,
+                    error,
+                    index,
+                    f"is damaged in row group {group}, rows {rows.start} to {rows.stop - 1}",
+                )
             return
         columns = [table.column(name) for name in wanted]
         for index in range(max(rows.start, start), rows.stop):

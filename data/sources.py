@@ -71,7 +71,10 @@ def decode(data: bytes, name: str) -> str:
         return utf8(data)
     except UnicodeDecodeError as error:
         raise UserError(
-            ("data.corpus", f"{name} is not UTF-8 (byte {error.start}); convert it, or set data.skip_broken to leave such documents out")
+            (
+                "data.corpus",
+                f"{name} is not UTF-8 (byte {error.start}); convert it, or set data.skip_broken to leave such documents out",
+            )
         ) from None
 
 
@@ -90,10 +93,20 @@ def no_text(row: Any, text_field: str, name: str) -> UserError:
     """The error for a row that holds no text."""
     skip = "set data.skip_broken to leave such documents out"
     if not isinstance(row, Mapping):
-        return UserError(("data.corpus", f"{name} is a {type(row).__name__}, not an object with a field {text_field!r}; {skip}"))
+        return UserError(
+            (
+                "data.corpus",
+                f"{name} is a {type(row).__name__}, not an object with a field {text_field!r}; {skip}",
+            )
+        )
     if text_field not in row:
         fields = ", ".join(map(repr, row))
-        return UserError(("data.text_field", f"{name} has no field {text_field!r}, it has {fields}; set data.text_field, or {skip}"))
+        return UserError(
+            (
+                "data.text_field",
+                f"{name} has no field {text_field!r}, it has {fields}; set data.text_field, or {skip}",
+            )
+        )
     value = row[text_field]
     if isinstance(value, str):
         problem = "half of a surrogate pair, which is no character,"
@@ -102,7 +115,9 @@ def no_text(row: Any, text_field: str, name: str) -> UserError:
     else:
         problem = "null" if value is None else f"{value!r:.40} ({type(value).__name__})"
         skip = f"set data.text_field to a field of text, or {skip}"
-    return UserError(("data.corpus", f"{name} holds {problem} in field {text_field!r} instead of text; {skip}"))
+    return UserError(
+        ("data.corpus", f"{name} holds {problem} in field {text_field!r} instead of text; {skip}")
+    )
 
 
 def damaged(path: Path, error: Exception, problem: str = "is damaged") -> UserError:
@@ -121,7 +136,9 @@ def broken(skip: bool, error: UserError, name: str, index: int) -> Record:
 def no_join_column(column: str, columns: Collection[str], name: str) -> UserError:
     """The error for rows that lack the column they are to be joined by."""
     near = difflib.get_close_matches(column, columns, n=3)
-    advice = f"did you mean {' or '.join(map(repr, near))}?" if near else f"it has {', '.join(map(repr, columns))}"
+    advice = (
+        f"did you mean {' or '.join(map(repr, near))}?" if near else f"it has {', '.join(map(repr, columns))}"
+    )
     return UserError(("data.join", f"{name} has no column {column!r} ({advice})"))
 
 
@@ -191,9 +208,13 @@ class HubDataset:
         from datasets import load_dataset
 
         try:
-            self._dataset = load_dataset(self.path, self.subset, split=self.split, revision=self.revision, streaming=True)
+            self._dataset = load_dataset(
+                self.path, self.subset, split=self.split, revision=self.revision, streaming=True
+            )
         except Exception as error:  # datasets, the hub client and the file system each raise their own
-            raise UserError(("data.corpus", f"cannot open the dataset {self.path!r} ({type(error).__name__}: {error})")) from error
+            raise UserError(
+                ("data.corpus", f"cannot open the dataset {self.path!r} ({type(error).__name__}: {error})")
+            ) from error
 
     @property
     def num_shards(self) -> int:
@@ -210,7 +231,9 @@ class HubDataset:
                 if index >= start.index:
                     name = f"{self.path}[{shard}][{index}]"
                     if is_text(row.get(self.text_field)):
-                        yield Record(row[self.text_field], name, index, group=group_of(row, self.group_field, name))
+                        yield Record(
+                            row[self.text_field], name, index, group=group_of(row, self.group_field, name)
+                        )
                     else:
                         yield broken(self.skip_broken, no_text(row, self.text_field, name), name, index)
                 index += 1

@@ -86,7 +86,10 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
             raise UserError(("data.tokenizer", told)) from None
         message = str(error).splitlines()[0]
         raise UserError(
-            ("data.tokenizer", f"cannot load {name!r} (bytes, a folder, or a hub id): {type(error).__name__}: {message}")
+            (
+                "data.tokenizer",
+                f"cannot load {name!r} (bytes, a folder, or a hub id): {type(error).__name__}: {message}",
+            )
         ) from error
     if not tokenizer.is_fast:
         raise UserError(("data.tokenizer", f"{name!r} has no fast (tokenizers) version"))
@@ -108,17 +111,25 @@ def document_tokenizer(tokenizer: Any, name: str) -> Any:
 
     end = tokenizer.eos_token or tokenizer.bos_token
     if end is None:
-        raise UserError(("data.tokenizer", f"{name!r} has neither an eos nor a bos token, so a document cannot end"))
+        raise UserError(
+            ("data.tokenizer", f"{name!r} has neither an eos nor a bos token, so a document cannot end")
+        )
     tokenizer.eos_token = end
     tokenizer.bos_token = tokenizer.bos_token or end
     tokenizer.pad_token = tokenizer.pad_token or end
     values = json.loads(tokenizer.backend_tokenizer.to_str())
-    values |= {"truncation": None, "padding": None, "post_processor": _begins_with(tokenizer.bos_token, tokenizer.bos_token_id)}
+    values |= {
+        "truncation": None,
+        "padding": None,
+        "post_processor": _begins_with(tokenizer.bos_token, tokenizer.bos_token_id),
+    }
     backend = Tokenizer.from_str(json.dumps(values))
     _split_names(backend)
     boundaries = {tokenizer.bos_token_id: tokenizer.bos_token, tokenizer.eos_token_id: tokenizer.eos_token}
     if whole := [boundaries[number] for number in _read_as_tokens(backend).keys() & boundaries.keys()]:
-        problem = f"{name!r} reads the text {' or '.join(map(repr, whole))} as the token that bounds documents"
+        problem = (
+            f"{name!r} reads the text {' or '.join(map(repr, whole))} as the token that bounds documents"
+        )
         raise UserError(("data.tokenizer", f"{problem}; choose a tokenizer that spells such names out"))
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -131,7 +142,10 @@ def document_tokenizer(tokenizer: Any, name: str) -> Any:
 
 def _begins_with(bos: str, number: int) -> dict[str, Any]:
     """The post-processor that writes bos before each text, as tokenizer.json holds it (its Python class does not take every name)."""
-    token, texts = {"SpecialToken": {"id": bos, "type_id": 0}}, [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]
+    token, texts = (
+        {"SpecialToken": {"id": bos, "type_id": 0}},
+        [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"],
+    )
     return {
         "type": "TemplateProcessing",
         "single": [token, texts[0]],
@@ -143,8 +157,13 @@ def _begins_with(bos: str, number: int) -> dict[str, Any]:
 def _read_as_tokens(backend: Any) -> dict[int, str]:
     """Names of special tokens, by id, that the model finds in a text where they are to be text: pieces of its vocabulary, as T5's."""
     backend.encode_special_tokens = True
-    special = {number: token.content for number, token in backend.get_added_tokens_decoder().items() if token.special}
-    ids = {number: backend.encode(f"{name} x{name}", add_special_tokens=False).ids for number, name in special.items()}
+    special = {
+        number: token.content for number, token in backend.get_added_tokens_decoder().items() if token.special
+    }
+    ids = {
+        number: backend.encode(f"{name} x{name}", add_special_tokens=False).ids
+        for number, name in special.items()
+    }
     return {number: name for number, name in special.items() if number in ids[number]}
 
 

@@ -15,7 +15,9 @@ from .errors import UserError
 from .reader import Chunk, Lane, empty_chunk, encode_document
 from .tokenizer import Encoder, num_bytes
 
-VALIDATION_SEED = 0  # of the order in which held-out documents are taken: one set for every run, whatever its seed
+VALIDATION_SEED = (
+    0  # of the order in which held-out documents are taken: one set for every run, whatever its seed
+)
 
 
 @dataclass
@@ -65,7 +67,14 @@ def _deal(reader: int, documents: list[np.ndarray], num_lanes: int, chunk: int, 
 
 
 def document_validation(
-    spec: CorpusSpec, part: Split, encoder: Encoder, reader: int, num_readers: int, num_lanes: int, chunk: int, max_tokens: int | None
+    spec: CorpusSpec,
+    part: Split,
+    encoder: Encoder,
+    reader: int,
+    num_readers: int,
+    num_lanes: int,
+    chunk: int,
+    max_tokens: int | None,
 ) -> ValidationSet:
     """Every num_readers-th document of the set: whole documents until they have `max_tokens` tokens in all readers together (None: all).
 
@@ -86,18 +95,30 @@ def document_validation(
             break
     if total == 0:
         raise UserError(
-            ("data.validation_fraction", f"no document of {spec.corpus} is held out; raise it, or name a corpus in data.validation")
+            (
+                "data.validation_fraction",
+                f"no document of {spec.corpus} is held out; raise it, or name a corpus in data.validation",
+            )
         )
     if not has_text:
-        told = (
-            f"the held-out documents of {spec.corpus} are empty{'' if max_tokens is None else f' up to data.validation_tokens ({max_tokens})'}"
+        told = f"the held-out documents of {spec.corpus} are empty{'' if max_tokens is None else f' up to data.validation_tokens ({max_tokens})'}"
+        raise UserError(
+            (
+                "data.validation_fraction",
+                f"{told}, so there is nothing to score; raise it, or name a corpus in data.validation",
+            )
         )
-        raise UserError(("data.validation_fraction", f"{told}, so there is nothing to score; raise it, or name a corpus in data.validation"))
     return _deal(reader, documents, num_lanes, chunk, size)
 
 
 def window_validation(
-    tokens: np.ndarray, encoder: Encoder, reader: int, num_readers: int, num_lanes: int, chunk: int, max_tokens: int | None
+    tokens: np.ndarray,
+    encoder: Encoder,
+    reader: int,
+    num_readers: int,
+    num_lanes: int,
+    chunk: int,
+    max_tokens: int | None,
 ) -> ValidationSet:
     """Every num_readers-th of the consecutive crops of a text.
 
@@ -107,8 +128,14 @@ def window_validation(
     tokens = tokens if max_tokens is None else tokens[: max_tokens + 1]
     if len(tokens) < 2:
         raise UserError(("data.validation_fraction", "leaves no text for validation; raise it"))
-    size = encoder.num_bytes(tokens[1:]) if reader == 0 else 0  # of the whole: a crop's edge may lie within a character
+    size = (
+        encoder.num_bytes(tokens[1:]) if reader == 0 else 0
+    )  # of the whole: a crop's edge may lie within a character
     if reader == 0 and size == 0:
-        raise UserError(("data.validation_fraction", "leaves tokens for validation that spell no text; raise it"))
-    crops = [tokens[start : start + chunk + 1] for start in range(0, len(tokens) - 1, chunk)][reader::num_readers]
+        raise UserError(
+            ("data.validation_fraction", "leaves tokens for validation that spell no text; raise it")
+        )
+    crops = [tokens[start : start + chunk + 1] for start in range(0, len(tokens) - 1, chunk)][
+        reader::num_readers
+    ]
     return _deal(reader, crops, num_lanes, chunk, size)

@@ -27,7 +27,9 @@ def _error_to_send(error: BaseException, spec: ReaderSpec) -> Exception:
 def main() -> None:
     """Read the job, then send chunks until nobody listens."""
     secure_output()
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # whoever ends the parent ends this process, by closing the pipe
+    signal.signal(
+        signal.SIGTERM, signal.SIG_IGN
+    )  # whoever ends the parent ends this process, by closing the pipe
     out = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     sys.stdout = sys.stderr  # a library that prints must not write into the stream

@@ -40,14 +40,34 @@ BIG = ("--params", "350M", "--layers", "24", "--peers", "llama,mamba2", "--round
 SECTIONS: dict[str, tuple[float, str, tuple[str, ...]]] = {
     # name: (share of the time, bench, its arguments)
     "checks": (2.0, "", ()),
-    "fused": (1.0, "scan", ("--shapes", "8x8192x2048,1x65536x2048", "--dtypes", "bf16", *NO_SWEEP, *NO_LAYERS, "--rounds", "3")),
-    "train": (2.5, "train", (*BIG, "--tokens", "16384", "--lengths", "512,2048,8192,65536", "--chunk", "8192")),
+    "fused": (
+        1.0,
+        "scan",
+        ("--shapes", "8x8192x2048,1x65536x2048", "--dtypes", "bf16", *NO_SWEEP, *NO_LAYERS, "--rounds", "3"),
+    ),
+    "train": (
+        2.5,
+        "train",
+        (*BIG, "--tokens", "16384", "--lengths", "512,2048,8192,65536", "--chunk", "8192"),
+    ),
     "scans": (
         1.5,
         "scan",
-        ("--shapes", "8x2048x1024,64x1024x256,1x65536x1024", "--lengths", "512,4096,32768,65536,1048576", *NO_LAYERS, "--rounds", "3"),
+        (
+            "--shapes",
+            "8x2048x1024,64x1024x256,1x65536x1024",
+            "--lengths",
+            "512,4096,32768,65536,1048576",
+            *NO_LAYERS,
+            "--rounds",
+            "3",
+        ),
     ),
-    "layers": (0.5, "scan", ("--shapes", "none", *NO_SWEEP, "--layers", "64x1000x100,8x1024x1024,8x8192x1024,64x512x512")),
+    "layers": (
+        0.5,
+        "scan",
+        ("--shapes", "none", *NO_SWEEP, "--layers", "64x1000x100,8x1024x1024,8x8192x1024,64x512x512"),
+    ),
     "generate": (
         2.0,
         "generate",
@@ -103,7 +123,9 @@ def _checks(device: torch.device, tiny: bool, out: Path) -> None:
 
     def report(rows: list[dict[str, Any]]) -> None:
         failed = [row for row in rows if not row["passed"]]
-        _write(out, {**about, "num_checks": len(rows), "num_failed": len(failed), "failed": failed, "rows": rows})
+        _write(
+            out, {**about, "num_checks": len(rows), "num_failed": len(failed), "failed": failed, "rows": rows}
+        )
 
     run_checks(device, tiny, report)
     told = json.loads(out.read_text())
@@ -116,14 +138,24 @@ def run(device: torch.device, out: Path, minutes: float, tiny: bool, names: list
     """All sections; returns (and writes) how each of them ended."""
     out.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * minutes
-    summary: dict[str, Any] = {"commit": commit(), "machine": machine(device), "versions": versions(), "minutes": minutes, "sections": {}}
+    summary: dict[str, Any] = {
+        "commit": commit(),
+        "machine": machine(device),
+        "versions": versions(),
+        "minutes": minutes,
+        "sections": {},
+    }
     for i, name in enumerate(names):
         share, bench, arguments = SECTIONS[name]
         seconds = (deadline - time.monotonic()) * share / sum(SECTIONS[other][0] for other in names[i:])
         print(f"\n=== {name}: at most {seconds:.0f} s", flush=True)
         path = out / f"{name}.json"
         argv = [*(TINY[name] if tiny else arguments), "--device", device.type, "--out", str(path)]
-        work: Callable[[], None] = (lambda path=path: _checks(device, tiny, path)) if not bench else (lambda b=bench, a=argv: run_bench(b, a))
+        work: Callable[[], None] = (
+            (lambda path=path: _checks(device, tiny, path))
+            if not bench
+            else (lambda b=bench, a=argv: run_bench(b, a))
+        )
         start = time.monotonic()
         try:
             with time_limit(seconds):
@@ -144,15 +176,27 @@ def run(device: torch.device, out: Path, minutes: float, tiny: bool, names: list
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser("python -m minrnn.evals.gpu", description="All GPU checks and benches, within a time limit.")
+    parser = argparse.ArgumentParser(
+        "python -m minrnn.evals.gpu", description="All GPU checks and benches, within a time limit."
+    )
     parser.add_argument("--out", type=user_path, required=True, help="folder for the results")
-    parser.add_argument("--minutes", type=float, default=9, help="for all sections together (default: %(default)s)")
-    parser.add_argument("--sections", default=",".join(SECTIONS), help="which, in order (default: %(default)s)")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu is for trying it out, with --tiny")
+    parser.add_argument(
+        "--minutes", type=float, default=9, help="for all sections together (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--sections", default=",".join(SECTIONS), help="which, in order (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu is for trying it out, with --tiny"
+    )
     parser.add_argument("--tiny", action="store_true", help="sizes that take no time")
     arguments = parser.parse_args(argv)
     names = [name.strip() for name in arguments.sections.split(",")]
-    problems = [("--sections", f"there is no {name!r} (there are {', '.join(SECTIONS)})") for name in names if name not in SECTIONS]
+    problems = [
+        ("--sections", f"there is no {name!r} (there are {', '.join(SECTIONS)})")
+        for name in names
+        if name not in SECTIONS
+    ]
     if arguments.device == "cuda" and not torch.cuda.is_available():
         problems.append(("--device", "cuda is not available here; --device cpu --tiny tries the script out"))
     if arguments.minutes <= 0:

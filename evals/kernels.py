@@ -48,7 +48,13 @@ BATCH, TIME, WIDTH = 8, 8192, 2048
 NUM_CHUNKS = 4  # what the launches of the two-pass case look like does not depend on the number
 ISSUE_RATE = 132 * 4 * 32 * 1.7e9  # thread instructions a second on an H200
 BANDWIDTH = 4.3e12
-TYPE_NAMES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.uint8: "*u8", torch.int64: "*i64", torch.float64: "*fp64"}
+TYPE_NAMES = {
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.uint8: "*u8",
+    torch.int64: "*i64",
+    torch.float64: "*fp64",
+}
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -66,12 +72,23 @@ def general_launches(dtype: torch.dtype, num_chunks: int, time: int = TIME) -> I
     """Forward and backward of the scan of given (a, b), a in fp32 as the cells give it, b in `dtype`."""
     a, b, state = empty(BATCH, time, WIDTH), empty(BATCH, time, WIDTH, dtype=dtype), empty(BATCH, WIDTH)
     name = str(dtype).removeprefix("torch.")
-    yield from named(scan_triton.forward_launches(a, b, state, False, num_chunks=num_chunks)[1], f"scan forward {name}")
-    yield from named(scan_triton.backward_launches(a, b, state, b, state, num_chunks=num_chunks)[1], f"scan backward {name}")
+    yield from named(
+        scan_triton.forward_launches(a, b, state, False, num_chunks=num_chunks)[1], f"scan forward {name}"
+    )
+    yield from named(
+        scan_triton.backward_launches(a, b, state, b, state, num_chunks=num_chunks)[1],
+        f"scan backward {name}",
+    )
 
 
 def cell_launches(
-    cell: str, activation: str, output_gate: bool, dtype: torch.dtype, num_chunks: int, boundaries: bool = False, time: int = TIME
+    cell: str,
+    activation: str,
+    output_gate: bool,
+    dtype: torch.dtype,
+    num_chunks: int,
+    boundaries: bool = False,
+    time: int = TIME,
 ) -> Iterator[tuple[str, Launch]]:
     """Forward and backward of a cell; with `boundaries`, document starts and lengths as well."""
     num_gates = cell_scan_triton.NUM_GATES[cell]
@@ -81,9 +98,13 @@ def cell_launches(
     lengths = empty(BATCH, dtype=torch.int64) if boundaries else None
     kind = (cell, activation, output_gate)
     name = f"{cell} {activation}{' gated' if output_gate else ''}{' boundaries' if boundaries else ''} {{}} {str(dtype).removeprefix('torch.')}"
-    forward = cell_scan_triton.forward_launches(projected, gate_bias, state, starts, lengths, *kind, False, num_chunks=num_chunks)
+    forward = cell_scan_triton.forward_launches(
+        projected, gate_bias, state, starts, lengths, *kind, False, num_chunks=num_chunks
+    )
     yield from named(forward[1], name.format("forward"))
-    backward = cell_scan_triton.backward_launches(projected, gate_bias, state, starts, lengths, h, h, state, *kind, num_chunks=num_chunks)
+    backward = cell_scan_triton.backward_launches(
+        projected, gate_bias, state, starts, lengths, h, h, state, *kind, num_chunks=num_chunks
+    )
     yield from named(backward[1], name.format("backward"))
 
 
@@ -92,13 +113,18 @@ def all_launches() -> Iterator[tuple[str, Launch]]:
     dtypes = (torch.bfloat16, torch.float32)
     for dtype, num_chunks in itertools.product(dtypes, (1, NUM_CHUNKS)):
         yield from general_launches(dtype, num_chunks)
-    for cell, output_gate, dtype, num_chunks in itertools.product(cell_scan_triton.NUM_GATES, (False, True), dtypes, (1, NUM_CHUNKS)):
+    for cell, output_gate, dtype, num_chunks in itertools.product(
+        cell_scan_triton.NUM_GATES, (False, True), dtypes, (1, NUM_CHUNKS)
+    ):
         yield from cell_launches(cell, "none", output_gate, dtype, num_chunks)
     for cell, activation in itertools.product(cell_scan_triton.NUM_GATES, ("g", "tanh", "silu")):
         yield from cell_launches(cell, activation, False, torch.bfloat16, 1)
     for cell in cell_scan_triton.NUM_GATES:
         yield from cell_launches(cell, "none", True, torch.bfloat16, 1, boundaries=True)
-    yield from ((f"{name}, one token", launch) for name, launch in cell_launches("mingru", "none", True, torch.bfloat16, 1, time=1))
+    yield from (
+        (f"{name}, one token", launch)
+        for name, launch in cell_launches("mingru", "none", True, torch.bfloat16, 1, time=1)
+    )
 
 
 def compile_launch(launch: Launch, architecture: int) -> dict[str, Any]:
@@ -110,7 +136,9 @@ def compile_launch(launch: Launch, architecture: int) -> dict[str, Any]:
             signature[name] = "constexpr"
             constants.setdefault(name, value)
             continue
-        signature[name] = TYPE_NAMES[value.dtype] if isinstance(value, Tensor) else "i64" if abs(value) >= 2**31 else "i32"
+        signature[name] = (
+            TYPE_NAMES[value.dtype] if isinstance(value, Tensor) else "i64" if abs(value) >= 2**31 else "i32"
+        )
         if isinstance(value, Tensor) or value % 16 == 0:
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes)
@@ -125,8 +153,12 @@ def read_machine_code(cubin: bytes, tail: int) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = subprocess.run([tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-        listing = subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
+        usage = subprocess.run(
+            [tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+        listing = subprocess.run(
+            [tools / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True
+        ).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
     loop = Counter(re.sub(r"^@!?U?P\w+ ", "", line).split()[0] for line in loops(listing)[tail])
@@ -154,18 +186,29 @@ def bytes_moved(launch: Launch) -> tuple[float, float]:
     arguments, constants = launch.arguments, launch.constants
     num_elements = float(launch.arguments["time"] or 0) * BATCH * WIDTH
     is_general, is_backward = "a" in arguments, "h0" in arguments
-    outputs = (("da", "db") if is_backward else ("h",)) if is_general else ("d_projected",) if is_backward else ("y", "h")
+    outputs = (
+        (("da", "db") if is_backward else ("h",))
+        if is_general
+        else ("d_projected",)
+        if is_backward
+        else ("y", "h")
+    )
 
     def size(*names: str) -> float:
         tensors = (arguments[name] for name in names)
-        return sum(tensor.numel() * tensor.itemsize for tensor in tensors if isinstance(tensor, Tensor)) / num_elements
+        return (
+            sum(tensor.numel() * tensor.itemsize for tensor in tensors if isinstance(tensor, Tensor))
+            / num_elements
+        )
 
     written = size(*outputs)
     if is_general:
         read = size("a", "grad_h" if is_backward else "b")
     else:
         gates, output_gate = cell_scan_triton.NUM_GATES[constants["CELL"]], constants["OUTPUT_GATE"]
-        used = gates + 1 + output_gate if written else gates + (output_gate if is_backward else 1)  # summaries read what decides the state
+        used = (
+            gates + 1 + output_gate if written else gates + (output_gate if is_backward else 1)
+        )  # summaries read what decides the state
         read = size("projected") * used / (gates + 1 + output_gate) + (size("grad_y") if is_backward else 0)
     return read + (size("h") if is_backward and written else 0), written
 
@@ -185,13 +228,18 @@ def describe(name: str, launch: Launch, architecture: int) -> dict[str, Any]:
         row["bytes_in_flight"] = int(read * constants["LANES"] * constants["ROWS"] * constants["CHANNELS"])
         row |= {"instructions_per_element": round(per_element, 2), "special_per_element": round(special, 2)}
         elements = BANDWIDTH / (read + written)
-        row |= {"issue": round(per_element * elements / ISSUE_RATE, 3), "special": round(8 * special * elements / ISSUE_RATE, 3)}
+        row |= {
+            "issue": round(per_element * elements / ISSUE_RATE, 3),
+            "special": round(8 * special * elements / ISSUE_RATE, 3),
+        }
     return row
 
 
 def main() -> None:
     """Compile everything, print a line each, write the JSON."""
-    parser = argparse.ArgumentParser(prog="python -m minrnn.evals.kernels", description="What Triton kernels compile to.")
+    parser = argparse.ArgumentParser(
+        prog="python -m minrnn.evals.kernels", description="What Triton kernels compile to."
+    )
     parser.add_argument("--out", type=user_path, default=RESULTS, help="where to write the JSON")
     parser.add_argument("--sm", type=int, nargs="+", default=[80, 90], help="architectures to compile for")
     arguments = parser.parse_args()
@@ -199,7 +247,9 @@ def main() -> None:
         parser.error("the report needs the package triton: pip install triton")
     rows = []
     print(f"{'kernel':62} sm  regs spills shared  read+written  in flight  instr/elt  issue special")
-    for name, launch, architecture in ((*named_launch, sm) for named_launch in all_launches() for sm in arguments.sm):
+    for name, launch, architecture in (
+        (*named_launch, sm) for named_launch in all_launches() for sm in arguments.sm
+    ):
         row = describe(name, launch, architecture)
         rows.append({key: value for key, value in row.items() if key != "loop"})
         line = f"{name:62} {architecture} {row['registers']:5} {row['spills']:6} {row['shared']:6}"

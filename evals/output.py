@@ -33,4 +33,6 @@ def out_problems(out: Path | None) -> list[tuple[str, str]]:
 def default_out(model: str, what: str) -> Path:
     """Where results go unless it is said: among those of the model's run, or in evals/results/ without a run."""
     run = run_of(model)
-    return (Path("evals", "results") if run is None else run / "evals") / f"{what}-{time.strftime('%Y%m%dT%H%M%S')}.json"
+    return (
+        Path("evals", "results") if run is None else run / "evals"
+    ) / f"{what}-{time.strftime('%Y%m%dT%H%M%S')}.json"

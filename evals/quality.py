@@ -45,16 +45,23 @@ def shakespeare_lines() -> list[str]:
             losses = [seed.best.loss for seed in entry.seeds if seed.best is not None]
             best = sum(losses) / len(losses)
             steps = f"{_steps(entry)} | {experiment.setup['train.steps']:,}"
-            lines.append(f"| {row.model} | {row.value} | [{best:.3f}](evals/results/{name}) | {steps} | {len(losses)} |")
+            lines.append(
+                f"| {row.model} | {row.value} | [{best:.3f}](evals/results/{name}) | {steps} | {len(losses)} |"
+            )
     return lines
 
 
 def formal_lines() -> list[str]:
     """Accuracies of the formal languages, with lengths as in training and beyond."""
-    lines = ["| formal language | cell | lengths 1 to 40 | 40 to 256 | published, 40 to 256 | steps |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| formal language | cell | lengths 1 to 40 | 40 to 256 | published, 40 to 256 | steps |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, results in _runs():
         experiment = published().experiments[results.experiment]
-        for entry in results.entries if experiment.group == "formal" or results.experiment == "parity" else []:
+        for entry in (
+            results.entries if experiment.group == "formal" or results.experiment == "parity" else []
+        ):
             cell = entry.config["model"]["cell"]
             (seed,) = entry.seeds
             inside, beyond = (METRICS[metric].of(seed) for metric in ("accuracy_scaled", "longer_scaled"))
@@ -70,9 +77,14 @@ def long_context_line() -> str:
     """Carried against cut, over a document of a million tokens."""
     found = _load("long-context-cpu")
     overall = found["overall"]
-    cuts = ", ".join(f"{cut['bits_per_byte']:.4f} cut every {int(length):,}" for length, cut in overall["cut"].items())
+    cuts = ", ".join(
+        f"{cut['bits_per_byte']:.4f} cut every {int(length):,}" for length, cut in overall["cut"].items()
+    )
     shortest = min(overall["cut"], key=int)
-    difference, error = overall["cut"][shortest]["carried_minus_cut"], overall["cut"][shortest]["carried_minus_cut_error"]
+    difference, error = (
+        overall["cut"][shortest]["carried_minus_cut"],
+        overall["cut"][shortest]["carried_minus_cut_error"],
+    )
     return (
         f"One document of {overall['tokens']:,} tokens ([file](evals/results/long-context-cpu.json)): "
         f"{overall['carried']['bits_per_byte']:.4f} bits per byte with the state carried, {cuts} tokens; {difference:+.4f} ± {error:.4f} nats "
@@ -99,7 +111,13 @@ def text() -> str:
         "beside the published 500,000 steps. Most are learned at the lengths of training; at greater ones they are not yet. Decays in (-1, 1) "
         "learn Parity at all lengths."
     )
-    blocks = ["\n".join(shakespeare_lines()), formal, "\n".join(formal_lines()), long_context_line(), rolling_line()]
+    blocks = [
+        "\n".join(shakespeare_lines()),
+        formal,
+        "\n".join(formal_lines()),
+        long_context_line(),
+        rolling_line(),
+    ]
     return "\n\n".join(blocks)
 
 

@@ -31,7 +31,9 @@ def measured(run: Path) -> dict:
     """The figures of a finished run."""
     values = yaml.safe_load((run / "config.yaml").read_text())
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    train, validations = ([line for line in lines if line["kind"] == kind] for kind in ("train", "validation"))
+    train, validations = (
+        [line for line in lines if line["kind"] == kind] for kind in ("train", "validation")
+    )
     seconds = training_seconds(train, validations)
     assert seconds is not None, "every line of a run says how fast it was"
     model = MinRNNForCausalLM.from_pretrained(run / "model", trust_remote_code=False)
@@ -49,7 +51,9 @@ def measured(run: Path) -> dict:
         "training_seconds": round(seconds),
         "tokens_per_second_median": statistics.median(line["tokens_per_second"] for line in train),
         "validation_subset": validations[-1],
-        "validation_all_held_out_modules": validate(model, sets, Accelerator(cpu=True), recipe.batch.carry_state),
+        "validation_all_held_out_modules": validate(
+            model, sets, Accelerator(cpu=True), recipe.batch.carry_state
+        ),
         "machine": machine(torch.device("cpu")),
         "versions": versions(),
     }
@@ -57,8 +61,15 @@ def measured(run: Path) -> dict:
 
 def main() -> None:
     """Write the results file and the picture."""
-    parser = argparse.ArgumentParser("python -m minrnn.evals.quickstart", description="Record what the main job reached.")
-    parser.add_argument("--run", type=user_path, default=Path("runs/quickstart"), help="folder of the run (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        "python -m minrnn.evals.quickstart", description="Record what the main job reached."
+    )
+    parser.add_argument(
+        "--run",
+        type=user_path,
+        default=Path("runs/quickstart"),
+        help="folder of the run (default: %(default)s)",
+    )
     arguments = parser.parse_args()
     out = REPOSITORY / "evals" / "results" / "quickstart.json"
     out.write_text(json.dumps(measured(arguments.run), indent=1) + "\n")

@@ -32,7 +32,11 @@ def _line(*cells: str) -> str:
 
 def _rows(rows: list[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]:
     """Rows with these values, those that ran."""
-    return [row for row in rows if "reason" not in row and all(row.get(key) == value for key, value in wanted.items())]
+    return [
+        row
+        for row in rows
+        if "reason" not in row and all(row.get(key) == value for key, value in wanted.items())
+    ]
 
 
 def scan_lines(source: Path = RESULTS / "bench-scan-cpu.json", dtype: str = "fp32") -> list[str]:
@@ -53,11 +57,20 @@ def train_lines(source: Path = RESULTS / "bench-train-cpu.json") -> list[str]:
     rows = _rows(_load(source), section="train")
     lengths = sorted({row["length"] for row in rows})
     table = {(row["contender"], row["length"]): row for row in rows}
-    lines = [_line("training, tokens/s", *(f"length {length:,}" for length in lengths)), "|---|" + "---|" * len(lengths)]
+    lines = [
+        _line("training, tokens/s", *(f"length {length:,}" for length in lengths)),
+        "|---|" + "---|" * len(lengths),
+    ]
     for name in dict.fromkeys(row["contender"] for row in rows if row["contender"] in TITLES):
-        cells = (f"{table[name, length]['tokens_per_second']:,.0f}" if (name, length) in table else "-" for length in lengths)
+        cells = (
+            f"{table[name, length]['tokens_per_second']:,.0f}" if (name, length) in table else "-"
+            for length in lengths
+        )
         lines.append(_line(TITLES[name], *cells))
-    fractions = (f"{table['minrnn', length]['matmul_fraction']:.2f}" if ("minrnn", length) in table else "-" for length in lengths)
+    fractions = (
+        f"{table['minrnn', length]['matmul_fraction']:.2f}" if ("minrnn", length) in table else "-"
+        for length in lengths
+    )
     return [*lines, _line("minrnn, of the matrix product's rate", *fractions)]
 
 
@@ -66,9 +79,15 @@ def generate_lines(source: Path = RESULTS / "bench-generate-cpu.json") -> list[s
     rows = _rows(_load(source), section="generate", batch=1)
     contexts = sorted({row["context"] for row in rows})
     table = {(row["contender"], row["context"]): row for row in rows}
-    lines = [_line("decoding, ms/token", *(f"after {context:,}" for context in contexts)), "|---|" + "---|" * len(contexts)]
+    lines = [
+        _line("decoding, ms/token", *(f"after {context:,}" for context in contexts)),
+        "|---|" + "---|" * len(contexts),
+    ]
     for name in dict.fromkeys(row["contender"] for row in rows if row["contender"] in TITLES):
-        cells = (f"{1e3 * table[name, context]['median_seconds']:.1f}" if (name, context) in table else "-" for context in contexts)
+        cells = (
+            f"{1e3 * table[name, context]['median_seconds']:.1f}" if (name, context) in table else "-"
+            for context in contexts
+        )
         lines.append(_line(TITLES[name], *cells))
     return lines
 
@@ -84,10 +103,15 @@ def contexts_line(source: Path = RESULTS / "bench-generate-cpu.json") -> str:
     )
 
 
-def stream_line(source: Path = RESULTS / "bench-stream-cpu.json", rows: Path = RESULTS / "bench-length-cpu.json") -> str:
+def stream_line(
+    source: Path = RESULTS / "bench-stream-cpu.json", rows: Path = RESULTS / "bench-length-cpu.json"
+) -> str:
     """Training on long rows and on one long document."""
     (row,) = _rows(_load(source), section="stream")
-    rates = {(row["contender"], row["length"]): row["tokens_per_second"] for row in _rows(_load(rows), section="train")}
+    rates = {
+        (row["contender"], row["length"]): row["tokens_per_second"]
+        for row in _rows(_load(rows), section="train")
+    }
     longest = max(length for _, length in rates)
     return (
         f"One document of {row['tokens_read']:,} tokens, read {row['chunk']:,} at a time with the state carried, trains at "
@@ -97,7 +121,9 @@ def stream_line(source: Path = RESULTS / "bench-stream-cpu.json", rows: Path = R
     )
 
 
-def loop_line(source: Path = RESULTS / "bench-loop-cpu.json", link: str = "evals/results/bench-loop-cpu.json") -> str:
+def loop_line(
+    source: Path = RESULTS / "bench-loop-cpu.json", link: str = "evals/results/bench-loop-cpu.json"
+) -> str:
     """What the loop adds to its steps; `link` is where a reader finds the file."""
     (row,) = _rows(_load(source), section="loop", contender="loop")
     return (
@@ -120,7 +146,15 @@ def soak_line(source: Path = RESULTS / "soak.json", link: str = "evals/results/s
 
 def main() -> None:
     """Print everything."""
-    for lines in (scan_lines(), train_lines(), generate_lines(), [contexts_line()], [stream_line()], [loop_line()], [soak_line()]):
+    for lines in (
+        scan_lines(),
+        train_lines(),
+        generate_lines(),
+        [contexts_line()],
+        [stream_line()],
+        [loop_line()],
+        [soak_line()],
+    ):
         print("\n".join(lines), end="\n\n")
 
 

@@ -39,19 +39,40 @@ MODULES = {
 
 
 def _export(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser("minrnn export", description="Export a checkpoint of a run: weights, code, tokenizer, model card.")
+    parser = argparse.ArgumentParser(
+        "minrnn export", description="Export a checkpoint of a run: weights, code, tokenizer, model card."
+    )
     parser.add_argument("run", type=user_path, metavar="RUN", help="folder of the run, e.g. runs/quickstart")
-    parser.add_argument("--out", type=user_path, required=True, help="folder to write; an export there is replaced, other files stay")
     parser.add_argument(
-        "--force", action="store_true", help="write into a folder that holds other files, and replace those of an export's names"
+        "--out",
+        type=user_path,
+        required=True,
+        help="folder to write; an export there is replaced, other files stay",
+    )
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="write into a folder that holds other files, and replace those of an export's names",
     )
     parser.add_argument("--step", type=int, help="step of the checkpoint (default: the newest valid one)")
-    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp64"), default="fp32", help="dtype of the weights (default: %(default)s)")
+    parser.add_argument(
+        "--dtype",
+        choices=("fp32", "bf16", "fp64"),
+        default="fp32",
+        help="dtype of the weights (default: %(default)s)",
+    )
     add_trust(parser)
     arguments = parser.parse_args(argv)
     from ..pipeline.export import export_run
 
-    checkpoint = export_run(arguments.run, arguments.out, arguments.step, arguments.dtype, arguments.force, arguments.trust_remote_code)
+    checkpoint = export_run(
+        arguments.run,
+        arguments.out,
+        arguments.step,
+        arguments.dtype,
+        arguments.force,
+        arguments.trust_remote_code,
+    )
     print(f"{checkpoint} exported to {arguments.out}")
 
 
@@ -81,7 +102,13 @@ def _dispatch(argv: list[str]) -> None:
             importlib.import_module(MODULES[command], __package__).main(rest)
         else:
             near = difflib.get_close_matches(command, ("train", "export", *MODULES), n=1)
-            raise UserError((command, "unknown command" + (f" (did you mean {near[0]}?)" if near else "; minrnn --help lists them")))
+            raise UserError(
+                (
+                    command,
+                    "unknown command"
+                    + (f" (did you mean {near[0]}?)" if near else "; minrnn --help lists them"),
+                )
+            )
     except UserError as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None

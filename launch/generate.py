@@ -13,15 +13,36 @@ from ..pipeline.options import add_device, add_dtype, add_trust, user_path
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("minrnn generate", description="Continue a prompt with a trained model.")
-    parser.add_argument("model", type=os.path.expanduser, metavar="MODEL", help="a run's folder, an export, or a model of the hub")
+    parser.add_argument(
+        "model",
+        type=os.path.expanduser,
+        metavar="MODEL",
+        help="a run's folder, an export, or a model of the hub",
+    )
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", default="", help="text to continue (default: a new document)")
-    source.add_argument("--prompt-file", type=user_path, help="file to continue, of any length; - for standard input")
-    parser.add_argument("--max-new-tokens", type=int, default=300, help="tokens to write (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 always takes the likeliest token (default: %(default)s)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this total probability")
+    source.add_argument(
+        "--prompt-file", type=user_path, help="file to continue, of any length; - for standard input"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=300, help="tokens to write (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.8,
+        help="0 always takes the likeliest token (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this total probability"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the sampling")
-    parser.add_argument("--prefill", type=int, default=8192, help="tokens of the prompt that are read at once (default: %(default)s)")
+    parser.add_argument(
+        "--prefill",
+        type=int,
+        default=8192,
+        help="tokens of the prompt that are read at once (default: %(default)s)",
+    )
     add_device(parser)
     add_trust(parser)
     add_dtype(parser)
@@ -37,7 +58,9 @@ def main(argv: list[str]) -> None:
     if not 0 < arguments.top_p <= 1:
         problems.append(("--top-p", f"must be in (0, 1], not {arguments.top_p}"))
     problems += [
-        (f"--{name.replace('_', '-')}", "must be at least 1") for name in ("max_new_tokens", "prefill") if getattr(arguments, name) < 1
+        (f"--{name.replace('_', '-')}", "must be at least 1")
+        for name in ("max_new_tokens", "prefill")
+        if getattr(arguments, name) < 1
     ]
     prompt = arguments.prompt
     try:

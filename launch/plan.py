@@ -84,11 +84,20 @@ def measure(recipe: Recipe, vocab_size: int) -> Model:
         model = MinRNNForCausalLM(config)
     parts: dict[str, int] = dict.fromkeys(("embedding and head", "mixers", "MLPs", "norms"), 0)
     for name, parameter in model.named_parameters():
-        part = next((part for key, part in ((".mixer.", "mixers"), (".mlp.", "MLPs"), ("norm", "norms")) if key in name), "embedding and head")
+        part = next(
+            (
+                part
+                for key, part in ((".mixer.", "mixers"), (".mlp.", "MLPs"), ("norm", "norms"))
+                if key in name
+            ),
+            "embedding and head",
+        )
         parts[part] += parameter.numel()
     return Model(
         parts={part: count for part, count in parts.items() if count},
-        matrices=sum(module.weight.numel() for module in model.model.layers.modules() if isinstance(module, nn.Linear)),
+        matrices=sum(
+            module.weight.numel() for module in model.model.layers.modules() if isinstance(module, nn.Linear)
+        ),
         hidden=config.hidden_size,
         recurrent=config.recurrent_size,
         projections=CELLS[config.cell].num_gates + 1 + int(config.output_gate),
@@ -116,17 +125,25 @@ def lay_out(recipe: Recipe, processes: int) -> Layout:
     reach = recipe.model_fields_resolved()["conv_kernel"] - 1
     if context > 1 and (batch.chunk % context or batch.chunk // context < reach):
         problems.append(
-            ("batch.chunk", f"{batch.chunk} tokens cannot be cut into {context} equal pieces (parallel.context) of at least {reach}")
+            (
+                "batch.chunk",
+                f"{batch.chunk} tokens cannot be cut into {context} equal pieces (parallel.context) of at least {reach}",
+            )
         )
     groups = max(processes // context, 1)
     if batch.readers % groups:
         fitting = [n for n in range(1, batch.readers + 1) if batch.readers % n == 0]
         problems.append(
-            ("batch.readers", f"{batch.readers} readers cannot be shared evenly by {groups}; use one of {fitting}, or more readers")
+            (
+                "batch.readers",
+                f"{batch.readers} readers cannot be shared evenly by {groups}; use one of {fitting}, or more readers",
+            )
         )
     if problems:
         raise UserError(*problems)
-    return Layout(processes, context, batch.readers // groups, batch.lanes, batch.lanes * batch.chunk // context)
+    return Layout(
+        processes, context, batch.readers // groups, batch.lanes, batch.lanes * batch.chunk // context
+    )
 
 
 def assumed_precision(recipe: Recipe) -> str:
@@ -164,9 +181,13 @@ def composed_cell_bytes(model: Model, precision: str) -> int:
     """What a cell that is composed of its parts (models/cell_scan.py) keeps of a token and channel, its output included."""
     (state, c), is_lstm = widths(precision), model.cell.startswith("minlstm")
     is_wide = c == state  # projections are not widened, so what is kept of them is a view of all of them
-    gates = state * (2 + 2 * is_lstm + model.cell.endswith("_signed"))  # a, 1 - a; inputs of two softplus; a stretched to (-1, 1)
+    gates = state * (
+        2 + 2 * is_lstm + model.cell.endswith("_signed")
+    )  # a, 1 - a; inputs of two softplus; a stretched to (-1, 1)
     widened = 0 if is_wide else state
-    candidate = {"none": widened, "tanh": state, "silu": state + widened, "g": 1 + 2 * state}[model.activation]
+    candidate = {"none": widened, "tanh": state, "silu": state + widened, "g": 1 + 2 * state}[
+        model.activation
+    ]
     keeps_projections = model.output_gate or (is_wide and model.activation in ("none", "silu"))
     return gates + candidate + c * (model.projections * keeps_projections + 1 + 2 * model.output_gate)
 
@@ -181,7 +202,9 @@ def working_memory(model: Model, layout: Layout, precision: str) -> dict[str, fl
     state = model.recurrent * w + (model.kernel - 1) * model.hidden * c
     return {
         "bf16 copies": c * model.matrices if c < w else 0,
-        "loss": (w + c) * block + (w + c + (c if c < w else 0)) * head + (w + 2 * c) * layout.tokens * model.hidden,
+        "loss": (w + c) * block
+        + (w + c + (c if c < w else 0)) * head
+        + (w + 2 * c) * layout.tokens * model.hidden,
         "carried states": layout.readers * layout.lanes * model.layers * state,
     }
 
@@ -206,7 +229,13 @@ def engine_memory(num_parameters: int, processes: int, precision: str, engine: s
         "ZeRO-3": (share, share, 2 * share, share, stage3),
         "ZeRO-3 + offload": (0, share, 0, 0, stage3),
     }[engine]
-    return {"weights": weights, "gradients": gradients, "moments": moments, "own copy": own, "buffers": buffers}
+    return {
+        "weights": weights,
+        "gradients": gradients,
+        "moments": moments,
+        "own copy": own,
+        "buffers": buffers,
+    }
 
 
 def bytes_sent(num_parameters: int, layout: Layout, precision: str, engine: str) -> float:
@@ -235,7 +264,8 @@ def heading(recipe: Recipe, model: Model, layout: Layout) -> list[str]:
     tokens, flops = per_step * steps, flops_per_token(model)
     shared = f", {layout.context} to a chunk" if layout.context > 1 else ""
     return [
-        f"parameters  {model.parameters:,}: " + ", ".join(f"{part} {count:,}" for part, count in model.parts.items()),
+        f"parameters  {model.parameters:,}: "
+        + ", ".join(f"{part} {count:,}" for part, count in model.parts.items()),
         f"tokens      {per_step:,} a step ({batch.readers} readers x {batch.lanes} lanes x {batch.chunk}), {steps:,} steps: "
         f"{tokens / 1e9:.3g}B, {tokens / model.parameters:.1f} per parameter",
         f"FLOPs       {flops:.3g} a token (6 per parameter), {flops * tokens:.3g} in all",
@@ -259,20 +289,32 @@ def memory_table(model: Model, layout: Layout, precision: str, memory: float) ->
     kept = {recompute: activations(model, layout, precision, recompute) for recompute in RECOMPUTE}
     columns = ("weights", "gradients", "moments", "own copy", "buffers")
     said = [f"{name} {size / 1e9:.2f}" for name, size in common.items()]
-    said.append("activations " + ", ".join(f"{size / 1e9:.2f} ({recompute})" for recompute, size in kept.items()))
+    said.append(
+        "activations " + ", ".join(f"{size / 1e9:.2f} ({recompute})" for recompute, size in kept.items())
+    )
     width = max(map(len, ENGINES))
     lines = [
         f"GB per process, with any engine: {'; '.join(said)}",
         "",
-        "GB".ljust(width) + "".join(f"{name:>11}" for name in columns) + "".join(f"{name:>12}" for name in RECOMPUTE) + f"{'sent':>10}",
+        "GB".ljust(width)
+        + "".join(f"{name:>11}" for name in columns)
+        + "".join(f"{name:>12}" for name in RECOMPUTE)
+        + f"{'sent':>10}",
     ]
     for engine in ENGINES:
         states = engine_memory(model.parameters, layout.processes, precision, engine)
         totals = [sum(states.values()) + sum(common.values()) + kept[recompute] for recompute in RECOMPUTE]
         cells = [f"{size / 1e9:>9.1f} {'*' if size <= USABLE * memory else ' '} " for size in totals]
         sent = bytes_sent(model.parameters, layout, precision, engine) / 1e9
-        lines.append(engine.ljust(width) + "".join(f"{states[name] / 1e9:>11.2f}" for name in columns) + "".join(cells) + f"{sent:>10.2f}")
-    lines.append(f"none, selective, full: in all, by train.recompute. * fits in {USABLE:.0%} of {memory / 1e9:.0f} GB. sent: per step.")
+        lines.append(
+            engine.ljust(width)
+            + "".join(f"{states[name] / 1e9:>11.2f}" for name in columns)
+            + "".join(cells)
+            + f"{sent:>10.2f}"
+        )
+    lines.append(
+        f"none, selective, full: in all, by train.recompute. * fits in {USABLE:.0%} of {memory / 1e9:.0f} GB. sent: per step."
+    )
     return lines
 
 
@@ -289,15 +331,40 @@ def time_line(recipe: Recipe, model: Model, layout: Layout, tflops: float, fract
 def _parser() -> argparse.ArgumentParser:
     epilog = "example:\n  minrnn plan --config fineweb-1b --processes 16 --gpu-memory 80GB --tflops 989"
     parser = argparse.ArgumentParser(
-        "minrnn plan", description=DESCRIPTION, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        "minrnn plan",
+        description=DESCRIPTION,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("--config", metavar="RECIPE", help="a YAML file, or the name of a recipe that comes with minrnn")
-    parser.add_argument("--processes", type=int, default=8, help="GPUs of all machines together (default: %(default)s)")
-    parser.add_argument("--context", metavar="N", help="processes that share a chunk along time: short for --parallel.context N")
+    parser.add_argument(
+        "--config", metavar="RECIPE", help="a YAML file, or the name of a recipe that comes with minrnn"
+    )
+    parser.add_argument(
+        "--processes", type=int, default=8, help="GPUs of all machines together (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--context",
+        metavar="N",
+        help="processes that share a chunk along time: short for --parallel.context N",
+    )
     parser.add_argument("--gpu-memory", default="80GB", help="of one device (default: %(default)s)")
-    parser.add_argument("--tflops", type=float, help="a device's matrix-product rate in TFLOP/s; the time is told only if this is given")
-    parser.add_argument("--fraction", type=float, default=0.4, help="share of --tflops that training reaches (default: %(default)s)")
-    parser.add_argument("--vocab-size", type=int, help="rows of the embedding (default: as data.tokenizer says, which may be fetched)")
+    parser.add_argument(
+        "--tflops",
+        type=float,
+        help="a device's matrix-product rate in TFLOP/s; the time is told only if this is given",
+    )
+    parser.add_argument(
+        "--fraction",
+        type=float,
+        default=0.4,
+        help="share of --tflops that training reaches (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--vocab-size",
+        type=int,
+        help="rows of the embedding (default: as data.tokenizer says, which may be fetched)",
+    )
     return parser
 
 
@@ -310,7 +377,9 @@ def _check(arguments: argparse.Namespace) -> None:
     for name, most in (("tflops", math.inf), ("fraction", 1.0)):
         value = getattr(arguments, name)
         if value is not None and not (0 < value <= most and math.isfinite(value)):
-            problems.append((f"--{name}", f"must be positive{' and at most 1' if most == 1.0 else ''}, not {value:g}"))
+            problems.append(
+                (f"--{name}", f"must be positive{' and at most 1' if most == 1.0 else ''}, not {value:g}")
+            )
     try:
         parse_memory(arguments.gpu_memory)
     except UserError as error:
@@ -330,13 +399,22 @@ def main(argv: Sequence[str]) -> None:
 
     arguments, overrides = _parser().parse_known_args(argv)
     named = {"--config": arguments.config, "--parallel.context": arguments.context}
-    recipe = read_recipe([*overrides, *(word for option, value in named.items() if value is not None for word in (option, value))])
+    recipe = read_recipe(
+        [
+            *overrides,
+            *(word for option, value in named.items() if value is not None for word in (option, value)),
+        ]
+    )
     _check(arguments)
     layout = lay_out(recipe, arguments.processes)
     precision, data = assumed_precision(recipe), recipe.data
-    vocab_size = arguments.vocab_size or model_vocab_size(tokenizer_of(data.corpus, data.tokenizer, data.task, data.trust_remote_code))
+    vocab_size = arguments.vocab_size or model_vocab_size(
+        tokenizer_of(data.corpus, data.tokenizer, data.task, data.trust_remote_code)
+    )
     model = measure(recipe, vocab_size)
     lines = heading(recipe, model, layout)
     if arguments.tflops is not None:
         lines.append(time_line(recipe, model, layout, arguments.tflops, arguments.fraction))
-    print("\n".join([*lines, "", *memory_table(model, layout, precision, parse_memory(arguments.gpu_memory))]))
+    print(
+        "\n".join([*lines, "", *memory_table(model, layout, precision, parse_memory(arguments.gpu_memory))])
+    )

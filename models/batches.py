@@ -22,7 +22,14 @@ from transformers.utils.import_utils import is_tracing
 
 PACKING = ("position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 # What transformers passes by itself, and says nothing to a recurrent model, or is read by its decorators.
-WITHOUT_EFFECT = ("output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "token_type_ids", "cache_position")
+WITHOUT_EFFECT = (
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "return_dict",
+    "token_type_ids",
+    "cache_position",
+)
 
 
 def has_values(tensor: Tensor) -> bool:
@@ -55,17 +62,25 @@ def packing_order(attention_mask: Tensor | None, time: int) -> Tensor | None:
     if attention_mask is None:
         return None
     if attention_mask.ndim != 2 or attention_mask.shape[1] < time:
-        raise ValueError(f"attention_mask must be [batch, time] with at least {time} columns, but is {tuple(attention_mask.shape)}.")
+        raise ValueError(
+            f"attention_mask must be [batch, time] with at least {time} columns, but is {tuple(attention_mask.shape)}."
+        )
     mask = attention_mask[:, attention_mask.shape[1] - time :]
     if has_values(mask) and bool((mask == 1).all()):
         return None
     if has_values(mask) and bool(((mask != 0) & (mask != 1)).any()):
-        raise ValueError("attention_mask must be 1 (real) or 0 (padding); numbers of documents are passed as seq_idx.")
+        raise ValueError(
+            "attention_mask must be 1 (real) or 0 (padding); numbers of documents are passed as seq_idx."
+        )
     return torch.argsort(mask == 0, dim=1, stable=True)
 
 
 def starts_of_packing(
-    packing: dict[str, Any], document_starts: Tensor | None, attention_mask: Tensor | None, shape: tuple[int, int], goes_on: bool
+    packing: dict[str, Any],
+    document_starts: Tensor | None,
+    attention_mask: Tensor | None,
+    shape: tuple[int, int],
+    goes_on: bool,
 ) -> Tensor | None:
     """Where documents start, from whatever says so.
 
@@ -84,7 +99,11 @@ def starts_of_packing(
     """
     time = shape[1]
     order, past = packing_order(attention_mask, time), None
-    mask = None if order is None or attention_mask is None else attention_mask[:, attention_mask.shape[1] - time :] != 0
+    mask = (
+        None
+        if order is None or attention_mask is None
+        else attention_mask[:, attention_mask.shape[1] - time :] != 0
+    )
     if attention_mask is not None and attention_mask.shape[1] > time:
         past = attention_mask[:, : attention_mask.shape[1] - time] != 0
 
@@ -106,7 +125,9 @@ def starts_of_packing(
         claims["seq_idx"] = F.pad(numbers[:, 1:] != numbers[:, :-1], (1, 0))[:, :time]
     if any(packing.get(name) is not None for name in PACKING[2:]):
         if order is not None:
-            raise ValueError("cu_seq_lens_q divides rows without padding, but attention_mask has padding: pass one of them.")
+            raise ValueError(
+                "cu_seq_lens_q divides rows without padding, but attention_mask has padding: pass one of them."
+            )
         claims["cu_seq_lens_q"] = _starts_of_lengths(packing, shape)
 
     starts = next(iter(claims.values()))
@@ -126,14 +147,21 @@ def _refuse_where(where: Tensor, message: str) -> None:
         raise ValueError(f"{message}: row {row}, token {column} (padding not counted).")
 
 
-def _refuse_contradictions(claims: dict[str, Tensor], real: Tensor, past: Tensor | None, goes_on: bool) -> None:
+def _refuse_contradictions(
+    claims: dict[str, Tensor], real: Tensor, past: Tensor | None, goes_on: bool
+) -> None:
     """All must say the same of all tokens but the first, and of the first nothing that a state or `document_starts` contradicts."""
     (first, starts), *others = claims.items()
     for name, claim in others:
-        _refuse_where(F.pad((claim != starts)[:, 1:], (1, 0)) & real, f"{first} and {name} put documents' starts at different places")
+        _refuse_where(
+            F.pad((claim != starts)[:, 1:], (1, 0)) & real,
+            f"{first} and {name} put documents' starts at different places",
+        )
     if not goes_on or not real.shape[1]:
         return
-    in_document = real[:, 0] if past is None else real[:, 0] & past.any(1)  # a row that was padding until now begins here
+    in_document = (
+        real[:, 0] if past is None else real[:, 0] & past.any(1)
+    )  # a row that was padding until now begins here
     for name in claims.keys() & {"position_ids", "cu_seq_lens_q"}:
         begins = claims[name][:, 0] if "document_starts" not in claims else claims[name][:, 0] & ~starts[:, 0]
         message = f"{name} begins a document, but past_key_values goes on with one (True in document_starts ends it)"
@@ -151,20 +179,30 @@ def _starts_of_lengths(packing: dict[str, Any], shape: tuple[int, int]) -> Tenso
         values = edges.tolist()
         lengths = [end - begin for begin, end in itertools.pairwise(values)]
         if edges.ndim != 1 or not lengths or values[0] != 0 or values[-1] != num_tokens or min(lengths) < 0:
-            raise ValueError(f"cu_seq_lens_q must rise from 0 to batch * time = {num_tokens}, but is {values}.")
+            raise ValueError(
+                f"cu_seq_lens_q must rise from 0 to batch * time = {num_tokens}, but is {values}."
+            )
         if keys is not None and keys.tolist() != values:
             raise ValueError("cu_seq_lens_k must be cu_seq_lens_q: a recurrent model reads each token once.")
         if missing := set(range(0, num_tokens, time or 1)) - set(values):
-            raise ValueError(f"cu_seq_lens_q must divide the batch's rows of {time} tokens, but has no edge at {min(missing)}.")
+            raise ValueError(
+                f"cu_seq_lens_q must divide the batch's rows of {time} tokens, but has no edge at {min(missing)}."
+            )
         for name in ("max_length_q", "max_length_k"):
             if packing.get(name) is not None and packing[name] < max(lengths):
-                raise ValueError(f"{name} is {int(packing[name])}, but cu_seq_lens_q holds a document of {max(lengths)} tokens.")
+                raise ValueError(
+                    f"{name} is {int(packing[name])}, but cu_seq_lens_q holds a document of {max(lengths)} tokens."
+                )
     edges = edges[:-1].long()
-    flat = torch.zeros(num_tokens + 1, dtype=torch.bool, device=edges.device)  # one more, for empty documents at the end
+    flat = torch.zeros(
+        num_tokens + 1, dtype=torch.bool, device=edges.device
+    )  # one more, for empty documents at the end
     return flat.index_fill(0, edges, True)[:-1].view(batch, time)
 
 
-def shift_labels_of(labels: Tensor, attention_mask: Tensor | None, document_starts: Tensor | None, is_counted: bool) -> Tensor:
+def shift_labels_of(
+    labels: Tensor, attention_mask: Tensor | None, document_starts: Tensor | None, is_counted: bool
+) -> Tensor:
     """Targets [batch, time] of labels [batch, time]: -100 where a pad would predict, or the document before.
 
     Args:

@@ -41,8 +41,14 @@ class Boundaries:
     @classmethod
     def of(cls, document_starts: Tensor | None, lengths: Tensor | None, kernel: int) -> "Boundaries":
         if document_starts is not None and lengths is not None:
-            document_starts = document_starts & (torch.arange(document_starts.shape[1], device=lengths.device) < lengths.unsqueeze(1))
-        return cls(document_starts, lengths, None if document_starts is None else reach_within_document(document_starts, kernel))
+            document_starts = document_starts & (
+                torch.arange(document_starts.shape[1], device=lengths.device) < lengths.unsqueeze(1)
+            )
+        return cls(
+            document_starts,
+            lengths,
+            None if document_starts is None else reach_within_document(document_starts, kernel),
+        )
 
     def to(self, device: torch.device | str | int) -> "Boundaries":
         """The same on a device: the blocks of a model may lie on several (`device_map`)."""
@@ -57,12 +63,18 @@ class MinRNNMixer(nn.Module):
         super().__init__()
         self.cell = CELLS[config.cell]
         self.backend = config.scan_backend
-        self.options = {"cell": config.cell, "activation": config.candidate_activation, "output_gate": config.output_gate}
+        self.options = {
+            "cell": config.cell,
+            "activation": config.candidate_activation,
+            "output_gate": config.output_gate,
+        }
         self.memory_length = config.memory_length
         self.context_group: ContextGroup | None = None  # see `use_context_parallel`
         self.kernel = max(config.conv_kernel, 1)
         num_projections = self.cell.num_gates + 1 + int(config.output_gate)
-        self.conv_weight = nn.Parameter(torch.empty(config.hidden_size, self.kernel)) if self.kernel > 1 else None
+        self.conv_weight = (
+            nn.Parameter(torch.empty(config.hidden_size, self.kernel)) if self.kernel > 1 else None
+        )
         self.in_proj = nn.Linear(config.hidden_size, num_projections * config.recurrent_size, bias=False)
         self.gate_bias = nn.Parameter(torch.empty(self.cell.num_gates, config.recurrent_size))
         self.out_proj = nn.Linear(config.recurrent_size, config.hidden_size, bias=False)
@@ -72,7 +84,12 @@ class MinRNNMixer(nn.Module):
         boundaries = boundaries.to(x.device)
         if self.context_group is not None:
             return self.one_slice(x, state, boundaries, self.context_group)
-        if self.backend is None and is_token_step(x) and boundaries.lengths is None and boundaries.document_starts is None:
+        if (
+            self.backend is None
+            and is_token_step(x)
+            and boundaries.lengths is None
+            and boundaries.document_starts is None
+        ):
             return self.one_token(x, state)
         recurrent, conv = state
         next_conv = None
@@ -93,7 +110,9 @@ class MinRNNMixer(nn.Module):
         y, recurrent = one_token(self.in_proj(x), self.gate_bias, recurrent, **self.options)
         return self.out_proj(y), (recurrent, conv)
 
-    def one_slice(self, x: Tensor, state: State, boundaries: Boundaries, group: ContextGroup) -> tuple[Tensor, State]:
+    def one_slice(
+        self, x: Tensor, state: State, boundaries: Boundaries, group: ContextGroup
+    ) -> tuple[Tensor, State]:
         """The same for x [B, T, H] that is one process's slice of a longer text; both states are those around the whole text."""
         if boundaries.lengths is not None:
             raise ValueError(
@@ -103,7 +122,13 @@ class MinRNNMixer(nn.Module):
         if self.conv_weight is not None:
             x, conv = context_conv(x, self.conv_weight, conv, boundaries.reach, group, self.backend)
         y, recurrent = context_cell_scan(
-            self.in_proj(x), self.gate_bias, recurrent, boundaries.document_starts, group, **self.options, backend=self.backend
+            self.in_proj(x),
+            self.gate_bias,
+            recurrent,
+            boundaries.document_starts,
+            group,
+            **self.options,
+            backend=self.backend,
         )
         return self.out_proj(y), (recurrent, conv)
 
@@ -115,7 +140,9 @@ class MinRNNMLP(nn.Module):
         super().__init__()
         self.act, self.gated, self.backend = ACT2FN[config.hidden_act], config.gated_mlp, config.scan_backend
         self.is_swiglu = config.gated_mlp and config.hidden_act in ("silu", "swish")
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size * (2 if config.gated_mlp else 1), bias=False)
+        self.up_proj = nn.Linear(
+            config.hidden_size, config.intermediate_size * (2 if config.gated_mlp else 1), bias=False
+        )
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -135,7 +162,11 @@ class MinRNNBlock(GradientCheckpointingLayer):
         super().__init__()
         self.mixer_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.scan_backend)
         self.mixer = MinRNNMixer(config)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.scan_backend) if config.intermediate_size else None
+        self.mlp_norm = (
+            RMSNorm(config.hidden_size, config.rms_norm_eps, config.scan_backend)
+            if config.intermediate_size
+            else None
+        )
         self.mlp = MinRNNMLP(config) if config.intermediate_size else None
         self.dropout = nn.Dropout(config.dropout)
         # What is added to the residual stream shrinks with the number of additions; _init_weights reads it (it never sees a module that has no

@@ -47,7 +47,9 @@ class MinRNNLayerCache(LinearAttentionLayer):
 
     def get_seq_length(self) -> int:
         if self.num_tokens is None:
-            raise ValueError("This state was saved without its number of tokens, so where it stands in a text is not known.")
+            raise ValueError(
+                "This state was saved without its number of tokens, so where it stands in a text is not known."
+            )
         return self.num_tokens
 
     def reset(self) -> None:
@@ -55,11 +57,15 @@ class MinRNNLayerCache(LinearAttentionLayer):
         self.replace(None, None, num_tokens=0)
 
     def activate_past_recording(self) -> None:
-        raise RuntimeError("A recurrent state keeps no record of earlier tokens to go back to: keep a copy.deepcopy of an earlier state.")
+        raise RuntimeError(
+            "A recurrent state keeps no record of earlier tokens to go back to: keep a copy.deepcopy of an earlier state."
+        )
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove != 0:
-            raise RuntimeError(f"A recurrent state cannot be cropped ({tokens_to_remove} tokens): keep a copy.deepcopy of an earlier state.")
+            raise RuntimeError(
+                f"A recurrent state cannot be cropped ({tokens_to_remove} tokens): keep a copy.deepcopy of an earlier state."
+            )
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
@@ -68,7 +74,9 @@ class MinRNNLayerCache(LinearAttentionLayer):
         self.map(lambda tensor: tensor[indices])
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))  # wherever a loaded state is now
+        self.map(
+            lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device))
+        )  # wherever a loaded state is now
 
 
 class MinRNNCache(Cache):
@@ -98,7 +106,9 @@ class MinRNNCache(Cache):
 
     def zero_non_finite_rows_(self) -> None:
         """Begin anew, in place, in rows whose state holds NaN or infinity in any layer."""
-        states = [tensor for layer in self.layers for tensor in (layer.recurrent, layer.conv) if tensor is not None]
+        states = [
+            tensor for layer in self.layers for tensor in (layer.recurrent, layer.conv) if tensor is not None
+        ]
         if not states:
             return
         broken = torch.stack([~tensor.flatten(1).isfinite().all(1) for tensor in states]).any(0)
@@ -107,8 +117,14 @@ class MinRNNCache(Cache):
 
     def state_dict(self) -> dict[str, Tensor]:
         """Contiguous CPU tensors by name, `num_tokens` among them; empty before the first token."""
-        named = {f"layers.{i}.{kind}": getattr(layer, kind) for i, layer in enumerate(self.layers) for kind in ("recurrent", "conv")}
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items() if tensor is not None}
+        named = {
+            f"layers.{i}.{kind}": getattr(layer, kind)
+            for i, layer in enumerate(self.layers)
+            for kind in ("recurrent", "conv")
+        }
+        state = {
+            name: tensor.detach().cpu().contiguous() for name, tensor in named.items() if tensor is not None
+        }
         num_tokens = self.layers[0].num_tokens
         return state | {"num_tokens": torch.tensor(num_tokens)} if state and num_tokens is not None else state
 
@@ -122,16 +138,22 @@ class MinRNNCache(Cache):
         known = layers | {f"layers.{i}.conv" for i in range(len(self.layers))} | {"num_tokens"}
         if state and (unfit := sorted(state.keys() - known | layers - state.keys())):
             names = ", ".join(unfit[:4])
-            raise ValueError(f"The saved state is not one of {len(self.layers)} layers: {names} is missing, or should not be there.")
+            raise ValueError(
+                f"The saved state is not one of {len(self.layers)} layers: {names} is missing, or should not be there."
+            )
         num_tokens = int(state["num_tokens"]) if "num_tokens" in state else None
         for i, layer in enumerate(self.layers):
             recurrent, conv = (state.get(f"layers.{i}.{kind}") for kind in ("recurrent", "conv"))
-            layer.replace(*(None if tensor is None else tensor.to(device) for tensor in (recurrent, conv)), num_tokens=0)
+            layer.replace(
+                *(None if tensor is None else tensor.to(device) for tensor in (recurrent, conv)), num_tokens=0
+            )
             layer.num_tokens = num_tokens if state else 0
         return self
 
 
-def check_state(state: Any, num_layers: int, recurrent_shape: tuple[int, ...], conv_shape: tuple[int, ...] | None) -> None:
+def check_state(
+    state: Any, num_layers: int, recurrent_shape: tuple[int, ...], conv_shape: tuple[int, ...] | None
+) -> None:
     """Refuse a state that a model cannot go on from.
 
     Args:
@@ -144,10 +166,18 @@ def check_state(state: Any, num_layers: int, recurrent_shape: tuple[int, ...], c
         ValueError: another library's cache, or one of another model or batch.
     """
     layers = getattr(state, "layers", None)
-    if layers is None or not all(hasattr(layer, "recurrent") for layer in layers) or not hasattr(state, "detach_"):  # a copy's class passes
-        raise ValueError(f"past_key_values must be a MinRNNCache, or None to begin a text, but is a {type(state).__name__}.")
+    if (
+        layers is None
+        or not all(hasattr(layer, "recurrent") for layer in layers)
+        or not hasattr(state, "detach_")
+    ):  # a copy's class passes
+        raise ValueError(
+            f"past_key_values must be a MinRNNCache, or None to begin a text, but is a {type(state).__name__}."
+        )
     if len(layers) != num_layers:
-        raise ValueError(f"past_key_values is the state of a model of {len(layers)} layers, but this one has {num_layers}.")
+        raise ValueError(
+            f"past_key_values is the state of a model of {len(layers)} layers, but this one has {num_layers}."
+        )
     is_empty = layers[0].recurrent is None
     expected = {"recurrent": None if is_empty else recurrent_shape, "conv": None if is_empty else conv_shape}
     for i, layer in enumerate(layers):
@@ -166,4 +196,6 @@ def check_state(state: Any, num_layers: int, recurrent_shape: tuple[int, ...], c
             )
 
 
-torch.serialization.add_safe_globals([MinRNNCache, MinRNNLayerCache])  # torch.load reads a state as it reads tensors
+torch.serialization.add_safe_globals(
+    [MinRNNCache, MinRNNLayerCache]
+)  # torch.load reads a state as it reads tensors

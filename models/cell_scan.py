@@ -27,7 +27,10 @@ from .operators import define
 from .scan import check_backend, check_one_device, default_backend, linear_scan, linear_scan_with_decay
 
 FUSED_CELLS = ("mingru", "minlstm")
-FUSED_DTYPES = {"numba": (torch.float32, torch.bfloat16), "triton": (torch.float32, torch.bfloat16, torch.float16)}
+FUSED_DTYPES = {
+    "numba": (torch.float32, torch.bfloat16),
+    "triton": (torch.float32, torch.bfloat16, torch.float16),
+}
 
 
 def composed(
@@ -45,7 +48,9 @@ def composed(
     """The operation as it is defined, from its parts: y, h_last, and the product of all decays (empty unless wanted)."""
     num_gates, width = gate_bias.shape
     parts = projected.split(width, dim=-1)
-    a, b = CELLS[cell].coefficients(*(parts[i] + gate_bias[i] for i in range(num_gates)), parts[num_gates], activation)
+    a, b = CELLS[cell].coefficients(
+        *(parts[i] + gate_bias[i] for i in range(num_gates)), parts[num_gates], activation
+    )
     if lengths is not None:
         is_pad = torch.arange(projected.shape[1], device=projected.device) >= lengths.unsqueeze(1)
         a, b = a.masked_fill(is_pad.unsqueeze(-1), 1), b.masked_fill(is_pad.unsqueeze(-1), 0)
@@ -59,11 +64,15 @@ def composed(
     return (h * torch.nn.functional.silu(parts[-1]) if output_gate else h), h_last, decay
 
 
-def one_token(projected: Tensor, gate_bias: Tensor, h0: Tensor | None, cell: str, activation: str, output_gate: bool) -> tuple[Tensor, Tensor]:
+def one_token(
+    projected: Tensor, gate_bias: Tensor, h0: Tensor | None, cell: str, activation: str, output_gate: bool
+) -> tuple[Tensor, Tensor]:
     """`cell_scan` of one token, in operations that `torch.compile` makes one kernel of: [B, 1, P*R], h0 [B, R] -> y [B, 1, R], h [B, R]."""
     num_gates, width = gate_bias.shape
     parts = at_least_fp32(projected).split(width, dim=-1)
-    a, b = CELLS[cell].coefficients(*(parts[i] + gate_bias[i] for i in range(num_gates)), parts[num_gates], activation)
+    a, b = CELLS[cell].coefficients(
+        *(parts[i] + gate_bias[i] for i in range(num_gates)), parts[num_gates], activation
+    )
     h = b[:, 0] if h0 is None else torch.addcmul(b[:, 0], a[:, 0], h0.to(a.dtype))
     y = h.unsqueeze(1)
     return (y * torch.nn.functional.silu(parts[-1]) if output_gate else y).to(projected.dtype), h
@@ -83,12 +92,19 @@ def _register(name: str, forward: Callable, backward: Callable) -> Callable:
         output_gate: bool,
         want_decay: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return forward(projected, gate_bias, h0, document_starts, lengths, cell, activation, output_gate, want_decay)
+        return forward(
+            projected, gate_bias, h0, document_starts, lengths, cell, activation, output_gate, want_decay
+        )
 
     def fake(projected, gate_bias, h0, document_starts, lengths, cell, activation, output_gate, want_decay):
         (batch, time, _), width = projected.shape, gate_bias.shape[1]
         y, h_last = projected.new_empty(batch, time, width), h0.new_empty(h0.shape, dtype=torch.float32)
-        return y, torch.empty_like(y) if output_gate else y.new_empty(0), h_last, h_last.new_empty(h0.shape if want_decay else 0)
+        return (
+            y,
+            torch.empty_like(y) if output_gate else y.new_empty(0),
+            h_last,
+            h_last.new_empty(h0.shape if want_decay else 0),
+        )
 
     def scan_backward(
         projected: Tensor,
@@ -103,11 +119,39 @@ def _register(name: str, forward: Callable, backward: Callable) -> Callable:
         activation: str,
         output_gate: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return backward(projected, gate_bias, h0, document_starts, lengths, h, grad_y, grad_last, cell, activation, output_gate)
+        return backward(
+            projected,
+            gate_bias,
+            h0,
+            document_starts,
+            lengths,
+            h,
+            grad_y,
+            grad_last,
+            cell,
+            activation,
+            output_gate,
+        )
 
-    def fake_backward(projected, gate_bias, h0, document_starts, lengths, h, grad_y, grad_last, cell, activation, output_gate):
+    def fake_backward(
+        projected,
+        gate_bias,
+        h0,
+        document_starts,
+        lengths,
+        h,
+        grad_y,
+        grad_last,
+        cell,
+        activation,
+        output_gate,
+    ):
         contiguous = torch.empty_like(projected, memory_format=torch.contiguous_format)
-        return contiguous, gate_bias.new_empty(gate_bias.shape, dtype=torch.float32), h0.new_empty(h0.shape, dtype=torch.float32)
+        return (
+            contiguous,
+            gate_bias.new_empty(gate_bias.shape, dtype=torch.float32),
+            h0.new_empty(h0.shape, dtype=torch.float32),
+        )
 
     backward_operator = define(f"cell_scan_backward_{name}", scan_backward, fake_backward)
 
@@ -120,7 +164,9 @@ def _register(name: str, forward: Callable, backward: Callable) -> Callable:
         projected, gate_bias, h0, document_starts, lengths, h = ctx.saved_tensors
         grad_y = torch.zeros_like(h) if grad_y is None else grad_y
         grad_last = torch.zeros_like(h0, dtype=torch.float32) if grad_last is None else grad_last
-        grads = backward_operator(projected, gate_bias, h0, document_starts, lengths, h, grad_y, grad_last, *ctx.options)
+        grads = backward_operator(
+            projected, gate_bias, h0, document_starts, lengths, h, grad_y, grad_last, *ctx.options
+        )
         d_projected, d_bias, dh0 = grads
         return d_projected, d_bias.to(gate_bias.dtype), dh0.to(h0.dtype), None, None, None, None, None, None
 
@@ -140,12 +186,19 @@ def _check(
     cell: str, activation: str, output_gate: bool, backend: str,
 ) -> None:  # fmt: skip
     check_backend(backend, projected.device, projected.dtype)
-    for what, name, known in (("cell", cell, tuple(CELLS)), ("candidate activation", activation, CANDIDATE_ACTIVATIONS)):
+    for what, name, known in (
+        ("cell", cell, tuple(CELLS)),
+        ("candidate activation", activation, CANDIDATE_ACTIVATIONS),
+    ):
         if name not in known:
             raise ValueError(f"There is no {what} {name!r}; choose one of {', '.join(known)}.")
     num_gates, num_parts = CELLS[cell].num_gates, CELLS[cell].num_gates + 1 + int(output_gate)
     width = gate_bias.shape[-1]
-    if gate_bias.shape != (num_gates, width) or projected.ndim != 3 or projected.shape[2] != num_parts * width:
+    if (
+        gate_bias.shape != (num_gates, width)
+        or projected.ndim != 3
+        or projected.shape[2] != num_parts * width
+    ):
         raise ValueError(
             f"cell_scan takes projected [batch, time, {num_parts} * width] and gate_bias [{num_gates}, width] for {cell!r}"
             f"{' with an output gate' if output_gate else ''}, but got {tuple(projected.shape)} and {tuple(gate_bias.shape)}."
@@ -155,7 +208,9 @@ def _check(
     tensors = {"h0": h0, "document_starts": document_starts, "lengths": lengths}
     for name, tensor in tensors.items():
         if tensor is not None and tuple(tensor.shape) != shapes[name]:
-            raise ValueError(f"cell_scan takes {name} of shape {shapes[name]}, but got {tuple(tensor.shape)}.")
+            raise ValueError(
+                f"cell_scan takes {name} of shape {shapes[name]}, but got {tuple(tensor.shape)}."
+            )
     if document_starts is not None and document_starts.dtype != torch.bool:
         raise ValueError(f"cell_scan takes document_starts as bool, but got {document_starts.dtype}.")
     check_one_device({"gate_bias": gate_bias, **tensors}, projected.device)
@@ -193,7 +248,9 @@ def cell_scan(
     Raises:
         ValueError: names that are not known, shapes, dtypes or devices that do not fit, or a backend that cannot run here.
     """
-    y, h_last, _ = _cell_scan(projected, gate_bias, h0, document_starts, lengths, cell, activation, output_gate, False, backend)
+    y, h_last, _ = _cell_scan(
+        projected, gate_bias, h0, document_starts, lengths, cell, activation, output_gate, False, backend
+    )
     return y, h_last
 
 
@@ -213,7 +270,9 @@ def cell_scan_with_decay(
 
     A document start makes it 0, padding counts as 1. No gradient flows through it.
     """
-    y, h_last, decay = _cell_scan(projected, gate_bias, h0, document_starts, lengths, cell, activation, output_gate, True, backend)
+    y, h_last, decay = _cell_scan(
+        projected, gate_bias, h0, document_starts, lengths, cell, activation, output_gate, True, backend
+    )
     return y, h_last, decay.detach()
 
 
@@ -224,7 +283,18 @@ def _cell_scan(
     backend = backend or default_backend(projected.device, projected.dtype)
     _check(projected, gate_bias, h0, document_starts, lengths, cell, activation, output_gate, backend)
     if not _is_fused(projected, cell, backend):
-        return composed(projected, gate_bias, h0, document_starts, lengths, cell, activation, output_gate, want_decay, backend)
+        return composed(
+            projected,
+            gate_bias,
+            h0,
+            document_starts,
+            lengths,
+            cell,
+            activation,
+            output_gate,
+            want_decay,
+            backend,
+        )
     if h0 is None:
         h0 = projected.new_zeros(projected.shape[0], gate_bias.shape[1], dtype=torch.float32)
     options = cell, activation, output_gate, want_decay
@@ -237,7 +307,9 @@ def summarize(
     projected: Tensor, gate_bias: Tensor, document_starts: Tensor | None, cell: str, activation: str, output_gate: bool, backend: str
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """What these tokens do to the state, h -> decay * h + last: both [batch, width] in the state's dtype, without a graph."""
-    h0 = projected.new_zeros(projected.shape[0], gate_bias.shape[1], dtype=torch.promote_types(projected.dtype, torch.float32))
+    h0 = projected.new_zeros(
+        projected.shape[0], gate_bias.shape[1], dtype=torch.promote_types(projected.dtype, torch.float32)
+    )
     _check(projected, gate_bias, h0, document_starts, None, cell, activation, output_gate, backend)
     arguments = projected, gate_bias, h0, document_starts, None, cell, activation, output_gate, True
     if not _is_fused(projected, cell, backend):
@@ -267,10 +339,26 @@ def scan_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients for projected, gate_bias and h0 from those of y and h_last; `h` as `scan_without_graph` gave it."""
     if _is_fused(projected, cell, backend):
-        arguments = projected, gate_bias, h0, document_starts, None, h, grad_y, grad_last, cell, activation, output_gate
+        arguments = (
+            projected,
+            gate_bias,
+            h0,
+            document_starts,
+            None,
+            h,
+            grad_y,
+            grad_last,
+            cell,
+            activation,
+            output_gate,
+        )
         return _KERNELS[backend][1](*arguments)
     with torch.enable_grad():
         projected, gate_bias, h0 = (tensor.detach().requires_grad_() for tensor in (projected, gate_bias, h0))
-        y, h_last, _ = composed(projected, gate_bias, h0, document_starts, None, cell, activation, output_gate, False, backend)
-        d_projected, d_gate_bias, dh0 = torch.autograd.grad((y, h_last), (projected, gate_bias, h0), (grad_y, grad_last))
+        y, h_last, _ = composed(
+            projected, gate_bias, h0, document_starts, None, cell, activation, output_gate, False, backend
+        )
+        d_projected, d_gate_bias, dh0 = torch.autograd.grad(
+            (y, h_last), (projected, gate_bias, h0), (grad_y, grad_last)
+        )
     return d_projected, d_gate_bias, dh0

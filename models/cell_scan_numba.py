@@ -24,10 +24,26 @@ _ACTIVATION_CODES = {"none": 0, "g": 1, "tanh": 2, "silu": 3}
 if is_available():
     import numpy as np
 
-    from .numba_support import HALF, ONE, ZERO, exp, inlined, kernel, load_input, load_state, multiply_add, sigmoid, store_output, store_state
+    from .numba_support import (
+        HALF,
+        ONE,
+        ZERO,
+        exp,
+        inlined,
+        kernel,
+        load_input,
+        load_state,
+        multiply_add,
+        sigmoid,
+        store_output,
+        store_state,
+    )
 
     TWO, _NEAR_ZERO = np.float32(2), np.float32(0.625)
-    _T3, _T5, _T7, _T9, _T11 = map(np.float32, (-3.33332819422e-1, 1.33314422036e-1, -5.37397155531e-2, 2.06390887954e-2, -5.70498872745e-3))
+    _T3, _T5, _T7, _T9, _T11 = map(
+        np.float32,
+        (-3.33332819422e-1, 1.33314422036e-1, -5.37397155531e-2, 2.06390887954e-2, -5.70498872745e-3),
+    )
 
     @inlined
     def _both_sigmoids(x):
@@ -112,19 +128,35 @@ def _forward_kernel(cell: int, activation: int, gated: bool) -> Callable:
             carry[:] = h0[row, low:high]
             for t in range(time):
                 tokens, y_t = projected[row, t], y[row, t, low:high]
-                gate_p, gate_q, u = tokens[low:high], tokens[(num_gates - 1) * width + low :], tokens[num_gates * width + low :]
+                gate_p, gate_q, u = (
+                    tokens[low:high],
+                    tokens[(num_gates - 1) * width + low :],
+                    tokens[num_gates * width + low :],
+                )
                 if starts.size > 0 and starts[row, t] and t < lengths[row]:
                     carry[:] = ZERO
                     if decay.size > 0:
                         decay[row, low:high] = ZERO
                 if t < lengths[row]:
                     for d in range(high - low):
-                        p, q = load_input(gate_p, d) + load_input(bias_p, d), load_input(gate_q, d) + load_input(bias_q, d)
+                        p, q = (
+                            load_input(gate_p, d) + load_input(bias_p, d),
+                            load_input(gate_q, d) + load_input(bias_q, d),
+                        )
                         a, z = _factors(p, q, cell)
-                        store_state(carry, d, multiply_add(a, load_state(carry, d), z * _candidate(load_input(u, d), activation)))
+                        store_state(
+                            carry,
+                            d,
+                            multiply_add(
+                                a, load_state(carry, d), z * _candidate(load_input(u, d), activation)
+                            ),
+                        )
                     if decay.size > 0:
                         for d in range(high - low):
-                            p, q = load_input(gate_p, d) + load_input(bias_p, d), load_input(gate_q, d) + load_input(bias_q, d)
+                            p, q = (
+                                load_input(gate_p, d) + load_input(bias_p, d),
+                                load_input(gate_q, d) + load_input(bias_q, d),
+                            )
                             decay[row, low + d] *= _factors(p, q, cell)[0]
                 if gated:
                     o, h_t = tokens[(num_gates + 1) * width + low :], h[row, t, low:high]
@@ -141,10 +173,14 @@ def _forward_kernel(cell: int, activation: int, gated: bool) -> Callable:
 
 @functools.cache
 def _backward_kernel(cell: int, activation: int, gated: bool) -> Callable:
-    num_gates = cell + 1  # only numbers may be captured: numba would not find a kernel that captures another one on disk again
+    num_gates = (
+        cell + 1
+    )  # only numbers may be captured: numba would not find a kernel that captures another one on disk again
 
     @kernel
-    def backward(projected, bias, h0, starts, lengths, h, grad_y, total, d_projected, d_bias, stripe, first, last):
+    def backward(
+        projected, bias, h0, starts, lengths, h, grad_y, total, d_projected, d_bias, stripe, first, last
+    ):
         """`total` [B, R] holds the gradient of h_last and becomes dh0; d_bias [B, G, R] is each row's share; h0 is rounded as h is."""
         time, width = h.shape[1], h.shape[2]
         num_stripes = (width + stripe - 1) // stripe
@@ -155,8 +191,16 @@ def _backward_kernel(cell: int, activation: int, gated: bool) -> Callable:
             d_bias_p, d_bias_q = d_bias[row, 0, low:high], d_bias[row, num_gates - 1, low:high]
             for t in range(time - 1, -1, -1):
                 tokens, d_tokens, g_t = projected[row, t], d_projected[row, t], grad_y[row, t, low:high]
-                gate_p, gate_q, u = tokens[low:], tokens[(num_gates - 1) * width + low :], tokens[num_gates * width + low :]
-                d_gate_p, d_gate_q, d_u = d_tokens[low:], d_tokens[(num_gates - 1) * width + low :], d_tokens[num_gates * width + low :]
+                gate_p, gate_q, u = (
+                    tokens[low:],
+                    tokens[(num_gates - 1) * width + low :],
+                    tokens[num_gates * width + low :],
+                )
+                d_gate_p, d_gate_q, d_u = (
+                    d_tokens[low:],
+                    d_tokens[(num_gates - 1) * width + low :],
+                    d_tokens[num_gates * width + low :],
+                )
                 if gated:
                     place = (num_gates + 1) * width + low
                     _backward_output_gate(tokens[place:], h[row, t, low:high], g_t, d_tokens[place:], carry)
@@ -172,7 +216,11 @@ def _backward_kernel(cell: int, activation: int, gated: bool) -> Callable:
                 is_start = starts.size > 0 and starts[row, t] != 0
                 previous = h[row, t - 1, low:high] if t > 0 else h0[row, low:high]
                 for d in range(high - low - 1, -1, -1):
-                    p, q, x = load_input(gate_p, d) + load_input(bias_p, d), load_input(gate_q, d) + load_input(bias_q, d), load_input(u, d)
+                    p, q, x = (
+                        load_input(gate_p, d) + load_input(bias_p, d),
+                        load_input(gate_q, d) + load_input(bias_q, d),
+                        load_input(u, d),
+                    )
                     a, z = _factors(p, q, cell)
                     gradient = load_state(carry, d)
                     past = ZERO if is_start else load_input(previous, d)
@@ -189,10 +237,18 @@ def _backward_kernel(cell: int, activation: int, gated: bool) -> Callable:
     return backward
 
 
-def _boundaries(document_starts: Tensor | None, lengths: Tensor | None, batch: int, time: int) -> tuple[Tensor, Tensor]:
+def _boundaries(
+    document_starts: Tensor | None, lengths: Tensor | None, batch: int, time: int
+) -> tuple[Tensor, Tensor]:
     """Arrays that the kernels always get: no starts are an empty array, no padding is lengths of `time`."""
-    starts = torch.empty(0, 0, dtype=torch.bool, device="cpu") if document_starts is None else document_starts.contiguous()
-    return starts, torch.full((batch,), time, device="cpu") if lengths is None else lengths.to(torch.int64).contiguous()
+    starts = (
+        torch.empty(0, 0, dtype=torch.bool, device="cpu")
+        if document_starts is None
+        else document_starts.contiguous()
+    )
+    return starts, torch.full((batch,), time, device="cpu") if lengths is None else lengths.to(
+        torch.int64
+    ).contiguous()
 
 
 def forward(
@@ -214,7 +270,16 @@ def forward(
     decay = h_last.new_ones(h0.shape if want_decay else (0, 0))
     stripe = stripe_width(batch, width)
     boundaries = _boundaries(document_starts, lengths, batch, time)
-    tensors = (projected.contiguous(), gate_bias.float().contiguous(), h0.float().contiguous(), *boundaries, y, h, h_last, decay)
+    tensors = (
+        projected.contiguous(),
+        gate_bias.float().contiguous(),
+        h0.float().contiguous(),
+        *boundaries,
+        y,
+        h,
+        h_last,
+        decay,
+    )
     kernel_function = _forward_kernel(_CELL_CODES[cell], _ACTIVATION_CODES[activation], output_gate)
     run_tasks(kernel_function, (*map(as_numpy, tensors), stripe), batch * -(-width // stripe))
     return y, h if output_gate else h.view(0), h_last, decay if want_decay else decay.view(0)
@@ -239,7 +304,14 @@ def backward(
     d_projected, d_bias = torch.empty_like(projected), total.new_zeros(batch, *gate_bias.shape)
     stripe = stripe_width(batch, width)
     boundaries = _boundaries(document_starts, lengths, batch, time)
-    inputs = (projected, gate_bias.float().contiguous(), h0.to(h.dtype).contiguous(), *boundaries, h.contiguous(), grad_y.contiguous())
+    inputs = (
+        projected,
+        gate_bias.float().contiguous(),
+        h0.to(h.dtype).contiguous(),
+        *boundaries,
+        h.contiguous(),
+        grad_y.contiguous(),
+    )
     kernel_function = _backward_kernel(_CELL_CODES[cell], _ACTIVATION_CODES[activation], output_gate)
     arrays = tuple(map(as_numpy, (*inputs, total, d_projected, d_bias)))
     run_tasks(kernel_function, (*arrays, stripe), batch * -(-width // stripe))

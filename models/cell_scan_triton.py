@@ -59,7 +59,17 @@ def load_gates(
     MASKED: tl.constexpr,
 ):  # fmt: skip
     """The gates' rows of a tile; behind `limit` infinities, so that a = 1 and z = 0. The minGRU's one gate stands for both."""
-    k_rows = load_rows(source, step, live, t, time_step, limit, float("-inf") if CELL == "mingru" else float("inf"), ROWS, MASKED)
+    k_rows = load_rows(
+        source,
+        step,
+        live,
+        t,
+        time_step,
+        limit,
+        float("-inf") if CELL == "mingru" else float("inf"),
+        ROWS,
+        MASKED,
+    )
     q_rows = k_rows
     if CELL == "minlstm":
         q_rows = load_rows(source + WIDTH, step, live, t, time_step, limit, float("-inf"), ROWS, MASKED)
@@ -108,7 +118,9 @@ def forward_kernel(
     candidate_place: tl.constexpr = WIDTH * (2 if CELL == "minlstm" else 1)
     c_other: tl.constexpr = float("-inf") if ACTIVATION == "g" else 0.0  # where c is 0
     resets_possible: tl.constexpr = starts is not None
-    row, first, last, lane, channel, live, state_place = coordinates(time, chunk_length, num_chunks, WIDTH, LANES, CHANNELS)
+    row, first, last, lane, channel, live, state_place = coordinates(
+        time, chunk_length, num_chunks, WIDTH, LANES, CHANNELS
+    )
     limit = real_tokens(lengths, row, last)
     whole, t = whole_tiles(first, limit, LANES * ROWS), first + lane * ROWS
     source = projected + row * projected_row + t.to(tl.int64) * STEP + channel
@@ -132,7 +144,9 @@ def forward_kernel(
             for j in tl.static_range(ROWS):
                 a, b = coefficients(k_rows[j], q_rows[j], u_rows[j], k_bias, q_bias, CELL, ACTIVATION)
                 decays, addends = decays + (a,), addends + (b,)  # noqa: RUF005
-            states, carry, tile_product = scan_tile(decays, addends, resets, carry, lane, LANES, CHANNELS, ROWS, resets_possible)
+            states, carry, tile_product = scan_tile(
+                decays, addends, resets, carry, lane, LANES, CHANNELS, ROWS, resets_possible
+            )
             product = join_products(product, tile_product) if resets_possible else product * tile_product
             if y is not None:
                 for j in tl.static_range(ROWS):
@@ -171,13 +185,19 @@ def backward_kernel(
     c_other: tl.constexpr = float("-inf") if ACTIVATION == "g" else 0.0
     out_step: tl.constexpr = WIDTH * (num_gates + (2 if OUTPUT_GATE else 1))
     resets_possible: tl.constexpr = starts is not None
-    row, first, last, lane, channel, live, state_place = coordinates(time, chunk_length, num_chunks, WIDTH, LANES, CHANNELS)
+    row, first, last, lane, channel, live, state_place = coordinates(
+        time, chunk_length, num_chunks, WIDTH, LANES, CHANNELS
+    )
     limit = real_tokens(lengths, row, last)
     whole, t = whole_tiles(first, limit, LANES * ROWS), latest_token(first, last, lane, LANES, ROWS)
     source = projected + row * projected_row + t.to(tl.int64) * STEP + channel
     grad_source = grad_y + row * grad_row + t.to(tl.int64) * GRAD_STEP + channel
     h_source = h + row * h_row + t.to(tl.int64) * H_STEP + channel
-    target = d_projected + row * time * out_step + t.to(tl.int64) * out_step + channel if d_projected is not None else source
+    target = (
+        d_projected + row * time * out_step + t.to(tl.int64) * out_step + channel
+        if d_projected is not None
+        else source
+    )
     k_bias, q_bias = load_biases(gate_bias, channel, live, CELL, WIDTH)
     initial = tl.load(h0 + row * WIDTH + channel, mask=live, other=0.0)
     carry, product, resets = tl.zeros((1, CHANNELS), tl.float32), tl.full((1, CHANNELS), 1.0, tl.float32), 0
@@ -192,7 +212,9 @@ def backward_kernel(
             k_rows, q_rows = load_gates(source, -STEP, live, t, -1, limit, CELL, WIDTH, ROWS, tail)
             grad_rows = load_rows(grad_source, -GRAD_STEP, live, t, -1, last, 0.0, ROWS, tail)
             if OUTPUT_GATE:
-                o_rows = load_rows(source + candidate_place + WIDTH, -STEP, live, t, -1, last, 0.0, ROWS, tail)
+                o_rows = load_rows(
+                    source + candidate_place + WIDTH, -STEP, live, t, -1, last, 0.0, ROWS, tail
+                )
             if d_projected is not None:
                 u_rows = load_rows(source + candidate_place, -STEP, live, t, -1, limit, c_other, ROWS, tail)
                 previous = load_previous_rows(h_source, H_STEP, live, t, last, initial, ROWS, tail)
@@ -209,16 +231,32 @@ def backward_kernel(
                     grad = grad * gate
                 addend = dropped(a * grad, resets, j, resets_possible)
                 decays, addends, grads = decays + (a,), addends + (addend,), grads + (grad,)  # noqa: RUF005
-            states, carry, tile_product = scan_tile(decays, addends, resets, carry, lane, LANES, CHANNELS, ROWS, resets_possible)
+            states, carry, tile_product = scan_tile(
+                decays, addends, resets, carry, lane, LANES, CHANNELS, ROWS, resets_possible
+            )
             product = join_products(product, tile_product) if resets_possible else product * tile_product
             if d_projected is not None:
                 for j in tl.static_range(ROWS):
                     out, mask = target - j * out_step, inside(live, t - j, last, tail)
                     before = dropped(previous[j].to(tl.float32), resets, j, resets_possible)
-                    dk, dq, du = gradients(k_rows[j], q_rows[j], u_rows[j], k_bias, q_bias, grads[j] + states[j], before, CELL, ACTIVATION)
+                    dk, dq, du = gradients(
+                        k_rows[j],
+                        q_rows[j],
+                        u_rows[j],
+                        k_bias,
+                        q_bias,
+                        grads[j] + states[j],
+                        before,
+                        CELL,
+                        ACTIVATION,
+                    )
                     if tail:  # 0 also where the state itself is not finite
                         is_real = t - j < limit
-                        dk, dq, du = tl.where(is_real, dk, 0.0), tl.where(is_real, dq, 0.0), tl.where(is_real, du, 0.0)
+                        dk, dq, du = (
+                            tl.where(is_real, dk, 0.0),
+                            tl.where(is_real, dq, 0.0),
+                            tl.where(is_real, du, 0.0),
+                        )
                     dk_sum += dk
                     tl.store(out, as_stored(dk, d_projected), mask=mask)
                     if CELL == "minlstm":
@@ -257,7 +295,9 @@ def choose_tile(time: int, itemsize: int, cell: str, output_gate: bool, backward
         return Tile(lanes=1, rows=1, channels=64)
     if not backward:
         return Tile(lanes=8, rows=16 if itemsize == 2 and not output_gate else 8, channels=64)
-    return Tile(lanes=8 if cell == "mingru" and not output_gate else 4, rows=8 if itemsize == 2 else 4, channels=64)
+    return Tile(
+        lanes=8 if cell == "mingru" and not output_gate else 4, rows=8 if itemsize == 2 else 4, channels=64
+    )
 
 
 def _as_flags(document_starts: Tensor | None) -> Tensor | None:
@@ -290,8 +330,19 @@ def forward_launches(
     flags = _as_flags(document_starts)
 
     def launch(entering: Tensor | None, final: Tensor | None, decay: Tensor | None, write: bool) -> Launch:
-        arguments = {"projected": projected, "gate_bias": gate_bias, "entering": entering, "starts": flags, "lengths": lengths}
-        arguments |= {"y": y if write else None, "h": h if write and output_gate else None, "final": final, "decay": decay}
+        arguments = {
+            "projected": projected,
+            "gate_bias": gate_bias,
+            "entering": entering,
+            "starts": flags,
+            "lengths": lengths,
+        }
+        arguments |= {
+            "y": y if write else None,
+            "h": h if write and output_gate else None,
+            "final": final,
+            "decay": decay,
+        }
         arguments |= {"projected_row": projected.stride(0)}
         constants = {
             "STEP": projected.stride(1),
@@ -303,7 +354,13 @@ def forward_launches(
         return cut_launch(forward_kernel, arguments, constants, (batch, time, width), tile, chunks)
 
     launches = pass_launches(
-        launch, chunks, h0.float().contiguous(), h_last, decay if want_decay else None, reverse=False, resets=flags is not None
+        launch,
+        chunks,
+        h0.float().contiguous(),
+        h_last,
+        decay if want_decay else None,
+        reverse=False,
+        resets=flags is not None,
     )
     return (y, h, h_last, decay), launches
 
@@ -326,7 +383,11 @@ def backward_launches(
     """As `forward_launches`, for `backward`; the gradient of the gate bias is still in pieces, [batch, chunks, gates, width]."""
     batch, time, _ = projected.shape
     width = gate_bias.shape[1]
-    projected, h, grad_y = with_contiguous_channels(projected), with_contiguous_channels(h), with_contiguous_channels(grad_y)
+    projected, h, grad_y = (
+        with_contiguous_channels(projected),
+        with_contiguous_channels(h),
+        with_contiguous_channels(grad_y),
+    )
     gate_bias, h0 = gate_bias.float().contiguous(), h0.float().contiguous()
     tile = tile or choose_tile(time, projected.itemsize, cell, output_gate, backward=True)
     chunks = plan_chunks(batch, time, width, tile, num_multiprocessors(projected.device), num_chunks)
@@ -335,15 +396,37 @@ def backward_launches(
     flags = _as_flags(document_starts)
 
     def launch(entering: Tensor | None, final: Tensor | None, decay: Tensor | None, write: bool) -> Launch:
-        arguments = {"projected": projected, "gate_bias": gate_bias, "h0": h0, "starts": flags, "lengths": lengths, "h": h, "grad_y": grad_y}
+        arguments = {
+            "projected": projected,
+            "gate_bias": gate_bias,
+            "h0": h0,
+            "starts": flags,
+            "lengths": lengths,
+            "h": h,
+            "grad_y": grad_y,
+        }
         arguments |= {"entering": entering, "final": final, "decay": decay}
-        arguments |= {"d_projected": d_projected if write else None, "d_gate_bias": d_gate_bias if write else None}
-        arguments |= {"projected_row": projected.stride(0), "h_row": h.stride(0), "grad_row": grad_y.stride(0)}
+        arguments |= {
+            "d_projected": d_projected if write else None,
+            "d_gate_bias": d_gate_bias if write else None,
+        }
+        arguments |= {
+            "projected_row": projected.stride(0),
+            "h_row": h.stride(0),
+            "grad_row": grad_y.stride(0),
+        }
         constants = {"STEP": projected.stride(1), "H_STEP": h.stride(1), "GRAD_STEP": grad_y.stride(1)}
-        constants |= {"CELL": cell, "ACTIVATION": activation, "OUTPUT_GATE": output_gate, "TAIL": int(lengths is not None)}
+        constants |= {
+            "CELL": cell,
+            "ACTIVATION": activation,
+            "OUTPUT_GATE": output_gate,
+            "TAIL": int(lengths is not None),
+        }
         return cut_launch(backward_kernel, arguments, constants, (batch, time, width), tile, chunks)
 
-    launches = pass_launches(launch, chunks, grad_last.float().contiguous(), dh0, None, reverse=True, resets=flags is not None)
+    launches = pass_launches(
+        launch, chunks, grad_last.float().contiguous(), dh0, None, reverse=True, resets=flags is not None
+    )
     return (d_projected, d_gate_bias, dh0), launches
 
 
@@ -359,7 +442,9 @@ def forward(
     want_decay: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `cell_scan.cell_scan`: (y, h, h_last, decay); h is empty without an output gate (y is h), and decay if it is not wanted."""
-    outputs, launches = forward_launches(projected, gate_bias, h0, document_starts, lengths, cell, activation, output_gate, want_decay)
+    outputs, launches = forward_launches(
+        projected, gate_bias, h0, document_starts, lengths, cell, activation, output_gate, want_decay
+    )
     run_all(launches)
     return outputs
 
@@ -379,7 +464,17 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `cell_scan`: (d_projected, d_gate_bias, dh0)."""
     outputs, launches = backward_launches(
-        projected, gate_bias, h0, document_starts, lengths, h, grad_y, grad_last, cell, activation, output_gate
+        projected,
+        gate_bias,
+        h0,
+        document_starts,
+        lengths,
+        h,
+        grad_y,
+        grad_last,
+        cell,
+        activation,
+        output_gate,
     )
     run_all(launches)
     d_projected, d_gate_bias, dh0 = outputs

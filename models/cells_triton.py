@@ -29,7 +29,9 @@ def reciprocal(x):
     if INTERPRETED:
         return 1.0 / x
     else:
-        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
 
 
 @jit
@@ -64,7 +66,9 @@ def tanh(x):
 @jit
 def candidate(u, ACTIVATION: tl.constexpr):
     """c(u), and its derivative."""
-    tl.static_assert(ACTIVATION == "g" or ACTIVATION == "none" or ACTIVATION == "tanh" or ACTIVATION == "silu")
+    tl.static_assert(
+        ACTIVATION == "g" or ACTIVATION == "none" or ACTIVATION == "tanh" or ACTIVATION == "silu"
+    )
     if ACTIVATION == "g":
         s = sigmoid(u)
         return tl.where(u >= 0, u + 0.5, s), tl.where(u >= 0, 1.0, s * (1.0 - s))
@@ -88,11 +92,18 @@ def mingru_factors(k):
 @jit
 def minlstm_factors(p, q):
     """(a, z, sigmoid(-p), sigmoid(-q)) from p and q in octaves."""
-    shift = tl.maximum(tl.minimum(-p, -q) - 60.0, 0.0)  # where both are below -60, 1 + e^-p is e^-p, and the ratio needs only the difference
+    shift = tl.maximum(
+        tl.minimum(-p, -q) - 60.0, 0.0
+    )  # where both are below -60, 1 + e^-p is e^-p, and the ratio needs only the difference
     t_p, t_q = clamped_exp2(-p - shift), clamped_exp2(-q - shift)
     forget_inverse, input_inverse = 1.0 + t_p, 1.0 + t_q
     r = reciprocal(forget_inverse + input_inverse)
-    return input_inverse * r, forget_inverse * r, t_p * reciprocal(forget_inverse), t_q * reciprocal(input_inverse)
+    return (
+        input_inverse * r,
+        forget_inverse * r,
+        t_p * reciprocal(forget_inverse),
+        t_q * reciprocal(input_inverse),
+    )
 
 
 @jit

@@ -15,7 +15,13 @@ from .scan import BACKENDS
 # with the standard deviation of their fan-in, decays spread over memory lengths.
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    "paper": {"candidate_activation": "g", "output_gate": False, "gated_mlp": False, "hidden_act": "gelu", "memory_length": 2.0},
+    "paper": {
+        "candidate_activation": "g",
+        "output_gate": False,
+        "gated_mlp": False,
+        "hidden_act": "gelu",
+        "memory_length": 2.0,
+    },
 }
 
 
@@ -82,18 +88,32 @@ class MinRNNConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         if problems := self.problems():
-            raise ValueError("MinRNNConfig: " + "; ".join(f"{name}: {problem}" for name, problem in problems.items()))
+            raise ValueError(
+                "MinRNNConfig: " + "; ".join(f"{name}: {problem}" for name, problem in problems.items())
+            )
 
     def problems(self) -> dict[str, str]:
         """What is wrong with the values, by field; empty if nothing is."""
         found = {}
-        choices = {"cell": tuple(CELLS), "candidate_activation": CANDIDATE_ACTIVATIONS, "scan_backend": (None, *BACKENDS)}
+        choices = {
+            "cell": tuple(CELLS),
+            "candidate_activation": CANDIDATE_ACTIVATIONS,
+            "scan_backend": (None, *BACKENDS),
+        }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 found[name] = f"{getattr(self, name)!r} is none of {', '.join(map(str, allowed))}"
         if self.hidden_act not in ACT2FN:
-            found["hidden_act"] = f"{self.hidden_act!r} is no activation of transformers (silu, gelu, relu, ...)"
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings", "expansion_factor"):
+            found["hidden_act"] = (
+                f"{self.hidden_act!r} is no activation of transformers (silu, gelu, relu, ...)"
+            )
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "max_position_embeddings",
+            "expansion_factor",
+        ):
             if getattr(self, name) <= 0:
                 found[name] = f"must be positive, not {getattr(self, name)}"
         for name in ("intermediate_size", "conv_kernel"):
@@ -104,12 +124,16 @@ class MinRNNConfig(PreTrainedConfig):
         if self.memory_length < 2.0:
             found["memory_length"] = f"must be at least 2 tokens, not {self.memory_length}"
         if self.initializer_range is not None and self.initializer_range <= 0:
-            found["initializer_range"] = f"must be positive, or null for fan_in ** -0.5, not {self.initializer_range}"
+            found["initializer_range"] = (
+                f"must be positive, or null for fan_in ** -0.5, not {self.initializer_range}"
+            )
         for name in ("expansion_factor", "memory_length", "initializer_range", "dropout", "rms_norm_eps"):
             if getattr(self, name) is not None and not math.isfinite(getattr(self, name)):
                 found[name] = f"must be finite, not {getattr(self, name)}"
         if "expansion_factor" not in found and "hidden_size" not in found and self.recurrent_size < 1:
-            found["expansion_factor"] = f"times hidden_size must round to at least 1 channel, not {self.recurrent_size}"
+            found["expansion_factor"] = (
+                f"times hidden_size must round to at least 1 channel, not {self.recurrent_size}"
+            )
         return found
 
     @classmethod

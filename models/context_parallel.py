@@ -62,13 +62,18 @@ def use_context_parallel(model: nn.Module, group: ContextGroup | None) -> None:
     """
     parts: list[Any] = [module for module in model.modules() if hasattr(module, "context_group")]
     if not parts:
-        raise ValueError(f"{type(model).__name__} has no MinRNNMixer: only models of type minrnn can be cut between processes.")
+        raise ValueError(
+            f"{type(model).__name__} has no MinRNNMixer: only models of type minrnn can be cut between processes."
+        )
     if group is not None:
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             raise ValueError(
                 "A ContextGroup needs torch.distributed: call init_process_group first (accelerate launch and torchrun prepare it)."
             )
-        found = torch.distributed.get_rank(group.process_group), torch.distributed.get_world_size(group.process_group)
+        found = (
+            torch.distributed.get_rank(group.process_group),
+            torch.distributed.get_world_size(group.process_group),
+        )
         if found != (group.rank, group.size):
             raise ValueError(
                 f"This process is rank {found[0]} of {found[1]} in the process group, but ContextGroup says {group.rank} of {group.size}."
@@ -84,7 +89,9 @@ def start_gather(own: Tensor, group: ContextGroup) -> Callable[[], Tensor]:
     """
     message = own.contiguous().flatten().view(torch.uint8)
     gathered = message.new_empty(group.size, message.numel())
-    work: Any = torch.distributed.all_gather(list(gathered), message, group=group.process_group, async_op=True)
+    work: Any = torch.distributed.all_gather(
+        list(gathered), message, group=group.process_group, async_op=True
+    )
 
     def wait() -> Tensor:
         work.wait()
@@ -119,7 +126,9 @@ class _Scan(torch.autograd.Function):
     def backward(ctx, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad_y, grad_last), last_rank = grads, ctx.group.size - 1
         projected, gate_bias, h0, document_starts, h, decays = ctx.saved_tensors
-        backward = partial(scan_gradients, projected, gate_bias, h0, document_starts, h, grad_y, **ctx.options)
+        backward = partial(
+            scan_gradients, projected, gate_bias, h0, document_starts, h, grad_y, **ctx.options
+        )
         *_, own = backward(grad_last=torch.zeros_like(grad_last))
         through_outputs = start_gather(own, ctx.group)()
         entering = fold(decays.flip(0), through_outputs.flip(0), grad_last)
@@ -189,11 +198,15 @@ class _Conv(torch.autograd.Function):
         (grad_y, grad_last), group = grads, ctx.group
         x, weight, state, reach = ctx.saved_tensors
         taps = weight.shape[1] - 1
-        *_, own = conv_gradients(x[:, :taps], weight, state, _head(reach, taps), grad_y[:, :taps], ctx.backend)
+        *_, own = conv_gradients(
+            x[:, :taps], weight, state, _head(reach, taps), grad_y[:, :taps], ctx.backend
+        )
         d_states = start_gather(own, group)
         dx, d_weight, _ = conv_gradients(x, weight, state, reach, grad_y, ctx.backend)
         d_states = d_states()
-        dx[:, x.shape[1] - taps :] += _of_last_document(grad_last if group.rank + 1 == group.size else d_states[group.rank + 1], reach)
+        dx[:, x.shape[1] - taps :] += _of_last_document(
+            grad_last if group.rank + 1 == group.size else d_states[group.rank + 1], reach
+        )
         return dx, d_weight, d_states[0], None, None, None
 
 
@@ -205,7 +218,12 @@ _slice_conv: Any = torch.compiler.disable(_Conv.apply)
 
 
 def context_conv(
-    x: Tensor, weight: Tensor, state: Tensor | None, reach: Tensor | None, group: ContextGroup, backend: str | None = None
+    x: Tensor,
+    weight: Tensor,
+    state: Tensor | None,
+    reach: Tensor | None,
+    group: ContextGroup,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`causal_conv` of a sequence that is cut between processes.
 

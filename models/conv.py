@@ -32,13 +32,23 @@ def _conv_fake(x: Tensor, weight: Tensor, state: Tensor, reach: Tensor | None) -
     return x.new_empty(x.shape)
 
 
-def _conv_backward(x: Tensor, weight: Tensor, state: Tensor, reach: Tensor | None, grad_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    dx, d_weight, d_state = conv_backward(x.contiguous(), _taps_first(weight), state.contiguous(), reach, grad_y.contiguous())
+def _conv_backward(
+    x: Tensor, weight: Tensor, state: Tensor, reach: Tensor | None, grad_y: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx, d_weight, d_state = conv_backward(
+        x.contiguous(), _taps_first(weight), state.contiguous(), reach, grad_y.contiguous()
+    )
     return dx, d_weight.flip(0).t().contiguous(), d_state
 
 
-def _conv_backward_fake(x: Tensor, weight: Tensor, state: Tensor, reach: Tensor | None, grad_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape, dtype=torch.float32), state.new_empty(state.shape)
+def _conv_backward_fake(
+    x: Tensor, weight: Tensor, state: Tensor, reach: Tensor | None, grad_y: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape),
+        weight.new_empty(weight.shape, dtype=torch.float32),
+        state.new_empty(state.shape),
+    )
 
 
 def _taps_first(weight: Tensor) -> Tensor:
@@ -62,7 +72,13 @@ def _differentiate(ctx, grad_y: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
 _conv_op = define("causal_conv", _conv, _conv_fake, _differentiate, _save)
 
 
-def causal_conv(x: Tensor, weight: Tensor, state: Tensor | None = None, reach: Tensor | None = None, backend: str | None = None) -> Tensor:
+def causal_conv(
+    x: Tensor,
+    weight: Tensor,
+    state: Tensor | None = None,
+    reach: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
     """Depthwise causal convolution.
 
     Args:
@@ -82,7 +98,9 @@ def causal_conv(x: Tensor, weight: Tensor, state: Tensor | None = None, reach: T
     shapes = {"weight": (width, kernel), "state": (batch, kernel - 1, width), "reach": (batch, time)}
     for name, tensor in (("weight", weight), ("state", state), ("reach", reach)):
         if tensor is not None and tuple(tensor.shape) != shapes[name]:
-            raise ValueError(f"causal_conv takes {name} of shape {shapes[name]} here, but got {tuple(tensor.shape)}.")
+            raise ValueError(
+                f"causal_conv takes {name} of shape {shapes[name]} here, but got {tuple(tensor.shape)}."
+            )
     state = x.new_zeros(batch, kernel - 1, width) if state is None else state.to(x.dtype)
     if serves(x, backend):
         return _conv_op(x, weight, state, reach)
@@ -106,7 +124,9 @@ def conv_gradients(
         return dx, d_weight.to(weight.dtype), d_state
     with torch.enable_grad():
         x, weight, state = (tensor.detach().requires_grad_() for tensor in (x, weight, state))
-        dx, d_weight, d_state = torch.autograd.grad(causal_conv(x, weight, state, reach, backend), (x, weight, state), grad_y)
+        dx, d_weight, d_state = torch.autograd.grad(
+            causal_conv(x, weight, state, reach, backend), (x, weight, state), grad_y
+        )
     return dx, d_weight, d_state
 
 
@@ -119,7 +139,11 @@ def conv_one_token(x: Tensor, weight: Tensor, state: Tensor | None) -> tuple[Ten
 
 
 def next_conv_state(
-    x: Tensor, state: Tensor | None, kernel: int, document_starts: Tensor | None = None, lengths: Tensor | None = None
+    x: Tensor,
+    state: Tensor | None,
+    kernel: int,
+    document_starts: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> Tensor:
     """What the convolution hands over at a cut: the last kernel-1 inputs of each row, zero where they belong to a document that has ended.
 
@@ -140,10 +164,16 @@ def next_conv_state(
         return extended[:, time:].clone()
     if lengths is None:
         lengths = torch.full((batch,), time, device=x.device)
-    index = lengths.unsqueeze(1) + torch.arange(kernel - 1, device=x.device)  # into extended: [batch, kernel-1]
+    index = lengths.unsqueeze(1) + torch.arange(
+        kernel - 1, device=x.device
+    )  # into extended: [batch, kernel-1]
     last = extended.gather(1, index.unsqueeze(-1).expand(-1, -1, width))
     if document_starts is None:
         return last
     positions = torch.arange(time, device=x.device)
-    newest_start = torch.where(document_starts, positions, -kernel).amax(1) if time else lengths.new_full((batch,), -kernel)
+    newest_start = (
+        torch.where(document_starts, positions, -kernel).amax(1)
+        if time
+        else lengths.new_full((batch,), -kernel)
+    )
     return last.masked_fill((index - (kernel - 1) < newest_start.unsqueeze(1)).unsqueeze(-1), 0)

@@ -17,7 +17,9 @@ from .modeling_minrnn import PREFILL, MinRNNForCausalLM
 
 
 @torch.no_grad()
-def prefill(model: MinRNNForCausalLM, input_ids: Tensor, cache: MinRNNCache | None = None, piece: int = PREFILL) -> tuple[Tensor, MinRNNCache]:
+def prefill(
+    model: MinRNNForCausalLM, input_ids: Tensor, cache: MinRNNCache | None = None, piece: int = PREFILL
+) -> tuple[Tensor, MinRNNCache]:
     """Read a prompt.
 
     Args:
@@ -34,10 +36,14 @@ def prefill(model: MinRNNForCausalLM, input_ids: Tensor, cache: MinRNNCache | No
     """
     if input_ids.ndim != 2 or input_ids.shape[1] == 0 or piece < 1:
         shape = tuple(input_ids.shape)
-        raise ValueError(f"prefill takes input_ids [batch, time] and a piece of at least 1 token each, but got {shape}, {piece}.")
+        raise ValueError(
+            f"prefill takes input_ids [batch, time] and a piece of at least 1 token each, but got {shape}, {piece}."
+        )
     cache, logits = MinRNNCache(model.config.num_hidden_layers) if cache is None else cache, None
     for ids in input_ids.split(piece, dim=1):
-        logits = model(input_ids=ids.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = model(
+            input_ids=ids.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1
+        ).logits
     assert logits is not None
     return logits[:, -1], cache
 
@@ -62,13 +68,17 @@ class TokenStep:
 
     def __init__(self, model: MinRNNForCausalLM, cache: MinRNNCache, graph: bool | None = None):
         if any(layer.recurrent is None for layer in cache.layers):
-            raise ValueError("TokenStep goes on from a prompt, but this cache has read none: call prefill first.")
+            raise ValueError(
+                "TokenStep goes on from a prompt, but this cache has read none: call prefill first."
+            )
         devices = {parameter.device for parameter in model.parameters()}
         is_on_one_gpu = len(devices) == 1 and model.device.type == "cuda"
         if graph and not is_on_one_gpu:
             places = ", ".join(sorted(map(str, devices)))
             way_out = "use graph=False or none"
-            raise ValueError(f"A CUDA graph needs a model on one GPU, but this one is on {places}: {way_out}.")
+            raise ValueError(
+                f"A CUDA graph needs a model on one GPU, but this one is on {places}: {way_out}."
+            )
         self.model, self.num_tokens = model, cache.get_seq_length()
         self.states: list[State] = [(_clone(layer.recurrent), _clone(layer.conv)) for layer in cache.layers]
         recurrent = self.states[0][0]
@@ -104,7 +114,9 @@ class TokenStep:
         with torch.cuda.device(self.tokens.device):
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # warm up: libraries allocate on their first calls, a graph may not
+            with torch.cuda.stream(
+                stream
+            ):  # warm up: libraries allocate on their first calls, a graph may not
                 for _ in range(3):
                     self._forward()
             torch.cuda.current_stream().wait_stream(stream)

@@ -27,7 +27,9 @@ class StateGenerationMixin(GenerationMixin):
                 "but this model has a state of fixed size: leave it unset."
             )
         if generation_config.is_assistant:
-            raise ValueError("A recurrent model cannot be an assistant_model: its state does not go back to before a rejected token.")
+            raise ValueError(
+                "A recurrent model cannot be an assistant_model: its state does not go back to before a rejected token."
+            )
         if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = MinRNNCache(self.config.num_hidden_layers)
         return False  # like the base method, whose result nobody reads
@@ -39,7 +41,11 @@ class StateGenerationMixin(GenerationMixin):
             ValueError: a state that has read the whole text, or more.
         """
         check_text_goes_on(input_ids, generation_config, model_kwargs)
-        if input_ids.shape[1] > PREFILL and generation_config.use_cache is not False and generation_config.prefill_chunk_size is None:
+        if (
+            input_ids.shape[1] > PREFILL
+            and generation_config.use_cache is not False
+            and generation_config.prefill_chunk_size is None
+        ):
             generation_config.prefill_chunk_size = PREFILL  # generate()'s own copy
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -60,7 +66,9 @@ def check_text_goes_on(input_ids: Tensor, generation_config: Any, model_kwargs: 
     Raises:
         ValueError: naming both lengths.
     """
-    state, embeds, mask = (model_kwargs.get(name) for name in ("past_key_values", "inputs_embeds", "attention_mask"))
+    state, embeds, mask = (
+        model_kwargs.get(name) for name in ("past_key_values", "inputs_embeds", "attention_mask")
+    )
     num_read = 0 if state is None else state.get_seq_length()
     text = input_ids if embeds is None else embeds
     mask_length = getattr(generation_config, "_mask_length", text.shape[1]) if mask is None else mask.shape[1]

@@ -87,7 +87,9 @@ _swiglu_op = define("swiglu", _swiglu, _swiglu_fake, _differentiate_swiglu, _sav
 def compute_dtype(x: Tensor) -> torch.dtype:
     """What matrix products of x will be computed in: autocast's dtype where it is on, otherwise x's own."""
     device = x.device.type
-    is_on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # the meta device knows no autocast
+    is_on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(
+        device
+    )  # the meta device knows no autocast
     return torch.get_autocast_dtype(device) if is_on and x.dtype != torch.float64 else x.dtype
 
 
@@ -114,7 +116,11 @@ class RMSNorm(nn.Module):
         dtype = compute_dtype(x)
         if serves(x, self.backend) and dtype in (torch.float32, torch.bfloat16):
             return _norm_op(x, self.weight, self.eps, dtype)[0]
-        return F.rms_norm(x.to(torch.promote_types(x.dtype, torch.float32)), self.weight.shape, None, self.eps).mul(self.weight).to(dtype)
+        return (
+            F.rms_norm(x.to(torch.promote_types(x.dtype, torch.float32)), self.weight.shape, None, self.eps)
+            .mul(self.weight)
+            .to(dtype)
+        )
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, eps={self.eps}"
@@ -123,7 +129,9 @@ class RMSNorm(nn.Module):
 def swiglu(x: Tensor, backend: str | None = None) -> Tensor:
     """silu(gate) * up for x = gate | up: [..., 2 I] -> [..., I]. Shazeer, "GLU Variants Improve Transformer", arXiv 2002.05202."""
     if x.shape[-1] % 2:
-        raise ValueError(f"swiglu takes gate and up side by side, [..., 2 * width], but got {tuple(x.shape)}.")
+        raise ValueError(
+            f"swiglu takes gate and up side by side, [..., 2 * width], but got {tuple(x.shape)}."
+        )
     if serves(x, backend):
         return _swiglu_op(x)
     gate, up = x.chunk(2, dim=-1)

@@ -16,7 +16,18 @@ ROWS = 64  # tokens of a task
 if is_available():
     import numpy as np
 
-    from .numba_support import ONE, ZERO, kernel, load_input, load_state, multiply_add, reduction, sigmoid, store_output, store_state
+    from .numba_support import (
+        ONE,
+        ZERO,
+        kernel,
+        load_input,
+        load_state,
+        multiply_add,
+        reduction,
+        sigmoid,
+        store_output,
+        store_state,
+    )
 
     @reduction
     def _dot(x, y, scale):
@@ -63,7 +74,11 @@ if is_available():
                 for j in range(1, taps if reach.size == 0 else min(taps, reach[row, t] + 1)):
                     source, w = x[row, t - j] if t >= j else state[row, taps - 1 + t - j], weight[j]
                     for d in range(width):
-                        store_state(accumulator, d, multiply_add(load_input(source, d), load_input(w, d), load_state(accumulator, d)))
+                        store_state(
+                            accumulator,
+                            d,
+                            multiply_add(load_input(source, d), load_input(w, d), load_state(accumulator, d)),
+                        )
                 for d in range(width):
                     store_output(y_t, d, load_state(accumulator, d))
 
@@ -74,13 +89,19 @@ if is_available():
         accumulator = np.empty(width, np.float32)
         for task in range(first, last):
             row, start = task // row_blocks, (task % row_blocks) * rows
-            for t in range(start - (taps - 1) if start == 0 else start, min(start + rows, time)):  # the state's inputs are tokens -(K-1) .. -1
+            for t in range(
+                start - (taps - 1) if start == 0 else start, min(start + rows, time)
+            ):  # the state's inputs are tokens -(K-1) .. -1
                 accumulator[:] = ZERO
                 for j in range(taps):
                     if 0 <= t + j < time and (reach.size == 0 or reach[row, t + j] >= j):
                         g, w = grad_y[row, t + j], weight[j]
                         for d in range(width):
-                            store_state(accumulator, d, multiply_add(load_input(g, d), load_input(w, d), load_state(accumulator, d)))
+                            store_state(
+                                accumulator,
+                                d,
+                                multiply_add(load_input(g, d), load_input(w, d), load_state(accumulator, d)),
+                            )
                 out = dx[row, t] if t >= 0 else d_state[row, taps - 1 + t]
                 for d in range(width):
                     store_output(out, d, load_state(accumulator, d))
@@ -90,7 +111,9 @@ if is_available():
                 for j in range(taps if reach.size == 0 else min(taps, reach[row, t] + 1)):
                     source, d_w = x[row, t - j] if t >= j else state[row, taps - 1 + t - j], d_weight[task, j]
                     for d in range(width):
-                        store_state(d_w, d, multiply_add(load_input(g, d), load_input(source, d), load_state(d_w, d)))
+                        store_state(
+                            d_w, d, multiply_add(load_input(g, d), load_input(source, d), load_state(d_w, d))
+                        )
 
     @kernel
     def _swiglu_forward(x, y, rows, first, last):
@@ -120,13 +143,20 @@ def _blocks(num_rows: int) -> int:
 
 
 def _run(kernel_function, tensors: tuple, extra: tuple, num_tasks: int) -> None:
-    run_tasks(kernel_function, (*(as_numpy(x) if isinstance(x, Tensor) else x for x in tensors), *extra), num_tasks)
+    run_tasks(
+        kernel_function, (*(as_numpy(x) if isinstance(x, Tensor) else x for x in tensors), *extra), num_tasks
+    )
 
 
 def norm_forward(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """x [N, H], weight [H] fp32 -> y [N, H] in `dtype`, 1 / rms [N] fp32."""
     y, inverse = torch.empty_like(x, dtype=dtype), x.new_empty(len(x), dtype=torch.float32)
-    _run(_norm_forward, (x, weight, torch.ones_like(weight), np.float32(eps), y, inverse), (ROWS,), _blocks(len(x)))
+    _run(
+        _norm_forward,
+        (x, weight, torch.ones_like(weight), np.float32(eps), y, inverse),
+        (ROWS,),
+        _blocks(len(x)),
+    )
     return y, inverse
 
 
@@ -145,13 +175,20 @@ def conv_forward(x: Tensor, weight: Tensor, state: Tensor, reach: Tensor | None)
     return y
 
 
-def conv_backward(x: Tensor, weight: Tensor, state: Tensor, reach: Tensor | None, grad_y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def conv_backward(
+    x: Tensor, weight: Tensor, state: Tensor, reach: Tensor | None, grad_y: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """dx like x, d_weight [K, H] fp32, d_state like state."""
     row_blocks = _blocks(x.shape[1])
     dx, d_state = torch.empty_like(x), torch.zeros_like(state)
     d_weight = weight.new_zeros(len(x) * row_blocks, *weight.shape)
     reach = x.new_empty(0, 0, dtype=torch.int64) if reach is None else reach.contiguous()
-    _run(_conv_backward, (x, weight, state, reach, grad_y, dx, d_weight, d_state), (row_blocks, ROWS), len(x) * row_blocks)
+    _run(
+        _conv_backward,
+        (x, weight, state, reach, grad_y, dx, d_weight, d_state),
+        (row_blocks, ROWS),
+        len(x) * row_blocks,
+    )
     return dx, d_weight.sum(0), d_state
 
 

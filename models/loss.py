@@ -39,7 +39,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             loss += F.nll_loss(log_probabilities, labels, ignore_index=IGNORED, reduction="sum")
             if grad_rows is not None and grad_weight is not None:
                 scored = (labels != IGNORED).unsqueeze(1)
-                difference = log_probabilities.exp_().scatter_add_(1, labels.clamp(min=0).unsqueeze(1), -scored.to(scale.dtype))
+                difference = log_probabilities.exp_().scatter_add_(
+                    1, labels.clamp(min=0).unsqueeze(1), -scored.to(scale.dtype)
+                )
                 difference = difference.masked_fill_(~scored, 0).mul_(scale).to(dtype)
                 torch.mm(difference, cast_weight, out=grad_rows)
                 grad_weight += difference.t() @ rows
@@ -52,11 +54,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_loss: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         grad_hidden, grad_weight = ctx.saved_tensors
         hidden_dtype, weight_dtype = ctx.dtypes
-        return (grad_hidden * grad_loss).to(hidden_dtype), (grad_weight * grad_loss).to(weight_dtype), None, None, None
+        return (
+            (grad_hidden * grad_loss).to(hidden_dtype),
+            (grad_weight * grad_loss).to(weight_dtype),
+            None,
+            None,
+            None,
+        )
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, num_items: int | float | Tensor | None = None, block: int | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    num_items: int | float | Tensor | None = None,
+    block: int | None = None,
 ) -> Tensor:
     """Cross-entropy in nats of `hidden @ weight.T` against `targets`, without the logits.
 
@@ -71,9 +83,13 @@ def linear_cross_entropy(
         A scalar in fp32 (fp64 if hidden is).
     """
     rows, labels = hidden.flatten(0, -2), targets.to(hidden.device).flatten()
-    count = (labels != IGNORED).sum() if num_items is None else torch.as_tensor(num_items, device=hidden.device)
+    count = (
+        (labels != IGNORED).sum() if num_items is None else torch.as_tensor(num_items, device=hidden.device)
+    )
     scale = count.to(at_least_fp32(hidden.new_empty(0)).dtype).reciprocal()
-    return _LinearCrossEntropy.apply(rows, weight, labels, scale, block or max(1, BLOCK_ELEMENTS // len(weight)))
+    return _LinearCrossEntropy.apply(
+        rows, weight, labels, scale, block or max(1, BLOCK_ELEMENTS // len(weight))
+    )
 
 
 def next_token_loss(logits: Tensor, targets: Tensor, num_items: int | float | Tensor | None = None) -> Tensor:
@@ -89,7 +105,11 @@ def next_token_loss(logits: Tensor, targets: Tensor, num_items: int | float | Te
 
 
 def loss_of_any_head(
-    head: nn.Module, hidden: Tensor, targets: Tensor, num_items: int | float | Tensor | None = None, block: int = 1024
+    head: nn.Module,
+    hidden: Tensor,
+    targets: Tensor,
+    num_items: int | float | Tensor | None = None,
+    block: int = 1024,
 ) -> Tensor:
     """`linear_cross_entropy` for a head that is more than a matrix, such as one with an adapter.
 
@@ -119,4 +139,8 @@ class LMHead(nn.Linear):
         self, x: Tensor, targets: Tensor | None = None, num_items: int | float | Tensor | None = None
     ) -> Tensor:
         """[..., hidden_size] -> logits [..., vocab_size]; with `targets`, the loss (see `linear_cross_entropy`)."""
-        return super().forward(x) if targets is None else linear_cross_entropy(x, self.weight, targets, num_items)
+        return (
+            super().forward(x)
+            if targets is None
+            else linear_cross_entropy(x, self.weight, targets, num_items)
+        )

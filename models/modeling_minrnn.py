@@ -47,7 +47,10 @@ class MinRNNPreTrainedModel(PreTrainedModel):
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """As everywhere in transformers; the folder's code also serves `AutoModel`, which transformers itself would not note."""
         if self._auto_class is not None:
-            self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), "AutoModel": "modeling_minrnn.MinRNNModel"}
+            self.config.auto_map = {
+                **(getattr(self.config, "auto_map", None) or {}),
+                "AutoModel": "modeling_minrnn.MinRNNModel",
+            }
         super().save_pretrained(save_directory, **kwargs)
 
     @torch.no_grad()
@@ -106,7 +109,9 @@ class MinRNNModel(MinRNNPreTrainedModel):
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         time = x.shape[1]
         check_names(type(self).forward, kwargs)
-        document_starts = self.read_boundaries(x.shape[:2], attention_mask, past_key_values, document_starts, kwargs)
+        document_starts = self.read_boundaries(
+            x.shape[:2], attention_mask, past_key_values, document_starts, kwargs
+        )
         if use_cache and past_key_values is None:
             past_key_values = MinRNNCache(self.config.num_hidden_layers)
 
@@ -131,7 +136,9 @@ class MinRNNModel(MinRNNPreTrainedModel):
         if order is not None:
             order = order.to(x.device)
             x = torch.empty_like(x).scatter(1, order.unsqueeze(-1).expand_as(x), x)
-        return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=past_key_values if use_cache else None)
+        return BaseModelOutputWithPast(
+            last_hidden_state=x, past_key_values=past_key_values if use_cache else None
+        )
 
     def read_boundaries(
         self,
@@ -148,14 +155,20 @@ class MinRNNModel(MinRNNPreTrainedModel):
         """
         batch, time = shape
         if document_starts is not None and document_starts.shape != shape:
-            raise ValueError(f"document_starts must be [batch, time] = {tuple(shape)}, but is {tuple(document_starts.shape)}.")
+            raise ValueError(
+                f"document_starts must be [batch, time] = {tuple(shape)}, but is {tuple(document_starts.shape)}."
+            )
         if state is not None:
             config, taps = self.config, self.config.conv_kernel - 1
             conv_shape = (batch, taps, config.hidden_size) if taps > 0 else None
             check_state(state, config.num_hidden_layers, (batch, config.recurrent_size), conv_shape)
         goes_on = state is not None and state.layers[0].recurrent is not None
         num_read = 0 if state is None else state.layers[0].num_tokens
-        if attention_mask is not None and num_read is not None and attention_mask.shape[-1] not in (time, num_read + time):
+        if (
+            attention_mask is not None
+            and num_read is not None
+            and attention_mask.shape[-1] not in (time, num_read + time)
+        ):
             raise ValueError(
                 f"attention_mask must be [batch, {time}], or [batch, {num_read + time}] with what past_key_values has read, "
                 f"but is {tuple(attention_mask.shape)}."
@@ -184,7 +197,9 @@ class MinRNNForCausalLM(MinRNNPreTrainedModel, StateGenerationMixin):
         if not isinstance(new_embeddings, LMHead):  # a resized vocabulary comes as a plain nn.Linear
             head = LMHead(new_embeddings.in_features, new_embeddings.out_features, bias=False, device="meta")
             head.weight = new_embeddings.weight
-            head.__dict__["_is_hf_initialized"] = getattr(new_embeddings, "_is_hf_initialized", False)  # else post_init draws it again
+            head.__dict__["_is_hf_initialized"] = getattr(
+                new_embeddings, "_is_hf_initialized", False
+            )  # else post_init draws it again
             new_embeddings = head
         self.lm_head = new_embeddings
 
@@ -233,7 +248,9 @@ class MinRNNForCausalLM(MinRNNPreTrainedModel, StateGenerationMixin):
         """
         check_names(type(self).forward, kwargs)
         if labels is not None:  # else the model itself reads them
-            document_starts = self.model.read_boundaries(labels.shape, attention_mask, past_key_values, document_starts, kwargs)
+            document_starts = self.model.read_boundaries(
+                labels.shape, attention_mask, past_key_values, document_starts, kwargs
+            )
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -246,7 +263,9 @@ class MinRNNForCausalLM(MinRNNPreTrainedModel, StateGenerationMixin):
         hidden = outputs.last_hidden_state
         assert hidden is not None
         if labels is not None and shift_labels is None:
-            shift_labels = shift_labels_of(labels, attention_mask, document_starts, is_counted=num_items_in_batch is not None)
+            shift_labels = shift_labels_of(
+                labels, attention_mask, document_starts, is_counted=num_items_in_batch is not None
+            )
         elif shift_labels is None and num_items_in_batch is not None:
             check_counted(attention_mask)
         loss = logits = None
@@ -263,7 +282,12 @@ class MinRNNForCausalLM(MinRNNPreTrainedModel, StateGenerationMixin):
             logits = self.lm_head(hidden[:, kept])
             if shift_labels is not None:
                 loss = next_token_loss(logits, shift_labels, num_items_in_batch)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
 
 
 # Trainer shifts the labels of a smoothed loss for the classes in this table only, and has no other way to know.

@@ -48,7 +48,11 @@ def numba_problem() -> str | None:
     """Why the numba kernels cannot be compiled; None where they can."""
     if numba is not None:
         return None
-    return "numba's compiler is switched off (NUMBA_DISABLE_JIT)" if IS_DISABLED else "the package numba is not installed"
+    return (
+        "numba's compiler is switched off (NUMBA_DISABLE_JIT)"
+        if IS_DISABLED
+        else "the package numba is not installed"
+    )
 
 
 def is_available() -> bool:
@@ -61,7 +65,9 @@ def serves(tensor: Tensor, backend: str | None) -> bool:
 
     Not a single token of inference, unless asked for: there, to call an operator costs more than all it does.
     """
-    runs_here = is_available() and tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.bfloat16)
+    runs_here = (
+        is_available() and tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.bfloat16)
+    )
     return runs_here and (backend == "numba" or (backend is None and not is_token_step(tensor)))
 
 
@@ -93,7 +99,9 @@ if numba is not None:
                 value = builder.load(_pointer(context, builder, signature, args))
                 value.set_metadata("alias.scope", _scopes(builder, own))
                 if is_bf16:
-                    value = builder.bitcast(builder.shl(builder.zext(value, INT32), ir.Constant(INT32, 16)), ir.FloatType())
+                    value = builder.bitcast(
+                        builder.shl(builder.zext(value, INT32), ir.Constant(INT32, 16)), ir.FloatType()
+                    )
                 return value
 
             return (types.float32 if is_bf16 else array.dtype)(array, index), codegen
@@ -133,13 +141,17 @@ if numba is not None:
     store_state = _store_intrinsic("state", "input", "output")
     store_output = _store_intrinsic("output", "input", "state")
 
-    compiled: Callable[..., Any] = functools.partial(numba.njit, nogil=True, error_model="numpy", boundscheck=False)
+    compiled: Callable[..., Any] = functools.partial(
+        numba.njit, nogil=True, error_model="numpy", boundscheck=False
+    )
 
     def kernel(function: Callable, **options: Any) -> Any:
         """Decorator: compile for each kind of arguments when they first come, and keep that on disk."""
         return keep_on_disk(compiled(function, **options))
 
-    reduction: Callable[..., Any] = functools.partial(kernel, fastmath={"contract", "reassoc"})  # may add in any order, so in lanes
+    reduction: Callable[..., Any] = functools.partial(
+        kernel, fastmath={"contract", "reassoc"}
+    )  # may add in any order, so in lanes
     inlined: Callable[..., Any] = functools.partial(numba.njit, error_model="numpy", forceinline=True)
 
     @intrinsic
@@ -148,9 +160,15 @@ if numba is not None:
         widest = typingctx.unify_types(x, y, z)
 
         def codegen(context, builder, signature, args):
-            factors = [context.cast(builder, arg, kind, widest) for arg, kind in zip(args, signature.args, strict=True)]
+            factors = [
+                context.cast(builder, arg, kind, widest)
+                for arg, kind in zip(args, signature.args, strict=True)
+            ]
             real = factors[0].type
-            return builder.call(builder.module.declare_intrinsic("llvm.fmuladd", [real], ir.FunctionType(real, [real] * 3)), factors)
+            return builder.call(
+                builder.module.declare_intrinsic("llvm.fmuladd", [real], ir.FunctionType(real, [real] * 3)),
+                factors,
+            )
 
         return widest(x, y, z), codegen
 
@@ -169,7 +187,15 @@ if numba is not None:
     _LOWEST, _HIGHEST = F(-87.3), F(88.3)  # exp stays a normal number
     _SHIFT, _LOG2_E, _LN2_HIGH, _LN2_LOW = F(1.5 * 2**23), F(1.44269504), F(-0.693359375), F(2.12194440e-4)
     _C2, _C3, _C4, _C5, _C6, _C7 = map(
-        F, (5.0000001201e-1, 1.6666665459e-1, 4.1665795894e-2, 8.3334519073e-3, 1.3981999507e-3, 1.9875691500e-4)
+        F,
+        (
+            5.0000001201e-1,
+            1.6666665459e-1,
+            4.1665795894e-2,
+            8.3334519073e-3,
+            1.3981999507e-3,
+            1.9875691500e-4,
+        ),
     )
 
     @inlined
@@ -214,7 +240,9 @@ def run_tasks(kernel_function, arguments: tuple, num_tasks: int) -> None:
         return
     edges = [num_tasks * i // num_threads for i in range(num_threads + 1)]
     pool = _pool(torch.get_num_threads())
-    others = [pool.submit(kernel_function, *arguments, low, high) for low, high in itertools.pairwise(edges[1:])]
+    others = [
+        pool.submit(kernel_function, *arguments, low, high) for low, high in itertools.pairwise(edges[1:])
+    ]
     kernel_function(*arguments, edges[0], edges[1])
     for other in others:
         other.result()

@@ -21,7 +21,9 @@ from transformers.dynamic_module_utils import get_relative_import_files
 @functools.cache
 def source_hash(module_file: str) -> str:
     """12 hex digits: hash of a module's file and of all that it imports from its folder, directly or not."""
-    sources = sorted({Path(module_file), *map(Path, get_relative_import_files(module_file))}, key=lambda path: path.name)
+    sources = sorted(
+        {Path(module_file), *map(Path, get_relative_import_files(module_file))}, key=lambda path: path.name
+    )
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
 
 
@@ -57,7 +59,9 @@ def define(
 
     def call(*arguments: Any) -> Any:
         if any(map(_has_tangent, arguments)):
-            raise NotImplementedError(f"{name} has no forward-mode derivative: use torch.autograd.grad, or backward().")
+            raise NotImplementedError(
+                f"{name} has no forward-mode derivative: use torch.autograd.grad, or backward()."
+            )
         return operator(*arguments)
 
     return call

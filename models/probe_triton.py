@@ -42,7 +42,9 @@ def _failure(device: torch.device, dtype: torch.dtype) -> str | None:
     """How the probe ended on a device, in one line; None if it passed."""
 
     def probe() -> str | None:
-        x = torch.zeros(SIZE, dtype=dtype, device=device)  # a device that is out of order, or full, is another matter
+        x = torch.zeros(
+            SIZE, dtype=dtype, device=device
+        )  # a device that is out of order, or full, is another matter
         try:
             run_probe(x)
         except Exception as error:  # Triton's own, the compiler's, the driver's, the file system's

@@ -27,7 +27,9 @@ _DEAR_ATEN = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops
 
 def _policy(_, operator, *args, **kwargs) -> CheckpointPolicy:
     is_scan = operator.namespace.startswith("minrnn_") and "_scan_" in str(operator)
-    return CheckpointPolicy.MUST_SAVE if operator in _DEAR_ATEN or is_scan else CheckpointPolicy.PREFER_RECOMPUTE
+    return (
+        CheckpointPolicy.MUST_SAVE if operator in _DEAR_ATEN or is_scan else CheckpointPolicy.PREFER_RECOMPUTE
+    )
 
 
 def checkpointing_options(recompute: str) -> dict | None:
@@ -41,4 +43,8 @@ def checkpointing_options(recompute: str) -> dict | None:
     if recompute == "none":
         return None
     options = {"use_reentrant": False}
-    return options if recompute == "full" else options | {"context_fn": partial(create_selective_checkpoint_contexts, _policy)}
+    return (
+        options
+        if recompute == "full"
+        else options | {"context_fn": partial(create_selective_checkpoint_contexts, _policy)}
+    )

@@ -39,7 +39,9 @@ logger: Any = logging.get_logger(__name__)
 BACKENDS = ("reference", "torch", "numba", "triton")
 
 
-def reference_forward(a: Tensor, b: Tensor, h0: Tensor, want_decay: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def reference_forward(
+    a: Tensor, b: Tensor, h0: Tensor, want_decay: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """The recurrence as it is written, one token after another."""
     dtype = accumulate_dtype(a, b)
     h, carry = torch.empty_like(b, memory_format=torch.contiguous_format), h0.to(dtype, copy=True)
@@ -49,7 +51,9 @@ def reference_forward(a: Tensor, b: Tensor, h0: Tensor, want_decay: bool = False
     return h, carry, a.prod(1, dtype=dtype) if want_decay else carry.new_empty(0)
 
 
-def reference_backward(a: Tensor, h: Tensor, h0: Tensor, grad_h: Tensor, grad_last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def reference_backward(
+    a: Tensor, h: Tensor, h0: Tensor, grad_h: Tensor, grad_last: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """The derivative as it is written, from the last token to the first."""
     dtype = accumulate_dtype(a, h)
     da = torch.empty_like(a, memory_format=torch.contiguous_format)
@@ -63,7 +67,9 @@ def reference_backward(a: Tensor, h: Tensor, h0: Tensor, grad_h: Tensor, grad_la
     return da, db, total
 
 
-def _register(name: str, forward: Callable, backward: Callable) -> Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor, Tensor]]:
+def _register(
+    name: str, forward: Callable, backward: Callable
+) -> Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor, Tensor]]:
     """Make a backend's two functions one differentiable operator, `minrnn_HASH::linear_scan_NAME`."""
 
     def scan(a: Tensor, b: Tensor, h0: Tensor, want_decay: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,15 +78,26 @@ def _register(name: str, forward: Callable, backward: Callable) -> Callable[[Ten
 
     def fake(a: Tensor, b: Tensor, h0: Tensor, want_decay: bool) -> tuple[Tensor, Tensor, Tensor]:
         h_last = h0.new_empty(h0.shape, dtype=accumulate_dtype(a, b))
-        return torch.empty_like(b, memory_format=torch.contiguous_format), h_last, h_last.new_empty(h0.shape if want_decay else 0)
+        return (
+            torch.empty_like(b, memory_format=torch.contiguous_format),
+            h_last,
+            h_last.new_empty(h0.shape if want_decay else 0),
+        )
 
-    def scan_backward(a: Tensor, h: Tensor, h0: Tensor, grad_h: Tensor, grad_last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def scan_backward(
+        a: Tensor, h: Tensor, h0: Tensor, grad_h: Tensor, grad_last: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         da, db, dh0 = backward(a, h, h0, grad_h, grad_last)
         return da.contiguous(), db.contiguous(), dh0.contiguous()
 
-    def fake_backward(a: Tensor, h: Tensor, h0: Tensor, grad_h: Tensor, grad_last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def fake_backward(
+        a: Tensor, h: Tensor, h0: Tensor, grad_h: Tensor, grad_last: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         contiguous = torch.contiguous_format
-        grad_a, grad_b = torch.empty_like(a, memory_format=contiguous), torch.empty_like(h, memory_format=contiguous)
+        grad_a, grad_b = (
+            torch.empty_like(a, memory_format=contiguous),
+            torch.empty_like(h, memory_format=contiguous),
+        )
         return grad_a, grad_b, h0.new_empty(h0.shape, dtype=accumulate_dtype(a, h))
 
     backward_operator = define(f"linear_scan_backward_{name}", scan_backward, fake_backward)
@@ -90,7 +107,9 @@ def _register(name: str, forward: Callable, backward: Callable) -> Callable[[Ten
         ctx.save_for_backward(a, output[0], h0)
         ctx.b_dtype, ctx.h0_dtype = b.dtype, h0.dtype
 
-    def differentiate(ctx, grad_h: Tensor | None, grad_last: Tensor | None, _) -> tuple[Tensor, Tensor, Tensor, None]:
+    def differentiate(
+        ctx, grad_h: Tensor | None, grad_last: Tensor | None, _
+    ) -> tuple[Tensor, Tensor, Tensor, None]:
         a, h, h0 = ctx.saved_tensors
         grad_h = torch.zeros_like(h) if grad_h is None else grad_h
         grad_last = h0.new_zeros(h0.shape, dtype=accumulate_dtype(a, h)) if grad_last is None else grad_last
@@ -140,22 +159,30 @@ def check_backend(backend: str, device: torch.device, dtype: torch.dtype) -> Non
     if problem is None and backend == "numba" and device.type != "cpu":
         problem = f"they run on the CPU, and the tensors are on {device}"
     if problem is not None:
-        raise ValueError(f"The {backend} kernels cannot run here: {problem}; use another backend, or none for the fastest.")
+        raise ValueError(
+            f"The {backend} kernels cannot run here: {problem}; use another backend, or none for the fastest."
+        )
 
 
 def check_one_device(tensors: dict[str, Tensor | None], device: torch.device) -> None:
     """Raises ValueError where a tensor is elsewhere."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != device:
-            raise ValueError(f"The scan takes tensors on one device, but {name} is on {tensor.device} and the others on {device}.")
+            raise ValueError(
+                f"The scan takes tensors on one device, but {name} is on {tensor.device} and the others on {device}."
+            )
 
 
 def _check(a: Tensor, b: Tensor, h0: Tensor | None, backend: str) -> None:
     if a.ndim != 3 or a.shape != b.shape:
-        raise ValueError(f"linear_scan takes a and b of one shape [batch, time, width], but got {tuple(a.shape)} and {tuple(b.shape)}.")
+        raise ValueError(
+            f"linear_scan takes a and b of one shape [batch, time, width], but got {tuple(a.shape)} and {tuple(b.shape)}."
+        )
     state_shape = (b.shape[0], b.shape[2])
     if h0 is not None and tuple(h0.shape) != state_shape:
-        raise ValueError(f"linear_scan takes h0 of shape [batch, width] = {state_shape}, but got {tuple(h0.shape)}.")
+        raise ValueError(
+            f"linear_scan takes h0 of shape [batch, width] = {state_shape}, but got {tuple(h0.shape)}."
+        )
     for name, tensor in (("a", a), ("b", b), ("h0", h0)):
         if tensor is not None and not tensor.is_floating_point():
             raise ValueError(f"linear_scan takes floating-point tensors, but {name} is {tensor.dtype}.")
@@ -163,7 +190,9 @@ def _check(a: Tensor, b: Tensor, h0: Tensor | None, backend: str) -> None:
     check_backend(backend, b.device, b.dtype)
 
 
-def linear_scan(a: Tensor, b: Tensor, h0: Tensor | None = None, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
+def linear_scan(
+    a: Tensor, b: Tensor, h0: Tensor | None = None, *, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
     """h_t = a_t * h_{t-1} + b_t for every channel, from h_0 = `h0`.
 
     Args:
@@ -186,7 +215,9 @@ def linear_scan(a: Tensor, b: Tensor, h0: Tensor | None = None, *, backend: str 
     return h, h_last
 
 
-def linear_scan_with_decay(a: Tensor, b: Tensor, h0: Tensor | None = None, *, backend: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def linear_scan_with_decay(
+    a: Tensor, b: Tensor, h0: Tensor | None = None, *, backend: str | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """`linear_scan`, and the product of all decays, [batch, width] in the state's dtype: h_last = decay * h0 + (h_last from h0 = 0).
 
     No gradient flows through the product.
@@ -195,7 +226,9 @@ def linear_scan_with_decay(a: Tensor, b: Tensor, h0: Tensor | None = None, *, ba
     return h, h_last, decay.detach()
 
 
-def _scan(a: Tensor, b: Tensor, h0: Tensor | None, want_decay: bool, backend: str | None) -> tuple[Tensor, Tensor, Tensor]:
+def _scan(
+    a: Tensor, b: Tensor, h0: Tensor | None, want_decay: bool, backend: str | None
+) -> tuple[Tensor, Tensor, Tensor]:
     backend = backend or default_backend(b.device, b.dtype)
     _check(a, b, h0, backend)
     if h0 is None:

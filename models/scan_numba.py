@@ -44,7 +44,12 @@ if is_available():
             high = min(low + stripe, width)
             carry = total[row, low:high]
             for t in range(time - 1, -1, -1):
-                a_t, g_t, da_t, db_t = a[row, t, low:high], grad_h[row, t, low:high], da[row, t, low:high], db[row, t, low:high]
+                a_t, g_t, da_t, db_t = (
+                    a[row, t, low:high],
+                    grad_h[row, t, low:high],
+                    da[row, t, low:high],
+                    db[row, t, low:high],
+                )
                 if t > 0:
                     _backward_row(a_t, g_t, h[row, t - 1, low:high], da_t, db_t, carry)
                 else:
@@ -78,7 +83,9 @@ def forward(a: Tensor, b: Tensor, h0: Tensor, want_decay: bool = False) -> tuple
     return h.to(b_dtype), h_last, decay
 
 
-def backward(a: Tensor, h: Tensor, h0: Tensor, grad_h: Tensor, grad_last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def backward(
+    a: Tensor, h: Tensor, h0: Tensor, grad_h: Tensor, grad_last: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """See `scan`."""
     batch, _, width = h.shape
     dtype, a_dtype, h_dtype = accumulate_dtype(a, h), a.dtype, h.dtype

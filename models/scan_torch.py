@@ -51,7 +51,9 @@ def forward(a: Tensor, b: Tensor, h0: Tensor, want_decay: bool = False) -> tuple
     return h.to(b.dtype, copy=True).contiguous(), h[:, -1].clone(), decay
 
 
-def backward(a: Tensor, h: Tensor, h0: Tensor, grad_h: Tensor, grad_last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def backward(
+    a: Tensor, h: Tensor, h0: Tensor, grad_h: Tensor, grad_last: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """See `scan`: the total gradient is the same scan, run backwards over decays shifted by one."""
     dtype = accumulate_dtype(a, h)
     if h.shape[1] == 0:

@@ -50,9 +50,14 @@ def forward_kernel(
 
     a, b: rows of the batch a_row and b_row elements apart, tokens A_STEP and B_STEP; h is contiguous; the others are [batch, chunks, WIDTH].
     """
-    row, first, last, lane, channel, live, state_place = coordinates(time, chunk_length, num_chunks, WIDTH, LANES, CHANNELS)
+    row, first, last, lane, channel, live, state_place = coordinates(
+        time, chunk_length, num_chunks, WIDTH, LANES, CHANNELS
+    )
     whole, t = whole_tiles(first, last, LANES * ROWS), first + lane * ROWS
-    a_source, b_source = a + row * a_row + t.to(tl.int64) * A_STEP + channel, b + row * b_row + t.to(tl.int64) * B_STEP + channel
+    a_source, b_source = (
+        a + row * a_row + t.to(tl.int64) * A_STEP + channel,
+        b + row * b_row + t.to(tl.int64) * B_STEP + channel,
+    )
     target = row * time * WIDTH + t.to(tl.int64) * WIDTH + channel
     dtype: tl.constexpr = entering.dtype.element_ty if final is None else final.dtype.element_ty
     carry = tl.zeros((1, CHANNELS), dtype)
@@ -66,11 +71,17 @@ def forward_kernel(
             decays, addends = (), ()
             for j in tl.static_range(ROWS):
                 decays, addends = decays + (a_rows[j].to(dtype),), addends + (b_rows[j].to(dtype),)  # noqa: RUF005
-            states, carry, tile_product = scan_tile(decays, addends, 0, carry, lane, LANES, CHANNELS, ROWS, False)
+            states, carry, tile_product = scan_tile(
+                decays, addends, 0, carry, lane, LANES, CHANNELS, ROWS, False
+            )
             product = product * tile_product
             if h is not None:
                 for j in tl.static_range(ROWS):
-                    tl.store(h + target + j * WIDTH, as_stored(states[j + 1], h), mask=inside(live, t + j, last, tail))
+                    tl.store(
+                        h + target + j * WIDTH,
+                        as_stored(states[j + 1], h),
+                        mask=inside(live, t + j, last, tail),
+                    )
             t += LANES * ROWS
             a_source += LANES * ROWS * A_STEP
             b_source += LANES * ROWS * B_STEP
@@ -88,9 +99,14 @@ def backward_kernel(
     STAGES: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """The same from late to early, on s_t = a_t s_{t+1} + a_t g_t. Without `da`, only the pair of the chunk is computed, from a and g alone."""
-    row, first, last, lane, channel, live, state_place = coordinates(time, chunk_length, num_chunks, WIDTH, LANES, CHANNELS)
+    row, first, last, lane, channel, live, state_place = coordinates(
+        time, chunk_length, num_chunks, WIDTH, LANES, CHANNELS
+    )
     whole, t = whole_tiles(first, last, LANES * ROWS), latest_token(first, last, lane, LANES, ROWS)
-    a_source, grad_source = a + row * a_row + t.to(tl.int64) * A_STEP + channel, grad_h + row * grad_row + t.to(tl.int64) * GRAD_STEP + channel
+    a_source, grad_source = (
+        a + row * a_row + t.to(tl.int64) * A_STEP + channel,
+        grad_h + row * grad_row + t.to(tl.int64) * GRAD_STEP + channel,
+    )
     h_source = h + row * h_row + t.to(tl.int64) * H_STEP + channel
     target = row * time * WIDTH + t.to(tl.int64) * WIDTH + channel
     initial = tl.load(h0 + row * WIDTH + channel, mask=live, other=0.0)
@@ -109,7 +125,9 @@ def backward_kernel(
             for j in tl.static_range(ROWS):
                 decays = decays + (a_rows[j].to(dtype),)  # noqa: RUF005
                 addends = addends + (decays[j] * grad_rows[j].to(dtype),)  # noqa: RUF005
-            states, carry, tile_product = scan_tile(decays, addends, 0, carry, lane, LANES, CHANNELS, ROWS, False)
+            states, carry, tile_product = scan_tile(
+                decays, addends, 0, carry, lane, LANES, CHANNELS, ROWS, False
+            )
             product = product * tile_product
             if da is not None:
                 for j in tl.static_range(ROWS):
@@ -137,7 +155,12 @@ def choose_tile(time: int, num_bytes: int, backward: bool) -> Tile:
 
 
 def forward_launches(
-    a: Tensor, b: Tensor, h0: Tensor, want_decay: bool, tile: Tile | None = None, num_chunks: int | None = None
+    a: Tensor,
+    b: Tensor,
+    h0: Tensor,
+    want_decay: bool,
+    tile: Tile | None = None,
+    num_chunks: int | None = None,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], list[Launch]]:
     """The outputs of `forward`, empty, and what fills them. A tile or a number of chunks can be forced, for tests and tuning."""
     batch, time, width = b.shape
@@ -149,27 +172,62 @@ def forward_launches(
     decay = torch.empty_like(h_last) if want_decay else h_last.new_empty(0)
 
     def launch(entering: Tensor | None, final: Tensor | None, decay: Tensor | None, write: bool) -> Launch:
-        arguments = {"a": a, "b": b, "entering": entering, "h": h if write else None, "final": final, "decay": decay}
+        arguments = {
+            "a": a,
+            "b": b,
+            "entering": entering,
+            "h": h if write else None,
+            "final": final,
+            "decay": decay,
+        }
         arguments |= {"a_row": a.stride(0), "b_row": b.stride(0)}
-        return cut_launch(forward_kernel, arguments, {"A_STEP": a.stride(1), "B_STEP": b.stride(1)}, (batch, time, width), tile, chunks)
+        return cut_launch(
+            forward_kernel,
+            arguments,
+            {"A_STEP": a.stride(1), "B_STEP": b.stride(1)},
+            (batch, time, width),
+            tile,
+            chunks,
+        )
 
     initial = h0.to(dtype).contiguous()
-    return (h, h_last, decay), pass_launches(launch, chunks, initial, h_last, decay if want_decay else None, reverse=False, resets=False)
+    return (h, h_last, decay), pass_launches(
+        launch, chunks, initial, h_last, decay if want_decay else None, reverse=False, resets=False
+    )
 
 
 def backward_launches(
-    a: Tensor, h: Tensor, h0: Tensor, grad_h: Tensor, grad_last: Tensor, tile: Tile | None = None, num_chunks: int | None = None
+    a: Tensor,
+    h: Tensor,
+    h0: Tensor,
+    grad_h: Tensor,
+    grad_last: Tensor,
+    tile: Tile | None = None,
+    num_chunks: int | None = None,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], list[Launch]]:
     """As `forward_launches`, for `backward`."""
     batch, time, width = h.shape
     dtype = accumulate_dtype(a, h)
     tile = tile or choose_tile(time, a.itemsize + h.itemsize + grad_h.itemsize, backward=True)
     chunks = plan_chunks(batch, time, width, tile, num_multiprocessors(h.device), num_chunks)
-    a, h, grad_h, h0 = with_contiguous_channels(a), with_contiguous_channels(h), with_contiguous_channels(grad_h), h0.to(dtype).contiguous()
+    a, h, grad_h, h0 = (
+        with_contiguous_channels(a),
+        with_contiguous_channels(h),
+        with_contiguous_channels(grad_h),
+        h0.to(dtype).contiguous(),
+    )
     da, db, dh0 = a.new_empty(batch, time, width), h.new_empty(batch, time, width), torch.empty_like(h0)
 
     def launch(entering: Tensor | None, final: Tensor | None, decay: Tensor | None, write: bool) -> Launch:
-        arguments = {"a": a, "h": h, "h0": h0, "grad_h": grad_h, "entering": entering, "final": final, "decay": decay}
+        arguments = {
+            "a": a,
+            "h": h,
+            "h0": h0,
+            "grad_h": grad_h,
+            "entering": entering,
+            "final": final,
+            "decay": decay,
+        }
         arguments |= {"da": da if write else None, "db": db if write else None}
         arguments |= {"a_row": a.stride(0), "h_row": h.stride(0), "grad_row": grad_h.stride(0)}
         steps = {"A_STEP": a.stride(1), "H_STEP": h.stride(1), "GRAD_STEP": grad_h.stride(1)}
@@ -186,7 +244,9 @@ def forward(a: Tensor, b: Tensor, h0: Tensor, want_decay: bool = False) -> tuple
     return outputs
 
 
-def backward(a: Tensor, h: Tensor, h0: Tensor, grad_h: Tensor, grad_last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def backward(
+    a: Tensor, h: Tensor, h0: Tensor, grad_h: Tensor, grad_last: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """See `scan`: (da, db, dh0)."""
     outputs, launches = backward_launches(a, h, h0, grad_h, grad_last)
     run_all(launches)

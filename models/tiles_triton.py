@@ -52,7 +52,9 @@ try:  # optional: without triton the torch backend serves the GPU, and remote co
 except ImportError:
     triton = tl = knobs = None
 
-jit: Any = triton.jit if triton is not None else (lambda function: function)  # without triton nobody calls what it decorates
+jit: Any = (
+    triton.jit if triton is not None else (lambda function: function)
+)  # without triton nobody calls what it decorates
 INTERPRETED = tl.constexpr(knobs.runtime.interpret) if knobs is not None else None
 
 
@@ -85,7 +87,9 @@ def num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def plan_chunks(batch: int, time: int, width: int, tile: Tile, multiprocessors: int, number: int | None = None) -> Chunks:
+def plan_chunks(
+    batch: int, time: int, width: int, tile: Tile, multiprocessors: int, number: int | None = None
+) -> Chunks:
     """One chunk where rows and channel blocks occupy the chip, else as many as make four waves of two programs a multiprocessor.
 
     Cutting time costs a second reading: a forward pass moves 10 bytes for 6. So one pass is right as long as it reaches 3/5 of the chip.
@@ -118,7 +122,11 @@ class Launch:
         One step of the recurrence is one multiply-add, whatever this version of Triton does by default. And the assembler is told the registers
         that it may use while two programs fit on a multiprocessor: otherwise it saves some where there is no need, by waiting between loads.
         """
-        return {"num_warps": self.num_warps, "enable_fp_fusion": True, "maxnreg": min(2**16 // (2 * 32 * self.num_warps), 255)}
+        return {
+            "num_warps": self.num_warps,
+            "enable_fp_fusion": True,
+            "maxnreg": min(2**16 // (2 * 32 * self.num_warps), 255),
+        }
 
     def run(self) -> None:
         device = next(value.device for value in self.arguments.values() if isinstance(value, Tensor))
@@ -139,7 +147,9 @@ def with_contiguous_channels(x: Tensor) -> Tensor:
 
 
 @jit
-def coordinates(time, chunk_length, num_chunks, WIDTH: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr):
+def coordinates(
+    time, chunk_length, num_chunks, WIDTH: tl.constexpr, LANES: tl.constexpr, CHANNELS: tl.constexpr
+):
     """Where a program works.
 
     Returns (row of the batch; first token of the chunk; the one behind its last; lane [LANES, 1]; channel [1, CHANNELS]; whether there is such
@@ -153,7 +163,15 @@ def coordinates(time, chunk_length, num_chunks, WIDTH: tl.constexpr, LANES: tl.c
     channel = (program % num_blocks) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
     first = chunk * chunk_length
     last = tl.minimum(first + chunk_length, time)
-    return row, first, last, tl.arange(0, LANES)[:, None], channel, channel < WIDTH, (row * num_chunks + chunk) * WIDTH + channel
+    return (
+        row,
+        first,
+        last,
+        tl.arange(0, LANES)[:, None],
+        channel,
+        channel < WIDTH,
+        (row * num_chunks + chunk) * WIDTH + channel,
+    )
 
 
 @jit
@@ -187,7 +205,15 @@ def as_stored(value, pointer):
 
 @jit
 def load_rows(
-    source, step: tl.constexpr, live, t, time_step: tl.constexpr, limit, other: tl.constexpr, ROWS: tl.constexpr, MASKED: tl.constexpr
+    source,
+    step: tl.constexpr,
+    live,
+    t,
+    time_step: tl.constexpr,
+    limit,
+    other: tl.constexpr,
+    ROWS: tl.constexpr,
+    MASKED: tl.constexpr,
 ):
     """A tile of one operand, as a tuple of ROWS blocks [lanes, channels]: row j is at source + j * step and belongs to time t + j * time_step.
 
@@ -230,7 +256,12 @@ def advance(state, decay, addend, resets, j: tl.constexpr, RESETS: tl.constexpr)
 @jit
 def join_pairs(product1, state1, before_product1, before1, product2, state2, before_product2, before2):
     """Two neighbouring stretches as one. `before` is the pair of a stretch without its last lane: what enters that lane."""
-    return product1 * product2, product2 * state1 + state2, product1 * before_product2, before_product2 * state1 + before2
+    return (
+        product1 * product2,
+        product2 * state1 + state2,
+        product1 * before_product2,
+        before_product2 * state1 + before2,
+    )
 
 
 @jit
@@ -246,14 +277,31 @@ def join_states(state1, product2, state2):
 
 
 @jit
-def join_pairs_with_resets(product1, state1, before_product1, before1, product2, state2, before_product2, before2):
+def join_pairs_with_resets(
+    product1, state1, before_product1, before1, product2, state2, before_product2, before2
+):
     """As `join_pairs`, with stretches that begin anew."""
     product, before_product = join_products(product1, product2), join_products(product1, before_product2)
-    return product, join_states(state1, product2, state2), before_product, join_states(state1, before_product2, before2)
+    return (
+        product,
+        join_states(state1, product2, state2),
+        before_product,
+        join_states(state1, before_product2, before2),
+    )
 
 
 @jit
-def scan_tile(decays, addends, resets, carry, lane, LANES: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, RESETS: tl.constexpr):
+def scan_tile(
+    decays,
+    addends,
+    resets,
+    carry,
+    lane,
+    LANES: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    ROWS: tl.constexpr,
+    RESETS: tl.constexpr,
+):
     """All states of a tile.
 
     Args:
@@ -275,7 +323,12 @@ def scan_tile(decays, addends, resets, carry, lane, LANES: tl.constexpr, CHANNEL
         product = tl.where(resets != 0, -1.0, product)
     entering = carry
     if LANES > 1:  # the first lane has scanned from the carry, so no other joint needs it
-        pairs = (product, state, tl.full((LANES, CHANNELS), 1.0, carry.dtype), tl.zeros((LANES, CHANNELS), carry.dtype))
+        pairs = (
+            product,
+            state,
+            tl.full((LANES, CHANNELS), 1.0, carry.dtype),
+            tl.zeros((LANES, CHANNELS), carry.dtype),
+        )
         if RESETS:
             product, state, _, before = tl.associative_scan(pairs, 0, join_pairs_with_resets)
         else:
@@ -316,7 +369,11 @@ def combine_kernel(
         for j in tl.static_range(ROWS):
             order = first + j + tl.zeros_like(channel)
             chunk = (num_chunks - 1 - order) if REVERSE else order
-            tl.store(entering + (row * num_chunks + chunk) * WIDTH + channel, state, mask=live & (order < num_chunks))
+            tl.store(
+                entering + (row * num_chunks + chunk) * WIDTH + channel,
+                state,
+                mask=live & (order < num_chunks),
+            )
             if RESETS:
                 state = join_states(state, product_rows[j], state_rows[j])
                 total = join_products(total, product_rows[j])
@@ -325,14 +382,24 @@ def combine_kernel(
                 total = total * product_rows[j]
     tl.store(final + row * WIDTH + channel, state, mask=live)
     if decay is not None:
-        tl.store(decay + row * WIDTH + channel, tl.where(total < 0, 0.0, total) if RESETS else total, mask=live)
+        tl.store(
+            decay + row * WIDTH + channel, tl.where(total < 0, 0.0, total) if RESETS else total, mask=live
+        )
 
 
-def cut_launch(kernel, arguments: dict, constants: dict, shape: tuple[int, int, int], tile: Tile, chunks: Chunks) -> Launch:
+def cut_launch(
+    kernel, arguments: dict, constants: dict, shape: tuple[int, int, int], tile: Tile, chunks: Chunks
+) -> Launch:
     """A kernel over all chunks of all rows and blocks of channels of [batch, time, width]."""
     batch, time, width = shape
     arguments = arguments | {"time": time, "chunk_length": chunks.length, "num_chunks": chunks.number}
-    constants = constants | {"WIDTH": width, "LANES": tile.lanes, "ROWS": tile.rows, "CHANNELS": tile.channels, "STAGES": tile.stages}
+    constants = constants | {
+        "WIDTH": width,
+        "LANES": tile.lanes,
+        "ROWS": tile.rows,
+        "CHANNELS": tile.channels,
+        "STAGES": tile.stages,
+    }
     constants["TAIL"] = int(constants.get("TAIL", 0) or time % tile.tokens != 0)
     programs = batch * chunks.number * math.ceil(width / tile.channels)
     return Launch(kernel, programs, tile.lanes, arguments, constants)
@@ -360,7 +427,14 @@ def pass_launches(
         return [launch(initial, final, decay, True)]
     batch, width = final.shape
     states, products, entering = (final.new_empty(batch, chunks.number, width) for _ in range(3))
-    arguments = {"states": states, "products": products, "initial": initial, "entering": entering, "final": final, "decay": decay}
+    arguments = {
+        "states": states,
+        "products": products,
+        "initial": initial,
+        "entering": entering,
+        "final": final,
+        "decay": decay,
+    }
     arguments["num_chunks"] = chunks.number
     channels = 32  # a warp each: what counts is that many programs wait for memory at once
     rows = min(triton.next_power_of_2(chunks.number), 16)

@@ -41,7 +41,9 @@ def card(name: str, cell: str, parameters: int, tokens: int, score: str, config:
     corpus = published["data"]["corpus"]
     sections = {section: fields for section, fields in published.items() if section != "tracking"}
     text = yaml.safe_dump(sections, sort_keys=False)
-    return CARD.format(name=name, cell=cell, parameters=parameters, corpus=corpus, tokens=tokens, score=score, config=text)
+    return CARD.format(
+        name=name, cell=cell, parameters=parameters, corpus=corpus, tokens=tokens, score=score, config=text
+    )
 
 
 def is_card(text: str) -> bool:

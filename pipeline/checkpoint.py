@@ -127,14 +127,20 @@ def set_aside(path: Path) -> Path:
 
 def _invalid_in(folder: Path) -> list[Path]:
     """Damaged checkpoints that were set aside, newest first."""
-    paths = (path for path in folder.glob("step-*.invalid-*") if re.fullmatch(r"step-\d+\.invalid-\d+", path.name))
+    paths = (
+        path for path in folder.glob("step-*.invalid-*") if re.fullmatch(r"step-\d+\.invalid-\d+", path.name)
+    )
     return sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True)
 
 
 def steps_in(folder: Path) -> list[Path]:
     """Folders that are named as checkpoints, newest first; `step-15` is not, as it is no name that `checkpoint_name` gives."""
-    paths = (path for path in folder.glob("step-*") if re.fullmatch(r"step-[0-9]+", path.name) and path.is_dir())
-    return sorted((path for path in paths if path.name == checkpoint_name(_step_of(path))), key=_step_of, reverse=True)
+    paths = (
+        path for path in folder.glob("step-*") if re.fullmatch(r"step-[0-9]+", path.name) and path.is_dir()
+    )
+    return sorted(
+        (path for path in paths if path.name == checkpoint_name(_step_of(path))), key=_step_of, reverse=True
+    )
 
 
 def _step_of(path: Path) -> int:
@@ -152,10 +158,15 @@ def read_manifest(path: Path) -> dict[str, Any]:
         text = read(path / MANIFEST, Path.read_text)
         manifest = json.loads(text)
         fields = {key: value for key, value in manifest.items() if key != "sha256"}
-        if ("format" in manifest or "sha256" in manifest) and text != _sealed(fields):  # neither: of before format 2
+        if ("format" in manifest or "sha256" in manifest) and text != _sealed(
+            fields
+        ):  # neither: of before format 2
             raise ValueError("its own checksum differs")
         files = [(name, entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()]
-        if manifest["step"] != _step_of(path) or not {"model.safetensors", "optimizer.safetensors", "config.yaml"} <= manifest["files"].keys():
+        if (
+            manifest["step"] != _step_of(path)
+            or not {"model.safetensors", "optimizer.safetensors", "config.yaml"} <= manifest["files"].keys()
+        ):
             raise ValueError("not this step's")
     except (FileNotFoundError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{path / MANIFEST} is missing or damaged ({type(error).__name__})") from None
@@ -165,13 +176,17 @@ def read_manifest(path: Path) -> dict[str, Any]:
         except FileNotFoundError:
             raise ValueError(f"{path / name} is missing") from None
         if there != size:
-            raise ValueError(f"{path / name} has {there} bytes instead of {size}: it was cut short or changed")
+            raise ValueError(
+                f"{path / name} has {there} bytes instead of {size}: it was cut short or changed"
+            )
         if digest != sha256:
             raise ValueError(f"{path / name} is not what was written (its SHA-256 differs)")
     return manifest
 
 
-def newest_valid(folder: Path, warn: Callable[[str], object], rename_invalid: bool = False) -> tuple[Path, dict[str, Any]] | None:
+def newest_valid(
+    folder: Path, warn: Callable[[str], object], rename_invalid: bool = False
+) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint whose every file is as it was written, and its manifest; `warn` hears of each that is not.
 
     Args:
@@ -207,7 +222,9 @@ def load_parameters(path: Path, model: nn.Module) -> None:
     with torch.no_grad():
         for name, parameter in own.items():
             if parameter.shape != saved[name].shape:
-                raise ValueError(f"{path} holds another model: {name} is {tuple(saved[name].shape)}, not {tuple(parameter.shape)}")
+                raise ValueError(
+                    f"{path} holds another model: {name} is {tuple(saved[name].shape)}, not {tuple(parameter.shape)}"
+                )
             parameter.copy_(saved[name])
 
 
@@ -222,7 +239,9 @@ def put_moments(saved: dict[str, Tensor], model: nn.Module, optimizer: torch.opt
         state = {}
         for key in {full.split(".", 1)[0] for full in saved if full.split(".", 1)[1] == name}:
             tensor = saved[f"{key}.{name}"]
-            state[key] = tensor.to(parameter.device) if key != "step" or optimizer.defaults.get("fused") else tensor
+            state[key] = (
+                tensor.to(parameter.device) if key != "step" or optimizer.defaults.get("fused") else tensor
+            )
         optimizer.state[parameter] = state
 
 
@@ -230,4 +249,6 @@ def load_reader(path: Path, index: int, num_layers: int, device: torch.device) -
     """One reader's position and carried state."""
     position = json.loads(read(path / f"reader-{index:04d}.json", Path.read_text))
     carried = read(path / f"reader-{index:04d}.safetensors", load_file)
-    return ReaderState(position, MinRNNCache(num_layers).load_state_dict(carried, device) if carried else None)
+    return ReaderState(
+        position, MinRNNCache(num_layers).load_state_dict(carried, device) if carried else None
+    )

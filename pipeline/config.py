@@ -23,7 +23,9 @@ from ..models.configuration_minrnn import PRESETS
 class Section(BaseModel):
     """A section of a recipe: unknown keys are errors, and docstrings are descriptions."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
     @field_validator("*", mode="before")
     @classmethod
@@ -92,7 +94,11 @@ class _ModelBase(Section):
 
     def fields(self) -> dict[str, Any]:
         """The fields of MinRNNConfig that the user set."""
-        return {name: value for name, value in self.model_dump(exclude={"preset", "init_from"}).items() if name in self.model_fields_set}
+        return {
+            name: value
+            for name, value in self.model_dump(exclude={"preset", "init_from"}).items()
+            if name in self.model_fields_set
+        }
 
     def problems(self) -> dict[str, str]:
         fields = {**PRESETS[self.preset], **self.fields()}
@@ -108,7 +114,9 @@ _model_fields: dict[str, Any] = {
     for name, annotation in MinRNNConfig.__annotations__.items()
     if name in _descriptions and name not in _TOKENIZER_FIELDS
 }
-_model_doc = "The model: the fields of MinRNNConfig. The vocabulary and its special tokens come from the tokenizer."
+_model_doc = (
+    "The model: the fields of MinRNNConfig. The vocabulary and its special tokens come from the tokenizer."
+)
 ModelSection = create_model("ModelSection", __base__=_ModelBase, __doc__=_model_doc, **_model_fields)
 
 
@@ -161,7 +169,9 @@ class DataSection(Section):
             if self.task:
                 found["task"] = f"is for synthetic corpora (synthetic/TASK), not for {self.corpus}"
             if self.join is not None and self.order == "windows":
-                found["join"] = "is for data.order documents; windows reads the whole corpus as one text, so leave it out"
+                found["join"] = (
+                    "is for data.order documents; windows reads the whole corpus as one text, so leave it out"
+                )
             return found
         found = {
             name: f"is for text; {self.corpus} makes its own examples, so leave it out"
@@ -272,7 +282,11 @@ class TrackingSection(Section):
 
     def place(self) -> str | None:
         """The URI behind `uri`."""
-        return (os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db") if self.uri == "auto" else self.uri
+        return (
+            (os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db")
+            if self.uri == "auto"
+            else self.uri
+        )
 
 
 @dataclass

@@ -31,7 +31,9 @@ def autocast(model: nn.Module, precision: str, device: torch.device) -> None:
         model.forward = torch.autocast(device.type, torch.bfloat16)(model.forward)
 
 
-def build_engine(recipe: Recipe, accelerator: Accelerator, model: MinRNNForCausalLM, saved: Path | None) -> "Engine":
+def build_engine(
+    recipe: Recipe, accelerator: Accelerator, model: MinRNNForCausalLM, saved: Path | None
+) -> "Engine":
     """Make a model ready for training, with the moments of a checkpoint if there is one (its weights are in the model already).
 
     Called by all processes alike.
@@ -52,7 +54,9 @@ class Engine:
     in_lockstep = False
     """Whether a forward pass is a matter of all processes, so that all must take the same number of them."""
 
-    def __init__(self, recipe: Recipe, accelerator: Accelerator, model: MinRNNForCausalLM, saved: Path | None):
+    def __init__(
+        self, recipe: Recipe, accelerator: Accelerator, model: MinRNNForCausalLM, saved: Path | None
+    ):
         self.accelerator, self.module, self.clip = accelerator, model, recipe.optim.clip or math.inf
         nn.Module.to(model, accelerator.device)
         optimizer = build_optimizer(model, recipe.optim)
@@ -101,7 +105,11 @@ class Engine:
             return {}
         state = getattr(self.optimizer, "optimizer", self.optimizer).state
         named = self.module.named_parameters()
-        return {f"{key}.{name}": _own(torch.as_tensor(value)) for name, parameter in named for key, value in state[parameter].items()}
+        return {
+            f"{key}.{name}": _own(torch.as_tensor(value))
+            for name, parameter in named
+            for key, value in state[parameter].items()
+        }
 
 
 class DeepSpeedEngine(Engine):
@@ -109,14 +117,18 @@ class DeepSpeedEngine(Engine):
 
     name = "DeepSpeed"
 
-    def __init__(self, recipe: Recipe, accelerator: Accelerator, model: MinRNNForCausalLM, saved: Path | None):
+    def __init__(
+        self, recipe: Recipe, accelerator: Accelerator, model: MinRNNForCausalLM, saved: Path | None
+    ):
         self.accelerator, self.module, self.clip = accelerator, model, recipe.optim.clip or math.inf
         config = cast(Any, accelerator.state.deepspeed_plugin).deepspeed_config
         self.stage = int(config.get("zero_optimization", {}).get("stage", 0))
         self.name, self.in_lockstep = f"ZeRO-{self.stage}", self.stage == 3
         # Stage 0 has no norm to show, so it is clipped here; the other stages clip while they step, and show it afterwards.
         config.update(deepspeed_values(recipe) | ({"gradient_clipping": 0.0} if self.stage == 0 else {}))
-        config.setdefault("zero_force_ds_cpu_optimizer", False)  # torch's fused AdamW runs on CPUs too, and has nothing to compile
+        config.setdefault(
+            "zero_force_ds_cpu_optimizer", False
+        )  # torch's fused AdamW runs on CPUs too, and has nothing to compile
         config.setdefault("steps_per_print", 2**31)
         config.pop("bf16", None)
         config.pop("fp16", None)
@@ -169,7 +181,11 @@ class DeepSpeedEngine(Engine):
         if self.stage == 0:
             state = self._inner.state
             named = self._named() if wanted else []
-            return {f"{key}.{name}": _own(torch.as_tensor(value)) for name, p in named for key, value in state[p].items()}
+            return {
+                f"{key}.{name}": _own(torch.as_tensor(value))
+                for name, p in named
+                for key, value in state[p].items()
+            }
         from deepspeed.utils import safe_get_full_optimizer_state
 
         self._link_moments()
@@ -205,7 +221,11 @@ class DeepSpeedEngine(Engine):
         from deepspeed.utils import safe_set_full_optimizer_state
 
         step = next(tensor for name, tensor in saved.items() if name.startswith("step."))
-        flat = self.optimizer.fp32_partitioned_groups_flat if self.stage == 3 else self.optimizer.single_partition_of_fp32_groups
+        flat = (
+            self.optimizer.fp32_partitioned_groups_flat
+            if self.stage == 3
+            else self.optimizer.single_partition_of_fp32_groups
+        )
         for share in flat:  # as the first step would make them
             self._inner.state[share] = {
                 "step": step.to(share.device, torch.float32, copy=True),
@@ -215,4 +235,6 @@ class DeepSpeedEngine(Engine):
         self._link_moments()
         for name, parameter in self._named():
             for key in ("exp_avg", "exp_avg_sq"):
-                safe_set_full_optimizer_state(parameter, saved[f"{key}.{name}"].to(self.accelerator.device), key)
+                safe_set_full_optimizer_state(
+                    parameter, saved[f"{key}.{name}"].to(self.accelerator.device), key
+                )

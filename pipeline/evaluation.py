@@ -40,17 +40,32 @@ def validation_sets(
     """
     data, batch = recipe.data, recipe.batch
     if (task := recipe.synthetic_task()) is not None:
-        return [TaskValidation(task, reader, batch.readers, batch.lanes, PIECE * recipe.parallel.context) for reader in readers]
+        return [
+            TaskValidation(task, reader, batch.readers, batch.lanes, PIECE * recipe.parallel.context)
+            for reader in readers
+        ]
     if data.validation is None:
         return _sets(recipe, corpus, "validation", encoder, readers)
-    spec = CorpusSpec(data.validation, None, data.validation_split, None, data.text_field, data.skip_broken, 0.0, data.join, corpus.left_out)
+    spec = CorpusSpec(
+        data.validation,
+        None,
+        data.validation_split,
+        None,
+        data.text_field,
+        data.skip_broken,
+        0.0,
+        data.join,
+        corpus.left_out,
+    )
     try:
         return _sets(recipe, spec, "all", encoder, readers)
     except UserError as error:
         raise UserError(*(("data.validation", message) for _, message in error.problems)) from None
 
 
-def _sets(recipe: Recipe, spec: CorpusSpec, part: Split, encoder: Encoder, readers: Iterable[int]) -> list[ValidationSet]:
+def _sets(
+    recipe: Recipe, spec: CorpusSpec, part: Split, encoder: Encoder, readers: Iterable[int]
+) -> list[ValidationSet]:
     data, batch = recipe.data, recipe.batch
     layout = (batch.readers, batch.lanes, batch.chunk, data.validation_tokens)
     if data.order == "windows":
@@ -112,11 +127,19 @@ def validate(
     model.train()
     num_bytes = sum(part.num_bytes for part in texts) / layout.context
     nats, tokens, num_bytes = total(accelerator, [nats, tokens, num_bytes])
-    return {"loss": nats / tokens, "bits_per_byte": nats / (num_bytes * math.log(2)), "validation_tokens": int(tokens)}
+    return {
+        "loss": nats / tokens,
+        "bits_per_byte": nats / (num_bytes * math.log(2)),
+        "validation_tokens": int(tokens),
+    }
 
 
 def _validate_task(
-    model: nn.Module, sets: list[TaskValidation], accelerator: Accelerator, layout: Layout, moved: Callable[[], None]
+    model: nn.Module,
+    sets: list[TaskValidation],
+    accelerator: Accelerator,
+    layout: Layout,
+    moved: Callable[[], None],
 ) -> dict[str, Any]:
     """Processes have equally many chunks, so those whose forward passes need each other stay together."""
     task, lengths = sets[0].task, sets[0].lengths
@@ -153,7 +176,11 @@ def _score(model: nn.Module, chunk: Chunk, accelerator: Accelerator) -> tuple[fl
     logits = output.logits[to_device(scored[:, columns], accelerator)]  # [answers, vocab_size]
     answers = to_device(chunk.shift_labels[scored], accelerator)
     num_right = float((logits.argmax(-1) == answers).sum())
-    return num_right, len(answers), float(nn.functional.cross_entropy(at_least_fp32(logits), answers, reduction="sum"))
+    return (
+        num_right,
+        len(answers),
+        float(nn.functional.cross_entropy(at_least_fp32(logits), answers, reduction="sum")),
+    )
 
 
 def told(result: dict[str, Any]) -> str:

@@ -46,7 +46,9 @@ def export_model(
         UserError: files in the folder that are to be replaced were not written by an export, or were changed since.
     """
     model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     name = folder.resolve().parent.name if folder.name == "model" else folder.name
     text = card.card(name, model.config.cell, model.num_parameters(), tokens, score, config)
@@ -71,7 +73,12 @@ def model_config(fields: dict[str, Any], tokenizer: Any, vocab_size: int) -> Min
 
 
 def export_run(
-    run: Path, out: Path, step: int | None = None, dtype: str = "fp32", force: bool = False, trust_remote_code: bool = False
+    run: Path,
+    out: Path,
+    step: int | None = None,
+    dtype: str = "fp32",
+    force: bool = False,
+    trust_remote_code: bool = False,
 ) -> Path:
     """Export a checkpoint of a run, the newest valid one or that of `step`; returns the checkpoint.
 
@@ -106,10 +113,14 @@ def kept_card(folder: Path) -> str:
     return f"{folder / card.NAME} is not as an export wrote it and is kept; remove it and export again for a new model card"
 
 
-def load_checkpoint(path: Path, vocab_size: int, dtype: str, trust_remote_code: bool = False) -> tuple[MinRNNForCausalLM, Any, dict[str, Any]]:
+def load_checkpoint(
+    path: Path, vocab_size: int, dtype: str, trust_remote_code: bool = False
+) -> tuple[MinRNNForCausalLM, Any, dict[str, Any]]:
     """The model of a checkpoint, its tokenizer and the resolved recipe."""
     config = yaml.safe_load((path / "config.yaml").read_text())
-    tokenizer = tokenizer_of(config["data"]["corpus"], config["data"]["tokenizer"], config["data"].get("task"), trust_remote_code)
+    tokenizer = tokenizer_of(
+        config["data"]["corpus"], config["data"]["tokenizer"], config["data"].get("task"), trust_remote_code
+    )
     fields = {name: value for name, value in config["model"].items() if name not in ("preset", "init_from")}
     model = MinRNNForCausalLM(model_config(fields, tokenizer, vocab_size))
     nn.Module.to(model, DTYPES[dtype])
@@ -118,7 +129,9 @@ def load_checkpoint(path: Path, vocab_size: int, dtype: str, trust_remote_code: 
 
 
 @torch.no_grad()
-def sample(model: PreTrainedModel, tokenizer: Any, prompts: list[str], num_tokens: int, seed: int) -> list[str]:
+def sample(
+    model: PreTrainedModel, tokenizer: Any, prompts: list[str], num_tokens: int, seed: int
+) -> list[str]:
     """A continuation of each prompt, prompt included, drawn at temperature 0.8; leaves the global random state as it was."""
     inputs = prompt_batch(tokenizer, prompts).to(model.device)
     was_training = model.training
@@ -127,10 +140,15 @@ def sample(model: PreTrainedModel, tokenizer: Any, prompts: list[str], num_token
         torch.manual_seed(seed)
         generate: Any = model.generate
         drawn = {"do_sample": True, "temperature": 0.8, "top_k": 0, "pad_token_id": tokenizer.pad_token_id}
-        ids = generate(**inputs, max_new_tokens=num_tokens, synced_gpus=False, **drawn)  # ZeRO-3 or not, this process is alone with it
+        ids = generate(
+            **inputs, max_new_tokens=num_tokens, synced_gpus=False, **drawn
+        )  # ZeRO-3 or not, this process is alone with it
     model.train(was_training)
     length = inputs["input_ids"].shape[1]
-    return [prompt + _text(tokenizer, row[:length], row[length:]) for prompt, row in zip(prompts, ids.tolist(), strict=True)]
+    return [
+        prompt + _text(tokenizer, row[:length], row[length:])
+        for prompt, row in zip(prompts, ids.tolist(), strict=True)
+    ]
 
 
 def _text(tokenizer: Any, prompt: list[int], new: list[int]) -> str:

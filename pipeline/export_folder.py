@@ -47,15 +47,21 @@ def check_export(folder: Path, key: str, force: bool = False, names: Iterable[st
     entries = sorted(path.name for path in folder.iterdir() if path.name != STAGED)
     written = _written(folder, names)
     if folders := [name for name in {CONFIG, WEIGHTS, *names} if (folder / name).is_dir()]:
-        raise UserError((key, f"{folder / folders[0]} is a folder where a file is to be written; move it away"))
+        raise UserError(
+            (key, f"{folder / folders[0]} is a folder where a file is to be written; move it away")
+        )
     if entries and written is None and not force:
         shown = ", ".join(entries[:3]) + (", ..." if len(entries) > 3 else "")
-        raise UserError((key, f"{folder} holds no export, but other files ({shown}); name another folder{_or_force(key)}"))
+        raise UserError(
+            (key, f"{folder} holds no export, but other files ({shown}); name another folder{_or_force(key)}")
+        )
     every: set[str] = {*names, *(written or {})} - {CARD}
     foreign = sorted(name for name in every if not _is_own(folder / name, written or {}))
     if foreign and not force:
         verb = "is" if len(foreign) == 1 else "are"
-        told = f"{', '.join(foreign)} in {folder} {verb} not as an export wrote it; move it away{_or_force(key)}"
+        told = (
+            f"{', '.join(foreign)} in {folder} {verb} not as an export wrote it; move it away{_or_force(key)}"
+        )
         raise UserError((key, told))
 
 
@@ -92,9 +98,16 @@ def write_export(folder: Path, write: Callable[[Path], object], key: str, force:
     keeps_card = (folder / CARD).exists() and not _is_own(folder / CARD, written)
     own = [name for name in names if not (name == CARD and keeps_card)]
     hashes = {name: sha256_of(staged / name) for name in own}
-    before = {name: sha256_of(folder / name) for name in {*own, *written} if (folder / name).is_file() and (name != CARD or not keeps_card)}
+    before = {
+        name: sha256_of(folder / name)
+        for name in {*own, *written}
+        if (folder / name).is_file() and (name != CARD or not keeps_card)
+    }
     pointing = _pointing(staged)
-    both = {name: sorted({hashes.get(name, ""), before.get(name, "")} - {""}) for name in sorted({*hashes, *before})}
+    both = {
+        name: sorted({hashes.get(name, ""), before.get(name, "")} - {""})
+        for name in sorted({*hashes, *before})
+    }
     both[CONFIG] = sorted({*both[CONFIG], hashlib.sha256(pointing.encode()).hexdigest()})
     replace(folder / LIST, json.dumps({"files": both}, indent=1))
     for name in own:
@@ -155,10 +168,17 @@ def _written(folder: Path, names: Iterable[str]) -> dict[str, list[str]] | None:
     """
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         files = json.loads((folder / LIST).read_text())["files"]
-        return {name: [str(value) for value in values] for name, values in files.items() if Path(name).name == name}
+        return {
+            name: [str(value) for value in values]
+            for name, values in files.items()
+            if Path(name).name == name
+        }
     if _config(folder).get("model_type") != "minrnn":
         return None
-    shards = [path.name for path in (*folder.glob("model-*-of-*.safetensors"), *folder.glob("model.safetensors.index.json"))]
+    shards = [
+        path.name
+        for path in (*folder.glob("model-*-of-*.safetensors"), *folder.glob("model.safetensors.index.json"))
+    ]
     own = [name for name in {CONFIG, WEIGHTS, *shards, *names} - {CARD} if (folder / name).is_file()]
     with contextlib.suppress(OSError, UnicodeDecodeError):
         own += [CARD] * is_card((folder / CARD).read_text())

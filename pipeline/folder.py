@@ -74,7 +74,9 @@ class RunFolder:
         except OSError:  # what is written next says why
             return
         if was_removed:
-            warn(f"{self.path} was removed while the run goes on; it is made again, without the metrics and checkpoints that were in it")
+            warn(
+                f"{self.path} was removed while the run goes on; it is made again, without the metrics and checkpoints that were in it"
+            )
 
     def close(self) -> None:
         """Let others write there."""
@@ -114,7 +116,11 @@ def _take(folder: RunFolder, recipe: Recipe) -> tuple[Found | None, bool]:
         folder.lock = _lock(path)
         recover_export(path / "model")
         found = _where_to_go_on(path, recipe)
-        is_finished = found is not None and found[1]["step"] >= recipe.train.steps and _is_finished(path, found[1]["step"])
+        is_finished = (
+            found is not None
+            and found[1]["step"] >= recipe.train.steps
+            and _is_finished(path, found[1]["step"])
+        )
         if not is_finished:
             check_export((path / "model").resolve(), "run.dir")
     except StorageError:
@@ -131,7 +137,9 @@ def _lock(path: Path) -> IO[str]:
         unlocked = lock(file, wait=False)
     except BlockingIOError:
         file.close()
-        raise UserError(("run.dir", f"another process is training in {path}; wait for it, or name another folder")) from None
+        raise UserError(
+            ("run.dir", f"another process is training in {path}; wait for it, or name another folder")
+        ) from None
     if unlocked is not None:
         warn(f"{path} is not locked, since {unlocked}; see to it that no other process trains in it")
     return file
@@ -157,7 +165,12 @@ def recover_export(folder: Path) -> None:
 def _is_finished(path: Path, step: int) -> bool:
     """Whether what follows the last step was done at this step, and the model is still there."""
     note, model = path / ".finished", path / "model"
-    return note.exists() and note.read_text() == str(step) and (model / "config.json").exists() and any(model.glob("*.safetensors"))
+    return (
+        note.exists()
+        and note.read_text() == str(step)
+        and (model / "config.json").exists()
+        and any(model.glob("*.safetensors"))
+    )
 
 
 def _where_to_go_on(path: Path, recipe: Recipe) -> Found | None:
@@ -165,7 +178,10 @@ def _where_to_go_on(path: Path, recipe: Recipe) -> Found | None:
     if resume == "never":
         if steps_in(folder):
             raise UserError(
-                ("run.resume", f"never, but {path} already holds {steps_in(folder)[0].name}; remove the folder or name another run.dir")
+                (
+                    "run.resume",
+                    f"never, but {path} already holds {steps_in(folder)[0].name}; remove the folder or name another run.dir",
+                )
             )
         return None
     found = newest_valid(folder, warn, rename_invalid=True)
@@ -176,5 +192,10 @@ def _where_to_go_on(path: Path, recipe: Recipe) -> Found | None:
     if resume == "must":
         raise UserError(("run.resume", f"must, but {path} holds no valid checkpoint"))
     if broken := steps_in(folder):
-        raise UserError(("run.dir", f"none of the {len(broken)} checkpoints in {folder} is valid (see above); remove them to begin anew"))
+        raise UserError(
+            (
+                "run.dir",
+                f"none of the {len(broken)} checkpoints in {folder} is valid (see above); remove them to begin anew",
+            )
+        )
     return None

@@ -8,10 +8,26 @@ import yaml
 
 from .checkpoint import steps_in
 
-FILES = ("config.yaml", "metrics.jsonl", "loss.png", "accuracy_by_length.png", "samples.txt", "mlflow.json", ".finished", ".lock")
+FILES = (
+    "config.yaml",
+    "metrics.jsonl",
+    "loss.png",
+    "accuracy_by_length.png",
+    "samples.txt",
+    "mlflow.json",
+    ".finished",
+    ".lock",
+)
 FOLDERS = ("checkpoints", "model")
 LONGEST_NAME = Path("checkpoints", ".step-00000000.building", "optimizer.safetensors")
-OLDEST_SECTIONS = {"run", "model", "data", "batch", "optim", "train"}  # of every config.yaml that a run has written
+OLDEST_SECTIONS = {
+    "run",
+    "model",
+    "data",
+    "batch",
+    "optim",
+    "train",
+}  # of every config.yaml that a run has written
 
 
 def folder_problems(path: Path) -> list[str]:
@@ -27,9 +43,15 @@ def folder_problems(path: Path) -> list[str]:
     if problem := _place_problem(path, is_folder=True):
         return [problem]
     there = [name for name in (*FILES, *FOLDERS) if os.path.lexists(path / name)]
-    if problems := [problem for name in there if (problem := _place_problem(path / name, is_folder=name in FOLDERS))]:
+    if problems := [
+        problem for name in there if (problem := _place_problem(path / name, is_folder=name in FOLDERS))
+    ]:
         return problems
-    foreign = [name for name in there if name != ".lock" and not (name in FOLDERS and not any((path / name).iterdir()))]
+    foreign = [
+        name
+        for name in there
+        if name != ".lock" and not (name in FOLDERS and not any((path / name).iterdir()))
+    ]
     if foreign and not _was_made_by_a_run(path):
         return [
             f"{path} holds {', '.join(foreign)}, which the run would overwrite, but no config.yaml or checkpoint that a run has written; "
@@ -56,6 +78,10 @@ def _was_made_by_a_run(path: Path) -> bool:
             values = yaml.safe_load(config.read_text()) if config.exists() else None
         except (yaml.YAMLError, UnicodeDecodeError):
             continue
-        if isinstance(values, dict) and values.keys() >= OLDEST_SECTIONS and all(isinstance(values[name], dict) for name in OLDEST_SECTIONS):
+        if (
+            isinstance(values, dict)
+            and values.keys() >= OLDEST_SECTIONS
+            and all(isinstance(values[name], dict) for name in OLDEST_SECTIONS)
+        ):
             return {"dir", "seed", "resume"} <= values["run"].keys()
     return False

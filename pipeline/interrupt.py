@@ -8,7 +8,9 @@ from types import FrameType
 from ..data.output import write_at_once
 
 # A closed terminal sends SIGHUP, batch systems SIGTERM or SIGUSR1. Windows has neither SIGHUP nor SIGUSR1.
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+SIGNALS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
+]
 
 
 class Interrupt:
@@ -27,7 +29,9 @@ class Interrupt:
             write_at_once("\nLeaving at once; the last checkpoint is untouched.\n")
             os._exit(128 + number)
         self.requested = number
-        write_at_once(f"\n{signal.Signals(number).name}: saving after this step, then leaving (Ctrl-C once more leaves at once).\n")
+        write_at_once(
+            f"\n{signal.Signals(number).name}: saving after this step, then leaving (Ctrl-C once more leaves at once).\n"
+        )
 
     def __enter__(self) -> "Interrupt":
         for number in SIGNALS:

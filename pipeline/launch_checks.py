@@ -29,7 +29,11 @@ def check_launch(recipe: Recipe) -> None:
     """Raises UserError with everything that does not fit together."""
     device, here = _this_device(recipe)
     problems = engine_problems(device.type, world_size())
-    problems += [*_layout_problems(recipe), *_precision_problems(recipe), *(_deepspeed_problems(recipe) if uses_deepspeed() else [])]
+    problems += [
+        *_layout_problems(recipe),
+        *_precision_problems(recipe),
+        *(_deepspeed_problems(recipe) if uses_deepspeed() else []),
+    ]
     rank, local_rank = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK"))
     if here and local_rank == "0" != rank:  # rank 0, which tells the others, cannot know of them
         print(*(f"error: {key}: {problem}" for key, problem in here), sep="\n", file=sys.stderr)
@@ -49,7 +53,12 @@ def check_same_recipe(recipe: Recipe, accelerator: Accelerator) -> None:
         for key in recipes[0].keys() | other.keys():
             first, second = recipes[0].get(key), other.get(key)
             if first != second:
-                problems.append((key, f"is {first!r} on rank 0, but {second!r} on rank {rank}; give all machines the same recipe"))
+                problems.append(
+                    (
+                        key,
+                        f"is {first!r} on rank 0, but {second!r} on rank {rank}; give all machines the same recipe",
+                    )
+                )
     if problems:
         raise UserError(*{key: (key, problem) for key, problem in sorted(problems, reverse=True)}.values())
 
@@ -58,33 +67,56 @@ def _layout_problems(recipe: Recipe) -> list[Problem]:
     world, context, batch = world_size(), recipe.parallel.context, recipe.batch
     problems = []
     if world % context:
-        problems.append(("parallel.context", f"{context} processes to a sequence do not divide the {world} that were started"))
+        problems.append(
+            (
+                "parallel.context",
+                f"{context} processes to a sequence do not divide the {world} that were started",
+            )
+        )
     elif batch.readers % (world // context):
         groups = world // context
         sharing = f"{groups} groups of {context} processes" if context > 1 else f"{world} processes"
         fitting = [n * context for n in range(1, batch.readers + 1) if batch.readers % n == 0]
         advice = f"use {fitting} processes or more readers"
-        problems.append(("batch.readers", f"{batch.readers} readers cannot be shared evenly by {sharing}; {advice}"))
+        problems.append(
+            ("batch.readers", f"{batch.readers} readers cannot be shared evenly by {sharing}; {advice}")
+        )
     reach = recipe.model_fields_resolved()["conv_kernel"] - 1
     if context > 1 and (batch.chunk % context or batch.chunk // context < reach):
-        at_least = f" and leave each at least the {reach} tokens that the convolution looks back" if reach > 1 else ""
-        problems.append(("batch.chunk", f"{batch.chunk} tokens must divide by the {context} processes of parallel.context{at_least}"))
+        at_least = (
+            f" and leave each at least the {reach} tokens that the convolution looks back"
+            if reach > 1
+            else ""
+        )
+        problems.append(
+            (
+                "batch.chunk",
+                f"{batch.chunk} tokens must divide by the {context} processes of parallel.context{at_least}",
+            )
+        )
     return problems
 
 
 def _machine_problems(device: torch.device) -> list[Problem]:
     """What is wrong with this machine's part of the launch."""
-    said = {name: int(os.environ.get(name, "0")) for name in ("LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "TORCHELASTIC_MAX_RESTARTS")}
+    said = {
+        name: int(os.environ.get(name, "0"))
+        for name in ("LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "TORCHELASTIC_MAX_RESTARTS")
+    }
     problems = []
     if device.type != "cpu" and said["LOCAL_WORLD_SIZE"] > (devices := torch.accelerator.device_count()):
         started = f"started {said['LOCAL_WORLD_SIZE']} processes on a machine with {devices} GPUs"
         problems.append(("launcher", f"{started}; lower --num_processes, or use train.device cpu"))
     if said["GROUP_WORLD_SIZE"] > 1 and said["TORCHELASTIC_MAX_RESTARTS"] > 0 and launcher_holds_store():
         advice = "use rdzv_backend c10d and set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on all of them, or max_restarts 0"
-        problems.append(("launcher", f"machines that restart their processes could meet in different places; {advice}"))
+        problems.append(
+            ("launcher", f"machines that restart their processes could meet in different places; {advice}")
+        )
     if said["GROUP_WORLD_SIZE"] > 1 and not _is_loopback(os.environ["MASTER_ADDR"]):
         interfaces = [name for _, name in socket.if_nameindex()]
-        problems += _interface_problems(os.environ.get("GLOO_SOCKET_IFNAME"), interfaces, _is_loopback(socket.gethostname()))
+        problems += _interface_problems(
+            os.environ.get("GLOO_SOCKET_IFNAME"), interfaces, _is_loopback(socket.gethostname())
+        )
     return problems
 
 
@@ -105,7 +137,16 @@ def _interface_problems(wanted: str | None, interfaces: list[str], name_is_loopb
         reason = f"the name {host} leads to {host} itself (127.0.0.1), so the processes of other machines cannot reach it"
         return [("launcher", f"{reason}; {advice}")] if name_is_loopback else []
     missing = [name for name in wanted.split(",") if name not in interfaces]
-    return [("launcher", f"GLOO_SOCKET_IFNAME says {wanted}, but {host} has no {' and no '.join(missing)}; {advice}")] if missing else []
+    return (
+        [
+            (
+                "launcher",
+                f"GLOO_SOCKET_IFNAME says {wanted}, but {host} has no {' and no '.join(missing)}; {advice}",
+            )
+        ]
+        if missing
+        else []
+    )
 
 
 def _precision_problems(recipe: Recipe) -> list[Problem]:
@@ -113,7 +154,12 @@ def _precision_problems(recipe: Recipe) -> list[Problem]:
     theirs, ours = os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), recipe.train.precision
     if theirs in ("no", "", ours):
         return []
-    return [("train.precision", f"is {ours}, but the launcher's mixed_precision is {theirs}; leave it 'no' there, the recipe decides")]
+    return [
+        (
+            "train.precision",
+            f"is {ours}, but the launcher's mixed_precision is {theirs}; leave it 'no' there, the recipe decides",
+        )
+    ]
 
 
 def _this_device(recipe: Recipe) -> tuple[torch.device, list[Problem]]:
@@ -144,9 +190,16 @@ def deepspeed_values(recipe: Recipe) -> dict[str, Any]:
 def _deepspeed_problems(recipe: Recipe) -> list[Problem]:
     problems = []
     if recipe.train.precision == "fp64":
-        problems.append(("train.precision", "fp64 is for DDP: DeepSpeed keeps its weights and moments in fp32"))
+        problems.append(
+            ("train.precision", "fp64 is for DDP: DeepSpeed keeps its weights and moments in fp32")
+        )
     if recipe.train.skip_spikes is not None:
-        problems.append(("train.skip_spikes", "is for DDP: DeepSpeed's ZeRO has shared out a batch's gradient before its loss is known"))
+        problems.append(
+            (
+                "train.skip_spikes",
+                "is for DDP: DeepSpeed's ZeRO has shared out a batch's gradient before its loss is known",
+            )
+        )
     file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if file == "none":
         clip = os.environ.get("ACCELERATE_GRADIENT_CLIPPING", "none")
@@ -162,9 +215,16 @@ def _deepspeed_problems(recipe: Recipe) -> list[Problem]:
         theirs = said.get(key, "auto")
         if theirs != "auto" and float(theirs) != ours:
             problems.append(
-                (f"deepspeed.{key}", f"is {theirs} in {where}, but the recipe makes it {ours}; say auto there, or change the recipe")
+                (
+                    f"deepspeed.{key}",
+                    f"is {theirs} in {where}, but the recipe makes it {ours}; say auto there, or change the recipe",
+                )
             )
     own = f"{where} has one of its own, but the recipe's optim section decides; remove it"
-    enabled = f"is enabled in {where}; remove it: train.precision decides (bf16 is autocast over fp32 weights)"
+    enabled = (
+        f"is enabled in {where}; remove it: train.precision decides (bf16 is autocast over fp32 weights)"
+    )
     problems += [(f"deepspeed.{key}", own) for key in ("optimizer", "scheduler") if key in said]
-    return problems + [(f"deepspeed.{key}", enabled) for key in ("bf16", "fp16") if said.get(key, {}).get("enabled") is True]
+    return problems + [
+        (f"deepspeed.{key}", enabled) for key in ("bf16", "fp16") if said.get(key, {}).get("enabled") is True
+    ]

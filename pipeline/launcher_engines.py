@@ -14,14 +14,39 @@ from ..data.errors import UserError
 
 Problem = tuple[str, str]
 ENGINES = "one process, DDP on CPUs or CUDA/ROCm GPUs, and DeepSpeed ZeRO 0 to 3"
-SUPPORTED = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.DEEPSPEED}
+SUPPORTED = {
+    DistributedType.NO,
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_GPU,
+    DistributedType.DEEPSPEED,
+}
 DEVICES = {"cpu", "cuda", "mps"}  # MPS for one process only: train.device sees to that
 
 # Keys of a DeepSpeed configuration that were tried, or only report. What they may say is `launch_checks`'s and DeepSpeed's matter.
 DEEPSPEED_KEYS = {
-    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
-    *("optimizer", "scheduler", "bf16", "fp16", "zero_optimization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"),
-    *("steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "comms_logger", "flops_profiler"),
+    *(
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+    ),
+    *(
+        "optimizer",
+        "scheduler",
+        "bf16",
+        "fp16",
+        "zero_optimization",
+        "zero_allow_untested_optimizer",
+        "zero_force_ds_cpu_optimizer",
+    ),
+    *(
+        "steps_per_print",
+        "wall_clock_breakdown",
+        "memory_breakdown",
+        "dump_state",
+        "comms_logger",
+        "flops_profiler",
+    ),
     *("tensorboard", "csv_monitor", "wandb"),
 }
 ZERO_VARIANTS = {  # of zero_optimization, with the values that switch them off
@@ -41,7 +66,10 @@ def engine_problems(device_type: str, num_processes: int) -> list[Problem]:
     Args:
         device_type: of this process's device, as torch names it.
     """
-    return [("launcher", f"asks for {what}; minrnn has {ENGINES}: {advice}") for what, advice in _refused(device_type, num_processes)]
+    return [
+        ("launcher", f"asks for {what}; minrnn has {ENGINES}: {advice}")
+        for what, advice in _refused(device_type, num_processes)
+    ]
 
 
 def check_engine(distributed_type: DistributedType) -> None:
@@ -51,18 +79,31 @@ def check_engine(distributed_type: DistributedType) -> None:
         UserError: the engine is not one of ours.
     """
     if distributed_type not in SUPPORTED:
-        raise UserError(("launcher", f"connected as {distributed_type.value}; minrnn has {ENGINES}: change the launcher's configuration"))
+        raise UserError(
+            (
+                "launcher",
+                f"connected as {distributed_type.value}; minrnn has {ENGINES}: change the launcher's configuration",
+            )
+        )
 
 
 def deepspeed_key_problems(config: dict[str, Any], where: str) -> list[Problem]:
     """Parts of a DeepSpeed configuration that change the engine into one that was never tried."""
     keys = [key for key in config if key not in DEEPSPEED_KEYS]
     zero = config.get("zero_optimization", {})
-    keys += [f"zero_optimization.{key}" for key, off in ZERO_VARIANTS.items() if zero.get(key, off[0]) not in off]
+    keys += [
+        f"zero_optimization.{key}" for key, off in ZERO_VARIANTS.items() if zero.get(key, off[0]) not in off
+    ]
     for part in ("offload_optimizer", "offload_param"):
         device = (zero.get(part) or {}).get("device", "none")
         keys += [f"zero_optimization.{part}.device"] if device not in ("none", "cpu", "auto", None) else []
-    return [(f"deepspeed.{key}", f"is set in {where}, but was not tried with minrnn (it has {ENGINES}); remove it") for key in keys]
+    return [
+        (
+            f"deepspeed.{key}",
+            f"is set in {where}, but was not tried with minrnn (it has {ENGINES}); remove it",
+        )
+        for key in keys
+    ]
 
 
 def _is_on(name: str) -> bool:
@@ -77,12 +118,22 @@ def _refused(device_type: str, num_processes: int) -> Iterator[tuple[str, str]]:
     if _is_on("ACCELERATE_USE_MEGATRON_LM"):
         yield "Megatron-LM", f"take it out of the launcher's configuration; {sharding}"
     if _is_on("ACCELERATE_USE_PARALLELISM_CONFIG"):
-        sizes = [f"{name} {os.environ[key]}" for name, key in _parallel_sizes() if os.environ.get(key, "1") not in ("1", "")]
+        sizes = [
+            f"{name} {os.environ[key]}"
+            for name, key in _parallel_sizes()
+            if os.environ.get(key, "1") not in ("1", "")
+        ]
         instead = "parallel.context of the recipe shares a sequence among processes"
-        yield f"a parallelism config ({', '.join(sizes) or 'all sizes 1'})", f"take it out of the launcher's configuration; {instead}"
+        yield (
+            f"a parallelism config ({', '.join(sizes) or 'all sizes 1'})",
+            f"take it out of the launcher's configuration; {instead}",
+        )
     if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() not in ("", "no"):
         backend = os.environ["ACCELERATE_DYNAMO_BACKEND"].lower()
-        yield f"torch.compile of the whole model (dynamo_backend {backend})", "say no there; train.compile compiles each block"
+        yield (
+            f"torch.compile of the whole model (dynamo_backend {backend})",
+            "say no there; train.compile compiles each block",
+        )
     if _is_on("ACCELERATE_USE_SAGEMAKER"):
         yield "SageMaker's launcher", "start with accelerate launch or torchrun"
     if _is_on("ACCELERATE_IN_TPU_POD") or is_torch_xla_available():
@@ -91,7 +142,9 @@ def _refused(device_type: str, num_processes: int) -> Iterator[tuple[str, str]]:
         device = os.environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{part}_DEVICE", "none")
         if _is_on("ACCELERATE_USE_DEEPSPEED") and device not in ("none", "cpu"):
             yield f"DeepSpeed's offload to {device}", f"set offload_{part.lower()}_device to cpu or none"
-    mpi = max(int(os.environ.get(name, "1")) for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"))
+    mpi = max(
+        int(os.environ.get(name, "1")) for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+    )
     if mpi > 1 and "WORLD_SIZE" not in os.environ:
         yield f"{mpi} processes of MPI", "start them with accelerate launch or torchrun"
     if num_processes > 1 and device_type not in DEVICES:

@@ -16,7 +16,14 @@ from ..models import MinRNNConfig, MinRNNForCausalLM
 from .machine import CHOICES, DTYPES, choose_precision, device_name, measure_rates, resolve_device, supports
 
 # In config.json, of transformers itself.
-NOT_SETTINGS = {"architectures", "auto_map", "model_type", "torch_dtype", "transformers_version", "transformers_weights"}
+NOT_SETTINGS = {
+    "architectures",
+    "auto_map",
+    "model_type",
+    "torch_dtype",
+    "transformers_version",
+    "transformers_weights",
+}
 SENTENCE = "Any tokenizer of text can spell this sentence."
 
 
@@ -31,11 +38,18 @@ def model_folder(name: str) -> str:
     if (run / "model" / "config.json").exists():
         return str(run / "model")
     if (run / "checkpoints").is_dir():
-        raise UserError(("MODEL", f"the run {name} has no model/ yet; minrnn export {name} --out DIR makes one of its newest checkpoint"))
+        raise UserError(
+            (
+                "MODEL",
+                f"the run {name} has no model/ yet; minrnn export {name} --out DIR makes one of its newest checkpoint",
+            )
+        )
     return name
 
 
-def load(name: str, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False) -> tuple[MinRNNForCausalLM, Any]:
+def load(
+    name: str, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+) -> tuple[MinRNNForCausalLM, Any]:
     """Model, in eval mode on its device, and tokenizer of an export, a hub id or a run.
 
     Args:
@@ -97,9 +111,13 @@ def read_model(name: str, trust_remote_code: bool = False) -> tuple[MinRNNForCau
     try:
         values = PreTrainedConfig.get_config_dict(folder)[0]
         if values.get("model_type") != "minrnn":
-            raise UserError(("MODEL", f"{name} is a {values.get('model_type')} model; lm_eval --model hf evaluates it"))
+            raise UserError(
+                ("MODEL", f"{name} is a {values.get('model_type')} model; lm_eval --model hf evaluates it")
+            )
         _check_size(name, MinRNNConfig.from_dict(values))
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True, trust_remote_code=False)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", output_loading_info=True, trust_remote_code=False
+        )
     except UserError:
         raise
     except Exception as error:  # the hub's client, the file system and the configuration each raise their own
@@ -107,22 +125,46 @@ def read_model(name: str, trust_remote_code: bool = False) -> tuple[MinRNNForCau
         raise UserError(("MODEL", f"cannot load {name}: {message}")) from None
     model, found = loaded
     found = {**found, "unknown setting": values.keys() - MinRNNConfig().to_dict().keys() - NOT_SETTINGS}
-    strange = [f"{kind.removesuffix('_keys')} {', '.join(sorted(map(str, keys))[:3])}" for kind, keys in found.items() if keys]
+    strange = [
+        f"{kind.removesuffix('_keys')} {', '.join(sorted(map(str, keys))[:3])}"
+        for kind, keys in found.items()
+        if keys
+    ]
     if strange:
         raise UserError(
-            ("MODEL", f"{name} was exported by another version of minrnn ({'; '.join(strange)}); lm_eval --model hf runs the code it carries")
+            (
+                "MODEL",
+                f"{name} was exported by another version of minrnn ({'; '.join(strange)}); lm_eval --model hf runs the code it carries",
+            )
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:  # what transformers raises where there is none
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+    ) as error:  # what transformers raises where there is none
         if wants_trust(error):
             told = f"the tokenizer of {name} brings code of its own, which is not run; read it, and add --trust-remote-code to run it"
             raise UserError(("MODEL", told)) from None
-        raise UserError(("MODEL", f"{name} has no tokenizer; minrnn export writes one beside the weights")) from None
+        raise UserError(
+            ("MODEL", f"{name} has no tokenizer; minrnn export writes one beside the weights")
+        ) from None
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
-        raise UserError(("MODEL", f"the tokenizer of {name} has no bos or no eos token, between which a document stands"))
-    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in tokenizer.encode(SENTENCE, add_special_tokens=False):
-        raise UserError(("MODEL", f"the tokenizer of {name} cannot spell text (a synthetic task's vocabulary?), so none can be scored"))
+        raise UserError(
+            ("MODEL", f"the tokenizer of {name} has no bos or no eos token, between which a document stands")
+        )
+    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in tokenizer.encode(
+        SENTENCE, add_special_tokens=False
+    ):
+        raise UserError(
+            (
+                "MODEL",
+                f"the tokenizer of {name} cannot spell text (a synthetic task's vocabulary?), so none can be scored",
+            )
+        )
     return model.eval(), tokenizer
 
 
@@ -142,7 +184,9 @@ def _check_size(name: str, config: MinRNNConfig) -> None:
             with torch.device("meta"):
                 sizes.append(MinRNNForCausalLM(small).num_parameters())
         except (RuntimeError, OverflowError):  # torch's: sizes beyond 64 bits
-            raise UserError(("MODEL", f"{name} is larger than can be counted, by its config.json; is it of this model?")) from None
+            raise UserError(
+                ("MODEL", f"{name} is larger than can be counted, by its config.json; is it of this model?")
+            ) from None
     needed = 4 * (sizes[0] + (config.num_hidden_layers - 1) * (sizes[1] - sizes[0]))
     if (memory := _main_memory()) is not None and needed > memory:
         told = f"needs {needed / 1e9:,.0f} GB for weights in fp32, by its config.json, of {memory / 1e9:,.0f} GB here"

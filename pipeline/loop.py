@@ -107,7 +107,9 @@ def take_steps(run: Run, interrupt: Interrupt) -> int | None:
     saved_at, forecast = time.monotonic(), Forecast()
     while run.step < recipe.train.steps:
         minutes = recipe.train.save_minutes
-        save_is_due = run.is_main and minutes is not None and time.monotonic() - saved_at >= 60 * minutes  # one clock decides for all
+        save_is_due = (
+            run.is_main and minutes is not None and time.monotonic() - saved_at >= 60 * minutes
+        )  # one clock decides for all
         step = _next_step(run, interrupt, save_is_due)
         if (step.is_stopped or step.is_failed) and run.step > 0:
             _save(run, is_last=True)
@@ -116,7 +118,10 @@ def take_steps(run: Run, interrupt: Interrupt) -> int | None:
         if step.is_stopped:
             return interrupt.requested or signal.SIGTERM
         entry = _one_step(run, run.step + 1, step.batch, step.num_scored)
-        run.step, run.tokens = run.step + 1, run.tokens + recipe.batch.readers * recipe.batch.lanes * recipe.batch.chunk
+        run.step, run.tokens = (
+            run.step + 1,
+            run.tokens + recipe.batch.readers * recipe.batch.lanes * recipe.batch.chunk,
+        )
         is_last = run.step == recipe.train.steps
 
         is_logged = run.step % recipe.train.log_every == 0 or is_last or "skipped" in entry
@@ -144,7 +149,9 @@ def _is_due(step: int, every: int | None) -> bool:
 
 def _validation_is_missing(run: Run) -> bool:
     """Whether the run goes on from a step that was saved, but ended before that step's validation did."""
-    if run.step == 0 or not (run.step == run.recipe.train.steps or _is_due(run.step, run.recipe.train.eval_every)):
+    if run.step == 0 or not (
+        run.step == run.recipe.train.steps or _is_due(run.step, run.recipe.train.eval_every)
+    ):
         return False
     validations = run.folder.metrics.history.update().validations if run.is_main else []
     return processes.from_main(run.accelerator, not any(entry["step"] == run.step for entry in validations))
@@ -181,7 +188,13 @@ def _next_step(run: Run, interrupt: Interrupt, save_is_due: bool) -> NextStep:
             batch, problems = _read(run)
             if batch is not None:
                 run.watchdog.enter(f"step {run.step + 1}: computing")
-        counts = [sum(chunk.num_scored for chunk in batch or []), interrupt.requested is not None, len(problems), batch is None, save_is_due]
+        counts = [
+            sum(chunk.num_scored for chunk in batch or []),
+            interrupt.requested is not None,
+            len(problems),
+            batch is None,
+            save_is_due,
+        ]
         num_scored, stopped, failed, num_waiting, due = processes.total(run.accelerator, counts)
         if stopped or failed or not num_waiting:
             if batch is None:
@@ -211,11 +224,14 @@ def _one_step(run: Run, step: int, batch: list[Chunk], num_scored: float) -> dic
             output = engine.forward(
                 input_ids=processes.to_device(chunk.input_ids, accelerator),
                 shift_labels=processes.to_device(chunk.shift_labels, accelerator),
-                document_starts=processes.to_device(chunk.document_starts, accelerator) if chunk.document_starts.any() else None,
+                document_starts=processes.to_device(chunk.document_starts, accelerator)
+                if chunk.document_starts.any()
+                else None,
                 past_key_values=reader.cache,
                 use_cache=recipe.batch.carry_state,
                 skip_logits=True,
-                num_items_in_batch=num_scored / accelerator.num_processes,  # engines divide the sum of gradients by the number of processes
+                num_items_in_batch=num_scored
+                / accelerator.num_processes,  # engines divide the sum of gradients by the number of processes
             )
             engine.backward(output.loss)
         losses.append(output.loss.detach())
@@ -266,7 +282,11 @@ def _after_skip(run: Run, step: int, batch: list[Chunk], losses: list[float], wh
             reader.cache.zero_non_finite_rows_()
     if run.num_skips > run.recipe.train.max_skips:
         _stop_non_finite(
-            run, step, batch, losses, f"{why}; {run.recipe.train.max_skips} batches in a row were left out before (train.max_skips)"
+            run,
+            step,
+            batch,
+            losses,
+            f"{why}; {run.recipe.train.max_skips} batches in a row were left out before (train.max_skips)",
         )
 
 
@@ -277,7 +297,9 @@ def _stop_non_finite(run: Run, step: int, batch: list[Chunk], losses: list[float
         for chunk, value in zip(batch, losses, strict=True)
         if not math.isfinite(value)
     ]
-    where = list(dict.fromkeys(processes.gathered(run.accelerator, mine))) or ["every reader's loss is finite"]
+    where = list(dict.fromkeys(processes.gathered(run.accelerator, mine))) or [
+        "every reader's loss is finite"
+    ]
     run.saver.wait()
     latest = checkpoint.steps_in(run.folder.path / "checkpoints")
     kept = f"the last checkpoint, {latest[0]}, is as it was" if latest else "there is no checkpoint yet"
@@ -287,7 +309,11 @@ def _stop_non_finite(run: Run, step: int, batch: list[Chunk], losses: list[float
 def _log(run: Run, entry: dict[str, Any], tokens_per_second: float) -> None:
     """One line of metrics.jsonl, and the progress bar."""
     recipe = run.recipe
-    reached = tokens_per_second * training_flops_per_token(run.num_parameters) / (run.matmul_rate * run.accelerator.num_processes)
+    reached = (
+        tokens_per_second
+        * training_flops_per_token(run.num_parameters)
+        / (run.matmul_rate * run.accelerator.num_processes)
+    )
     entry = {"kind": "train", "step": run.step, "tokens": run.tokens, **entry}
     entry |= {"tokens_per_second": round(tokens_per_second, 1), "matmul_fraction": round(reached, 4)}
     if recipe.data.skip_broken and recipe.data.order == "documents":
@@ -310,11 +336,17 @@ def _validate(run: Run) -> None:
     start = time.perf_counter()
     run.watchdog.enter(f"step {run.step}: validating")
     sharing = (run.layout, run.engine.in_lockstep, run.watchdog.move)
-    run.latest = validate(run.engine.module, run.validation, run.accelerator, run.recipe.batch.carry_state, *sharing)
+    run.latest = validate(
+        run.engine.module, run.validation, run.accelerator, run.recipe.batch.carry_state, *sharing
+    )
     if not math.isfinite(run.latest["loss"]):
-        raise NonFiniteError(f"step {run.step}: the validation loss is {run.latest['loss']}. Checkpoints are as they were.")
+        raise NonFiniteError(
+            f"step {run.step}: the validation loss is {run.latest['loss']}. Checkpoints are as they were."
+        )
     seconds = round(time.perf_counter() - start, 2)
-    _record(run, {"kind": "validation", "step": run.step, "tokens": run.tokens, **run.latest, "seconds": seconds})
+    _record(
+        run, {"kind": "validation", "step": run.step, "tokens": run.tokens, **run.latest, "seconds": seconds}
+    )
     run.say(f"step {run.step}: held-out loss {run.latest['loss']:.4f} nats/token, {told(run.latest)}")
     if run.is_main:
         try:
@@ -334,7 +366,9 @@ def _save(run: Run, is_last: bool) -> None:
     """
     run.watchdog.enter(f"step {run.step}: saving")
     if (failures := run.saver.wait()) and run.is_main:
-        warn(f"a checkpoint could not be written: {'; '.join(failures)}. Older ones are untouched; training goes on.")
+        warn(
+            f"a checkpoint could not be written: {'; '.join(failures)}. Older ones are untouched; training goes on."
+        )
     if run.saver.newest != run.step:
         info = {
             "tokens": run.tokens,
@@ -350,7 +384,9 @@ def _save(run: Run, is_last: bool) -> None:
             run.folder.restore()
         run.saver.start(run.step, snapshot(run.engine, run.readers, run.layout, resolved(run.recipe)), info)
     if is_last and (failures := run.saver.wait()):
-        raise StorageError(f"The checkpoint of step {run.step} could not be written: {'; '.join(failures)}. Older checkpoints are untouched.")
+        raise StorageError(
+            f"The checkpoint of step {run.step} could not be written: {'; '.join(failures)}. Older checkpoints are untouched."
+        )
 
 
 def _finish(run: Run) -> None:
@@ -370,7 +406,9 @@ def _export(run: Run) -> None:
     dtype, trusted = "fp64" if recipe.train.precision == "fp64" else "fp32", recipe.data.trust_remote_code
     model, tokenizer, config = load_checkpoint(path, run.config.vocab_size, dtype, trusted)
     _write_last_lines(run)
-    validations = [entry for entry in run.folder.metrics.history.update().validations if entry["step"] == run.step]
+    validations = [
+        entry for entry in run.folder.metrics.history.update().validations if entry["step"] == run.step
+    ]
     score = f", {told(validations[-1])} on held-out data" if validations else ""
     if not export_model(model, tokenizer, (folder / "model").resolve(), config, run.tokens, score):
         warn(kept_card(folder / "model"))
@@ -394,7 +432,10 @@ def _write_samples(run: Run, model: MinRNNForCausalLM, tokenizer: Any) -> None:
         if not run.engine.in_lockstep:  # what is sharded may not fit on one device
             torch.nn.Module.to(model, run.accelerator.device)
         texts = sample(model, tokenizer, recipe.train.prompts, recipe.train.sample_tokens, recipe.run.seed)
-        blocks = (f"=== prompt {prompt!r}\n{text}\n\n" for prompt, text in zip(recipe.train.prompts, texts, strict=True))
+        blocks = (
+            f"=== prompt {prompt!r}\n{text}\n\n"
+            for prompt, text in zip(recipe.train.prompts, texts, strict=True)
+        )
         (run.folder.path / "samples.txt").write_text("".join(blocks))
     except Exception as error:  # the model is trained and exported all the same
         warn(f"samples.txt could not be written: {type(error).__name__}: {error}")

@@ -12,7 +12,9 @@ from ..data.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 CHOICES = ("fp32", "bf16")  # that `auto` takes one of
-GAIN = 1.2  # bf16, which has fewer digits, is chosen if it is so many times faster: more than measurements vary
+GAIN = (
+    1.2  # bf16, which has fewer digits, is chosen if it is so many times faster: more than measurements vary
+)
 SLOW = 3.0  # times slower than another precision: worth a warning
 
 
@@ -31,7 +33,9 @@ def resolve_device(name: str, key: str = "--device") -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError((key, f"{name!r} is no device; use auto, cpu, cuda, mps, xpu, or cuda:1 for one of several")) from None
+        raise UserError(
+            (key, f"{name!r} is no device; use auto, cpu, cuda, mps, xpu, or cuda:1 for one of several")
+        ) from None
     here = ["cpu"] + ([] if accelerator is None else [accelerator.type])
     if device.type not in here:
         raise UserError((key, f"there is no {device.type} device here; use {' or '.join(here)}, or auto"))
@@ -103,7 +107,11 @@ def _product_seconds(a: torch.Tensor, b: torch.Tensor, repeats: int) -> float:
 
 def measure_rates(device: torch.device, precisions: Iterable[str]) -> dict[str, float]:
     """`matmul_rate` of each precision that the device supports."""
-    return {name: matmul_rate(device, DTYPES[name], trials=2) for name in dict.fromkeys(precisions) if supports(device, name)}
+    return {
+        name: matmul_rate(device, DTYPES[name], trials=2)
+        for name in dict.fromkeys(precisions)
+        if supports(device, name)
+    }
 
 
 @dataclass(frozen=True)
@@ -117,7 +125,9 @@ class PrecisionChoice:
     """That it is slow here; empty if it is not."""
 
 
-def choose_precision(asked: str, saved: str | None, rates: Mapping[str, float], device: str, key: str = "train.precision") -> PrecisionChoice:
+def choose_precision(
+    asked: str, saved: str | None, rates: Mapping[str, float], device: str, key: str = "train.precision"
+) -> PrecisionChoice:
     """The precision to compute in.
 
     What was asked for is taken. `auto` is what was saved, if anything was, and else the faster of fp32 and bf16 (fp32 where they are close).
@@ -136,7 +146,9 @@ def choose_precision(asked: str, saved: str | None, rates: Mapping[str, float], 
         if "bf16" not in rates:
             return PrecisionChoice("fp32", f"chosen, since {device} does not support bf16")
         best, other = CHOICES[::-1] if rates["bf16"] > GAIN * rates["fp32"] else CHOICES
-        return PrecisionChoice(best, f"chosen: {_gflops(rates[best])} against {_gflops(rates[other])} in {other}")
+        return PrecisionChoice(
+            best, f"chosen: {_gflops(rates[best])} against {_gflops(rates[other])} in {other}"
+        )
     precision = saved if asked == "auto" and saved is not None else asked
     way_out = f"{key} auto" if asked != "auto" else f"{key} fp32 and run.change [{key}]"
     if precision not in rates:

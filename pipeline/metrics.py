@@ -109,7 +109,9 @@ class History:
     def _add(self, entry: dict[str, Any]) -> None:
         if entry.get("kind") == "validation":
             self.validations.append(entry)
-        elif entry.get("kind") == "train" and isinstance(loss := entry["loss"], float) and math.isfinite(loss):
+        elif (
+            entry.get("kind") == "train" and isinstance(loss := entry["loss"], float) and math.isfinite(loss)
+        ):
             self.tokens.append(entry["tokens"])
             self.losses.append(loss)
 
@@ -137,7 +139,9 @@ class MetricsFile:
                 self._write()
             except OSError as error:
                 if not was_waiting:
-                    self.warn(f"{self.path} takes no more lines ({error.strerror}); they are kept until it does")
+                    self.warn(
+                        f"{self.path} takes no more lines ({error.strerror}); they are kept until it does"
+                    )
 
     def _write(self) -> None:
         """Write the lines that wait, all or none.
@@ -179,4 +183,6 @@ class MetricsFile:
             try:
                 self._write()
             except OSError as error:
-                self.warn(f"{len(self._waiting)} lines of {self.path} are lost ({error.strerror}); no checkpoint covers them")
+                self.warn(
+                    f"{len(self._waiting)} lines of {self.path} are lost ({error.strerror}); no checkpoint covers them"
+                )

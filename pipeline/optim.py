@@ -24,7 +24,11 @@ def build_optimizer(model: nn.Module, config: OptimSection) -> torch.optim.AdamW
         {"params": [p for n, p in named if not decays(n, p)], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
+        [group for group in groups if group["params"]],
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=True,
     )
 
 

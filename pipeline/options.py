@@ -20,7 +20,11 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 def add_trust(parser: argparse.ArgumentParser) -> None:
     """`--trust-remote-code`: what `loading.load` reads."""
-    parser.add_argument("--trust-remote-code", action="store_true", help="run the code that the tokenizer brings along; read it before")
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the code that the tokenizer brings along; read it before",
+    )
 
 
 def add_dtype(parser: argparse.ArgumentParser) -> None:

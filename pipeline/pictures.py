@@ -15,20 +15,42 @@ NUM_NOTES = 12
 def draw_loss(history: History, picture: Path, title: str) -> None:
     """Training loss (thin: every logged step, thick: smoothed) and validation loss over tokens, with bits per byte (or accuracy) at those."""
     validations = history.validations
-    tokens, losses = np.array(history.tokens), np.array(history.losses)  # copies: an array.array with a view cannot grow
+    tokens, losses = (
+        np.array(history.tokens),
+        np.array(history.losses),
+    )  # copies: an array.array with a view cannot grow
     figure, axes = _empty_figure()
     if len(losses):
         axes.plot(*_extremes(tokens, losses), color="tab:blue", alpha=0.3, linewidth=0.8)
         shown = _spread(len(losses), NUM_POINTS)
         axes.plot(tokens[shown], _smoothed(losses)[shown], color="tab:blue", label="training (smoothed)")
-        axes.set_ylim(0.9 * losses[len(losses) // 10 :].min(), min(losses.max(), 2.5 * float(np.median(losses))))
+        axes.set_ylim(
+            0.9 * losses[len(losses) // 10 :].min(), min(losses.max(), 2.5 * float(np.median(losses)))
+        )
     if validations:
         shown = [validations[i] for i in _spread(len(validations), NUM_POINTS)]
-        axes.plot([e["tokens"] for e in shown], [e["loss"] for e in shown], "o-", color="tab:orange", label="held out")
+        axes.plot(
+            [e["tokens"] for e in shown],
+            [e["loss"] for e in shown],
+            "o-",
+            color="tab:orange",
+            label="held out",
+        )
         for entry in (validations[i] for i in _spread(len(validations), NUM_NOTES)):
-            note = f"{entry['bits_per_byte']:.2f} bits/byte" if "bits_per_byte" in entry else f"accuracy {entry['accuracy']:.3f}"
+            note = (
+                f"{entry['bits_per_byte']:.2f} bits/byte"
+                if "bits_per_byte" in entry
+                else f"accuracy {entry['accuracy']:.3f}"
+            )
             side = "right" if entry is validations[-1] else "center"  # the last stands at the edge
-            axes.annotate(note, (entry["tokens"], entry["loss"]), textcoords="offset points", xytext=(0, 9), ha=side, fontsize=8)
+            axes.annotate(
+                note,
+                (entry["tokens"], entry["loss"]),
+                textcoords="offset points",
+                xytext=(0, 9),
+                ha=side,
+                fontsize=8,
+            )
     axes.set(xlabel="tokens", ylabel="loss (nats per token)", title=title)
     axes.grid(alpha=0.3)
     if len(losses) or validations:
@@ -42,7 +64,11 @@ def draw_accuracy(history: History, picture: Path, title: str) -> None:
     figure, axes = _empty_figure()
     for entry in (validations[i] for i in _spread(len(validations), 100)):
         lengths = [int(length) for length in entry["by_length"]]
-        style = {"alpha": 0.25, "linewidth": 0.8} if entry is not validations[-1] else {"marker": "o", "label": f"step {entry['step']}"}
+        style = (
+            {"alpha": 0.25, "linewidth": 0.8}
+            if entry is not validations[-1]
+            else {"marker": "o", "label": f"step {entry['step']}"}
+        )
         axes.plot(lengths, list(entry["by_length"].values()), color="tab:blue", **style)
     if validations:
         axes.axhline(validations[-1]["chance"], color="tab:gray", linestyle="--", label="a guess")

@@ -70,7 +70,10 @@ class Layout:
             return chunk
         length = chunk.input_ids.shape[1] // self.context
         columns = slice(self.context_rank * length, (self.context_rank + 1) * length)
-        arrays = {name: np.ascontiguousarray(getattr(chunk, name)[:, columns]) for name in ("input_ids", "shift_labels", "document_starts")}
+        arrays = {
+            name: np.ascontiguousarray(getattr(chunk, name)[:, columns])
+            for name in ("input_ids", "shift_labels", "document_starts")
+        }
         return dataclasses.replace(chunk, **arrays)
 
 
@@ -80,8 +83,12 @@ def layout_of(accelerator: Accelerator, context: int, timeout: timedelta) -> Lay
     if context == 1:
         return Layout(rank, num_processes)
     starts = range(0, num_processes, context)
-    groups: list[Any] = [torch.distributed.new_group(list(range(first, first + context)), timeout) for first in starts]
-    return Layout(rank, num_processes, context, ContextGroup(groups[rank // context], rank % context, context))
+    groups: list[Any] = [
+        torch.distributed.new_group(list(range(first, first + context)), timeout) for first in starts
+    ]
+    return Layout(
+        rank, num_processes, context, ContextGroup(groups[rank // context], rank % context, context)
+    )
 
 
 def local_device(name: str, key: str = "train.device") -> torch.device:
@@ -111,8 +118,12 @@ def start(timeout: timedelta, device: torch.device) -> Accelerator:
     """
     on_cpu, deepspeed = device.type == "cpu", uses_deepspeed()
     if on_cpu:
-        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # where DeepSpeed is on, Accelerate takes a GPU if the machine has one
-        os.environ["DS_ACCELERATOR"] = "cpu"  # Accelerate imports DeepSpeed where it is installed, and that guesses aloud
+        os.environ["ACCELERATE_TORCH_DEVICE"] = (
+            "cpu"  # where DeepSpeed is on, Accelerate takes a GPU if the machine has one
+        )
+        os.environ["DS_ACCELERATOR"] = (
+            "cpu"  # Accelerate imports DeepSpeed where it is installed, and that guesses aloud
+        )
         if (threads := share_of_threads(os.environ, num_cores())) is not None:
             torch.set_num_threads(threads)
     if world_size() > 1:
@@ -125,7 +136,9 @@ def start(timeout: timedelta, device: torch.device) -> Accelerator:
         # Left to itself, a plain Accelerator() on CPUs would see one process in each of several, and train separate models.
         accelerator = Accelerator(cpu=on_cpu, mixed_precision="no")
     if accelerator.num_processes != world_size():
-        raise RuntimeError(f"The launcher started {world_size()} processes, but Accelerate connected {accelerator.num_processes}.")
+        raise RuntimeError(
+            f"The launcher started {world_size()} processes, but Accelerate connected {accelerator.num_processes}."
+        )
     if deepspeed != (accelerator.state.deepspeed_plugin is not None):
         raise RuntimeError("The launcher asks for DeepSpeed, but Accelerate left it out.")
     return accelerator
@@ -154,7 +167,9 @@ def _connect(device: torch.device, timeout: timedelta) -> None:
 def check_wrapped(accelerator: Accelerator, model: nn.Module) -> None:
     """Several processes with a model that is not wrapped would train apart, in silence."""
     if accelerator.num_processes > 1 and model is accelerator.unwrap_model(model):
-        raise RuntimeError("Accelerate did not wrap the model for several processes; gradients would not be shared.")
+        raise RuntimeError(
+            "Accelerate did not wrap the model for several processes; gradients would not be shared."
+        )
 
 
 def together(accelerator: Accelerator, function: Callable[[], T]) -> tuple[T | None, list[tuple[str, str]]]:
@@ -170,7 +185,9 @@ def together(accelerator: Accelerator, function: Callable[[], T]) -> tuple[T | N
         problems = error.problems
     except (OSError, SafetensorError) as error:
         several = accelerator.num_processes > 1
-        failures = [f"rank {accelerator.process_index} on {socket.gethostname()}: {error}" if several else str(error)]
+        failures = [
+            f"rank {accelerator.process_index} on {socket.gethostname()}: {error}" if several else str(error)
+        ]
     everywhere = gathered(accelerator, [(problems, failures)])
     if failures := [failure for _, failures in everywhere for failure in failures]:
         raise StorageError("; ".join(failures))
@@ -181,7 +198,9 @@ def total(accelerator: Accelerator, values: list[float]) -> list[float]:
     """The sum of each value over all processes, in fp64."""
     if accelerator.num_processes == 1:
         return values
-    bits = torch.from_numpy(np.array(values, dtype=np.float64).view(np.int64)).to(accelerator.device)  # not every device has fp64
+    bits = torch.from_numpy(np.array(values, dtype=np.float64).view(np.int64)).to(
+        accelerator.device
+    )  # not every device has fp64
     rows = [torch.empty_like(bits) for _ in range(accelerator.num_processes)]
     torch.distributed.all_gather(rows, bits)
     return torch.stack(rows).cpu().numpy().view(np.float64).sum(0).tolist()

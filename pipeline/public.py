@@ -50,7 +50,11 @@ def public_value(value: str) -> str:
         uri = without_credentials(value)
         local = match[0].removesuffix("://").split("+")[0] in _LOCAL_SCHEMES
         return f"{match[0]}/{_last_part(uri[match.end() :].partition('?')[0])}" if local else uri
-    is_local = Path(value).is_absolute() or PureWindowsPath(value).drive or value.startswith(("./", "../", "~", "file:"))
+    is_local = (
+        Path(value).is_absolute()
+        or PureWindowsPath(value).drive
+        or value.startswith(("./", "../", "~", "file:"))
+    )
     return _last_part(value) if is_local else value
 
 

@@ -20,7 +20,15 @@ from .public import config_without_credentials
 # What may change when a run goes on: where it lives, how long it is, how it reports. Everything else decides the losses; parallel.context does
 # so with dropout alone (`free_on_resume`).
 FREE_ON_RESUME = {
-    *("run.dir", "run.resume", "run.change", "data.workers", "data.validation_tokens", "data.trust_remote_code", "parallel.context"),
+    *(
+        "run.dir",
+        "run.resume",
+        "run.change",
+        "data.workers",
+        "data.validation_tokens",
+        "data.trust_remote_code",
+        "parallel.context",
+    ),
     "model.max_position_embeddings",
     *(
         "train.steps",
@@ -66,7 +74,9 @@ def help_text() -> str:
     for section, cls in SECTIONS.items():
         lines.append(f"{section}: {' '.join(docstring_of(cls).split())}")
         for name, field in cls.model_fields.items():
-            lines.append(f"  --{section}.{name}  [{field.get_default(call_default_factory=True)}]\n        {field.description}")
+            lines.append(
+                f"  --{section}.{name}  [{field.get_default(call_default_factory=True)}]\n        {field.description}"
+            )
         lines.append("")
     return "\n".join(lines)
 
@@ -83,7 +93,13 @@ def parse_arguments(argv: list[str]) -> tuple[str | None, dict[str, str]]:
         key, equals, value = word.removeprefix("--").partition("=")
         if not equals:
             if not words or _is_option(words[0]):
-                problems.append((key, "lacks a value" + (f" (if {words[0]} is meant to be it: --{key}={words[0]})" if words else "")))
+                problems.append(
+                    (
+                        key,
+                        "lacks a value"
+                        + (f" (if {words[0]} is meant to be it: --{key}={words[0]})" if words else ""),
+                    )
+                )
                 continue
             value = words.popleft()
         if key == "config":
@@ -101,11 +117,18 @@ def _load_yaml(name: str) -> dict[str, Any]:
         loaded = yaml.safe_load(path.read_text())
     except OSError as error:
         reason = error.strerror or type(error).__name__
-        raise UserError(("--config", f"cannot read {name}: {reason}; recipes that come with minrnn: {', '.join(shipped_recipes())}")) from None
+        raise UserError(
+            (
+                "--config",
+                f"cannot read {name}: {reason}; recipes that come with minrnn: {', '.join(shipped_recipes())}",
+            )
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(("--config", f"{name} is not YAML: {' '.join(str(error).split())}")) from None
     if not isinstance(loaded or {}, dict):
-        raise UserError(("--config", f"{name} must hold sections ({', '.join(SECTIONS)}), not a {type(loaded).__name__}"))
+        raise UserError(
+            ("--config", f"{name} must hold sections ({', '.join(SECTIONS)}), not a {type(loaded).__name__}")
+        )
     return loaded or {}
 
 
@@ -124,11 +147,17 @@ def _unknown(key: str) -> tuple[str, str]:
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     if not near:  # the field may be right and the section wrong
         near = [other for other in known if other.split(".")[1] == key.rsplit(".", 1)[-1]][:1]
-    return key, "unknown key" + (f" (did you mean {near[0]}?)" if near else f" (sections: {', '.join(SECTIONS)})")
+    return key, "unknown key" + (
+        f" (did you mean {near[0]}?)" if near else f" (sections: {', '.join(SECTIONS)})"
+    )
 
 
 def _message(error: Any) -> str:
-    return f"{error['msg'][0].lower()}{error['msg'][1:]}, not {error['input']!r}" if error["type"] != "missing" else error["msg"]
+    return (
+        f"{error['msg'][0].lower()}{error['msg'][1:]}, not {error['input']!r}"
+        if error["type"] != "missing"
+        else error["msg"]
+    )
 
 
 def _unchangeable(key: str) -> str | None:
@@ -150,7 +179,9 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
     sections = {}
     for section in values.keys() - SECTIONS.keys():
         near = difflib.get_close_matches(section, SECTIONS, n=1)
-        problems[section] = "unknown section" + (f" (did you mean {near[0]}?)" if near else f" (there are {', '.join(SECTIONS)})")
+        problems[section] = "unknown section" + (
+            f" (did you mean {near[0]}?)" if near else f" (there are {', '.join(SECTIONS)})"
+        )
     for section, cls in SECTIONS.items():
         given = values.get(section)
         try:
@@ -164,7 +195,9 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
                 else:
                     problem = _message(one)
                 problems.setdefault(key, problem)
-    if "run" in sections and (refused := [problem for key in sections["run"].change if (problem := _unchangeable(key))]):
+    if "run" in sections and (
+        refused := [problem for key in sections["run"].change if (problem := _unchangeable(key))]
+    ):
         problems["run.change"] = "; ".join(refused)
     if problems:
         raise UserError(*problems.items())
@@ -215,7 +248,11 @@ def _value(text: str, annotation: Any) -> Any:
             if get_origin(kind) is list:
                 items = yaml.load(text, yaml.BaseLoader)  # leaves every scalar as it is written
                 (item_type,) = get_args(kind)
-                return [_value(item, item_type) if isinstance(item, str) else item for item in items] if isinstance(items, list) else text
+                return (
+                    [_value(item, item_type) if isinstance(item, str) else item for item in items]
+                    if isinstance(items, list)
+                    else text
+                )
             if get_origin(kind) is dict:
                 return yaml.safe_load(text)
         number = json.loads(text)
@@ -227,13 +264,19 @@ def _value(text: str, annotation: Any) -> Any:
 def resolved(recipe: Recipe) -> dict[str, Any]:
     """Everything the recipe says, defaults included and credentials left out: what config.yaml holds."""
     values = {name: getattr(recipe, name).model_dump(mode="json") for name in SECTIONS}
-    values["model"] = {"preset": recipe.model.preset, "init_from": recipe.model.init_from, **recipe.model_fields_resolved()}
+    values["model"] = {
+        "preset": recipe.model.preset,
+        "init_from": recipe.model.init_from,
+        **recipe.model_fields_resolved(),
+    }
     return config_without_credentials(values)
 
 
 def flatten(values: dict[str, Any]) -> dict[str, Any]:
     """{"run": {"dir": ...}} -> {"run.dir": ...}"""
-    return {f"{section}.{name}": value for section, fields in values.items() for name, value in fields.items()}
+    return {
+        f"{section}.{name}": value for section, fields in values.items() for name, value in fields.items()
+    }
 
 
 def schedule_steps_of(saved: dict[str, Any]) -> int:
@@ -264,7 +307,9 @@ def settled(recipe: Recipe, saved: dict[str, Any]) -> Recipe:
 
 def free_on_resume(saved: dict[str, Any]) -> set[str]:
     """Settings that do not decide the losses of a run."""
-    fixed = {"parallel.context"} if saved["model"].get("dropout") else set()  # each process of a context draws masks of its own
+    fixed = (
+        {"parallel.context"} if saved["model"].get("dropout") else set()
+    )  # each process of a context draws masks of its own
     return FREE_ON_RESUME - fixed
 
 
@@ -277,7 +322,11 @@ def check_unchanged(saved: dict[str, Any], recipe: Recipe, folder: str) -> None:
     old = flatten(saved) | {"optim.schedule_steps": schedule_steps_of(saved)}
     new = flatten(resolved(settled(recipe, saved)))
     allowed = free_on_resume(saved) | set(recipe.run.change)
-    different = [key for key in new if key in old and old[key] != new[key] and key not in allowed and not key.startswith("tracking.")]
+    different = [
+        key
+        for key in new
+        if key in old and old[key] != new[key] and key not in allowed and not key.startswith("tracking.")
+    ]
 
     def problem(key: str) -> str:
         why = " (with model.dropout it decides which values are dropped)" if key == "parallel.context" else ""

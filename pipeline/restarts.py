@@ -49,7 +49,11 @@ def _path() -> Path | None:
     """Of this process's note. The folder is the launcher's own, the same at each of its starts."""
     file = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", ""))
     attempt = file.parent.parent
-    return attempt.parent / f"minrnn-error-{file.parent.name}.json" if attempt.name.startswith("attempt_") else None
+    return (
+        attempt.parent / f"minrnn-error-{file.parent.name}.json"
+        if attempt.name.startswith("attempt_")
+        else None
+    )
 
 
 def _read() -> dict[str, Any]:

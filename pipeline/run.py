@@ -43,7 +43,15 @@ from .evaluation import validation_sets
 from .export import model_config
 from .folder import RunFolder
 from .folder_checks import FILES, FOLDERS
-from .machine import CHOICES, DTYPES, PrecisionChoice, choose_precision, compile_problem, device_name, measure_rates
+from .machine import (
+    CHOICES,
+    DTYPES,
+    PrecisionChoice,
+    choose_precision,
+    compile_problem,
+    device_name,
+    measure_rates,
+)
 from .optim import learning_rate
 from .processes import Layout
 from .recipe import schedule_steps_of, settled
@@ -119,13 +127,19 @@ def set_up(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, watchdog
     watchdog.enter("measuring the machine", is_set_up=True)
     choice, rate = _decide_precision(recipe, accelerator, folder)  # before anything runs beside it
     recipe = settled(recipe, folder.saved)
-    recipe = dataclasses.replace(recipe, train=recipe.train.model_copy(update={"precision": choice.precision}))
+    recipe = dataclasses.replace(
+        recipe, train=recipe.train.model_copy(update={"precision": choice.precision})
+    )
     layout = processes.layout_of(accelerator, recipe.parallel.context, patience(recipe))
     mine = layout.readers(recipe.batch.readers)
-    corpus, problems = processes.together(accelerator, lambda: _describe_corpus(recipe, folder, accelerator.is_main_process))
+    corpus, problems = processes.together(
+        accelerator, lambda: _describe_corpus(recipe, folder, accelerator.is_main_process)
+    )
     if problems:
         raise UserError(*problems)
-    loader, validation, readers, tokenizer, model = _open_everywhere(recipe, accelerator, folder, mine, watchdog)
+    loader, validation, readers, tokenizer, model = _open_everywhere(
+        recipe, accelerator, folder, mine, watchdog
+    )
     config, num_parameters = model.config, model.num_parameters()
     if layout.group is not None:
         use_context_parallel(model, layout.group)
@@ -178,13 +192,19 @@ def _announce(run: Run, choice: PrecisionChoice) -> None:
     """The lines that a run begins with: what is trained, on what, from which step."""
     recipe, layout, batch, saved = run.recipe, run.layout, run.recipe.batch, run.folder.saved
     size = f"{run.config.cell}, {run.num_parameters:,} parameters, {batch.readers} x {batch.lanes} x {batch.chunk} tokens a step"
-    sharing = f"{run.engine.name}, " * (layout.num_processes > 1) + f"{layout.context} to a sequence, " * (layout.context > 1)
-    engine_and_precision = f"{layout.num_processes} process(es) on {run.accelerator.device.type}, {sharing}{choice.precision}"
+    sharing = f"{run.engine.name}, " * (layout.num_processes > 1) + f"{layout.context} to a sequence, " * (
+        layout.context > 1
+    )
+    engine_and_precision = (
+        f"{layout.num_processes} process(es) on {run.accelerator.device.type}, {sharing}{choice.precision}"
+    )
     reason = f" ({choice.reason})" if choice.reason else ""
     if choice.warning:
         warn(choice.warning)
     if layout.context > 1 and recipe.train.compile and recipe.train.recompute != "none":
-        warn("with parallel.context, train.compile does nothing for blocks that train.recompute runs again; they stay as they are")
+        warn(
+            "with parallel.context, train.compile does nothing for blocks that train.recompute runs again; they stay as they are"
+        )
     run.say(
         f"{run.folder.path}: {size}, {engine_and_precision}{reason}; {f'going on from step {run.step}' if run.step else 'from the beginning'}"
     )
@@ -194,19 +214,29 @@ def _announce(run: Run, choice: PrecisionChoice) -> None:
 
 def _learning_rate_note(recipe: Recipe, saved: dict[str, Any], step: int) -> str | None:
     """What the learning rate does from here on, where the run is longer or shorter than it was, or its schedule another."""
-    before, steps, schedule = saved["train"]["steps"], recipe.train.steps, recipe.optim.schedule_steps or recipe.train.steps
+    before, steps, schedule = (
+        saved["train"]["steps"],
+        recipe.train.steps,
+        recipe.optim.schedule_steps or recipe.train.steps,
+    )
     if (steps, schedule) == (before, schedule_steps_of(saved)) or step >= steps:
         return None
     was = learning_rate(OptimSection.model_construct(**saved["optim"]), step, schedule_steps_of(saved))
     first, last = (learning_rate(recipe.optim, at, schedule) for at in (step + 1, steps))
-    does = f"stays at {first:.3g}" if first == last else f"{'falls' if last < first else 'rises'} from {first:.3g} to {last:.3g}"
+    does = (
+        f"stays at {first:.3g}"
+        if first == last
+        else f"{'falls' if last < first else 'rises'} from {first:.3g} to {last:.3g}"
+    )
     note = f"train.steps is {steps}, it was {before}: the learning rate, {was:.3g} at step {step}, {does} until step {steps}"
     if schedule < steps and recipe.optim.schedule != "constant":
         note += f"; its schedule ends at step {schedule}. --optim.schedule_steps {steps} --run.change [optim.schedule_steps] draws it anew"
     return note
 
 
-def _decide_precision(recipe: Recipe, accelerator: Accelerator, folder: RunFolder) -> tuple[PrecisionChoice, float]:
+def _decide_precision(
+    recipe: Recipe, accelerator: Accelerator, folder: RunFolder
+) -> tuple[PrecisionChoice, float]:
     """What all processes compute in, as rank 0 chooses, and the rate of its matrix products in FLOP/s.
 
     Raises:
@@ -215,7 +245,9 @@ def _decide_precision(recipe: Recipe, accelerator: Accelerator, folder: RunFolde
     asked, kept = recipe.train.precision, settled(recipe, folder.saved).train.precision
     rates = measure_rates(accelerator.device, CHOICES if kept == "auto" else [*CHOICES, kept])
     everywhere = set.intersection(*processes.gathered(accelerator, [set(rates)]))
-    rates = processes.from_main(accelerator, {name: rate for name, rate in rates.items() if name in everywhere})
+    rates = processes.from_main(
+        accelerator, {name: rate for name, rate in rates.items() if name in everywhere}
+    )
     choice = choose_precision(asked, None if kept == "auto" else kept, rates, device_name(accelerator.device))
     return choice, rates[choice.precision]
 
@@ -235,10 +267,18 @@ def _describe_corpus(recipe: Recipe, folder: RunFolder, is_main: bool) -> dict[s
     return corpus_fingerprint(spec)
 
 
-Opened = tuple[ChunkLoader, Sequence[ValidationSet] | Sequence[TaskValidation], dict[int, ReaderState], Any, MinRNNForCausalLM]
+Opened = tuple[
+    ChunkLoader,
+    Sequence[ValidationSet] | Sequence[TaskValidation],
+    dict[int, ReaderState],
+    Any,
+    MinRNNForCausalLM,
+]
 
 
-def _open_everywhere(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, mine: range, watchdog: Watchdog) -> Opened:
+def _open_everywhere(
+    recipe: Recipe, accelerator: Accelerator, folder: RunFolder, mine: range, watchdog: Watchdog
+) -> Opened:
     """What this process opens, once all have opened theirs.
 
     Raises:
@@ -250,7 +290,9 @@ def _open_everywhere(recipe: Recipe, accelerator: Accelerator, folder: RunFolder
         try:
             opened = _open(recipe, folder, mine, accelerator.device)
         finally:
-            watchdog.enter("meeting the others, data and model open", is_set_up=True)  # ahead of who has not opened them yet
+            watchdog.enter(
+                "meeting the others, data and model open", is_set_up=True
+            )  # ahead of who has not opened them yet
         if_it_fails.callback(opened[0].close)
         return opened
 
@@ -264,10 +306,17 @@ def _open_everywhere(recipe: Recipe, accelerator: Accelerator, folder: RunFolder
 
 def _open(recipe: Recipe, folder: RunFolder, mine: range, device: torch.device) -> Opened:
     """What this process reads and trains, before it has to do with others: data under way, its share of what is held out, tokenizer, model."""
-    tokenizer = tokenizer_of(recipe.data.corpus, recipe.data.tokenizer, recipe.data.task, recipe.data.trust_remote_code)
+    tokenizer = tokenizer_of(
+        recipe.data.corpus, recipe.data.tokenizer, recipe.data.task, recipe.data.trust_remote_code
+    )
     if folder.manifest.get("tokenizer", fingerprint(tokenizer)) != fingerprint(tokenizer):
         name = recipe.data.tokenizer
-        raise UserError(("data.tokenizer", f"{name} is not the tokenizer that the run began with: its vocabulary has changed; another run.dir"))
+        raise UserError(
+            (
+                "data.tokenizer",
+                f"{name} is not the tokenizer that the run began with: its vocabulary has changed; another run.dir",
+            )
+        )
     encoder = Encoder.of(tokenizer, recipe.data.tokenizer)
     vocab_size = folder.manifest.get("vocab_size") or model_vocab_size(tokenizer)
     config = model_config(recipe.model_fields_resolved(), tokenizer, vocab_size)
@@ -275,12 +324,27 @@ def _open(recipe: Recipe, folder: RunFolder, mine: range, device: torch.device) 
     if folder.checkpoint is not None:
         if not folder.checkpoint.is_dir():
             advice = "run.dir must be on a file system that all machines share"
-            raise UserError(("run.dir", f"rank 0 goes on from {folder.checkpoint}, which {socket.gethostname()} does not have; {advice}"))
+            raise UserError(
+                (
+                    "run.dir",
+                    f"rank 0 goes on from {folder.checkpoint}, which {socket.gethostname()} does not have; {advice}",
+                )
+            )
         load = checkpoint.load_reader
-        readers = {reader: load(folder.checkpoint, reader, config.num_hidden_layers, device) for reader in mine}
+        readers = {
+            reader: load(folder.checkpoint, reader, config.num_hidden_layers, device) for reader in mine
+        }
     data, batch = recipe.data, recipe.batch
     shape = (batch.readers, batch.lanes, batch.chunk)
-    spec = ReaderSpec(corpus_of(recipe), data.order, encoder, *shape, data.shuffle_window, recipe.run.seed, recipe.synthetic_task())
+    spec = ReaderSpec(
+        corpus_of(recipe),
+        data.order,
+        encoder,
+        *shape,
+        data.shuffle_window,
+        recipe.run.seed,
+        recipe.synthetic_task(),
+    )
     loader = ChunkLoader(spec, list(mine), [reader.position for reader in readers.values()], data.workers)
     try:
         return (
@@ -295,7 +359,9 @@ def _open(recipe: Recipe, folder: RunFolder, mine: range, device: torch.device) 
         raise
 
 
-def _build_model(recipe: Recipe, config: MinRNNConfig, folder: RunFolder, device: torch.device) -> MinRNNForCausalLM:
+def _build_model(
+    recipe: Recipe, config: MinRNNConfig, folder: RunFolder, device: torch.device
+) -> MinRNNForCausalLM:
     """On the CPU, with a checkpoint's weights, an export's, or new ones."""
     torch.manual_seed(recipe.run.seed)
     model = MinRNNForCausalLM(config)
@@ -306,7 +372,9 @@ def _build_model(recipe: Recipe, config: MinRNNConfig, folder: RunFolder, device
         model.activation_checkpointing_enable(options)
     problem = compile_problem(device) if recipe.train.compile else None
     if problem is not None:
-        warn(f"train.compile: torch.compile cannot run on {device.type}: {problem}; blocks run as they are, slower")
+        warn(
+            f"train.compile: torch.compile cannot run on {device.type}: {problem}; blocks run as they are, slower"
+        )
     elif recipe.train.compile:
         for block in model.model.layers:
             block.compile()
@@ -323,7 +391,15 @@ def corpus_of(recipe: Recipe) -> CorpusSpec:
     data = recipe.data
     held_out = 0.0 if data.validation is not None else data.validation_fraction
     return CorpusSpec(
-        data.corpus, data.subset, data.split, data.revision, data.text_field, data.skip_broken, held_out, data.join, _written_by(recipe)
+        data.corpus,
+        data.subset,
+        data.split,
+        data.revision,
+        data.text_field,
+        data.skip_broken,
+        held_out,
+        data.join,
+        _written_by(recipe),
     )
 
 
@@ -335,7 +411,10 @@ def _written_by(recipe: Recipe) -> tuple[str, ...]:
     folder, database = Path(recipe.run.dir), sqlite_file(absolute_uri(recipe.tracking.place() or ""))
     places = [folder, *(folder / name for name in (*FILES, *FOLDERS))]
     if database is not None:
-        places += [Path("mlruns"), *(database.with_name(database.name + suffix) for suffix in ("", *SQLITE_SUFFIXES))]
+        places += [
+            Path("mlruns"),
+            *(database.with_name(database.name + suffix) for suffix in ("", *SQLITE_SUFFIXES)),
+        ]
     return tuple(map(os.path.realpath, places))
 
 
@@ -362,5 +441,10 @@ def _warm_start(model: MinRNNForCausalLM, name: str) -> None:
         "rms_norm_eps",
     )
     if different := [key for key in shaping if theirs[key] != ours[key]]:
-        raise UserError(*((f"model.{key}", f"is {ours[key]!r}, but {name} (model.init_from) has {theirs[key]!r}") for key in different))
+        raise UserError(
+            *(
+                (f"model.{key}", f"is {ours[key]!r}, but {name} (model.init_from) has {theirs[key]!r}")
+                for key in different
+            )
+        )
     model.load_state_dict(source.state_dict())

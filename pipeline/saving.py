@@ -32,7 +32,9 @@ Files = dict[str, Callable[[Path], object]]
 """What this process writes: by name, a function that does it."""
 
 
-def snapshot(engine: Engine, readers: dict[int, ReaderState], layout: Layout, config: dict[str, Any]) -> Files:
+def snapshot(
+    engine: Engine, readers: dict[int, ReaderState], layout: Layout, config: dict[str, Any]
+) -> Files:
     """This process's files of a checkpoint, from copies that further training does not touch. Called by all processes alike.
 
     The first process of a group writes its readers, the very first the weights, the very last the moments.
@@ -77,10 +79,18 @@ class Saver:
         warn: Callable[[str], object],
         before_publishing: Callable[[], object],
     ):
-        self.folder, self.keep, self.in_background, self.newest, self.warn = folder, keep, in_background, newest, warn
+        self.folder, self.keep, self.in_background, self.newest, self.warn = (
+            folder,
+            keep,
+            in_background,
+            newest,
+            warn,
+        )
         self.before_publishing = before_publishing
         self.rank, self.num_processes = accelerator.process_index, accelerator.num_processes
-        self.group = torch.distributed.new_group(backend="gloo", timeout=timeout) if self.num_processes > 1 else None
+        self.group = (
+            torch.distributed.new_group(backend="gloo", timeout=timeout) if self.num_processes > 1 else None
+        )
         self._thread: threading.Thread | None = None
         self._failures: list[str] = []
 
@@ -128,7 +138,9 @@ class Saver:
         final = self.folder / checkpoint_name(step)
         building = self.folder / f".{checkpoint_name(step)}.building"
         if self.rank == 0:
-            with contextlib.suppress(OSError):  # then no file can be written either, and that is told by every process
+            with contextlib.suppress(
+                OSError
+            ):  # then no file can be written either, and that is told by every process
                 checkpoint.remove_leftovers(self.folder)
                 make_folder(self.folder)
                 building.mkdir()
@@ -145,7 +157,11 @@ class Saver:
         if self.rank == 0:
             if not failures:
                 try:
-                    manifest = {**info, "step": step, "files": dict(sorted(item for entries, _ in parts for item in entries.items()))}
+                    manifest = {
+                        **info,
+                        "step": step,
+                        "files": dict(sorted(item for entries, _ in parts for item in entries.items())),
+                    }
                     self.before_publishing()
                     checkpoint.publish(building, final, manifest)
                 except Exception as error:  # the others wait to hear of it
@@ -158,7 +174,10 @@ class Saver:
     def _described(self, error: Exception) -> tuple[str, bool]:
         """What went wrong, and whether it is that the disk is full."""
         failure = system_error(error)
-        return f"{type(error).__name__}: {error} (rank {self.rank})", failure is not None and failure.errno in NO_SPACE
+        return (
+            f"{type(error).__name__}: {error} (rank {self.rank})",
+            failure is not None and failure.errno in NO_SPACE,
+        )
 
     def _make_room(self) -> bool:
         """Whether something could be removed to write the checkpoint again."""

@@ -80,6 +80,8 @@ def read(path: Path, function: Callable[[Path], T]) -> T:
                 raise
             if wait is None:
                 tried = f"tried {len(RETRY_AFTER) + 1} times over {sum(RETRY_AFTER):.0f} seconds"
-                raise StorageError(failure.errno, f"{path} cannot be read: {failure.strerror} ({tried})") from error
+                raise StorageError(
+                    failure.errno, f"{path} cannot be read: {failure.strerror} ({tried})"
+                ) from error
             time.sleep(wait)
     raise AssertionError("the last try returns or raises")

@@ -34,11 +34,22 @@ from .storage import replace
 NOTE = "mlflow.json"
 ARTIFACTS = ("loss.png", "accuracy_by_length.png", "samples.txt")
 BATCH_SECONDS = 2.0
-MAX_METRICS, MAX_PARAMETERS, MAX_PARAMETER_LENGTH = 1000, 100, 6000  # of one call, and of one value: MLflow's limits
+MAX_METRICS, MAX_PARAMETERS, MAX_PARAMETER_LENGTH = (
+    1000,
+    100,
+    6000,
+)  # of one call, and of one value: MLflow's limits
 LONGEST_PAUSE = 60.0
 ANSWER_SECONDS, LEAVING_SECONDS = 5.0, 60.0  # leaving waits so long for one answer, and for all of them
 SQLITE = re.compile(r"(sqlite(?:\+\w+)?:///)([^?]+)(.*)")
-SQLITE_SUFFIXES = ("-journal", "-wal", "-shm", ".lock", ".building", ".building-journal")  # of files beside a database
+SQLITE_SUFFIXES = (
+    "-journal",
+    "-wal",
+    "-shm",
+    ".lock",
+    ".building",
+    ".building-journal",
+)  # of files beside a database
 
 
 class _LeftError(Exception):
@@ -55,7 +66,14 @@ class Tracker:
         warn: is called with one line, once for each thing that goes wrong.
     """
 
-    def __init__(self, folder: Path, uri: str, experiment: str, parameters: dict[str, Any], warn: Callable[[str], object]):
+    def __init__(
+        self,
+        folder: Path,
+        uri: str,
+        experiment: str,
+        parameters: dict[str, Any],
+        warn: Callable[[str], object],
+    ):
         self.folder, self.uri, self.experiment, self._warn = folder, uri, experiment, warn
         self.parameters = {key: str(value)[:MAX_PARAMETER_LENGTH] for key, value in parameters.items()}
         self._metrics = folder / "metrics.jsonl"
@@ -89,7 +107,9 @@ class Tracker:
         while self._thread.is_alive() and not self._left:
             self._thread.join(0.05)
             asked, now = self._waiting_since, time.monotonic()
-            self._left = now - start > LEAVING_SECONDS or (asked is not None and now - max(asked, start) > ANSWER_SECONDS)
+            self._left = now - start > LEAVING_SECONDS or (
+                asked is not None and now - max(asked, start) > ANSWER_SECONDS
+            )
         if not self._complete:
             reason = "no answer yet" if self._left else self._reason
             message = f"tracking: {without_credentials(self.uri)} did not take everything ({reason})"
@@ -116,7 +136,10 @@ class Tracker:
                 if status is not None:
                     return
                 place = without_credentials(self.uri)
-                self._warn_once("failed", f"{place} failed ({self._reason}); training goes on, and what MLflow misses is sent later")
+                self._warn_once(
+                    "failed",
+                    f"{place} failed ({self._reason}); training goes on, and what MLflow misses is sent later",
+                )
                 self._closing.wait(pause)
                 pause = min(2 * pause, LONGEST_PAUSE)
                 self._wake.set()
@@ -148,12 +171,18 @@ class Tracker:
             run = self._begin(client)
         if run.info.run_id != self._run_id:
             self._run_id, self._offset, self._step = run.info.run_id, 0, 0
-        content = {"uri": without_credentials(uri), "recipe_uri": without_credentials(self.uri), "run_id": self._run_id}
+        content = {
+            "uri": without_credentials(uri),
+            "recipe_uri": without_credentials(self.uri),
+            "run_id": self._run_id,
+        }
         replace(self.folder / NOTE, json.dumps(content))
         self._send_parameters(client, run.data.params)
         if run.info.status != "RUNNING":
             self._ask(client.update_run, self._run_id, status="RUNNING")
-        self._last_steps = {metric.key: metric.step for metric in run.data._metric_objs}  # public are the values alone (MLflow 3.17)
+        self._last_steps = {
+            metric.key: metric.step for metric in run.data._metric_objs
+        }  # public are the values alone (MLflow 3.17)
         return client
 
     def _note(self) -> dict[str, Any] | None:
@@ -176,23 +205,35 @@ class Tracker:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
         if run is None or run.info.lifecycle_stage == "deleted":
-            self._warn_once("deleted", f"the MLflow run {run_id} was deleted; a new one begins, with every step of metrics.jsonl")
+            self._warn_once(
+                "deleted",
+                f"the MLflow run {run_id} was deleted; a new one begins, with every step of metrics.jsonl",
+            )
             return None
         known = [(key, value) for key, value in run.data.params.items() if key in self.parameters]
-        differs = any(not self.parameters[key].startswith(value) for key, value in known)  # some servers cut them
+        differs = any(
+            not self.parameters[key].startswith(value) for key, value in known
+        )  # some servers cut them
         if self._begins_anew and run_id != self._run_id and differs:
-            self._warn_once("other", f"the MLflow run {run_id} was begun with other settings; training begins anew, in a new one")
+            self._warn_once(
+                "other",
+                f"the MLflow run {run_id} was begun with other settings; training begins anew, in a new one",
+            )
             return None
         return run
 
     def _begin(self, client: Any) -> Any:
         """A new run, in the experiment or, where that was deleted, in one with a number behind its name."""
         name, number = self.experiment, 1
-        while (experiment := self._ask(client.get_experiment_by_name, name)) is not None and experiment.lifecycle_stage == "deleted":
+        while (
+            experiment := self._ask(client.get_experiment_by_name, name)
+        ) is not None and experiment.lifecycle_stage == "deleted":
             number += 1
             name = f"{self.experiment}-{number}"
         if name != self.experiment:
-            self._warn_once("experiment", f"the MLflow experiment {self.experiment} was deleted; the run is in {name}")
+            self._warn_once(
+                "experiment", f"the MLflow experiment {self.experiment} was deleted; the run is in {name}"
+            )
         experiment_id = experiment.experiment_id if experiment else self._ask(client.create_experiment, name)
         return self._ask(client.create_run, experiment_id, run_name=self.folder.resolve().name)
 
@@ -264,7 +305,11 @@ class Tracker:
 def tracker_of(folder: Path, recipe: Recipe, warn: Callable[[str], object]) -> Tracker | None:
     """The tracker of a run; None where the recipe wants none."""
     uri, experiment = recipe.tracking.place(), recipe.tracking.experiment
-    return None if uri is None else Tracker(folder, uri, experiment, flatten(public_config(resolved(recipe))), warn)
+    return (
+        None
+        if uri is None
+        else Tracker(folder, uri, experiment, flatten(public_config(resolved(recipe))), warn)
+    )
 
 
 def send_missed(folder: Path, recipe: Recipe, step: int, warn: Callable[[str], object]) -> None:
@@ -273,7 +318,11 @@ def send_missed(folder: Path, recipe: Recipe, step: int, warn: Callable[[str], o
         note = read_note(folder)
     except ValueError:
         note = None
-    if note is not None and note.get("finished_step") == step and _is_about(note, recipe.tracking.place() or ""):
+    if (
+        note is not None
+        and note.get("finished_step") == step
+        and _is_about(note, recipe.tracking.place() or "")
+    ):
         return
     if (tracker := tracker_of(folder, recipe, warn)) is not None:
         tracker.close("FINISHED")
@@ -331,17 +380,31 @@ def sqlite_file(uri: str) -> Path | None:
 def absolute_uri(uri: str) -> str:
     """The URI of a SQLite database with its path from the root; any other as it is."""
     database = sqlite_file(uri)
-    return uri if database is None else SQLITE.sub(lambda match: f"{match[1]}{Path(os.path.expanduser(database)).absolute()}{match[3]}", uri)
+    return (
+        uri
+        if database is None
+        else SQLITE.sub(
+            lambda match: f"{match[1]}{Path(os.path.expanduser(database)).absolute()}{match[3]}", uri
+        )
+    )
 
 
 def open_client(uri: str) -> Any:
     """An `MlflowClient` that prints nothing, and that gives a request up after a minute instead of four: what calls it tries again."""
-    defaults = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "30"}
+    defaults = {
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    }
     for name, value in defaults.items():  # MLflow reads them for each request, and has no other way
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
 
-    for name in ("mlflow", "alembic", "urllib3.connectionpool"):  # importing mlflow sets its own level; what fails is raised
+    for name in (
+        "mlflow",
+        "alembic",
+        "urllib3.connectionpool",
+    ):  # importing mlflow sets its own level; what fails is raised
         logging.getLogger(name).setLevel(logging.CRITICAL)
     return MlflowClient(tracking_uri=uri)
 

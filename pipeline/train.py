@@ -28,7 +28,9 @@ def main(argv: list[str] | None = None) -> None:
         status = 2 if isinstance(error, UserError) else 1
         note_error(error, status)
         is_main = os.environ.get("RANK", "0") == "0"
-        if is_main or (isinstance(error, StorageError) and error.errno is not None):  # reading can fail in one process alone
+        if is_main or (
+            isinstance(error, StorageError) and error.errno is not None
+        ):  # reading can fail in one process alone
             print(error if isinstance(error, UserError) else f"error: training: {error}", file=sys.stderr)
         raise SystemExit(status) from None
     except KeyboardInterrupt:

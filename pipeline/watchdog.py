@@ -23,7 +23,9 @@ from ..data.output import write_at_once
 from .processes import launcher_holds_store
 
 EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h
-SET_UP_SECONDS = 30.0  # that a phase of the set-up may take longer than `timeout`: a step says nothing about it
+SET_UP_SECONDS = (
+    30.0  # that a phase of the set-up may take longer than `timeout`: a step says nothing about it
+)
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,16 @@ class Watchdog:
         self._store = None if store is None else c10d.PrefixStore("minrnn/watchdog", store)
         if store is not None:
             self._write()
-            self._threads = [threading.Thread(target=target, daemon=True) for target in (self._talk, self._watch)]
+            self._threads = [
+                threading.Thread(target=target, daemon=True) for target in (self._talk, self._watch)
+            ]
 
     @classmethod
     def of(cls, accelerator: Accelerator, timeout: float) -> "Watchdog":
         """That of a connected process, over a connection of its own."""
-        store: Any = c10d._get_default_store() if accelerator.num_processes > 1 else None  # the only way to it
+        store: Any = (
+            c10d._get_default_store() if accelerator.num_processes > 1 else None
+        )  # the only way to it
         return cls(accelerator.process_index, accelerator.num_processes, timeout, store and store.clone())
 
     def enter(self, phase: str, is_set_up: bool = False) -> None:
@@ -99,7 +105,9 @@ class Watchdog:
     def _write(self) -> None:
         assert self._store is not None
         self._beat += 1
-        self._store.set(str(self.rank), f"{self._beat}|{self._moves}|{self._phase}|{socket.gethostname()}|{self._doing}")
+        self._store.set(
+            str(self.rank), f"{self._beat}|{self._moves}|{self._phase}|{socket.gethostname()}|{self._doing}"
+        )
 
     def _look(self) -> list[Seen]:
         assert self._store is not None
@@ -144,7 +152,9 @@ class Watchdog:
                     since = now  # it is its turn
                     self._forget_looks()
                 else:
-                    names = "; ".join(f"rank {seen.rank} on {seen.host} ({seen.doing})" for seen in suspects(before, after))
+                    names = "; ".join(
+                        f"rank {seen.rank} on {seen.host} ({seen.doing})" for seen in suspects(before, after)
+                    )
                     self._leave(f"nothing has moved for {limit:.0f} seconds; waiting for {names}")
             elif now - since > limit - 3 * self._period:
                 self._look_is_wanted.set()
@@ -154,5 +164,7 @@ class Watchdog:
         self._looks = []
 
     def _leave(self, why: str) -> None:
-        write_at_once(f"error: training: rank {self.rank}: {why}. Leaving; the newest checkpoint is as it was (train.peer_timeout).\n")
+        write_at_once(
+            f"error: training: rank {self.rank}: {why}. Leaving; the newest checkpoint is as it was (train.peer_timeout).\n"
+        )
         os._exit(EXIT_STATUS)

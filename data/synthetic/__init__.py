@@ -7,4 +7,13 @@ from .reader import IN_DISTRIBUTION, TaskReader, TaskValidation
 from .registry import TASKS, build_task, is_synthetic, tokenizer_of
 from .task import Task
 
-__all__ = ["IN_DISTRIBUTION", "TASKS", "Task", "TaskReader", "TaskValidation", "build_task", "is_synthetic", "tokenizer_of"]
+__all__ = [
+    "IN_DISTRIBUTION",
+    "TASKS",
+    "Task",
+    "TaskReader",
+    "TaskValidation",
+    "build_task",
+    "is_synthetic",
+    "tokenizer_of",
+]

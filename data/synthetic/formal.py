@@ -49,7 +49,9 @@ class FormalLanguage(Task):
             found["min_length"] = f"must be at least 1, not {self.min_length}"
         if self.max_length < max(self.min_length, self.shortest):
             needed = max(self.min_length, self.shortest)
-            found["max_length"] = f"must be at least {needed} (min_length {self.min_length}, shortest sequence {self.shortest})"
+            found["max_length"] = (
+                f"must be at least {needed} (min_length {self.min_length}, shortest sequence {self.shortest})"
+            )
         return found
 
 
@@ -230,7 +232,9 @@ class MajorityCount(OneAnswer):
     def problems(self) -> dict[str, str]:
         found = super().problems()
         if self.num_answers < 2:
-            found["max_length"] = "or one of test_lengths must be at least 2: a string of 1 symbol has but one count"
+            found["max_length"] = (
+                "or one of test_lengths must be at least 2: a string of 1 symbol has but one count"
+            )
         return found
 
     def answer(self, string: np.ndarray) -> int:

@@ -34,7 +34,9 @@ class TaskReader:
         state: where to go on, as a chunk carried it; None starts anew.
     """
 
-    def __init__(self, task: Task, reader: int, lanes: int, chunk: int, seed: int, state: dict[str, Any] | None = None):
+    def __init__(
+        self, task: Task, reader: int, lanes: int, chunk: int, seed: int, state: dict[str, Any] | None = None
+    ):
         assert chunk >= task.longest
         self.task, self.reader, self.lanes, self.chunk, self.seed = task, reader, lanes, chunk, seed
         self.step = 0 if state is None else state["step"]
@@ -44,7 +46,14 @@ class TaskReader:
         generator = np.random.default_rng([TRAIN, self.step, self.reader, self.seed])
         chunk = empty_chunk(self.reader, self.lanes, self.chunk, self.task.pad)
         for row in range(self.lanes):
-            _put(chunk, row, self.task, generator, self.task.draw_length(generator), f"example {row} of step {self.step}")
+            _put(
+                chunk,
+                row,
+                self.task,
+                generator,
+                self.task.draw_length(generator),
+                f"example {row} of step {self.step}",
+            )
         chunk.document_starts[:, 0] = True
         self.step += 1
         chunk.state = {"step": self.step}
@@ -85,7 +94,9 @@ class TaskValidation:
         for length in self.lengths:
             rows = max(1, self.lanes * self.task.longest // max(length, self.task.longest))
             for first in range(0, self._share, rows):
-                numbers = [self.reader + self.num_readers * i for i in range(first, min(first + rows, self._share))]
+                numbers = [
+                    self.reader + self.num_readers * i for i in range(first, min(first + rows, self._share))
+                ]
                 yield length, self._chunk(length, numbers)
 
     def _chunk(self, length: int, numbers: list[int]) -> Chunk:
@@ -94,6 +105,13 @@ class TaskValidation:
         for row, number in enumerate(numbers):
             if number < self.task.validation_examples:
                 generator = np.random.default_rng([VALIDATION, length, number, VALIDATION_SEED])
-                _put(chunk, row, self.task, generator, length or self.task.draw_length(generator), f"example {number}")
+                _put(
+                    chunk,
+                    row,
+                    self.task,
+                    generator,
+                    length or self.task.draw_length(generator),
+                    f"example {number}",
+                )
         chunk.document_starts[:, 0] = True
         return chunk

@@ -64,7 +64,9 @@ class SelectiveCopying(FixedLength):
         elif self.length < self.num_tokens:
             found["length"] = f"{self.length} positions cannot hold {self.num_tokens} tokens (num_tokens)"
         if self.vocab_size < 4:
-            found["vocab_size"] = f"must be at least 4 (blank, marker, two to tell apart), not {self.vocab_size}"
+            found["vocab_size"] = (
+                f"must be at least 4 (blank, marker, two to tell apart), not {self.vocab_size}"
+            )
         return found
 
     def example(self, generator: np.random.Generator, length: int) -> Example:
@@ -100,7 +102,11 @@ class MultiQueryRecall(Task):
     @property
     def symbols(self) -> list[str]:
         half = self.vocab_size // 2
-        return ["0", *(f"key-{number}" for number in range(1, half)), *(f"value-{number}" for number in range(half, self.vocab_size))]
+        return [
+            "0",
+            *(f"key-{number}" for number in range(1, half)),
+            *(f"value-{number}" for number in range(half, self.vocab_size)),
+        ]
 
     @property
     def num_answers(self) -> int:
@@ -112,13 +118,19 @@ class MultiQueryRecall(Task):
             found["sizes"] = "must name at least one (positions, pairs)"
         for length, pairs in self.sizes:
             if pairs < 1 or length < 4 * pairs:
-                found["sizes"] = f"{pairs} pairs and as many queries need at least 1 pair and {4 * max(pairs, 1)} positions, not {length}"
+                found["sizes"] = (
+                    f"{pairs} pairs and as many queries need at least 1 pair and {4 * max(pairs, 1)} positions, not {length}"
+                )
             elif pairs > self.vocab_size // 2 - 1:
-                found["vocab_size"] = f"{self.vocab_size} has {max(self.vocab_size // 2 - 1, 0)} keys, too few for {pairs} pairs"
+                found["vocab_size"] = (
+                    f"{self.vocab_size} has {max(self.vocab_size // 2 - 1, 0)} keys, too few for {pairs} pairs"
+                )
         if len(dict(self.sizes)) < len(self.sizes):
             found["sizes"] = "must name each length once"
         if unknown := [length for length in self.test_lengths if length not in dict(self.sizes)]:
-            found["test_lengths"] = f"{unknown[0]} is none of the lengths in sizes ({', '.join(str(length) for length, _ in self.sizes)})"
+            found["test_lengths"] = (
+                f"{unknown[0]} is none of the lengths in sizes ({', '.join(str(length) for length, _ in self.sizes)})"
+            )
         if not self.power > 0:
             found["power"] = f"must be positive, not {self.power}"
         return found
@@ -133,7 +145,9 @@ class MultiQueryRecall(Task):
         ids, labels = generator.integers(0, self.vocab_size, length), unscored(length)
         ids[0 : 2 * pairs : 2], ids[1 : 2 * pairs : 2] = keys, values
         weights = np.arange(1, (length - 2 * pairs) // 2 + 1) ** (self.power - 1.0)
-        places = 2 * pairs + 2 * generator.choice(len(weights), pairs, replace=False, p=weights / weights.sum())
+        places = 2 * pairs + 2 * generator.choice(
+            len(weights), pairs, replace=False, p=weights / weights.sum()
+        )
         ids[places], labels[places] = keys, values
         return ids, labels
 
@@ -202,14 +216,18 @@ class Needle(FixedLength):
         return 10
 
     def problems(self) -> dict[str, str]:
-        return super().problems() | ({} if self.num_digits > 0 else {"num_digits": f"must be at least 1, not {self.num_digits}"})
+        return super().problems() | (
+            {} if self.num_digits > 0 else {"num_digits": f"must be at least 1, not {self.num_digits}"}
+        )
 
     def example(self, generator: np.random.Generator, length: int) -> Example:
         digits = bytes(generator.integers(ord("0"), ord("9") + 1, self.num_digits).tolist())
         num_filler, first = length - self.shortest, int(generator.integers(len(HAYSTACK)))
         filler = (HAYSTACK * (num_filler // len(HAYSTACK) + 2))[first : first + num_filler]
         depth = int(generator.integers(num_filler + 1))
-        text = np.frombuffer(filler[:depth] + NEEDLE % digits + filler[depth:] + QUESTION + digits, np.uint8).astype(np.int64)
+        text = np.frombuffer(
+            filler[:depth] + NEEDLE % digits + filler[depth:] + QUESTION + digits, np.uint8
+        ).astype(np.int64)
         labels = unscored(length)
         labels[-self.num_digits :] = text[-self.num_digits :]
         return text[:-1], labels

@@ -49,7 +49,11 @@ def _near(name: str, known: list[str]) -> str:
 
 def _checked(task: type[Task], options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The options in their types, and what is wrong with them."""
-    from pydantic import ConfigDict, TypeAdapter, ValidationError  # the processes that read ahead have no use for it
+    from pydantic import (
+        ConfigDict,
+        TypeAdapter,
+        ValidationError,
+    )  # the processes that read ahead have no use for it
 
     types: dict[str, Any] = get_type_hints(task)
     values, problems = {}, []
@@ -58,7 +62,9 @@ def _checked(task: type[Task], options: Mapping[str, Any]) -> tuple[dict[str, An
             problems.append(f"unknown option {name} ({_near(name, list(types))})")
             continue
         try:
-            values[name] = TypeAdapter(types[name], config=ConfigDict(allow_inf_nan=False)).validate_python(value)
+            values[name] = TypeAdapter(types[name], config=ConfigDict(allow_inf_nan=False)).validate_python(
+                value
+            )
         except ValidationError as error:
             first = error.errors()[0]
             problems.append(f"{name}: {first['msg'][0].lower()}{first['msg'][1:]}, not {first['input']!r}")
@@ -82,7 +88,9 @@ def build_task(corpus: str, options: Mapping[str, Any] | None = None) -> Task:
     return task
 
 
-def tokenizer_of(corpus: str, tokenizer: str, options: Mapping[str, Any] | None = None, trust_remote_code: bool = False) -> Any:
+def tokenizer_of(
+    corpus: str, tokenizer: str, options: Mapping[str, Any] | None = None, trust_remote_code: bool = False
+) -> Any:
     """A run's tokenizer: a task's own vocabulary, or that which `data.tokenizer` names.
 
     Args:
@@ -93,4 +101,8 @@ def tokenizer_of(corpus: str, tokenizer: str, options: Mapping[str, Any] | None 
     """
     from ..tokenizer import load_tokenizer
 
-    return build_task(corpus, options).tokenizer() if is_synthetic(corpus) else load_tokenizer(tokenizer, trust_remote_code)
+    return (
+        build_task(corpus, options).tokenizer()
+        if is_synthetic(corpus)
+        else load_tokenizer(tokenizer, trust_remote_code)
+    )

@@ -61,7 +61,9 @@ class Task(ABC):
         if self.validation_examples < 1:
             found["validation_examples"] = f"must be at least 1, not {self.validation_examples}"
         if too_short := [length for length in self.test_lengths if length < self.shortest]:
-            found["test_lengths"] = f"the shortest sequence has {self.shortest} positions, so there is none of {too_short[0]}"
+            found["test_lengths"] = (
+                f"the shortest sequence has {self.shortest} positions, so there is none of {too_short[0]}"
+            )
         return found
 
     @property

@@ -19,8 +19,21 @@ from ...models.cells import CANDIDATE_ACTIVATIONS, CELLS
 from ...models.scan import default_backend, linear_scan
 from .measure import reason_of, release_memory
 
-TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}  # of the largest element: some units in its last place
-SHAPES = ((1, 1, 1), (2, 7, 5), (3, 100, 33), (2, 1000, 130), (1, 5000, 64), (4, 257, 512), (1, 40_000, 96), (70, 130, 257))
+TOLERANCES = {
+    torch.float32: 1e-4,
+    torch.bfloat16: 2e-2,
+    torch.float16: 5e-3,
+}  # of the largest element: some units in its last place
+SHAPES = (
+    (1, 1, 1),
+    (2, 7, 5),
+    (3, 100, 33),
+    (2, 1000, 130),
+    (1, 5000, 64),
+    (4, 257, 512),
+    (1, 40_000, 96),
+    (70, 130, 257),
+)
 TINY_SHAPES = ((1, 1, 1), (2, 9, 5))
 Shape = tuple[int, int, int]
 
@@ -35,17 +48,29 @@ def _random(*shape: int, seed: int, dtype: torch.dtype, device: torch.device) ->
     return torch.randn(shape, generator=torch.Generator(device).manual_seed(seed), device=device).to(dtype)
 
 
-def _results(function: Callable[..., tuple[Tensor, Tensor]], leaves: Sequence[Tensor], kept: Tensor | None, seed: int) -> list[Tensor]:
+def _results(
+    function: Callable[..., tuple[Tensor, Tensor]], leaves: Sequence[Tensor], kept: Tensor | None, seed: int
+) -> list[Tensor]:
     """Outputs, and the gradients of all leaves for the same random gradients of both outputs; `kept` masks outputs that mean nothing."""
     leaves = [leaf.detach().requires_grad_() for leaf in leaves]
     y, h_last = function(*leaves)
     if kept is not None:
         y = y * kept.unsqueeze(-1)
-    grads = [_random(*x.shape, seed=seed + i, dtype=torch.float32, device=x.device).bfloat16().to(x.dtype) for i, x in enumerate((y, h_last))]
+    grads = [
+        _random(*x.shape, seed=seed + i, dtype=torch.float32, device=x.device).bfloat16().to(x.dtype)
+        for i, x in enumerate((y, h_last))
+    ]
     return [y.detach(), h_last.detach(), *torch.autograd.grad((y, h_last), leaves, grads)]
 
 
-def _row(kind: str, names: Sequence[str], found: list[Tensor], exact: list[Tensor], again: list[Tensor], tolerance: float) -> dict[str, Any]:
+def _row(
+    kind: str,
+    names: Sequence[str],
+    found: list[Tensor],
+    exact: list[Tensor],
+    again: list[Tensor],
+    tolerance: float,
+) -> dict[str, Any]:
     errors = {name: relative_error(x, y) for name, x, y in zip(names, found, exact, strict=True)}
     same = all(torch.equal(x, y) for x, y in zip(found, again, strict=True))
     passed = same and max(errors.values()) <= tolerance
@@ -65,10 +90,22 @@ def check_scan(shape: Shape, dtype: torch.dtype, device: torch.device, backend: 
     found, again = (_results(run(backend), (a, b, h0), None, 4) for _ in range(2))
     exact = _results(run("torch"), (a.double(), b.double(), h0.double()), None, 4)
     names = ("h", "h_last", "da", "db", "dh0")
-    return {**_row("scan", names, found, exact, again, TOLERANCES[dtype]), "shape": list(shape), "dtype": str(dtype)}
+    return {
+        **_row("scan", names, found, exact, again, TOLERANCES[dtype]),
+        "shape": list(shape),
+        "dtype": str(dtype),
+    }
 
 
-def check_cell(shape: Shape, dtype: torch.dtype, device: torch.device, backend: str, cell: str, activation: str, gate: bool) -> dict[str, Any]:
+def check_cell(
+    shape: Shape,
+    dtype: torch.dtype,
+    device: torch.device,
+    backend: str,
+    cell: str,
+    activation: str,
+    gate: bool,
+) -> dict[str, Any]:
     """`cell_scan` at one shape, with document starts and padding."""
     (batch, time, width), num_gates = shape, CELLS[cell].num_gates
     projected = _random(batch, time, (num_gates + 1 + gate) * width, seed=1, dtype=dtype, device=device)
@@ -80,13 +117,25 @@ def check_cell(shape: Shape, dtype: torch.dtype, device: torch.device, backend: 
     kept = positions < lengths.unsqueeze(1)
 
     def run(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
-        options = {"cell": cell, "activation": activation, "output_gate": gate, "document_starts": starts, "lengths": lengths}
+        options = {
+            "cell": cell,
+            "activation": activation,
+            "output_gate": gate,
+            "document_starts": starts,
+            "lengths": lengths,
+        }
         return lambda projected, bias, h0: cell_scan(projected, bias, h0, **options, backend=backend)
 
     found, again = (_results(run(backend), (projected, bias, h0), kept, 4) for _ in range(2))
     exact = _results(run("torch"), (projected.double(), bias.double(), h0.double()), kept, 4)
     names = ("y", "h_last", "d_projected", "d_gate_bias", "dh0")
-    what = {"shape": list(shape), "dtype": str(dtype), "cell": cell, "activation": activation, "output_gate": gate}
+    what = {
+        "shape": list(shape),
+        "dtype": str(dtype),
+        "cell": cell,
+        "activation": activation,
+        "output_gate": gate,
+    }
     return {**_row("cell", names, found, exact, again, TOLERANCES[dtype]), **what}
 
 
@@ -98,21 +147,47 @@ def check_large(device: torch.device, backend: str) -> dict[str, Any]:
     b[:, -tail:] = _random(1, tail, shape[2], seed=1, dtype=torch.bfloat16, device=device)
     _, before = linear_scan(a[:, :-tail], b[:, :-tail], backend=backend)
     h, h_last = linear_scan(a, b, backend=backend)
-    exact, exact_last = linear_scan(a[:, -tail:].double(), b[:, -tail:].double(), before.double(), backend="torch")
+    exact, exact_last = linear_scan(
+        a[:, -tail:].double(), b[:, -tail:].double(), before.double(), backend="torch"
+    )
     errors = {"h": relative_error(h[:, -tail:], exact), "h_last": relative_error(h_last, exact_last)}
-    return {"kind": "scan past 2^31 elements", "shape": list(shape), "errors": errors, "passed": max(errors.values()) <= 2e-2}
+    return {
+        "kind": "scan past 2^31 elements",
+        "shape": list(shape),
+        "errors": errors,
+        "passed": max(errors.values()) <= 2e-2,
+    }
 
 
 def cases(device: torch.device, backend: str, tiny: bool) -> list[Callable[[], dict[str, Any]]]:
     """All checks. A kernel is compiled for each form of the cell, so only some forms go through all shapes, and come first."""
     shapes, dtypes = (TINY_SHAPES, (torch.float32,)) if tiny else (SHAPES, tuple(TOLERANCES))
-    forms = [("mingru", "none", True), ("minlstm", "none", True), ("mingru", "g", False), ("minlstm", "g", False)]
-    others = [form for form in itertools.product(FUSED_CELLS, CANDIDATE_ACTIVATIONS, (False, True)) if form not in forms]
-    found: list[Callable[[], dict[str, Any]]] = [partial(check_scan, *case, device, backend) for case in itertools.product(shapes, dtypes)]
-    found += [partial(check_cell, *case, device, backend, *form) for form in forms for case in itertools.product(shapes, dtypes[:2])]
+    forms = [
+        ("mingru", "none", True),
+        ("minlstm", "none", True),
+        ("mingru", "g", False),
+        ("minlstm", "g", False),
+    ]
+    others = [
+        form
+        for form in itertools.product(FUSED_CELLS, CANDIDATE_ACTIVATIONS, (False, True))
+        if form not in forms
+    ]
+    found: list[Callable[[], dict[str, Any]]] = [
+        partial(check_scan, *case, device, backend) for case in itertools.product(shapes, dtypes)
+    ]
+    found += [
+        partial(check_cell, *case, device, backend, *form)
+        for form in forms
+        for case in itertools.product(shapes, dtypes[:2])
+    ]
     if not tiny:
         found.insert(0, partial(check_large, device, backend))
-        found += [partial(check_cell, *case, device, backend, *form) for form in others for case in itertools.product(SHAPES[3:5], dtypes[:2])]
+        found += [
+            partial(check_cell, *case, device, backend, *form)
+            for form in others
+            for case in itertools.product(SHAPES[3:5], dtypes[:2])
+        ]
     return found
 
 
@@ -125,7 +200,14 @@ def run_checks(device: torch.device, tiny: bool, report: Callable[[list[dict[str
             try:
                 rows.append({**case(), "backend": backend})
             except Exception as error:
-                rows.append({"kind": f"case {number}", "backend": backend, "reason": reason_of(error), "passed": False})
+                rows.append(
+                    {
+                        "kind": f"case {number}",
+                        "backend": backend,
+                        "reason": reason_of(error),
+                        "passed": False,
+                    }
+                )
             release_memory(device)
             if number % 20 == 0:
                 report(rows)

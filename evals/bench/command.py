@@ -102,14 +102,32 @@ def _parser(kind: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     module.add_arguments(parser)
-    parser.add_argument("--peers", default="all", help="contenders beside ours, separated by commas; all or none (default: %(default)s)")
+    parser.add_argument(
+        "--peers",
+        default="all",
+        help="contenders beside ours, separated by commas; all or none (default: %(default)s)",
+    )
     add_device(parser)
     parser.add_argument("--threads", type=int, help="of torch on the CPU (default: as many as torch takes)")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each contender (default: %(default)s)")
-    parser.add_argument("--min-seconds", type=float, default=0.2, help="work is repeated until a turn lasts so long (default: %(default)s)")
-    parser.add_argument("--limit", type=float, default=120, help="seconds after which a contender takes no further turn (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="turns of each contender (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--min-seconds",
+        type=float,
+        default=0.2,
+        help="work is repeated until a turn lasts so long (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--limit",
+        type=float,
+        default=120,
+        help="seconds after which a contender takes no further turn (default: %(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of weights and inputs (default: %(default)s)")
-    parser.add_argument("--out", type=user_path, help=f"JSON file to write (default: evals/results/bench-{kind}-DEVICE.json)")
+    parser.add_argument(
+        "--out", type=user_path, help=f"JSON file to write (default: evals/results/bench-{kind}-DEVICE.json)"
+    )
     return parser
 
 
@@ -137,10 +155,14 @@ def parse(kind: str, argv: Sequence[str]) -> argparse.Namespace:
     except UserError as error:
         settings.problems += error.problems
     if arguments.out is not None and arguments.out.suffix != ".json":
-        settings.problems.append(("--out", f"{arguments.out} must end in .json; the plot goes beside it as .png"))
+        settings.problems.append(
+            ("--out", f"{arguments.out} must end in .json; the plot goes beside it as .png")
+        )
     module.resolve(arguments, settings)
     settings.check()
-    arguments.out = arguments.out or Path("evals", "results", f"bench-{kind}-{arguments.device.partition(':')[0]}.json")
+    arguments.out = arguments.out or Path(
+        "evals", "results", f"bench-{kind}-{arguments.device.partition(':')[0]}.json"
+    )
     return arguments
 
 
@@ -176,6 +198,11 @@ def main(argv: Sequence[str]) -> None:
     if kind not in KINDS:
         near = difflib.get_close_matches(kind, KINDS, n=1)
         raise UserError(
-            (f"bench {kind}", f"unknown bench (did you mean {near[0]}?)" if near else f"unknown bench; there are {', '.join(KINDS)}")
+            (
+                f"bench {kind}",
+                f"unknown bench (did you mean {near[0]}?)"
+                if near
+                else f"unknown bench; there are {', '.join(KINDS)}",
+            )
         )
     run_bench(kind, rest)

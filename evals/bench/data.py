@@ -37,19 +37,27 @@ TRAINING, RAW = "training step", "raw read"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What only this bench takes."""
     add_model_arguments(parser)
-    parser.add_argument("--corpus", default="python-stdlib", help="as a recipe's data.corpus (default: %(default)s)")
+    parser.add_argument(
+        "--corpus", default="python-stdlib", help="as a recipe's data.corpus (default: %(default)s)"
+    )
     parser.add_argument("--lanes", type=int, default=8, help="rows of a chunk (default: %(default)s)")
     parser.add_argument("--chunk", type=int, default=512, help="tokens of a row (default: %(default)s)")
     parser.add_argument("--workers", default="0,1", help="worker processes to try (default: %(default)s)")
-    parser.add_argument("--window", type=int, default=256, help="documents that are shuffled together (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=100, help="chunks taken in a turn (default: %(default)s)")
+    parser.add_argument(
+        "--window", type=int, default=256, help="documents that are shuffled together (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=100, help="chunks taken in a turn (default: %(default)s)"
+    )
 
 
 def resolve(arguments: argparse.Namespace, settings: Settings) -> None:
     """Parse the lists, in place."""
     resolve_model(arguments, settings)
     workers = [word.strip() for word in arguments.workers.split(",")]
-    arguments.workers = [0] * ("0" in workers) + parse_counts(settings, "--workers", ",".join(word for word in workers if word != "0"))
+    arguments.workers = [0] * ("0" in workers) + parse_counts(
+        settings, "--workers", ",".join(word for word in workers if word != "0")
+    )
     for name in ("lanes", "chunk", "window", "steps"):
         settings.at_least(f"--{name}", getattr(arguments, name), 1)
 
@@ -79,13 +87,24 @@ def run(arguments: argparse.Namespace, record: Record) -> None:
     rates = {name: num_tokens / timing.median for name, timing in timings.items() if timing.seconds}
     rows: list[dict[str, Any]] = []
     for name in makers:
-        row = {"section": "data", "contender": name, "tokens_per_turn_step": num_tokens, **timings[name].row()}
+        row = {
+            "section": "data",
+            "contender": name,
+            "tokens_per_turn_step": num_tokens,
+            **timings[name].row(),
+        }
         if name in rates:
             row["tokens_per_second"] = rates[name]
-            row |= {f"of_{key}": rates[name] / rates[other] for key, other in (("demand", TRAINING), ("raw_read", RAW)) if other in rates}
+            row |= {
+                f"of_{key}": rates[name] / rates[other]
+                for key, other in (("demand", TRAINING), ("raw_read", RAW))
+                if other in rates
+            }
         rows.append(row)
     record.add(rows)
-    print(_table(rows, f"data path, {arguments.corpus}, {arguments.lanes} x {arguments.chunk} tokens at a time"))
+    print(
+        _table(rows, f"data path, {arguments.corpus}, {arguments.lanes} x {arguments.chunk} tokens at a time")
+    )
 
 
 def _raw_read(arguments: argparse.Namespace, num_tokens: int) -> Turn:
@@ -106,7 +125,9 @@ def _raw_read(arguments: argparse.Namespace, num_tokens: int) -> Turn:
     return turn
 
 
-def _loader_maker(arguments: argparse.Namespace, workers: int, closers: list[Callable[[], None]]) -> Callable[[], Turn]:
+def _loader_maker(
+    arguments: argparse.Namespace, workers: int, closers: list[Callable[[], None]]
+) -> Callable[[], Turn]:
     """Our loader as training uses it."""
 
     def make() -> Turn:
@@ -114,7 +135,14 @@ def _loader_maker(arguments: argparse.Namespace, workers: int, closers: list[Cal
 
         encoder = Encoder.of(byte_tokenizer(), BYTES)
         spec = ReaderSpec(
-            CorpusSpec(arguments.corpus), "documents", encoder, 1, arguments.lanes, arguments.chunk, arguments.window, arguments.seed
+            CorpusSpec(arguments.corpus),
+            "documents",
+            encoder,
+            1,
+            arguments.lanes,
+            arguments.chunk,
+            arguments.window,
+            arguments.seed,
         )
         loader = ChunkLoader(spec, [0], [None], workers)
         closers.append(loader.close)
@@ -154,14 +182,20 @@ def _datasets(arguments: argparse.Namespace) -> Turn:
                     yield {"text": document.text}
 
     def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        return {"input_ids": tokenizer(batch["text"], return_attention_mask=False, return_token_type_ids=False)["input_ids"]}
+        return {
+            "input_ids": tokenizer(batch["text"], return_attention_mask=False, return_token_type_ids=False)[
+                "input_ids"
+            ]
+        }
 
     def group(batch: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
         joined = list(itertools.chain.from_iterable(batch["input_ids"]))
         return {"input_ids": [joined[i : i + length] for i in range(0, len(joined) - length + 1, length)]}
 
     dataset: Any = IterableDataset.from_generator(documents)
-    dataset = dataset.map(encode, batched=True, batch_size=64, remove_columns=["text"]).map(group, batched=True, batch_size=64)
+    dataset = dataset.map(encode, batched=True, batch_size=64, remove_columns=["text"]).map(
+        group, batched=True, batch_size=64
+    )
 
     def chunks() -> Iterator[torch.Tensor]:
         rows: list[list[int]] = []
@@ -179,7 +213,9 @@ def _training(arguments: argparse.Namespace) -> Turn:
     """Steps of our default model on chunks of this size."""
     names = ("params", "layers", "dtype", "device", "threads", "seed", "min_seconds", "compile")
     spec = {"family": "minrnn", **{name: getattr(arguments, name) for name in names}}
-    work = TrainingWork({**spec, "batch": arguments.lanes, "length": arguments.chunk, "chunk": arguments.chunk})
+    work = TrainingWork(
+        {**spec, "batch": arguments.lanes, "length": arguments.chunk, "chunk": arguments.chunk}
+    )
     return lambda: {"seconds": work.turn()["seconds"]}
 
 

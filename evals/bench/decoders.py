@@ -88,10 +88,19 @@ class LlamaDecoder(Decoder):
         """Random keys and values for `context` tokens, and room for the turns."""
         config, weight = self.model.config, self.model.get_input_embeddings().weight
         self.forget()
-        needed = 2 * config.num_hidden_layers * self.batch * (context + self.max_steps) * config.hidden_size * weight.element_size()
+        needed = (
+            2
+            * config.num_hidden_layers
+            * self.batch
+            * (context + self.max_steps)
+            * config.hidden_size
+            * weight.element_size()
+        )
         free = available_bytes(weight.device)
         if needed > 0.8 * free:
-            raise Unavailable(f"keys and values of {context:,} tokens need {si(needed, 'B')} of memory, {si(free, 'B')} are free")
+            raise Unavailable(
+                f"keys and values of {context:,} tokens need {si(needed, 'B')} of memory, {si(free, 'B')} are free"
+            )
         self.context = context
         self.state = StaticCache(config=config, max_cache_len=context + self.max_steps)
         heads, head_size = config.num_key_value_heads, config.head_dim
@@ -108,7 +117,9 @@ class LlamaDecoder(Decoder):
                 layer.cumulative_length.fill_(self.context)
 
     def step(self, token: Tensor) -> Tensor:
-        return self.model(input_ids=token, past_key_values=self.state, use_cache=True).logits[:, -1:].argmax(-1)
+        return (
+            self.model(input_ids=token, past_key_values=self.state, use_cache=True).logits[:, -1:].argmax(-1)
+        )
 
     def state_tensors(self) -> list[Tensor]:
         return [tensor for layer in self.state.layers for tensor in (layer.keys, layer.values)]
@@ -131,7 +142,11 @@ def decoder_of(family: str, model: Any, batch: int, max_steps: int) -> Decoder:
 
         return Decoder(model, forward, list, lambda state, tensors: tensors)
     if family == "xlstm":
-        return Decoder(model, _cache_params_forward(model), lambda state: [t for states in state.rnn_state.values() for t in states])
+        return Decoder(
+            model,
+            _cache_params_forward(model),
+            lambda state: [t for states in state.rnn_state.values() for t in states],
+        )
     return Decoder(model, _cache_params_forward(model), _mamba_tensors)
 
 
@@ -144,7 +159,9 @@ def _minrnn_forward(model: Any) -> Callable[[Tensor, MinRNNCache | None], tuple[
 
 
 def _minrnn_tensors(state: MinRNNCache) -> list[Tensor]:
-    return [tensor for layer in state.layers for tensor in (layer.recurrent, layer.conv) if tensor is not None]
+    return [
+        tensor for layer in state.layers for tensor in (layer.recurrent, layer.conv) if tensor is not None
+    ]
 
 
 def _minrnn_with_tensors(state: MinRNNCache, tensors: list[Tensor]) -> MinRNNCache:

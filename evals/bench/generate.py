@@ -54,15 +54,38 @@ GRAPH = " (CUDA graph)"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What only this bench takes."""
     add_model_arguments(parser)
-    parser.add_argument("--contexts", default="1024,2048,16384,131072,1048576", help="tokens before the first new one (default: %(default)s)")
-    parser.add_argument("--batches", default="1,16", help="rows that decode together (default: %(default)s)")
-    parser.add_argument("--prefill", type=int, default=8192, help="tokens (rows included) that ours reads at once (default: %(default)s)")
-    parser.add_argument("--read", type=int, default=16_384, help="tokens (rows included) that a prefill is timed on (default: %(default)s)")
     parser.add_argument(
-        "--read-ours", type=int, default=2**20, help="contexts (rows included) that ours reads to the end (default: %(default)s)"
+        "--contexts",
+        default="1024,2048,16384,131072,1048576",
+        help="tokens before the first new one (default: %(default)s)",
     )
-    parser.add_argument("--steps", type=int, default=16, help="tokens decoded in a turn, for each row (default: %(default)s)")
-    parser.add_argument("--cuda-graphs", action="store_true", help="each contender also with its step captured in a CUDA graph")
+    parser.add_argument("--batches", default="1,16", help="rows that decode together (default: %(default)s)")
+    parser.add_argument(
+        "--prefill",
+        type=int,
+        default=8192,
+        help="tokens (rows included) that ours reads at once (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--read",
+        type=int,
+        default=16_384,
+        help="tokens (rows included) that a prefill is timed on (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--read-ours",
+        type=int,
+        default=2**20,
+        help="contexts (rows included) that ours reads to the end (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--steps", type=int, default=16, help="tokens decoded in a turn, for each row (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--cuda-graphs",
+        action="store_true",
+        help="each contender also with its step captured in a CUDA graph",
+    )
 
 
 def resolve(arguments: argparse.Namespace, settings: Settings) -> None:
@@ -91,11 +114,20 @@ class DecodingWork:
         model, size, count = build(spec["family"], spec["params"], options, self.device)
         model.to(DTYPES[spec["dtype"]]).eval()
         self.weights_bytes = tensor_bytes(model.parameters())
-        self.decoder = decoder_of(spec["family"], torch.compile(model) if spec["compile"] else model, self.batch, self.steps + 8)
+        self.decoder = decoder_of(
+            spec["family"], torch.compile(model) if spec["compile"] else model, self.batch, self.steps + 8
+        )
         self.token = torch.zeros(self.batch, 1, dtype=torch.long, device=self.device)
-        self.info = {"parameters": count, "width": size[0], "fine": size[1], "kernels": kernels_of(spec["family"], spec["compile"])}
+        self.info = {
+            "parameters": count,
+            "width": size[0],
+            "fine": size[1],
+            "kernels": kernels_of(spec["family"], spec["compile"]),
+        }
         with torch.inference_mode():
-            self.decoder.read(self.token.expand(-1, 8))  # what libraries take once (compilers, thread pools) is nobody's memory
+            self.decoder.read(
+                self.token.expand(-1, 8)
+            )  # what libraries take once (compilers, thread pools) is nobody's memory
             self.decoder.forget()
             release_memory(self.device)
             self.memory_before = current_memory(self.device) - self.weights_bytes
@@ -135,7 +167,10 @@ class DecodingWork:
             start = time.perf_counter()
             self._decode(self.steps)
             synchronize(self.device)
-        return {"seconds": (time.perf_counter() - start) / self.steps, "peak_bytes": peak_memory(self.device) - self.memory_before - others}
+        return {
+            "seconds": (time.perf_counter() - start) / self.steps,
+            "peak_bytes": peak_memory(self.device) - self.memory_before - others,
+        }
 
     def _decode(self, num_steps: int) -> None:
         self.decoder.rewind()
@@ -186,16 +221,40 @@ def run(arguments: argparse.Namespace, record: Record) -> None:
             rows, ceilings = measure_context(batch, context, arguments)
             record.data["ceilings"][f"batch {batch}, context {context}"] = ceilings
             record.add(rows)
-            print(_table(rows, f"decoding {batch} row(s) after {context:,} tokens, {arguments.dtype} on {arguments.device}"))
+            print(
+                _table(
+                    rows,
+                    f"decoding {batch} row(s) after {context:,} tokens, {arguments.dtype} on {arguments.device}",
+                )
+            )
         if len(arguments.contexts) > 1:
             for family in arguments.cells:
                 rows = measure_contexts(family, batch, arguments)
                 record.add(rows)
-                print(_table(rows, f"decoding {batch} row(s), all contexts in turn, {arguments.dtype} on {arguments.device}"))
+                print(
+                    _table(
+                        rows,
+                        f"decoding {batch} row(s), all contexts in turn, {arguments.dtype} on {arguments.device}",
+                    )
+                )
 
 
-def _spec(family: str, batch: int, context: int, arguments: argparse.Namespace, **more: Any) -> dict[str, Any]:
-    names = ("params", "layers", "dtype", "device", "threads", "seed", "compile", "prefill", "read", "read_ours", "steps")
+def _spec(
+    family: str, batch: int, context: int, arguments: argparse.Namespace, **more: Any
+) -> dict[str, Any]:
+    names = (
+        "params",
+        "layers",
+        "dtype",
+        "device",
+        "threads",
+        "seed",
+        "compile",
+        "prefill",
+        "read",
+        "read_ours",
+        "steps",
+    )
     common = {"module": "generate", "family": family, "batch": batch, "context": context, "graph": False}
     return {**common, **{name: getattr(arguments, name) for name in names}, **more}
 
@@ -203,22 +262,37 @@ def _spec(family: str, batch: int, context: int, arguments: argparse.Namespace, 
 def measure_contexts(family: str, batch: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of one of ours after every context, measured in turn: `of_shortest` is the time by that after the shortest."""
     shortest = min(arguments.contexts)
-    specs = {f"{family} after {context:,}": _spec(family, batch, context, arguments) for context in arguments.contexts}
+    specs = {
+        f"{family} after {context:,}": _spec(family, batch, context, arguments)
+        for context in arguments.contexts
+    }
     rounds = 4 * arguments.rounds
     with tqdm(total=rounds * len(specs), desc="generate, contexts in turn", leave=False) as bar:
         timings, infos = contest(specs, rounds, arguments.limit, arguments.device == "cpu", {}, bar)
     rows = [
-        {"section": "contexts", "contender": name, "context": spec["context"], "batch": batch, **infos.get(name, {}), **timings[name].row()}
+        {
+            "section": "contexts",
+            "contender": name,
+            "context": spec["context"],
+            "batch": batch,
+            **infos.get(name, {}),
+            **timings[name].row(),
+        }
         for name, spec in specs.items()
     ]
     base = next(row.get("median_seconds") for row in rows if row["context"] == shortest)
     for row in rows:
         if base and row.get("median_seconds"):
-            row |= {"of_shortest": row["median_seconds"] / base, "tokens_per_second": batch / row["median_seconds"]}
+            row |= {
+                "of_shortest": row["median_seconds"] / base,
+                "tokens_per_second": batch / row["median_seconds"],
+            }
     return rows
 
 
-def measure_context(batch: int, context: int, arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def measure_context(
+    batch: int, context: int, arguments: argparse.Namespace
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Rows of everyone after one context, and the ceilings of the same rotation."""
     device = torch.device(arguments.device)
     families = [*arguments.cells, *arguments.peers]
@@ -226,12 +300,26 @@ def measure_context(batch: int, context: int, arguments: argparse.Namespace) -> 
     if arguments.cuda_graphs:
         specs |= {family + GRAPH: _spec(family, batch, context, arguments, graph=True) for family in families}
     ceilings = default_ceilings(device, DTYPES[arguments.dtype], tiny=context <= 256)
-    clocks = {name: Stopwatch(always(ceiling.function), device, arguments.min_seconds) for name, ceiling in ceilings.items()}
-    with tqdm(total=arguments.rounds * (len(specs) + len(clocks)), desc=f"generate, {batch} x {context}", leave=False) as bar:
+    clocks = {
+        name: Stopwatch(always(ceiling.function), device, arguments.min_seconds)
+        for name, ceiling in ceilings.items()
+    }
+    with tqdm(
+        total=arguments.rounds * (len(specs) + len(clocks)),
+        desc=f"generate, {batch} x {context}",
+        leave=False,
+    ) as bar:
         timings, infos = contest(specs, arguments.rounds, arguments.limit, device.type == "cpu", clocks, bar)
     rows: list[dict[str, Any]] = []
     for name in specs:
-        row = {"section": "generate", "contender": name, "context": context, "batch": batch, **infos.get(name, {}), **timings[name].row()}
+        row = {
+            "section": "generate",
+            "contender": name,
+            "context": context,
+            "batch": batch,
+            **infos.get(name, {}),
+            **timings[name].row(),
+        }
         if timings[name].seconds:
             row["tokens_per_second"] = batch / timings[name].median
         rows.append(row)
@@ -262,7 +350,11 @@ def draw(figure: Any, rows: list[dict[str, Any]]) -> None:
     left, right = figure.subplots(1, 2)
     rows = [row for row in rows if row["section"] == "generate" and row["batch"] == rows[0]["batch"]]
     for name in dict.fromkeys(row["contender"] for row in rows):
-        points = sorted((row["context"], 1e3 * row["median_seconds"], row["peak_bytes"] / 1e9) for row in rows if row["contender"] == name)
+        points = sorted(
+            (row["context"], 1e3 * row["median_seconds"], row["peak_bytes"] / 1e9)
+            for row in rows
+            if row["contender"] == name
+        )
         contexts, milliseconds, memory = zip(*points, strict=True)
         family = name.removesuffix(GRAPH)
         left.loglog(contexts, milliseconds, marker="o", label=name.replace(family, FAMILIES[family].title))

@@ -66,8 +66,15 @@ def _from_config(config: Any) -> nn.Module:
 
 def _common(size: Size, options: Options) -> dict[str, Any]:
     """What all configurations of transformers are told."""
-    special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # their defaults lie beyond our vocabulary
-    return {"vocab_size": VOCABULARY, "hidden_size": size[0], "num_hidden_layers": options.num_layers, **special}
+    special = dict.fromkeys(
+        ("bos_token_id", "eos_token_id", "pad_token_id")
+    )  # their defaults lie beyond our vocabulary
+    return {
+        "vocab_size": VOCABULARY,
+        "hidden_size": size[0],
+        "num_hidden_layers": options.num_layers,
+        **special,
+    }
 
 
 def _minrnn(cell: str) -> Callable[[Size, Options], nn.Module]:
@@ -79,14 +86,21 @@ def _minrnn(cell: str) -> Callable[[Size, Options], nn.Module]:
 
 def _llama(size: Size, options: Options) -> nn.Module:
     """Attention through torch's scaled_dot_product_attention; heads of 64 channels, as many for keys as for queries."""
-    fields: dict[str, Any] = _common(size, options) | {"intermediate_size": size[1], "num_attention_heads": max(1, size[0] // 64)}
+    fields: dict[str, Any] = _common(size, options) | {
+        "intermediate_size": size[1],
+        "num_attention_heads": max(1, size[0] // 64),
+    }
     fields |= {"max_position_embeddings": 2**21, "attn_implementation": "sdpa"}
     return _from_config(LlamaConfig(**fields))
 
 
 def _mamba(size: Size, options: Options) -> nn.Module:
     """The fast path: mamba-ssm's kernels where they are, else torch's associative scan if compiled, else mambapy's parallel scan."""
-    if importlib.util.find_spec("mamba_ssm") is None and not options.compiled and importlib.util.find_spec("mambapy") is None:
+    if (
+        importlib.util.find_spec("mamba_ssm") is None
+        and not options.compiled
+        and importlib.util.find_spec("mambapy") is None
+    ):
         raise Unavailable("without mambapy transformers loops over time in Python: pip install mambapy")
     return _from_config(MambaConfig(**_common(size, options), use_mambapy=not options.compiled))
 
@@ -100,7 +114,13 @@ def _mamba2(size: Size, options: Options) -> nn.Module:
 
 def _xlstm(size: Size, options: Options) -> nn.Module:
     mode = "inference" if options.decoding else "train"
-    config = xLSTMConfig(**_common(size, options), num_heads=4, ffn_proj_factor=size[1] / size[0], ffn_round_up_to_multiple_of=1, mode=mode)
+    config = xLSTMConfig(
+        **_common(size, options),
+        num_heads=4,
+        ffn_proj_factor=size[1] / size[0],
+        ffn_round_up_to_multiple_of=1,
+        mode=mode,
+    )
     return _from_config(config)
 
 
@@ -132,7 +152,12 @@ class TorchRNN(nn.Module):
 
 def _mlp(ratio: float, step: int = 8) -> Callable[[int], tuple[int, int, int, int]]:
     """A fine dial around `ratio` times the width."""
-    return lambda width: (step * int(0.5 * ratio * width / step), int(ratio * width), step * int(2 * ratio * width / step), step)
+    return lambda width: (
+        step * int(0.5 * ratio * width / step),
+        int(ratio * width),
+        step * int(2 * ratio * width / step),
+        step,
+    )
 
 
 FAMILIES: dict[str, Family] = {
@@ -162,11 +187,18 @@ def sized(family: str, target: int, num_layers: int) -> tuple[Size, int]:
     def rank(entry: tuple[Size, int, float]) -> tuple[bool, bool, bool, float]:
         (width, _), count, distance = entry
         error = abs(count - target) / target
-        return error > TOLERANCE, width % 8 != 0, error > TOLERANCE / 4, distance  # tensor cores want multiples of 8
+        return (
+            error > TOLERANCE,
+            width % 8 != 0,
+            error > TOLERANCE / 4,
+            distance,
+        )  # tensor cores want multiples of 8
 
     size, count, _ = min(found, key=rank)
     if abs(count - target) > TOLERANCE * target:
-        raise Unavailable(f"no {family} of {num_layers} layers has {target:,} parameters within {TOLERANCE:.0%}; the nearest has {count:,}")
+        raise Unavailable(
+            f"no {family} of {num_layers} layers has {target:,} parameters within {TOLERANCE:.0%}; the nearest has {count:,}"
+        )
     return size, count
 
 
@@ -193,7 +225,9 @@ def _candidates(family: Family, target: int, options: Options) -> list[tuple[Siz
         smallest = count(width, least)
         fine = least
         if family.fine is not None:
-            slope = (count(width, largest) - smallest) / (largest - least)  # the number of parameters is affine in the fine dial
+            slope = (count(width, largest) - smallest) / (
+                largest - least
+            )  # the number of parameters is affine in the fine dial
             fine = min(max(step * round((target - smallest) / slope / step + least / step), least), largest)
         number = count(width, fine)
         distance = abs(fine / recommended - 1) if recommended else abs(number / target - 1)
@@ -229,4 +263,8 @@ def kernels_of(family: str, compiled: bool) -> str:
         if family == "mamba":
             return "torch's associative scan, compiled" if compiled else "mambapy"
         return "transformers' chunked form in torch (pip install mamba-ssm, with CUDA, for kernels)"
-    return {"llama": "torch SDPA", "xlstm": "transformers' chunkwise form in torch", "minGRU-pytorch": "log-space scan"}.get(family, "torch")
+    return {
+        "llama": "torch SDPA",
+        "xlstm": "transformers' chunkwise form in torch",
+        "minGRU-pytorch": "log-space scan",
+    }.get(family, "torch")

@@ -59,9 +59,20 @@ class LoopWork:
             "train.save_every": self.steps,
             "tracking.uri": f"sqlite:///{path / 'mlflow.db'}",
         }
-        recipe = read_recipe(["--config", RECIPE, *(word for key, value in overrides.items() for word in (f"--{key}", str(value)))])
+        recipe = read_recipe(
+            [
+                "--config",
+                RECIPE,
+                *(word for key, value in overrides.items() for word in (f"--{key}", str(value))),
+            ]
+        )
         accelerator = processes.start(patience(recipe), processes.local_device(recipe.train.device))
-        self.run = set_up(recipe, accelerator, open_folder(recipe, accelerator), Watchdog.of(accelerator, recipe.train.peer_timeout))
+        self.run = set_up(
+            recipe,
+            accelerator,
+            open_folder(recipe, accelerator),
+            Watchdog.of(accelerator, recipe.train.peer_timeout),
+        )
         self.batch = next(iter(self.run.loader))
         self.info = {"parameters": self.run.num_parameters, "steps": self.steps}
         self._bare_steps(5)
@@ -73,14 +84,23 @@ class LoopWork:
             loop.take_steps(self.run, AfterSteps(self.run, self.run.step + self.steps))
         else:
             self._bare_steps(self.steps)
-        return {"seconds": (time.perf_counter() - start) / self.steps, "peak_bytes": peak_memory(self.run.accelerator.device)}
+        return {
+            "seconds": (time.perf_counter() - start) / self.steps,
+            "peak_bytes": peak_memory(self.run.accelerator.device),
+        }
 
     def _bare_steps(self, num_steps: int) -> None:
         (chunk,), accelerator, engine, cache = self.batch, self.run.accelerator, self.run.engine, None
         names = ("input_ids", "shift_labels", "document_starts")
         inputs = {name: processes.to_device(getattr(chunk, name), accelerator) for name in names}
         for _ in range(num_steps):
-            output = engine.forward(**inputs, past_key_values=cache, use_cache=True, skip_logits=True, num_items_in_batch=chunk.num_scored)
+            output = engine.forward(
+                **inputs,
+                past_key_values=cache,
+                use_cache=True,
+                skip_logits=True,
+                num_items_in_batch=chunk.num_scored,
+            )
             engine.backward(output.loss)
             engine.update(1e-4)
             cache = output.past_key_values.detach_()
@@ -93,11 +113,17 @@ def build_work(spec: Mapping[str, Any]) -> LoopWork:
 
 def measure_loop(arguments: Any) -> list[dict[str, Any]]:
     """Two rows; the loop's says how much longer its step takes."""
-    common = {"module": "loop", "loop": arguments.loop, **{name: getattr(arguments, name) for name in ("threads", "seed", "device", "dtype")}}
+    common = {
+        "module": "loop",
+        "loop": arguments.loop,
+        **{name: getattr(arguments, name) for name in ("threads", "seed", "device", "dtype")},
+    }
     specs = {name: {**common, "family": name} for name in ("step", "loop")}
     with tqdm(total=2 * arguments.rounds, desc="train, the loop", leave=False) as bar:
         timings, infos = contest(specs, arguments.rounds, float("inf"), True, {}, bar)
-    rows = [{"section": "loop", "contender": name, **infos.get(name, {}), **timings[name].row()} for name in specs]
+    rows = [
+        {"section": "loop", "contender": name, **infos.get(name, {}), **timings[name].row()} for name in specs
+    ]
     bare, whole = (row.get("median_seconds") for row in rows)
     if bare and whole:
         rows[1]["overhead"] = whole / bare - 1

@@ -35,7 +35,9 @@ def settle_dtype(arguments: Any) -> None:
         UserError: the device does not support it.
     """
     device = torch.device(arguments.device)
-    choice = choose_precision(arguments.dtype, None, measure_rates(device, CHOICES), device_name(device), "--dtype")
+    choice = choose_precision(
+        arguments.dtype, None, measure_rates(device, CHOICES), device_name(device), "--dtype"
+    )
     arguments.dtype = choice.precision
     if choice.reason:
         print(f"--dtype auto: {choice.precision} ({choice.reason})")
@@ -163,7 +165,9 @@ def round_robin(turns: Mapping[str, Turn], rounds: int, patience: float, bar: An
             start = time.perf_counter()
             try:
                 told = dict(turn())
-            except Exception as error:  # whatever a peer raises, the others go on; the reason goes into the record
+            except (
+                Exception
+            ) as error:  # whatever a peer raises, the others go on; the reason goes into the record
                 timing.reason = reason_of(error)
                 continue
             spent[name] += time.perf_counter() - start
@@ -182,7 +186,9 @@ class Ceiling:
     unit: str
 
 
-def ceilings(device: torch.device, dtype: torch.dtype, num_elements: int, matmul_size: int) -> dict[str, Ceiling]:
+def ceilings(
+    device: torch.device, dtype: torch.dtype, num_elements: int, matmul_size: int
+) -> dict[str, Ceiling]:
     """The machine's copy (2 tensors of traffic), addition (3; its result is newly allocated, as a peer's is) and matrix product."""
     x, y = (torch.ones(num_elements, device=device, dtype=dtype) for _ in range(2))
     m, n = (torch.ones(matmul_size, matmul_size, device=device, dtype=dtype) for _ in range(2))
@@ -198,7 +204,9 @@ def default_ceilings(device: torch.device, dtype: torch.dtype, tiny: bool = Fals
     """`ceilings` at sizes that fill the machine, or that take no time."""
     if tiny:
         return ceilings(device, dtype, 2**16, 256)
-    return ceilings(device, dtype, 2**24 if device.type == "cpu" else 2**28, 1024 if device.type == "cpu" else 8192)
+    return ceilings(
+        device, dtype, 2**24 if device.type == "cpu" else 2**28, 1024 if device.type == "cpu" else 8192
+    )
 
 
 def ceiling_rows(measured: Mapping[str, Timing], of: Mapping[str, Ceiling]) -> dict[str, dict[str, Any]]:
@@ -237,7 +245,10 @@ def reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:  # else peaks are of the whole process
+    with (
+        contextlib.suppress(OSError),
+        open("/proc/self/clear_refs", "w") as file,
+    ):  # else peaks are of the whole process
         file.write("5")  # man 5 proc: resets the peak of the resident set
 
 

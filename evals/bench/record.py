@@ -24,12 +24,30 @@ from ...pipeline.public import public_config, public_value
 from ...pipeline.storage import replace
 
 UNITS = (
-    *("avx", "avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_fp16"),
+    *(
+        "avx",
+        "avx2",
+        "fma",
+        "avx512f",
+        "avx512_vnni",
+        "avx512_bf16",
+        "avx512_fp16",
+        "amx_tile",
+        "amx_bf16",
+        "amx_fp16",
+    ),
     *("asimd", "neon", "sve", "sve2", "bf16", "svebf16", "i8mm", "sme"),
 )
 PACKAGES = (
     *("torch", "triton", "transformers", "numpy", "numba", "datasets"),
-    *("minGRU-pytorch", "mambapy", "accelerated-scan", "flash-linear-attention", "mamba-ssm", "causal-conv1d"),
+    *(
+        "minGRU-pytorch",
+        "mambapy",
+        "accelerated-scan",
+        "flash-linear-attention",
+        "mamba-ssm",
+        "causal-conv1d",
+    ),
 )
 
 
@@ -38,7 +56,9 @@ def _cpu_model() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:  # not Linux
         return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine()
+    )
 
 
 def cpu_units(flags: str) -> list[str]:
@@ -57,13 +77,22 @@ def _cpu_flags() -> str:
 
 def machine(device: torch.device) -> dict[str, Any]:
     """What the bench ran on."""
-    found: dict[str, Any] = {"device": device.type, "cpu": _cpu_model(), "cpu_units": cpu_units(_cpu_flags()), "cores": num_cores()}
+    found: dict[str, Any] = {
+        "device": device.type,
+        "cpu": _cpu_model(),
+        "cpu_units": cpu_units(_cpu_flags()),
+        "cores": num_cores(),
+    }
     if limit := os.environ.get("ONEDNN_MAX_CPU_ISA"):
         found["cpu_units_limit"] = limit  # of the library that multiplies
     found |= {"threads": torch.get_num_threads(), "gpu": None}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        found["gpu"] = {"name": properties.name, "memory_bytes": properties.total_memory, "multiprocessors": properties.multi_processor_count}
+        found["gpu"] = {
+            "name": properties.name,
+            "memory_bytes": properties.total_memory,
+            "multiprocessors": properties.multi_processor_count,
+        }
         found["gpu"]["cuda"] = torch.version.cuda
     return found
 
@@ -91,7 +120,9 @@ def commit() -> str | None:
     """
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
-        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        head = subprocess.run(
+            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
         status = [*git, "status", "--porcelain", "--", ":(top)", *_WRITTEN_BY_EVALS]
         changed = subprocess.run(status, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -122,7 +153,9 @@ class Record:
         out: the JSON file; the plot goes beside it.
     """
 
-    def __init__(self, bench: str, argv: Sequence[str], config: dict[str, Any], device: torch.device, out: Path):
+    def __init__(
+        self, bench: str, argv: Sequence[str], config: dict[str, Any], device: torch.device, out: Path
+    ):
         self.out = out
         self.data: dict[str, Any] = {
             "bench": bench,
@@ -159,21 +192,42 @@ class Record:
         figure = Figure(figsize=(11, 4.5), layout="constrained")
         draw(figure, [row for row in self.rows if "reason" not in row])
         machine = self.data["machine"]
-        where = machine["gpu"]["name"] if machine["gpu"] else f"{machine['cpu']}, {machine['threads']} threads"
-        figure.suptitle(f"{self.data['command']}\n{where}, torch {self.data['versions']['torch']}", fontsize=8)
+        where = (
+            machine["gpu"]["name"] if machine["gpu"] else f"{machine['cpu']}, {machine['threads']} threads"
+        )
+        figure.suptitle(
+            f"{self.data['command']}\n{where}, torch {self.data['versions']['torch']}", fontsize=8
+        )
         FigureCanvasAgg(figure).print_png(str(self.out.with_suffix(".png")))
         print(f"\n{self.out} and {self.out.with_suffix('.png').name} written")
 
 
-def table(rows: Sequence[dict[str, Any]], columns: dict[str, Callable[[dict[str, Any]], str]], title: str) -> str:
+def table(
+    rows: Sequence[dict[str, Any]], columns: dict[str, Callable[[dict[str, Any]], str]], title: str
+) -> str:
     """Rows as text under a title; a row with a reason shows that instead of numbers."""
     names = list(columns)
-    lines = [[columns[names[0]](row), *(columns[name](row) if "reason" not in row else "" for name in names[1:])] for row in rows]
-    widths = [max(len(name), *(len(line[i]) for line in lines)) for i, name in enumerate(names)] if lines else []
-    out = [f"\n{title}", "  ".join(name.ljust(w) if i == 0 else name.rjust(w) for i, (name, w) in enumerate(zip(names, widths, strict=False)))]
+    lines = [
+        [columns[names[0]](row), *(columns[name](row) if "reason" not in row else "" for name in names[1:])]
+        for row in rows
+    ]
+    widths = (
+        [max(len(name), *(len(line[i]) for line in lines)) for i, name in enumerate(names)] if lines else []
+    )
+    out = [
+        f"\n{title}",
+        "  ".join(
+            name.ljust(w) if i == 0 else name.rjust(w)
+            for i, (name, w) in enumerate(zip(names, widths, strict=False))
+        ),
+    ]
     for row, line in zip(rows, lines, strict=True):
         first = line[0].ljust(widths[0])
-        rest = f"- {row['reason']}" if "reason" in row else "  ".join(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))
+        rest = (
+            f"- {row['reason']}"
+            if "reason" in row
+            else "  ".join(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))
+        )
         out.append(f"{first}  {rest}")
     return "\n".join(out)
 

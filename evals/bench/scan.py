@@ -34,19 +34,38 @@ EXAMPLES = """
   minrnn bench scan --peers mambapy,log-space --lengths none   # two peers, no sweep over lengths
   minrnn bench scan --device cuda --shapes 8x8192x2048,1x65536x2048 --dtypes bf16
 """
-PEERS = tuple(dict.fromkeys(name for name in (*SCAN_PEERS, *CELL_PEERS, *LAYER_PEERS) if not name.startswith("minrnn")))
-TRAFFIC = {("scan", "forward"): 3, ("scan", "forward+backward"): 8, ("cell", "forward"): 3, ("cell", "forward+backward"): 9}
+PEERS = tuple(
+    dict.fromkeys(name for name in (*SCAN_PEERS, *CELL_PEERS, *LAYER_PEERS) if not name.startswith("minrnn"))
+)
+TRAFFIC = {
+    ("scan", "forward"): 3,
+    ("scan", "forward+backward"): 8,
+    ("cell", "forward"): 3,
+    ("cell", "forward+backward"): 9,
+}
 Shape = tuple[int, int, int]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What only this bench takes."""
-    parser.add_argument("--shapes", default="8x1024x512,8x4096x1024", help="batch x time x width, separated by commas (default: %(default)s)")
+    parser.add_argument(
+        "--shapes",
+        default="8x1024x512,8x4096x1024",
+        help="batch x time x width, separated by commas (default: %(default)s)",
+    )
     parser.add_argument("--dtypes", default="fp32,bf16", help="of the tensors (default: %(default)s)")
     lengths = "512,1024,2048,4096,8192,16384,32768,65536,1048576"
-    parser.add_argument("--lengths", default=lengths, help="sweep of the scan over these lengths, or none (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=65_536, help="batch x time in the sweep (default: %(default)s)")
-    parser.add_argument("--layers", default="8x1024x384", help="shapes for the whole layers, or none (default: %(default)s)")
+    parser.add_argument(
+        "--lengths",
+        default=lengths,
+        help="sweep of the scan over these lengths, or none (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=65_536, help="batch x time in the sweep (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--layers", default="8x1024x384", help="shapes for the whole layers, or none (default: %(default)s)"
+    )
 
 
 def resolve(arguments: argparse.Namespace, settings: Settings) -> None:
@@ -57,7 +76,12 @@ def resolve(arguments: argparse.Namespace, settings: Settings) -> None:
     arguments.dtypes = settings.choices("--dtypes", arguments.dtypes, tuple(DTYPES))
     settings.at_least("--tokens", arguments.tokens, 1)
     if arguments.lengths and not arguments.shapes:
-        settings.problems.append(("--lengths", "the sweep takes the width of the first of --shapes, and there is none; use --lengths none"))
+        settings.problems.append(
+            (
+                "--lengths",
+                "the sweep takes the width of the first of --shapes, and there is none; use --lengths none",
+            )
+        )
 
 
 def run(arguments: argparse.Namespace, record: Record) -> None:
@@ -71,9 +95,18 @@ def run(arguments: argparse.Namespace, record: Record) -> None:
                 print(_table(rows, kind, f"{kind}, {_written(shape)} {dtype} on {device.type}"))
     for length in arguments.lengths:
         shape = (max(1, arguments.tokens // length), length, arguments.shapes[0][2])
-        rows = [{**row, "sweep": True} for row in measure_recurrence("scan", shape, arguments.dtypes[0], device, arguments)]
+        rows = [
+            {**row, "sweep": True}
+            for row in measure_recurrence("scan", shape, arguments.dtypes[0], device, arguments)
+        ]
         record.add(rows)
-        print(_table(rows, "scan", f"scan at length {length:,}, {_written(shape)} {arguments.dtypes[0]} on {device.type}"))
+        print(
+            _table(
+                rows,
+                "scan",
+                f"scan at length {length:,}, {_written(shape)} {arguments.dtypes[0]} on {device.type}",
+            )
+        )
     for shape in arguments.layers:
         for dtype in arguments.dtypes:
             rows = measure_layers(shape, dtype, device, arguments)
@@ -90,7 +123,9 @@ def _contenders(kind: str, wanted: tuple[str, ...]) -> dict[str, ScanPeer]:
     return {name: peer for name, peer in everyone.items() if name.startswith("minrnn") or name in wanted}
 
 
-def scan_operands(kind: str, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> tuple[Tensor, ...]:
+def scan_operands(
+    kind: str, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int
+) -> tuple[Tensor, ...]:
     """What is scanned: a in (0.5, 1) and positive b, or a cell's projections [batch, time, 2 * width]."""
     generator = torch.Generator(device).manual_seed(seed)
     if kind == "cell":
@@ -99,26 +134,46 @@ def scan_operands(kind: str, shape: Shape, dtype: torch.dtype, device: torch.dev
     return a.mul_(0.499).add_(0.5).to(dtype), b.add_(0.01).to(dtype)
 
 
-def measure_recurrence(kind: str, shape: Shape, dtype_name: str, device: torch.device, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def measure_recurrence(
+    kind: str, shape: Shape, dtype_name: str, device: torch.device, arguments: argparse.Namespace
+) -> list[dict[str, Any]]:
     """Rows of the scan or of the cell at one shape: every contender, forward and with backward, and the memory ceilings between them."""
     dtype = DTYPES[dtype_name]
     tensor_bytes = shape[0] * shape[1] * shape[2] * dtype.itemsize
     contenders = _contenders(kind, arguments.peers)
     rows: list[dict[str, Any]] = []
-    bar = tqdm(total=2 * arguments.rounds * (len(contenders) + 2), desc=f"{kind} {'x'.join(map(str, shape))} {dtype_name}", leave=False)
+    bar = tqdm(
+        total=2 * arguments.rounds * (len(contenders) + 2),
+        desc=f"{kind} {'x'.join(map(str, shape))} {dtype_name}",
+        leave=False,
+    )
     with bar:
         for direction in ("forward", "forward+backward"):
             turns, failed, errors = _turns(contenders, kind, direction, shape, dtype, device, arguments)
             timings = round_robin(turns, arguments.rounds, arguments.limit, bar)
             timings |= {name: Timing(reason=reason) for name, reason in failed.items()}
             rates = {"copy": 2 * tensor_bytes, "torch.add": 3 * tensor_bytes}
-            ceiling = {name: traffic / timings[name].median for name, traffic in rates.items() if timings[name].seconds}
+            ceiling = {
+                name: traffic / timings[name].median
+                for name, traffic in rates.items()
+                if timings[name].seconds
+            }
             for name, timing in timings.items():
                 moved = rates.get(name, TRAFFIC[kind, direction] * tensor_bytes)
-                row = {"section": kind, "contender": name, "direction": direction, "shape": list(shape), "dtype": dtype_name, **timing.row()}
+                row = {
+                    "section": kind,
+                    "contender": name,
+                    "direction": direction,
+                    "shape": list(shape),
+                    "dtype": dtype_name,
+                    **timing.row(),
+                }
                 if timing.seconds:
                     rate = moved / timing.median
-                    row |= {"bytes_per_second": rate, **{f"of_{other}": rate / limit for other, limit in ceiling.items()}}
+                    row |= {
+                        "bytes_per_second": rate,
+                        **{f"of_{other}": rate / limit for other, limit in ceiling.items()},
+                    }
                 if name in errors:
                     row["relative_error"] = errors[name]
                 rows.append(row)
@@ -127,7 +182,13 @@ def measure_recurrence(kind: str, shape: Shape, dtype_name: str, device: torch.d
 
 
 def _turns(
-    contenders: Mapping[str, ScanPeer], kind: str, direction: str, shape: Shape, dtype: torch.dtype, device: torch.device, arguments: Any
+    contenders: Mapping[str, ScanPeer],
+    kind: str,
+    direction: str,
+    shape: Shape,
+    dtype: torch.dtype,
+    device: torch.device,
+    arguments: Any,
 ):
     """Turns of everyone who can run, why the others cannot, and how far each is from the fp64 result."""
     elements = shape[0] * shape[1] * shape[2]
@@ -150,7 +211,9 @@ def _turns(
             function = peer.load(device)
             if elements <= 2**23 and direction == "forward":
                 errors[name] = error_of(kind, peer, function, operands)
-            turns[name] = Stopwatch(partial(work_of, function, peer, operands, direction), device, arguments.min_seconds)
+            turns[name] = Stopwatch(
+                partial(work_of, function, peer, operands, direction), device, arguments.min_seconds
+            )
         except Exception as error:
             failed[name] = reason_of(error)
     return turns, failed, errors
@@ -166,7 +229,9 @@ def _add(x: Tensor, y: Tensor) -> Callable[[], object]:
     return lambda: torch.add(x, y)
 
 
-def work_of(function: Callable[..., Tensor], peer: ScanPeer, operands: tuple[Tensor, ...], direction: str) -> Callable[[], Any]:
+def work_of(
+    function: Callable[..., Tensor], peer: ScanPeer, operands: tuple[Tensor, ...], direction: str
+) -> Callable[[], Any]:
     """The call to time: the forward without autograd, or the forward and the gradients of all inputs."""
     inputs = peer.inputs(*operands)
     if direction == "forward":
@@ -177,7 +242,9 @@ def work_of(function: Callable[..., Tensor], peer: ScanPeer, operands: tuple[Ten
     return lambda: torch.autograd.grad(function(*leaves), leaves, gradient)
 
 
-def error_of(kind: str, peer: ScanPeer, function: Callable[..., Tensor], operands: tuple[Tensor, ...]) -> float:
+def error_of(
+    kind: str, peer: ScanPeer, function: Callable[..., Tensor], operands: tuple[Tensor, ...]
+) -> float:
     """Largest distance from the scan in fp64 on the same operands, over the largest |h|."""
     exact_on = operands[0].device if supports(operands[0].device, "fp64") else torch.device("cpu")
     a, b = _coefficients(kind, tuple(tensor.to(exact_on) for tensor in operands))
@@ -194,26 +261,45 @@ def _coefficients(kind: str, operands: tuple[Tensor, ...]) -> tuple[Tensor, ...]
     return mingru(k, u, "g")
 
 
-def measure_layers(shape: Shape, dtype_name: str, device: torch.device, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def measure_layers(
+    shape: Shape, dtype_name: str, device: torch.device, arguments: argparse.Namespace
+) -> list[dict[str, Any]]:
     """Rows of the whole layers at one shape."""
     dtype, rows = DTYPES[dtype_name], []
     generator = torch.Generator(device).manual_seed(arguments.seed)
     x = torch.randn(shape, generator=generator, device=device).to(dtype)
-    wanted = {name: make for name, make in LAYER_PEERS.items() if name.startswith("minrnn") or name in arguments.peers}
-    with tqdm(total=2 * arguments.rounds * len(wanted), desc=f"layer {'x'.join(map(str, shape))} {dtype_name}", leave=False) as bar:
+    wanted = {
+        name: make
+        for name, make in LAYER_PEERS.items()
+        if name.startswith("minrnn") or name in arguments.peers
+    }
+    with tqdm(
+        total=2 * arguments.rounds * len(wanted),
+        desc=f"layer {'x'.join(map(str, shape))} {dtype_name}",
+        leave=False,
+    ) as bar:
         for direction in ("forward", "forward+backward"):
             turns, failed = {}, {}
             for name, make in wanted.items():
                 try:
                     torch.manual_seed(arguments.seed)
                     layer = make(device, shape[2]).to(device, dtype)
-                    turns[name] = Stopwatch(partial(layer_work, layer, x, direction), device, arguments.min_seconds)
+                    turns[name] = Stopwatch(
+                        partial(layer_work, layer, x, direction), device, arguments.min_seconds
+                    )
                 except Exception as error:
                     failed[name] = reason_of(error)
             timings = round_robin(turns, arguments.rounds, arguments.limit, bar)
             timings |= {name: Timing(reason=reason) for name, reason in failed.items()}
             for name, timing in timings.items():
-                row = {"section": "layer", "contender": name, "direction": direction, "shape": list(shape), "dtype": dtype_name, **timing.row()}
+                row = {
+                    "section": "layer",
+                    "contender": name,
+                    "direction": direction,
+                    "shape": list(shape),
+                    "dtype": dtype_name,
+                    **timing.row(),
+                }
                 if timing.seconds:
                     row["tokens_per_second"] = shape[0] * shape[1] / timing.median
                 rows.append(row)
@@ -247,11 +333,21 @@ def draw(figure: Any, rows: list[dict[str, Any]]) -> None:
     """GB/s of every contender at the first shape, and over lengths."""
     left, right = figure.subplots(1, 2)
     scans = [row for row in rows if row["section"] == "scan" and "bytes_per_second" in row]
-    headline = [row for row in scans if not row.get("sweep") and (row["shape"], row["dtype"]) == (scans[0]["shape"], scans[0]["dtype"])]
+    headline = [
+        row
+        for row in scans
+        if not row.get("sweep") and (row["shape"], row["dtype"]) == (scans[0]["shape"], scans[0]["dtype"])
+    ]
     names = list(dict.fromkeys(row["contender"] for row in headline))
     for offset, direction in enumerate(("forward", "forward+backward")):
-        rates = {row["contender"]: row["bytes_per_second"] / 1e9 for row in headline if row["direction"] == direction}
-        left.barh([names.index(name) + 0.4 * offset for name in rates], list(rates.values()), 0.38, label=direction)
+        rates = {
+            row["contender"]: row["bytes_per_second"] / 1e9
+            for row in headline
+            if row["direction"] == direction
+        }
+        left.barh(
+            [names.index(name) + 0.4 * offset for name in rates], list(rates.values()), 0.38, label=direction
+        )
     left.set_yticks([i + 0.2 for i in range(len(names))], names)
     left.invert_yaxis()
     left.set_xlabel("GB/s of ideal traffic")
@@ -259,7 +355,11 @@ def draw(figure: Any, rows: list[dict[str, Any]]) -> None:
         left.set_title(f"{_written(tuple(headline[0]['shape']))} {headline[0]['dtype']}", fontsize=9)
         left.legend()
     for name in names:
-        points = sorted((row["shape"][1], row["bytes_per_second"] / 1e9) for row in _sweep(scans) if row["contender"] == name)
+        points = sorted(
+            (row["shape"][1], row["bytes_per_second"] / 1e9)
+            for row in _sweep(scans)
+            if row["contender"] == name
+        )
         if points:
             right.loglog(*zip(*points, strict=True), marker="o", label=name)
     right.set_xlabel("length (tokens)")

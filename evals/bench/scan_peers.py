@@ -47,7 +47,9 @@ class ScanPeer:
 
 def _ours(backend: str | None) -> Callable[[torch.device], Callable[..., Tensor]]:
     def load(device: torch.device) -> Callable[..., Tensor]:
-        linear_scan(torch.ones(1, 1, 1, device=device), torch.ones(1, 1, 1, device=device), backend=backend)  # tells at once what it lacks
+        linear_scan(
+            torch.ones(1, 1, 1, device=device), torch.ones(1, 1, 1, device=device), backend=backend
+        )  # tells at once what it lacks
         return lambda a, b: linear_scan(a, b, backend=backend)[0]
 
     return load
@@ -83,9 +85,14 @@ def _logs(a: Tensor, b: Tensor) -> Inputs:
 SCAN_PEERS: dict[str, ScanPeer] = {
     "log-space": ScanPeer(lambda device: log_space_scan, _logs, held=(9, 18)),
     "minGRU-pytorch": ScanPeer(_mingru_pytorch, _logs, held=(9, 18)),
-    "mambapy": ScanPeer(_mambapy, lambda a, b: (a.unsqueeze(-1), b.unsqueeze(-1)), lambda h: h.squeeze(-1), held=(6, 12)),
+    "mambapy": ScanPeer(
+        _mambapy, lambda a, b: (a.unsqueeze(-1), b.unsqueeze(-1)), lambda h: h.squeeze(-1), held=(6, 12)
+    ),
     "accelerated-scan": ScanPeer(
-        _accelerated_scan, lambda a, b: (_channels_first(a), _channels_first(b)), lambda h: h.transpose(1, 2), (6, 10)
+        _accelerated_scan,
+        lambda a, b: (_channels_first(a), _channels_first(b)),
+        lambda h: h.transpose(1, 2),
+        (6, 10),
     ),
     "fla-hgrn": ScanPeer(_hgrn, lambda a, b: (a.log(), b), held=(5, 9)),
 }
@@ -116,7 +123,9 @@ def fused_mingru(projected: Tensor) -> Tensor:
     return cell_scan(projected, bias, cell="mingru", activation="g", output_gate=False)[0]
 
 
-def _halves(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[torch.device], Callable[[Tensor], Tensor]]:
+def _halves(
+    function: Callable[[Tensor, Tensor], Tensor],
+) -> Callable[[torch.device], Callable[[Tensor], Tensor]]:
     return lambda device: lambda projected: function(*projected.chunk(2, dim=-1))
 
 

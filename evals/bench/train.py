@@ -63,12 +63,18 @@ LOOP_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Size of the models; `bench generate` takes the same."""
-    parser.add_argument("--params", default="10.7M", help="parameters of every model, within 2%% (default: %(default)s)")
+    parser.add_argument(
+        "--params", default="10.7M", help="parameters of every model, within 2%% (default: %(default)s)"
+    )
     parser.add_argument("--layers", type=int, default=6, help="layers of every model (default: %(default)s)")
-    parser.add_argument("--cells", default="minrnn", help=f"which of ours: {','.join(OURS)} (default: %(default)s)")
+    parser.add_argument(
+        "--cells", default="minrnn", help=f"which of ours: {','.join(OURS)} (default: %(default)s)"
+    )
     text = "of autocast in training, of weights and activations in decoding; auto: the faster here (default: %(default)s)"
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help=text)
-    parser.add_argument("--compile", action="store_true", help="torch.compile for everyone, warmed up outside the clock")
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile for everyone, warmed up outside the clock"
+    )
 
 
 def resolve_model(arguments: argparse.Namespace, settings: Settings) -> None:
@@ -95,10 +101,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What only this bench takes."""
     add_model_arguments(parser)
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of a step (default: %(default)s)")
-    parser.add_argument("--lengths", default="512,4096,16384,65536", help="lengths of a row, or none (default: %(default)s)")
-    parser.add_argument("--chunk", type=int, default=4096, help=f"tokens that {CHUNKED} and --stream read at once (default: %(default)s)")
-    parser.add_argument("--stream", type=int, default=0, help="tokens of one document for ours to train on; 0 for none (default: %(default)s)")
-    parser.add_argument("--loop", type=int, default=0, help="steps of the quickstart, bare and in the loop; 0 for none (default: %(default)s)")
+    parser.add_argument(
+        "--lengths", default="512,4096,16384,65536", help="lengths of a row, or none (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--chunk",
+        type=int,
+        default=4096,
+        help=f"tokens that {CHUNKED} and --stream read at once (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--stream",
+        type=int,
+        default=0,
+        help="tokens of one document for ours to train on; 0 for none (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--loop",
+        type=int,
+        default=0,
+        help="steps of the quickstart, bare and in the loop; 0 for none (default: %(default)s)",
+    )
 
 
 def resolve(arguments: argparse.Namespace, settings: Settings) -> None:
@@ -124,10 +147,16 @@ class TrainingWork:
     def __init__(self, spec: Mapping[str, Any]):
         torch.set_num_threads(spec["threads"])
         keep_freed_memory()
-        self.device, self.dtype, self.min_seconds = torch.device(spec["device"]), DTYPES[spec["dtype"]], spec["min_seconds"]
+        self.device, self.dtype, self.min_seconds = (
+            torch.device(spec["device"]),
+            DTYPES[spec["dtype"]],
+            spec["min_seconds"],
+        )
         self.batch, self.length, self.chunk = spec["batch"], spec["length"], spec["chunk"]
         self.is_ours = spec["family"] in OURS
-        if self.device.type == "cpu" and not spec.get("rehearsal"):  # what libraries take once (compilers, thread pools) is nobody's memory
+        if self.device.type == "cpu" and not spec.get(
+            "rehearsal"
+        ):  # what libraries take once (compilers, thread pools) is nobody's memory
             TrainingWork({**spec, "rehearsal": True, "batch": 1, "length": min(64, self.length)}).step()
         release_memory(self.device)
         self.memory_before = current_memory(self.device)
@@ -136,10 +165,17 @@ class TrainingWork:
         self.model, size, count = build(spec["family"], spec["params"], options, self.device)
         self.run_model: Any = torch.compile(self.model) if spec["compile"] else self.model
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=3e-4, betas=(0.9, 0.95), fused=True)
-        tokens = torch.randint(256, (self.batch, self.length + 1), generator=torch.Generator().manual_seed(spec["seed"])).to(self.device)
+        tokens = torch.randint(
+            256, (self.batch, self.length + 1), generator=torch.Generator().manual_seed(spec["seed"])
+        ).to(self.device)
         self.inputs, self.targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
         self.state: MinRNNCache | None = None
-        self.info = {"parameters": count, "width": size[0], "fine": size[1], "kernels": kernels_of(spec["family"], spec["compile"])}
+        self.info = {
+            "parameters": count,
+            "width": size[0],
+            "fine": size[1],
+            "kernels": kernels_of(spec["family"], spec["compile"]),
+        }
 
     def step(self) -> None:
         """Forward and backward over the row, in chunks if asked to; then the update."""
@@ -157,13 +193,19 @@ class TrainingWork:
             if not self.is_ours:
                 return next_token_loss(logits_of(self.run_model, inputs), targets, num_items)
             options = {"past_key_values": self.state, "use_cache": True, "skip_logits": True}
-            output = self.run_model(input_ids=inputs, shift_labels=targets, num_items_in_batch=num_items, **options)
+            output = self.run_model(
+                input_ids=inputs, shift_labels=targets, num_items_in_batch=num_items, **options
+            )
         self.state = output.past_key_values.detach_()
         return output.loss
 
     def turn(self) -> dict[str, float]:
         """Seconds of a step, and the peak of its memory above what was there before the model."""
-        others = current_memory(self.device) - self.memory_before - self.resident_bytes() if self.device.type == "cuda" else 0
+        others = (
+            current_memory(self.device) - self.memory_before - self.resident_bytes()
+            if self.device.type == "cuda"
+            else 0
+        )
         reset_peak_memory(self.device)
         seconds = Stopwatch(always(self.step), self.device, self.min_seconds)()["seconds"]
         peak = peak_memory(self.device) - self.memory_before - others
@@ -175,8 +217,14 @@ class TrainingWork:
         """Weights, gradients, moments, data and state: what stays between turns."""
         parameters = list(self.model.parameters())
         moments = [value for state in self.optimizer.state.values() for value in state.values()]
-        carried = [] if self.state is None else [tensor for layer in self.state.layers for tensor in (layer.recurrent, layer.conv)]
-        return tensor_bytes([*parameters, *(p.grad for p in parameters), *moments, *carried, self.inputs, self.targets])
+        carried = (
+            []
+            if self.state is None
+            else [tensor for layer in self.state.layers for tensor in (layer.recurrent, layer.conv)]
+        )
+        return tensor_bytes(
+            [*parameters, *(p.grad for p in parameters), *moments, *carried, self.inputs, self.targets]
+        )
 
 
 class StreamWork(TrainingWork):
@@ -217,17 +265,29 @@ def run(arguments: argparse.Namespace, record: Record) -> None:
         record.add(rows)
         batch = max(1, arguments.tokens // length)
         print(
-            _table(rows, f"training, {batch} x {length:,} tokens a step, {arguments.params:,} parameters, {arguments.dtype} on {device.type}")
+            _table(
+                rows,
+                f"training, {batch} x {length:,} tokens a step, {arguments.params:,} parameters, {arguments.dtype} on {device.type}",
+            )
         )
     if arguments.stream:
         for family in arguments.cells:
             rows = measure_stream(family, arguments)
             record.add(rows)
-            print(_table(rows, f"training on one document of {arguments.stream:,} tokens, {arguments.chunk:,} at once"))
+            print(
+                _table(
+                    rows,
+                    f"training on one document of {arguments.stream:,} tokens, {arguments.chunk:,} at once",
+                )
+            )
     if arguments.loop:
         rows = measure_loop(arguments)
         record.add(rows)
-        print(table(rows, LOOP_COLUMNS, f"the quickstart's step, bare and in the loop, {arguments.loop} at a time"))
+        print(
+            table(
+                rows, LOOP_COLUMNS, f"the quickstart's step, bare and in the loop, {arguments.loop} at a time"
+            )
+        )
 
 
 def _spec(family: str, arguments: argparse.Namespace, **more: Any) -> dict[str, Any]:
@@ -235,26 +295,48 @@ def _spec(family: str, arguments: argparse.Namespace, **more: Any) -> dict[str, 
     return {"module": "train", "family": family, **{name: getattr(arguments, name) for name in names}, **more}
 
 
-def measure_length(length: int, arguments: argparse.Namespace, device: torch.device) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def measure_length(
+    length: int, arguments: argparse.Namespace, device: torch.device
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Rows of everyone at one length, and the ceilings of the same rotation."""
     batch = max(1, arguments.tokens // length)
     families = [*arguments.cells, *arguments.peers]
-    specs = {family: _spec(family, arguments, batch=batch, length=length, chunk=length) for family in families}
+    specs = {
+        family: _spec(family, arguments, batch=batch, length=length, chunk=length) for family in families
+    }
     if length > arguments.chunk:
-        specs |= {CHUNKED: _spec("minrnn", arguments, batch=batch, length=length, chunk=arguments.chunk)} if "minrnn" in families else {}
+        specs |= (
+            {CHUNKED: _spec("minrnn", arguments, batch=batch, length=length, chunk=arguments.chunk)}
+            if "minrnn" in families
+            else {}
+        )
     ceilings = default_ceilings(device, DTYPES[arguments.dtype], tiny=batch * length <= 1024)
-    clocks = {name: Stopwatch(always(ceiling.function), device, arguments.min_seconds) for name, ceiling in ceilings.items()}
-    with tqdm(total=arguments.rounds * (len(specs) + len(clocks)), desc=f"train, length {length}", leave=False) as bar:
+    clocks = {
+        name: Stopwatch(always(ceiling.function), device, arguments.min_seconds)
+        for name, ceiling in ceilings.items()
+    }
+    with tqdm(
+        total=arguments.rounds * (len(specs) + len(clocks)), desc=f"train, length {length}", leave=False
+    ) as bar:
         timings, infos = contest(specs, arguments.rounds, arguments.limit, device.type == "cpu", clocks, bar)
     measured = ceiling_rows(timings, ceilings)
     matmul = measured["matmul"].get("rate")
     rows: list[dict[str, Any]] = []
     for name in specs:
-        row = {"section": "train", "contender": name, "length": length, "batch": batch, **infos.get(name, {}), **timings[name].row()}
+        row = {
+            "section": "train",
+            "contender": name,
+            "length": length,
+            "batch": batch,
+            **infos.get(name, {}),
+            **timings[name].row(),
+        }
         if timings[name].seconds:
             rate = batch * length / timings[name].median
             row["tokens_per_second"] = rate
-            row["matmul_fraction"] = rate * training_flops_per_token(row["parameters"]) / matmul if matmul else None
+            row["matmul_fraction"] = (
+                rate * training_flops_per_token(row["parameters"]) / matmul if matmul else None
+            )
         rows.append(row)
     first = next((row.get("tokens_per_second") for row in rows if row["contender"] in OURS), None)
     for row in rows:
@@ -281,7 +363,10 @@ def measure_stream(family: str, arguments: argparse.Namespace) -> list[dict[str,
         **timing.row(),
     }
     if timing.seconds:
-        row |= {"tokens_read": read, "tokens_per_second": len(timing.seconds) * arguments.chunk / sum(timing.seconds)}
+        row |= {
+            "tokens_read": read,
+            "tokens_per_second": len(timing.seconds) * arguments.chunk / sum(timing.seconds),
+        }
     return [row]
 
 
@@ -303,7 +388,11 @@ def draw(figure: Any, rows: list[dict[str, Any]]) -> None:
     left, right = figure.subplots(1, 2)
     rows = [row for row in rows if row["section"] == "train"]
     for name in dict.fromkeys(row["contender"] for row in rows):
-        points = sorted((row["length"], row["tokens_per_second"], row["peak_bytes"]) for row in rows if row["contender"] == name)
+        points = sorted(
+            (row["length"], row["tokens_per_second"], row["peak_bytes"])
+            for row in rows
+            if row["contender"] == name
+        )
         lengths, rates, peaks = zip(*points, strict=True)
         title = FAMILIES[name].title if name in FAMILIES else "minGRU (ours), in chunks"
         left.loglog(lengths, rates, marker="o", label=title)

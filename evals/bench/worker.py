@@ -22,7 +22,9 @@ from typing import Any, Protocol
 from ...data.output import conventional_exit
 from .measure import Timing, Turn, Unavailable, reason_of, round_robin
 
-PROTOCOL_STREAM = 3  # the child's copy of its standard output; whatever a library prints goes to standard error
+PROTOCOL_STREAM = (
+    3  # the child's copy of its standard output; whatever a library prints goes to standard error
+)
 
 
 class Work(Protocol):
@@ -56,7 +58,12 @@ class FreshWork:
         command = [sys.executable, "-P", "-m", f"{__package__}.worker"]
         environment = {**os.environ, "OMP_NUM_THREADS": str(spec["threads"])}
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, env=environment
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env=environment,
         )
 
     def build(self) -> None:
@@ -73,7 +80,9 @@ class FreshWork:
         with contextlib.suppress(BrokenPipeError):  # its death is told below
             self._process.stdin.write(line + "\n")
             self._process.stdin.flush()
-        if not select.select([self._process.stdout], [], [], None if math.isinf(self.limit) else self.limit)[0]:
+        if not select.select([self._process.stdout], [], [], None if math.isinf(self.limit) else self.limit)[
+            0
+        ]:
             self._process.kill()
             raise Unavailable(f"no answer within {self.limit:g} s (--limit)")
         answer = self._process.stdout.readline()
@@ -100,7 +109,12 @@ class FreshWork:
 
 
 def contest(
-    specs: Mapping[str, Mapping[str, Any]], rounds: int, limit: float, fresh: bool, others: Mapping[str, Turn], bar: Any
+    specs: Mapping[str, Mapping[str, Any]],
+    rounds: int,
+    limit: float,
+    fresh: bool,
+    others: Mapping[str, Turn],
+    bar: Any,
 ) -> tuple[dict[str, Timing], dict[str, dict[str, Any]]]:
     """Build every contender, then give each its turns, in rotation.
 

@@ -31,27 +31,64 @@ EXAMPLES = """examples:
   minrnn eval runs/quickstart --tasks lambada_openai,hellaswag
   minrnn eval runs/quickstart --tasks wikitext --rolling-window 2048     state carried through each document, and reset every 2048 tokens
   minrnn eval my-model --tasks my_task --include-path my-tasks --limit 100 --out results.json"""
-MERGED = ("results", "groups", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better", "n-samples")  # by task
+MERGED = (
+    "results",
+    "groups",
+    "group_subtasks",
+    "configs",
+    "versions",
+    "n-shot",
+    "higher_is_better",
+    "n-samples",
+)  # by task
 Results = dict[str, Any]  # what lm-eval's simple_evaluate returns
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "minrnn eval", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        "minrnn eval",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("model", type=os.path.expanduser, metavar="MODEL", help="a run's folder, an export, or a model of the hub")
-    parser.add_argument("--tasks", required=True, help="names of tasks, groups or tags, or patterns (blimp_*), separated by commas")
+    parser.add_argument(
+        "model",
+        type=os.path.expanduser,
+        metavar="MODEL",
+        help="a run's folder, an export, or a model of the hub",
+    )
+    parser.add_argument(
+        "--tasks",
+        required=True,
+        help="names of tasks, groups or tags, or patterns (blimp_*), separated by commas",
+    )
     parser.add_argument("--include-path", type=user_path, help="folder with tasks of your own (YAML)")
     parser.add_argument("--num-fewshot", type=int, help="examples before each question (default: the task's)")
-    parser.add_argument("--limit", type=float, help="documents of each task, or below 1 a fraction of them (default: all)")
-    parser.add_argument("--rolling-window", type=int, help="perplexities also with the state reset every so many tokens, as NAME_window_SIZE")
+    parser.add_argument(
+        "--limit", type=float, help="documents of each task, or below 1 a fraction of them (default: all)"
+    )
+    parser.add_argument(
+        "--rolling-window",
+        type=int,
+        help="perplexities also with the state reset every so many tokens, as NAME_window_SIZE",
+    )
     size = "rows at once (default: %(default)s); auto is 32, since memory does not grow with the lengths"
     parser.add_argument("--batch-size", type=_batch_size, default=32, metavar="N", help=size)
     add_device(parser)
     add_trust(parser)
     add_dtype(parser)
-    parser.add_argument("--bootstrap-iters", type=int, default=100_000, help="for standard errors; 0: none (default: %(default)s)")
-    parser.add_argument("--out", type=user_path, help="JSON file to write (default: RUN/evals/lm-eval-TIME.json, evals/results/ without a run)")
+    parser.add_argument(
+        "--bootstrap-iters",
+        type=int,
+        default=100_000,
+        help="for standard errors; 0: none (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--out",
+        type=user_path,
+        help="JSON file to write (default: RUN/evals/lm-eval-TIME.json, evals/results/ without a run)",
+    )
     return parser
 
 
@@ -67,8 +104,12 @@ def _check(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if isinstance(value, int) and value < least:
             problems.append((f"--{name.replace('_', '-')}", f"must be at least {least}, not {value}"))
-    if arguments.limit is not None and (arguments.limit <= 0 or (arguments.limit > 1 and arguments.limit != int(arguments.limit))):
-        problems.append(("--limit", f"must be a number of documents, or a fraction below 1, not {arguments.limit:g}"))
+    if arguments.limit is not None and (
+        arguments.limit <= 0 or (arguments.limit > 1 and arguments.limit != int(arguments.limit))
+    ):
+        problems.append(
+            ("--limit", f"must be a number of documents, or a fraction below 1, not {arguments.limit:g}")
+        )
     if arguments.include_path is not None and not arguments.include_path.is_dir():
         problems.append(("--include-path", f"{arguments.include_path} is no folder"))
     problems += out_problems(arguments.out)
@@ -96,7 +137,12 @@ def task_names(manager: Any, text: str) -> list[str]:
         names += [name for name in matches if name not in names]
         if not matches:
             near = ", ".join(difflib.get_close_matches(word, manager.all_tasks, n=3))
-            problems.append(("--tasks", f"there is no {word!r} ({f'did you mean {near}?' if near else 'lm_eval ls tasks lists all'})"))
+            problems.append(
+                (
+                    "--tasks",
+                    f"there is no {word!r} ({f'did you mean {near}?' if near else 'lm_eval ls tasks lists all'})",
+                )
+            )
     if not names and not problems:
         problems.append(("--tasks", "names no task"))
     if problems:
@@ -128,7 +174,11 @@ def load_tasks(manager: Any, names: list[str]) -> dict[str, list[Any]]:
 def _is_network(error: BaseException | None) -> bool:
     """Whether an error comes from a connection that could not be made."""
     while error is not None:
-        if isinstance(error, ConnectionError) or "Connect" in type(error).__name__ or "Offline" in type(error).__name__:
+        if (
+            isinstance(error, ConnectionError)
+            or "Connect" in type(error).__name__
+            or "Offline" in type(error).__name__
+        ):
             return True
         error = error.__cause__ or error.__context__
     return False
@@ -154,18 +204,26 @@ def _windowed(results: Results, window: int) -> Results:
     return renamed
 
 
-def units_of(tasks: dict[str, list[Any]], manager: Any, window: int | None) -> dict[str, tuple[list[Any], int | None]]:
+def units_of(
+    tasks: dict[str, list[Any]], manager: Any, window: int | None
+) -> dict[str, tuple[list[Any], int | None]]:
     """What is evaluated in one go, by a name for messages: (tasks or a group, None), and of each the perplexities in windows if asked for."""
     units: dict[str, tuple[list[Any], int | None]] = {}
     for name, objects in tasks.items():
         units[name] = objects, None
-        rolling = [task for task in manager.load(objects)["tasks"].values() if task.OUTPUT_TYPE == "loglikelihood_rolling"]
+        rolling = [
+            task
+            for task in manager.load(objects)["tasks"].values()
+            if task.OUTPUT_TYPE == "loglikelihood_rolling"
+        ]
         if rolling and window is not None:
             units[f"{name}, in windows of {window}"] = rolling, window
     return units
 
 
-def evaluate(lm: Any, objects: list[Any], window: int | None, manager: Any, arguments: argparse.Namespace) -> Results | None:
+def evaluate(
+    lm: Any, objects: list[Any], window: int | None, manager: Any, arguments: argparse.Namespace
+) -> Results | None:
     """Tasks or a group; None but on the main process."""
     from lm_eval import evaluator
 
@@ -185,7 +243,9 @@ def evaluate(lm: Any, objects: list[Any], window: int | None, manager: Any, argu
     if found is None:
         return None
     for config in found["configs"].values():
-        config |= public_config({key: config[key] for key in ("dataset_path", "dataset_kwargs", "metadata") if key in config})
+        config |= public_config(
+            {key: config[key] for key in ("dataset_path", "dataset_kwargs", "metadata") if key in config}
+        )
         if config.get("output_type") == "loglikelihood_rolling":
             config["metadata"] = {**(config.get("metadata") or {}), "rolling": lm.rolling}
     found["config"].pop("rolling")
@@ -210,7 +270,15 @@ def track(run: Path, results: Results) -> None:
         step = int(finished.read_text()) if finished.exists() else 0
         metrics = [
             Metric(
-                "/".join(["eval", *(re.sub(r"[^\w. /-]", "_", part) for part in (task, *key.removesuffix(",none").split(",")))]),
+                "/".join(
+                    [
+                        "eval",
+                        *(
+                            re.sub(r"[^\w. /-]", "_", part)
+                            for part in (task, *key.removesuffix(",none").split(","))
+                        ),
+                    ]
+                ),
                 value,
                 now,
                 step,
@@ -225,7 +293,10 @@ def track(run: Path, results: Results) -> None:
 
 
 def evaluate_all(
-    units: Iterable[str], one: Callable[[str], Results | None], keep: Callable[[Results, Results], None], alone: bool
+    units: Iterable[str],
+    one: Callable[[str], Results | None],
+    keep: Callable[[Results, Results], None],
+    alone: bool,
 ) -> list[str]:
     """Each unit, whatever becomes of the others.
 
@@ -247,7 +318,9 @@ def evaluate_all(
                 keep(whole, part)
         except Exception as error:  # a task is code of others
             logging.getLogger(__name__).debug("%s failed", name, exc_info=True)
-            failures.append(f"error: {name}: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}")
+            failures.append(
+                f"error: {name}: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+            )
             if not alone:
                 break
     return failures
@@ -264,7 +337,11 @@ def _evaluate(arguments: argparse.Namespace) -> list[str]:
     transformers.logging.disable_progress_bar()
     manager = task_manager(arguments.include_path)
     names, run = task_names(manager, arguments.tasks), run_of(arguments.model)
-    where = {"device": arguments.device, "dtype": arguments.dtype, "trust_remote_code": arguments.trust_remote_code}
+    where = {
+        "device": arguments.device,
+        "dtype": arguments.dtype,
+        "trust_remote_code": arguments.trust_remote_code,
+    }
     lm = MinRNNLM(arguments.model, batch_size=arguments.batch_size, **where)
     if lm.accelerator is None:
         tasks = load_tasks(manager, names)
@@ -283,7 +360,9 @@ def _evaluate(arguments: argparse.Namespace) -> list[str]:
             track(run, part)
 
     units = units_of(tasks, manager, arguments.rolling_window)
-    failures = evaluate_all(units, lambda unit: evaluate(lm, *units[unit], manager, arguments), keep, lm.world_size == 1)
+    failures = evaluate_all(
+        units, lambda unit: evaluate(lm, *units[unit], manager, arguments), keep, lm.world_size == 1
+    )
     if finished:
         make_table: Any = utils.make_table
         tables = [make_table(finished), *([make_table(finished, "groups")] if finished.get("groups") else [])]
@@ -306,7 +385,9 @@ def main(argv: list[str]) -> None:
     except ModuleNotFoundError as error:
         if error.name != "lm_eval":
             raise
-        raise UserError(("eval", "lm-eval is not installed: make setup-eval, or pip install 'minrnn[eval]'")) from None
+        raise UserError(
+            ("eval", "lm-eval is not installed: make setup-eval, or pip install 'minrnn[eval]'")
+        ) from None
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") != "0" and all(key != "--device" for key, _ in error.problems):
             raise SystemExit(2) from None

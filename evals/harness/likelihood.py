@@ -25,7 +25,9 @@ def left_padded(rows: Sequence[list[int]], device: torch.device) -> tuple[Tensor
     """Tokens and mask (1: real), both int64 [batch, longest]."""
     longest = max(len(row) for row in rows)
     ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], dtype=torch.long, device=device)
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], dtype=torch.long, device=device)
+    mask = torch.tensor(
+        [[0] * (longest - len(row)) + [1] * len(row) for row in rows], dtype=torch.long, device=device
+    )
     return ids, mask
 
 
@@ -33,13 +35,19 @@ def select_rows(cache: MinRNNCache, rows: list[int]) -> MinRNNCache:
     """A cache of its own with these rows of another, repeated where they are named again."""
     selected = MinRNNCache(len(cache.layers))
     for layer, old in zip(selected.layers, cache.layers, strict=True):
-        layer.replace(*(None if tensor is None else tensor[rows] for tensor in (old.recurrent, old.conv)), num_tokens=old.get_seq_length())
+        layer.replace(
+            *(None if tensor is None else tensor[rows] for tensor in (old.recurrent, old.conv)),
+            num_tokens=old.get_seq_length(),
+        )
     return selected
 
 
 @torch.no_grad()
 def read(
-    model: MinRNNForCausalLM, rows: Sequence[list[int]], cache: MinRNNCache | None = None, piece: int = PREFILL
+    model: MinRNNForCausalLM,
+    rows: Sequence[list[int]],
+    cache: MinRNNCache | None = None,
+    piece: int = PREFILL,
 ) -> tuple[Tensor, MinRNNCache]:
     """`decoding.prefill` for rows of any lengths.
 
@@ -56,7 +64,9 @@ def read(
     ids, mask = left_padded(rows, model.device)
     step = max(1, piece // len(rows))
     for part, real in zip(ids.split(step, 1), mask.split(step, 1), strict=True):
-        logits = model(input_ids=part, attention_mask=real, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = model(
+            input_ids=part, attention_mask=real, past_key_values=cache, use_cache=True, logits_to_keep=1
+        ).logits
     assert logits is not None
     return logits[:, -1], cache
 
@@ -69,7 +79,13 @@ def _log_likelihood(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def score(model: MinRNNForCausalLM, logits: Tensor, cache: MinRNNCache, rows: Sequence[list[int]], piece: int = PREFILL) -> list[Score]:
+def score(
+    model: MinRNNForCausalLM,
+    logits: Tensor,
+    cache: MinRNNCache,
+    rows: Sequence[list[int]],
+    piece: int = PREFILL,
+) -> list[Score]:
     """Log-likelihood of continuations.
 
     Args:
@@ -85,7 +101,9 @@ def score(model: MinRNNForCausalLM, logits: Tensor, cache: MinRNNCache, rows: Se
         ids, mask = left_padded([row[:-1] for row in rows], model.device)
         targets, _ = left_padded([row[1:] for row in rows], model.device)
         step = max(1, min(piece, NUM_LOGITS // logits.shape[-1]) // len(rows))
-        for part, real, after in zip(ids.split(step, 1), mask.split(step, 1), targets.split(step, 1), strict=True):
+        for part, real, after in zip(
+            ids.split(step, 1), mask.split(step, 1), targets.split(step, 1), strict=True
+        ):
             output = model(input_ids=part, attention_mask=real, past_key_values=cache, use_cache=True).logits
             values, likeliest = _log_likelihood(output, after)
             total += values.masked_fill(real == 0, 0).cpu().numpy().sum(1, dtype=np.float64)
@@ -101,7 +119,9 @@ def batches(numbers: Sequence[int], lengths: Sequence[int] | dict[int, int], siz
 
 def _common(one: list[int], other: list[int]) -> int:
     """Tokens until the two differ, or one ends."""
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    return next(
+        (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
+    )
 
 
 def by_prefix(contexts: Sequence[list[int]]) -> dict[tuple[int, ...], list[int]]:
@@ -138,7 +158,9 @@ def read_contexts(
     prefixes = [list(prefix) for prefix in families]
     for family in batches(range(len(prefixes)), [len(prefix) for prefix in prefixes], size):
         _, shared = read(model, [prefixes[number] for number in family], None, piece)
-        row_of = {number: row for row, prefix in enumerate(family) for number in families[tuple(prefixes[prefix])]}
+        row_of = {
+            number: row for row, prefix in enumerate(family) for number in families[tuple(prefixes[prefix])]
+        }
         rest = {number: contexts[number][len(prefixes[family[row]]) :] for number, row in row_of.items()}
         for batch in batches(list(row_of), {number: len(tokens) for number, tokens in rest.items()}, size):
             cache = select_rows(shared, [row_of[number] for number in batch])

@@ -44,7 +44,9 @@ from ...pipeline.processes import from_main, local_device, start, together, worl
 from .likelihood import Score, batches, read, read_contexts, score, select_rows
 
 DEFAULT_BATCH = 32
-Request = tuple[tuple[str, str] | None, list[int], list[int]]  # text (None: not a request of its own), context, continuation
+Request = tuple[
+    tuple[str, str] | None, list[int], list[int]
+]  # text (None: not a request of its own), context, continuation
 
 
 def _sampling(kwargs: dict[str, Any]) -> LogitsProcessorList | None:
@@ -104,7 +106,12 @@ class MinRNNLM(TemplateLM):
     ):
         super().__init__()
         batch_size = DEFAULT_BATCH if str(batch_size).startswith("auto") else batch_size
-        for name, size in {"batch_size": batch_size, "piece": piece, "rolling_window": rolling_window, "max_gen_toks": max_gen_toks}.items():
+        for name, size in {
+            "batch_size": batch_size,
+            "piece": piece,
+            "rolling_window": rolling_window,
+            "max_gen_toks": max_gen_toks,
+        }.items():
             if size is not None and (not str(size).isdecimal() or int(size) < 1):
                 raise ValueError(f"{name} must be a number of at least 1, not {size!r}.")
         self.accelerator = None
@@ -117,7 +124,12 @@ class MinRNNLM(TemplateLM):
             place(pretrained, self._decide_dtype(pretrained.dtype, dtype, target), target)
         self.model, self.tokenizer, self._device = pretrained, tokenizer, pretrained.device
         self.config, self._has_template = self.model.config, False
-        self.batch_size, self.piece, self.rolling_window, self.max_gen_toks = int(batch_size), piece, rolling_window, max_gen_toks
+        self.batch_size, self.piece, self.rolling_window, self.max_gen_toks = (
+            int(batch_size),
+            piece,
+            rolling_window,
+            max_gen_toks,
+        )
 
     def _decide_dtype(self, stored: torch.dtype, asked: str, device: torch.device) -> torch.dtype:
         """The same in all processes: the first one's."""
@@ -146,28 +158,45 @@ class MinRNNLM(TemplateLM):
     @property
     def rolling(self) -> str:
         """How `loglikelihood_rolling` reads a document, in words."""
-        return "state carried through the document" if self.rolling_window is None else f"windows of {self.rolling_window} tokens, state reset"
+        return (
+            "state carried through the document"
+            if self.rolling_window is None
+            else f"windows of {self.rolling_window} tokens, state reset"
+        )
 
     def get_model_info(self) -> dict[str, Any]:
         """For the results."""
-        return {"model_num_parameters": self.model.num_parameters(), "model_dtype": str(self.model.dtype), "rolling": self.rolling}
+        return {
+            "model_num_parameters": self.model.num_parameters(),
+            "model_dtype": str(self.model.dtype),
+            "rolling": self.rolling,
+        }
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Tokens as training reads a text, behind <bos> unless `add_special_tokens` is False."""
         if self._has_template:  # whose special tokens are tokens, its <bos> among them
             ids = self.tokenizer.encode(string, add_special_tokens=False, split_special_tokens=False)
-            return ids if add_special_tokens is False or ids[:1] == [self.prefix_token_id] else [self.prefix_token_id, *ids]
+            return (
+                ids
+                if add_special_tokens is False or ids[:1] == [self.prefix_token_id]
+                else [self.prefix_token_id, *ids]
+            )
         return prompt_tokens(self.tokenizer, string)[0 if add_special_tokens is not False else 1 :]
 
     def tok_decode(self, tokens: list[int]) -> str:
         """Text without special tokens."""
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
         """By the tokenizer's template; from then on names of special tokens are read as tokens."""
         self._has_template = True
         return self.tokenizer.apply_chat_template(
-            chat_history, tokenize=False, add_generation_prompt=add_generation_prompt, continue_final_message=not add_generation_prompt
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
         )
 
     def all_gather(self, tensor: Tensor) -> Tensor:
@@ -184,7 +213,9 @@ class MinRNNLM(TemplateLM):
         if self.accelerator is not None:
             self.accelerator.wait_for_everyone()
 
-    def _loglikelihood_tokens(self, requests: Sequence[Request], disable_tqdm: bool = False, **kwargs: Any) -> list[Score]:
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Request], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[Score]:
         """Each context is read once, and what several begin with once for all of them."""
         lengths = [len(continuation) for _, _, continuation in requests]
         by_context: dict[tuple[int, ...], list[int]] = defaultdict(list)
@@ -198,7 +229,13 @@ class MinRNNLM(TemplateLM):
             row_of = {number: row for row, context in enumerate(batch) for number in members[context]}
             for part in batches(list(row_of), lengths, self.batch_size):
                 rows = [row_of[number] for number in part]
-                found = score(self.model, logits[rows], select_rows(cache, rows), [requests[number][2] for number in part], self.piece)
+                found = score(
+                    self.model,
+                    logits[rows],
+                    select_rows(cache, rows),
+                    [requests[number][2] for number in part],
+                    self.piece,
+                )
                 for number, value in zip(part, found, strict=True):
                     scores[number] = value
                     if (text := requests[number][0]) is not None:
@@ -215,7 +252,10 @@ class MinRNNLM(TemplateLM):
             tokens = self.tok_encode(request.args[0], add_special_tokens=False)
             parts = [([self.prefix_token_id], tokens)]
             if self.rolling_window is not None:
-                parts = map(make_disjoint_window, get_rolling_token_windows(tokens, self.prefix_token_id, self.rolling_window, 1))
+                parts = map(
+                    make_disjoint_window,
+                    get_rolling_token_windows(tokens, self.prefix_token_id, self.rolling_window, 1),
+                )
             for context, continuation in parts:
                 windows.append((None, context, continuation))
                 owners.append(number)
@@ -238,7 +278,9 @@ class MinRNNLM(TemplateLM):
         for members in by_settings.values():
             kwargs: dict[str, Any] = {**normalize_gen_kwargs(arguments[members[0]][1], self.max_gen_toks)}
             for batch in batches(members, [len(context) for context in contexts], self.batch_size):
-                for number, tokens in zip(batch, self._generate([contexts[number] for number in batch], kwargs), strict=True):
+                for number, tokens in zip(
+                    batch, self._generate([contexts[number] for number in batch], kwargs), strict=True
+                ):
                     texts[number] = postprocess_generated_text(self.tok_decode(tokens), kwargs["until"], None)
                     self.cache_hook.add_partial("generate_until", arguments[number], texts[number])
                 progress.update(len(batch))
@@ -250,7 +292,9 @@ class MinRNNLM(TemplateLM):
         """New tokens of each row, <eos> left out. A stop string ends its row where its last byte is written."""
         warp: Any = _sampling(kwargs)
         stops = [stop for stop in kwargs["until"] if stop]
-        tail = max((len(stop.encode()) for stop in stops), default=0) + 4  # a token spells at least a byte; some decoders drop a first space
+        tail = (
+            max((len(stop.encode()) for stop in stops), default=0) + 4
+        )  # a token spells at least a byte; some decoders drop a first space
         logits, cache = read(self.model, contexts, None, self.piece)
         step = TokenStep(self.model, cache)
         rows: list[list[int]] = [[] for _ in contexts]
@@ -259,7 +303,9 @@ class MinRNNLM(TemplateLM):
             if warp is None:
                 tokens = logits.argmax(-1)
             else:
-                warped = warp(torch.empty(len(rows), 0, dtype=torch.long, device=logits.device), logits.float())
+                warped = warp(
+                    torch.empty(len(rows), 0, dtype=torch.long, device=logits.device), logits.float()
+                )
                 tokens = torch.multinomial(warped.softmax(-1), 1).squeeze(1)
             for row, token in enumerate(tokens.tolist()):
                 if row not in unfinished:

@@ -24,7 +24,15 @@ from ..bench.measure import current_memory, peak_memory, release_memory, reset_p
 from ..bench.record import si, table
 from ..output import default_out
 from . import documents
-from .positions import NUM_TARGETS, bucket_edges, buckets, byte_counter, memory_contexts, memory_curve, token_nats
+from .positions import (
+    NUM_TARGETS,
+    bucket_edges,
+    buckets,
+    byte_counter,
+    memory_contexts,
+    memory_curve,
+    token_nats,
+)
 
 DESCRIPTION = """Loss by position on one long document, the state carried from its first token to its last, beside the same model with its
 state cut (reset) every so many tokens; how many tokens back the model looks; time and memory. docs/long-context.md says how to read it."""
@@ -37,14 +45,34 @@ EXAMPLES = """examples:
 
 def _parser() -> argparse.ArgumentParser:
     parser = documents.make_parser("minrnn long-context", DESCRIPTION, EXAMPLES)
-    parser.add_argument("--tokens", type=int, default=2**20, help="tokens of the document, from its start (default: %(default)s)")
-    parser.add_argument("--cuts", default="2048,8192,32768", help="tokens after which the state is reset, to compare (default: %(default)s)")
     parser.add_argument(
-        "--anchors", type=int, default=256, help=f"places whose last {NUM_TARGETS} tokens are read from 1, 2, 4, ... tokens before"
+        "--tokens",
+        type=int,
+        default=2**20,
+        help="tokens of the document, from its start (default: %(default)s)",
     )
-    parser.add_argument("--memory-tokens", type=int, default=4_000_000, help="tokens to read for that, at most (default: %(default)s)")
     parser.add_argument(
-        "--tolerance", type=float, default=0.01, help="nats that may be lacking at the effective memory length (default: %(default)s)"
+        "--cuts",
+        default="2048,8192,32768",
+        help="tokens after which the state is reset, to compare (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--anchors",
+        type=int,
+        default=256,
+        help=f"places whose last {NUM_TARGETS} tokens are read from 1, 2, 4, ... tokens before",
+    )
+    parser.add_argument(
+        "--memory-tokens",
+        type=int,
+        default=4_000_000,
+        help="tokens to read for that, at most (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=0.01,
+        help="nats that may be lacking at the effective memory length (default: %(default)s)",
     )
     return parser
 
@@ -58,12 +86,19 @@ def _cuts(arguments: argparse.Namespace) -> list[int]:
     problems = documents.argument_problems(arguments, ("tokens", "anchors", "memory_tokens"))
     words = [word.strip() for word in arguments.cuts.split(",") if word.strip()]
     if strange := [word for word in words if not word.isdecimal() or int(word) < 1]:
-        problems.append(("--cuts", f"must be numbers of tokens, separated by commas, not {', '.join(strange)}"))
+        problems.append(
+            ("--cuts", f"must be numbers of tokens, separated by commas, not {', '.join(strange)}")
+        )
     if not arguments.tolerance >= 0:
         problems.append(("--tolerance", f"must be 0 or more, not {arguments.tolerance:g}"))
     if not problems and not memory_contexts(2, arguments.anchors, arguments.memory_tokens):
         least = arguments.anchors * (NUM_TARGETS + 1)
-        problems.append(("--memory-tokens", f"must be at least {least} for {arguments.anchors} anchors; lower --anchors, or raise it"))
+        problems.append(
+            (
+                "--memory-tokens",
+                f"must be at least {least} for {arguments.anchors} anchors; lower --anchors, or raise it",
+            )
+        )
     if problems:
         raise UserError(*problems)
     return sorted({int(word) for word in words})
@@ -90,10 +125,19 @@ class Stages:
         if position.bit_count() == 1 or position == self.length:
             seconds = time.perf_counter() - self._start
             growth = max(0, peak_memory(self.device) - self._base)
-            self.rows.append({"tokens": position, "seconds": seconds, "tokens_per_second": position / seconds, "peak_growth_bytes": growth})
+            self.rows.append(
+                {
+                    "tokens": position,
+                    "seconds": seconds,
+                    "tokens_per_second": position / seconds,
+                    "peak_growth_bytes": growth,
+                }
+            )
 
 
-def read_carried(model: MinRNNForCausalLM, tokens: np.ndarray, piece: int) -> tuple[np.ndarray, list[dict[str, Any]]]:
+def read_carried(
+    model: MinRNNForCausalLM, tokens: np.ndarray, piece: int
+) -> tuple[np.ndarray, list[dict[str, Any]]]:
     """Nats of each token [n], the state carried, and what that took. The first piece is read before, as code is compiled on the way."""
     length = len(tokens) - 1
     token_nats(model, tokens[: piece + 1], piece=piece)
@@ -103,27 +147,41 @@ def read_carried(model: MinRNNForCausalLM, tokens: np.ndarray, piece: int) -> tu
     return nats, stages.rows
 
 
-def read_cut(model: MinRNNForCausalLM, tokens: np.ndarray, cuts: Sequence[int], piece: int) -> dict[int, np.ndarray]:
+def read_cut(
+    model: MinRNNForCausalLM, tokens: np.ndarray, cuts: Sequence[int], piece: int
+) -> dict[int, np.ndarray]:
     """Nats of each token [n] by how often the state is reset; all of them in one reading, a row for each."""
     if not cuts:
         return {}
     with tqdm(total=len(cuts) * (len(tokens) - 1), desc="state cut", unit="tok", unit_scale=True) as bar:
-        nats = token_nats(model, tokens, cuts, piece, lambda position: bar.update(position * len(cuts) - bar.n))
+        nats = token_nats(
+            model, tokens, cuts, piece, lambda position: bar.update(position * len(cuts) - bar.n)
+        )
     return dict(zip(cuts, nats, strict=True))
 
 
-def measure(arguments: argparse.Namespace, cuts: Sequence[int], argv: Sequence[str], out: Path) -> dict[str, Any]:
+def measure(
+    arguments: argparse.Namespace, cuts: Sequence[int], argv: Sequence[str], out: Path
+) -> dict[str, Any]:
     """All there is to measure, in the file as soon as it is known."""
     model, tokenizer = documents.load_model(arguments)
     document = documents.find_document(arguments)
     encoder = documents.encoder_of(tokenizer)
     tokens = documents.tokens_of(document, encoder, arguments.tokens)
     length, is_whole = len(tokens) - 1, tokens[-1] == encoder.eos
-    print(f"{document.name}: {length:,} tokens" + (f", all of it (--tokens asks for {arguments.tokens:,})" if is_whole else ", its beginning"))
+    print(
+        f"{document.name}: {length:,} tokens"
+        + (f", all of it (--tokens asks for {arguments.tokens:,})" if is_whole else ", its beginning")
+    )
     for cut in [cut for cut in cuts if cut >= length]:
         print(f"a cut every {cut:,} tokens would leave it whole: not measured")
     result = documents.what_was_run("minrnn long-context", argv, model, document)
-    result["tokens"] = {"read": length, "asked_for": arguments.tokens, "whole_document": bool(is_whole), "piece": arguments.piece}
+    result["tokens"] = {
+        "read": length,
+        "asked_for": arguments.tokens,
+        "whole_document": bool(is_whole),
+        "piece": arguments.piece,
+    }
     carried, result["stages"] = read_carried(model, tokens, arguments.piece)
     (result["overall"],) = buckets(carried, {}, byte_counter(encoder, tokens), [0, length])
     write(result, out)
@@ -178,9 +236,17 @@ def tables(result: dict[str, Any]) -> str:
     told = f"{found:,} tokens" if found else f"more than {memory['curve'][-1]['context']:,} tokens"
     return "\n".join(
         [
-            table(rows, columns, "loss by position, state carried; last: over all (standard errors from blocks of neighbours)"),
+            table(
+                rows,
+                columns,
+                "loss by position, state carried; last: over all (standard errors from blocks of neighbours)",
+            ),
             table(result["stages"], time_columns, "time and memory, state carried"),
-            table(memory["curve"], memory_columns, f"loss from so many tokens before {memory['anchors']} x {NUM_TARGETS} targets"),
+            table(
+                memory["curve"],
+                memory_columns,
+                f"loss from so many tokens before {memory['anchors']} x {NUM_TARGETS} targets",
+            ),
             f"\neffective memory length: {told} (within {memory['tolerance']:g} nats of all the context)",
         ]
     )
@@ -192,31 +258,46 @@ def draw(result: dict[str, Any], picture: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 6), layout="constrained")
-    axes = figure.subplot_mosaic([["loss", "memory"], ["gain", "memory"]], height_ratios=(3, 2), width_ratios=(3, 2))
+    axes = figure.subplot_mosaic(
+        [["loss", "memory"], ["gain", "memory"]], height_ratios=(3, 2), width_ratios=(3, 2)
+    )
     rows = result["buckets"]
     places = [(max(row["from"], 1) * row["to"]) ** 0.5 for row in rows]
     axes["loss"].errorbar(
-        places, [row["carried"]["nats"] for row in rows], _errors(row["carried"]["error"] for row in rows), **_line(0, "carried")
+        places,
+        [row["carried"]["nats"] for row in rows],
+        _errors(row["carried"]["error"] for row in rows),
+        **_line(0, "carried"),
     )
     axes["gain"].axhline(0, color="tab:blue")
     for number, cut in enumerate(result["overall"]["cut"], 1):
         name = f"cut every {int(cut):,}"
         found = [row["cut"][cut] for row in rows]
         axes["loss"].plot(places, [one["nats"] for one in found], **_line(number, name))
-        gains, errors = [one["carried_minus_cut"] for one in found], _errors(one["carried_minus_cut_error"] for one in found)
+        gains, errors = (
+            [one["carried_minus_cut"] for one in found],
+            _errors(one["carried_minus_cut_error"] for one in found),
+        )
         axes["gain"].errorbar(places, gains, errors, **_line(number, name))
     axes["loss"].set(ylabel="loss (nats per token)", title="loss by position in the document", xticklabels=[])
     axes["gain"].set(xlabel="position (tokens)", ylabel="carried minus cut (nats)\nbelow 0: carrying helps")
     memory = result["memory"]
     contexts = [row["context"] for row in memory["curve"]]
     axes["memory"].errorbar(
-        contexts, [row["nats"] for row in memory["curve"]], _errors(row["error"] for row in memory["curve"]), **_line(0, None)
+        contexts,
+        [row["nats"] for row in memory["curve"]],
+        _errors(row["error"] for row in memory["curve"]),
+        **_line(0, None),
     )
     axes["memory"].axhline(memory["nats_with_all"], color="tab:gray", linestyle="--", label="all the context")
     if (found := memory["effective_memory_length"]) is not None:
-        axes["memory"].axvline(found, color="tab:red", linestyle=":", label=f"effective memory length: {found:,}")
+        axes["memory"].axvline(
+            found, color="tab:red", linestyle=":", label=f"effective memory length: {found:,}"
+        )
     axes["memory"].set(
-        xlabel="tokens read before the targets, from an empty state", ylabel="loss (nats per token)", title="how far back it looks"
+        xlabel="tokens read before the targets, from an empty state",
+        ylabel="loss (nats per token)",
+        title="how far back it looks",
     )
     for name, panel in axes.items():
         panel.set_xscale("log", base=2)

@@ -53,27 +53,57 @@ class LongDocument:
 def make_parser(command: str, description: str, examples: str) -> argparse.ArgumentParser:
     """With the arguments that both commands have: the model, the document, and where they are computed."""
     parser = argparse.ArgumentParser(
-        command, description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        command,
+        description=description,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("model", type=os.path.expanduser, metavar="MODEL", help="a run's folder, an export, or a model of the hub")
     parser.add_argument(
-        "--corpus", default=PYTHON_STDLIB, help="name, file, folder, glob or hub id, as data.corpus (default: python-stdlib, held out)"
+        "model",
+        type=os.path.expanduser,
+        metavar="MODEL",
+        help="a run's folder, an export, or a model of the hub",
     )
-    parser.add_argument("--join", help="folder, package, the name of a column, or none (default: package for files, none for rows)")
-    parser.add_argument("--text-field", default="text", help="column or key that holds a row's text (default: %(default)s)")
-    parser.add_argument("--document", help="part of the document's name (default: the longest of all; of several, the longest of them)")
-    parser.add_argument("--piece", type=int, default=8192, help="tokens of a forward pass, over all rows (default: %(default)s)")
+    parser.add_argument(
+        "--corpus",
+        default=PYTHON_STDLIB,
+        help="name, file, folder, glob or hub id, as data.corpus (default: python-stdlib, held out)",
+    )
+    parser.add_argument(
+        "--join",
+        help="folder, package, the name of a column, or none (default: package for files, none for rows)",
+    )
+    parser.add_argument(
+        "--text-field", default="text", help="column or key that holds a row's text (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--document",
+        help="part of the document's name (default: the longest of all; of several, the longest of them)",
+    )
+    parser.add_argument(
+        "--piece",
+        type=int,
+        default=8192,
+        help="tokens of a forward pass, over all rows (default: %(default)s)",
+    )
     add_device(parser)
     add_trust(parser)
     add_dtype(parser)
-    parser.add_argument("--out", type=user_path, help="JSON file to write (default: in RUN/evals/, or evals/results/ without a run)")
+    parser.add_argument(
+        "--out",
+        type=user_path,
+        help="JSON file to write (default: in RUN/evals/, or evals/results/ without a run)",
+    )
     return parser
 
 
 def argument_problems(arguments: argparse.Namespace, counts: Sequence[str]) -> list[tuple[str, str]]:
     """What is wrong with arguments that both commands have, and with these counts."""
     named = [(f"--{name.replace('_', '-')}", getattr(arguments, name)) for name in ("piece", *counts)]
-    problems = [(key, f"must be at least 1, not {value}") for key, value in named if value is not None and value < 1]
+    problems = [
+        (key, f"must be at least 1, not {value}") for key, value in named if value is not None and value < 1
+    ]
     return problems + out_problems(arguments.out)
 
 
@@ -81,7 +111,11 @@ def _open(arguments: argparse.Namespace) -> Source:
     join = None if arguments.join == NONE else arguments.join
     spec = CorpusSpec(arguments.corpus, text_field=arguments.text_field, skip_broken=True, join=join)
     source = open_source(spec, "validation" if arguments.corpus == PYTHON_STDLIB else "all")
-    return join_documents(source, PACKAGE) if arguments.join is None and isinstance(source, TextFiles) else source
+    return (
+        join_documents(source, PACKAGE)
+        if arguments.join is None and isinstance(source, TextFiles)
+        else source
+    )
 
 
 def _longest(records: Iterable[Record], wanted: str) -> tuple[Record | None, list[str], int, int]:
@@ -107,26 +141,41 @@ def find_document(arguments: argparse.Namespace) -> LongDocument:
     """
     try:
         source = _open(arguments)
-        records = itertools.chain.from_iterable(source.read(shard, Place()) for shard in range(source.num_shards))
+        records = itertools.chain.from_iterable(
+            source.read(shard, Place()) for shard in range(source.num_shards)
+        )
         longest, names, num_documents, num_skipped = _longest(records, arguments.document or "")
     except UserError as error:
         options = {"data.corpus": "--corpus", "data.join": "--join", "data.text_field": "--text-field"}
         raise UserError(*((options.get(key, key), message) for key, message in error.problems)) from None
     if not num_documents:
-        raise UserError(("--corpus", f"{arguments.corpus} holds no documents" + (f" but {num_skipped} broken ones" if num_skipped else "")))
+        raise UserError(
+            (
+                "--corpus",
+                f"{arguments.corpus} holds no documents"
+                + (f" but {num_skipped} broken ones" if num_skipped else ""),
+            )
+        )
     if num_skipped:
         warn(f"{num_skipped} files or rows of {arguments.corpus} are broken and left out")
     if longest is None or longest.text is None:
         short = {name.split(" (")[0].rstrip("/"): name for name in names}
         near = [short[name] for name in difflib.get_close_matches(arguments.document, short, n=3, cutoff=0.4)]
-        advice = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {', '.join(map(repr, names[:3]))}, ..."
+        advice = (
+            f"did you mean {' or '.join(map(repr, near))}?"
+            if near
+            else f"there are {', '.join(map(repr, names[:3]))}, ..."
+        )
         raise UserError(("--document", f"no document's name holds {arguments.document!r} ({advice})"))
     return LongDocument(arguments.corpus, longest.name, longest.text, num_documents)
 
 
 def encoder_of(tokenizer: Any) -> Encoder:
     """Text to `<bos> text <eos>`, as in training."""
-    return Encoder.of(tokenizer, BYTES if fingerprint(tokenizer) == fingerprint(byte_tokenizer()) else tokenizer.name_or_path)
+    return Encoder.of(
+        tokenizer,
+        BYTES if fingerprint(tokenizer) == fingerprint(byte_tokenizer()) else tokenizer.name_or_path,
+    )
 
 
 def tokens_of(document: LongDocument, encoder: Encoder, limit: int | None = None) -> np.ndarray:
@@ -139,7 +188,12 @@ def tokens_of(document: LongDocument, encoder: Encoder, limit: int | None = None
     if limit is not None:
         tokens = tokens[: limit + 1]
     if len(tokens) <= SHORTEST:
-        raise UserError(("--document", f"{document.name} gives {len(tokens) - 1} tokens; nothing can be said about fewer than {SHORTEST}"))
+        raise UserError(
+            (
+                "--document",
+                f"{document.name} gives {len(tokens) - 1} tokens; nothing can be said about fewer than {SHORTEST}",
+            )
+        )
     return tokens
 
 
@@ -156,7 +210,9 @@ def load_model(arguments: argparse.Namespace) -> tuple[MinRNNForCausalLM, Any]:
     return load(arguments.model, arguments.dtype, arguments.device, arguments.trust_remote_code)
 
 
-def what_was_run(command: str, argv: Sequence[str], model: MinRNNForCausalLM, document: LongDocument) -> dict[str, Any]:
+def what_was_run(
+    command: str, argv: Sequence[str], model: MinRNNForCausalLM, document: LongDocument
+) -> dict[str, Any]:
     """The head of the results: what was typed, by which code, on what, with which model and document."""
     config = {name: getattr(model.config, name) for name in MinRNNConfig.__annotations__}
     device: torch.device = model.device
@@ -166,6 +222,10 @@ def what_was_run(command: str, argv: Sequence[str], model: MinRNNForCausalLM, do
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "machine": machine(device),
         "versions": versions(),
-        "model": {"parameters": model.num_parameters(), "dtype": str(model.dtype).removeprefix("torch."), "config": config},
+        "model": {
+            "parameters": model.num_parameters(),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "config": config,
+        },
         "document": document.described(),
     }

@@ -77,9 +77,13 @@ def token_nats(
     cache = MinRNNCache(model.config.num_hidden_layers)
     moved(0)
     for first, last in pieces(length, max(1, piece // len(cuts))):
-        part = torch.as_tensor(tokens[first : last + 1], dtype=torch.long, device=model.device).expand(len(cuts), -1)
+        part = torch.as_tensor(tokens[first : last + 1], dtype=torch.long, device=model.device).expand(
+            len(cuts), -1
+        )
         positions = np.arange(first, last)
-        starts = np.stack([np.zeros(last - first, bool) if cut is None else positions % cut == 0 for cut in cuts])
+        starts = np.stack(
+            [np.zeros(last - first, bool) if cut is None else positions % cut == 0 for cut in cuts]
+        )
         output = model.model(
             input_ids=part[:, :-1],
             past_key_values=cache,
@@ -109,7 +113,9 @@ def bucket_edges(length: int) -> list[int]:
     return [*edges, length]
 
 
-def buckets(carried: np.ndarray, cut: dict[int, np.ndarray], num_bytes: Callable[[int], int], edges: Sequence[int]) -> list[dict[str, Any]]:
+def buckets(
+    carried: np.ndarray, cut: dict[int, np.ndarray], num_bytes: Callable[[int], int], edges: Sequence[int]
+) -> list[dict[str, Any]]:
     """Losses from edge to edge.
 
     Args:
@@ -122,15 +128,28 @@ def buckets(carried: np.ndarray, cut: dict[int, np.ndarray], num_bytes: Callable
     for first, last in itertools.pairwise(edges):
         size = num_bytes(last) - num_bytes(first)
 
-        def summary(nats: np.ndarray, first: int = first, last: int = last, size: int = size) -> dict[str, Any]:
+        def summary(
+            nats: np.ndarray, first: int = first, last: int = last, size: int = size
+        ) -> dict[str, Any]:
             mean, error = mean_and_error(nats[first:last])
             bits = float(nats[first:last].sum()) / (size * math.log(2)) if size else None
             return {"nats": mean, "error": error, "bits_per_byte": bits}
 
-        row: dict[str, Any] = {"from": first, "to": last, "tokens": last - first, "bytes": size, "carried": summary(carried), "cut": {}}
+        row: dict[str, Any] = {
+            "from": first,
+            "to": last,
+            "tokens": last - first,
+            "bytes": size,
+            "carried": summary(carried),
+            "cut": {},
+        }
         for length, nats in cut.items():
             gain, error = mean_and_error((carried - nats)[first:last])
-            row["cut"][str(length)] = {**summary(nats), "carried_minus_cut": gain, "carried_minus_cut_error": error}
+            row["cut"][str(length)] = {
+                **summary(nats),
+                "carried_minus_cut": gain,
+                "carried_minus_cut_error": error,
+            }
         rows.append(row)
     return rows
 
@@ -194,7 +213,9 @@ def memory_curve(
     assert contexts, "a budget below a context of one token"
     longest = contexts[-1]
     num_anchors = min(num_anchors, (len(tokens) - longest) // NUM_TARGETS)
-    anchors = np.linspace(longest + NUM_TARGETS, len(tokens), num_anchors).round().astype(int)  # the targets end before these
+    anchors = (
+        np.linspace(longest + NUM_TARGETS, len(tokens), num_anchors).round().astype(int)
+    )  # the targets end before these
     whole = carried[anchors[:, None] - 1 - NUM_TARGETS + np.arange(NUM_TARGETS)].mean(1)  # [anchors]
     curve = []
     for context in contexts:
@@ -207,11 +228,20 @@ def memory_curve(
             moved(rows[first : first + size].size)
         difference = np.concatenate(nats) - whole
         error = float(difference.std(ddof=1) / math.sqrt(num_anchors)) if num_anchors > 1 else None
-        curve.append({"context": context, "nats": float(np.concatenate(nats).mean()), "above_all": float(difference.mean()), "error": error})
+        curve.append(
+            {
+                "context": context,
+                "nats": float(np.concatenate(nats).mean()),
+                "above_all": float(difference.mean()),
+                "error": error,
+            }
+        )
     return {
         "definition": "the smallest number of tokens before the targets, read from an empty state, "
         f"whose mean loss is at most {tolerance:g} nats above that with all the context",
-        "effective_memory_length": next((row["context"] for row in curve if row["above_all"] <= tolerance), None),
+        "effective_memory_length": next(
+            (row["context"] for row in curve if row["above_all"] <= tolerance), None
+        ),
         "tolerance": tolerance,
         "anchors": num_anchors,
         "targets_per_anchor": NUM_TARGETS,

@@ -23,9 +23,7 @@ from ..bench.record import table
 from ..output import default_out
 from . import documents
 
-DESCRIPTION = (
-    "Bits per byte and seconds of ever longer beginnings of one document, through lm-eval's loglikelihood_rolling with our model class."
-)
+DESCRIPTION = "Bits per byte and seconds of ever longer beginnings of one document, through lm-eval's loglikelihood_rolling with our model class."
 EXAMPLES = """examples:
   python -m minrnn.evals.long_context.rolling runs/quickstart
   python -m minrnn.evals.long_context.rolling my-model --corpus "lib/sympy/**/*.py" --document polys --bytes 4000000"""
@@ -35,7 +33,9 @@ WINDOW = 2048  # tokens: how perplexities are mostly reported
 
 def _parser() -> argparse.ArgumentParser:
     parser = documents.make_parser("python -m minrnn.evals.long_context.rolling", DESCRIPTION, EXAMPLES)
-    parser.add_argument("--bytes", type=int, default=1_000_000, help="of the document, from its start (default: %(default)s)")
+    parser.add_argument(
+        "--bytes", type=int, default=1_000_000, help="of the document, from its start (default: %(default)s)"
+    )
     return parser
 
 
@@ -55,7 +55,9 @@ def score(lm: Any, text: str, window: int | None) -> dict[str, Any]:
 
     lm.rolling_window = window
     start = time.perf_counter()
-    (log_likelihood,) = lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)], disable_tqdm=True)
+    (log_likelihood,) = lm.loglikelihood_rolling(
+        [Instance("loglikelihood_rolling", {}, (text,), 0)], disable_tqdm=True
+    )
     seconds = time.perf_counter() - start
     size, num_tokens = num_bytes(text), len(lm.tok_encode(text, add_special_tokens=False))
     return {
@@ -100,7 +102,9 @@ def tables(result: dict[str, Any]) -> str:
     return "\n".join(
         [
             table(
-                result["rows"], columns, f"{result['document']['name']}: loglikelihood_rolling, state carried; last: windows of {WINDOW} tokens"
+                result["rows"],
+                columns,
+                f"{result['document']['name']}: loglikelihood_rolling, state carried; last: windows of {WINDOW} tokens",
             ),
             f"\ncarried minus windows: {result['carried_minus_windows_bits_per_byte']:+.4f} bits per byte",
             f"time per byte, all to 1/{FRACTIONS[0]}: {result['time_per_byte_whole_over_first']:.2f}",
@@ -122,11 +126,15 @@ def main(argv: Sequence[str]) -> None:
     except ModuleNotFoundError as error:
         if error.name != "lm_eval":
             raise
-        raise UserError(("rolling", "lm-eval is not installed: make setup-eval, or pip install 'minrnn[eval]'")) from None
+        raise UserError(
+            ("rolling", "lm-eval is not installed: make setup-eval, or pip install 'minrnn[eval]'")
+        ) from None
     model, tokenizer = documents.load_model(arguments)
     document = documents.find_document(arguments)
     text = beginning(document.text, arguments.bytes)
-    documents.tokens_of(dataclasses.replace(document, text=text), documents.encoder_of(tokenizer))  # long enough?
+    documents.tokens_of(
+        dataclasses.replace(document, text=text), documents.encoder_of(tokenizer)
+    )  # long enough?
     head = documents.what_was_run("python -m minrnn.evals.long_context.rolling", argv, model, document)
     result = {**head, "bytes": {"read": num_bytes(text), "asked_for": arguments.bytes}}
     result |= measure(MinRNNLM(model, tokenizer, piece=arguments.piece), text)

@@ -37,12 +37,22 @@ PERCENT_GROUPS = ("formal", "lra", "recall")  # experiments of one unit, which h
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "minrnn report", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        "minrnn report",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument(
-        "paths", type=user_path, nargs="*", metavar="PATH", help="results files, folders of them, or runs (default: minrnn's own)"
+        "paths",
+        type=user_path,
+        nargs="*",
+        metavar="PATH",
+        help="results files, folders of them, or runs (default: minrnn's own)",
     )
-    parser.add_argument("--out", type=user_path, default=Path("runs", "report"), help="folder to write (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=user_path, default=Path("runs", "report"), help="folder to write (default: %(default)s)"
+    )
     return parser
 
 
@@ -80,9 +90,16 @@ def _quality_blocks(found: Quality) -> list[str]:
             names = [name for name in names if found.pooled.get(name)]
         for name in names:
             title = found.published.experiments[name].title
-            blocks += [*([f"#### {text(title)}"] if key in PERCENT_GROUPS or len(names) > 1 else []), quality.details(name, found)]
+            blocks += [
+                *([f"#### {text(title)}"] if key in PERCENT_GROUPS or len(names) > 1 else []),
+                quality.details(name, found),
+            ]
     for name in found.own():
-        blocks += [f"### {text(name)}", "Nothing is published that this stands beside.", quality.own_details(name, found.pooled[name])]
+        blocks += [
+            f"### {text(name)}",
+            "Nothing is published that this stands beside.",
+            quality.own_details(name, found.pooled[name]),
+        ]
     return blocks
 
 
@@ -102,7 +119,11 @@ def _curve_blocks(found: Quality, out: Path) -> tuple[list[str], list[str]]:
         if (of_lengths := quality.by_length(pooled)) is not None:
             picture = _picture(name, "by-length", out)
             pictures.accuracy_by_length(pooled, picture)
-            lengths += [f"### {text(title)} by length", of_lengths, _image(f"accuracy by length: {title}", picture, out)]
+            lengths += [
+                f"### {text(title)} by length",
+                of_lengths,
+                _image(f"accuracy by length: {title}", picture, out),
+            ]
         picture = _picture(name, "curves", out)
         pictures.learning_curves(pooled, picture)
         curves += [f"### Learning curves of {text(title)}", _image(f"learning curves: {title}", picture, out)]
@@ -131,7 +152,9 @@ def _missing_blocks(found: Quality) -> list[str]:
     for name in found.missing():
         experiment = experiments[name]
         unit = METRICS[experiment.metric].title if experiment.metric else "for reference"
-        started = "; runs at another task, or without a validation yet, are above" if found.pooled.get(name) else ""
+        started = (
+            "; runs at another task, or without a validation yet, are above" if found.pooled.get(name) else ""
+        )
         lines.append(f"- {code(name)}: {text(experiment.title)} ({unit}): {NOT_RUN}{started}")
     return ["## Not run", "\n".join(lines) or "Nothing is missing."]
 
@@ -159,7 +182,9 @@ def make(sources: Sequence[Source], unreadable: Sequence[tuple[Path, str]], out:
     found = Quality(pooled, [source for source in sources if source.kind == "lm-eval"])
     headline = [*quality.headline_rows(found), others.quickstart_row(sources), others.speed_headline(sources)]
     lengths, curves = _curve_blocks(found, out)
-    kernels = [others.kernels_line(source) for source in sources if source.kind == "kernels"] or [f"GPU kernels, compiled: {NOT_RUN}."]
+    kernels = [others.kernels_line(source) for source in sources if source.kind == "kernels"] or [
+        f"GPU kernels, compiled: {NOT_RUN}."
+    ]
     blocks = [
         f"# {TITLE}",
         LEGEND,
@@ -173,7 +198,10 @@ def make(sources: Sequence[Source], unreadable: Sequence[tuple[Path, str]], out:
     blocks += ["## Speed", others.speed_section(sources), *kernels]
     blocks += ["## Endurance", others.soak_section(sources), *_missing_blocks(found)]
     if unreadable:
-        blocks += ["## Could not be read", "\n".join(f"- {code(path.name)} {text(why)}" for path, why in unreadable)]
+        blocks += [
+            "## Could not be read",
+            "\n".join(f"- {code(path.name)} {text(why)}" for path, why in unreadable),
+        ]
     return "\n\n".join([*blocks, *_source_blocks(sources, out)]) + "\n", len(found.missing())
 
 
@@ -187,7 +215,9 @@ def main(argv: list[str]) -> None:
     out: Path = arguments.out
     for module, package in (("markdown_it", "markdown-it-py"), ("scipy", "scipy")):
         if importlib.util.find_spec(module) is None:
-            raise UserError(("report", f"{package} is not installed: make setup-eval, or pip install 'minrnn[eval]'"))
+            raise UserError(
+                ("report", f"{package} is not installed: make setup-eval, or pip install 'minrnn[eval]'")
+            )
     if out.exists() and not out.is_dir():
         raise UserError(("--out", f"{out} is a file; name a folder"))
     sources, unreadable = gather(arguments.paths or [speed.RESULTS], check)
@@ -200,4 +230,6 @@ def main(argv: list[str]) -> None:
     markdown, num_missing = make(sources, unreadable, out)
     replace(out / "report.md", markdown)
     replace(out / "report.html", to_html(markdown, TITLE, out))
-    print(f"{out / 'report.md'} and {out / 'report.html'}: {len(sources)} sources, {num_missing} published experiments not run")
+    print(
+        f"{out / 'report.md'} and {out / 'report.html'}: {len(sources)} sources, {num_missing} published experiments not run"
+    )

@@ -93,7 +93,9 @@ def estimate(values: Sequence[float]) -> Estimate:
     from scipy import stats
 
     deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1))
-    return Estimate(mean, float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * deviation / math.sqrt(count), count)
+    return Estimate(
+        mean, float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * deviation / math.sqrt(count), count
+    )
 
 
 @dataclass
@@ -129,7 +131,9 @@ def pool(sources: Sequence[Source]) -> tuple[dict[str, list[Pooled]], list[str]]
             continue
         group = found.setdefault(source.results.experiment, {})
         for entry in source.results.entries:
-            pooled = group.setdefault(json.dumps(settings(entry.config), sort_keys=True), Pooled("", entry.config, []))
+            pooled = group.setdefault(
+                json.dumps(settings(entry.config), sort_keys=True), Pooled("", entry.config, [])
+            )
             for seed in entry.seeds:
                 twin = next((i for i, other in enumerate(pooled.seeds) if other.seed == seed.seed), None)
                 if twin is None:
@@ -140,7 +144,9 @@ def pool(sources: Sequence[Source]) -> tuple[dict[str, list[Pooled]], list[str]]
                     shorter, longer = (seed, source), pooled.runs[twin]
                 pooled.runs[twin] = longer
                 names = f"{longer[1].name} ({longer[0].steps:,} steps) and {shorter[1].name} ({shorter[0].steps:,})"
-                notes.append(f"{source.results.experiment}: seed {seed.seed} of the same settings is in {names}; the first of these counts.")
+                notes.append(
+                    f"{source.results.experiment}: seed {seed.seed} of the same settings is in {names}; the first of these counts."
+                )
     for name, group in found.items():
         for pooled in group.values():
             pooled.task = _other_task(published().experiments.get(name), pooled)
@@ -166,7 +172,9 @@ def _setup(experiment: Experiment) -> dict[str, Any]:
 def _settings(pooled: Pooled) -> dict[str, Any]:
     """All that a published set-up may name."""
     data, batch = pooled.config["data"], pooled.config["batch"]
-    ours = settings(pooled.config) | {f"data.task.{key}": value for key, value in (data.get("task") or {}).items()}
+    ours = settings(pooled.config) | {
+        f"data.task.{key}": value for key, value in (data.get("task") or {}).items()
+    }
     sizes = {"parameters": pooled.seeds[0].parameters, "tokens": max(seed.tokens for seed in pooled.seeds)}
     return ours | sizes | {"sequences_per_step": batch["readers"] * batch["lanes"]}
 
@@ -183,25 +191,41 @@ def _label(group: Sequence[Pooled]) -> None:
     for label in {pooled.label for pooled in group}:
         alike = [pooled for pooled in group if pooled.label == label]
         flat = [settings(pooled.config) for pooled in alike]
-        keys = [key for key in dict.fromkeys(key for one in flat for key in one) if any(one.get(key) != flat[0].get(key) for one in flat)]
+        keys = [
+            key
+            for key in dict.fromkeys(key for one in flat for key in one)
+            if any(one.get(key) != flat[0].get(key) for one in flat)
+        ]
         for pooled, one in zip(alike, flat, strict=True):
             pooled.label = ", ".join([label, *(f"{key} {_short(one.get(key))}" for key in keys)])
 
 
 def _short(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+    return (
+        f"{value:,}"
+        if isinstance(value, int) and not isinstance(value, bool)
+        else f"{value:g}"
+        if isinstance(value, float)
+        else str(value)
+    )
 
 
 def matches(pooled: Pooled, row: Row) -> bool:
     """Whether this is the row's counterpart: such a model, at the published task."""
-    return not pooled.task and row.match is not None and all(pooled.config["model"].get(key) == value for key, value in row.match.items())
+    return (
+        not pooled.task
+        and row.match is not None
+        and all(pooled.config["model"].get(key) == value for key, value in row.match.items())
+    )
 
 
 def lines(experiment: Experiment, pooled: Sequence[Pooled]) -> list[tuple[Row | None, Pooled | None]]:
     """Each published row with each counterpart of ours (None: not run), then ours without a published one."""
     paired = [(row, [one for one in pooled if matches(one, row)]) for row in experiment.rows]
     alone = [one for one in pooled if not any(matches(one, row) for row in experiment.rows)]
-    found: list[tuple[Row | None, Pooled | None]] = [(row, one) for row, ours in paired for one in (ours or [None])]
+    found: list[tuple[Row | None, Pooled | None]] = [
+        (row, one) for row, ours in paired for one in (ours or [None])
+    ]
     return found + [(None, one) for one in alone]
 
 

@@ -38,10 +38,24 @@ def scores(source: Source) -> list[Score]:
     for task, values in source.data["results"].items():
         for key, value in values.items():
             name, comma, kind = key.partition(",")
-            if not comma or name.endswith("_stderr") or isinstance(value, bool) or not isinstance(value, int | float):
+            if (
+                not comma
+                or name.endswith("_stderr")
+                or isinstance(value, bool)
+                or not isinstance(value, int | float)
+            ):
                 continue
             error = values.get(f"{name}_stderr,{kind}")
-            found.append(Score(source, _model(source.data), task, key, value, error if isinstance(error, int | float) else None))
+            found.append(
+                Score(
+                    source,
+                    _model(source.data),
+                    task,
+                    key,
+                    value,
+                    error if isinstance(error, int | float) else None,
+                )
+            )
     return found
 
 
@@ -54,7 +68,11 @@ def counting(experiment: Experiment, sources: Sequence[Source]) -> list[Score]:
     for source in sources:
         parameters = (source.data.get("config") or {}).get("model_num_parameters")
         if parameters and abs(parameters - size) <= TOLERANCE["parameters"] * size:
-            found += [score for score in scores(source) if (score.task, score.metric) == (wanted.task, wanted.metric)]
+            found += [
+                score
+                for score in scores(source)
+                if (score.task, score.metric) == (wanted.task, wanted.metric)
+            ]
     return found
 
 
@@ -63,9 +81,21 @@ def lines(source: Source) -> str:
     configs, shots = source.data.get("configs") or {}, source.data.get("n-shot") or {}
     rows = []
     for score in scores(source):
-        told = link(f"{score.value:.4f}" + (f" ± {score.error:.4f}" if score.error is not None else ""), source.name)
+        told = link(
+            f"{score.value:.4f}" + (f" ± {score.error:.4f}" if score.error is not None else ""), source.name
+        )
         reading = ((configs.get(score.task) or {}).get("metadata") or {}).get("rolling", "-")
-        rows.append([text(score.task), text(score.metric.removesuffix(",none")), told, text(shots.get(score.task, "-")), text(reading)])
+        rows.append(
+            [
+                text(score.task),
+                text(score.metric.removesuffix(",none")),
+                told,
+                text(shots.get(score.task, "-")),
+                text(reading),
+            ]
+        )
     if not rows:
         raise ValueError("it holds no number")
-    return f"Model: {text(_model(source.data))}\n\n" + table(["task", "metric", "value ± standard error", "shots", "how it was read"], rows)
+    return f"Model: {text(_model(source.data))}\n\n" + table(
+        ["task", "metric", "value ± standard error", "shots", "how it was read"], rows
+    )

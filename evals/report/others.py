@@ -10,7 +10,13 @@ from .. import speed
 from .page import NOT_RUN, link, slug, table, text
 from .sources import Source
 
-OF_A_MODEL = {"config", "model", "recipe", "machine", "versions"}  # settings, in which the names of measures occur
+OF_A_MODEL = {
+    "config",
+    "model",
+    "recipe",
+    "machine",
+    "versions",
+}  # settings, in which the names of measures occur
 
 
 def _sections(source: Source) -> set[str]:
@@ -18,7 +24,10 @@ def _sections(source: Source) -> set[str]:
 
 
 def _has_contender(source: Source, section: str, name: str) -> bool:
-    return any(row["section"] == section and row["contender"] == name and "reason" not in row for row in source.data["rows"])
+    return any(
+        row["section"] == section and row["contender"] == name and "reason" not in row
+        for row in source.data["rows"]
+    )
 
 
 def _scans(source: Source) -> str:
@@ -43,9 +52,21 @@ BENCHES = (
         lambda source: "train" in _sections(source) and not _has_contender(source, "train", "minrnn-chunked"),
         lambda source: "\n".join(speed.train_lines(source.path)),
     ),
-    Bench("decoding", lambda source: "generate" in _sections(source), lambda source: "\n".join(speed.generate_lines(source.path))),
-    Bench("decoding after long contexts", lambda source: "contexts" in _sections(source), lambda source: speed.contexts_line(source.path)),
-    Bench("the loop", lambda source: "loop" in _sections(source), lambda source: speed.loop_line(source.path, f"#{slug(source.name)}")),
+    Bench(
+        "decoding",
+        lambda source: "generate" in _sections(source),
+        lambda source: "\n".join(speed.generate_lines(source.path)),
+    ),
+    Bench(
+        "decoding after long contexts",
+        lambda source: "contexts" in _sections(source),
+        lambda source: speed.contexts_line(source.path),
+    ),
+    Bench(
+        "the loop",
+        lambda source: "loop" in _sections(source),
+        lambda source: speed.loop_line(source.path, f"#{slug(source.name)}"),
+    ),
 )
 
 
@@ -56,7 +77,10 @@ def speed_section(sources: Sequence[Source]) -> str:
     for bench in BENCHES:
         fitting = [source for source in benches if bench.fits(source)]
         for source in fitting:
-            blocks += [f"{bench.name.capitalize()}, from {link(text(source.name), source.name)}:", bench.told(source)]
+            blocks += [
+                f"{bench.name.capitalize()}, from {link(text(source.name), source.name)}:",
+                bench.told(source),
+            ]
         if not fitting:
             blocks.append(f"{bench.name.capitalize()}: {NOT_RUN}.")
     blocks.append(_streams(benches))
@@ -87,7 +111,11 @@ def speed_headline(sources: Sequence[Source]) -> list[str]:
     for source in sources:
         if source.kind != "bench":
             continue
-        found = {(row["contender"], row["length"]): row for row in source.data["rows"] if row["section"] == "train" and "reason" not in row}
+        found = {
+            (row["contender"], row["length"]): row
+            for row in source.data["rows"]
+            if row["section"] == "train" and "reason" not in row
+        }
         both = sorted(length for name, length in found if name == "minrnn" and ("llama", length) in found)
         if both:
             ours, peer = found["minrnn", both[-1]], found["llama", both[-1]]
@@ -135,7 +163,9 @@ def soak_section(sources: Sequence[Source]) -> str:
 def soak_line(source: Source) -> str:
     """The README's sentence, and each problem that was found."""
     problems = [f"- {text(problem)}" for problem in source.data["problems"]]
-    return "\n".join([speed.soak_line(source.path, f"#{slug(source.name)}"), *(["", *problems] if problems else [])])
+    return "\n".join(
+        [speed.soak_line(source.path, f"#{slug(source.name)}"), *(["", *problems] if problems else [])]
+    )
 
 
 def _measures(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, float | None]]:
@@ -161,14 +191,24 @@ def long_context_lines(source: Source) -> str:
     data = source.data
     rows = []
     for name, value in _measures(data):
-        told = "longer than measured" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+        told = (
+            "longer than measured"
+            if value is None
+            else f"{value:,}"
+            if isinstance(value, int)
+            else f"{value:.4f}"
+        )
         rows.append([text(name), link(told, source.name)])
     if not rows:
         raise ValueError("it holds neither bits per byte nor a memory length")
     facts = {"parameters": _fact(data, "parameters") or _fact(data, "model", "parameters")}
     facts |= {key: _fact(data, key) or _fact(data, key, "name") for key in ("corpus", "document")}
     facts["tokens"] = _fact(data, "tokens") or _fact(data, "tokens", "read")
-    told = [f"{key}: {text(f'{value:,}' if isinstance(value, int) else value)}" for key, value in facts.items() if value]
+    told = [
+        f"{key}: {text(f'{value:,}' if isinstance(value, int) else value)}"
+        for key, value in facts.items()
+        if value
+    ]
     return "\n\n".join([*(["; ".join(told)] if told else []), table(["measure", "value"], rows)])
 
 

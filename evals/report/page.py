@@ -80,7 +80,9 @@ def to_html(markdown: str, title: str, folder: Path) -> str:
             if child.type == "image":
                 _embed(child, folder)
     body = parser.renderer.render(tokens, parser.options, {})
-    body = body.replace("<table>", '<div class="scroll"><table>').replace("</table>", "</table></div>")  # text has its < escaped
+    body = body.replace("<table>", '<div class="scroll"><table>').replace(
+        "</table>", "</table></div>"
+    )  # text has its < escaped
     head = f'<meta charset="utf-8">\n<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{html.escape(title)}</title>'
     return f'<!DOCTYPE html>\n<html lang="en">\n<head>\n{head}\n<style>{STYLE}</style>\n</head>\n<body>\n{body}</body>\n</html>\n'
 

@@ -26,17 +26,28 @@ def _save(figure: Any, picture: Path) -> None:
 
 def learning_curves(pooled: Sequence[Pooled], picture: Path) -> None:
     """Training loss (thin) and held-out loss (dots) over steps, every seed; of tasks the accuracy beside it."""
-    with_accuracy = any(accuracy is not None for one in pooled for seed in one.seeds for *_, accuracy in seed.curve.validation)
+    with_accuracy = any(
+        accuracy is not None for one in pooled for seed in one.seeds for *_, accuracy in seed.curve.validation
+    )
     figure, axes = _figure(2 if with_accuracy else 1)
     for i, one in enumerate(pooled):
         colour = COLOURS[i % len(COLOURS)]
         for j, seed in enumerate(one.seeds):
-            label = f"{one.label} ({len(one.runs)} seed{'s' if len(one.runs) > 1 else ''})" if j == 0 else None
+            label = (
+                f"{one.label} ({len(one.runs)} seed{'s' if len(one.runs) > 1 else ''})" if j == 0 else None
+            )
             _draw_losses(axes[0], seed, colour, label)
             if with_accuracy:
-                points = [(step, accuracy) for step, _, accuracy in seed.curve.validation if accuracy is not None]
+                points = [
+                    (step, accuracy) for step, _, accuracy in seed.curve.validation if accuracy is not None
+                ]
                 axes[1].plot(
-                    [step for step, _ in points], [100 * accuracy for _, accuracy in points], "o-", color=colour, markersize=3, label=label
+                    [step for step, _ in points],
+                    [100 * accuracy for _, accuracy in points],
+                    "o-",
+                    color=colour,
+                    markersize=3,
+                    label=label,
                 )
     lowest, highest = _loss_range(pooled)
     axes[0].set(xlabel="steps", ylabel="loss (nats); thin: training, dots: held out", ylim=(lowest, highest))
@@ -51,7 +62,13 @@ def learning_curves(pooled: Sequence[Pooled], picture: Path) -> None:
 def _draw_losses(ax: Any, seed: Seed, colour: str, label: str | None) -> None:
     ax.plot(*zip(*seed.curve.train, strict=True), color=colour, alpha=0.5, linewidth=0.9, label=label)
     if seed.curve.validation:
-        ax.plot([step for step, *_ in seed.curve.validation], [loss for _, loss, _ in seed.curve.validation], "o", color=colour, markersize=4)
+        ax.plot(
+            [step for step, *_ in seed.curve.validation],
+            [loss for _, loss, _ in seed.curve.validation],
+            "o",
+            color=colour,
+            markersize=4,
+        )
 
 
 def _loss_range(pooled: Sequence[Pooled]) -> tuple[float, float]:
@@ -72,8 +89,16 @@ def accuracy_by_length(pooled: Sequence[Pooled], picture: Path) -> None:
     for i, one in enumerate(pooled):
         for j, seed in enumerate(seed for seed in one.seeds if seed.final and seed.final.by_length):
             assert seed.final is not None
-            points = sorted((int(length), 100 * accuracy) for length, accuracy in (seed.final.by_length or {}).items())
-            ax.plot(*zip(*points, strict=True), "o-", color=COLOURS[i % len(COLOURS)], markersize=4, label=one.label if j == 0 else None)
+            points = sorted(
+                (int(length), 100 * accuracy) for length, accuracy in (seed.final.by_length or {}).items()
+            )
+            ax.plot(
+                *zip(*points, strict=True),
+                "o-",
+                color=COLOURS[i % len(COLOURS)],
+                markersize=4,
+                label=one.label if j == 0 else None,
+            )
             chances.add(seed.final.chance)
     for chance in sorted(chance for chance in chances if chance is not None):
         ax.axhline(100 * chance, color="tab:gray", linestyle="--", label="a guess")

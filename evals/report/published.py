@@ -7,7 +7,16 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, model_validator
 
-MetricName = Literal["best_loss", "final_loss", "bits_per_byte", "accuracy", "accuracy_scaled", "longer", "longer_scaled", "lm_eval"]
+MetricName = Literal[
+    "best_loss",
+    "final_loss",
+    "bits_per_byte",
+    "accuracy",
+    "accuracy_scaled",
+    "longer",
+    "longer_scaled",
+    "lm_eval",
+]
 
 
 class _Strict(BaseModel):

@@ -61,7 +61,11 @@ def published_cell(row: Row | None) -> str:
     """A published number with the decimals of its source; `reported` where it is second-hand."""
     if row is None:
         return "-"
-    notes = [note for note in ("reported" if row.reported else "", row.note if row.value is not None else "") if note]
+    notes = [
+        note
+        for note in ("reported" if row.reported else "", row.note if row.value is not None else "")
+        if note
+    ]
     told = link(text(row.note) if row.value is None else str(row.value), PUBLISHED)
     return told + (f" ({text(', '.join(notes))})" if notes else "")
 
@@ -93,7 +97,13 @@ def _time_cell(pooled: Pooled) -> str:
     if not seconds:
         return "-"
     mean = sum(seconds) / len(seconds)
-    return f"{mean:,.0f} s" if mean < 600 else f"{mean / 60:,.0f} min" if mean < 36000 else f"{mean / 3600:,.0f} h"
+    return (
+        f"{mean:,.0f} s"
+        if mean < 600
+        else f"{mean / 60:,.0f} min"
+        if mean < 36000
+        else f"{mean / 3600:,.0f} h"
+    )
 
 
 def _run_cells(pooled: Pooled) -> list[str]:
@@ -144,7 +154,11 @@ def _told_differences(experiment: Experiment, pooled: Sequence[Pooled]) -> list[
         return []
     told = [(one.label, differences(experiment, one)) for one in pooled]
     return [
-        "\n".join(f"- {text(label)}: " + (f"differs in {text('; '.join(found))}" if found else "set up as published") for label, found in told)
+        "\n".join(
+            f"- {text(label)}: "
+            + (f"differs in {text('; '.join(found))}" if found else "set up as published")
+            for label, found in told
+        )
     ]
 
 
@@ -152,7 +166,10 @@ def _reference(name: str, quality: Quality) -> str:
     """An experiment whose numbers do not come from runs."""
     experiment = quality.published.experiments[name]
     rows = [[text(row.model), *_published_cells(row), NOT_RUN] for row in experiment.rows]
-    rows += [[text(found.model), "-", "-", _lm_eval_cell(found)] for found in lm_eval.counting(experiment, quality.lm_eval)]
+    rows += [
+        [text(found.model), "-", "-", _lm_eval_cell(found)]
+        for found in lm_eval.counting(experiment, quality.lm_eval)
+    ]
     return "\n\n".join([*_notes(experiment), table(["model", "published", "source", "ours"], rows)])
 
 
@@ -161,7 +178,9 @@ def overview(group: str, quality: Quality) -> str:
     experiments = {name: one for name, one in quality.published.experiments.items() if one.group == group}
     rows = []
     for model in dict.fromkeys(row.model for one in experiments.values() for row in one.rows):
-        of_model = [next((row for row in one.rows if row.model == model), None) for one in experiments.values()]
+        of_model = [
+            next((row for row in one.rows if row.model == model), None) for one in experiments.values()
+        ]
         sources = ", ".join(dict.fromkeys(row.source for row in of_model if row))
         rows.append([f"{text(model)} ({text(sources)})", *(published_cell(row) for row in of_model)])
     labels = dict.fromkeys(one.label for name in experiments for one in quality.pooled.get(name, []))
@@ -191,8 +210,16 @@ def headline_rows(quality: Quality) -> list[list[str]]:
             continue
         ranked = sorted(experiment.rows, key=lambda row: row.value or 0, reverse=METRICS[metric].percent)
         targets = [row for row in ranked if row.match and "cell" in row.match]
-        pairs = [(row, one) for row, one in lines(experiment, quality.pooled.get(name, [])) if one and not one.task and one.value(metric)]
-        row, one = min(pairs, key=lambda pair: _distance(experiment, targets, *pair)) if pairs else (targets[0] if targets else None, None)
+        pairs = [
+            (row, one)
+            for row, one in lines(experiment, quality.pooled.get(name, []))
+            if one and not one.task and one.value(metric)
+        ]
+        row, one = (
+            min(pairs, key=lambda pair: _distance(experiment, targets, *pair))
+            if pairs
+            else (targets[0] if targets else None, None)
+        )
         label = text(one.label if one else row.model if row else "minGRU, minLSTM")
         found = lm_eval.counting(experiment, quality.lm_eval)
         ours = shown(one, metric) if one else _lm_eval_cell(found[0]) if found else NOT_RUN
@@ -204,13 +231,19 @@ def headline_rows(quality: Quality) -> list[list[str]]:
     return rows
 
 
-def _distance(experiment: Experiment, targets: Sequence[Row], row: Row | None, pooled: Pooled) -> tuple[int, int]:
+def _distance(
+    experiment: Experiment, targets: Sequence[Row], row: Row | None, pooled: Pooled
+) -> tuple[int, int]:
     """How far a run of ours is from what the headline wants: the rank of its published row, then the settings that differ."""
-    return next((i for i, target in enumerate(targets) if target is row), len(targets)), len(differences(experiment, pooled))
+    return next((i for i, target in enumerate(targets) if target is row), len(targets)), len(
+        differences(experiment, pooled)
+    )
 
 
 def _lm_eval_cell(found: lm_eval.Score) -> str:
-    told = number(100 * found.value, True) + (f" ± {number(100 * found.error, True)}" if found.error is not None else "")
+    told = number(100 * found.value, True) + (
+        f" ± {number(100 * found.error, True)}" if found.error is not None else ""
+    )
     return link(told, found.source.name)
 
 
@@ -225,14 +258,18 @@ def by_length(pooled: Sequence[Pooled]) -> str | None:
         [
             text(label),
             *(
-                linked(estimate(of_one[length]), True, entries[label].sources, len(entries[label].runs)) if length in of_one else "-"
+                linked(estimate(of_one[length]), True, entries[label].sources, len(entries[label].runs))
+                if length in of_one
+                else "-"
                 for length in lengths
             ),
         ]
         for label, of_one in found.items()
         if of_one
     ]
-    chance = next(seed.final.chance for one in pooled for seed in one.seeds if seed.final and seed.final.by_length)
+    chance = next(
+        seed.final.chance for one in pooled for seed in one.seeds if seed.final and seed.final.by_length
+    )
     if chance is not None:
         rows.append(["a guess", *[number(100 * chance, True)] * len(lengths)])
     return table(["accuracy, %, at length", *(f"{length:,}" for length in lengths)], rows)

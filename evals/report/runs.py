@@ -35,7 +35,13 @@ CURVE_POINTS = 100
 KEPT_SECTIONS = ("model", "data", "batch", "optim", "train")
 # Settings that say how a run is run and reported, not what it computes.
 WITHOUT_EFFECT = {
-    *("data.workers", "train.log_every", "train.save_every", "train.keep_checkpoints", "train.save_in_background"),
+    *(
+        "data.workers",
+        "train.log_every",
+        "train.save_every",
+        "train.keep_checkpoints",
+        "train.save_in_background",
+    ),
     *("train.peer_timeout", "train.prompts", "train.sample_tokens"),
 }
 
@@ -112,16 +118,23 @@ def is_run(path: Path) -> bool:
 
 def training_seconds(train: Sequence[dict[str, Any]], validations: Sequence[dict[str, Any]]) -> float | None:
     """Of steps and validations, from their lines; None where a line does not say."""
-    if not all(line.get("tokens_per_second") for line in train) or not all("seconds" in line for line in validations):
+    if not all(line.get("tokens_per_second") for line in train) or not all(
+        "seconds" in line for line in validations
+    ):
         return None
     before = [0, *(line["tokens"] for line in train[:-1])]
-    steps = sum((line["tokens"] - tokens) / line["tokens_per_second"] for line, tokens in zip(train, before, strict=True))
+    steps = sum(
+        (line["tokens"] - tokens) / line["tokens_per_second"]
+        for line, tokens in zip(train, before, strict=True)
+    )
     return steps + sum(line["seconds"] for line in validations)
 
 
 def num_parameters(run: Path) -> int | None:
     """From the newest weights that the run left, if any can be read (a run that goes on may just be removing them)."""
-    found = sorted(run.glob("checkpoints/step-*/model.safetensors"))[-1:] or list(run.glob("model/model.safetensors"))
+    found = sorted(run.glob("checkpoints/step-*/model.safetensors"))[-1:] or list(
+        run.glob("model/model.safetensors")
+    )
     if not found:
         return None
     try:
@@ -135,7 +148,9 @@ def _thinned(lines: Sequence[dict[str, Any]]) -> list[tuple[int, float]]:
     """(step, loss) at no more than CURVE_POINTS steps; each loss is the mean since the point before."""
     size = max(1, math.ceil(len(lines) / CURVE_POINTS))
     groups = [lines[i : i + size] for i in range(0, len(lines), size)]
-    return [(group[-1]["step"], round(sum(line["loss"] for line in group) / len(group), 5)) for group in groups]
+    return [
+        (group[-1]["step"], round(sum(line["loss"] for line in group) / len(group), 5)) for group in groups
+    ]
 
 
 def _spread(validations: Sequence[Validation]) -> list[tuple[int, float, float | None]]:
@@ -152,28 +167,51 @@ def read_run(run: Path) -> tuple[dict[str, dict[str, Any]], Seed]:
         UserError: no folder of a run, or nothing in it yet.
     """
     if not is_run(run):
-        raise UserError((str(run), "is no run: config.yaml or metrics.jsonl is missing; name the folder that run.dir said"))
+        raise UserError(
+            (
+                str(run),
+                "is no run: config.yaml or metrics.jsonl is missing; name the folder that run.dir said",
+            )
+        )
     try:
         values = yaml.safe_load((run / "config.yaml").read_text())
         config = {name: public_config(values[name]) for name in KEPT_SECTIONS}
         seed, steps_asked = values["run"]["seed"], values["train"]["steps"]
-        if missing := [key for key in ("data.corpus", "batch.readers", "batch.lanes") if key.split(".")[1] not in config[key.split(".")[0]]]:
+        if missing := [
+            key
+            for key in ("data.corpus", "batch.readers", "batch.lanes")
+            if key.split(".")[1] not in config[key.split(".")[0]]
+        ]:
             raise KeyError(missing[0])
     except (yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
-        told = f"config.yaml is not what a run writes ({type(error).__name__}: {' '.join(str(error).split())})"
+        told = (
+            f"config.yaml is not what a run writes ({type(error).__name__}: {' '.join(str(error).split())})"
+        )
         raise UserError((str(run), told)) from None
     try:
-        lines = [line for line in read_metrics(run / "metrics.jsonl") if line.get("kind") in ("train", "validation")]
-        finite = [line for line in lines if isinstance(line.get("loss"), float | int) and math.isfinite(line["loss"])]
+        lines = [
+            line
+            for line in read_metrics(run / "metrics.jsonl")
+            if line.get("kind") in ("train", "validation")
+        ]
+        finite = [
+            line
+            for line in lines
+            if isinstance(line.get("loss"), float | int) and math.isfinite(line["loss"])
+        ]
         train = [line for line in finite if line["kind"] == "train"]
         validation_lines = [line for line in finite if line["kind"] == "validation"]
         validations = [Validation(**line) for line in validation_lines]
-        reached = _seed(run, seed, steps_asked, lines, train, validation_lines, validations) if train else None
+        reached = (
+            _seed(run, seed, steps_asked, lines, train, validation_lines, validations) if train else None
+        )
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         told = f"metrics.jsonl is not what a run writes ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
         raise UserError((str(run), told)) from None
     if reached is None:
-        raise UserError((str(run), "metrics.jsonl holds no step yet; wait for the first, or leave this run out"))
+        raise UserError(
+            (str(run), "metrics.jsonl holds no step yet; wait for the first, or leave this run out")
+        )
     return config, reached
 
 
@@ -204,7 +242,9 @@ def _seed(
 
 def settings(config: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """{"optim.lr": ...}: what two runs have in common that differ in their seed only. A setting newer than a run has its default."""
-    flat = {f"{section}.{name}": value for section, fields in config.items() for name, value in fields.items()}
+    flat = {
+        f"{section}.{name}": value for section, fields in config.items() for name, value in fields.items()
+    }
     for section in config:
         for name, field in SECTIONS[section].model_fields.items():
             flat.setdefault(f"{section}.{name}", field.get_default(call_default_factory=True))
@@ -225,9 +265,13 @@ def entries_of(runs: Sequence[Path]) -> list[Entry]:
         except UserError as error:
             problems += error.problems
             continue
-        entry = entries.setdefault(json.dumps(settings(config), sort_keys=True), Entry(config=config, seeds=[]))
+        entry = entries.setdefault(
+            json.dumps(settings(config), sort_keys=True), Entry(config=config, seeds=[])
+        )
         if same := [other.run for other in entry.seeds if other.seed == seed.seed]:
-            problems.append((str(run), f"has the settings and the seed ({seed.seed}) of {same[0]}; leave one of them out"))
+            problems.append(
+                (str(run), f"has the settings and the seed ({seed.seed}) of {same[0]}; leave one of them out")
+            )
         entry.seeds.append(seed)
     if problems:
         raise UserError(*problems)
@@ -252,7 +296,12 @@ def check_corpora(name: str, entries: Sequence[Entry], key: str) -> None:
     wrong = [(entry.seeds[0].run, corpus) for entry, corpus in wrong if corpus not in experiment.corpora]
     if wrong:
         wanted = " or ".join(experiment.corpora)
-        raise UserError(*((key, f"{name} is about {wanted}, but {run} has {corpus}; choose another name") for run, corpus in wrong))
+        raise UserError(
+            *(
+                (key, f"{name} is about {wanted}, but {run} has {corpus}; choose another name")
+                for run, corpus in wrong
+            )
+        )
 
 
 def collect(runs: Sequence[Path], name: str, command: str) -> Results:
@@ -265,20 +314,37 @@ def collect(runs: Sequence[Path], name: str, command: str) -> Results:
     check_corpora(name, entries, "--as")
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     where = machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    return Results(experiment=name, command=command, commit=commit(), time=now, machine=where, versions=versions(), entries=entries)
+    return Results(
+        experiment=name,
+        command=command,
+        commit=commit(),
+        time=now,
+        machine=where,
+        versions=versions(),
+        entries=entries,
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
     """Write the file; a user's mistakes end with status 2 and a line for each."""
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
-        "python -m minrnn.evals.report.runs", description="One results file from folders of runs, for minrnn report."
+        "python -m minrnn.evals.report.runs",
+        description="One results file from folders of runs, for minrnn report.",
     )
     parser.add_argument(
-        "runs", type=user_path, nargs="+", metavar="RUN", help="folders of runs; those that differ in run.seed only are one entry"
+        "runs",
+        type=user_path,
+        nargs="+",
+        metavar="RUN",
+        help="folders of runs; those that differ in run.seed only are one entry",
     )
     parser.add_argument(
-        "--as", dest="name", required=True, metavar="NAME", help=f"one of {', '.join(published().experiments)}; or a name of its own"
+        "--as",
+        dest="name",
+        required=True,
+        metavar="NAME",
+        help=f"one of {', '.join(published().experiments)}; or a name of its own",
     )
     parser.add_argument("--out", type=user_path, help="JSON file to write (default: evals/results/NAME.json)")
     arguments = parser.parse_args(argv)
@@ -299,7 +365,9 @@ def main(argv: list[str] | None = None) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     replace(out, json.dumps(results.model_dump(), indent=1) + "\n")
     for entry in results.entries:
-        steps = ", ".join(f"{seed.seed} ({seed.steps:,} of {seed.steps_asked:,} steps)" for seed in entry.seeds)
+        steps = ", ".join(
+            f"{seed.seed} ({seed.steps:,} of {seed.steps_asked:,} steps)" for seed in entry.seeds
+        )
         print(f"{entry.config['model'].get('cell')}, {entry.config['data']['corpus']}: seeds {steps}")
     print(f"{out} written")
 

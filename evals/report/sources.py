@@ -45,7 +45,9 @@ class Source:
 
     @property
     def command(self) -> str:
-        return str(self.data.get("command") or (self.data.get("config") or {}).get("model_args") or NOT_RECORDED)
+        return str(
+            self.data.get("command") or (self.data.get("config") or {}).get("model_args") or NOT_RECORDED
+        )
 
     @property
     def commit(self) -> str:
@@ -77,7 +79,9 @@ def kind_of(data: Any) -> Kind:
     for kind, keys in FIELDS:
         if keys <= data.keys():
             return kind
-    raise Unreadable(f"holds no results that are known (its fields: {', '.join(map(str, list(data)[:6])) or 'none'}); {MADE_BY}")
+    raise Unreadable(
+        f"holds no results that are known (its fields: {', '.join(map(str, list(data)[:6])) or 'none'}); {MADE_BY}"
+    )
 
 
 def read_file(path: Path, check: Callable[[Source], object]) -> Source:
@@ -127,7 +131,13 @@ def run_source(path: Path) -> Source:
     corpus = config["data"]["corpus"]
     matching = [name for name, experiment in published().experiments.items() if corpus in experiment.corpora]
     entries = [Entry(config=config, seeds=[seed])]
-    told = {"command": f"(read from the run's folder {path.name})", "commit": None, "time": "", "machine": {}, "versions": {}}
+    told = {
+        "command": f"(read from the run's folder {path.name})",
+        "commit": None,
+        "time": "",
+        "machine": {},
+        "versions": {},
+    }
     results = Results(experiment=matching[0] if matching else corpus, entries=entries, **told)
     return Source(path, "runs", told, results)
 
@@ -152,7 +162,9 @@ def _scan(folder: Path) -> list[Path]:
     return files + [path for run in _runs_in(folder) for path in _of_run(run)]
 
 
-def gather(paths: Sequence[Path], check: Callable[[Source], object]) -> tuple[list[Source], list[tuple[Path, str]]]:
+def gather(
+    paths: Sequence[Path], check: Callable[[Source], object]
+) -> tuple[list[Source], list[tuple[Path, str]]]:
     """Everything behind the paths.
 
     Args:
@@ -170,7 +182,9 @@ def gather(paths: Sequence[Path], check: Callable[[Source], object]) -> tuple[li
     for path in paths:
         found: list[Path] = []
         if not path.exists():
-            problems.append((str(path), "is not there; name a results file, a folder of them, or a run's folder"))
+            problems.append(
+                (str(path), "is not there; name a results file, a folder of them, or a run's folder")
+            )
         elif not path.is_dir() or is_run(path):
             wanted[path.resolve()] = (path, True)
             found = _of_run(path)[1:] if path.is_dir() else []
@@ -204,5 +218,9 @@ def _name(sources: Sequence[Source]) -> None:
     for source in sources:
         parts = source.path.resolve().parts
         ends = (parts[-length:] for length in range(1, len(parts) + 1))
-        name = next("/".join(end) for end in ends if sum(other.path.resolve().parts[-len(end) :] == end for other in sources) == 1)
+        name = next(
+            "/".join(end)
+            for end in ends
+            if sum(other.path.resolve().parts[-len(end) :] == end for other in sources) == 1
+        )
         source.name = f"{name} (run)" if source.path.is_dir() else name

@@ -22,7 +22,18 @@ from minrnn.data.sources import HubDataset, Record, Source, TextFiles
 BOS, EOS = 256, 257
 ENCODER = Encoder(BOS, EOS, None)
 KINDS = ("text", "jsonl", "jsonl.gz", "jsonl.zst", "parquet", "hub")
-OTHER_NAMES = ("ndjson", "JSONL", "json", "json.gz", "json.ZST", "csv", "csv.zst", "tsv.gz", "txt.gz", "txt.zst")
+OTHER_NAMES = (
+    "ndjson",
+    "JSONL",
+    "json",
+    "json.gz",
+    "json.ZST",
+    "csv",
+    "csv.zst",
+    "tsv.gz",
+    "txt.gz",
+    "txt.zst",
+)
 PACK = {"gz": gzip.compress, "zst": zstandard.ZstdCompressor().compress}
 
 
@@ -59,13 +70,23 @@ def write_corpus(kind: str, folder: Path, texts: Sequence[str], num_shards: int 
     for shard in range(num_shards):
         part = list(texts[shard * len(texts) // num_shards : (shard + 1) * len(texts) // num_shards])
         if kind in ("parquet", "hub"):
-            name = f"part-{shard:05}.parquet" if kind == "parquet" else f"data/train-{shard:05}-of-{num_shards:05}.parquet"
+            name = (
+                f"part-{shard:05}.parquet"
+                if kind == "parquet"
+                else f"data/train-{shard:05}-of-{num_shards:05}.parquet"
+            )
             (folder / name).parent.mkdir(exist_ok=True)
-            table = pyarrow.table({"other": list(range(len(part))), "text": pyarrow.array(part, pyarrow.string())})
+            table = pyarrow.table(
+                {"other": list(range(len(part))), "text": pyarrow.array(part, pyarrow.string())}
+            )
             pyarrow.parquet.write_table(table, folder / name, row_group_size=3)
         else:
             is_csv = content in ("csv", "tsv")
-            data = csv_rows(part, "\t" if content == "tsv" else ",") if is_csv else "".join(map(json_line, part)).encode()
+            data = (
+                csv_rows(part, "\t" if content == "tsv" else ",")
+                if is_csv
+                else "".join(map(json_line, part)).encode()
+            )
             (folder / f"part-{shard:05}.{kind}").write_bytes(pack(data))
     return CorpusSpec(str(folder))
 
@@ -77,8 +98,12 @@ def make_source(kind: str, spec: CorpusSpec) -> Source:
     if content in ("text", "txt"):
         return TextFiles(files, Path(spec.corpus), spec.skip_broken)
     if kind == "hub":
-        return HubDataset(spec.corpus, spec.subset, spec.split, spec.revision, spec.text_field, spec.skip_broken)
-    return {"parquet": Parquet, "csv": Csv, "tsv": Csv}.get(content, JsonLines)(files, spec.text_field, spec.skip_broken)
+        return HubDataset(
+            spec.corpus, spec.subset, spec.split, spec.revision, spec.text_field, spec.skip_broken
+        )
+    return {"parquet": Parquet, "csv": Csv, "tsv": Csv}.get(content, JsonLines)(
+        files, spec.text_field, spec.skip_broken
+    )
 
 
 def texts_of(records: Iterable[Record]) -> list[str]:
@@ -145,7 +170,10 @@ class LaneText:
 
 def read_back(chunks: Sequence[Chunk]) -> list[LaneText]:
     """Each lane's documents from its chunks, checking on the way all that a stream promises."""
-    ids, labels, starts = (np.concatenate([getattr(c, f) for c in chunks], axis=1) for f in ("input_ids", "shift_labels", "document_starts"))
+    ids, labels, starts = (
+        np.concatenate([getattr(c, f) for c in chunks], axis=1)
+        for f in ("input_ids", "shift_labels", "document_starts")
+    )
     assert ids.dtype == labels.dtype == np.int64
     assert starts.dtype == bool
     assert (labels != IGNORED).all(), "every position of a stream is scored"

@@ -10,9 +10,22 @@ from data_helpers import KINDS, open_any, some_texts, texts_of, write_corpus
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from minrnn.data import CorpusSpec, DocumentStream, UserError
-from minrnn.data.corpus import PYTHON_STDLIB, STDLIB_EXCLUDED, STDLIB_HELD_OUT, Split, Window, WindowAddress, is_held_out, stdlib_files
+from minrnn.data.corpus import (
+    PYTHON_STDLIB,
+    STDLIB_EXCLUDED,
+    STDLIB_HELD_OUT,
+    Split,
+    Window,
+    WindowAddress,
+    is_held_out,
+    stdlib_files,
+)
 
-FEW = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+FEW = settings(
+    max_examples=12,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +51,9 @@ def without_hint(address: WindowAddress) -> WindowAddress:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("num_shards", [1, 4, 6])
 @pytest.mark.parametrize("num_readers", [1, 2, 3, 4, 5])
-def test_shares_are_disjoint_and_complete_in_every_epoch(kind: str, num_shards: int, num_readers: int, tmp_path: Path):
+def test_shares_are_disjoint_and_complete_in_every_epoch(
+    kind: str, num_shards: int, num_readers: int, tmp_path: Path
+):
     texts = some_texts(31)
     spec = write_corpus(kind, tmp_path / kind, texts, num_shards)
     by_epoch: dict[int, list[str]] = {0: [], 1: []}
@@ -67,11 +82,18 @@ def test_a_reader_opens_only_its_own_shards(tmp_path: Path):
 @FEW
 @given(data=st.data(), size=st.integers(1, 9), seed=st.none() | st.integers(0, 3))
 def test_an_address_always_gives_the_same_window(
-    kind: str, num_readers: int, data: st.DataObject, size: int, seed: int | None, tmp_path_factory: pytest.TempPathFactory
+    kind: str,
+    num_readers: int,
+    data: st.DataObject,
+    size: int,
+    seed: int | None,
+    tmp_path_factory: pytest.TempPathFactory,
 ):
     folder = tmp_path_factory.getbasetemp() / f"addresses-{num_readers}" / kind
     spec = CorpusSpec(str(folder)) if folder.exists() else write_corpus(kind, folder, some_texts(23), 3)
-    windows = windows_of(DocumentStream(spec, "train", num_readers - 1, num_readers, size, seed), num_epochs=2)
+    windows = windows_of(
+        DocumentStream(spec, "train", num_readers - 1, num_readers, size, seed), num_epochs=2
+    )
     assert all(len(window.documents) <= size for window in windows)
     stream = DocumentStream(spec, "train", num_readers - 1, num_readers, size, seed)
     for number in data.draw(st.lists(st.integers(0, len(windows) - 1), max_size=8)):
@@ -79,7 +101,9 @@ def test_an_address_always_gives_the_same_window(
         again = stream.window(address)
         assert again.documents == windows[number].documents
         assert without_hint(again.following) == without_hint(windows[number].following)
-        if number + 1 < len(windows):  # by the hint that it gives itself: a dataset's states may say the same place in two ways
+        if number + 1 < len(
+            windows
+        ):  # by the hint that it gives itself: a dataset's states may say the same place in two ways
             fresh = DocumentStream(spec, "train", num_readers - 1, num_readers, size, seed)
             assert fresh.window(again.following).documents == windows[number + 1].documents
 
@@ -87,8 +111,14 @@ def test_an_address_always_gives_the_same_window(
 def test_windows_are_numbered_in_order(tmp_path: Path):
     spec = write_corpus("jsonl", tmp_path, [str(i) for i in range(8)], num_shards=2)
     windows = windows_of(DocumentStream(spec, "train", 0, 1, 3, None), num_epochs=3)
-    assert [texts_of(window.documents) for window in windows][:3] == [["0", "1", "2"], ["3", "4", "5"], ["6", "7"]]
-    assert [(window.address.epoch, window.address.number) for window in windows] == [(e, n) for e in range(3) for n in range(3)]
+    assert [texts_of(window.documents) for window in windows][:3] == [
+        ["0", "1", "2"],
+        ["3", "4", "5"],
+        ["6", "7"],
+    ]
+    assert [(window.address.epoch, window.address.number) for window in windows] == [
+        (e, n) for e in range(3) for n in range(3)
+    ]
 
 
 def test_the_shuffle_is_a_permutation_that_differs_by_seed_and_epoch(tmp_path: Path):
@@ -112,7 +142,9 @@ def test_the_shuffle_is_a_permutation_that_differs_by_seed_and_epoch(tmp_path: P
 
 @pytest.mark.parametrize("kind", ["text", "jsonl", "parquet"])
 @pytest.mark.parametrize("fraction", [0.0, 0.05, 0.3, 1.0])
-def test_held_out_and_training_documents_are_disjoint_and_complete(kind: str, fraction: float, tmp_path: Path):
+def test_held_out_and_training_documents_are_disjoint_and_complete(
+    kind: str, fraction: float, tmp_path: Path
+):
     texts = some_texts(120, seed=3)
     spec = replace(write_corpus(kind, tmp_path, texts, 2), held_out=fraction)
     parts: dict[Split, list[str]] = {"train": [], "validation": [], "all": []}
@@ -135,7 +167,11 @@ def test_a_larger_fraction_holds_out_more(text: str, one: float, other: float):
 
 
 def test_python_stdlib():
-    (train, root), (validation, _), (everything, _) = stdlib_files("train"), stdlib_files("validation"), stdlib_files("all")
+    (train, root), (validation, _), (everything, _) = (
+        stdlib_files("train"),
+        stdlib_files("validation"),
+        stdlib_files("all"),
+    )
     assert not set(train) & set(validation)
     assert sorted(train + validation) == everything
     for files in (train, validation, everything):

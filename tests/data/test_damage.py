@@ -31,7 +31,9 @@ def damage(path: Path, start: int, size: int) -> None:
 def parquet(path: Path, compression: str, **options: Any) -> None:
     """Three row groups of 20, the second of which is damaged: its first page, or that page's header."""
     at = options.pop("at")
-    pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), path, row_group_size=20, compression=compression, **options)
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": TEXTS}), path, row_group_size=20, compression=compression, **options
+    )
     column = pyarrow.parquet.ParquetFile(path).metadata.row_group(1).column(0)
     start = column.dictionary_page_offset or column.data_page_offset
     damage(path, start + at, 24 if at else 8)
@@ -60,7 +62,11 @@ CORRUPT = "is damaged in row group 1, rows 20 to 39 ("
 DAMAGED: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "a page that does not decompress": ("parquet", lambda path: parquet(path, "zstd", at=60), CORRUPT),
     "a page's header": ("parquet", lambda path: parquet(path, "snappy", at=0), CORRUPT),
-    "a page whose checksum says so": ("parquet", lambda path: parquet(path, "none", at=60, write_page_checksum=True), CORRUPT),
+    "a page whose checksum says so": (
+        "parquet",
+        lambda path: parquet(path, "none", at=60, write_page_checksum=True),
+        CORRUPT,
+    ),
     "a parquet file without its end": (
         "parquet",
         without_footer,
@@ -73,7 +79,11 @@ DAMAGED: dict[str, tuple[str, Callable[[Path], None], str]] = {
         lambda path: cut_text(path, "\n".join(["text", *(f"row {i * i}" for i in range(500))])),
         "is damaged behind row ",
     ),
-    "a cut .txt.gz": ("txt.gz", lambda path: cut_text(path, " ".join(str(i**3) for i in range(500))), "is damaged ("),
+    "a cut .txt.gz": (
+        "txt.gz",
+        lambda path: cut_text(path, " ".join(str(i**3) for i in range(500))),
+        "is damaged (",
+    ),
 }
 
 
@@ -93,7 +103,10 @@ def read(source: Source, place: Place | None = None) -> list[Record]:
 def test_damage_is_named_in_a_line(workers: int, damaged: tuple[Path, str]):
     path, problem = damaged
     spec = ReaderSpec(CorpusSpec(str(path)), "documents", ENCODER, 1, lanes=1, chunk=8, window=4, seed=1)
-    with pytest.raises(UserError) as caught, contextlib.closing(ChunkLoader(spec, [0], [None], workers)) as loader:
+    with (
+        pytest.raises(UserError) as caught,
+        contextlib.closing(ChunkLoader(spec, [0], [None], workers)) as loader,
+    ):
         list(islice(loader, 10_000))
     (line,) = str(caught.value).splitlines()
     assert line.startswith(f"error: data.corpus: {path} {problem}")
@@ -113,12 +126,20 @@ def test_damage_is_left_out_counted_and_found_again(damaged: tuple[Path, str]):
         assert [record.text for record in whole[:-1]] == MANY[: len(whole) - 1]
         assert len(whole) > 600
     source = open_source(CorpusSpec(str(path), skip_broken=True))
-    for count in {0, 1, len(whole) // 2, *(min(record.index + k, len(whole)) for record in broken for k in (0, 1))}:
+    for count in {
+        0,
+        1,
+        len(whole) // 2,
+        *(min(record.index + k, len(whole)) for record in broken for k in (0, 1)),
+    }:
         assert read(source, Place(count)) == whole[count:]
 
 
 ROWS = {
-    "null": (None, "holds null in field 'text' instead of text; set data.text_field to a field of text, or set data.skip_broken"),
+    "null": (
+        None,
+        "holds null in field 'text' instead of text; set data.text_field to a field of text, or set data.skip_broken",
+    ),
     "a number": (3, "holds 3 (int) in field 'text' instead of text"),
     "half of a surrogate pair": (
         "a\ud800",
@@ -162,7 +183,16 @@ def test_a_file_that_is_no_file_any_more_is_named(kind: str, tmp_path: Path):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_tokenizer_that_fails_is_told_with_the_document(workers: int, tmp_path: Path):
     (tmp_path / "a.txt").write_text("one")
-    spec = ReaderSpec(CorpusSpec(str(tmp_path)), "documents", Encoder(0, 1, "no JSON"), 1, lanes=1, chunk=1, window=1, seed=1)
+    spec = ReaderSpec(
+        CorpusSpec(str(tmp_path)),
+        "documents",
+        Encoder(0, 1, "no JSON"),
+        1,
+        lanes=1,
+        chunk=1,
+        window=1,
+        seed=1,
+    )
     with pytest.raises(UserError, match=r"^error: data.corpus: a.txt cannot be read \(Exception: .*\)$"):
         list(islice(ChunkLoader(spec, [0], [None], workers), 1))
 
@@ -179,5 +209,8 @@ def test_a_document_that_does_not_fit_into_memory_is_named(tmp_path: Path):
 
 def test_an_error_of_the_disk_is_no_damage(tmp_path: Path):
     """Another try may succeed, so nothing is left out."""
-    with pytest.raises(UserError, match=r"^error: data.corpus: a.txt cannot be read \(Input/output error\)$"), errors_name("a.txt"):
+    with (
+        pytest.raises(UserError, match=r"^error: data.corpus: a.txt cannot be read \(Input/output error\)$"),
+        errors_name("a.txt"),
+    ):
         raise OSError(5, "Input/output error")

@@ -91,7 +91,13 @@ def add_behind(folder: Path, kind: str) -> None:
     ],
 )
 def test_text_that_is_added_is_told_where_it_leaves_the_order(
-    kind: str, addition: Callable[[Path, str], None], order: str, readers: int, join: str | None, told: str | None, tmp_path: Path
+    kind: str,
+    addition: Callable[[Path, str], None],
+    order: str,
+    readers: int,
+    join: str | None,
+    told: str | None,
+    tmp_path: Path,
 ):
     write_corpus(kind, tmp_path, TEXTS, 2)
     spec = CorpusSpec(str(tmp_path), join=join)

@@ -18,7 +18,11 @@ from minrnn.data.corpus import PYTHON_STDLIB, STDLIB_HELD_OUT, Split, is_held_ou
 from minrnn.data.joined import JoinedRows, join_documents, joined_text
 from minrnn.data.sources import HubDataset, Place, Record, Source
 
-FEW = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+FEW = settings(
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 PARTS = st.text("ab\né", max_size=4)
 KINDS = ("jsonl", "parquet", "hub")
 
@@ -30,8 +34,16 @@ class Row:
     """None: broken."""
 
 
-ROWS = st.lists(st.builds(Row, st.sampled_from(["a", "b", 7, None]), st.one_of(PARTS, PARTS, PARTS, st.none())), min_size=1, max_size=14)
-TYPED_ROWS = st.lists(st.builds(Row, st.sampled_from(["a", "b", None]), st.one_of(PARTS, PARTS, st.none())), min_size=1, max_size=14)
+ROWS = st.lists(
+    st.builds(Row, st.sampled_from(["a", "b", 7, None]), st.one_of(PARTS, PARTS, PARTS, st.none())),
+    min_size=1,
+    max_size=14,
+)
+TYPED_ROWS = st.lists(
+    st.builds(Row, st.sampled_from(["a", "b", None]), st.one_of(PARTS, PARTS, st.none())),
+    min_size=1,
+    max_size=14,
+)
 
 
 def write_rows(kind: str, folder: Path, shards: list[list[Row]]) -> None:
@@ -42,15 +54,24 @@ def write_rows(kind: str, folder: Path, shards: list[list[Row]]) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("".join(json.dumps({"book": row.book, "text": row.text}) + "\n" for row in rows))
         else:
-            path = folder / (f"part-{number:05}.parquet" if kind == "parquet" else f"data/train-{number:05}-of-{len(shards):05}.parquet")
+            path = folder / (
+                f"part-{number:05}.parquet"
+                if kind == "parquet"
+                else f"data/train-{number:05}-of-{len(shards):05}.parquet"
+            )
             path.parent.mkdir(parents=True, exist_ok=True)
-            columns = {name: pyarrow.array([getattr(row, name) for row in rows], pyarrow.string()) for name in ("book", "text")}
+            columns = {
+                name: pyarrow.array([getattr(row, name) for row in rows], pyarrow.string())
+                for name in ("book", "text")
+            }
             pyarrow.parquet.write_table(pyarrow.table(columns), path, row_group_size=3)
 
 
 def open_rows(kind: str, folder: Path) -> Source:
     if kind == "hub":
-        return join_documents(HubDataset(str(folder), None, "train", None, "text", skip_broken=True, group_field="book"), "book")
+        return join_documents(
+            HubDataset(str(folder), None, "train", None, "text", skip_broken=True, group_field="book"), "book"
+        )
     return open_source(CorpusSpec(str(folder), skip_broken=True, join="book"), "all")
 
 
@@ -88,7 +109,9 @@ def test_parts_stand_as_they_are_with_a_newline_where_one_lacks_it(parts: list[s
 @pytest.mark.parametrize("kind", KINDS)
 @settings(FEW, max_examples=15)  # a streamed dataset takes a while to open
 @given(data=st.data())
-def test_rows_are_joined_and_read_from_any_place(kind: str, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory):
+def test_rows_are_joined_and_read_from_any_place(
+    kind: str, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+):
     shards = data.draw(st.lists(ROWS if kind == "jsonl" else TYPED_ROWS, min_size=1, max_size=2))
     folder = tmp_path_factory.mktemp("rows") / "corpus"
     write_rows(kind, folder, shards)
@@ -106,7 +129,9 @@ def test_rows_are_joined_and_read_from_any_place(kind: str, data: st.DataObject,
             reading = open_rows(kind, folder)
             assert list(reading.read(shard, Place(count, hint))) == whole[count:]
             assert list(reading.read(shard, Place(count))) == whole[count:], "without a hint"
-        for count in data.draw(st.lists(st.integers(1, 3), min_size=1, max_size=3)):  # a hint taken after going on from a hint
+        for count in data.draw(
+            st.lists(st.integers(1, 3), min_size=1, max_size=3)
+        ):  # a hint taken after going on from a hint
             at, hint, again = 0, None, open_rows(kind, folder)
             while at < len(whole):
                 found = list(itertools.islice(again.read(shard, Place(at, hint)), count))
@@ -121,7 +146,9 @@ FOLDERS = st.sampled_from(["", "", "a", "b", "m/n", "m", "m/n/o", "z"])
 @pytest.mark.parametrize("join", ["folder", "package"])
 @FEW
 @given(tree=st.dictionaries(st.tuples(FOLDERS, NAMES), PARTS.filter(bool), min_size=1, max_size=14))
-def test_files_are_joined_and_read_from_any_place(join: str, tree: dict[tuple[str, str], str], tmp_path_factory: pytest.TempPathFactory):
+def test_files_are_joined_and_read_from_any_place(
+    join: str, tree: dict[tuple[str, str], str], tmp_path_factory: pytest.TempPathFactory
+):
     folder = tmp_path_factory.mktemp("files") / "corpus"
     for (parent, name), text in tree.items():
         (folder / parent).mkdir(parents=True, exist_ok=True)
@@ -134,8 +161,13 @@ def test_files_are_joined_and_read_from_any_place(join: str, tree: dict[tuple[st
         source = open_source(CorpusSpec(corpus, join=join), "all")
         whole = list(source.read(0, Place()))
         assert [record.text for record in whole] == [naive_text(texts) for texts in expected.values()]
-        counts = [f" ({len(texts)} file{'s' * (len(texts) > 1)})" if name.endswith("/") else "" for name, texts in expected.items()]
-        assert [record.name for record in whole] == [name + count for name, count in zip(expected, counts, strict=True)]
+        counts = [
+            f" ({len(texts)} file{'s' * (len(texts) > 1)})" if name.endswith("/") else ""
+            for name, texts in expected.items()
+        ]
+        assert [record.name for record in whole] == [
+            name + count for name, count in zip(expected, counts, strict=True)
+        ]
         for count in range(len(whole) + 1):
             assert list(source.read(0, Place(count))) == whole[count:]
 
@@ -143,12 +175,18 @@ def test_files_are_joined_and_read_from_any_place(join: str, tree: dict[tuple[st
 def tell_books(num_books: int, seed: int = 0) -> list[Row]:
     """Books of one to five rows each, their texts of many lengths."""
     texts = iter(some_texts(5 * num_books + 1, seed)[1:])
-    return [Row(f"book {book}", text) for book in range(num_books) for text in itertools.islice(texts, 1 + book % 5)]
+    return [
+        Row(f"book {book}", text)
+        for book in range(num_books)
+        for text in itertools.islice(texts, 1 + book % 5)
+    ]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 @pytest.mark.parametrize(("num_shards", "num_readers"), [(1, 1), (2, 2), (3, 2)])
-def test_a_reader_of_joined_rows_resumes_exactly(kind: str, num_shards: int, num_readers: int, tmp_path: Path):
+def test_a_reader_of_joined_rows_resumes_exactly(
+    kind: str, num_shards: int, num_readers: int, tmp_path: Path
+):
     write_rows(kind, tmp_path, [tell_books(9, seed) for seed in range(num_shards)])
     spec = CorpusSpec(str(tmp_path), join="book")
 
@@ -162,7 +200,9 @@ def test_a_reader_of_joined_rows_resumes_exactly(kind: str, num_shards: int, num
         for expected in whole[at + 1 :]:
             assert_same_chunk(resumed.next_chunk(), expected)
     documents = {
-        naive_text([row.text or "" for row in tell_books(9, seed) if row.book == f"book {i}"]) for seed in range(num_shards) for i in range(9)
+        naive_text([row.text or "" for row in tell_books(9, seed) if row.book == f"book {i}"])
+        for seed in range(num_shards)
+        for i in range(9)
     }
     assert {text for lane in read_back(whole) for text in lane.whole} <= documents
     assert len({as_array(chunk).tobytes() for chunk in whole}) > 1
@@ -173,8 +213,13 @@ def test_readers_share_joined_documents(num_readers: int, tmp_path: Path):
     """Books of two rows each: sharing rows would split them, and sharing by the last row's number would leave a reader without any."""
     write_rows("jsonl", tmp_path, [[Row(book // 2, f"{book}") for book in range(24)]])
     spec = CorpusSpec(str(tmp_path), join="book")
-    shares = [[r.text for r in DocumentStream(spec, "train", reader, num_readers, 3, 7).one_epoch()] for reader in range(num_readers)]
-    assert Counter(text for share in shares for text in share) == Counter(f"{2 * book}\n{2 * book + 1}" for book in range(12))
+    shares = [
+        [r.text for r in DocumentStream(spec, "train", reader, num_readers, 3, 7).one_epoch()]
+        for reader in range(num_readers)
+    ]
+    assert Counter(text for share in shares for text in share) == Counter(
+        f"{2 * book}\n{2 * book + 1}" for book in range(12)
+    )
     assert {len(share) for share in shares} == {12 // num_readers}
 
 
@@ -198,7 +243,9 @@ def test_python_stdlib_is_held_out_by_whole_packages():
         names = [record.name.split("/ (")[0].removesuffix(".py") for record in records]
         assert (set(names) <= STDLIB_HELD_OUT) == (part == "validation")
         assert len(set(names)) == len(names), "each package once"
-        assert sum(len(record.text or "") for record in records) >= sum(len(record.text or "") for record in files)
+        assert sum(len(record.text or "") for record in records) >= sum(
+            len(record.text or "") for record in files
+        )
         package = "json" if part == "validation" else "email"
         count = sum(record.name.startswith(f"{package}/") for record in files)
         assert f"{package}/ ({count} files)" in [record.name for record in records]
@@ -237,7 +284,13 @@ def test_ways_of_joining_that_are_not_there(tmp_path: Path):
         spec = CorpusSpec(str(tmp_path / kind), join="folder")
         assert "join those by the name of a column" in problem(spec)
         assert "has no column 'books' (did you mean 'book'?)" in problem(replace(spec, join="books"))
-        assert "has no column 'xyz' (it has 'book', 'text')" in problem(replace(spec, join="xyz", skip_broken=True))
+        assert "has no column 'xyz' (it has 'book', 'text')" in problem(
+            replace(spec, join="xyz", skip_broken=True)
+        )
     write_rows("hub", tmp_path / "hub", [[Row("a", "b")]])
     with pytest.raises(UserError, match=r"data\.join.*has no column 'boook' \(did you mean 'book'\?\)"):
-        list(JoinedRows(HubDataset(str(tmp_path / "hub"), None, "train", None, "text", group_field="boook"), "boook").read(0, Place()))
+        list(
+            JoinedRows(
+                HubDataset(str(tmp_path / "hub"), None, "train", None, "text", group_field="boook"), "boook"
+            ).read(0, Place())
+        )

@@ -28,7 +28,9 @@ def reader_spec(corpus: CorpusSpec, num_readers: int = 1, order: Any = "document
     return ReaderSpec(corpus, order, ENCODER, num_readers, lanes=2, chunk=12, window=4, seed=1)
 
 
-def steps(spec: ReaderSpec, readers: Sequence[int], count: int, workers: int, states: Sequence[Any] | None = None) -> list[list[Chunk]]:
+def steps(
+    spec: ReaderSpec, readers: Sequence[int], count: int, workers: int, states: Sequence[Any] | None = None
+) -> list[list[Chunk]]:
     loader = ChunkLoader(spec, readers, states or [None] * len(readers), workers)
     try:
         return list(islice(loader, count))
@@ -111,14 +113,24 @@ def test_readers_may_be_dealt_to_processes(corpus: CorpusSpec):
 
 
 def test_readers_read_different_documents(corpus: CorpusSpec):
-    names = [{name for step in steps(reader_spec(corpus, 2), [r], 6, workers=0) for lane in step[0].documents for name in lane} for r in (0, 1)]
+    names = [
+        {
+            name
+            for step in steps(reader_spec(corpus, 2), [r], 6, workers=0)
+            for lane in step[0].documents
+            for name in lane
+        }
+        for r in (0, 1)
+    ]
     assert not names[0] & names[1]
 
 
 @pytest.mark.parametrize("num_good", [0, 200])
 def test_an_error_of_a_worker_is_the_users(num_good: int, tmp_path: Path):
     """At once, while a reader opens, or later, in the middle of the stream."""
-    (tmp_path / "a.jsonl").write_text("".join(json_line(f"document {i}") for i in range(num_good)) + "broken\n")
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json_line(f"document {i}") for i in range(num_good)) + "broken\n"
+    )
     spec = reader_spec(CorpusSpec(str(tmp_path)))
     errors = [in_time(lambda workers=workers: steps(spec, [0], 200, workers)) for workers in (0, 1)]
     assert [type(error) for error in errors] == [UserError, UserError]
@@ -200,7 +212,9 @@ def test_workers_die_with_their_parent(steps_taken: int, corpus: CorpusSpec):
         print(*[process.pid for process in psutil.Process().children()], flush=True)
         time.sleep(600)
     """
-    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True) as parent:
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True
+    ) as parent:
         assert parent.stdout is not None
         workers = [int(pid) for pid in parent.stdout.readline().split()]
         assert len(workers) == 2
@@ -223,7 +237,9 @@ def test_a_library_that_prints_does_not_disturb_the_stream(
         "    return original(*args, **kwargs)\n"
         "json.loads = loads\n"
     )
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(hook), *filter(None, [os.environ.get("PYTHONPATH")])]))
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join([str(hook), *filter(None, [os.environ.get("PYTHONPATH")])])
+    )
     outcome = in_time(lambda: steps(reader_spec(corpus), [0], 4, workers=1))
     assert not isinstance(outcome, Exception), outcome
     assert_same_steps(outcome, expected)
@@ -240,7 +256,10 @@ def test_user_errors_are_pickled_whole():
 def test_a_worker_needs_no_torch():
     """It starts in a fraction of a second and holds little memory."""
     code = "import sys, minrnn.data.worker; print([name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        == "[]\n"
+    )
 
 
 def test_windows_of_one_text_in_workers(corpus: CorpusSpec):
@@ -287,7 +306,9 @@ def test_a_stalled_reader_in_this_process_keeps_nobody_waiting(corpus: CorpusSpe
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_file_that_is_deleted_under_the_reader_costs_a_line(workers: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+def test_a_file_that_is_deleted_under_the_reader_costs_a_line(
+    workers: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
     for number in range(300):
         (tmp_path / f"{number:03d}.txt").write_text("x" * 100)
     loader = ChunkLoader(reader_spec(CorpusSpec(str(tmp_path))), [0], [None], workers)

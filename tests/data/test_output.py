@@ -26,12 +26,17 @@ PROGRAM = """
 """
 
 
-@pytest.mark.parametrize("redirection", ["> /dev/full 2> /dev/full", "> /dev/full 2>&1", ">&- 2>&-", "<&- >&- 2>&-", "2>&1 | head -c 1"])
+@pytest.mark.parametrize(
+    "redirection",
+    ["> /dev/full 2> /dev/full", "> /dev/full 2>&1", ">&- 2>&-", "<&- >&- 2>&-", "2>&1 | head -c 1"],
+)
 def test_output_that_goes_nowhere_stops_no_program(redirection: str, tmp_path: Path):
     """It neither raises, nor changes the exit status, nor lands in a file that was opened later."""
     (tmp_path / "program.py").write_text(textwrap.dedent(PROGRAM))
     command = f'"$0" program.py written "{redirection}" {redirection}; exit ${{PIPESTATUS[0]}}'
-    ended = subprocess.run(["bash", "-c", command, sys.executable], cwd=tmp_path, capture_output=True, check=False)
+    ended = subprocess.run(
+        ["bash", "-c", command, sys.executable], cwd=tmp_path, capture_output=True, check=False
+    )
     assert (ended.returncode, (tmp_path / "written").read_text()) == (5, "done")
 
 

@@ -7,25 +7,42 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from minrnn.data import Encoder, TextStream, UserError, load_tokenizer, prompt_batch, prompt_tokens, read_prompt
+from minrnn.data import (
+    Encoder,
+    TextStream,
+    UserError,
+    load_tokenizer,
+    prompt_batch,
+    prompt_tokens,
+    read_prompt,
+)
 from minrnn.data.prompts import BROKEN
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers_of_each_kind import KINDS, saved
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 NAMES = ["<s>", "</s>", "<pad>", "<|endoftext|>", "[CLS]", "[SEP]", "<|x:1|>", "<e nd>", "$A", "<extra_id_0>"]
-TEXTS = st.text() | st.lists(st.sampled_from([*NAMES, "the", "cat sat", " ", "    ", "\n", "\r\n", "x = '", "é", "漢", "🙂"])).map("".join)
+TEXTS = st.text() | st.lists(
+    st.sampled_from([*NAMES, "the", "cat sat", " ", "    ", "\n", "\r\n", "x = '", "é", "漢", "🙂"])
+).map("".join)
 FEW = settings(max_examples=40, deadline=None)
 
 
 @pytest.fixture(scope="module", params=["bytes", *KINDS])
-def kind(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any, Encoder, Any]:
+def kind(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Any, Encoder, Any]:
     """Its name, what training loads, training's encoder, and what was loaded of an export's files."""
     folder = tmp_path_factory.mktemp(request.param)
     name = "bytes" if request.param == "bytes" else saved(request.param, folder / "hub")
     tokenizer = load_tokenizer(name)
     tokenizer.save_pretrained(folder / "export")
-    return request.param, tokenizer, Encoder.of(tokenizer, name), AutoTokenizer.from_pretrained(folder / "export")
+    return (
+        request.param,
+        tokenizer,
+        Encoder.of(tokenizer, name),
+        AutoTokenizer.from_pretrained(folder / "export"),
+    )
 
 
 def test_an_exports_tokenizer_encodes_as_training_does(kind: tuple[str, Any, Encoder, Any]):
@@ -47,7 +64,15 @@ def test_what_an_export_says_of_its_tokenizer_survives(kind: tuple[str, Any, Enc
     _, tokenizer, _, exported = kind
     exported.save_pretrained(tmp_path)
     for loaded in (exported, AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(str(tmp_path))):
-        for name in ("bos_token", "eos_token", "pad_token", "unk_token", "model_max_length", "padding_side", "split_special_tokens"):
+        for name in (
+            "bos_token",
+            "eos_token",
+            "pad_token",
+            "unk_token",
+            "model_max_length",
+            "padding_side",
+            "split_special_tokens",
+        ):
             assert getattr(loaded, name) == getattr(tokenizer, name), name
         assert None not in (loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id)
         batch = loaded(["the", "the cat sat on the mat"], padding=True)
@@ -78,7 +103,9 @@ def test_a_tokenizer_that_reads_its_boundary_from_a_text_is_refused(tmp_path: Pa
     backend = Tokenizer(models.WordLevel({"the": 0, "e": 1}, unk_token="e"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="e").save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"data\.tokenizer: .* reads the text 'e' as the token that bounds documents"):
+    with pytest.raises(
+        UserError, match=r"data\.tokenizer: .* reads the text 'e' as the token that bounds documents"
+    ):
         load_tokenizer(str(tmp_path))
 
 
@@ -146,7 +173,12 @@ def test_a_prompts_file_is_read_as_a_corpus_is(tmp_path: Path, monkeypatch):
     for read in (from_file, from_input):
         assert read(b"\xef\xbb\xbfa\r\nb\rc\n\xef\xbb\xbf") == "a\r\nb\rc\n\ufeff"
         assert read(b"") == ""
-        with pytest.raises(UserError, match=r"^error: --prompt-file: (.*prompt.txt|standard input) is not UTF-8 \(byte 5\); convert it$"):
+        with pytest.raises(
+            UserError,
+            match=r"^error: --prompt-file: (.*prompt.txt|standard input) is not UTF-8 \(byte 5\); convert it$",
+        ):
             read(b"\xef\xbb\xbfab\xff")
-    with pytest.raises(UserError, match=r"^error: --prompt-file: cannot read .*missing: No such file or directory$"):
+    with pytest.raises(
+        UserError, match=r"^error: --prompt-file: cannot read .*missing: No such file or directory$"
+    ):
         read_prompt(tmp_path / "missing", "--prompt-file")

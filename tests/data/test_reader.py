@@ -27,9 +27,21 @@ from data_helpers import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from minrnn.data import Chunk, CorpusSpec, DocumentReader, DocumentStream, UserError, WindowReader, joined_tokens
+from minrnn.data import (
+    Chunk,
+    CorpusSpec,
+    DocumentReader,
+    DocumentStream,
+    UserError,
+    WindowReader,
+    joined_tokens,
+)
 
-FEW = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+FEW = settings(
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 
 
 @pytest.fixture(autouse=True)
@@ -50,14 +62,26 @@ class Setup:
     seed: int = 5
 
     def open(self, state: Any = None) -> DocumentReader:
-        return DocumentReader(self.spec, ENCODER, self.reader, self.num_readers, self.lanes, self.chunk, self.window, self.seed, state)
+        return DocumentReader(
+            self.spec,
+            ENCODER,
+            self.reader,
+            self.num_readers,
+            self.lanes,
+            self.chunk,
+            self.window,
+            self.seed,
+            state,
+        )
 
     def chunks(self, count: int, state: Any = None) -> list[Chunk]:
         reader = self.open(state)
         return [reader.next_chunk() for _ in range(count)]
 
     def documents(self) -> Iterator[str]:
-        return endless_texts(DocumentStream(self.spec, "train", self.reader, self.num_readers, self.window, self.seed))
+        return endless_texts(
+            DocumentStream(self.spec, "train", self.reader, self.num_readers, self.window, self.seed)
+        )
 
 
 @st.composite
@@ -70,7 +94,13 @@ def setups(draw: st.DrawFn, folder: Path) -> tuple[Setup, list[str]]:
     num_shards, num_readers = draw(st.integers(1, 3)), draw(st.sampled_from([1, 1, 1, 2]))
     path = folder / f"{draw(st.uuids(allow_nil=False))}"
     spec = write_corpus("jsonl", path, texts, num_shards)
-    mine = Setup(spec, draw(st.integers(0, num_readers - 1)), num_readers, window=draw(st.integers(1, 30)), seed=draw(st.integers(0, 9)))
+    mine = Setup(
+        spec,
+        draw(st.integers(0, num_readers - 1)),
+        num_readers,
+        window=draw(st.integers(1, 30)),
+        seed=draw(st.integers(0, 9)),
+    )
     stream = DocumentStream(spec, "train", mine.reader, num_readers, 8, None)
     share = [record.text or "" for record in stream.one_epoch()]
     num_lanes = min(num_lanes, len(share))
@@ -98,7 +128,9 @@ def test_documents_come_back_whole(data: st.DataObject, tmp_path_factory: pytest
     for begun in [lane.begun for lane in lanes if lane.begun is not None]:
         assert any(text.encode().startswith(begun) for text in unfinished)
     for epoch in range(num_documents // len(share)):
-        assert Counter(taken[epoch * len(share) : (epoch + 1) * len(share)]) == Counter(share), "each document once an epoch"
+        assert Counter(taken[epoch * len(share) : (epoch + 1) * len(share)]) == Counter(share), (
+            "each document once an epoch"
+        )
 
 
 @FEW
@@ -112,7 +144,9 @@ def test_chunks_are_those_of_the_naive_reader(data: st.DataObject, tmp_path_fact
 
 @FEW
 @given(data=st.data())
-def test_resuming_from_any_chunk_and_from_there_again(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory):
+def test_resuming_from_any_chunk_and_from_there_again(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+):
     setup, _ = data.draw(setups(tmp_path_factory.mktemp("resume")))
     whole = setup.chunks(16)
     at = 0
@@ -162,7 +196,9 @@ def test_the_state_stays_small(tmp_path: Path):
 
 
 def test_names_say_where_each_lane_reads(tmp_path: Path):
-    setup = Setup(write_corpus("text", tmp_path, ["a" * 9, "b" * 3, "c" * 9, "d" * 9]), lanes=2, chunk=10, window=1)
+    setup = Setup(
+        write_corpus("text", tmp_path, ["a" * 9, "b" * 3, "c" * 9, "d" * 9]), lanes=2, chunk=10, window=1
+    )
     assert [chunk.documents for chunk in setup.chunks(2)] == [
         [["00000.txt"], ["00001.txt", "00002.txt"]],
         [["00003.txt"], ["00002.txt", "00000.txt"]],
@@ -187,10 +223,15 @@ def test_held_out_documents_are_never_trained_on(tmp_path: Path):
 
 def test_too_little_text(tmp_path: Path):
     spec = write_corpus("jsonl", tmp_path / "few", ["one", "two"])
-    with pytest.raises(UserError, match=r"^error: data\.corpus: .* 8 tokens, fewer than .* 3 lanes x 8; lower batch\.lanes or batch\.chunk"):
+    with pytest.raises(
+        UserError,
+        match=r"^error: data\.corpus: .* 8 tokens, fewer than .* 3 lanes x 8; lower batch\.lanes or batch\.chunk",
+    ):
         Setup(spec).open()
     Setup(spec, lanes=2, chunk=4).open()  # exactly enough
-    with pytest.raises(UserError, match=r"reader 2's share \(1 of 3\) of .* holds no documents; .*batch\.readers"):
+    with pytest.raises(
+        UserError, match=r"reader 2's share \(1 of 3\) of .* holds no documents; .*batch\.readers"
+    ):
         Setup(spec, reader=2, num_readers=3, lanes=1, chunk=1).open()
     (tmp_path / "blank.jsonl").write_text("\n\n")
     with pytest.raises(UserError, match="holds no documents"):
@@ -202,7 +243,9 @@ def test_too_little_text(tmp_path: Path):
 @pytest.mark.parametrize("window", [1, 2, 8])
 def test_fewer_documents_than_lanes(window: int, tmp_path: Path):
     spec = write_corpus("jsonl", tmp_path, ["a" * 100, "b" * 100])
-    with pytest.raises(UserError, match=r"has 2 documents for 3 lanes; lower batch\.lanes, or set data\.order to windows"):
+    with pytest.raises(
+        UserError, match=r"has 2 documents for 3 lanes; lower batch\.lanes, or set data\.order to windows"
+    ):
         Setup(spec, window=window).open()
 
 
@@ -225,8 +268,16 @@ def test_a_broken_line_far_on_is_told_when_it_is_reached(tmp_path: Path):
 
 
 @FEW
-@given(length=st.integers(2, 60), lanes=st.integers(1, 5), seed=st.integers(0, 5), reader=st.integers(0, 3), data=st.data())
-def test_crops_are_a_function_of_seed_step_and_reader(length: int, lanes: int, seed: int, reader: int, data: st.DataObject):
+@given(
+    length=st.integers(2, 60),
+    lanes=st.integers(1, 5),
+    seed=st.integers(0, 5),
+    reader=st.integers(0, 3),
+    data=st.data(),
+)
+def test_crops_are_a_function_of_seed_step_and_reader(
+    length: int, lanes: int, seed: int, reader: int, data: st.DataObject
+):
     size = data.draw(st.integers(1, length - 1))
     tokens = np.arange(length, dtype=np.int32)  # a token is its position
     first = WindowReader(tokens, reader, lanes, size, seed)
@@ -260,7 +311,9 @@ def test_crops_reach_both_ends_and_differ():
 def test_a_joined_text_is_split_by_position(fraction: float, tmp_path: Path):
     texts = some_texts(40)
     spec = replace(write_corpus("jsonl", tmp_path, texts, 3), held_out=fraction)
-    everything, train, validation = (joined_tokens(spec, part, ENCODER) for part in ("all", "train", "validation"))
+    everything, train, validation = (
+        joined_tokens(spec, part, ENCODER) for part in ("all", "train", "validation")
+    )
     assert bytes(everything.astype(np.uint8)) == "".join(texts).encode()
     np.testing.assert_array_equal(np.concatenate([train, validation]), everything)
     assert len(validation) == pytest.approx(fraction * len(everything), abs=1)
@@ -289,7 +342,9 @@ def test_a_document_under_way_whose_text_has_changed_is_told(tmp_path: Path):
     state = Setup(spec, lanes=1, chunk=4, window=2, seed=0).chunks(1)[0].state
     path = next(tmp_path.iterdir())
     path.write_text(path.read_text().replace("one", "two").replace("long", "lang"))
-    with pytest.raises(UserError, match=r"has changed: .*part-00000\.jsonl:\d, which was being read, has other text"):
+    with pytest.raises(
+        UserError, match=r"has changed: .*part-00000\.jsonl:\d, which was being read, has other text"
+    ):
         Setup(spec, lanes=1, chunk=4, window=2, seed=0).open(state)
     del state["lanes"][0]["digest"]
     Setup(spec, lanes=1, chunk=4, window=2, seed=0).open(state)

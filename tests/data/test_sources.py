@@ -15,7 +15,17 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
-from data_helpers import ENCODER, KINDS, OTHER_NAMES, csv_rows, json_line, make_source, some_texts, texts_of, write_corpus
+from data_helpers import (
+    ENCODER,
+    KINDS,
+    OTHER_NAMES,
+    csv_rows,
+    json_line,
+    make_source,
+    some_texts,
+    texts_of,
+    write_corpus,
+)
 from minrnn.data import CorpusSpec, DocumentReader, DocumentStream, UserError, open_source
 from minrnn.data.corpus import Window, WindowAddress
 from minrnn.data.rows import JsonLines
@@ -80,7 +90,11 @@ def test_paths_folders_and_globs(tmp_path: Path):
     whole = list(open_source(CorpusSpec(str(tmp_path))).read(0, Place()))
     assert texts_of(whole) == ["a.txt", "b.txt", "deep/c.txt"]
     assert [record.name for record in whole] == ["a.txt", "b.txt", "deep/c.txt"]
-    assert texts_of(open_source(CorpusSpec(f"{tmp_path}/**/*.txt")).read(0, Place())) == ["a.txt", "b.txt", "deep/c.txt"]
+    assert texts_of(open_source(CorpusSpec(f"{tmp_path}/**/*.txt")).read(0, Place())) == [
+        "a.txt",
+        "b.txt",
+        "deep/c.txt",
+    ]
     assert texts_of(open_source(CorpusSpec(f"{tmp_path}/?.txt")).read(0, Place())) == ["a.txt", "b.txt"]
 
 
@@ -120,11 +134,18 @@ def test_parquet_of_any_name(tmp_path: Path):
 def test_a_file_unpacked_under_its_old_name_is_read(tmp_path: Path):
     (tmp_path / "a.jsonl.gz").write_text(json_line("one") + json_line("two"))
     (tmp_path / "b.jsonl").write_bytes(gzip.compress(json_line("three").encode()))
-    assert texts_of(itertools.chain(*read_all(open_source(CorpusSpec(str(tmp_path)))))) == ["one", "two", "three"]
+    assert texts_of(itertools.chain(*read_all(open_source(CorpusSpec(str(tmp_path)))))) == [
+        "one",
+        "two",
+        "three",
+    ]
 
 
 REFUSED = {
-    "a.json": (json.dumps([{"text": "one"}]), "is one JSON array, not an object a line; write one object a line, e.g. with jq -c '.[]'"),
+    "a.json": (
+        json.dumps([{"text": "one"}]),
+        "is one JSON array, not an object a line; write one object a line, e.g. with jq -c '.[]'",
+    ),
     "b.json": (
         json.dumps({"text": "one"}, indent=2),
         "is JSON whose objects go over several lines; write one object a line, e.g. with jq",
@@ -176,11 +197,21 @@ def test_a_binary_file_among_texts_is_named_or_skipped(name: str, tmp_path: Path
 def test_csv_as_it_comes(tmp_path: Path):
     """Mark, CR LF, quotes, line breaks in cells, empty lines, cells longer than the module's limit; bytes that are not UTF-8 cost a row."""
     long = "x" * 200_000
-    rows = csv_rows(["one, two", 'a "quote"', "two\r\nlines\n", "", long], ",").replace(b"\r\n1,", b"\r\n\r\n1,")
+    rows = csv_rows(["one, two", 'a "quote"', "two\r\nlines\n", "", long], ",").replace(
+        b"\r\n1,", b"\r\n\r\n1,"
+    )
     (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbf" + rows + b"1,\xff\r\n1,last")
     assert "holds bytes in field 'text'" in problem(CorpusSpec(str(tmp_path)))
     records = list(open_source(CorpusSpec(str(tmp_path), skip_broken=True)).read(0, Place()))
-    assert [record.text for record in records] == ["one, two", 'a "quote"', "two\r\nlines\n", "", long, None, "last"]
+    assert [record.text for record in records] == [
+        "one, two",
+        'a "quote"',
+        "two\r\nlines\n",
+        "",
+        long,
+        None,
+        "last",
+    ]
 
 
 def test_folders_that_mix_are_told_with_an_example_of_each(tmp_path: Path):
@@ -190,7 +221,9 @@ def test_folders_that_mix_are_told_with_an_example_of_each(tmp_path: Path):
     assert texts_of(itertools.chain(*read_all(open_source(CorpusSpec(str(tmp_path)))))) == ["one"]
     (tmp_path / "README.md").write_text("read me")
     (tmp_path / "b.csv").write_text("text\none\n")
-    assert "mixes csv (b.csv), jsonl (a.jsonl), text (README.md) files; name one kind" in problem(CorpusSpec(str(tmp_path)))
+    assert "mixes csv (b.csv), jsonl (a.jsonl), text (README.md) files; name one kind" in problem(
+        CorpusSpec(str(tmp_path))
+    )
 
 
 def test_relative_paths_are_looked_up_from_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -206,7 +239,14 @@ def test_text_keeps_its_line_ends_and_loses_its_byte_order_mark(tmp_path: Path):
 
 
 def test_jsonl_of_any_layout(tmp_path: Path):
-    lines = ["\ufeff" + json_line("mark"), "\n", json_line("two\u2028lines"), '  {"text": "spaces"}\r\n', "  \n", '{"text": "no newline"}']
+    lines = [
+        "\ufeff" + json_line("mark"),
+        "\n",
+        json_line("two\u2028lines"),
+        '  {"text": "spaces"}\r\n',
+        "  \n",
+        '{"text": "no newline"}',
+    ]
     (tmp_path / "a.jsonl").write_bytes("".join(lines).encode())
     source = open_source(CorpusSpec(str(tmp_path)))
     whole = list(source.read(0, Place()))
@@ -222,7 +262,9 @@ def test_jsonl_of_any_layout(tmp_path: Path):
 def test_compressed_files_of_several_parts(kind: str, tmp_path: Path):
     """`cat a.gz b.gz > c.gz` is a whole file, and so it is with zstd; parallel compressors write nothing else."""
     pack = gzip.compress if kind == "jsonl.gz" else zstandard.ZstdCompressor().compress
-    (tmp_path / f"a.{kind}").write_bytes(b"".join(pack(json_line(text).encode()) for text in ("one", "two", "three")))
+    (tmp_path / f"a.{kind}").write_bytes(
+        b"".join(pack(json_line(text).encode()) for text in ("one", "two", "three"))
+    )
     assert texts_of(open_source(CorpusSpec(str(tmp_path))).read(0, Place())) == ["one", "two", "three"]
 
 
@@ -233,7 +275,9 @@ def test_another_text_field(tmp_path: Path):
 
 def test_what_cannot_be_found(tmp_path: Path):
     missing = tmp_path / "none.jsonl"
-    assert f"error: data.corpus: there is no file, folder or match for {missing}" in problem(CorpusSpec(str(missing)))
+    assert f"error: data.corpus: there is no file, folder or match for {missing}" in problem(
+        CorpusSpec(str(missing))
+    )
     assert "no file, folder or match" in problem(CorpusSpec(str(tmp_path / "*.txt")))
     assert f"the folder {tmp_path} holds no files" in problem(CorpusSpec(str(tmp_path)))
     (tmp_path / "a.txt").touch()
@@ -249,7 +293,10 @@ def test_a_relative_glob_without_a_match_is_no_hub_id(tmp_path: Path, monkeypatc
     assert "no file, folder or match" in problem(CorpusSpec("texts/*"))
 
 
-@pytest.mark.parametrize("name", ["roneneldan/TinyStories", "mlfoundations/dclm-baseline-1.0", "mlfoundations/dclm-baseline-1.0-parquet"])
+@pytest.mark.parametrize(
+    "name",
+    ["roneneldan/TinyStories", "mlfoundations/dclm-baseline-1.0", "mlfoundations/dclm-baseline-1.0-parquet"],
+)
 def test_names_of_hub_datasets(name: str, monkeypatch: pytest.MonkeyPatch):
     asked: list[str] = []
     monkeypatch.setattr("minrnn.data.corpus.HubDataset", lambda path, *_: asked.append(path))
@@ -292,7 +339,9 @@ def test_a_file_that_is_not_text(tmp_path: Path):
     message = problem(CorpusSpec(str(tmp_path)))
     assert f"{broken} is not UTF-8 (byte 2)" in message
     assert "data.skip_broken" in message
-    assert [record.text for record in open_source(CorpusSpec(str(tmp_path), skip_broken=True)).read(0, Place())] == ["one", None, "two"]
+    assert [
+        record.text for record in open_source(CorpusSpec(str(tmp_path), skip_broken=True)).read(0, Place())
+    ] == ["one", None, "two"]
 
 
 def test_what_a_run_writes_is_no_part_of_the_folder_it_is_in(tmp_path: Path):
@@ -311,12 +360,20 @@ def test_what_a_run_writes_is_no_part_of_the_folder_it_is_in(tmp_path: Path):
     assert found("runs/x") == found("runs/x/*") == ["runs/x/own.txt"]
     assert found("runs/x/samples.txt") == ["runs/x/samples.txt"]
     shutil.rmtree(tmp_path / "runs" / "y")
-    assert "holds no files but those of the run" in problem(CorpusSpec(str(tmp_path / "runs"), left_out=left_out))
+    assert "holds no files but those of the run" in problem(
+        CorpusSpec(str(tmp_path / "runs"), left_out=left_out)
+    )
 
 
 def test_broken_parquet_rows(tmp_path: Path):
-    not_utf8 = pyarrow.StringArray.from_buffers(1, pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0"), pyarrow.py_buffer(b"\xff"))
-    for name, column in {"null": pyarrow.array(["one", None]), "number": pyarrow.array([1, 2]), "not-utf8": not_utf8}.items():
+    not_utf8 = pyarrow.StringArray.from_buffers(
+        1, pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0"), pyarrow.py_buffer(b"\xff")
+    )
+    for name, column in {
+        "null": pyarrow.array(["one", None]),
+        "number": pyarrow.array([1, 2]),
+        "not-utf8": not_utf8,
+    }.items():
         path = tmp_path / f"{name}.parquet"
         pyarrow.parquet.write_table(pyarrow.table({"text": column}), path)
         message = problem(CorpusSpec(str(path)))
@@ -330,10 +387,16 @@ def test_broken_parquet_rows(tmp_path: Path):
     assert "'content'" in message
     for name, key, join in (("text", "data.text_field", None), ("book", "data.join", "book")):
         path = tmp_path / f"two-{name}.parquet"
-        pyarrow.parquet.write_table(pyarrow.table([["one"], ["a"], ["b"]], names=["text", "book", name]), path)
-        assert f"error: {key}: {path} has 2 columns of the name {name!r}" in problem(CorpusSpec(str(path), join=join))
+        pyarrow.parquet.write_table(
+            pyarrow.table([["one"], ["a"], ["b"]], names=["text", "book", name]), path
+        )
+        assert f"error: {key}: {path} has 2 columns of the name {name!r}" in problem(
+            CorpusSpec(str(path), join=join)
+        )
     (tmp_path / "fake.parquet").write_text("hello, this is no parquet")
-    assert f"{tmp_path / 'fake.parquet'} is not a parquet file" in problem(CorpusSpec(str(tmp_path / "fake.parquet")))
+    assert f"{tmp_path / 'fake.parquet'} is not a parquet file" in problem(
+        CorpusSpec(str(tmp_path / "fake.parquet"))
+    )
 
 
 @pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.zst"])
@@ -362,6 +425,8 @@ def test_skipped_documents_are_counted_once(tmp_path: Path):
     counts = []
     while (state := json.loads(json.dumps(reader.next_chunk().state)))["window"]["epoch"] == 0:
         counts.append(state["num_skipped"])
-        reader = DocumentReader(spec, ENCODER, 0, 1, 1, 16, 4, 0, state)  # anew each time: what was counted stays counted, and is so once
+        reader = DocumentReader(
+            spec, ENCODER, 0, 1, 1, 16, 4, 0, state
+        )  # anew each time: what was counted stays counted, and is so once
     assert counts == sorted(counts)
     assert counts[-1] == 10

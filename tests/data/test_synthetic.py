@@ -102,9 +102,18 @@ def test_majority_and_its_count(seed: int, length: int):
 
 
 @given(seeds, st.integers(1, 5), st.integers(0, 30), st.integers(4, 9))
-def test_selective_copying_repeats_the_tokens_in_order(seed: int, num_tokens: int, blanks: int, vocab_size: int):
+def test_selective_copying_repeats_the_tokens_in_order(
+    seed: int, num_tokens: int, blanks: int, vocab_size: int
+):
     length = num_tokens + blanks
-    ids, labels = drawn("selective-copying", seed, length + num_tokens, num_tokens=num_tokens, vocab_size=vocab_size, test_lengths=[])
+    ids, labels = drawn(
+        "selective-copying",
+        seed,
+        length + num_tokens,
+        num_tokens=num_tokens,
+        vocab_size=vocab_size,
+        test_lengths=[],
+    )
     tokens = [token for token in ids[:length] if token != 0]
     assert len(tokens) == num_tokens
     assert set(tokens) <= set(range(1, vocab_size - 1))
@@ -207,7 +216,9 @@ def rows(name: str, num_readers: int, lanes: int) -> list[tuple[int, tuple[int, 
         for length, chunk in TaskValidation(task, reader, num_readers, lanes, multiple=4).chunks():
             assert chunk.input_ids.shape[1] % 4 == 0
             scored = chunk.shift_labels != IGNORED
-            for ids, labels in zip(chunk.input_ids[scored.any(1)], chunk.shift_labels[scored.any(1)], strict=True):
+            for ids, labels in zip(
+                chunk.input_ids[scored.any(1)], chunk.shift_labels[scored.any(1)], strict=True
+            ):
                 found.append((length, (*ids.tolist(), *labels.tolist())))
     return sorted(found)
 
@@ -224,7 +235,10 @@ def test_the_validation_set_is_one_whatever_shares_it(name: str):
 def test_readers_have_equally_many_validation_chunks():
     """And none larger than training's, unless one sequence is."""
     task = small("parity", validation_examples=9)
-    shapes = [[chunk.input_ids.shape for _, chunk in TaskValidation(task, reader, 4, lanes=2).chunks()] for reader in range(4)]
+    shapes = [
+        [chunk.input_ids.shape for _, chunk in TaskValidation(task, reader, 4, lanes=2).chunks()]
+        for reader in range(4)
+    ]
     assert all([time for _, time in shape] == [time for _, time in shapes[0]] for shape in shapes)
     assert {rows for shape in shapes for rows, time in shape if rows * time > 2 * task.longest} <= {1}
 
@@ -260,13 +274,29 @@ def test_training_and_validation_share_no_seed(monkeypatch):
         ("parity", {"max_length": "long"}, "max_length: input should be a valid integer"),
         ("parity", {"min_length": 0}, "min_length: must be at least 1, not 0"),
         ("parity", {"min_length": 9, "max_length": 8}, "max_length: must be at least 9"),
-        ("bucket-sort-5", {"test_lengths": [1]}, "test_lengths: the shortest sequence has 2 positions, so there is none of 1"),
-        ("selective-copying", {"length": 3, "num_tokens": 4}, "length: 3 positions cannot hold 4 tokens (num_tokens)"),
+        (
+            "bucket-sort-5",
+            {"test_lengths": [1]},
+            "test_lengths: the shortest sequence has 2 positions, so there is none of 1",
+        ),
+        (
+            "selective-copying",
+            {"length": 3, "num_tokens": 4},
+            "length: 3 positions cannot hold 4 tokens (num_tokens)",
+        ),
         ("selective-copying", {"vocab_size": 3}, "vocab_size: must be at least 4"),
-        ("mqar", {"sizes": [[64, 17]]}, "sizes: 17 pairs and as many queries need at least 1 pair and 68 positions, not 64"),
+        (
+            "mqar",
+            {"sizes": [[64, 17]]},
+            "sizes: 17 pairs and as many queries need at least 1 pair and 68 positions, not 64",
+        ),
         ("mqar", {"vocab_size": 8}, "vocab_size: 8 has 3 keys, too few for 64 pairs"),
         ("mqar", {"sizes": [[64, 2], [64, 4]], "test_lengths": []}, "sizes: must name each length once"),
-        ("mqar", {"test_lengths": [65]}, "test_lengths: 65 is none of the lengths in sizes (64, 128, 256, 512)"),
+        (
+            "mqar",
+            {"test_lengths": [65]},
+            "test_lengths: 65 is none of the lengths in sizes (64, 128, 256, 512)",
+        ),
         ("mqar", {"power": float("nan")}, "power: input should be a finite number"),
         ("induction-heads", {"length": 2}, "length: 2 is too short: a sequence has at least 3 positions"),
         ("needle", {"length": 50}, "length: 50 is too short: a sequence has at least "),

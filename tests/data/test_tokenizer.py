@@ -18,7 +18,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 TOKENIZER = byte_tokenizer()
 ENCODER = Encoder.of(TOKENIZER, BYTES)
 NAMES = "a<bos>b<eos> <pad> <|endoftext|>"
-TEXTS = st.text() | st.lists(st.sampled_from(["<", ">", "a", "<bos>", "<eos>", "<pad>", " ", "é", "漢", "🙂"])).map("".join)
+TEXTS = st.text() | st.lists(
+    st.sampled_from(["<", ">", "a", "<bos>", "<eos>", "<pad>", " ", "é", "漢", "🙂"])
+).map("".join)
 FEW = settings(max_examples=60, deadline=None)
 
 
@@ -28,7 +30,9 @@ def train_bpe(folder: Path, edit: Any = None, **special: str) -> str:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=list(special.values()), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=alphabet, special_tokens=list(special.values()), show_progress=False
+    )
     text = "the cat sat on the mat, and the other cat sat on the hat: 漢字 and été; <bos> is text\n"
     backend.train_from_iterator([text * 20, "def f(x):\n    return x + 1\n" * 20], trainer)
     if edit is not None:
@@ -55,7 +59,9 @@ def test_bytes_round_trip(text: str):
 def test_the_byte_tokenizer_object_is_the_encoder(text: str):
     ids = TOKENIZER(text).input_ids
     assert ids[0] == 256, "a prompt begins as a document does, and does not end"
-    assert TOKENIZER.decode(ids[1:], skip_special_tokens=False) == text, "whatever it makes of special tokens' names"
+    assert TOKENIZER.decode(ids[1:], skip_special_tokens=False) == text, (
+        "whatever it makes of special tokens' names"
+    )
     as_text = TOKENIZER(text, split_special_tokens=True).input_ids
     assert as_text == ENCODER(text)[:-1].tolist()
     if "<" not in text:
@@ -87,7 +93,12 @@ def test_the_byte_tokenizer_is_saved_and_loaded(tmp_path: Path):
             assert loaded.decode(loaded(text).input_ids, skip_special_tokens=True) == TOKENIZER.decode(
                 TOKENIZER(text).input_ids, skip_special_tokens=True
             )
-        assert (loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id, loaded.padding_side) == (256, 257, 258, "left")
+        assert (loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id, loaded.padding_side) == (
+            256,
+            257,
+            258,
+            "left",
+        )
         assert loaded(["a", "bc"], padding=True).input_ids == [[258, 256, 97], [256, 98, 99]]
     encoder = Encoder.of(loaded, str(tmp_path))
     assert encoder(NAMES).tolist() == ENCODER(NAMES).tolist()
@@ -110,7 +121,10 @@ def test_a_bpe_encoder_is_its_tokenizer(bpe: tuple[Any, Encoder]):
         assert tokens.dtype == np.int32
         assert (tokens[0], tokens[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
         assert not np.isin(tokens[1:-1], tokenizer.all_special_ids).any(), "a special token's name is text"
-        assert tokens[1:-1].tolist() == tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        assert (
+            tokens[1:-1].tolist()
+            == tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        )
         assert tokenizer.decode(tokens[1:-1].tolist()) == text
         assert encoder.num_bytes(tokens[1:-1]) == num_bytes(text)
 
@@ -150,7 +164,9 @@ def test_truncation_and_padding_saved_with_a_tokenizer_do_not_cut_documents(tmp_
         ({"eos_token": "<e>", "pad_token": "<p>"}, ("<e>", "<e>", "<p>")),
     ],
 )
-def test_missing_special_tokens_are_filled_in(special: dict[str, str], expected: tuple[str, str, str], tmp_path: Path):
+def test_missing_special_tokens_are_filled_in(
+    special: dict[str, str], expected: tuple[str, str, str], tmp_path: Path
+):
     tokenizer = load_tokenizer(train_bpe(tmp_path, **special))
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == expected
     assert None not in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
@@ -182,7 +198,10 @@ def test_code_that_a_tokenizer_brings_is_run_only_where_it_is_trusted(tmp_path: 
         f"Path({str(ran)!r}).touch()\n\n\nclass OwnTokenizer(PreTrainedTokenizerFast):\n    pass\n"
     )
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
-    with pytest.raises(UserError, match=r"data\.tokenizer: .* brings code of its own, which is not run; .*data\.trust_remote_code"):
+    with pytest.raises(
+        UserError,
+        match=r"data\.tokenizer: .* brings code of its own, which is not run; .*data\.trust_remote_code",
+    ):
         load_tokenizer(str(folder))
     assert not ran.exists()
     assert load_tokenizer(str(folder), trust_remote_code=True).bos_token == "<b>"
@@ -193,5 +212,7 @@ def test_the_models_vocabulary_holds_every_id():
     assert model_vocab_size(TOKENIZER) == 264
     assert model_vocab_size(TOKENIZER, 1) == 259
     assert model_vocab_size(TOKENIZER, 64) == 320
-    holes = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 99}, unk_token="a")))
+    holes = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 99}, unk_token="a"))
+    )
     assert model_vocab_size(holes) == 104, "ids need not be consecutive"

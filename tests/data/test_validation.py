@@ -23,7 +23,11 @@ from minrnn.data import (
     window_validation,
 )
 
-FEW = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+FEW = settings(
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 
 
 def lanes_of(validation: ValidationSet, num_lanes: int, size: int) -> list[list[list[int]]]:
@@ -43,7 +47,9 @@ def lanes_of(validation: ValidationSet, num_lanes: int, size: int) -> list[list[
             assert scored[:count].all(), "padding is on the right"
             assert len(inputs[row]) % size == 0, "a lane that was padded had ended"
             assert not chunk.document_starts[row, count:].any()
-            starts[row] += [len(inputs[row]) + int(column) for column in np.flatnonzero(chunk.document_starts[row])]
+            starts[row] += [
+                len(inputs[row]) + int(column) for column in np.flatnonzero(chunk.document_starts[row])
+            ]
             inputs[row] += chunk.input_ids[row, :count].tolist()
             targets[row] += chunk.shift_labels[row, :count].tolist()
         num_before = num_running
@@ -84,7 +90,9 @@ def test_every_document_is_scored_once(
         assert validation.reader == reader
         lanes = lanes_of(validation, num_lanes, size)
         assert lanes_of(validation, num_lanes, size) == lanes, "it can be gone through again"
-        assert lanes == [[tokens.tolist() for tokens in lane] for lane in validation.lanes], "whole documents, in order"
+        assert lanes == [[tokens.tolist() for tokens in lane] for lane in validation.lanes], (
+            "whole documents, in order"
+        )
         mine = [text_of(tokens) for lane in lanes for tokens in lane]
         assert validation.num_bytes == sum(len(text.encode()) for text in mine)
         found.update(mine)
@@ -98,7 +106,10 @@ def test_only_held_out_documents(num_readers: int, tmp_path: Path):
     texts = some_texts(90)
     spec = replace(write_corpus("jsonl", tmp_path, texts, 3), held_out=0.3)
     train = [record.text or "" for record in DocumentStream(spec, "train", 0, 1, 8, None).one_epoch()]
-    shares = [document_validation(spec, "validation", ENCODER, reader, num_readers, 4, 8, None) for reader in range(num_readers)]
+    shares = [
+        document_validation(spec, "validation", ENCODER, reader, num_readers, 4, 8, None)
+        for reader in range(num_readers)
+    ]
     scored = [text_of(tokens) for share in shares for lane in lanes_of(share, 4, 8) for tokens in lane]
     assert Counter(scored) + Counter(train) == Counter(texts)
     assert len(scored) > 10
@@ -106,7 +117,9 @@ def test_only_held_out_documents(num_readers: int, tmp_path: Path):
 
 def test_lanes_are_about_equally_long(tmp_path: Path):
     texts = some_texts(200, longest=60)
-    validation = document_validation(write_corpus("jsonl", tmp_path, texts), "all", ENCODER, 0, 1, 8, 16, None)
+    validation = document_validation(
+        write_corpus("jsonl", tmp_path, texts), "all", ENCODER, 0, 1, 8, 16, None
+    )
     sizes = [sum(len(tokens) - 1 for tokens in lane) for lane in validation.lanes]
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[0] - sizes[-1] <= 61
@@ -116,38 +129,56 @@ def test_lanes_are_about_equally_long(tmp_path: Path):
 @pytest.mark.parametrize("max_tokens", [1, 100, 333])
 def test_a_budget_takes_whole_documents(max_tokens: int, num_readers: int, tmp_path: Path):
     spec = write_corpus("jsonl", tmp_path, some_texts(60))
-    shares = [document_validation(spec, "all", ENCODER, reader, num_readers, 3, 8, max_tokens) for reader in range(num_readers)]
+    shares = [
+        document_validation(spec, "all", ENCODER, reader, num_readers, 3, 8, max_tokens)
+        for reader in range(num_readers)
+    ]
     scored = [text_of(tokens) for share in shares for lane in lanes_of(share, 3, 8) for tokens in lane]
     sizes = [len(text.encode()) + 1 for text in scored]
     assert sum(sizes) >= max_tokens
-    taken = [record.text or "" for record in DocumentStream(spec, "all", 0, 1, 64, 0).one_epoch()][: len(scored)]
+    taken = [record.text or "" for record in DocumentStream(spec, "all", 0, 1, 64, 0).one_epoch()][
+        : len(scored)
+    ]
     assert Counter(scored) == Counter(taken), "the same ones, whatever the number of readers"
     assert sum(sizes) - (len(taken[-1].encode()) + 1) < max_tokens, "and none too many"
 
 
 def test_nothing_is_held_out(tmp_path: Path):
     spec = write_corpus("jsonl", tmp_path, some_texts(20))
-    with pytest.raises(UserError, match=r"^error: data\.validation_fraction: no document of .* is held out; raise it"):
+    with pytest.raises(
+        UserError, match=r"^error: data\.validation_fraction: no document of .* is held out; raise it"
+    ):
         document_validation(spec, "validation", ENCODER, 0, 1, 2, 8, None)
     with pytest.raises(UserError, match=r"^error: data\.validation_fraction: leaves no text"):
         window_validation(joined_tokens(spec, "validation", ENCODER), ENCODER, 0, 1, 2, 8, None)
 
 
 @pytest.mark.parametrize(("texts", "max_tokens"), [(["", ""], None), (["some text", *[""] * 20], 1)])
-def test_held_out_documents_that_are_all_empty_are_refused(tmp_path: Path, texts: list[str], max_tokens: int | None):
+def test_held_out_documents_that_are_all_empty_are_refused(
+    tmp_path: Path, texts: list[str], max_tokens: int | None
+):
     """By every reader, whatever its share: their bits per byte would be divided by 0."""
     spec = write_corpus("jsonl", tmp_path, texts)
     for reader in range(3):
-        with pytest.raises(UserError, match=r"^error: data\.validation_fraction: the held-out documents of .* are empty"):
+        with pytest.raises(
+            UserError, match=r"^error: data\.validation_fraction: the held-out documents of .* are empty"
+        ):
             document_validation(spec, "all", ENCODER, reader, 3, 2, 8, max_tokens)
     mixed = write_corpus("jsonl", tmp_path, ["", "text"])
-    assert sum(document_validation(mixed, "all", ENCODER, reader, 2, 2, 8, None).num_bytes for reader in range(2)) == 4
+    assert (
+        sum(
+            document_validation(mixed, "all", ENCODER, reader, 2, 2, 8, None).num_bytes for reader in range(2)
+        )
+        == 4
+    )
 
 
 def test_more_readers_than_documents(tmp_path: Path):
     spec = write_corpus("jsonl", tmp_path, ["one", "two"])
     shares = [document_validation(spec, "all", ENCODER, reader, 3, 2, 8, None) for reader in range(3)]
-    assert sorted(text_of(tokens) for share in shares for lane in lanes_of(share, 2, 8) for tokens in lane) == ["one", "two"]
+    assert sorted(
+        text_of(tokens) for share in shares for lane in lanes_of(share, 2, 8) for tokens in lane
+    ) == ["one", "two"]
     assert list(shares[2].chunks()) == []
     assert shares[2].num_bytes == 0
 
@@ -160,9 +191,14 @@ def test_more_readers_than_documents(tmp_path: Path):
     size=st.integers(1, 24),
     max_tokens=st.none() | st.integers(1, 250),
 )
-def test_crops_score_every_token_but_the_first_once(length: int, num_readers: int, num_lanes: int, size: int, max_tokens: int | None):
+def test_crops_score_every_token_but_the_first_once(
+    length: int, num_readers: int, num_lanes: int, size: int, max_tokens: int | None
+):
     tokens = np.arange(length, dtype=np.int32)  # a token is its position
-    shares = [window_validation(tokens, ENCODER, reader, num_readers, num_lanes, size, max_tokens) for reader in range(num_readers)]
+    shares = [
+        window_validation(tokens, ENCODER, reader, num_readers, num_lanes, size, max_tokens)
+        for reader in range(num_readers)
+    ]
     crops = sorted(crop for share in shares for lane in lanes_of(share, num_lanes, size) for crop in lane)
     last = length - 1 if max_tokens is None else min(length - 1, max_tokens)
     assert [token for crop in crops for token in crop[1:]] == list(range(1, last + 1))
@@ -176,7 +212,9 @@ def test_crops_score_every_token_but_the_first_once(length: int, num_readers: in
 @pytest.mark.parametrize("size", [1, 7, 64])
 def test_bytes_of_crops_through_characters(size: int):
     """A crop may end within a character; the bytes of all crops are still those of the text."""
-    encoder = Encoder(BOS, EOS, byte_tokenizer().backend_tokenizer.to_str())  # bytes again, by way of the tokenizers library
+    encoder = Encoder(
+        BOS, EOS, byte_tokenizer().backend_tokenizer.to_str()
+    )  # bytes again, by way of the tokenizers library
     text = "plain été 漢字 🙂 " * 9
     tokens = encoder.encode(text)
     shares = [window_validation(tokens, encoder, reader, 2, 3, size, None) for reader in range(2)]
@@ -186,6 +224,9 @@ def test_bytes_of_crops_through_characters(size: int):
 def test_python_stdlib_is_scored_on_its_held_out_modules():
     validation = document_validation(CorpusSpec("python-stdlib"), "validation", ENCODER, 0, 1, 4, 512, 20_000)
     scored = [text_of(tokens) for lane in lanes_of(validation, 4, 512) for tokens in lane]
-    everything = {record.text for record in DocumentStream(CorpusSpec("python-stdlib"), "validation", 0, 1, 64, None).one_epoch()}
+    everything = {
+        record.text
+        for record in DocumentStream(CorpusSpec("python-stdlib"), "validation", 0, 1, 64, None).one_epoch()
+    }
     assert scored
     assert set(scored) <= everything

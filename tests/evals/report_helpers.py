@@ -16,7 +16,9 @@ Values = dict[str, dict[str, Any]]
 Numbers = list[float] | None
 
 
-def make_run(folder: Path, recipe: str, seed: int, accuracies: Numbers = None, losses: Numbers = None, **changes: Any) -> Path:
+def make_run(
+    folder: Path, recipe: str, seed: int, accuracies: Numbers = None, losses: Numbers = None, **changes: Any
+) -> Path:
     """The folder of a run of a shipped recipe, with a validation every 10 steps; its last line is cut short.
 
     Args:
@@ -33,16 +35,28 @@ def make_run(folder: Path, recipe: str, seed: int, accuracies: Numbers = None, l
         step = 10 * (i + 1)
         progress = {"step": step, "tokens": 64 * step}
         lines.append({"kind": "train", **progress, "loss": 3.0 / (i + 1), "tokens_per_second": 320.0})
-        validation: dict[str, Any] = {"kind": "validation", **progress, "loss": losses[i] if losses else 0.5, "seconds": 1.0}
+        validation: dict[str, Any] = {
+            "kind": "validation",
+            **progress,
+            "loss": losses[i] if losses else 0.5,
+            "seconds": 1.0,
+        }
         if accuracies:
             by_length = {str(length): accuracies[i] * 40 / max(40, length / 1.6) for length in LENGTHS}
-            validation |= {"accuracy": accuracies[i], "accuracy_scaled": (accuracies[i] - 0.1) / 0.9, "chance": 0.1, "by_length": by_length}
+            validation |= {
+                "accuracy": accuracies[i],
+                "accuracy_scaled": (accuracies[i] - 0.1) / 0.9,
+                "chance": 0.1,
+                "by_length": by_length,
+            }
         else:
             validation["bits_per_byte"] = validation["loss"] / math.log(2)
         lines.append(validation)
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(resolved(build_recipe(values))))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"kind": "train", "st')
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines) + '{"kind": "train", "st'
+    )
     return folder
 
 
@@ -51,8 +65,16 @@ def make_results(tmp_path: Path) -> Path:
     folder = tmp_path / "results"
     accuracies = [[0.2, 0.9], [0.2, 0.95], [0.3, 0.98]]
     corpus: dict[str, Any] = {"data__corpus": "synthetic/bucket-sort-10", "train__steps": 20}
-    buckets = [make_run(tmp_path / f"bucket-{i}", "synthetic-formal", i, accuracies[i], **corpus) for i in range(3)]
-    shakespeare = make_run(tmp_path / "shakespeare", "shakespeare-paper", 0, losses=[2.0, 1.6, 1.7], data__corpus="/home/someone/input.txt")
+    buckets = [
+        make_run(tmp_path / f"bucket-{i}", "synthetic-formal", i, accuracies[i], **corpus) for i in range(3)
+    ]
+    shakespeare = make_run(
+        tmp_path / "shakespeare",
+        "shakespeare-paper",
+        0,
+        losses=[2.0, 1.6, 1.7],
+        data__corpus="/home/someone/input.txt",
+    )
     runs.main([*map(str, buckets), "--as", "bucket-sort", "--out", str(folder / "bucket.json")])
     runs.main([str(shakespeare), "--as", "shakespeare", "--out", str(folder / "text.json")])
     return folder
@@ -66,7 +88,11 @@ def report(*paths: Path, out: Path) -> str:
 def rows(markdown: str, first: str) -> list[list[str]]:
     """The rows of tables whose first cell begins so, links replaced by their words."""
     bare = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", markdown)
-    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in bare.splitlines() if line.startswith("|")]
+    cells = [
+        [cell.strip() for cell in line.strip("|").split(" | ")]
+        for line in bare.splitlines()
+        if line.startswith("|")
+    ]
     return [row for row in cells if row[0].startswith(first)]
 
 

@@ -29,7 +29,9 @@ def run(kind: str, arguments: list[str], folder: Path) -> dict:
     assert record["config"].get("dtype") in (None, "fp32", "bf16"), "auto is settled"
     for row in record["rows"]:
         assert ("reason" in row) != ("seconds" in row), row
-        assert "seconds" not in row or (row["median_seconds"] > 0 and all(second > 0 for second in row["seconds"]))
+        assert "seconds" not in row or (
+            row["median_seconds"] > 0 and all(second > 0 for second in row["seconds"])
+        )
     return record
 
 
@@ -46,9 +48,24 @@ def check_ceilings(record: dict) -> None:
 
 
 def test_scan(tmp_path: Path, capsys):
-    sizes = ["--shapes", "2x16x8", "--dtypes", "fp32", "--lengths", "8", "--tokens", "32", "--layers", "2x8x4"]
+    sizes = [
+        "--shapes",
+        "2x16x8",
+        "--dtypes",
+        "fp32",
+        "--lengths",
+        "8",
+        "--tokens",
+        "32",
+        "--layers",
+        "2x8x4",
+    ]
     record = run("scan", [*sizes, *QUICK], tmp_path)
-    by_name = {(row["section"], row["contender"], row["direction"]): row for row in record["rows"] if not row.get("sweep")}
+    by_name = {
+        (row["section"], row["contender"], row["direction"]): row
+        for row in record["rows"]
+        if not row.get("sweep")
+    }
     assert {name for _, name, _ in by_name} >= {*scan.PEERS, "minrnn", "minrnn-fused", "copy", "torch.add"}
     for direction in ("forward", "forward+backward"):
         for contender in ("copy", "torch.add", "minrnn", "minrnn-torch"):
@@ -63,20 +80,42 @@ def test_scan(tmp_path: Path, capsys):
 
 
 def test_scan_says_what_does_not_fit(tmp_path: Path):
-    sizes = ["--shapes", "1024x1048576x1024", "--dtypes", "fp32", "--lengths", "none", "--layers", "none", "--peers", "none"]
+    sizes = [
+        "--shapes",
+        "1024x1048576x1024",
+        "--dtypes",
+        "fp32",
+        "--lengths",
+        "none",
+        "--layers",
+        "none",
+        "--peers",
+        "none",
+    ]
     record = run("scan", [*sizes, *QUICK], tmp_path)
     assert all("of memory" in row["reason"] for row in record["rows"])
 
 
 def test_train_measures_everyone(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(train, "contest", here)
-    record = run("train", [*MODEL, "--tokens", "64", "--lengths", "128", "--chunk", "64", "--stream", "128", "--cells", "all"], tmp_path)
+    record = run(
+        "train",
+        [*MODEL, "--tokens", "64", "--lengths", "128", "--chunk", "64", "--stream", "128", "--cells", "all"],
+        tmp_path,
+    )
     rows = {row["contender"]: row for row in record["rows"] if row["section"] == "train"}
     assert set(rows) == {"minrnn", "minrnn-minlstm", train.CHUNKED, *train.PEERS}
     for name, row in rows.items():
         assert "reason" in row or abs(row["parameters"] / 400_000 - 1) <= 0.02, name
         assert "reason" in row or row["tokens_per_second"] > 0, name
-    assert {name for name, row in rows.items() if "reason" not in row} >= {"minrnn", train.CHUNKED, "llama", "mamba2", "xlstm", "gru"}
+    assert {name for name, row in rows.items() if "reason" not in row} >= {
+        "minrnn",
+        train.CHUNKED,
+        "llama",
+        "mamba2",
+        "xlstm",
+        "gru",
+    }
     check_ceilings(record)
     stream = next(row for row in record["rows"] if row["section"] == "stream")
     assert stream["tokens_read"] == 128
@@ -101,11 +140,30 @@ def test_train_measures_the_loop(tmp_path: Path):
 
 def test_generate_measures_everyone(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(generate, "contest", here)
-    sizes = ["--contexts", "48", "--batches", "2", "--read", "32", "--read-ours", "96", "--prefill", "40", "--steps", "2"]
+    sizes = [
+        "--contexts",
+        "48",
+        "--batches",
+        "2",
+        "--read",
+        "32",
+        "--read-ours",
+        "96",
+        "--prefill",
+        "40",
+        "--steps",
+        "2",
+    ]
     record = run("generate", [*MODEL, *sizes], tmp_path)
     rows = {row["contender"]: row for row in record["rows"]}
     assert set(rows) == {"minrnn", *generate.PEERS}
-    assert {name for name, row in rows.items() if "reason" not in row} >= {"minrnn", "llama", "mamba2", "xlstm", "gru"}
+    assert {name for name, row in rows.items() if "reason" not in row} >= {
+        "minrnn",
+        "llama",
+        "mamba2",
+        "xlstm",
+        "gru",
+    }
     for name, row in rows.items():
         assert "reason" in row or row["prefill_tokens_per_second"] > 0, name
     assert rows["minrnn"]["context_read"] == 48
@@ -116,7 +174,20 @@ def test_generate_measures_everyone(tmp_path: Path, monkeypatch):
 
 def test_generate_says_which_cache_does_not_fit(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(generate, "contest", here)
-    sizes = ["--contexts", "1e12", "--batches", "1", "--read", "8", "--read-ours", "8", "--steps", "1", "--peers", "llama"]
+    sizes = [
+        "--contexts",
+        "1e12",
+        "--batches",
+        "1",
+        "--read",
+        "8",
+        "--read-ours",
+        "8",
+        "--steps",
+        "1",
+        "--peers",
+        "llama",
+    ]
     ours, llama = run("generate", [*MODEL, *sizes], tmp_path)["rows"]
     assert ours["context_read"] == 8
     assert "keys and values of 1,000,000,000,000 tokens need" in llama["reason"]
@@ -127,9 +198,19 @@ def test_data(tmp_path: Path):
     corpus.mkdir()
     for i in range(20):
         (corpus / f"{i}.txt").write_text("It was the best of times. " * 20)
-    record = run("data", [*MODEL, "--corpus", str(corpus), "--lanes", "2", "--chunk", "64", "--steps", "2"], tmp_path / "out")
+    record = run(
+        "data",
+        [*MODEL, "--corpus", str(corpus), "--lanes", "2", "--chunk", "64", "--steps", "2"],
+        tmp_path / "out",
+    )
     rows = {row["contender"]: row for row in record["rows"]}
-    assert set(rows) == {"raw read", "minrnn, 0 worker(s)", "minrnn, 1 worker(s)", "datasets", "training step"}
+    assert set(rows) == {
+        "raw read",
+        "minrnn, 0 worker(s)",
+        "minrnn, 1 worker(s)",
+        "datasets",
+        "training step",
+    }
     assert all(row["tokens_per_second"] > 0 and row["of_demand"] > 0 for row in rows.values())
 
 
@@ -140,15 +221,26 @@ def test_data(tmp_path: Path):
         (["bench", "train", "--peers", "lama"], "error: --peers: there is no 'lama' (did you mean llama?)"),
         (["bench", "train", "--lengths", "0"], "error: --lengths: '0' is not a whole number of at least 1"),
         (["bench", "train", "--limit", "inf"], "error: --limit: must be a number of at least 0, not inf"),
-        (["bench", "train", "--params", "many"], "error: --params: 'many' is not a number such as 10.7M or 350000000"),
-        (["bench", "train", "--params", "1000"], "error: --params: no minrnn of 6 layers has 1,000 parameters within 2%"),
-        (["bench", "scan", "--device", "cuda"], "error: --device: there is no cuda device here; use cpu, or auto"),
+        (
+            ["bench", "train", "--params", "many"],
+            "error: --params: 'many' is not a number such as 10.7M or 350000000",
+        ),
+        (
+            ["bench", "train", "--params", "1000"],
+            "error: --params: no minrnn of 6 layers has 1,000 parameters within 2%",
+        ),
+        (
+            ["bench", "scan", "--device", "cuda"],
+            "error: --device: there is no cuda device here; use cpu, or auto",
+        ),
         (["bench", "scan", "--shapes", "8x16"], "error: --shapes: '8x16' is not BATCHxTIMExWIDTH"),
         (["bench", "generate", "--cuda-graphs"], "error: --cuda-graphs: is for --device cuda"),
         (["bench", "data", "--steps", "0", "--out", "x.txt"], "error: --out: x.txt must end in .json"),
     ],
 )
-def test_mistakes_end_with_status_two_and_a_line_each(arguments: list[str], told: str, tmp_path: Path, monkeypatch, capsys):
+def test_mistakes_end_with_status_two_and_a_line_each(
+    arguments: list[str], told: str, tmp_path: Path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)  # should one of them be taken for good
     with pytest.raises(SystemExit) as left:
         minrnn(arguments)
@@ -171,5 +263,20 @@ def test_help_lists_the_benches(capsys):
 
 def test_the_default_file_is_named_after_bench_and_device(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run_bench("scan", ["--shapes", "1x4x4", "--dtypes", "fp32", "--lengths", "none", "--layers", "none", "--peers", "none", *QUICK])
+    run_bench(
+        "scan",
+        [
+            "--shapes",
+            "1x4x4",
+            "--dtypes",
+            "fp32",
+            "--lengths",
+            "none",
+            "--layers",
+            "none",
+            "--peers",
+            "none",
+            *QUICK,
+        ],
+    )
     assert (tmp_path / "evals/results/bench-scan-cpu.json").exists()

@@ -22,13 +22,25 @@ from minrnn.evals.bench.record import command_line, si, table
 from minrnn.evals.bench.worker import FreshWork, contest
 
 CPU = torch.device("cpu")
-SPEC = {"module": "train", "family": "gru", "params": 100_000, "layers": 1, "dtype": "fp32", "device": "cpu", "threads": 1, "seed": 0}
+SPEC = {
+    "module": "train",
+    "family": "gru",
+    "params": 100_000,
+    "layers": 1,
+    "dtype": "fp32",
+    "device": "cpu",
+    "threads": 1,
+    "seed": 0,
+}
 SPEC |= {"min_seconds": 0, "compile": False, "batch": 1, "length": 8, "chunk": 8}
 
 
 def test_contenders_take_turns():
     order = []
-    turns = {name: lambda name=name: order.append(name) or {"seconds": 1.0, "peak_bytes": len(order)} for name in "ab"}
+    turns = {
+        name: lambda name=name: order.append(name) or {"seconds": 1.0, "peak_bytes": len(order)}
+        for name in "ab"
+    }
     timings = round_robin(turns, rounds=3, patience=100, bar=None)
     assert order == ["a", "b"] * 3
     assert timings["b"].row() == {"seconds": [1.0] * 3, "median_seconds": 1.0, "peak_bytes": 6}
@@ -52,7 +64,9 @@ def test_the_stopwatch_warms_up_before_the_clock():
 
 def test_ceilings_are_positive_and_finite():
     ceilings = default_ceilings(CPU, torch.bfloat16, tiny=True)
-    timings = round_robin({name: Stopwatch(always(c.function), CPU, 0) for name, c in ceilings.items()}, 2, 100, None)
+    timings = round_robin(
+        {name: Stopwatch(always(c.function), CPU, 0) for name, c in ceilings.items()}, 2, 100, None
+    )
     rows = ceiling_rows(timings, ceilings)
     assert set(rows) == {"copy", "torch.add", "matmul"}
     assert all(row["rate"] > 0 and math.isfinite(row["rate"]) for row in rows.values())
@@ -96,11 +110,21 @@ def test_a_process_that_dies_is_a_reason():
 
 
 def test_the_command_line_is_kept_but_for_where_the_result_went():
-    argv = ["--out", "/home/me/x.json", "--rounds", "3", "--out=y.json", "/home/me/model", "--corpus=/home/me/a.txt"]
+    argv = [
+        "--out",
+        "/home/me/x.json",
+        "--rounds",
+        "3",
+        "--out=y.json",
+        "/home/me/model",
+        "--corpus=/home/me/a.txt",
+    ]
     assert command_line("minrnn bench scan", argv) == "minrnn bench scan --rounds 3 model --corpus=a.txt"
 
 
 def test_a_table_shows_reasons():
     rows = [{"contender": "a", "seconds": [1.0], "rate": 2e9}, {"contender": "bc", "reason": "needs CUDA"}]
-    text = table(rows, {"": lambda row: row["contender"], "rate": lambda row: si(row["rate"], "B/s")}, "title")
+    text = table(
+        rows, {"": lambda row: row["contender"], "rate": lambda row: si(row["rate"], "B/s")}, "title"
+    )
     assert text.splitlines()[1:] == ["title", "     rate", "a   2GB/s", "bc  - needs CUDA"]

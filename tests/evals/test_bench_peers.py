@@ -20,13 +20,18 @@ def loaded(peer):
 
 
 @pytest.mark.parametrize("shape", [(2, 64, 5), (1, 300, 3)])
-@pytest.mark.parametrize(("kind", "name"), [*(("scan", n) for n in {**OUR_SCANS, **SCAN_PEERS}), *(("cell", n) for n in CELL_PEERS)])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [*(("scan", n) for n in {**OUR_SCANS, **SCAN_PEERS}), *(("cell", n) for n in CELL_PEERS)],
+)
 def test_everyone_computes_the_recurrence(kind: str, name: str, shape: tuple[int, int, int]):
     peer = ({**OUR_SCANS, **SCAN_PEERS} if kind == "scan" else CELL_PEERS)[name]
     function = loaded(peer)
     operands = scan_operands(kind, shape, torch.float32, CPU, seed=0)
     assert error_of(kind, peer, function, operands) < 2e-5
-    if kind == "scan" and "log" not in name and name != "minGRU-pytorch":  # their gradients are those of log a and log b
+    if (
+        kind == "scan" and "log" not in name and name != "minGRU-pytorch"
+    ):  # their gradients are those of log a and log b
         gradients = work_of(function, peer, operands, "forward+backward")()
         leaves = [tensor.double().requires_grad_() for tensor in operands]
         exact = torch.autograd.grad(linear_scan(*leaves, backend="reference")[0].sum(), leaves)
@@ -41,7 +46,9 @@ def test_gradients_of_the_log_space_scan():
     leaves = [a.requires_grad_(), b.requires_grad_()]
     exact = torch.autograd.grad(linear_scan(*leaves, backend="reference")[0].sum(), leaves)
     for gradient, expected, leaf in zip(found, exact, leaves, strict=True):
-        torch.testing.assert_close(gradient.double(), expected * leaf.detach(), rtol=1e-3, atol=1e-3)  # d/d log x = x d/dx
+        torch.testing.assert_close(
+            gradient.double(), expected * leaf.detach(), rtol=1e-3, atol=1e-3
+        )  # d/d log x = x d/dx
 
 
 @pytest.mark.parametrize("name", LAYER_PEERS)

@@ -12,9 +12,23 @@ from minrnn.models.scan import linear_scan
 
 
 def test_checks_and_benches_end_to_end(tmp_path: Path):
-    gpu.main(["--out", str(tmp_path), "--device", "cpu", "--tiny", "--minutes", "600", "--sections", "checks,fused,layers"])
+    gpu.main(
+        [
+            "--out",
+            str(tmp_path),
+            "--device",
+            "cpu",
+            "--tiny",
+            "--minutes",
+            "600",
+            "--sections",
+            "checks,fused,layers",
+        ]
+    )
     summary = json.loads((tmp_path / "gpu.json").read_text())
-    assert {name: section["end"] for name, section in summary["sections"].items()} == dict.fromkeys(("checks", "fused", "layers"), "finished")
+    assert {name: section["end"] for name, section in summary["sections"].items()} == dict.fromkeys(
+        ("checks", "fused", "layers"), "finished"
+    )
     checks = json.loads((tmp_path / "checks.json").read_text())
     assert checks["num_checks"] > 4
     assert checks["failed"] == []
@@ -55,7 +69,10 @@ def test_an_error_of_a_backend_is_reported_by_name(fault: str, monkeypatch: pyte
     def backend_under_test(a, b, h0, backend):
         if backend == "torch":  # what it is compared with
             return linear_scan(a, b, h0, backend=backend)
-        a, b, h0 = (_ScaledGradient.apply(x) if fault == name else x for name, x in (("da", a), ("db", b), ("dh0", h0)))
+        a, b, h0 = (
+            _ScaledGradient.apply(x) if fault == name else x
+            for name, x in (("da", a), ("db", b), ("dh0", h0))
+        )
         h, h_last = linear_scan(a, b, h0, backend=backend)
         return h * (1.001 if fault == "h" else 1), h_last * (1.001 if fault == "h_last" else 1)
 
@@ -88,10 +105,20 @@ def test_relative_error():
 
 @pytest.mark.parametrize(
     ("arguments", "told"),
-    [(["--device", "cuda"], "cuda is not available"), (["--sections", "chekcs"], "there is no 'chekcs'"), (["--minutes", "0"], "more than 0")],
+    [
+        (["--device", "cuda"], "cuda is not available"),
+        (["--sections", "chekcs"], "there is no 'chekcs'"),
+        (["--minutes", "0"], "more than 0"),
+    ],
 )
 def test_mistakes(arguments: list[str], told: str, tmp_path: Path, capsys):
     with pytest.raises(SystemExit) as left:
-        gpu.main(["--out", str(tmp_path), *(arguments if "--device" in arguments else ["--device", "cpu", *arguments])])
+        gpu.main(
+            [
+                "--out",
+                str(tmp_path),
+                *(arguments if "--device" in arguments else ["--device", "cpu", *arguments]),
+            ]
+        )
     assert left.value.code == 2
     assert told in capsys.readouterr().out

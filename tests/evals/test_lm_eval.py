@@ -38,7 +38,9 @@ def forward_score(model: MinRNNForCausalLM, tokens: list[int], num_scored: int) 
     with torch.no_grad():
         logits = model(torch.tensor([tokens[:-1]])).logits[0, -num_scored:]
     targets = torch.tensor(tokens[-num_scored:])
-    return logits.log_softmax(-1).gather(1, targets[:, None]).sum().item(), bool((logits.argmax(-1) == targets).all())
+    return logits.log_softmax(-1).gather(1, targets[:, None]).sum().item(), bool(
+        (logits.argmax(-1) == targets).all()
+    )
 
 
 def encode(text: str) -> list[int]:
@@ -46,11 +48,17 @@ def encode(text: str) -> list[int]:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-@given(pairs=st.lists(st.tuples(TEXTS, TEXTS.filter(bool)), min_size=1, max_size=6), size=st.integers(1, 4), piece=st.integers(1, 9))
+@given(
+    pairs=st.lists(st.tuples(TEXTS, TEXTS.filter(bool)), min_size=1, max_size=6),
+    size=st.integers(1, 4),
+    piece=st.integers(1, 9),
+)
 def test_log_likelihoods_are_those_of_one_forward_pass(dtype, tolerance, pairs, size, piece):
     """Whatever shares batches, beginnings and pieces; an empty context is the beginning of a document."""
     model = tiny_model(dtype)
-    found = MinRNNLM(model, TOKENIZER, batch_size=size, piece=piece).loglikelihood(requests("loglikelihood", *pairs), disable_tqdm=True)
+    found = MinRNNLM(model, TOKENIZER, batch_size=size, piece=piece).loglikelihood(
+        requests("loglikelihood", *pairs), disable_tqdm=True
+    )
     for (context, continuation), (value, is_greedy) in zip(pairs, found, strict=True):
         num_scored = len(encode(context + continuation)) - len(encode(context.rstrip()))
         expected, greedy = forward_score(model, [BOS, *encode(context + continuation)], num_scored)
@@ -60,16 +68,28 @@ def test_log_likelihoods_are_those_of_one_forward_pass(dtype, tolerance, pairs, 
 
 def test_short_requests_score_as_with_hf():
     model = tiny_model(torch.float32)
-    pairs = [("", "It begins"), ("A state", " goes on"), ("A state", " ends"), ("x", "y"), ("spaces at its end  ", "and on")]
+    pairs = [
+        ("", "It begins"),
+        ("A state", " goes on"),
+        ("A state", " ends"),
+        ("x", "y"),
+        ("spaces at its end  ", "and on"),
+    ]
     pairs += [("x = '<eos>'", "\ny = '<pad><bos>'"), ("", "z<eos>")]  # names of special tokens are text
     factory: Any = HFLM
     hf = factory(pretrained=model, tokenizer=TOKENIZER, batch_size=2)
     expected = hf.loglikelihood(requests("loglikelihood", *pairs), disable_tqdm=True)
-    found = MinRNNLM(model, TOKENIZER, batch_size=3).loglikelihood(requests("loglikelihood", *pairs), disable_tqdm=True)
-    for (context, continuation), (value, is_greedy), (hf_value, hf_greedy) in zip(pairs, found, expected, strict=True):
+    found = MinRNNLM(model, TOKENIZER, batch_size=3).loglikelihood(
+        requests("loglikelihood", *pairs), disable_tqdm=True
+    )
+    for (context, continuation), (value, is_greedy), (hf_value, hf_greedy) in zip(
+        pairs, found, expected, strict=True
+    ):
         tokens = [BOS, *encode(context + continuation)]
         if context == context.rstrip():
-            assert value == pytest.approx(forward_score(model, tokens, len(encode(continuation)))[0], rel=1e-5)
+            assert value == pytest.approx(
+                forward_score(model, tokens, len(encode(continuation)))[0], rel=1e-5
+            )
         assert value == pytest.approx(hf_value, rel=1e-5)
         assert is_greedy == hf_greedy
 
@@ -91,16 +111,26 @@ def test_what_is_shared_is_read_once(monkeypatch):
     counted = count_tokens(model, monkeypatch)
     lm = MinRNNLM(model, TOKENIZER, batch_size=4)
     endings = [" twice", " once", " never more", "!"]
-    lm.loglikelihood(requests("loglikelihood", *(("A long context is read", ending) for ending in endings)), disable_tqdm=True)
+    lm.loglikelihood(
+        requests("loglikelihood", *(("A long context is read", ending) for ending in endings)),
+        disable_tqdm=True,
+    )
     assert sum(counted) == 1 + len("A long context is read") + sum(len(ending) - 1 for ending in endings)
     counted.clear()
     examples, questions = "The same examples before every question. ", ["Who?", "Why so?", "Where to?"]
-    lm.loglikelihood(requests("loglikelihood", *((examples + question, "x") for question in questions)), disable_tqdm=True)
+    lm.loglikelihood(
+        requests("loglikelihood", *((examples + question, "x") for question in questions)), disable_tqdm=True
+    )
     shared = len(examples) + len("W")
-    assert sum(counted) <= 1 + shared + sum(len(examples + question) - len(examples) for question in questions)
+    assert sum(counted) <= 1 + shared + sum(
+        len(examples + question) - len(examples) for question in questions
+    )
 
 
-@given(contexts=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=9), max_size=8, unique_by=tuple), size=st.integers(1, 4))
+@given(
+    contexts=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=9), max_size=8, unique_by=tuple),
+    size=st.integers(1, 4),
+)
 def test_contexts_go_on_behind_what_they_share(contexts, size):
     families = by_prefix(contexts)
     assert sorted(number for members in families.values() for number in members) == list(range(len(contexts)))
@@ -114,7 +144,9 @@ def test_contexts_go_on_behind_what_they_share(contexts, size):
     for numbers, logits, _ in read_contexts(model, contexts, size, piece=5):
         for number, row in zip(numbers, logits, strict=True):
             with torch.no_grad():
-                torch.testing.assert_close(row, model(torch.tensor([contexts[number]])).logits[0, -1], rtol=1e-10, atol=1e-10)
+                torch.testing.assert_close(
+                    row, model(torch.tensor([contexts[number]])).logits[0, -1], rtol=1e-10, atol=1e-10
+                )
 
 
 @pytest.mark.parametrize("size", [1, 3])
@@ -131,7 +163,9 @@ def test_a_document_is_read_whole_or_in_windows(size: int, monkeypatch):
         if len(text) > window:  # lm-eval's last window reaches back for a whole window of context
             parts[-1] = tokens[-window - 1 :]
         counts = [min(window, len(text) - start) for start in starts]
-        cut.append(sum(forward_score(model, part, count)[0] for part, count in zip(parts, counts, strict=True)))
+        cut.append(
+            sum(forward_score(model, part, count)[0] for part, count in zip(parts, counts, strict=True))
+        )
     lm = MinRNNLM(model, TOKENIZER, batch_size=size, piece=7)
     rolling = requests("loglikelihood_rolling", *((text,) for text in documents))
     counted = count_tokens(model, monkeypatch)
@@ -156,7 +190,9 @@ def test_greedy_text_is_what_generate_writes(size: int):
     model = tiny_model()
     lm = MinRNNLM(model, TOKENIZER, batch_size=size, piece=6)
     settings = {"until": [], "max_gen_toks": 20}
-    found = lm.generate_until(requests("generate_until", *((context, settings) for context in CONTEXTS)), disable_tqdm=True)
+    found = lm.generate_until(
+        requests("generate_until", *((context, settings) for context in CONTEXTS)), disable_tqdm=True
+    )
     assert found == generated(model, CONTEXTS, max_new_tokens=20, do_sample=False)
 
 
@@ -170,25 +206,33 @@ def test_sampled_text_is_what_generate_draws():
         requests("generate_until", *((context, settings) for context in contexts)), disable_tqdm=True
     )
     torch.manual_seed(1)
-    assert found == [text.split("\0")[0] for text in generated(model, contexts, max_new_tokens=20, **sampling)]
+    assert found == [
+        text.split("\0")[0] for text in generated(model, contexts, max_new_tokens=20, **sampling)
+    ]
 
 
 def test_a_stop_string_ends_a_text_and_is_not_part_of_it(monkeypatch):
     model = tiny_model()
     lm = MinRNNLM(model, TOKENIZER)
-    (whole,) = lm.generate_until(requests("generate_until", ("def", {"until": [], "max_gen_toks": 30})), disable_tqdm=True)
+    (whole,) = lm.generate_until(
+        requests("generate_until", ("def", {"until": [], "max_gen_toks": 30})), disable_tqdm=True
+    )
     stop = whole[5:7]
     counted = []
     step = lm.tok_decode
     monkeypatch.setattr(lm, "tok_decode", lambda tokens: counted.append(tokens) or step(tokens))
-    (found,) = lm.generate_until(requests("generate_until", ("def", {"until": ["never", stop], "max_gen_toks": 30})), disable_tqdm=True)
+    (found,) = lm.generate_until(
+        requests("generate_until", ("def", {"until": ["never", stop], "max_gen_toks": 30})), disable_tqdm=True
+    )
     assert found == whole.split(stop)[0]
     assert len(counted) < 30
 
 
 def test_settings_that_are_not_known_are_refused():
     with pytest.raises(ValueError, match="num_beams not known here"):
-        MinRNNLM(tiny_model(), TOKENIZER).generate_until(requests("generate_until", ("a", {"until": [], "num_beams": 2})), disable_tqdm=True)
+        MinRNNLM(tiny_model(), TOKENIZER).generate_until(
+            requests("generate_until", ("a", {"until": [], "num_beams": 2})), disable_tqdm=True
+        )
     with pytest.raises(ValueError, match="batch_size must be a number of at least 1, not 'many'"):
         MinRNNLM(tiny_model(), TOKENIZER, batch_size="many")
     assert MinRNNLM(tiny_model(), TOKENIZER, batch_size="auto:4").batch_size == 32

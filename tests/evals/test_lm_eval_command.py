@@ -88,18 +88,35 @@ def expected_scores(export: Path) -> dict[str, float]:
 def check_scores(results: dict[str, Any], export: Path) -> None:
     expected = expected_scores(export)
     assert results["tiny_choice"]["acc,none"] == pytest.approx(expected["choice"])
-    assert math.log(results["tiny_completion"]["perplexity,none"]) == pytest.approx(expected["log_perplexity"], rel=1e-5)
+    assert math.log(results["tiny_completion"]["perplexity,none"]) == pytest.approx(
+        expected["log_perplexity"], rel=1e-5
+    )
 
 
 def test_results_are_whole_and_in_the_run(export: Path, tmp_path: Path, capsys):
     """Right scores, a file in the run's folder, metrics in its MLflow run; perplexities in windows beside those of the carried state."""
-    main(["eval", str(export.parent), "--tasks", "tiny_choice,tiny_completion,tiny_document", *MINE, "--rolling-window", "16"])
+    main(
+        [
+            "eval",
+            str(export.parent),
+            "--tasks",
+            "tiny_choice,tiny_completion,tiny_document",
+            *MINE,
+            "--rolling-window",
+            "16",
+        ]
+    )
     (file,) = (export.parent / "evals").glob("lm-eval-*.json")
     found = json.loads(file.read_text())
     check_scores(found["results"], export)
-    assert found["results"]["tiny_document"]["bits_per_byte,none"] == pytest.approx(expected_scores(export)["bits_per_byte"], rel=1e-5)
+    assert found["results"]["tiny_document"]["bits_per_byte,none"] == pytest.approx(
+        expected_scores(export)["bits_per_byte"], rel=1e-5
+    )
     assert found["configs"]["tiny_document"]["metadata"]["rolling"] == "state carried through the document"
-    assert found["configs"]["tiny_document_window_16"]["metadata"]["rolling"] == "windows of 16 tokens, state reset"
+    assert (
+        found["configs"]["tiny_document_window_16"]["metadata"]["rolling"]
+        == "windows of 16 tokens, state reset"
+    )
     windowed = found["results"]["tiny_document_window_16"]["bits_per_byte,none"]
     assert windowed != pytest.approx(expected_scores(export)["bits_per_byte"], rel=1e-5)
     assert {"versions", "n-shot", "n-samples", "config", "lm_eval_version"} <= found.keys()
@@ -127,12 +144,18 @@ def test_a_task_that_fails_takes_no_other_with_it(export: Path, tmp_path: Path, 
     assert found["config"]["batch_size"] == 32
 
 
-def test_a_file_that_cannot_be_written_is_told_before_anything_is_computed(export: Path, tmp_path: Path, capsys):
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_computed(
+    export: Path, tmp_path: Path, capsys
+):
     (tmp_path / "file").write_text("")
     out = tmp_path / "file" / "results.json"
     for command in (["eval", str(export), "--tasks", "tiny_choice", *MINE], ["long-context", str(export)]):
-        check_mistake([*command, "--out", str(out)], [f"error: --out: cannot write {out} (File exists)"], capsys)
-        check_mistake([*command, "--out", str(tmp_path)], [f"error: --out: {tmp_path} must end in .json"], capsys)
+        check_mistake(
+            [*command, "--out", str(out)], [f"error: --out: cannot write {out} (File exists)"], capsys
+        )
+        check_mistake(
+            [*command, "--out", str(tmp_path)], [f"error: --out: {tmp_path} must end in .json"], capsys
+        )
 
 
 def test_a_perplexity_outlives_a_failure_of_its_windows(export: Path, tmp_path: Path, capsys, monkeypatch):
@@ -145,9 +168,24 @@ def test_a_perplexity_outlives_a_failure_of_its_windows(export: Path, tmp_path: 
 
     monkeypatch.setattr(evaluator, "simple_evaluate", simple_evaluate)
     with pytest.raises(SystemExit) as left:
-        main(["eval", str(export), "--tasks", "tiny_document", *MINE, "--rolling-window", "20", "--out", str(out)])
+        main(
+            [
+                "eval",
+                str(export),
+                "--tasks",
+                "tiny_document",
+                *MINE,
+                "--rolling-window",
+                "20",
+                "--out",
+                str(out),
+            ]
+        )
     assert left.value.code == 1
-    assert capsys.readouterr().err.splitlines()[-1] == "error: tiny_document, in windows of 20: RuntimeError: no room for windows"
+    assert (
+        capsys.readouterr().err.splitlines()[-1]
+        == "error: tiny_document, in windows of 20: RuntimeError: no room for windows"
+    )
     assert json.loads(out.read_text())["results"].keys() == {"tiny_document"}
 
 
@@ -201,14 +239,23 @@ def broken_export(export: Path, folder: Path, fault: str) -> Path:
 )
 def test_models_that_cannot_be_used(export: Path, tmp_path: Path, capsys, fault: str, told: str):
     model = broken_export(export, tmp_path / "model", fault)
-    check_mistake(["eval", str(model), "--tasks", "tiny_choice", *MINE], [f"error: MODEL: {told}"], capsys, str(model) + " ")
+    check_mistake(
+        ["eval", str(model), "--tasks", "tiny_choice", *MINE],
+        [f"error: MODEL: {told}"],
+        capsys,
+        str(model) + " ",
+    )
 
 
 def check_mistake(arguments: list[str], told: list[str], capsys, left_out: str = "") -> None:
     with pytest.raises(SystemExit) as left:
         main(arguments)
     assert left.value.code == 2
-    found = [line for line in capsys.readouterr().err.replace(left_out, "").splitlines() if line.startswith("error: ")]
+    found = [
+        line
+        for line in capsys.readouterr().err.replace(left_out, "").splitlines()
+        if line.startswith("error: ")
+    ]
     assert [line[: len(start)] for line, start in zip(found, told, strict=True)] == told
 
 
@@ -223,10 +270,20 @@ def test_mistakes_cost_a_line_each(export: Path, tmp_path: Path, capsys, monkeyp
         ],
         capsys,
     )
-    check_mistake(["eval", model, "--tasks", "tiny_remote", *MINE], ["error: --tasks: cannot load tiny_remote: "], capsys)
-    check_mistake(["eval", model, "--tasks", "x", "--limit", "1.5", "--batch-size", "0"], ["error: --batch-size:", "error: --limit:"], capsys)
+    check_mistake(
+        ["eval", model, "--tasks", "tiny_remote", *MINE],
+        ["error: --tasks: cannot load tiny_remote: "],
+        capsys,
+    )
+    check_mistake(
+        ["eval", model, "--tasks", "x", "--limit", "1.5", "--batch-size", "0"],
+        ["error: --batch-size:", "error: --limit:"],
+        capsys,
+    )
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    check_mistake(["eval", str(tmp_path / "run"), "--tasks", "tiny_choice", *MINE], ["error: MODEL: the run "], capsys)
+    check_mistake(
+        ["eval", str(tmp_path / "run"), "--tasks", "tiny_choice", *MINE], ["error: MODEL: the run "], capsys
+    )
 
 
 @pytest.mark.parametrize("task", ["tiny_choice", "tiny_completion", "tiny_document", "tiny_writing"])
@@ -248,27 +305,60 @@ def test_lm_evals_own_class_says_the_same(export: Path, task: str):
             if task == "tiny_writing":
                 assert values == expected_values
             else:
-                numbers, others = (torch.tensor(each, dtype=torch.float64).flatten() for each in (values, expected_values))
+                numbers, others = (
+                    torch.tensor(each, dtype=torch.float64).flatten() for each in (values, expected_values)
+                )
                 torch.testing.assert_close(numbers, others, rtol=1e-5, atol=0)
 
 
 def launch(*command: str, home: Path) -> str:
     """Standard output of a command, offline; it must end well."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(home), "HF_MODULES_CACHE": str(home / "modules"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-m", *command], env=environment, capture_output=True, text=True, timeout=1200, check=False)
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(home),
+        "HF_MODULES_CACHE": str(home / "modules"),
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", *command],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=1200,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("module", "arguments"), [("lm_eval", "hf trust_remote_code=True"), ("minrnn.evals.harness.model", "minrnn piece=100")]
+    ("module", "arguments"),
+    [("lm_eval", "hf trust_remote_code=True"), ("minrnn.evals.harness.model", "minrnn piece=100")],
 )
 def test_the_stock_command(export: Path, tmp_path: Path, module: str, arguments: str):
     """As typed, in a process of its own: with the code that the export carries, or with our class."""
     model, extra = arguments.split()
-    options = ["--include_path", str(TASKS), "--device", "cpu", "--output_path", str(tmp_path / "out"), "--batch_size", "2"]
-    command = [module, "--model", model, "--model_args", f"pretrained={export},{extra}", "--tasks", "tiny_choice,tiny_completion", *options]
+    options = [
+        "--include_path",
+        str(TASKS),
+        "--device",
+        "cpu",
+        "--output_path",
+        str(tmp_path / "out"),
+        "--batch_size",
+        "2",
+    ]
+    command = [
+        module,
+        "--model",
+        model,
+        "--model_args",
+        f"pretrained={export},{extra}",
+        "--tasks",
+        "tiny_choice,tiny_completion",
+        *options,
+    ]
     assert f"{model} (" in launch(*command, home=tmp_path)
     (file,) = (tmp_path / "out").rglob("results_*.json")
     check_scores(json.loads(file.read_text())["results"], export)
@@ -278,7 +368,16 @@ def test_the_stock_command(export: Path, tmp_path: Path, module: str, arguments:
 def test_the_stock_command_finds_its_batch_size(export: Path, tmp_path: Path):
     """At the length that an export says: 64 rows of it, five times."""
     options = ["--include_path", str(TASKS), "--device", "cpu", "--batch_size", "auto", "--limit", "2"]
-    command = ["lm_eval", "--model", "hf", "--model_args", f"pretrained={export},trust_remote_code=True", "--tasks", "tiny_writing", *options]
+    command = [
+        "lm_eval",
+        "--model",
+        "hf",
+        "--model_args",
+        f"pretrained={export},trust_remote_code=True",
+        "--tasks",
+        "tiny_writing",
+        *options,
+    ]
     assert "Largest batch size: 64" in launch(*command, home=tmp_path)
 
 
@@ -290,11 +389,24 @@ def test_two_processes_give_the_results_of_one(export: Path, tmp_path: Path):
     for name, launcher in {"one": [], "two": two}.items():
         out = tmp_path / f"{name}.json"
         names = "tiny_choice,tiny_completion,tiny_document,tiny_writing"
-        launch(*launcher, "minrnn.launch.cli", "eval", str(export), "--tasks", names, *MINE, "--out", str(out), home=tmp_path / name)
+        launch(
+            *launcher,
+            "minrnn.launch.cli",
+            "eval",
+            str(export),
+            "--tasks",
+            names,
+            *MINE,
+            "--out",
+            str(out),
+            home=tmp_path / name,
+        )
         found.append(json.loads(out.read_text()))
     one, two_results = (each["results"] for each in found)
     assert one.keys() == two_results.keys()
     for task, values in one.items():
         for key, value in values.items():
-            assert two_results[task][key] == (pytest.approx(value, rel=1e-5) if isinstance(value, float) else value)
+            assert two_results[task][key] == (
+                pytest.approx(value, rel=1e-5) if isinstance(value, float) else value
+            )
     assert found[0]["n-samples"] == found[1]["n-samples"]

@@ -41,7 +41,12 @@ TOKENS = ENCODER(TEXT)
 
 def tiny_model(num_layers: int = 2) -> MinRNNForCausalLM:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": num_layers, "intermediate_size": 24, "tie_word_embeddings": False}
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": num_layers,
+        "intermediate_size": 24,
+        "tie_word_embeddings": False,
+    }
     tokens = {f"{name}_token_id": getattr(TOKENIZER, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     model = MinRNNForCausalLM(MinRNNConfig(vocab_size=264, **sizes, **tokens)).eval()
     nn.Module.to(model, torch.float64)
@@ -70,7 +75,10 @@ def test_pieces_cover_a_document_and_end_at_powers_of_two(length: int, size: int
 
 
 @settings(max_examples=12)
-@given(piece=st.integers(1, 900), cuts=st.lists(st.sampled_from([None, 7, 64, 100, 5000]), min_size=1, max_size=3))
+@given(
+    piece=st.integers(1, 900),
+    cuts=st.lists(st.sampled_from([None, 7, 64, 100, 5000]), min_size=1, max_size=3),
+)
 def test_carried_is_one_forward_pass_and_cut_is_separate_windows(piece: int, cuts: list[int | None]):
     moved: list[int] = []
     found = token_nats(MODEL, TOKENS, cuts, piece=max(piece, 20), moved=moved.append)
@@ -79,7 +87,9 @@ def test_carried_is_one_forward_pass_and_cut_is_separate_windows(piece: int, cut
     assert moved[-1] == len(TOKENS) - 1
     for cut, nats in zip(cuts, found, strict=True):
         size = cut or len(TOKENS)
-        expected = [forward_nats(MODEL, TOKENS[first : first + size + 1]) for first in range(0, len(TOKENS) - 1, size)]
+        expected = [
+            forward_nats(MODEL, TOKENS[first : first + size + 1]) for first in range(0, len(TOKENS) - 1, size)
+        ]
         np.testing.assert_allclose(nats, np.concatenate(expected), rtol=1e-9, atol=1e-9)
 
 
@@ -126,7 +136,9 @@ def forgetful_model(conv_kernel: int) -> MinRNNForCausalLM:
     """One layer whose decay is zero: it sees what the convolution reaches."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 24, "tie_word_embeddings": False}
-    model = MinRNNForCausalLM(MinRNNConfig(vocab_size=264, conv_kernel=conv_kernel, bos_token_id=256, eos_token_id=257, **sizes)).eval()
+    model = MinRNNForCausalLM(
+        MinRNNConfig(vocab_size=264, conv_kernel=conv_kernel, bos_token_id=256, eos_token_id=257, **sizes)
+    ).eval()
     nn.Module.to(model, torch.float64)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -141,7 +153,16 @@ def test_a_memory_of_known_length_is_found(conv_kernel: int, piece: int):
     model = forgetful_model(conv_kernel)
     (carried,) = token_nats(model, TOKENS)
     moved: list[int] = []
-    found = memory_curve(model, TOKENS, carried, num_anchors=12, budget=100_000, tolerance=1e-9, piece=piece, moved=moved.append)
+    found = memory_curve(
+        model,
+        TOKENS,
+        carried,
+        num_anchors=12,
+        budget=100_000,
+        tolerance=1e-9,
+        piece=piece,
+        moved=moved.append,
+    )
     above = {row["context"]: row["above_all"] for row in found["curve"]}
     assert list(above) == [1, 2, 4, 8, 16, 32, 64, 128, 256]
     for context, difference in above.items():
@@ -206,17 +227,49 @@ def problems(capsys, *argv: str) -> str:
 
 def test_the_command_leaves_file_picture_and_tables(run: Path, capsys):
     texts = str(run.parent / "texts")
-    main(["long-context", str(run), "--corpus", texts, "--cuts", "64,1000,100000", "--device", "cpu", "--piece", "128", "--anchors", "8"])
+    main(
+        [
+            "long-context",
+            str(run),
+            "--corpus",
+            texts,
+            "--cuts",
+            "64,1000,100000",
+            "--device",
+            "cpu",
+            "--piece",
+            "128",
+            "--anchors",
+            "8",
+        ]
+    )
     (file,) = (run / "evals").glob("long-context-*.json")
     assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     found = json.loads(file.read_text())
     assert found["document"]["name"] == "beta/ (5 files)"
     whole = "".join(f"# {number}\n{TEXT}" + "\n" * (number < 4) for number in range(5))
-    assert found["tokens"] == {"read": len(whole.encode()) + 1, "asked_for": 2**20, "whole_document": True, "piece": 128}
-    expected = forward_nats(MinRNNForCausalLM.from_pretrained(run / "model", dtype=torch.float64).eval(), ENCODER(whole))
-    assert found["overall"]["carried"]["bits_per_byte"] == pytest.approx(expected.sum() / len(whole.encode()) / np.log(2), rel=1e-5)
+    assert found["tokens"] == {
+        "read": len(whole.encode()) + 1,
+        "asked_for": 2**20,
+        "whole_document": True,
+        "piece": 128,
+    }
+    expected = forward_nats(
+        MinRNNForCausalLM.from_pretrained(run / "model", dtype=torch.float64).eval(), ENCODER(whole)
+    )
+    assert found["overall"]["carried"]["bits_per_byte"] == pytest.approx(
+        expected.sum() / len(whole.encode()) / np.log(2), rel=1e-5
+    )
     assert list(found["overall"]["cut"]) == ["64", "1000"]
-    assert [row["tokens"] for row in found["stages"]] == [128, 256, 512, 1024, 2048, 4096, found["tokens"]["read"]]
+    assert [row["tokens"] for row in found["stages"]] == [
+        128,
+        256,
+        512,
+        1024,
+        2048,
+        4096,
+        found["tokens"]["read"],
+    ]
     assert {"command", "commit", "machine", "versions", "model", "buckets", "memory"} <= found.keys()
     out = capsys.readouterr().out
     assert "all of it (--tokens asks for 1,048,576)" in out
@@ -226,16 +279,29 @@ def test_the_command_leaves_file_picture_and_tables(run: Path, capsys):
 
 def test_mistakes_are_told(run: Path, tmp_path: Path, capsys):
     texts = str(run.parent / "texts")
-    told = problems(capsys, str(run), "--cuts", "64,x", "--tokens", "0", "--out", "here.txt", "--tolerance", "-1")
-    assert [line.split(":")[1].strip() for line in told.splitlines()] == ["--tokens", "--out", "--cuts", "--tolerance"]
-    assert "error: --memory-tokens: must be at least 8448" in problems(capsys, str(run), "--memory-tokens", "100")
+    told = problems(
+        capsys, str(run), "--cuts", "64,x", "--tokens", "0", "--out", "here.txt", "--tolerance", "-1"
+    )
+    assert [line.split(":")[1].strip() for line in told.splitlines()] == [
+        "--tokens",
+        "--out",
+        "--cuts",
+        "--tolerance",
+    ]
+    assert "error: --memory-tokens: must be at least 8448" in problems(
+        capsys, str(run), "--memory-tokens", "100"
+    )
     missing = tmp_path / "none" / "*.py"
-    assert f"error: --corpus: there is no file, folder or match for {missing}" in problems(capsys, str(run), "--corpus", str(missing))
+    assert f"error: --corpus: there is no file, folder or match for {missing}" in problems(
+        capsys, str(run), "--corpus", str(missing)
+    )
     told = problems(capsys, str(run), "--corpus", texts, "--document", "betta")
     assert "error: --document: no document's name holds 'betta' (did you mean 'beta/ (5 files)'?)" in told
     assert "error: --join: " in problems(capsys, str(run), "--corpus", texts, "--join", "book_id")
     (tmp_path / "short.txt").write_text("short")
-    assert "nothing can be said about fewer than 256" in problems(capsys, str(run), "--corpus", str(tmp_path / "short.txt"))
+    assert "nothing can be said about fewer than 256" in problems(
+        capsys, str(run), "--corpus", str(tmp_path / "short.txt")
+    )
     (tmp_path / "unfinished" / "checkpoints").mkdir(parents=True)
     told = problems(capsys, str(tmp_path / "unfinished"), "--corpus", texts)
     assert f"error: MODEL: the run {tmp_path / 'unfinished'} has no model/ yet; minrnn export" in told
@@ -246,7 +312,21 @@ def test_lm_eval_says_the_same_of_the_document(run: Path, monkeypatch, capsys):
     texts, out = str(run.parent / "texts"), run.parent / "rolling.json"
     monkeypatch.setattr(rolling, "WINDOW", 100)
     rolling.main(
-        [str(run), "--corpus", texts, "--document", "alpha", "--dtype", "fp64", "--device", "cpu", "--bytes", "1000", "--out", str(out)]
+        [
+            str(run),
+            "--corpus",
+            texts,
+            "--document",
+            "alpha",
+            "--dtype",
+            "fp64",
+            "--device",
+            "cpu",
+            "--bytes",
+            "1000",
+            "--out",
+            str(out),
+        ]
     )
     found = json.loads(out.read_text())
     assert [row["part"] for row in found["rows"]] == ["1/16", "1/8", "1/4", "1/2", "all", "all, in windows"]

@@ -43,7 +43,9 @@ def test_the_interval_of_three_seeds_by_hand_and_none_of_one():
 
 def test_numbers_stand_beside_the_published_ones(results: Path, tmp_path: Path):
     markdown = report(results, out=tmp_path / "out")
-    found = estimate([100 * (0.75 * accuracy - 0.1) / 0.9 for accuracy in (0.9, 0.95, 0.98)])  # mean of all and half, scaled
+    found = estimate(
+        [100 * (0.75 * accuracy - 0.1) / 0.9 for accuracy in (0.9, 0.95, 0.98)]
+    )  # mean of all and half, scaled
     assert found.half is not None
     (row,) = rows(section(markdown, "#### Bucket Sort"), "minLSTM (paper), 2 layers (beside minLSTM)")
     assert row[1:5] == ["94", "minrnn", f"{found.mean:.1f} ± {found.half:.1f}", f"{found.mean - 94:+.1f}"]
@@ -60,9 +62,16 @@ def test_numbers_stand_beside_the_published_ones(results: Path, tmp_path: Path):
 def test_what_is_missing_is_not_run(results: Path, tmp_path: Path):
     markdown = report(results, out=tmp_path / "out")
     assert rows(section(markdown, "### Shakespeare, character by character"), "minLSTM")[0][3] == "not run"
-    missing = set(re.findall(r"^- `([\w-]+)`: .*not run", section(markdown, "## Not run"), flags=re.MULTILINE))
+    missing = set(
+        re.findall(r"^- `([\w-]+)`: .*not run", section(markdown, "## Not run"), flags=re.MULTILINE)
+    )
     assert missing == published().experiments.keys() - {"bucket-sort", "shakespeare"}
-    for words in ("lm-eval: not run.", "Loss by position, and memory: not run.", "Scan: not run.", "The soak: not run."):
+    for words in (
+        "lm-eval: not run.",
+        "Loss by position, and memory: not run.",
+        "Scan: not run.",
+        "The soak: not run.",
+    ):
         assert words in markdown
 
 
@@ -79,7 +88,9 @@ def test_another_task_does_not_stand_beside_the_published_one(tmp_path: Path):
 
 def test_other_test_lengths_and_other_texts_are_other_tasks(results: Path, tmp_path: Path, capsys):
     task = {"data__corpus": "synthetic/even-pairs", "data__task": {"test_lengths": [40]}}
-    markdown = report(make_run(tmp_path / "pairs", "synthetic-formal", 0, [1.0], **task), out=tmp_path / "out")
+    markdown = report(
+        make_run(tmp_path / "pairs", "synthetic-formal", 0, [1.0], **task), out=tmp_path / "out"
+    )
     assert "`even-pairs`" in section(markdown, "## Not run")
     code = make_run(tmp_path / "code", "quickstart", 0, losses=[1.3])
     with pytest.raises(SystemExit):
@@ -94,11 +105,16 @@ def test_the_folder_of_a_published_recipe_goes_where_its_corpus_belongs(tmp_path
 
 def test_a_broken_run_among_others_is_listed(tmp_path: Path):
     folders = {
-        name: make_run(tmp_path / "runs" / name, "shakespeare-paper", 0, losses=[1.5]) for name in ("whole", "config", "lines", "weights")
+        name: make_run(tmp_path / "runs" / name, "shakespeare-paper", 0, losses=[1.5])
+        for name in ("whole", "config", "lines", "weights")
     }
-    (folders["config"] / "config.yaml").write_text("run: {seed: 0}\nmodel: {}\ndata: {}\nbatch: {}\noptim: {}\ntrain: {steps: 3}\n")
+    (folders["config"] / "config.yaml").write_text(
+        "run: {seed: 0}\nmodel: {}\ndata: {}\nbatch: {}\noptim: {}\ntrain: {steps: 3}\n"
+    )
     lines = (folders["lines"] / "metrics.jsonl").read_text().splitlines()
-    (folders["lines"] / "metrics.jsonl").write_text("\n".join([*lines[:-1], '{"kind": "validation", "step": 30, "loss": 1.0}\n']))
+    (folders["lines"] / "metrics.jsonl").write_text(
+        "\n".join([*lines[:-1], '{"kind": "validation", "step": 30, "loss": 1.0}\n'])
+    )
     (folders["weights"] / "checkpoints" / "step-000010").mkdir(parents=True)
     (folders["weights"] / "checkpoints" / "step-000010" / "model.safetensors").write_bytes(b"cut")
     listed = section(report(tmp_path / "runs", out=tmp_path / "out"), "## Could not be read")
@@ -108,7 +124,10 @@ def test_a_broken_run_among_others_is_listed(tmp_path: Path):
 
 
 def test_seeds_of_several_files_are_one_mean(results: Path, tmp_path: Path):
-    more = [make_run(tmp_path / f"more-{i}", "shakespeare-paper", i, losses=[1.5], data__corpus="input.txt") for i in (0, 1)]
+    more = [
+        make_run(tmp_path / f"more-{i}", "shakespeare-paper", i, losses=[1.5], data__corpus="input.txt")
+        for i in (0, 1)
+    ]
     runs.main([*map(str, more), "--as", "shakespeare", "--out", str(results / "more.json")])
     markdown = report(results, out=tmp_path / "out")
     (text,) = rows(section(markdown, "### Shakespeare, character by character"), "minGRU (paper), 3 layers")
@@ -127,7 +146,13 @@ def test_a_run_that_nothing_is_published_about_has_its_own_table(tmp_path: Path)
 
 LM_EVAL = {
     "results": {
-        "hellaswag": {"alias": "hellaswag", "acc_norm,none": 0.5123, "acc_norm_stderr,none": 0.005, "acc,none": 0.4, "acc_stderr,none": "N/A"}
+        "hellaswag": {
+            "alias": "hellaswag",
+            "acc_norm,none": 0.5123,
+            "acc_norm_stderr,none": 0.005,
+            "acc,none": 0.4,
+            "acc_stderr,none": "N/A",
+        }
     },
     "configs": {"hellaswag": {"metadata": {"version": 1.0}}},
     "versions": {"hellaswag": 1},
@@ -139,19 +164,31 @@ LM_EVAL = {
 @pytest.mark.parametrize(("parameters", "counts"), [(1_010_000_000, True), (2_000_000, False)])
 def test_files_of_lm_eval(parameters: int, counts: bool, tmp_path: Path):
     path = tmp_path / "lm_eval.json"
-    path.write_text(json.dumps({**LM_EVAL, "config": {**LM_EVAL["config"], "model_num_parameters": parameters}}))
+    path.write_text(
+        json.dumps({**LM_EVAL, "config": {**LM_EVAL["config"], "model_num_parameters": parameters}})
+    )
     markdown = report(path, out=tmp_path / "out")
     table = rows(section(markdown, "## Language model evaluation"), "hellaswag")
     assert [row[1:3] for row in table] == [["acc\\_norm", "0.5123 ± 0.0050"], ["acc", "0.4000"]]
-    assert ("51.2 ± 0.5" in section(markdown, "#### HellaSwag at 1B parameters, 60B tokens of DCLM")) == counts
+    assert (
+        "51.2 ± 0.5" in section(markdown, "#### HellaSwag at 1B parameters, 60B tokens of DCLM")
+    ) == counts
     assert ("`hellaswag-1b`" in section(markdown, "## Not run")) != counts
 
 
 def test_files_of_long_contexts_with_their_picture(results: Path, tmp_path: Path):
-    data = {"command": "minrnn long-context x", "model": {"parameters": 5, "config": {"memory_length": 7}}, "buckets": []}
+    data = {
+        "command": "minrnn long-context x",
+        "model": {"parameters": 5, "config": {"memory_length": 7}},
+        "buckets": [],
+    }
     overall = {"carried": {"bits_per_byte": 1.25}, "cut": {"2048": {"bits_per_byte": 1.5}}}
     path = tmp_path / "long.json"
-    path.write_text(json.dumps({**data, "overall": overall, "memory": {"effective_memory_length": None, "tolerance": 0.01}}))
+    path.write_text(
+        json.dumps(
+            {**data, "overall": overall, "memory": {"effective_memory_length": None, "tolerance": 0.01}}
+        )
+    )
     report(results, out=tmp_path / "first")
     picture = next((tmp_path / "first" / "pictures").glob("*.png")).read_bytes()
     path.with_suffix(".png").write_bytes(picture)
@@ -170,9 +207,16 @@ def test_files_of_long_contexts_with_their_picture(results: Path, tmp_path: Path
 
 
 def test_a_long_document_through_lm_eval(tmp_path: Path):
-    parts = [{"part": "1/16", "bits_per_byte": 2.0, "seconds": 3.0}, {"part": "all, in windows", "bits_per_byte": 1.75, "seconds": 4.0}]
+    parts = [
+        {"part": "1/16", "bits_per_byte": 2.0, "seconds": 3.0},
+        {"part": "all, in windows", "bits_per_byte": 1.75, "seconds": 4.0},
+    ]
     path = tmp_path / "rolling.json"
-    path.write_text(json.dumps({"document": {"name": "email/"}, "rows": parts, "carried_minus_windows_bits_per_byte": -0.125}))
+    path.write_text(
+        json.dumps(
+            {"document": {"name": "email/"}, "rows": parts, "carried_minus_windows_bits_per_byte": -0.125}
+        )
+    )
     long_context = section(report(path, out=tmp_path / "out"), "## Long context")
     assert "document: email/" in long_context
     assert {row[0]: row[1] for row in rows(long_context, "")}.items() >= {
@@ -187,13 +231,24 @@ BROKEN = {
     "list": ("[1, 2]", "holds no results (list instead of an object)"),
     "odd": ('{"a": 1}', "holds no results that are known (its fields: a)"),
     "other": ('{"kind": "cake"}', "is of the unknown kind 'cake'"),
-    "empty": ('{"kind": "runs", "experiment": "mqar"}', "lacks what a file of runs has (command: Field required)"),
+    "empty": (
+        '{"kind": "runs", "experiment": "mqar"}',
+        "lacks what a file of runs has (command: Field required)",
+    ),
     "soak": (
-        json.dumps(dict.fromkeys(("faults", "kills", "steps_repeated", "checkpoints_refused", "problems"), 0)),
+        json.dumps(
+            dict.fromkeys(("faults", "kills", "steps_repeated", "checkpoints_refused", "problems"), 0)
+        ),
         "lacks what a file of kind soak has",
     ),
-    "bench": ('{"bench": "scan", "rows": [{"section": "scan", "dtype": "fp32"}]}', "lacks what a file of kind bench has"),
-    "lm": ('{"results": {}, "configs": {}, "versions": {}}', "lacks what a file of kind lm-eval has (ValueError: it holds no number)"),
+    "bench": (
+        '{"bench": "scan", "rows": [{"section": "scan", "dtype": "fp32"}]}',
+        "lacks what a file of kind bench has",
+    ),
+    "lm": (
+        '{"results": {}, "configs": {}, "versions": {}}',
+        "lacks what a file of kind lm-eval has (ValueError: it holds no number)",
+    ),
 }
 
 
@@ -201,7 +256,11 @@ def test_broken_files_that_are_named_are_errors_all_at_once(tmp_path: Path, caps
     for name, (content, _) in BROKEN.items():
         (tmp_path / f"{name}.json").write_text(content)
     (tmp_path / "none").mkdir()
-    paths = [*(str(tmp_path / f"{name}.json") for name in BROKEN), str(tmp_path / "none"), str(tmp_path / "nowhere")]
+    paths = [
+        *(str(tmp_path / f"{name}.json") for name in BROKEN),
+        str(tmp_path / "none"),
+        str(tmp_path / "nowhere"),
+    ]
     with pytest.raises(SystemExit) as left:
         main(["report", *paths, "--out", str(tmp_path / "out")])
     assert left.value.code == 2
@@ -235,7 +294,10 @@ def test_what_is_not_a_result_is_neither_waited_for_nor_a_traceback(tmp_path: Pa
         '{"kind": "train", "loss": 1%s}' % ("0" * 400),
         '{"loss": 1.0}',
     )
-    own = [make_run(tmp_path / "runs" / str(i), "shakespeare-paper", 0, losses=[1.5]) for i in range(len(foreign))]
+    own = [
+        make_run(tmp_path / "runs" / str(i), "shakespeare-paper", 0, losses=[1.5])
+        for i in range(len(foreign))
+    ]
     for run, line in zip(own, foreign, strict=True):
         (run / "metrics.jsonl").write_text(line + "\n")
     (own[0] / "evals").mkdir()
@@ -250,7 +312,10 @@ def test_what_is_not_a_result_is_neither_waited_for_nor_a_traceback(tmp_path: Pa
     assert left.value.code == 2
     told = capsys.readouterr().err.splitlines()
     assert len(told) == len(paths)
-    assert f"error: {tmp_path / 'pipe.json'}: is no regular file; name a results file, a folder of them, or a run's folder" in told
+    assert (
+        f"error: {tmp_path / 'pipe.json'}: is no regular file; name a results file, a folder of them, or a run's folder"
+        in told
+    )
     assert all(line.startswith("error: ") and "Traceback" not in line for line in told)
     make_run(tmp_path / "runs" / "whole", "shakespeare-paper", 0, losses=[1.5])
     listed = section(report(tmp_path / "runs", out=tmp_path / "out"), "## Could not be read")
@@ -320,9 +385,17 @@ def test_the_shipped_results_make_a_report(tmp_path: Path):
     assert "## Could not be read" not in markdown
     missing = section(markdown, "## Not run")
     for name, experiment in published().experiments.items():
-        with_number = any(row[3] not in ("-", "not run") for row in rows(section(markdown, "## In short"), page.text(experiment.title)))
+        with_number = any(
+            row[3] not in ("-", "not run")
+            for row in rows(section(markdown, "## In short"), page.text(experiment.title))
+        )
         assert (f"- `{name}`:" in missing) != with_number
-    for lines in (speed.scan_lines(), speed.train_lines(), speed.generate_lines(), [speed.contexts_line(), speed.stream_line()]):
+    for lines in (
+        speed.scan_lines(),
+        speed.train_lines(),
+        speed.generate_lines(),
+        [speed.contexts_line(), speed.stream_line()],
+    ):
         assert all(line in markdown for line in lines)
     assert speed.soak_line(link="#soakjson") in markdown
     Page((tmp_path / "report.html").read_text())

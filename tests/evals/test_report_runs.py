@@ -48,14 +48,19 @@ def test_settings_that_do_not_change_the_result_do_not_part_seeds(tmp_path: Path
     first = make_run(tmp_path / "a", "synthetic-formal", 0, **corpus)
     second = make_run(tmp_path / "b", "synthetic-formal", 1, train__log_every=7, **corpus)
     other = make_run(tmp_path / "c", "synthetic-formal", 1, optim__lr=0.1, **corpus)
-    assert [[seed.run for seed in entry.seeds] for entry in runs.entries_of([first, second, other])] == [["a", "b"], ["c"]]
+    assert [[seed.run for seed in entry.seeds] for entry in runs.entries_of([first, second, other])] == [
+        ["a", "b"],
+        ["c"],
+    ]
     again = make_run(tmp_path / "d", "synthetic-formal", 1, **corpus)
     with pytest.raises(UserError, match=r"has the settings and the seed \(1\) of b"):
         runs.entries_of([first, second, again])
 
 
 def test_a_setting_that_is_newer_than_a_run_parts_no_seeds(tmp_path: Path):
-    folders = [make_run(tmp_path / f"run-{seed}", "shakespeare-paper", seed, losses=[1.5 + seed]) for seed in (0, 1)]
+    folders = [
+        make_run(tmp_path / f"run-{seed}", "shakespeare-paper", seed, losses=[1.5 + seed]) for seed in (0, 1)
+    ]
     values = yaml.safe_load((folders[0] / "config.yaml").read_text())
     del values["data"]["join"], values["train"]["skip_spikes"]
     (folders[0] / "config.yaml").write_text(yaml.safe_dump(values))
@@ -69,7 +74,10 @@ def test_mistakes_of_the_collector_are_a_line_each(tmp_path: Path, capsys):
     broken = make_run(tmp_path / "broken", "synthetic-formal", 0, [0.5], data__corpus="synthetic/parity")
     (broken / "config.yaml").write_text("run: 3")
     cases = {
-        ("majority", str(parity)): "error: --as: majority is about synthetic/majority, but parity has synthetic/parity",
+        (
+            "majority",
+            str(parity),
+        ): "error: --as: majority is about synthetic/majority, but parity has synthetic/parity",
         ("wikitext-103", str(parity)): "error: --as: wikitext-103 takes no runs (it is for reference only)",
         ("parity", str(empty)): f"error: {empty}: metrics.jsonl holds no step yet",
         ("parity", str(broken)): f"error: {broken}: config.yaml is not what a run writes",

@@ -23,7 +23,9 @@ def test_results_come_from_a_commit(path: Path):
     if path.stem in MARKED:
         assert result["commit"].endswith("+"), "it was measured again: take it off the list"
         return
-    assert re.fullmatch("[0-9a-f]{7,40}", result["commit"]), "measured in a checkout with uncommitted changes: measure again on a commit"
+    assert re.fullmatch("[0-9a-f]{7,40}", result["commit"]), (
+        "measured in a checkout with uncommitted changes: measure again on a commit"
+    )
     assert result["command"]
     assert result["versions"]["torch"]
 

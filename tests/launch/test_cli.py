@@ -31,7 +31,9 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("export") / "model"
     tokenizer = byte_tokenizer()
     torch.manual_seed(0)
-    config = MinRNNConfig(hidden_size=16, num_hidden_layers=1, intermediate_size=0, bos_token_id=tokenizer.bos_token_id)
+    config = MinRNNConfig(
+        hidden_size=16, num_hidden_layers=1, intermediate_size=0, bos_token_id=tokenizer.bos_token_id
+    )
     export_model(MinRNNForCausalLM(config), tokenizer, folder, resolved(build_recipe({})), tokens=0)
     return folder
 
@@ -40,7 +42,9 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_each_recipe_parses_and_its_model_builds(name: str):
     recipe = read_recipe(["--config", name])
     data = recipe.data
-    tokenizer = tokenizer_of(data.corpus, BYTES, data.task)  # the hub's are out of reach of a test; only the vocabulary differs
+    tokenizer = tokenizer_of(
+        data.corpus, BYTES, data.task
+    )  # the hub's are out of reach of a test; only the vocabulary differs
     vocab_size = model_vocab_size(tokenizer) if data.tokenizer == BYTES else 50_264
     with torch.device("meta"):
         model = MinRNNForCausalLM(model_config(recipe.model_fields_resolved(), tokenizer, vocab_size))
@@ -64,7 +68,11 @@ def test_the_commands_of_the_readme_run(command: str, export: Path, tmp_path: Pa
     """As typed, but for what makes them long: training is read and checked, generation and export are run on a small model."""
     words = shlex.split(command)
     if "minrnn.pipeline.train" in words or words[:2] == ["minrnn", "train"]:
-        arguments = words[words.index("minrnn.pipeline.train") + 1 :] if "minrnn.pipeline.train" in words else words[2:]
+        arguments = (
+            words[words.index("minrnn.pipeline.train") + 1 :]
+            if "minrnn.pipeline.train" in words
+            else words[2:]
+        )
         if "--help" in arguments:
             main(words[1:])
             assert "--optim.lr" in capsys.readouterr().out
@@ -86,7 +94,20 @@ def test_generate_reads_a_prompt_in_pieces(export: Path, tmp_path: Path, capsys)
     prompt.write_text("a prompt that is longer than a piece")
     texts = []
     for prefill in ("3", "1000"):
-        main(["generate", str(export), "--prompt-file", str(prompt), "--prefill", prefill, "--max-new-tokens", "8", "--temperature", "0"])
+        main(
+            [
+                "generate",
+                str(export),
+                "--prompt-file",
+                str(prompt),
+                "--prefill",
+                prefill,
+                "--max-new-tokens",
+                "8",
+                "--temperature",
+                "0",
+            ]
+        )
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1]
     assert texts[0].startswith(prompt.read_text())
@@ -95,7 +116,19 @@ def test_generate_reads_a_prompt_in_pieces(export: Path, tmp_path: Path, capsys)
 def test_generate_takes_a_run_s_folder_and_the_options_of_the_evaluations(export: Path, capsys):
     texts = []
     for model, *more in ((export,), (export.parent,), (export.parent, "--device", "cpu", "--dtype", "fp64")):
-        main(["generate", str(model), "--prompt", "a run", "--max-new-tokens", "5", "--temperature", "0", *more])
+        main(
+            [
+                "generate",
+                str(model),
+                "--prompt",
+                "a run",
+                "--max-new-tokens",
+                "5",
+                "--temperature",
+                "0",
+                *more,
+            ]
+        )
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] == texts[2]
 
@@ -108,7 +141,10 @@ def test_generate_takes_a_run_s_folder_and_the_options_of_the_evaluations(export
         (["generate", "x", "--device", "gpu"], "error: --device: 'gpu' is no device"),
         (["generate", "x", "--temperature", "-1", "--prefill", "0"], "error: --prefill: must be at least 1"),
         (["export", "nowhere", "--out", "x"], "error: RUN: nowhere holds no valid checkpoint"),
-        (["export", "nowhere", "--out", "x", "--step", "3"], "error: --step: nowhere/checkpoints/step-000003/manifest.json is missing"),
+        (
+            ["export", "nowhere", "--out", "x", "--step", "3"],
+            "error: --step: nowhere/checkpoints/step-000003/manifest.json is missing",
+        ),
         (["train", "--train.stpes", "3"], "error: train.stpes: unknown key (did you mean train.steps?)"),
     ],
 )
@@ -127,11 +163,35 @@ def test_help(arguments: list[str], capsys):
 
 
 def test_generate_draws_what_transformers_would(export: Path, capsys):
-    main(["generate", str(export), "--prompt", "a", "--max-new-tokens", "20", "--top-p", "0.9", "--seed", "3", "--dtype", "fp32"])
+    main(
+        [
+            "generate",
+            str(export),
+            "--prompt",
+            "a",
+            "--max-new-tokens",
+            "20",
+            "--top-p",
+            "0.9",
+            "--seed",
+            "3",
+            "--dtype",
+            "fp32",
+        ]
+    )
     tokenizer = byte_tokenizer()
-    model: Any = MinRNNForCausalLM.from_pretrained(export).eval()  # generate() is none of the class's for type checkers
+    model: Any = MinRNNForCausalLM.from_pretrained(
+        export
+    ).eval()  # generate() is none of the class's for type checkers
     set_seed(3)
-    sampling = {"do_sample": True, "temperature": 0.8, "top_p": 0.9, "top_k": 0, "max_new_tokens": 20, "pad_token_id": tokenizer.pad_token_id}
+    sampling = {
+        "do_sample": True,
+        "temperature": 0.8,
+        "top_p": 0.9,
+        "top_k": 0,
+        "max_new_tokens": 20,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     ids = model.generate(torch.tensor([prompt_tokens(tokenizer, "a")]), **sampling)
     stream = TextStream(tokenizer, b"a")
     assert capsys.readouterr().out == "a" + stream.write(ids[0, 2:].tolist()) + stream.end() + "\n"

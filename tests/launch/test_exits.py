@@ -20,7 +20,10 @@ from minrnn.pipeline.tracking import absolute_uri
 def run(arguments: list[str], expected_lines: int = 0, stderr_too: bool = False) -> tuple[int, str]:
     """Status and stderr (or what was read of it) of a command whose reader leaves after some lines."""
     process = subprocess.Popen(
-        [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT if stderr_too else subprocess.PIPE, text=True
+        [sys.executable, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT if stderr_too else subprocess.PIPE,
+        text=True,
     )
     assert process.stdout is not None
     read = [process.stdout.readline() for _ in range(expected_lines)]
@@ -31,7 +34,10 @@ def run(arguments: list[str], expected_lines: int = 0, stderr_too: bool = False)
 
 def script(body: str) -> list[str]:
     indented = textwrap.indent(textwrap.dedent(body), "    ")
-    return ["-c", f"import os, sys\nfrom minrnn.data.output import conventional_exit\nwith conventional_exit():\n{indented}"]
+    return [
+        "-c",
+        f"import os, sys\nfrom minrnn.data.output import conventional_exit\nwith conventional_exit():\n{indented}",
+    ]
 
 
 BODIES = {
@@ -44,7 +50,11 @@ BODIES = {
 @pytest.mark.parametrize("what", BODIES)
 def test_a_closed_pipe_ends_with_its_status_and_no_word(what: str):
     process = subprocess.Popen(
-        [sys.executable, *script(BODIES[what])], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, *script(BODIES[what])],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout is not None
     process.stdout.close()
@@ -56,7 +66,11 @@ def test_a_closed_pipe_ends_with_its_status_and_no_word(what: str):
 
 
 def test_an_error_that_is_not_of_the_output_stays_one():
-    ended = subprocess.run([sys.executable, *script("a, b = os.pipe(); os.close(a); os.write(b, b'x')")], capture_output=True, text=True)
+    ended = subprocess.run(
+        [sys.executable, *script("a, b = os.pipe(); os.close(a); os.write(b, b'x')")],
+        capture_output=True,
+        text=True,
+    )
     assert ended.returncode == 1
     assert "BrokenPipeError" in ended.stderr
 
@@ -87,19 +101,27 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def export(home: Path) -> Path:
     tokenizer = byte_tokenizer()
-    config = MinRNNConfig(hidden_size=16, num_hidden_layers=1, intermediate_size=0, bos_token_id=tokenizer.bos_token_id)
+    config = MinRNNConfig(
+        hidden_size=16, num_hidden_layers=1, intermediate_size=0, bos_token_id=tokenizer.bos_token_id
+    )
     export_model(MinRNNForCausalLM(config), tokenizer, home / "model", resolved(build_recipe({})), tokens=0)
     return home / "model"
 
 
 def test_home_in_a_recipe(home: Path):
-    (home / "recipe.yaml").write_text("run: {dir: ~/runs/x}\nmodel: {init_from: ~/model}\ndata: {tokenizer: ~/words}\n")
+    (home / "recipe.yaml").write_text(
+        "run: {dir: ~/runs/x}\nmodel: {init_from: ~/model}\ndata: {tokenizer: ~/words}\n"
+    )
     assert parse_arguments(["--config=~/recipe.yaml"])[0] == "~/recipe.yaml"
     recipe = read_recipe(["--config=~/recipe.yaml"])
     assert recipe.run.dir == f"{home}/runs/x"
     assert recipe.data.tokenizer == f"{home}/words"
     assert recipe.model.init_from == f"{home}/model"
-    assert read_recipe(["--run.dir=~/runs/y"]).run.dir == resolved(read_recipe(["--run.dir=~/runs/y"]))["run"]["dir"] == f"{home}/runs/y"
+    assert (
+        read_recipe(["--run.dir=~/runs/y"]).run.dir
+        == resolved(read_recipe(["--run.dir=~/runs/y"]))["run"]["dir"]
+        == f"{home}/runs/y"
+    )
     assert read_recipe([]).data.tokenizer == BYTES
 
 
@@ -130,7 +152,13 @@ def test_home_in_the_arguments_of_commands(home: Path, export: Path, capsys: pyt
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["train", "--help"], ["bench", "train", "--help"], ["report"], ["plan", "--config", "quickstart", "--processes", "1"]],
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["bench", "train", "--help"],
+        ["report"],
+        ["plan", "--config", "quickstart", "--processes", "1"],
+    ],
 )
 def test_commands_whose_reader_has_gone(arguments: list[str], home: Path):
     status, told = run(["-m", "minrnn.launch.cli", *arguments])
@@ -141,7 +169,10 @@ def test_commands_whose_reader_has_gone(arguments: list[str], home: Path):
 
 @pytest.mark.slow
 def test_generation_whose_reader_has_gone(home: Path, export: Path):
-    status, told = run(["-m", "minrnn.launch.cli", "generate", "~/model", "--prompt", "a\nb", "--max-new-tokens", "100000"], expected_lines=1)
+    status, told = run(
+        ["-m", "minrnn.launch.cli", "generate", "~/model", "--prompt", "a\nb", "--max-new-tokens", "100000"],
+        expected_lines=1,
+    )
     assert status == 141
     assert told == ""
 

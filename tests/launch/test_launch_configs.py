@@ -29,8 +29,13 @@ ZERO_STAGE = {"zero1": "1", "zero2": "2", "zero3": "3", "zero3-offload": "3", "c
 
 def command_in(path: Path) -> list[str]:
     """The `accelerate launch` command of a file's comment: the words after `launch`."""
-    comment = " ".join(line.removeprefix("#") for line in path.read_text().splitlines() if line.startswith("#"))
-    found = re.search(r"accelerate launch (--config_file .*?-m minrnn\.pipeline\.train (?:--[a-z.]+ \S+ ?|\.\.\.)*)", comment.replace("\\", ""))
+    comment = " ".join(
+        line.removeprefix("#") for line in path.read_text().splitlines() if line.startswith("#")
+    )
+    found = re.search(
+        r"accelerate launch (--config_file .*?-m minrnn\.pipeline\.train (?:--[a-z.]+ \S+ ?|\.\.\.)*)",
+        comment.replace("\\", ""),
+    )
     assert found, f"{path.name} says no command"
     return shlex.split(found[1].replace("RANK", "1"))
 
@@ -42,7 +47,9 @@ def dry_run(monkeypatch) -> Callable[[list[str]], tuple[Namespace, dict[str, str
 
     def run(words: list[str]) -> tuple[Namespace, dict[str, str]]:
         told = []
-        monkeypatch.setattr("torch.distributed.run.run", lambda arguments: told.append((arguments, dict(os.environ))))
+        monkeypatch.setattr(
+            "torch.distributed.run.run", lambda arguments: told.append((arguments, dict(os.environ)))
+        )
         launch_command(launch_command_parser().parse_args(words))
         return told[0]
 
@@ -71,12 +78,18 @@ def test_accelerate_reads_each_file_and_its_command_as_meant(path: Path, dry_run
         assert config.distributed_type == DistributedType.MULTI_GPU
         assert "ACCELERATE_USE_DEEPSPEED" not in environment
         return
-    said = {key.removeprefix("ACCELERATE_DEEPSPEED_"): value for key, value in environment.items() if key.startswith("ACCELERATE_")}
+    said = {
+        key.removeprefix("ACCELERATE_DEEPSPEED_"): value
+        for key, value in environment.items()
+        if key.startswith("ACCELERATE_")
+    }
     assert (said["ACCELERATE_USE_DEEPSPEED"], said["ZERO_STAGE"]) == ("true", ZERO_STAGE[path.stem])
     assert said["ACCELERATE_GRADIENT_CLIPPING"] == "auto"
     assert "ACCELERATE_GRADIENT_ACCUMULATION_STEPS" not in said, "Accelerate reads it as a number"
     offloaded = "cpu" if path.stem == "zero3-offload" else "none"
-    assert said.get("OFFLOAD_OPTIMIZER_DEVICE", "none") == said.get("OFFLOAD_PARAM_DEVICE", "none") == offloaded
+    assert (
+        said.get("OFFLOAD_OPTIMIZER_DEVICE", "none") == said.get("OFFLOAD_PARAM_DEVICE", "none") == offloaded
+    )
     assert said.get("ACCELERATE_USE_CPU", "false").lower() == "false"
 
 
@@ -84,14 +97,24 @@ def test_accelerate_reads_each_file_and_its_command_as_meant(path: Path, dry_run
 def test_several_machines_meet_at_the_first_through_torchrun(engine: str, dry_run):
     """Not through DeepSpeed's own launcher, which wants ssh and a host file."""
     place = "--num_machines 4 --num_processes 32 --machine_rank 2 --main_process_ip first --main_process_port 23456 --rdzv_backend c10d"
-    arguments, _ = dry_run(["--config_file", f"launch/accelerate/{engine}.yaml", *place.split(), "-m", "minrnn.pipeline.train"])
+    arguments, _ = dry_run(
+        ["--config_file", f"launch/accelerate/{engine}.yaml", *place.split(), "-m", "minrnn.pipeline.train"]
+    )
     assert (arguments.nnodes, arguments.nproc_per_node) == ("4", "8")
     assert (arguments.rdzv_endpoint, arguments.rdzv_backend) == ("first:23456", "c10d")
 
 
 def commands_of_the_document() -> list[str]:
-    lines = "\n".join(re.findall(r"```bash\n(.*?)```", DOCUMENT.read_text(), flags=re.DOTALL)).replace("\\\n", " ").splitlines()
-    return [command for line in lines if (command := line.split("#")[0].strip()) and not command.startswith("export ")]
+    lines = (
+        "\n".join(re.findall(r"```bash\n(.*?)```", DOCUMENT.read_text(), flags=re.DOTALL))
+        .replace("\\\n", " ")
+        .splitlines()
+    )
+    return [
+        command
+        for line in lines
+        if (command := line.split("#")[0].strip()) and not command.startswith("export ")
+    ]
 
 
 @pytest.mark.parametrize("command", commands_of_the_document())
@@ -160,17 +183,46 @@ def slurm(tmp_path: Path) -> dict[str, str]:
         (tools / name).write_text(f"#!/bin/bash\n{body}")
         (tools / name).chmod(0o755)
     path = f"{tools}{os.pathsep}{os.environ['PATH']}"
-    job = {"SLURM_SUBMIT_DIR": str(REPOSITORY), "SLURM_JOB_ID": "4321", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2"}
-    stage = {"LOG": str(tmp_path), "LASTS": "0", "STATUS": "0", "JOB_STATE": "RUNNING", "VENV": str(venv.parent)}
-    return {**os.environ, **job, **stage, "SLURM_GPUS_ON_NODE": "4", "SLURM_CPUS_PER_TASK": "48", "PATH": path}
+    job = {
+        "SLURM_SUBMIT_DIR": str(REPOSITORY),
+        "SLURM_JOB_ID": "4321",
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_JOB_NUM_NODES": "2",
+    }
+    stage = {
+        "LOG": str(tmp_path),
+        "LASTS": "0",
+        "STATUS": "0",
+        "JOB_STATE": "RUNNING",
+        "VENV": str(venv.parent),
+    }
+    return {
+        **os.environ,
+        **job,
+        **stage,
+        "SLURM_GPUS_ON_NODE": "4",
+        "SLURM_CPUS_PER_TASK": "48",
+        "PATH": path,
+    }
 
 
 def submit(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["bash", str(SCRIPT), *arguments], env=environment, capture_output=True, text=True, timeout=600, check=False)
+    return subprocess.run(
+        ["bash", str(SCRIPT), *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
 
 
-def test_a_job_launches_the_recipe_on_every_machine(slurm: dict[str, str], tmp_path: Path, dry_run, monkeypatch):
-    done = submit({**slurm, "ENGINE": "zero2", "SLURM_RESTART_COUNT": "3"}, "quickstart", "--run.dir", "runs/with space")
+def test_a_job_launches_the_recipe_on_every_machine(
+    slurm: dict[str, str], tmp_path: Path, dry_run, monkeypatch
+):
+    done = submit(
+        {**slurm, "ENGINE": "zero2", "SLURM_RESTART_COUNT": "3"}, "quickstart", "--run.dir", "runs/with space"
+    )
     assert done.returncode == 0, done.stderr
     for rank in (0, 1):
         rendezvous, patience, command, *words = (tmp_path / f"launched.{rank}").read_text().splitlines()
@@ -179,12 +231,18 @@ def test_a_job_launches_the_recipe_on_every_machine(slurm: dict[str, str], tmp_p
         monkeypatch.setenv("PET_SHUTDOWN_TIMEOUT", patience)
         arguments, environment = dry_run(words)
         assert (arguments.node_rank, arguments.nnodes, arguments.nproc_per_node) == (rank, "2", "4")
-        assert (arguments.rdzv_endpoint, arguments.rdzv_backend, arguments.max_restarts) == ("first:24321", "c10d", 3)
+        assert (arguments.rdzv_endpoint, arguments.rdzv_backend, arguments.max_restarts) == (
+            "first:24321",
+            "c10d",
+            3,
+        )
         assert (arguments.rdzv_id, arguments.shutdown_timeout) == ("4321-3", 150)
         assert environment["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == "2"
         assert read_recipe(arguments.training_script_args).run.dir == "runs/with space"
     assert not (tmp_path / "scontrol").exists()
-    assert "--cpus-per-task=48" in (tmp_path / "srun").read_text().splitlines(), "srun does not take it over from sbatch"
+    assert "--cpus-per-task=48" in (tmp_path / "srun").read_text().splitlines(), (
+        "srun does not take it over from sbatch"
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -193,7 +251,11 @@ def test_told_to_leave_every_machine_saves_and_the_job_is_queued_again(
     slurm: dict[str, str], tmp_path: Path, state: str, requeued: str, number: signal.Signals
 ):
     """Not where it was cancelled, though: the job is completing then."""
-    job = subprocess.Popen(["bash", str(SCRIPT), "quickstart"], env={**slurm, "LASTS": "600", "JOB_STATE": state}, stdout=subprocess.DEVNULL)
+    job = subprocess.Popen(
+        ["bash", str(SCRIPT), "quickstart"],
+        env={**slurm, "LASTS": "600", "JOB_STATE": state},
+        stdout=subprocess.DEVNULL,
+    )
     deadline = time.monotonic() + 300
     while job.poll() is None and len(list(tmp_path.glob("launched.*"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -218,10 +280,16 @@ def test_a_failure_is_a_failure(slurm: dict[str, str], tmp_path: Path):
         (None, False, None),
         (None, True, "so the processes of other machines cannot reach it; set GLOO_SOCKET_IFNAME"),
         ("ib0", True, None),
-        ("eth0,eth9", False, "GLOO_SOCKET_IFNAME says eth0,eth9, but .* has no eth9; set GLOO_SOCKET_IFNAME .* has lo, eth0, ib0"),
+        (
+            "eth0,eth9",
+            False,
+            "GLOO_SOCKET_IFNAME says eth0,eth9, but .* has no eth9; set GLOO_SOCKET_IFNAME .* has lo, eth0, ib0",
+        ),
     ],
 )
-def test_interfaces_that_others_cannot_reach_are_named(wanted: str | None, name_is_loopback: bool, problem: str | None):
+def test_interfaces_that_others_cannot_reach_are_named(
+    wanted: str | None, name_is_loopback: bool, problem: str | None
+):
     problems = launch_checks._interface_problems(wanted, ["lo", "eth0", "ib0"], name_is_loopback)
     assert len(problems) == (problem is not None)
     assert problem is None or re.search(problem, problems[0][1])

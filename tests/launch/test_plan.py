@@ -39,7 +39,9 @@ def test_parameters_are_those_of_the_real_model(fields: dict, vocab_size: int):
 
 
 @given(st.integers(1, 10**11), st.integers(1, 4096), st.sampled_from(["fp32", "bf16"]))
-def test_sixteen_bytes_a_parameter_shared_as_the_stage_does(num_parameters: int, processes: int, precision: str):
+def test_sixteen_bytes_a_parameter_shared_as_the_stage_does(
+    num_parameters: int, processes: int, precision: str
+):
     """Weights, gradients and two moments; everything that is shared adds up to one whole over the processes."""
 
     def states(engine: str) -> float:
@@ -92,22 +94,36 @@ def kept_per_token(recipe: Recipe, recompute: str, layers: int) -> int:
         ("fp32", {"cell": "mingru_signed", "candidate_activation": "g", "output_gate": False}),
         ("fp32", {"cell": "minlstm_signed"}),
         ("fp64", {}),
-        ("fp64", {"cell": "minlstm_signed", "candidate_activation": "tanh", "intermediate_size": 0, "conv_kernel": 0}),
+        (
+            "fp64",
+            {
+                "cell": "minlstm_signed",
+                "candidate_activation": "tanh",
+                "intermediate_size": 0,
+                "conv_kernel": 0,
+            },
+        ),
     ],
 )
 def test_activations_are_what_the_blocks_keep(precision: str, fields: dict, recompute: str):
     """What models/recompute.py states for one kind of block in bf16, for the other kinds and precisions."""
-    recipe = build_recipe({"model": {"hidden_size": 64, "intermediate_size": 128, **fields}, "train": {"precision": precision}})
+    recipe = build_recipe(
+        {"model": {"hidden_size": 64, "intermediate_size": 128, **fields}, "train": {"precision": precision}}
+    )
     model = plan.measure(recipe, 16)
     measured = (kept_per_token(recipe, recompute, 5) - kept_per_token(recipe, recompute, 2)) / 3
     if recompute == "none" and precision == "bf16":
-        measured -= plan.working_memory(model, plan.lay_out(recipe, 1), precision)["bf16 copies"] / model.layers
+        measured -= (
+            plan.working_memory(model, plan.lay_out(recipe, 1), precision)["bf16 copies"] / model.layers
+        )
     assert measured / 512 == pytest.approx(plan.activation_bytes(model, precision, recompute), rel=0.04)
 
 
 @given(st.integers(1, 6), st.integers(0, 6), st.integers(0, 3), st.integers(1, 8))
 def test_a_step_is_shared_out_whole_or_refused(readers: int, processes: int, context: int, lanes: int):
-    recipe = build_recipe({"batch": {"readers": 2**readers, "lanes": lanes, "chunk": 64}, "parallel": {"context": 2**context}})
+    recipe = build_recipe(
+        {"batch": {"readers": 2**readers, "lanes": lanes, "chunk": 64}, "parallel": {"context": 2**context}}
+    )
     if context > processes or processes - context > readers:
         with pytest.raises(UserError, match=r"parallel\.context|batch\.readers"):
             plan.lay_out(recipe, 2**processes)
@@ -121,7 +137,21 @@ def test_the_billion_recipe_is_planned(capsys):
     assert plan.measure(recipe, 50_264).parameters == pytest.approx(1.0e9, rel=0.05)
     for processes in (8, 16, 32, 64):
         plan.lay_out(recipe, processes)
-    main(["plan", "--config", "fineweb-1b", "--vocab-size", "50264", "--processes", "16", "--gpu-memory", "40GB", "--tflops", "312"])
+    main(
+        [
+            "plan",
+            "--config",
+            "fineweb-1b",
+            "--vocab-size",
+            "50264",
+            "--processes",
+            "16",
+            "--gpu-memory",
+            "40GB",
+            "--tflops",
+            "312",
+        ]
+    )
     told = capsys.readouterr().out
     tokens_per_parameter = float(told.split(" per parameter")[0].split()[-1])
     assert tokens_per_parameter == pytest.approx(20, rel=0.05)
@@ -145,9 +175,18 @@ def test_what_fits_grows_with_the_memory(capsys):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--processes", "3"], "error: batch.readers: 8 readers cannot be shared evenly by 3; use one of [1, 2, 4, 8]"),
-        (["--processes", "6", "--context", "4"], "error: parallel.context: groups of 4 do not divide 6 processes"),
-        (["--context", "8", "--batch.chunk", "100"], "error: batch.chunk: 100 tokens cannot be cut into 8 equal pieces (parallel.context)"),
+        (
+            ["--processes", "3"],
+            "error: batch.readers: 8 readers cannot be shared evenly by 3; use one of [1, 2, 4, 8]",
+        ),
+        (
+            ["--processes", "6", "--context", "4"],
+            "error: parallel.context: groups of 4 do not divide 6 processes",
+        ),
+        (
+            ["--context", "8", "--batch.chunk", "100"],
+            "error: batch.chunk: 100 tokens cannot be cut into 8 equal pieces (parallel.context)",
+        ),
         (
             ["--context", "8", "--batch.chunk", "16"],
             "error: batch.chunk: 16 tokens cannot be cut into 8 equal pieces (parallel.context) of at least 3",

@@ -30,5 +30,11 @@ def test_the_tables_of_speed_are_those_of_the_benches():
 
 
 def test_the_figures_of_quality_are_those_of_the_results():
-    text = (REPOSITORY / "README.md").read_text().split("<!-- quality -->")[1].split("<!-- /quality -->")[0].strip()
+    text = (
+        (REPOSITORY / "README.md")
+        .read_text()
+        .split("<!-- quality -->")[1]
+        .split("<!-- /quality -->")[0]
+        .strip()
+    )
     assert text == quality.text()

@@ -51,7 +51,11 @@ class Clone:
         done = self.make(*words)
         assert done.returncode == 0, done.stderr
         calls = self.calls.read_text().splitlines() if self.calls.exists() else []
-        return [re.sub(r"-m pip install --quiet .*--constraint constraints.txt +", "pip ", call) for call in calls if "compileall" not in call]
+        return [
+            re.sub(r"-m pip install --quiet .*--constraint constraints.txt +", "pip ", call)
+            for call in calls
+            if "compileall" not in call
+        ]
 
 
 @pytest.fixture
@@ -107,12 +111,20 @@ def test_an_index_for_torch_is_the_only_place_it_comes_from(clone: Clone):
 @pytest.mark.parametrize(
     ("change", "error"),
     [
-        ("sys.version_info = (3, 9, 18)", "is Python 3.9; install 3.11 or newer and name it: make setup PYTHON=python3.11"),
-        ('sys.modules["ensurepip"] = None', "has no venv or ensurepip; install them (Debian and Ubuntu: apt install python3"),
+        (
+            "sys.version_info = (3, 9, 18)",
+            "is Python 3.9; install 3.11 or newer and name it: make setup PYTHON=python3.11",
+        ),
+        (
+            'sys.modules["ensurepip"] = None',
+            "has no venv or ensurepip; install them (Debian and Ubuntu: apt install python3",
+        ),
     ],
 )
 def test_a_python_that_will_not_do_costs_a_line(clone: Clone, change: str, error: str):
-    python = executable(clone.path / "changed-python", CHANGED_PYTHON.format(python=sys.executable, change=change))
+    python = executable(
+        clone.path / "changed-python", CHANGED_PYTHON.format(python=sys.executable, change=change)
+    )
     done = clone.make("setup", python=python)
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: PYTHON: {python} {error}")
@@ -141,7 +153,11 @@ def test_everything_that_may_be_installed_is_pinned():
         except PackageNotFoundError:  # for another system
             continue
         extras = requirement.extras or {""}
-        wanted += [need for need in needs if need.marker is None or any(need.marker.evaluate({"extra": extra}) for extra in extras)]
+        wanted += [
+            need
+            for need in needs
+            if need.marker is None or any(need.marker.evaluate({"extra": extra}) for extra in extras)
+        ]
     installed = {name for name, _ in seen} - {"minrnn"}
     assert len(installed) > 100
     assert not installed - pinned

@@ -27,7 +27,16 @@ def main() -> None:
     version, folder = transformers.__version__, Path(sys.argv[1])
     archive = folder / f"transformers-{version}.tar.gz"
     if not archive.exists():
-        download = ["download", "--quiet", "--no-deps", "--no-build-isolation", "--no-binary", ":all:", "--dest", str(folder)]
+        download = [
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--no-build-isolation",
+            "--no-binary",
+            ":all:",
+            "--dest",
+            str(folder),
+        ]
         subprocess.run([sys.executable, "-m", "pip", *download, f"transformers=={version}"], check=True)
     tests = folder / "tests"
     tests.mkdir(parents=True, exist_ok=True)

@@ -27,8 +27,14 @@ class Tester:
         self.hidden_size, self.num_hidden_layers, self.vocab_size = 32, 2, 99
 
     def get_config(self) -> MinRNNConfig:
-        sizes = {"vocab_size": self.vocab_size, "hidden_size": self.hidden_size, "num_hidden_layers": self.num_hidden_layers}
-        return MinRNNConfig.from_preset(self.preset, cell=self.cell, intermediate_size=37, pad_token_id=0, **sizes)
+        sizes = {
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "num_hidden_layers": self.num_hidden_layers,
+        }
+        return MinRNNConfig.from_preset(
+            self.preset, cell=self.cell, intermediate_size=37, pad_token_id=0, **sizes
+        )
 
     def prepare_config_and_inputs_for_common(self) -> tuple[MinRNNConfig, dict[str, torch.Tensor]]:
         ids = torch.randint(self.vocab_size, (self.batch_size, self.seq_length))
@@ -48,7 +54,9 @@ class MinRNNTests(common.ModelTesterMixin, common.GenerationTesterMixin, trainin
 
     def test_config(self) -> None:
         properties = ["hidden_size", "num_hidden_layers", "vocab_size"]
-        configuration.ConfigTester(self, config_class=MinRNNConfig, common_properties=properties, hidden_size=32).run_common_tests()
+        configuration.ConfigTester(
+            self, config_class=MinRNNConfig, common_properties=properties, hidden_size=32
+        ).run_common_tests()
 
 
 class TestMinGRU(MinRNNTests, unittest.TestCase):

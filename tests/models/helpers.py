@@ -21,7 +21,9 @@ def assert_close(value: Tensor, expected: Tensor, *, atol: float, rtol: float = 
     assert not value.isnan().any(), f"{what}: NaN"
     assert expected.isfinite().all(), f"{what}: the oracle itself is not finite"
     excess = (value - expected).abs() - rtol * expected.abs() - atol * expected.abs().max()
-    assert excess.max() <= 0, f"{what}: off by {(value - expected).abs().max():.3g} where the largest is {expected.abs().max():.3g}"
+    assert excess.max() <= 0, (
+        f"{what}: off by {(value - expected).abs().max():.3g} where the largest is {expected.abs().max():.3g}"
+    )
 
 
 def generator(seed: int) -> torch.Generator:
@@ -33,10 +35,18 @@ def random_ids(batch: int, time: int, seed: int = 0) -> Tensor:
     return torch.randint(3, VOCAB, (batch, time), generator=generator(seed))
 
 
-def new_model(preset: str = "default", dtype: torch.dtype = torch.float32, seed: int = 0, **fields: Any) -> MinRNNForCausalLM:
+def new_model(
+    preset: str = "default", dtype: torch.dtype = torch.float32, seed: int = 0, **fields: Any
+) -> MinRNNForCausalLM:
     """A tiny model in eval mode. Gains and biases are moved off their initial values, so that none of them is without effect."""
     torch.manual_seed(seed)
-    sizes = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 24, "pad_token_id": 0}
+    sizes = {
+        "vocab_size": VOCAB,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "intermediate_size": 24,
+        "pad_token_id": 0,
+    }
     model = MinRNNForCausalLM(MinRNNConfig.from_preset(preset, **{**sizes, **fields})).eval()
     torch.nn.Module.to(model, dtype)
     with torch.no_grad():
@@ -49,7 +59,9 @@ def new_model(preset: str = "default", dtype: torch.dtype = torch.float32, seed:
 
 
 @functools.cache
-def shared_model(preset: str = "default", dtype: torch.dtype = torch.float32, **fields: Any) -> MinRNNForCausalLM:
+def shared_model(
+    preset: str = "default", dtype: torch.dtype = torch.float32, **fields: Any
+) -> MinRNNForCausalLM:
     """As `new_model`, one for all tests that do not change it."""
     return new_model(preset, dtype, **fields)
 
@@ -66,7 +78,9 @@ def generate(model: Any, ids: Tensor, num_tokens: int = 10, **options: Any) -> T
     return model.generate(ids, max_new_tokens=num_tokens, **{"do_sample": False, **options})
 
 
-def generate_with_state(model: Any, ids: Tensor, num_tokens: int, **options: Any) -> tuple[Tensor, MinRNNCache]:
+def generate_with_state(
+    model: Any, ids: Tensor, num_tokens: int, **options: Any
+) -> tuple[Tensor, MinRNNCache]:
     """As `generate`, and the state after it."""
     output: Any = generate(model, ids, num_tokens, return_dict_in_generate=True, **options)
     return output["sequences"], output["past_key_values"]

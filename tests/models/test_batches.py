@@ -26,7 +26,9 @@ def documents() -> list[Tensor]:
 
 def flattened(packing: str) -> dict[str, Any]:
     """What the collator makes of the documents."""
-    batch = DataCollatorWithFlattening(return_tensors="pt", **PACKINGS[packing])([{"input_ids": row[0]} for row in documents()])
+    batch = DataCollatorWithFlattening(return_tensors="pt", **PACKINGS[packing])(
+        [{"input_ids": row[0]} for row in documents()]
+    )
     return dict(batch)
 
 
@@ -38,7 +40,11 @@ def test_flattened_documents_are_each_alone(packing, cell):
     output = model(**batch, num_items_in_batch=int((batch["labels"] != -100).sum()))
     alone = torch.cat([logits_of(model, row) for row in documents()], dim=1)
     assert_close(output.logits, alone, atol=1e-12)
-    losses = [model(row, labels=row, num_items_in_batch=sum(LENGTHS) - 4).loss for row in documents() if row.shape[1] > 1]
+    losses = [
+        model(row, labels=row, num_items_in_batch=sum(LENGTHS) - 4).loss
+        for row in documents()
+        if row.shape[1] > 1
+    ]
     separate = torch.stack(losses).sum()
     assert_close(output.loss, separate, atol=1e-12)
     assert_same_gradients(gradients(model, output.loss), gradients(model, separate), atol=1e-11)
@@ -69,7 +75,12 @@ def test_a_text_that_goes_on_may_say_its_positions():
     whole, cache, pieces = logits_of(model, ids, attention_mask=mask), MinRNNCache(2), []
     for low, high in itertools.pairwise([0, 4, 6, 7, 8, 9]):
         position_ids = positions[:, low:high]
-        part = {"attention_mask": mask[:, :high], "position_ids": position_ids, "past_key_values": cache, "use_cache": True}
+        part = {
+            "attention_mask": mask[:, :high],
+            "position_ids": position_ids,
+            "past_key_values": cache,
+            "use_cache": True,
+        }
         pieces.append(logits_of(model, ids[:, low:high], **part))
     ours = torch.cat(pieces, dim=1)
     assert_close(ours[mask.bool()], whole[mask.bool()], atol=1e-12)
@@ -77,7 +88,9 @@ def test_a_text_that_goes_on_may_say_its_positions():
         model(ids, past_key_values=cache, position_ids=torch.arange(9).unsqueeze(0))
     starts = torch.zeros(2, 9, dtype=torch.bool)
     starts[:, 0] = True
-    fresh = logits_of(model, ids, past_key_values=cache, position_ids=torch.arange(9).unsqueeze(0), document_starts=starts)
+    fresh = logits_of(
+        model, ids, past_key_values=cache, position_ids=torch.arange(9).unsqueeze(0), document_starts=starts
+    )
     assert_close(fresh, logits_of(model, ids), atol=1e-12)
 
 
@@ -88,7 +101,10 @@ def test_a_text_that_goes_on_may_say_its_positions():
         ({"position_ids": [[2, 3, 4, 2, 3, 4]]}, "neither go on by 1 nor restart at 0: row 0, token 3"),
         ({"position_ids": [0, 1, 2, 3, 4, 5]}, r"position_ids must be \[batch, time\] = \(2, 6\)"),
         ({"position_ids": [[[0, 1, 2, 3, 4, 5]]] * 3}, "position_ids must be"),
-        ({"position_ids": [[0, 1, 2, 0, 1, 2]], "seq_idx": [[0, 0, 1, 1, 1, 1]]}, "different places: row 0, token 2"),
+        (
+            {"position_ids": [[0, 1, 2, 0, 1, 2]], "seq_idx": [[0, 0, 1, 1, 1, 1]]},
+            "different places: row 0, token 2",
+        ),
         ({"seq_idx": [[0, 0, 0, 1, 1]]}, "seq_idx must be"),
         ({"cu_seq_lens_q": [0, 2, 11]}, "must rise from 0 to batch"),
         ({"cu_seq_lens_q": [0, 4, 2, 12]}, "must rise from 0 to batch"),
@@ -103,12 +119,16 @@ def test_a_text_that_goes_on_may_say_its_positions():
 )
 def test_contradictions_are_refused(arguments, message):
     model = shared_model()
-    arguments = {name: value if isinstance(value, int) else torch.tensor(value) for name, value in arguments.items()}
+    arguments = {
+        name: value if isinstance(value, int) else torch.tensor(value) for name, value in arguments.items()
+    }
     with pytest.raises(ValueError, match=message):
         model(random_ids(2, 6), **arguments)
 
 
-@pytest.mark.parametrize(("name", "hint"), [("atention_mask", "attention_mask"), ("seq_ids", "seq_idx"), ("cache_params", None)])
+@pytest.mark.parametrize(
+    ("name", "hint"), [("atention_mask", "attention_mask"), ("seq_ids", "seq_idx"), ("cache_params", None)]
+)
 def test_names_that_nobody_reads_are_refused(name, hint):
     model, ids = shared_model(), random_ids(2, 6)
     for module in (model, model.model):
@@ -121,8 +141,15 @@ def test_names_that_nobody_reads_are_refused(name, hint):
 
 def test_what_transformers_passes_by_itself_is_taken():
     model, ids = shared_model(), random_ids(2, 6)
-    options = {"output_attentions": False, "output_hidden_states": True, "output_router_logits": False, "is_causal": True}
-    output = model(ids, **options, return_dict=True, token_type_ids=torch.zeros_like(ids), cache_position=torch.arange(6))
+    options = {
+        "output_attentions": False,
+        "output_hidden_states": True,
+        "output_router_logits": False,
+        "is_causal": True,
+    }
+    output = model(
+        ids, **options, return_dict=True, token_type_ids=torch.zeros_like(ids), cache_position=torch.arange(6)
+    )
     assert torch.equal(output.logits, logits_of(model, ids))
     assert len(output.hidden_states) == 3
 
@@ -140,7 +167,12 @@ def padded_batch(rows: list[Tensor], side: str, mark_first: bool) -> dict[str, T
             if name == "labels" and mark_first:
                 value[0] = -100
         pad = [(time - len(row), 0) if side == "left" else (0, time - len(row)) for row in rows]
-        batch[name] = torch.stack([torch.nn.functional.pad(value, sides, value=fill) for value, sides in zip(values, pad, strict=True)])
+        batch[name] = torch.stack(
+            [
+                torch.nn.functional.pad(value, sides, value=fill)
+                for value, sides in zip(values, pad, strict=True)
+            ]
+        )
     return batch
 
 

@@ -32,9 +32,13 @@ VARIANTS = [
         ("minlstm", "default", 6, 0),
     ]
 ]
-variants = pytest.mark.parametrize("variant", VARIANTS, ids=["-".join(map(str, variant.values())) for variant in VARIANTS])
+variants = pytest.mark.parametrize(
+    "variant", VARIANTS, ids=["-".join(map(str, variant.values())) for variant in VARIANTS]
+)
 cuts_in = st.sets(st.integers(1, 23), max_size=4).map(sorted)
-precisions = pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-9), (torch.float32, 1e-5)], ids=["fp64", "fp32"])
+precisions = pytest.mark.parametrize(
+    ("dtype", "atol"), [(torch.float64, 1e-9), (torch.float32, 1e-5)], ids=["fp64", "fp32"]
+)
 
 
 def split_documents(ids: Tensor, mask: Tensor, starts: Tensor) -> list[list[Tensor]]:
@@ -47,9 +51,14 @@ def split_documents(ids: Tensor, mask: Tensor, starts: Tensor) -> list[list[Tens
     return rows
 
 
-def assert_equals_each_document_alone(model: MinRNNForCausalLM, logits: Tensor, ids: Tensor, mask: Tensor, starts: Tensor, atol: float) -> None:
+def assert_equals_each_document_alone(
+    model: MinRNNForCausalLM, logits: Tensor, ids: Tensor, mask: Tensor, starts: Tensor, atol: float
+) -> None:
     for row, documents in enumerate(split_documents(ids, mask, starts)):
-        alone = torch.cat([logits_of(model, document)[0] for document in documents if document.numel()] or [logits.new_zeros(0, VOCAB)])
+        alone = torch.cat(
+            [logits_of(model, document)[0] for document in documents if document.numel()]
+            or [logits.new_zeros(0, VOCAB)]
+        )
         assert_close(logits[row][mask[row]], alone, atol=atol, what=f"row {row}")
 
 
@@ -89,7 +98,13 @@ def test_padding_is_not_seen(variant, dtype, atol, side):
     """Padded = unpadded on real tokens, and so is what follows from the cache; the pad token's embedding plays no role."""
     model, ids, more = shared_model(dtype=dtype, **variant), random_ids(2, 16), random_ids(2, 5, seed=1)
     mask = torch.ones(2, 16, dtype=torch.bool)
-    hidden = {"left": slice(0, 6), "right": slice(9, 16), "middle": slice(4, 11), "everything": slice(0, 16), "nothing": slice(0, 0)}[side]
+    hidden = {
+        "left": slice(0, 6),
+        "right": slice(9, 16),
+        "middle": slice(4, 11),
+        "everything": slice(0, 16),
+        "nothing": slice(0, 0),
+    }[side]
     mask[0, hidden] = False
     ids = ids.masked_fill(~mask, 0)
     cache = MinRNNCache(2)
@@ -99,7 +114,9 @@ def test_padding_is_not_seen(variant, dtype, atol, side):
     assert_equals_each_document_alone(model, logits, ids, mask, starts, atol)
     for row in range(2):
         whole = torch.cat([ids[row][mask[row]], more[row]]).unsqueeze(0)
-        assert_close(continued[row : row + 1], logits_of(model, whole)[:, -5:], atol=atol, what=f"row {row} continued")
+        assert_close(
+            continued[row : row + 1], logits_of(model, whole)[:, -5:], atol=atol, what=f"row {row} continued"
+        )
 
 
 @pytest.mark.parametrize("kernel", [0, 4])
@@ -111,10 +128,14 @@ def test_an_empty_chunk_hands_the_state_through(kernel, whole_mask):
     starts = torch.zeros(2, 9, dtype=torch.bool)
     starts[1, 3] = True
     whole, state = chunked_logits(model, ids, [4], whole_mask, attention_mask=mask, document_starts=starts)
-    ours, our_state = chunked_logits(model, ids, [0, 4, 4, 9], whole_mask, attention_mask=mask, document_starts=starts)
+    ours, our_state = chunked_logits(
+        model, ids, [0, 4, 4, 9], whole_mask, attention_mask=mask, document_starts=starts
+    )
     assert torch.equal(ours[mask.bool()], whole[mask.bool()])
     assert our_state.get_seq_length() == 9
-    assert all(torch.equal(tensor, state.state_dict()[name]) for name, tensor in our_state.state_dict().items())
+    assert all(
+        torch.equal(tensor, state.state_dict()[name]) for name, tensor in our_state.state_dict().items()
+    )
 
 
 @variants
@@ -127,7 +148,10 @@ def test_a_document_start_forgets_everything(variant):
     other[:, :5] = random_ids(2, 5, seed=7)
     carried = MinRNNCache(2)
     logits_of(model, random_ids(2, 9, seed=8), past_key_values=carried, use_cache=True)
-    ours, again = MinRNNCache(2), logits_of(model, other, document_starts=starts, past_key_values=carried, use_cache=True)
+    ours, again = (
+        MinRNNCache(2),
+        logits_of(model, other, document_starts=starts, past_key_values=carried, use_cache=True),
+    )
     first = logits_of(model, ids, document_starts=starts, past_key_values=ours, use_cache=True)
     assert torch.equal(first[:, 5:], again[:, 5:])
     assert not torch.allclose(first[:, :5], again[:, :5])
@@ -144,10 +168,15 @@ def test_gradients_of_a_packed_batch_are_the_sum(cell, preset):
     starts = torch.zeros(2, 17, dtype=torch.bool)
     starts[:, [0, 4, 5, 11]] = True
     mask = torch.ones_like(starts)
-    packed = gradients(model, model(ids, labels=ids.masked_fill(starts, -100), document_starts=starts, num_items_in_batch=1).loss)
+    packed = gradients(
+        model,
+        model(ids, labels=ids.masked_fill(starts, -100), document_starts=starts, num_items_in_batch=1).loss,
+    )
     documents = [document for row in split_documents(ids, mask, starts) for document in row]
     losses = [model(document, labels=document, num_items_in_batch=1).loss for document in documents]
-    assert_same_gradients(packed, gradients(model, sum(losses, torch.zeros((), dtype=torch.float64))), atol=1e-12)
+    assert_same_gradients(
+        packed, gradients(model, sum(losses, torch.zeros((), dtype=torch.float64))), atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("cell", ["mingru", "minlstm"])
@@ -161,7 +190,10 @@ def test_gradients_of_a_padded_batch_are_the_sum(cell, side):
     for row in range(2):
         targets[row, mask[row]] = torch.cat([rows[row][0, 1:], torch.tensor([-100])])
     padded = model(ids, attention_mask=mask.long(), shift_labels=targets, num_items_in_batch=3).loss
-    alone = sum((model(row, labels=row, num_items_in_batch=3).loss for row in rows), torch.zeros((), dtype=torch.float64))
+    alone = sum(
+        (model(row, labels=row, num_items_in_batch=3).loss for row in rows),
+        torch.zeros((), dtype=torch.float64),
+    )
     assert_close(padded, alone, atol=1e-12)
     assert_same_gradients(gradients(model, padded), gradients(model, alone), atol=1e-12)
 
@@ -174,7 +206,13 @@ def test_gradient_flows_through_a_cut(cell):
     whole = model(ids, shift_labels=targets, num_items_in_batch=1).loss
     cache, loss = MinRNNCache(2), torch.zeros((), dtype=torch.float64)
     for low, high in ((0, 2), (2, 3), (3, 20)):
-        output = model(ids[:, low:high], past_key_values=cache, use_cache=True, shift_labels=targets[:, low:high], num_items_in_batch=1)
+        output = model(
+            ids[:, low:high],
+            past_key_values=cache,
+            use_cache=True,
+            shift_labels=targets[:, low:high],
+            num_items_in_batch=1,
+        )
         loss = loss + output.loss
     assert_close(loss, whole, atol=1e-12)
     assert_same_gradients(gradients(model, loss), gradients(model, whole), atol=1e-11)

@@ -24,7 +24,12 @@ HALF_UNIT = {torch.float32: 2**-24, torch.bfloat16: 2**-8}
 
 
 def differentiated(
-    scan: Callable[..., tuple[Tensor, Tensor]], projected: Tensor, gate_bias: Tensor, h0: Tensor | None, use="both", real: Tensor | bool = True
+    scan: Callable[..., tuple[Tensor, Tensor]],
+    projected: Tensor,
+    gate_bias: Tensor,
+    h0: Tensor | None,
+    use="both",
+    real: Tensor | bool = True,
 ) -> Results:
     """y, h_last and the gradients of their weighted sum; the weights of y are bf16 numbers, and 0 where y is not real."""
     leaves = {"d_projected": projected, "d_gate_bias": gate_bias} | ({} if h0 is None else {"dh0": h0})
@@ -35,13 +40,29 @@ def differentiated(
         torch.randint(-8, 9, y.shape, generator=random).double() / 4 * real,
         torch.randn(h_last.shape, generator=random, dtype=torch.float64),
     )
-    loss = sum((0 * leaf.double()).sum() for leaf in leaves.values())  # so that every leaf is used, also by the loop over no time
-    loss = loss + (y.double() * weights[0]).sum() * (use != "h_last") + (h_last.double() * weights[1]).sum() * (use != "y")
+    loss = sum(
+        (0 * leaf.double()).sum() for leaf in leaves.values()
+    )  # so that every leaf is used, also by the loop over no time
+    loss = (
+        loss
+        + (y.double() * weights[0]).sum() * (use != "h_last")
+        + (h_last.double() * weights[1]).sum() * (use != "y")
+    )
     assert isinstance(loss, Tensor)
-    return {"y": y.detach(), "h_last": h_last.detach()} | dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+    return {"y": y.detach(), "h_last": h_last.detach()} | dict(
+        zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True)
+    )
 
 
-def run(options: Options, projected: Tensor, gate_bias: Tensor, h0: Tensor | None, use="both", backend=None, **where: Any) -> Results:
+def run(
+    options: Options,
+    projected: Tensor,
+    gate_bias: Tensor,
+    h0: Tensor | None,
+    use="both",
+    backend=None,
+    **where: Any,
+) -> Results:
     """`differentiated` of cell_scan, on the CPU's default backend (numba), y masked at padding."""
     real = real_tokens(projected.shape[0], projected.shape[1], where.get("lengths"))
 
@@ -54,10 +75,19 @@ def run(options: Options, projected: Tensor, gate_bias: Tensor, h0: Tensor | Non
 
 def exact(options: Options, projected: Tensor, gate_bias: Tensor, h0: Tensor | None, **where: Any) -> Results:
     """The same of the composition over the plain loop, in fp64."""
-    return run(options, projected.double(), gate_bias.double(), None if h0 is None else h0.double(), backend="reference", **where)
+    return run(
+        options,
+        projected.double(),
+        gate_bias.double(),
+        None if h0 is None else h0.double(),
+        backend="reference",
+        **where,
+    )
 
 
-def assert_results(ours: Results, expected: Results, options: Options, dtype: torch.dtype, width: int) -> None:
+def assert_results(
+    ours: Results, expected: Results, options: Options, dtype: torch.dtype, width: int
+) -> None:
     half = HALF_UNIT[dtype]
     saved_h = half if dtype == torch.bfloat16 else 0.0
     assert_close(ours["y"], expected["y"], atol=FP32, rtol=half, what="y")
@@ -68,11 +98,17 @@ def assert_results(ours: Results, expected: Results, options: Options, dtype: to
         assert_close(ours["dh0"], expected["dh0"], atol=FP32, what="dh0")
     num_gates = CELLS[options["cell"]].num_gates
     terms = (
-        expected["d_projected"][..., : num_gates * width].abs().sum((0, 1)).max() if expected["y"].numel() else 0.0
+        expected["d_projected"][..., : num_gates * width].abs().sum((0, 1)).max()
+        if expected["y"].numel()
+        else 0.0
     )  # of a sum that may cancel
-    assert (ours["d_gate_bias"].double() - expected["d_gate_bias"]).abs().max() <= (FP32 + saved_h) * terms, "d_gate_bias"
+    assert (ours["d_gate_bias"].double() - expected["d_gate_bias"]).abs().max() <= (FP32 + saved_h) * terms, (
+        "d_gate_bias"
+    )
     names = ["gate"] * num_gates + ["candidate"] + ["output gate"] * options["output_gate"]
-    for name, value, other in zip(names, ours["d_projected"].split(width, -1), expected["d_projected"].split(width, -1), strict=True):
+    for name, value, other in zip(
+        names, ours["d_projected"].split(width, -1), expected["d_projected"].split(width, -1), strict=True
+    ):
         rtol = 2 * half if name == "output gate" else half  # a product with h
         assert_close(value, other, atol=FP32 + (saved_h if name == "gate" else 0.0), rtol=rtol, what=name)
 
@@ -121,14 +157,20 @@ def in_pieces(options: Options, edges: list[int], where: Options):
 
 @few
 @settings(max_examples=10)
-@given(cuts=st.lists(st.integers(0, 20), max_size=4), with_starts=st.booleans(), with_lengths=st.booleans(), seed=st.integers(0, 2**20))
+@given(
+    cuts=st.lists(st.integers(0, 20), max_size=4),
+    with_starts=st.booleans(),
+    with_lengths=st.booleans(),
+    seed=st.integers(0, 2**20),
+)
 def test_cuts_change_no_bit(options, dtype, cuts, with_starts, with_lengths, seed):
     """Whole = cut in pieces, gradients included, but for the order in which those of the bias are summed."""
     projected, gate_bias, h0 = problem(seed, options, dtype, 2, 20, 17)
     where = boundaries(seed, 2, 20, with_starts, with_lengths)
     real = real_tokens(2, 20, where["lengths"])
     results = [
-        differentiated(in_pieces(options, edges, where), projected, gate_bias, h0, real=real) for edges in ([0, *sorted(cuts), 20], [0, 20])
+        differentiated(in_pieces(options, edges, where), projected, gate_bias, h0, real=real)
+        for edges in ([0, *sorted(cuts), 20], [0, 20])
     ]
     ours, whole = (result | {"y": result["y"].where(real, 0)} for result in results)
     assert_same_bits(ours, whole, but=("d_gate_bias",))
@@ -146,7 +188,11 @@ def test_packed_is_each_alone(options, dtype, how):
     def alone(projected, gate_bias, h0):
         rows, states = [], []
         for row, length in enumerate(lengths):
-            edges, state, documents = [0, *(t for t in range(1, length) if starts[row, t]), length], h0[row : row + 1], []
+            edges, state, documents = (
+                [0, *(t for t in range(1, length) if starts[row, t]), length],
+                h0[row : row + 1],
+                [],
+            )
             for low, high in itertools.pairwise(edges):
                 state = torch.zeros_like(state) if low < length and starts[row, low] else state
                 y, state = cell_scan(projected[row : row + 1, low:high], gate_bias, state, **options)
@@ -173,7 +219,10 @@ def test_a_start_drops_the_state_and_a_pad_drops_the_token(options, dtype):
     broken[0, :4] = broken[1, 6:] = torch.nan
     state = h0.clone()
     state[0] = torch.inf
-    ours, expected = cell_scan(broken, gate_bias, state, **options, **where), cell_scan(projected, gate_bias, h0, **options, **where)
+    ours, expected = (
+        cell_scan(broken, gate_bias, state, **options, **where),
+        cell_scan(projected, gate_bias, h0, **options, **where),
+    )
     assert torch.equal(ours[1], expected[1])
     assert torch.equal(ours[0][0, 4:], expected[0][0, 4:])
     assert torch.equal(ours[0][1, :6], expected[0][1, :6])
@@ -204,7 +253,10 @@ def test_a_broken_row_or_channel_breaks_no_other(options, dtype, poison):
 def test_extreme_pre_activations(options, dtype, other):
     """Every combination of 0, +-90, +-1000 and +-1e4 in the gates: as in fp64 (p = q = -1000 has a = 1/2), and everything finite."""
     num_gates = CELLS[options["cell"]].num_gates
-    extremes, others = torch.tensor([0.0, 90.0, -90.0, 1000.0, -1000.0, 1e4, -1e4]), torch.tensor([0.0, 1e-3, other, -other])
+    extremes, others = (
+        torch.tensor([0.0, 90.0, -90.0, 1000.0, -1000.0, 1e4, -1e4]),
+        torch.tensor([0.0, 1e-3, other, -other]),
+    )
     grid = torch.meshgrid(*[extremes] * num_gates, *[others] * (1 + options["output_gate"]), indexing="ij")
     width = grid[0].numel()
     projected = torch.cat([part.flatten() for part in grid]).to(dtype).view(1, 1, -1)
@@ -225,7 +277,12 @@ def test_long_memory_is_kept(options, dtype):
     kept = torch.tensor((1 - 1 / memory) ** time).expand(1, width)
     # one a is within a unit of 2^-24 of the exact decay, and always to the same side here
     assert_close(decay, kept, atol=0, rtol=time * 2**-24)
-    assert_close(h_last, kept + (1 - kept) * candidate(torch.zeros(()), options["activation"]), atol=0, rtol=time * 2**-24)
+    assert_close(
+        h_last,
+        kept + (1 - kept) * candidate(torch.zeros(()), options["activation"]),
+        atol=0,
+        rtol=time * 2**-24,
+    )
 
 
 def strided(tensor: Tensor, how: str) -> Tensor:
@@ -253,7 +310,10 @@ def test_gradients_in_any_layout(options, dtype):
     projected, gate_bias, h0 = problem(9, options, dtype, 2, 6, 5)
     leaves = [tensor.requires_grad_() for tensor in (projected, gate_bias, h0)]
     y, h_last = cell_scan(projected, gate_bias, h0, **options)
-    ones = torch.ones_like(y).transpose(0, 2).contiguous().transpose(0, 2), torch.ones_like(h_last).t().contiguous().t()
+    ones = (
+        torch.ones_like(y).transpose(0, 2).contiguous().transpose(0, 2),
+        torch.ones_like(h_last).t().contiguous().t(),
+    )
     results = [
         torch.autograd.grad(outputs, leaves, retain_graph=True)
         for outputs in (y.sum() + h_last.sum(), (y * ones[0]).sum() + (h_last * ones[1]).sum())
@@ -283,7 +343,10 @@ def test_the_process_default_dtype_plays_no_role(options, dtype):
         ours = (*cell_scan_with_decay(*arguments, **options), *run(options, *arguments).values())
     finally:
         torch.set_default_dtype(torch.float32)
-    assert all(value.dtype == other.dtype and torch.equal(value, other) for value, other in zip(ours, expected, strict=True))
+    assert all(
+        value.dtype == other.dtype and torch.equal(value, other)
+        for value, other in zip(ours, expected, strict=True)
+    )
 
 
 @few
@@ -305,21 +368,33 @@ def test_decay_is_the_product(options, dtype, shape, with_starts, with_lengths, 
     where = boundaries(seed, batch, time, with_starts, with_lengths)
     y, h_last, decay = cell_scan_with_decay(projected.requires_grad_(), gate_bias, h0, **options, **where)
     assert not decay.requires_grad
-    for value, other in zip((y, h_last), cell_scan(projected, gate_bias, h0, **options, **where), strict=True):
+    for value, other in zip(
+        (y, h_last), cell_scan(projected, gate_bias, h0, **options, **where), strict=True
+    ):
         assert torch.equal(value, other)
 
     parts = [part.double() for part in projected.detach().split(width, dim=-1)]
     num_gates = CELLS[options["cell"]].num_gates
-    a, _ = CELLS[options["cell"]].coefficients(*(parts[i] + gate_bias[i] for i in range(num_gates)), parts[num_gates], options["activation"])
+    a, _ = CELLS[options["cell"]].coefficients(
+        *(parts[i] + gate_bias[i] for i in range(num_gates)), parts[num_gates], options["activation"]
+    )
     real = real_tokens(batch, time, where["lengths"])
     if with_starts:
         a = a.masked_fill(where["document_starts"].unsqueeze(-1), 0)
     expected = a.where(real, 1).prod(1)
-    assert_close(decay, expected, atol=0, rtol=(time + 1) * 2**-22, what="numba")  # a gate of 20 is rounded by 2^-20
+    assert_close(
+        decay, expected, atol=0, rtol=(time + 1) * 2**-22, what="numba"
+    )  # a gate of 20 is rounded by 2^-20
     for backend in ("reference", "torch"):
-        results = cell_scan_with_decay(projected.detach().double(), gate_bias, h0, **options, **where, backend=backend)
+        results = cell_scan_with_decay(
+            projected.detach().double(), gate_bias, h0, **options, **where, backend=backend
+        )
         assert_close(results[2], expected, atol=1e-15, what=backend)
-        assert_close(results[2] * h0 + cell_scan(projected.double(), gate_bias, None, **options, **where)[1], results[1], atol=1e-12)
+        assert_close(
+            results[2] * h0 + cell_scan(projected.double(), gate_bias, None, **options, **where)[1],
+            results[1],
+            atol=1e-12,
+        )
     if with_starts and batch:
         began = (where["document_starts"].unsqueeze(-1) & real).any(1).expand(batch, width)
         assert torch.equal(decay == 0, began | (expected == 0))

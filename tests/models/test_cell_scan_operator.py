@@ -32,11 +32,29 @@ def test_opcheck(options, dtype, time, plain):
         tensor.requires_grad_()
     where = boundaries(13, 2, time, not plain, not plain).values()
     tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-6
-    torch.library.opcheck(operator("cell_scan_numba"), (*arguments, *where, *options.values(), not plain), atol=tolerance, rtol=tolerance)
+    torch.library.opcheck(
+        operator("cell_scan_numba"),
+        (*arguments, *where, *options.values(), not plain),
+        atol=tolerance,
+        rtol=tolerance,
+    )
     projected, gate_bias, h0 = (tensor.detach() for tensor in arguments)
     h, grad_last = torch.randn(2, time, 5).to(dtype), torch.randn(2, 5)
-    backward_arguments = (projected, gate_bias, h0, *where, h, torch.randn_like(h), grad_last, *options.values())
-    torch.library.opcheck(operator("cell_scan_backward_numba"), backward_arguments, test_utils=("test_schema", "test_faketensor"))
+    backward_arguments = (
+        projected,
+        gate_bias,
+        h0,
+        *where,
+        h,
+        torch.randn_like(h),
+        grad_last,
+        *options.values(),
+    )
+    torch.library.opcheck(
+        operator("cell_scan_backward_numba"),
+        backward_arguments,
+        test_utils=("test_schema", "test_faketensor"),
+    )
 
 
 @pytest.mark.parametrize(("autocast", "backend"), [(False, "inductor"), (True, "aot_eager")])
@@ -47,8 +65,13 @@ def test_a_compiled_block_is_the_same(autocast, backend):
     block = MinRNNBlock(config)
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    where = Boundaries.of(torch.rand(2, 11, generator=generator(1)) < 0.2, torch.tensor([11, 7]), config.conv_kernel)
-    x, h0 = torch.randn(2, 11, 16, generator=generator(2)), torch.randn(2, config.recurrent_size, generator=generator(3))
+    where = Boundaries.of(
+        torch.rand(2, 11, generator=generator(1)) < 0.2, torch.tensor([11, 7]), config.conv_kernel
+    )
+    x, h0 = (
+        torch.randn(2, 11, 16, generator=generator(2)),
+        torch.randn(2, config.recurrent_size, generator=generator(3)),
+    )
 
     def differentiate(function) -> list[Tensor]:
         leaf = x.clone().requires_grad_()
@@ -65,14 +88,22 @@ def test_a_compiled_block_is_the_same(autocast, backend):
 def test_the_meta_device_gets_shapes():
     projected, gate_bias, h0 = (tensor.to("meta") for tensor in problem(14, DEFAULT, torch.bfloat16, 2, 5, 3))
     y, h_last, decay = cell_scan_with_decay(projected, gate_bias, h0, **DEFAULT)
-    assert (y.shape, y.dtype, h_last.shape, h_last.dtype, decay.shape) == ((2, 5, 3), torch.bfloat16, (2, 3), torch.float32, (2, 3))
+    assert (y.shape, y.dtype, h_last.shape, h_last.dtype, decay.shape) == (
+        (2, 5, 3),
+        torch.bfloat16,
+        (2, 3),
+        torch.float32,
+        (2, 3),
+    )
 
 
 def test_kernels_capture_numbers_alone():
     """numba keys what it keeps on disk by what a function captures; a captured kernel is another one in every process."""
     for make in (kernels._forward_kernel, kernels._backward_kernel):
         kernel: Any = make(0, 0, False)
-        assert all(isinstance(captured.cell_contents, int) for captured in kernel.py_func.__closure__), make.__name__
+        assert all(isinstance(captured.cell_contents, int) for captured in kernel.py_func.__closure__), (
+            make.__name__
+        )
 
 
 def refused(message: str, **changed: Any) -> None:
@@ -83,7 +114,9 @@ def refused(message: str, **changed: Any) -> None:
 
 
 def test_shapes_that_do_not_fit_are_refused():
-    takes = "cell_scan takes projected [batch, time, 2 * width] and gate_bias [1, width] for 'mingru', but got"
+    takes = (
+        "cell_scan takes projected [batch, time, 2 * width] and gate_bias [1, width] for 'mingru', but got"
+    )
     refused(f"{takes} (2, 3, 7) and (1, 4).", projected=torch.ones(2, 3, 7))
     refused(f"{takes} (3, 8) and (1, 4).", projected=torch.ones(3, 8))
     refused(f"{takes} (2, 3, 8) and (2, 4).", gate_bias=torch.ones(2, 4))
@@ -91,15 +124,26 @@ def test_shapes_that_do_not_fit_are_refused():
     takes = "cell_scan takes projected [batch, time, 3 * width] and gate_bias [1, width] for 'mingru' with an output gate, but got"
     refused(f"{takes} (2, 3, 8) and (1, 4).", output_gate=True)
     refused("cell_scan takes h0 of shape (2, 4), but got (1, 4).", h0=torch.ones(1, 4))
-    refused("cell_scan takes document_starts of shape (2, 3), but got (2, 4).", document_starts=torch.zeros(2, 4, dtype=torch.bool))
-    refused("cell_scan takes document_starts as bool, but got torch.int64.", document_starts=torch.zeros(2, 3, dtype=torch.int64))
+    refused(
+        "cell_scan takes document_starts of shape (2, 3), but got (2, 4).",
+        document_starts=torch.zeros(2, 4, dtype=torch.bool),
+    )
+    refused(
+        "cell_scan takes document_starts as bool, but got torch.int64.",
+        document_starts=torch.zeros(2, 3, dtype=torch.int64),
+    )
     refused("cell_scan takes lengths of shape (2,), but got (3,).", lengths=torch.ones(3, dtype=torch.int64))
 
 
 def test_names_and_devices_that_do_not_fit_are_refused():
-    refused("There is no cell 'lstm'; choose one of mingru, minlstm, mingru_signed, minlstm_signed.", cell="lstm")
+    refused(
+        "There is no cell 'lstm'; choose one of mingru, minlstm, mingru_signed, minlstm_signed.", cell="lstm"
+    )
     refused("There is no candidate activation 'relu'; choose one of g, none, tanh, silu.", activation="relu")
-    refused("There is no scan backend 'cuda'; choose one of reference, torch, numba, triton, or none for the fastest here.", backend="cuda")
+    refused(
+        "There is no scan backend 'cuda'; choose one of reference, torch, numba, triton, or none for the fastest here.",
+        backend="cuda",
+    )
     for name, tensor in (
         ("h0", torch.ones(2, 4)),
         ("gate_bias", torch.ones(1, 4)),

@@ -72,7 +72,9 @@ def test_extreme_pre_activations(name, activation, dtype):
     """a in [0, 1], signed in [-1, 1], no NaN and finite gradients, whatever combination of 0, +-90 and +-1e4 comes in."""
     cell = CELLS[name]
     extremes = torch.tensor([0.0, 90.0, -90.0, 1e4, -1e4], dtype=dtype)
-    arguments = [x.clone().requires_grad_() for x in torch.meshgrid(*[extremes] * (cell.num_gates + 1), indexing="ij")]
+    arguments = [
+        x.clone().requires_grad_() for x in torch.meshgrid(*[extremes] * (cell.num_gates + 1), indexing="ij")
+    ]
     a, b = cell.coefficients(*arguments, activation)
     assert ((a >= (-1 if name in SIGNED else 0)) & (a <= 1)).all()
     assert b.isfinite().all()

@@ -9,7 +9,12 @@ from transformers import AutoConfig
 def test_presets():
     assert MinRNNConfig.from_preset("default").to_dict() == MinRNNConfig().to_dict()
     paper = MinRNNConfig.from_preset("paper", hidden_size=32)
-    assert (paper.candidate_activation, paper.output_gate, paper.gated_mlp, paper.hidden_size) == ("g", False, False, 32)
+    assert (paper.candidate_activation, paper.output_gate, paper.gated_mlp, paper.hidden_size) == (
+        "g",
+        False,
+        False,
+        32,
+    )
     for preset in PRESETS:
         assert MinRNNConfig.from_preset(preset, memory_length=7).memory_length == 7
     with pytest.raises(ValueError, match="no preset 'papre'; choose one of default, paper"):
@@ -42,7 +47,9 @@ def test_all_problems_in_one_error():
         assert str(error.value).count(";") == 0 or name == "hidden_act"
 
 
-@pytest.mark.parametrize("name", ["expansion_factor", "memory_length", "initializer_range", "dropout", "rms_norm_eps"])
+@pytest.mark.parametrize(
+    "name", ["expansion_factor", "memory_length", "initializer_range", "dropout", "rms_norm_eps"]
+)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_numbers_must_be_finite(name, value):
     with pytest.raises(ValueError, match=f"{name}: "):
@@ -74,7 +81,9 @@ def test_wrong_types_are_refused(name, value):
 
 
 def test_round_trip(tmp_path):
-    config = MinRNNConfig.from_preset("paper", cell="minlstm", expansion_factor=2, eos_token_id=[1, 2], scan_backend="torch")
+    config = MinRNNConfig.from_preset(
+        "paper", cell="minlstm", expansion_factor=2, eos_token_id=[1, 2], scan_backend="torch"
+    )
     config.save_pretrained(tmp_path)
     for loaded in (MinRNNConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
         assert isinstance(loaded, MinRNNConfig)

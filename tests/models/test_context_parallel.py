@@ -31,14 +31,20 @@ def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor
     return torch.randn(shape, generator=generator(seed), dtype=torch.float64).to(dtype)
 
 
-@pytest.mark.parametrize(("cell", "backend", "atol"), [("mingru", "numba", 2e-6), ("minlstm", "numba", 2e-6), ("minlstm", "torch", 1e-13)])
+@pytest.mark.parametrize(
+    ("cell", "backend", "atol"),
+    [("mingru", "numba", 2e-6), ("minlstm", "numba", 2e-6), ("minlstm", "torch", 1e-13)],
+)
 @settings(max_examples=15)
 @given(edges=edges_in, starts=starts_in)
 def test_folded_summaries_are_the_whole_scan(cell, backend, atol, edges, starts):
     dtype = torch.float32 if backend == "numba" else torch.float64
     gated, num_gates, where = cell == "mingru", CELLS[cell].num_gates, mask_of(starts)
     options = {"cell": cell, "activation": "none" if gated else "g", "output_gate": gated, "backend": backend}
-    projected, gate_bias = normal(0, BATCH, TIME, (num_gates + 1 + gated) * WIDTH, dtype=dtype), normal(1, num_gates, WIDTH, dtype=dtype)
+    projected, gate_bias = (
+        normal(0, BATCH, TIME, (num_gates + 1 + gated) * WIDTH, dtype=dtype),
+        normal(1, num_gates, WIDTH, dtype=dtype),
+    )
     h0, grad_y, grad_last = (
         normal(2, BATCH, WIDTH, dtype=dtype),
         normal(3, BATCH, TIME, WIDTH, dtype=dtype),
@@ -52,13 +58,18 @@ def test_folded_summaries_are_the_whole_scan(cell, backend, atol, edges, starts)
     inputs = [(projected[:, here], gate_bias, None if where is None else where[:, here]) for here in slices]
     decays, lasts = torch.stack([torch.stack(summarize(*own, **options)) for own in inputs]).unbind(1)
     states = fold(decays, lasts, h0.detach())
-    scanned = [scan_without_graph(*own[:2], state, own[2], **options) for own, state in zip(inputs, states, strict=False)]
+    scanned = [
+        scan_without_graph(*own[:2], state, own[2], **options)
+        for own, state in zip(inputs, states, strict=False)
+    ]
     assert_close(torch.cat([y for y, _ in scanned], dim=1), y, atol=atol, what="y")
     assert_close(states[-1], h_last, atol=atol, what="h_last")
 
     def gradients(c: int, entering: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         own, starts_here = inputs[c][:2], inputs[c][2]
-        return scan_gradients(*own, states[c], starts_here, scanned[c][1], grad_y[:, slices[c]], entering, **options)
+        return scan_gradients(
+            *own, states[c], starts_here, scanned[c][1], grad_y[:, slices[c]], entering, **options
+        )
 
     through_outputs = torch.stack([gradients(c, torch.zeros_like(grad_last))[2] for c in range(len(slices))])
     entering = fold(decays.flip(0), through_outputs.flip(0), grad_last)[::-1]
@@ -81,7 +92,10 @@ def test_convolution_gradients_without_a_graph(backend, dtype, kernel, starts):
         normal(1, WIDTH, kernel, dtype=dtype),
         normal(2, BATCH, kernel - 1, WIDTH, dtype=dtype),
     )
-    leaves, grad_y = (x.requires_grad_(), weight.requires_grad_(), state.requires_grad_()), normal(3, BATCH, TIME, WIDTH, dtype=dtype)
+    leaves, grad_y = (
+        (x.requires_grad_(), weight.requires_grad_(), state.requires_grad_()),
+        normal(3, BATCH, TIME, WIDTH, dtype=dtype),
+    )
     expected = torch.autograd.grad(causal_conv(*leaves, reach, backend), leaves, grad_y)
     for value, other in zip(conv_gradients(*leaves, reach, grad_y, backend), expected, strict=True):
         assert not value.requires_grad

@@ -83,7 +83,9 @@ def document_starts(case: Case, size: int) -> Tensor | None:
 def carried_state(model: MinRNNForCausalLM, case: Case) -> MinRNNCache:
     cache, random = MinRNNCache(model.config.num_hidden_layers), generator(3)
     for layer in cache.layers if case.carried else []:
-        recurrent = torch.randn(BATCH, model.config.recurrent_size, generator=random, dtype=case.dtype).requires_grad_()
+        recurrent = torch.randn(
+            BATCH, model.config.recurrent_size, generator=random, dtype=case.dtype
+        ).requires_grad_()
         inputs = BATCH, max(model.config.conv_kernel - 1, 0), model.config.hidden_size
         conv = torch.randn(inputs, generator=random, dtype=case.dtype).requires_grad_() if inputs[1] else None
         layer.replace(recurrent, conv, 0)
@@ -92,7 +94,11 @@ def carried_state(model: MinRNNForCausalLM, case: Case) -> MinRNNCache:
 
 def run(model: MinRNNForCausalLM, case: Case, size: int, group: ContextGroup | None = None) -> Results:
     """Logits, last states, and the gradients for states and parameters of a loss that reads them all."""
-    ids, labels, starts = random_ids(BATCH, case.chunks * TIME), random_ids(BATCH, case.chunks * TIME, seed=1), document_starts(case, size)
+    ids, labels, starts = (
+        random_ids(BATCH, case.chunks * TIME),
+        random_ids(BATCH, case.chunks * TIME, seed=1),
+        document_starts(case, size),
+    )
     cache, mine = carried_state(model, case), slice_of(case, group)
     leaves = {f"d {name}": tensor for name, tensor in states(cache).items()}
     pieces, loss = [], torch.zeros((), dtype=case.dtype)
@@ -100,9 +106,13 @@ def run(model: MinRNNForCausalLM, case: Case, size: int, group: ContextGroup | N
         here = slice(chunk * TIME + mine.start, chunk * TIME + mine.stop)
         starts_here = None if starts is None or not starts[:, here].any() else starts[:, here]
         with torch.autocast("cpu", torch.bfloat16, enabled=case.autocast):
-            pieces.append(model(ids[:, here], past_key_values=cache, use_cache=True, document_starts=starts_here).logits)
+            pieces.append(
+                model(ids[:, here], past_key_values=cache, use_cache=True, document_starts=starts_here).logits
+            )
         targets = labels[:, here].flatten()
-        loss = loss + torch.nn.functional.cross_entropy(pieces[-1].flatten(0, 1).to(case.dtype), targets, reduction="sum")
+        loss = loss + torch.nn.functional.cross_entropy(
+            pieces[-1].flatten(0, 1).to(case.dtype), targets, reduction="sum"
+        )
     last = states(cache)
     for seed, tensor in enumerate(last.values()):
         loss = loss + (tensor * torch.randn(tensor.shape, generator=generator(seed), dtype=case.dtype)).sum()
@@ -111,12 +121,20 @@ def run(model: MinRNNForCausalLM, case: Case, size: int, group: ContextGroup | N
     grads = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
     assert grads.keys() == leaves.keys()
     model.zero_grad()
-    return {"logits": torch.cat(pieces, dim=1).detach()} | {name: tensor.detach() for name, tensor in last.items()} | grads
+    return (
+        {"logits": torch.cat(pieces, dim=1).detach()}
+        | {name: tensor.detach() for name, tensor in last.items()}
+        | grads
+    )
 
 
 def states(cache: MinRNNCache) -> Results:
     """Every layer's, by name."""
-    named = {f"{kind} {i}": getattr(layer, kind) for i, layer in enumerate(cache.layers) for kind in ("recurrent", "conv")}
+    named = {
+        f"{kind} {i}": getattr(layer, kind)
+        for i, layer in enumerate(cache.layers)
+        for kind in ("recurrent", "conv")
+    }
     return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
@@ -130,7 +148,9 @@ def summed(results: Results) -> Results:
 
 def distance(results: Results, exact: Results) -> float:
     """Of everything that both hold, relative."""
-    ours, expected = (torch.cat([tensors[name].double().flatten() for name in exact]) for tensors in (results, exact))
+    ours, expected = (
+        torch.cat([tensors[name].double().flatten() for name in exact]) for tensors in (results, exact)
+    )
     return ((ours - expected).norm() / expected.norm()).item()
 
 
@@ -146,7 +166,9 @@ def check(case: Case, group: ContextGroup) -> None:
         for block in model.model.layers:
             block.compile(backend="aot_eager")
     ours = summed(run(model, case, group.size, group))
-    is_compiled = case.compiled and case.recompute == "none"  # a checkpointed block that holds messages runs as it is
+    is_compiled = (
+        case.compiled and case.recompute == "none"
+    )  # a checkpointed block that holds messages runs as it is
     assert is_compiled == bool(counters["stats"]["unique_graphs"])
     counters.clear()
     for results in (exact, whole):
@@ -159,7 +181,9 @@ def check(case: Case, group: ContextGroup) -> None:
     assert ours.keys() == whole.keys()
     for name, expected in whole.items():
         assert_close(ours[name], expected, atol=1e-10 if case.dtype == torch.float64 else 1e-5, what=name)
-    replicated = [tensor.flatten() for name, tensor in ours.items() if name.split()[0] in ("recurrent", "conv", "d")]
+    replicated = [
+        tensor.flatten() for name, tensor in ours.items() if name.split()[0] in ("recurrent", "conv", "d")
+    ]
     if replicated:
         assert_replicated(torch.cat(replicated), group)
 
@@ -188,7 +212,13 @@ def counted() -> Iterator[list[int]]:
 
 def check_bytes(group: ContextGroup) -> None:
     """As the module says, and the same for every length."""
-    for time, autocast, recompute in ((6, False, "none"), (60, False, "none"), (60, True, "none"), (6, True, "selective"), (6, False, "full")):
+    for time, autocast, recompute in (
+        (6, False, "none"),
+        (60, False, "none"),
+        (60, True, "none"),
+        (6, True, "selective"),
+        (6, False, "full"),
+    ):
         model = new_model().train()
         use_context_parallel(model, group)
         if (options := checkpointing_options(recompute)) is not None:
@@ -201,17 +231,25 @@ def check_bytes(group: ContextGroup) -> None:
         assert sent == model.config.num_hidden_layers * forward
         with counted() as sent:
             logits.sum().backward()
-        assert sent == model.config.num_hidden_layers * (backward if recompute == "none" else forward + backward)
+        assert sent == model.config.num_hidden_layers * (
+            backward if recompute == "none" else forward + backward
+        )
 
 
 def check_refusals(group: ContextGroup) -> None:
     model, ids = new_model(), random_ids(BATCH, 8)
     use_context_parallel(model, group)
-    with pytest.raises(ValueError, match="must hold conv_kernel - 1 = 3 tokens, but this one has 2: use longer chunks, or fewer processes"):
+    with pytest.raises(
+        ValueError,
+        match="must hold conv_kernel - 1 = 3 tokens, but this one has 2: use longer chunks, or fewer processes",
+    ):
         model(ids[:, :2])
     with pytest.raises(ValueError, match="cannot be padded: pass no attention_mask"):
         model(ids, attention_mask=(torch.arange(8) < 7).expand(BATCH, 8).long())
-    with pytest.raises(ValueError, match=f"is rank {group.rank} of {group.size} in the process group, but ContextGroup says 7 of 8"):
+    with pytest.raises(
+        ValueError,
+        match=f"is rank {group.rank} of {group.size} in the process group, but ContextGroup says 7 of 8",
+    ):
         use_context_parallel(model, ContextGroup(group.process_group, 7, 8))
     use_context_parallel(model, None)
     assert model(ids[:, :2]).logits.shape == (BATCH, 2, VOCAB)
@@ -227,7 +265,9 @@ def check_tokens_read(group: ContextGroup) -> None:
 
 def work(rank: int, size: int, rendezvous: Path, cases: list[Case]) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=size, timeout=timedelta(seconds=600))
+    dist.init_process_group(
+        "gloo", f"file://{rendezvous}", rank=rank, world_size=size, timeout=timedelta(seconds=600)
+    )
     process_group = dist.new_group(list(range(size)))
     assert isinstance(process_group, dist.ProcessGroup)
     group = ContextGroup(process_group, rank, size)
@@ -249,7 +289,11 @@ def work(rank: int, size: int, rendezvous: Path, cases: list[Case]) -> None:
 
 @pytest.mark.parametrize(
     ("size", "cases"),
-    [(2, LIGHT), pytest.param(2, CASES[len(LIGHT) :], marks=pytest.mark.slow), pytest.param(4, CASES, marks=pytest.mark.slow)],
+    [
+        (2, LIGHT),
+        pytest.param(2, CASES[len(LIGHT) :], marks=pytest.mark.slow),
+        pytest.param(4, CASES, marks=pytest.mark.slow),
+    ],
     ids=["two", "two-all", "four-all"],
 )
 def test_slices_are_the_whole(tmp_path, size, cases):

@@ -22,7 +22,9 @@ def torch_conv(x: Tensor, weight: Tensor, state: Tensor | None = None) -> Tensor
     return torch.nn.functional.conv1d(extended, weight.unsqueeze(1), groups=width).transpose(1, 2)
 
 
-def problem(seed: int, time: int, kernel: int, batch: int = 2, width: int = 5) -> tuple[Tensor, Tensor, Tensor]:
+def problem(
+    seed: int, time: int, kernel: int, batch: int = 2, width: int = 5
+) -> tuple[Tensor, Tensor, Tensor]:
     """x, weight, state in fp64."""
     random = generator(seed)
     shapes = (batch, time, width), (width, kernel), (batch, kernel - 1, width)
@@ -36,8 +38,12 @@ def test_is_a_depthwise_convolution(time, kernel, with_state):
     x, weight, state = problem(time, time, kernel)
     probe = torch.randn(x.shape, generator=generator(99), dtype=torch.float64)
     leaves = (x, weight, state) if with_state else (x, weight)
-    ours = run_and_differentiate(lambda *args: (causal_conv(*args) * probe).sum() + 0 * sum(arg.sum() for arg in args), *leaves)
-    expected = run_and_differentiate(lambda *args: (torch_conv(*args) * probe).sum() + 0 * sum(arg.sum() for arg in args), *leaves)
+    ours = run_and_differentiate(
+        lambda *args: (causal_conv(*args) * probe).sum() + 0 * sum(arg.sum() for arg in args), *leaves
+    )
+    expected = run_and_differentiate(
+        lambda *args: (torch_conv(*args) * probe).sum() + 0 * sum(arg.sum() for arg in args), *leaves
+    )
     for value, other in zip(ours, expected, strict=True):
         assert_close(value, other, atol=1e-14)
 
@@ -61,7 +67,9 @@ def test_documents_and_cuts_are_exact(time, kernel, cuts, starts):
     for low, high in itertools.pairwise(edges):
         piece, here = x[:, low:high], document_starts[:, low:high]
         mask = here if here.any() else None
-        pieces.append(causal_conv(piece, weight, state, None if mask is None else reach_within_document(mask, kernel)))
+        pieces.append(
+            causal_conv(piece, weight, state, None if mask is None else reach_within_document(mask, kernel))
+        )
         state = next_conv_state(piece, state, kernel, mask)
     y = torch.cat(pieces, dim=1)
     assert state is not None
@@ -69,19 +77,30 @@ def test_documents_and_cuts_are_exact(time, kernel, cuts, starts):
     for row in range(2):
         bounds = [0, *(t for t in range(1, time) if document_starts[row, t]), time]
         documents = [x[row : row + 1, low:high] for low, high in itertools.pairwise(bounds)]
-        assert_close(y[row : row + 1], torch.cat([torch_conv(document, weight) for document in documents], dim=1), atol=1e-14)
+        assert_close(
+            y[row : row + 1],
+            torch.cat([torch_conv(document, weight) for document in documents], dim=1),
+            atol=1e-14,
+        )
         padded = torch.cat([x.new_zeros(1, kernel - 1, x.shape[2]), documents[-1]], dim=1)
         assert torch.equal(state[row], padded[0, padded.shape[1] - (kernel - 1) :]), "state"
 
 
 @settings(max_examples=40)
-@given(time=st.integers(1, 9), kernel=KERNELS, lengths=st.tuples(st.integers(0, 9), st.integers(0, 9)), seed=st.integers(0, 1000))
+@given(
+    time=st.integers(1, 9),
+    kernel=KERNELS,
+    lengths=st.tuples(st.integers(0, 9), st.integers(0, 9)),
+    seed=st.integers(0, 1000),
+)
 def test_state_is_taken_where_each_row_ends(time, kernel, lengths, seed):
     x, _, state = problem(seed, time, kernel)
     lengths = [min(length, time) for length in lengths]
     ours = next_conv_state(x, state, kernel, None, torch.tensor(lengths))
     for row, length in enumerate(lengths):
-        assert torch.equal(ours[row : row + 1], next_conv_state(x[row : row + 1, :length], state[row : row + 1], kernel)), row
+        assert torch.equal(
+            ours[row : row + 1], next_conv_state(x[row : row + 1, :length], state[row : row + 1], kernel)
+        ), row
 
 
 def test_packed_gradient_is_that_of_the_documents():
@@ -95,7 +114,9 @@ def test_packed_gradient_is_that_of_the_documents():
         pieces = [torch_conv(piece, weight) for piece in x.split([2, 1, 6, 8], dim=1)]
         return (torch.cat(pieces, dim=1) * probe).sum()
 
-    ours = run_and_differentiate(lambda x, weight: (causal_conv(x, weight, None, taps) * probe).sum(), x, weight)
+    ours = run_and_differentiate(
+        lambda x, weight: (causal_conv(x, weight, None, taps) * probe).sum(), x, weight
+    )
     for value, other in zip(ours, run_and_differentiate(separate, x, weight), strict=True):
         assert_close(value, other, atol=1e-14)
 
@@ -103,5 +124,8 @@ def test_packed_gradient_is_that_of_the_documents():
 def test_state_is_no_view_of_the_input():
     """A view would keep the whole chunk alive, and grow the cache with it."""
     x, _, state = problem(1, 50, 4)
-    for carried in (next_conv_state(x, state, 4), next_conv_state(x, state, 4, torch.ones(2, 50, dtype=torch.bool))):
+    for carried in (
+        next_conv_state(x, state, 4),
+        next_conv_state(x, state, 4, torch.ones(2, 50, dtype=torch.bool)),
+    ):
         assert carried.untyped_storage().nbytes() == carried.numel() * carried.element_size()

@@ -32,7 +32,9 @@ def test_prompt_in_pieces_then_tokens_are_the_whole(cell, piece, dtype):
     assert cache.get_seq_length() == 9, "the prompt's own cache stays where it is"
 
 
-@pytest.mark.parametrize("fields", [{"conv_kernel": 0}, {"output_gate": False, "candidate_activation": "g"}, {"gated_mlp": False}])
+@pytest.mark.parametrize(
+    "fields", [{"conv_kernel": 0}, {"output_gate": False, "candidate_activation": "g"}, {"gated_mlp": False}]
+)
 def test_every_block_has_its_token_step(fields):
     model, ids = new_model(dtype=torch.float64, **fields).eval(), random_ids(2, 6)
     with torch.no_grad():
@@ -61,14 +63,22 @@ def test_compiled_token_step_is_the_same():
 
 def test_generate_reads_a_long_prompt_in_pieces(monkeypatch):
     monkeypatch.setattr(generation, "PREFILL", 10)
-    model, ids, lengths = new_model(dtype=torch.float64, tie_word_embeddings=False).eval(), random_ids(2, 37), []
-    model.register_forward_pre_hook(lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
+    model, ids, lengths = (
+        new_model(dtype=torch.float64, tie_word_embeddings=False).eval(),
+        random_ids(2, 37),
+        [],
+    )
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
     mask = torch.ones_like(ids)
     mask[1, :15] = 0  # left padding, longer than a piece
     output = generate(model, ids, 5, attention_mask=mask, pad_token_id=0, eos_token_id=None)
     assert max(lengths) == 10
     monkeypatch.setattr(generation, "PREFILL", 1000)
-    assert torch.equal(output, generate(model, ids, 5, attention_mask=mask, pad_token_id=0, eos_token_id=None))
+    assert torch.equal(
+        output, generate(model, ids, 5, attention_mask=mask, pad_token_id=0, eos_token_id=None)
+    )
 
 
 def test_mistakes_are_named():

@@ -85,7 +85,9 @@ def test_beam_search_reorders_the_state(cell, padded):
     options = {"num_beams": 3, "num_return_sequences": 2, "attention_mask": mask, "length_penalty": 0.0}
     ours = generate(model, ids, 14, **options)
     assert torch.equal(ours, generate(model, ids, 14, use_cache=False, **options))
-    assert not torch.equal(ours[::2], generate(model, ids, 14, attention_mask=mask)), "the beam never left the greedy path: a weak test"
+    assert not torch.equal(ours[::2], generate(model, ids, 14, attention_mask=mask)), (
+        "the beam never left the greedy path: a weak test"
+    )
 
 
 @cells
@@ -133,7 +135,9 @@ def test_generation_goes_on_from_a_returned_state(cell, padded, chunk):
 def test_generation_from_embeddings():
     model, ids = model_of(), random_ids(2, 6)
     search: Any = model
-    output = search.generate(inputs_embeds=model.get_input_embeddings()(ids), max_new_tokens=10, do_sample=False)
+    output = search.generate(
+        inputs_embeds=model.get_input_embeddings()(ids), max_new_tokens=10, do_sample=False
+    )
     assert torch.equal(output, greedy(model, ids, 10)[:, 6:])
 
 
@@ -142,7 +146,9 @@ def test_the_state_does_not_grow():
     model, held = new_model(), []
     for length in (3, 30, 300):
         _, cache = generate_with_state(model, random_ids(2, length), 4)
-        tensors = [tensor for layer in cache.layers for tensor in (layer.recurrent, layer.conv) if tensor is not None]
+        tensors = [
+            tensor for layer in cache.layers for tensor in (layer.recurrent, layer.conv) if tensor is not None
+        ]
         assert len(tensors) == 4
         held.append(sum(tensor.untyped_storage().nbytes() for tensor in tensors))
         assert held[-1] == sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -15,7 +15,11 @@ from minrnn.models.numba_support import serves
 from torch import Tensor
 
 # dtypes of (input, output): alone, and under an autocast that the matrix product after a norm will be in
-DTYPES = {"fp32": (torch.float32, torch.float32), "bf16": (torch.bfloat16, torch.bfloat16), "fp32-bf16": (torch.float32, torch.bfloat16)}
+DTYPES = {
+    "fp32": (torch.float32, torch.float32),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "fp32-bf16": (torch.float32, torch.bfloat16),
+}
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 norm_dtypes = pytest.mark.parametrize("kind", DTYPES)
 
@@ -38,9 +42,13 @@ def differentiated(function: Callable[..., Tensor], **leaves: Tensor) -> Results
     tensors = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
     y = function(**tensors)
     weights = torch.randint(-8, 9, y.shape, generator=generator(99)) / 4
-    loss = (y * weights.to(y.dtype)).double().sum() + sum((0 * leaf.double()).sum() for leaf in tensors.values())
+    loss = (y * weights.to(y.dtype)).double().sum() + sum(
+        (0 * leaf.double()).sum() for leaf in tensors.values()
+    )
     gradients = torch.autograd.grad(loss, list(tensors.values()))
-    return {"y": y.detach()} | {f"d_{name}": gradient for name, gradient in zip(tensors, gradients, strict=True)}
+    return {"y": y.detach()} | {
+        f"d_{name}": gradient for name, gradient in zip(tensors, gradients, strict=True)
+    }
 
 
 def doubled(**tensors: Tensor) -> dict[str, Tensor]:
@@ -52,8 +60,13 @@ def assert_results(ours: Results, expected: Results, dtypes: dict[str, torch.dty
     assert {name: value.dtype for name, value in ours.items()} == dtypes
     for name, exact in expected.items():
         assert ours[name].shape == exact.shape, name
-        error, bound = (ours[name].double() - exact).abs(), FP32 * sizes[name] + HALF_UNIT[dtypes[name]] * exact.abs()
-        assert (error <= bound).all(), f"{name}: off by {error.max():.3g}, {(error / bound).max():.3g} times the bound"
+        error, bound = (
+            (ours[name].double() - exact).abs(),
+            FP32 * sizes[name] + HALF_UNIT[dtypes[name]] * exact.abs(),
+        )
+        assert (error <= bound).all(), (
+            f"{name}: off by {error.max():.3g}, {(error / bound).max():.3g} times the bound"
+        )
 
 
 def assert_same_bits(ours: Results, expected: Results) -> None:
@@ -84,7 +97,11 @@ def test_norm(kind, rows, width, scale, seed):
         ours = differentiated(norm_of(), x=x, weight=weight)
     expected = differentiated(plain_norm, **doubled(x=x, weight=weight))
     inverse = x.double().square().mean(-1, keepdim=True).add(1e-6).rsqrt()
-    sizes = {"y": expected["y"].abs(), "d_x": 4 * weight.abs().max() * inverse, "d_weight": 2 * (x.abs() * inverse).sum(0)}
+    sizes = {
+        "y": expected["y"].abs(),
+        "d_x": 4 * weight.abs().max() * inverse,
+        "d_weight": 2 * (x.abs() * inverse).sum(0),
+    }
     assert_results(ours, expected, {"y": out, "d_x": dtype, "d_weight": torch.float32}, **sizes)
 
 
@@ -117,8 +134,14 @@ def test_norm_comes_out_in_the_dtype_of_the_matrix_product(backend, dtype, autoc
     x, norm = draw(1, 70, 17).to(dtype), RMSNorm(17, 1e-6, backend)
     with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
         y = norm(x)
-        assert y.dtype == (torch.nn.functional.linear(x, torch.ones(1, 17, dtype=dtype)).dtype if dtype != torch.float64 else dtype)
-    half = {torch.float64: 1e-7, torch.float32: 1e-7, torch.bfloat16: 2**-8, torch.float16: 2**-11}[y.dtype]  # the gains are fp32
+        assert y.dtype == (
+            torch.nn.functional.linear(x, torch.ones(1, 17, dtype=dtype)).dtype
+            if dtype != torch.float64
+            else dtype
+        )
+    half = {torch.float64: 1e-7, torch.float32: 1e-7, torch.bfloat16: 2**-8, torch.float16: 2**-11}[
+        y.dtype
+    ]  # the gains are fp32
     assert_close(y, plain_norm(x.double(), torch.ones(17)), atol=1e-7, rtol=half * 1.001)
 
 
@@ -134,7 +157,9 @@ def test_swiglu(dtype, rows, width, seed):
 
 @dtypes
 def test_swiglu_at_the_ends(dtype):
-    gate, up = torch.meshgrid(torch.tensor([0.0, 90.0, -90.0, 1e4, -1e4]), torch.tensor([1.0, -1e4, 0.0]), indexing="ij")
+    gate, up = torch.meshgrid(
+        torch.tensor([0.0, 90.0, -90.0, 1e4, -1e4]), torch.tensor([1.0, -1e4, 0.0]), indexing="ij"
+    )
     x = torch.cat([gate.flatten(), up.flatten()]).to(dtype).view(1, -1)
     ours, expected = differentiated(swiglu, x=x), differentiated(swiglu, **doubled(x=x))
     for name, value in ours.items():
@@ -145,8 +170,13 @@ def conv_of(backend: str | None = None, reach: Tensor | None = None) -> Callable
     return lambda x, weight, state=None: causal_conv(x, weight, state, reach, backend)
 
 
-def conv_problem(seed: int, dtype: torch.dtype, batch: int, time: int, width: int, kernel: int) -> dict[str, Tensor]:
-    x, state = draw(seed, batch, time, width, dtype=dtype), draw(seed + 1, batch, kernel - 1, width, dtype=dtype)
+def conv_problem(
+    seed: int, dtype: torch.dtype, batch: int, time: int, width: int, kernel: int
+) -> dict[str, Tensor]:
+    x, state = (
+        draw(seed, batch, time, width, dtype=dtype),
+        draw(seed + 1, batch, kernel - 1, width, dtype=dtype),
+    )
     return {"x": x, "weight": draw(seed + 2, width, kernel), "state": state}
 
 
@@ -167,11 +197,22 @@ def test_conv(dtype, batch, time, width, kernel, with_state, begins, seed):
         del problem["state"]
     starts = torch.rand(batch, time, generator=generator(seed)) < begins
     reach = reach_within_document(starts, kernel) if begins else None
-    ours, expected = differentiated(conv_of(None, reach), **problem), differentiated(conv_of("torch", reach), **doubled(**problem))
+    ours, expected = (
+        differentiated(conv_of(None, reach), **problem),
+        differentiated(conv_of("torch", reach), **doubled(**problem)),
+    )
     absolute = {name: tensor.double().abs() for name, tensor in problem.items()}
     sizes = {f"d_{name}": tensor for name, tensor in differentiated_sizes(absolute, reach).items()}
-    outputs = {"y": dtype, "d_x": dtype, "d_weight": torch.float32} | ({"d_state": dtype} if with_state else {})
-    assert_results(ours, expected, outputs, y=causal_conv(absolute["x"], absolute["weight"], absolute.get("state"), reach, "torch"), **sizes)
+    outputs = {"y": dtype, "d_x": dtype, "d_weight": torch.float32} | (
+        {"d_state": dtype} if with_state else {}
+    )
+    assert_results(
+        ours,
+        expected,
+        outputs,
+        y=causal_conv(absolute["x"], absolute["weight"], absolute.get("state"), reach, "torch"),
+        **sizes,
+    )
 
 
 def differentiated_sizes(absolute: dict[str, Tensor], reach: Tensor | None) -> dict[str, Tensor]:
@@ -184,7 +225,11 @@ def differentiated_sizes(absolute: dict[str, Tensor], reach: Tensor | None) -> d
 
 @dtypes
 @settings(max_examples=15)
-@given(cuts=st.lists(st.integers(0, 80), max_size=4), begins=st.sampled_from([0, 0.1]), seed=st.integers(0, 2**20))
+@given(
+    cuts=st.lists(st.integers(0, 80), max_size=4),
+    begins=st.sampled_from([0, 0.1]),
+    seed=st.integers(0, 2**20),
+)
 def test_conv_cuts_change_no_bit(dtype, cuts, begins, seed):
     """Whole = cut in pieces; and a gradient that comes back through the state is added to the others."""
     time, kernel = 80, 4
@@ -197,14 +242,20 @@ def test_conv_cuts_change_no_bit(dtype, cuts, begins, seed):
         for low, high in itertools.pairwise([0, *sorted(cuts), time]):
             here = starts[:, low:high] if begins else None
             piece = x[:, low:high]
-            pieces.append(causal_conv(piece, weight, state, None if here is None else reach_within_document(here, kernel)))
+            pieces.append(
+                causal_conv(
+                    piece, weight, state, None if here is None else reach_within_document(here, kernel)
+                )
+            )
             state = next_conv_state(piece, state, kernel, here)
         return torch.cat(pieces, dim=1)
 
     ours, whole = differentiated(in_pieces, **problem), differentiated(conv_of(None, reach), **problem)
     assert torch.equal(ours["y"], whole["y"])
     for name in ("d_x", "d_weight", "d_state"):  # each rounded once for every piece it is in
-        assert_close(ours[name], whole[name], atol=1e-6 + 4 * HALF_UNIT[dtype] * (name != "d_weight"), what=name)
+        assert_close(
+            ours[name], whole[name], atol=1e-6 + 4 * HALF_UNIT[dtype] * (name != "d_weight"), what=name
+        )
 
 
 @dtypes
@@ -232,7 +283,9 @@ def test_conv_reaches_no_further_than_its_kernel(dtype):
     """A reach that was computed for a wider one reads no memory beyond the weights."""
     problem, starts = conv_problem(4, dtype, 2, 20, 5, 3), torch.zeros(2, 20, dtype=torch.bool)
     starts[:, [0, 7]] = True
-    ours, expected = (differentiated(conv_of(None, reach_within_document(starts, kernel)), **problem) for kernel in (9, 3))
+    ours, expected = (
+        differentiated(conv_of(None, reach_within_document(starts, kernel)), **problem) for kernel in (9, 3)
+    )
     assert_same_bits(ours, expected)
 
 
@@ -288,7 +341,11 @@ def test_any_layout(name, dtype, how):
     def view(tensor: Tensor) -> Tensor:
         if how == "transposed":
             return tensor.transpose(0, -1).contiguous().transpose(0, -1)
-        return torch.stack([tensor, tensor - 7], dim=-1)[..., 0] if how == "sliced" else tensor[:1].expand_as(tensor)
+        return (
+            torch.stack([tensor, tensor - 7], dim=-1)[..., 0]
+            if how == "sliced"
+            else tensor[:1].expand_as(tensor)
+        )
 
     function, make = FUNCTIONS[name]
     leaves = {name: view(leaf) for name, leaf in make(dtype).items()}
@@ -304,7 +361,10 @@ def test_gradients_in_any_layout(name, dtype):
     leaves = {name: leaf.requires_grad_() for name, leaf in make(dtype).items()}
     y, tensors = function(**leaves), list(leaves.values())
     expected = torch.autograd.grad(y, tensors, torch.ones_like(y), retain_graph=True)
-    for gradient in (torch.ones((), dtype=dtype).expand_as(y), torch.ones_like(y).transpose(0, -1).contiguous().transpose(0, -1)):
+    for gradient in (
+        torch.ones((), dtype=dtype).expand_as(y),
+        torch.ones_like(y).transpose(0, -1).contiguous().transpose(0, -1),
+    ):
         ours = torch.autograd.grad(y, tensors, gradient, retain_graph=True)
         assert all(torch.equal(value, other) for value, other in zip(ours, expected, strict=True))
 
@@ -339,7 +399,11 @@ def test_dimensions_before_the_last_are_rows(name):
     for shape in ((12,), (3, 4), (2, 1, 3, 2), (1, 12)):
         assert torch.equal(function(**(leaves | {"x": rows.view(*shape, -1)})), expected.view(*shape, -1))
     assert torch.equal(function(**(leaves | {"x": rows[0]})), expected[0])
-    assert function(**(leaves | {"x": rows.new_empty(0, 3, rows.shape[1])})).shape == (0, 3, expected.shape[1])
+    assert function(**(leaves | {"x": rows.new_empty(0, 3, rows.shape[1])})).shape == (
+        0,
+        3,
+        expected.shape[1],
+    )
 
 
 @dtypes
@@ -349,11 +413,18 @@ def test_conv_of_one_token(dtype, with_state):
     problem = conv_problem(10, dtype, 3, 1, 17, 4)
     state = problem["state"] if with_state else None
     y, after = conv_one_token(problem["x"], problem["weight"], state)
-    expected = causal_conv(problem["x"].double(), problem["weight"].double(), None if state is None else state.double(), backend="torch")
+    expected = causal_conv(
+        problem["x"].double(),
+        problem["weight"].double(),
+        None if state is None else state.double(),
+        backend="torch",
+    )
     assert y.dtype == dtype
     assert_close(y, expected, atol=1e-6 if dtype == torch.float32 else 2**-7)
     assert torch.equal(after, next_conv_state(problem["x"], state, 4))
-    assert after.untyped_storage().nbytes() == after.numel() * after.element_size(), "a view would keep more alive"
+    assert after.untyped_storage().nbytes() == after.numel() * after.element_size(), (
+        "a view would keep more alive"
+    )
 
 
 def test_one_token_of_inference_is_left_to_torch():

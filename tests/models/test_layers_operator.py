@@ -22,7 +22,11 @@ def operators() -> list:
     cases = []
     for dtype in (torch.float32, torch.bfloat16):
         x, gates, weight, inverse = draw(2, 5, 6).to(dtype), draw(2, 5, 6).to(dtype), draw(6), draw(10).abs()
-        taps, state, reach = draw(6, 4), draw(2, 3, 6).to(dtype), torch.randint(0, 4, (2, 5), generator=generator(17))
+        taps, state, reach = (
+            draw(6, 4),
+            draw(2, 3, 6).to(dtype),
+            torch.randint(0, 4, (2, 5), generator=generator(17)),
+        )
         wide = x.transpose(0, 2).contiguous().transpose(0, 2)
         cases += [
             (layers_module, "rms_norm", (x, weight, 1e-6, dtype)),
@@ -40,8 +44,14 @@ def operators() -> list:
 @pytest.mark.parametrize(("module", "name", "arguments"), operators())
 def test_opcheck(module, name, arguments):
     """Schema, fake tensors, autograd registration, dynamic shapes; outputs alias no input."""
-    operator, is_backward = getattr(getattr(torch.ops, namespace(module.__file__)), name).default, name.endswith("_backward")
-    tensors = [value.clone(memory_format=torch.preserve_format) if isinstance(value, Tensor) else value for value in arguments]
+    operator, is_backward = (
+        getattr(getattr(torch.ops, namespace(module.__file__)), name).default,
+        name.endswith("_backward"),
+    )
+    tensors = [
+        value.clone(memory_format=torch.preserve_format) if isinstance(value, Tensor) else value
+        for value in arguments
+    ]
     if is_backward:
         torch.library.opcheck(operator, tuple(tensors), test_utils=("test_schema", "test_faketensor"))
         return
@@ -63,13 +73,22 @@ def test_shapes_that_do_not_fit_are_refused(backend):
     x, weight = torch.ones(2, 5, 7), torch.ones(7, 4)
     for message, call in (
         ("RMSNorm takes [..., 8], but got (2, 5, 7).", lambda: RMSNorm(8, 1e-6, backend)(x)),
-        ("swiglu takes gate and up side by side, [..., 2 * width], but got (2, 5, 7).", lambda: swiglu(x, backend)),
-        ("causal_conv takes weight of shape (7, 4) here, but got (8, 4).", lambda: causal_conv(x, torch.ones(8, 4), backend=backend)),
+        (
+            "swiglu takes gate and up side by side, [..., 2 * width], but got (2, 5, 7).",
+            lambda: swiglu(x, backend),
+        ),
+        (
+            "causal_conv takes weight of shape (7, 4) here, but got (8, 4).",
+            lambda: causal_conv(x, torch.ones(8, 4), backend=backend),
+        ),
         (
             "causal_conv takes state of shape (2, 3, 7) here, but got (2, 4, 7).",
             lambda: causal_conv(x, weight, torch.ones(2, 4, 7), backend=backend),
         ),
-        ("causal_conv takes reach of shape (2, 5) here, but got (2, 4).", lambda: causal_conv(x, weight, None, torch.ones(2, 4), backend)),
+        (
+            "causal_conv takes reach of shape (2, 5) here, but got (2, 4).",
+            lambda: causal_conv(x, weight, None, torch.ones(2, 4), backend),
+        ),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             call()

@@ -16,14 +16,23 @@ def problem(num_tokens: int, vocab: int, seed: int = 0, dtype: torch.dtype = tor
     return hidden, weight, targets.masked_fill(torch.rand(num_tokens, generator=generator) < 0.3, -100)
 
 
-@given(num_tokens=st.integers(1, 20), vocab=st.integers(1, 11), block=st.integers(1, 25), num_items=st.sampled_from([None, 3, 2.5]))
+@given(
+    num_tokens=st.integers(1, 20),
+    vocab=st.integers(1, 11),
+    block=st.integers(1, 25),
+    num_items=st.sampled_from([None, 3, 2.5]),
+)
 def test_any_block_gives_loss_and_gradients_of_the_whole(num_tokens, vocab, block, num_items):
     hidden, weight, targets = problem(num_tokens, vocab)
     targets[0] = 0  # at least one is scored
     ours = linear_cross_entropy(hidden, weight, targets, num_items, block)
     plain = next_token_loss(hidden @ weight.t(), targets, num_items)
     assert_close(ours, plain, atol=1e-12)
-    for grad, other in zip(torch.autograd.grad(ours * 3, (hidden, weight)), torch.autograd.grad(plain * 3, (hidden, weight)), strict=True):
+    for grad, other in zip(
+        torch.autograd.grad(ours * 3, (hidden, weight)),
+        torch.autograd.grad(plain * 3, (hidden, weight)),
+        strict=True,
+    ):
         assert_close(grad, other, atol=1e-12)
 
 

@@ -5,7 +5,16 @@ from typing import Any
 import minrnn.models.block as block
 import pytest
 import torch
-from helpers import VOCAB, assert_close, assert_same_gradients, gradients, logits_of, new_model, random_ids, shared_model
+from helpers import (
+    VOCAB,
+    assert_close,
+    assert_same_gradients,
+    gradients,
+    logits_of,
+    new_model,
+    random_ids,
+    shared_model,
+)
 from minrnn.models import MinRNNCache, MinRNNConfig, MinRNNForCausalLM, MinRNNModel
 from minrnn.models.cells import CELLS
 from torch import Tensor
@@ -34,12 +43,22 @@ def test_loss_is_that_of_the_next_token(with_starts):
     summed, count = cross_entropy(logits, targets), int((targets >= 0).sum())
     with torch.no_grad():
         assert_close(model(ids, labels=labels, document_starts=starts).loss, summed / count, atol=1e-13)
-        assert_close(model(ids, shift_labels=targets, document_starts=starts).loss, summed / count, atol=1e-13)
+        assert_close(
+            model(ids, shift_labels=targets, document_starts=starts).loss, summed / count, atol=1e-13
+        )
         if starts is not None:
             labels = labels.masked_fill(starts, -100)  # what nothing predicts may not be counted
         for items in (7, torch.tensor(7)):
-            assert_close(model(ids, labels=labels, document_starts=starts, num_items_in_batch=items).loss, summed / 7, atol=1e-13)
-            assert_close(model(ids, shift_labels=targets, document_starts=starts, num_items_in_batch=items).loss, summed / 7, atol=1e-13)
+            assert_close(
+                model(ids, labels=labels, document_starts=starts, num_items_in_batch=items).loss,
+                summed / 7,
+                atol=1e-13,
+            )
+            assert_close(
+                model(ids, shift_labels=targets, document_starts=starts, num_items_in_batch=items).loss,
+                summed / 7,
+                atol=1e-13,
+            )
         assert model(ids, document_starts=starts).loss is None
 
 
@@ -91,7 +110,9 @@ def test_gradient_checkpointing_changes_nothing(cell, carried):
         output = model(ids[:, 5:], labels=ids[:, 5:], past_key_values=cache, use_cache=carried)
         state = {} if output.past_key_values is None else output.past_key_values.state_dict()
         count = []
-        model.model.layers[0].get_submodule("mixer").register_forward_hook(lambda *args, count=count: count.append(1))
+        model.model.layers[0].get_submodule("mixer").register_forward_hook(
+            lambda *args, count=count: count.append(1)
+        )
         results.append((output.loss, gradients(model, output.loss), state))
         calls.append(len(count))
     assert calls == [0, 1]  # blocks that the backward pass ran again
@@ -117,7 +138,9 @@ def test_activations_keep_steady_with_depth(cell, preset):
     sizes = {}
     for depth in (2, 16):
         torch.manual_seed(0)
-        config = MinRNNConfig.from_preset(preset, cell=cell, vocab_size=VOCAB, hidden_size=32, num_hidden_layers=depth, intermediate_size=64)
+        config = MinRNNConfig.from_preset(
+            preset, cell=cell, vocab_size=VOCAB, hidden_size=32, num_hidden_layers=depth, intermediate_size=64
+        )
         model, norms = MinRNNForCausalLM(config).eval(), []
 
         def record(module, args, output: Any, norms=norms) -> None:
@@ -134,17 +157,23 @@ def test_activations_keep_steady_with_depth(cell, preset):
 @pytest.mark.parametrize("memory_length", [2.0, 64.0, 4096.0])
 def test_memory_lengths_are_spread_in_octaves(cell, memory_length):
     torch.manual_seed(0)
-    config = MinRNNConfig(cell=cell, hidden_size=64, num_hidden_layers=4, intermediate_size=0, memory_length=memory_length)
+    config = MinRNNConfig(
+        cell=cell, hidden_size=64, num_hidden_layers=4, intermediate_size=0, memory_length=memory_length
+    )
     for layer in MinRNNModel(config).layers:
         mixer = layer.get_submodule("mixer")
         biases = mixer.get_parameter("gate_bias").double()
-        a, _ = CELLS[cell].coefficients(*biases, torch.zeros(config.recurrent_size, dtype=torch.float64), "none")
+        a, _ = CELLS[cell].coefficients(
+            *biases, torch.zeros(config.recurrent_size, dtype=torch.float64), "none"
+        )
         octaves = torch.log2(1 / (1 - a)).sort().values
         longest = torch.log2(torch.tensor(memory_length))
         assert octaves[0] >= 1 - 1e-5
         assert octaves[-1] <= longest + 1e-4
         uniform = torch.linspace(1, float(longest), len(octaves), dtype=torch.float64)
-        assert (octaves - uniform).abs().max() <= 0.25 * (longest - 1) + 1e-5  # Kolmogorov-Smirnov: 0.2 is p = 0.05 of 1e-2 layers
+        assert (octaves - uniform).abs().max() <= 0.25 * (
+            longest - 1
+        ) + 1e-5  # Kolmogorov-Smirnov: 0.2 is p = 0.05 of 1e-2 layers
 
 
 @cells
@@ -161,10 +190,18 @@ def test_state_is_fp32_under_autocast(cell, monkeypatch):
     exact = logits_of(model, ids)
     seen.clear()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        pieces = [logits_of(model, ids[:, low:high], past_key_values=cache, use_cache=True) for low, high in ((0, 4), (4, 9))]
+        pieces = [
+            logits_of(model, ids[:, low:high], past_key_values=cache, use_cache=True)
+            for low, high in ((0, 4), (4, 9))
+        ]
         output = model(ids, labels=ids)
-    assert seen[:4] == [(torch.bfloat16, torch.float32, None)] * 2 + [(torch.bfloat16, torch.float32, torch.float32)] * 2
-    assert all(layer.recurrent is not None and layer.recurrent.dtype == torch.float32 for layer in cache.layers)
+    assert (
+        seen[:4]
+        == [(torch.bfloat16, torch.float32, None)] * 2 + [(torch.bfloat16, torch.float32, torch.float32)] * 2
+    )
+    assert all(
+        layer.recurrent is not None and layer.recurrent.dtype == torch.float32 for layer in cache.layers
+    )
     assert output.loss.dtype == torch.float32
     assert_close(torch.cat(pieces, dim=1), exact, atol=0.05)  # a few layers of bf16, 2**-8 each
 
@@ -197,13 +234,17 @@ def test_cache_stores_and_loads():
     logits_of(model, ids, past_key_values=cache, use_cache=True)
     assert cache.get_seq_length() == 6
     state = cache.state_dict()
-    assert set(state) == {f"layers.{i}.{kind}" for i in range(2) for kind in ("recurrent", "conv")} | {"num_tokens"}
+    assert set(state) == {f"layers.{i}.{kind}" for i in range(2) for kind in ("recurrent", "conv")} | {
+        "num_tokens"
+    }
     assert all(tensor.is_contiguous() and not tensor.requires_grad for tensor in state.values())
     restored = MinRNNCache(2).load_state_dict(state)
     expected = logits_of(model, more, past_key_values=cache, use_cache=True)
     assert torch.equal(logits_of(model, more, past_key_values=restored, use_cache=True), expected)
     restored.load_state_dict({})
-    assert torch.equal(logits_of(model, more, past_key_values=restored, use_cache=True), logits_of(model, more))
+    assert torch.equal(
+        logits_of(model, more, past_key_values=restored, use_cache=True), logits_of(model, more)
+    )
 
 
 def test_cache_is_read_but_not_written_without_use_cache():

@@ -44,11 +44,19 @@ def normal_range() -> np.ndarray:
 
 
 def test_exp_is_right_to_the_last_place(normal_range):
-    assert relative_error(mapped(support.exp, normal_range), np.exp(normal_range.astype(np.float64))) < 0.8 * UNIT
+    assert (
+        relative_error(mapped(support.exp, normal_range), np.exp(normal_range.astype(np.float64)))
+        < 0.8 * UNIT
+    )
 
 
 def test_sigmoid_is_right_to_the_last_places(normal_range):
-    assert relative_error(mapped(support.sigmoid, normal_range), 1 / (1 + np.exp(-normal_range.astype(np.float64)))) < 1.5 * UNIT
+    assert (
+        relative_error(
+            mapped(support.sigmoid, normal_range), 1 / (1 + np.exp(-normal_range.astype(np.float64)))
+        )
+        < 1.5 * UNIT
+    )
 
 
 def test_tanh_keeps_its_digits_near_zero(normal_range):
@@ -58,7 +66,13 @@ def test_tanh_keeps_its_digits_near_zero(normal_range):
 def test_ends_of_the_range():
     """NaN passes; what would overflow or vanish stays at the ends, so that nothing divides by 0 or multiplies 0 with infinity."""
     ends = np.array([np.nan, np.inf, 1e4, -1e4, -np.inf, 0.0, -0.0], np.float32)
-    assert np.allclose(mapped(support.exp, ends), np.exp(np.array([np.nan, 88.3, 88.3, -87.3, -87.3, 0, 0])), rtol=1e-5, atol=0, equal_nan=True)
+    assert np.allclose(
+        mapped(support.exp, ends),
+        np.exp(np.array([np.nan, 88.3, 88.3, -87.3, -87.3, 0, 0])),
+        rtol=1e-5,
+        atol=0,
+        equal_nan=True,
+    )
     values = mapped(support.sigmoid, ends)
     assert np.isnan(values[0])
     assert list(values[1:3]) == [1, 1]
@@ -174,7 +188,9 @@ def test_models_train_under_settings_of_the_environment(environment, tmp_path):
     variables = os.environ | environment
     if "PYTHONOPTIMIZE" in environment:
         variables["PYTHONPYCACHEPREFIX"] = str(tmp_path)  # of all packages, for this test alone
-    finished = subprocess.run([sys.executable, "-c", WITHOUT_KERNELS], env=variables, capture_output=True, text=True)
+    finished = subprocess.run(
+        [sys.executable, "-c", WITHOUT_KERNELS], env=variables, capture_output=True, text=True
+    )
     assert finished.returncode == 0, finished.stderr[-4000:]
     warnings = [line for line in finished.stderr.splitlines() if line.startswith("warning:")]
     assert len(warnings) == ("NUMBA_DISABLE_JIT" in environment)
@@ -236,7 +252,15 @@ def test_a_forked_child_computes_what_its_parent_does(tmp_path):
 
 @pytest.mark.parametrize(
     ("num_threads", "batch", "width", "expected"),
-    [(1, 1, 100, 100), (3, 1, 100, 100), (8, 1, 100, 13), (8, 2, 100, 25), (8, 3, 100, 100), (4, 0, 100, 25), (64, 1, 3, 1)],
+    [
+        (1, 1, 100, 100),
+        (3, 1, 100, 100),
+        (8, 1, 100, 13),
+        (8, 2, 100, 25),
+        (8, 3, 100, 100),
+        (4, 0, 100, 25),
+        (64, 1, 3, 1),
+    ],
 )
 def test_rows_are_striped_where_many_threads_would_idle(num_threads, batch, width, expected):
     torch.set_num_threads(num_threads)

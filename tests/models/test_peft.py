@@ -23,12 +23,19 @@ def test_adapters(target, cell):
     plain = logits_of(base, ids)
     options = peft.LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=False, **TARGETS[target])
     model = peft.get_peft_model(base, options)
-    whole, without_logits = model(input_ids=ids, labels=ids), model(input_ids=ids, labels=ids, skip_logits=True)
+    whole, without_logits = (
+        model(input_ids=ids, labels=ids),
+        model(input_ids=ids, labels=ids, skip_logits=True),
+    )
     assert whole.logits is not None
     assert without_logits.logits is None
     assert_close(without_logits.loss, whole.loss, atol=1e-12)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for ours, expected in zip(torch.autograd.grad(without_logits.loss, trained), torch.autograd.grad(whole.loss, trained), strict=True):
+    for ours, expected in zip(
+        torch.autograd.grad(without_logits.loss, trained),
+        torch.autograd.grad(whole.loss, trained),
+        strict=True,
+    ):
         assert_close(ours, expected, atol=1e-12)
     assert not torch.allclose(logits_of(base, ids), plain), "the adapter does nothing: a weak test"
     output = model.generate(input_ids=ids, max_new_tokens=5, do_sample=False)

@@ -39,14 +39,20 @@ def bytes_kept(num_layers: int, recompute: str, cell: str) -> int:
 @pytest.mark.parametrize("cell", ["mingru", "mingru_signed", "minlstm_signed"])
 def test_bytes_per_token_and_layer_are_as_stated(recompute, cell):
     H, P, R, intermediate = HIDDEN, 4 if "lstm" in cell else 3, 3 * HIDDEN // 2, 2 * HIDDEN
-    composed = {"none": 26 * R if "lstm" in cell else 18 * R, "selective": -2 * R, "full": 0} if "signed" in cell else {}
+    composed = (
+        {"none": 26 * R if "lstm" in cell else 18 * R, "selective": -2 * R, "full": 0}
+        if "signed" in cell
+        else {}
+    )
     stated = {
         "none": 14 * H + 2 * P * R + 4 * R + 6 * intermediate,
         "selective": 8 * H + 2 * P * R + 4 * R + 4 * intermediate,
         "full": 4 * H,
     }
     measured = (bytes_kept(5, recompute, cell) - bytes_kept(2, recompute, cell)) / 3 / TOKENS
-    larger, smaller = (sum(p.numel() for p in new_model(layers, "none", cell=cell).parameters()) for layers in (3, 2))
+    larger, smaller = (
+        sum(p.numel() for p in new_model(layers, "none", cell=cell).parameters()) for layers in (3, 2)
+    )
     weights = 2 * (larger - smaller)
     if recompute == "none":  # autocast's bf16 copies of the weights are kept too
         measured -= weights / TOKENS

@@ -113,9 +113,15 @@ def start(script: str, home: Path, *arguments: str) -> subprocess.Popen:
     """Run a script elsewhere, isolated, offline, with an empty hub cache."""
     home.mkdir()
     (home / "script.py").write_text(script)
-    environment = os.environ | {"HF_HOME": str(home / "hf"), "HF_MODULES_CACHE": str(home / "modules"), "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {
+        "HF_HOME": str(home / "hf"),
+        "HF_MODULES_CACHE": str(home / "modules"),
+        "HF_HUB_OFFLINE": "1",
+    }
     command = [sys.executable, "-I", str(home / "script.py"), *arguments]
-    return subprocess.Popen(command, cwd=home, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=home, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def finish(process: subprocess.Popen) -> dict:
@@ -127,7 +133,9 @@ def finish(process: subprocess.Popen) -> dict:
 def save(folder: Path, cell: str, **fields: Any):
     """An untied model (it says more than its last token) with its tokenizer; generation is limited by length alone."""
     tokenizer = byte_tokenizer()
-    model = new_model(vocab_size=264, cell=cell, tie_word_embeddings=False, pad_token_id=tokenizer.pad_token_id, **fields)
+    model = new_model(
+        vocab_size=264, cell=cell, tie_word_embeddings=False, pad_token_id=tokenizer.pad_token_id, **fields
+    )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return model, tokenizer
@@ -136,12 +144,25 @@ def save(folder: Path, cell: str, **fields: Any):
 def test_the_saved_folder_holds_the_code(tmp_path):
     save(tmp_path, "mingru")
     saved = {path.name for path in tmp_path.glob("*.py")}
-    assert saved >= {"modeling_minrnn.py", "configuration_minrnn.py", "scan.py", "cell_scan_numba.py", "layers_numba.py", "tiles_triton.py"}
-    for name in saved:  # what transformers does not find, or looks for in vain, fails where the model is loaded
+    assert saved >= {
+        "modeling_minrnn.py",
+        "configuration_minrnn.py",
+        "scan.py",
+        "cell_scan_numba.py",
+        "layers_numba.py",
+        "tiles_triton.py",
+    }
+    for (
+        name
+    ) in saved:  # what transformers does not find, or looks for in vain, fails where the model is loaded
         tree = ast.walk(ast.parse((tmp_path / name).read_text()))
-        siblings = [f"{node.module}.py" for node in tree if isinstance(node, ast.ImportFrom) and node.level == 1]
+        siblings = [
+            f"{node.module}.py" for node in tree if isinstance(node, ast.ImportFrom) and node.level == 1
+        ]
         assert saved >= set(siblings), name
-        assert {"torch", "transformers", "huggingface_hub", "numpy"} >= set(get_imports(tmp_path / name)) - sys.stdlib_module_names, name
+        assert {"torch", "transformers", "huggingface_hub", "numpy"} >= set(
+            get_imports(tmp_path / name)
+        ) - sys.stdlib_module_names, name
     assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == {
         "AutoConfig": "configuration_minrnn.MinRNNConfig",
         "AutoModel": "modeling_minrnn.MinRNNModel",
@@ -155,7 +176,10 @@ def test_loads_without_the_package(tmp_path):
     model, tokenizer = save(folder, "mingru")
     arguments = (json.dumps(PROMPTS), str(NUM_TOKENS))
     gone = {"numba": ["minrnn"], "no-numba": ["minrnn", "numba", "llvmlite", "triton"]}
-    processes = {name: start(WITHOUT + GENERATE, tmp_path / name, str(folder), json.dumps(gone[name]), *arguments) for name in gone}
+    processes = {
+        name: start(WITHOUT + GENERATE, tmp_path / name, str(folder), json.dumps(gone[name]), *arguments)
+        for name in gone
+    }
 
     expected = []
     for prompt in PROMPTS:
@@ -189,6 +213,8 @@ def test_copies_live_side_by_side(tmp_path, version):
     one, two = map(str, folders)
     sources = ["package", one, two] if version == "same" else [one, "package"]
     found = finish(start(WITHOUT + SIDE_BY_SIDE, tmp_path / "home", one, "[]", json.dumps(sources)))
-    assert [Path(file).is_relative_to(tmp_path) for file in found["files"]] == [source != "package" for source in sources]
+    assert [Path(file).is_relative_to(tmp_path) for file in found["files"]] == [
+        source != "package" for source in sources
+    ]
     assert len(set(found["files"])) == len(sources)
     assert len(set(found["namespaces"])) == (1 if version == "same" else 2)

@@ -25,7 +25,12 @@ DTYPES = {
     "fp32-fp64": (torch.float32, torch.float64, torch.float32),
 }
 PRECISION = {torch.float64: 1e-13, torch.float32: 2e-6}  # of the arithmetic, relative to the largest
-ROUNDING = {torch.float64: 0.0, torch.float32: 2**-23, torch.float16: 2**-10, torch.bfloat16: 2**-7}  # one unit in the last place
+ROUNDING = {
+    torch.float64: 0.0,
+    torch.float32: 2**-23,
+    torch.float16: 2**-10,
+    torch.bfloat16: 2**-7,
+}  # one unit in the last place
 
 
 def plain_scan(a: Tensor, b: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,7 +42,9 @@ def plain_scan(a: Tensor, b: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
     return (torch.stack(states, dim=1) if states else torch.zeros_like(b)), h
 
 
-def random_problem(seed: int, batch: int, time: int, width: int, dtypes=DTYPES["fp64"], kind: str = "signed") -> tuple[Tensor, Tensor, Tensor]:
+def random_problem(
+    seed: int, batch: int, time: int, width: int, dtypes=DTYPES["fp64"], kind: str = "signed"
+) -> tuple[Tensor, Tensor, Tensor]:
     """(a, b, h0) in their dtypes; a in [-1, 1], with zeros and ones among them, or close to 1, or both."""
     random = generator(seed)
     a = torch.rand(batch, time, width, generator=random, dtype=torch.float64)
@@ -47,32 +54,45 @@ def random_problem(seed: int, batch: int, time: int, width: int, dtypes=DTYPES["
         a = 1 - 0.01 * a
     special = torch.rand(a.shape, generator=random)
     a = torch.where(special < 0.05, 0.0, torch.where(special > 0.9, 1.0, a))
-    b, h0 = torch.randn(a.shape, generator=random, dtype=torch.float64), torch.randn(batch, width, generator=random, dtype=torch.float64)
+    b, h0 = (
+        torch.randn(a.shape, generator=random, dtype=torch.float64),
+        torch.randn(batch, width, generator=random, dtype=torch.float64),
+    )
     return a.to(dtypes[0]), b.to(dtypes[1]), h0.to(dtypes[2])
 
 
-def differentiated(scan, a: Tensor, b: Tensor, h0: Tensor | None, weights: tuple[Tensor, Tensor], use: str = "both") -> Results:
+def differentiated(
+    scan, a: Tensor, b: Tensor, h0: Tensor | None, weights: tuple[Tensor, Tensor], use: str = "both"
+) -> Results:
     """h, h_last and the gradients of their weighted sum; with `use` of only one of them."""
     leaves = {"a": a, "b": b} | ({} if h0 is None else {"h0": h0})
     leaves = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
     h, h_last = scan(leaves["a"], leaves["b"], leaves.get("h0"))
-    loss = sum((0 * leaf.double()).sum() for leaf in leaves.values())  # so that every leaf is used, also by the loop over no time
+    loss = sum(
+        (0 * leaf.double()).sum() for leaf in leaves.values()
+    )  # so that every leaf is used, also by the loop over no time
     if use in ("both", "h"):
         loss = loss + (h.double() * weights[0]).sum()
     if use in ("both", "h_last"):
         loss = loss + (h_last.double() * weights[1]).sum()
     assert isinstance(loss, Tensor)
     grads = torch.autograd.grad(loss, list(leaves.values()))
-    return {"h": h.detach(), "h_last": h_last.detach()} | {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
+    return {"h": h.detach(), "h_last": h_last.detach()} | {
+        f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)
+    }
 
 
 def random_weights(seed: int, b: Tensor) -> tuple[Tensor, Tensor]:
     """For h and h_last; representable in every dtype, so that rounding the incoming gradient loses nothing."""
     random = generator(seed + 1)
-    return (torch.randint(-8, 9, b.shape, generator=random) / 4).double(), torch.randn(b.shape[0], b.shape[2], generator=random).double()
+    return (torch.randint(-8, 9, b.shape, generator=random) / 4).double(), torch.randn(
+        b.shape[0], b.shape[2], generator=random
+    ).double()
 
 
-def plain_results(a: Tensor, b: Tensor, h0: Tensor | None, weights: tuple[Tensor, Tensor], use: str = "both") -> Results:
+def plain_results(
+    a: Tensor, b: Tensor, h0: Tensor | None, weights: tuple[Tensor, Tensor], use: str = "both"
+) -> Results:
     """`differentiated` of the plain loop in fp64 on the same numbers."""
     start = torch.zeros(b.shape[0], b.shape[2], dtype=torch.float64)
 
@@ -84,7 +104,9 @@ def plain_results(a: Tensor, b: Tensor, h0: Tensor | None, weights: tuple[Tensor
 
 def assert_results(ours: Results, expected: Results, a: Tensor, b: Tensor, h0: Tensor | None) -> None:
     accumulated = torch.float64 if torch.float64 in (a.dtype, b.dtype) else torch.float32
-    dtypes = {"h": b.dtype, "h_last": accumulated, "da": a.dtype, "db": b.dtype} | ({} if h0 is None else {"dh0": h0.dtype})
+    dtypes = {"h": b.dtype, "h_last": accumulated, "da": a.dtype, "db": b.dtype} | (
+        {} if h0 is None else {"dh0": h0.dtype}
+    )
     assert {name: value.dtype for name, value in ours.items()} == dtypes
     for name, value in ours.items():
         # da is the product of a gradient with an h that was saved in b's dtype
@@ -93,14 +115,22 @@ def assert_results(ours: Results, expected: Results, a: Tensor, b: Tensor, h0: T
 
 
 narrow = st.tuples(st.integers(0, 3), st.integers(0, 70), st.integers(1, 70))
-wide = st.tuples(st.integers(1, 3), st.integers(1, 7), st.sampled_from([511, 513, 1100]))  # more than one stripe
+wide = st.tuples(
+    st.integers(1, 3), st.integers(1, 7), st.sampled_from([511, 513, 1100])
+)  # more than one stripe
 kinds = st.sampled_from(["signed", "long", "positive"])
 
 
 @backends
 @pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
 @settings(max_examples=8)
-@given(shape=narrow | wide, kind=kinds, with_h0=st.booleans(), use=st.sampled_from(["both", "both", "h", "h_last"]), seed=st.integers(0, 2**20))
+@given(
+    shape=narrow | wide,
+    kind=kinds,
+    with_h0=st.booleans(),
+    use=st.sampled_from(["both", "both", "h", "h_last"]),
+    seed=st.integers(0, 2**20),
+)
 def test_values_and_gradients(backend, dtypes, shape, kind, with_h0, use, seed):
     a, b, start = random_problem(seed, *shape, dtypes=dtypes, kind=kind)
     h0 = start if with_h0 else None
@@ -120,7 +150,11 @@ def test_edges_of_blocks(backend, time):
 
 @backends
 @settings(max_examples=10)
-@given(time=st.integers(0, 60), cuts=st.lists(st.integers(0, 60), max_size=4), dtypes=st.sampled_from(["fp64", "fp32", "bf16"]))
+@given(
+    time=st.integers(0, 60),
+    cuts=st.lists(st.integers(0, 60), max_size=4),
+    dtypes=st.sampled_from(["fp64", "fp32", "bf16"]),
+)
 def test_cut_anywhere(backend, time, cuts, dtypes):
     a, b, h0 = random_problem(time, 2, time, 33, DTYPES[dtypes], "long")
     weights = random_weights(time, b)
@@ -164,7 +198,9 @@ def test_decay_is_the_product(backend, dtypes, shape, with_h0, seed):
     for value, other in zip((h, h_last), linear_scan(a, b, h0, backend=backend), strict=True):
         assert torch.equal(value, other)
     if h0 is not None:
-        assert_close(decay * h0 + linear_scan(a, b, None, backend=backend)[1], h_last, atol=1e-5, what="h_last")
+        assert_close(
+            decay * h0 + linear_scan(a, b, None, backend=backend)[1], h_last, atol=1e-5, what="h_last"
+        )
 
 
 def strided(tensor: Tensor, how: str) -> Tensor:
@@ -214,7 +250,9 @@ def test_threads_change_no_bit(backend, dtypes, batch):
     weights, results = random_weights(4, b), []
     for num_threads in (1, 2, 3, 7):
         torch.set_num_threads(num_threads)
-        results.append(differentiated(lambda a, b, h0: linear_scan(a, b, h0, backend=backend), a, b, h0, weights))
+        results.append(
+            differentiated(lambda a, b, h0: linear_scan(a, b, h0, backend=backend), a, b, h0, weights)
+        )
     for other in results[1:]:
         assert all(torch.equal(other[name], value) for name, value in results[0].items())
 
@@ -229,7 +267,13 @@ def test_long_memory_over_a_long_sequence(backend, bound):
     b, h0 = torch.randn(a.shape, generator=random) * decay, torch.randn(2, 48, generator=random)
     weights = random_weights(11, b)
     ours = differentiated(lambda a, b, h0: linear_scan(a, b, h0, backend=backend), a, b, h0, weights)
-    exact = differentiated(lambda a, b, h0: linear_scan(a, b, h0, backend="reference"), a.double(), b.double(), h0.double(), weights)
+    exact = differentiated(
+        lambda a, b, h0: linear_scan(a, b, h0, backend="reference"),
+        a.double(),
+        b.double(),
+        h0.double(),
+        weights,
+    )
     for name, value in ours.items():
         assert_close(value, exact[name], atol=bound, what=name)
 

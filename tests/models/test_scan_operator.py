@@ -19,10 +19,15 @@ def operator(name: str):
     return getattr(getattr(torch.ops, namespace(scan_module.__file__)), name).default
 
 
-def inputs(layout: str, time: int, dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32)) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(
+    layout: str, time: int, dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32)
+) -> tuple[Tensor, Tensor, Tensor]:
     """(a, b, h0) in a layout; time first in memory is what a transposed batch has."""
     random = generator(1)
-    a, b = torch.rand(2, time, 5, generator=random).to(dtypes[0]), torch.randn(2, time, 5, generator=random).to(dtypes[1])
+    a, b = (
+        torch.rand(2, time, 5, generator=random).to(dtypes[0]),
+        torch.randn(2, time, 5, generator=random).to(dtypes[1]),
+    )
     h0 = torch.randn(2, 5, generator=random)
     if layout == "transposed":
         a, b, h0 = (tensor.transpose(0, -1).contiguous().transpose(0, -1) for tensor in (a, b, h0))
@@ -36,7 +41,9 @@ def inputs(layout: str, time: int, dtypes: tuple[torch.dtype, torch.dtype] = (to
 def test_opcheck_forward(backend, layout, time, b_dtype):
     arguments = tuple(tensor.requires_grad_() for tensor in inputs(layout, time, (torch.float32, b_dtype)))
     tolerance = 1e-2 if b_dtype == torch.bfloat16 else 1e-6
-    torch.library.opcheck(operator(f"linear_scan_{backend}"), (*arguments, time > 0), atol=tolerance, rtol=tolerance)
+    torch.library.opcheck(
+        operator(f"linear_scan_{backend}"), (*arguments, time > 0), atol=tolerance, rtol=tolerance
+    )
 
 
 @backends
@@ -45,7 +52,11 @@ def test_opcheck_forward(backend, layout, time, b_dtype):
 def test_opcheck_backward(backend, layout, time):
     a, h, h0 = inputs(layout, time)
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(operator(f"linear_scan_backward_{backend}"), (a, h, h0, torch.randn_like(h), torch.randn_like(h0)), test_utils=checks)
+    torch.library.opcheck(
+        operator(f"linear_scan_backward_{backend}"),
+        (a, h, h0, torch.randn_like(h), torch.randn_like(h0)),
+        test_utils=checks,
+    )
 
 
 @backends
@@ -57,12 +68,18 @@ def test_compiles_without_a_graph_break(backend):
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     for layout in ("contiguous", "transposed"):
         arguments = inputs(layout, 7)
-        for ours, expected in zip(run_and_differentiate(compiled, *arguments), run_and_differentiate(function, *arguments), strict=True):
+        for ours, expected in zip(
+            run_and_differentiate(compiled, *arguments),
+            run_and_differentiate(function, *arguments),
+            strict=True,
+        ):
             assert_close(ours, expected, atol=1e-6)
 
 
 def test_compiles_for_any_length():
-    compiled = torch.compile(lambda a, b: linear_scan(a, b)[0], fullgraph=True, backend="aot_eager", dynamic=True)
+    compiled = torch.compile(
+        lambda a, b: linear_scan(a, b)[0], fullgraph=True, backend="aot_eager", dynamic=True
+    )
     for time in (3, 8, 21):
         a, b, _ = inputs("contiguous", time)
         assert torch.equal(compiled(a, b), linear_scan(a, b)[0])
@@ -104,7 +121,9 @@ def test_namespace_is_a_hash_of_the_source(tmp_path):
 
     def copy(name: str, **changed: str) -> str:
         folder = tmp_path / name
-        shutil.copytree(Path(scan_module.__file__).parent, folder, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            Path(scan_module.__file__).parent, folder, ignore=shutil.ignore_patterns("__pycache__")
+        )
         for module, text in changed.items():
             with (folder / f"{module}.py").open("a") as file:
                 file.write(text)
@@ -113,7 +132,15 @@ def test_namespace_is_a_hash_of_the_source(tmp_path):
     ours = copy("one")
     assert ours == copy("same")
     assert ours == copy("something-else", layers_numba="\n#", note="\n#")
-    for module in ("scan", "scan_numba", "numba_support", "scan_torch", "scan_triton", "tiles_triton", "operators"):
+    for module in (
+        "scan",
+        "scan_numba",
+        "numba_support",
+        "scan_torch",
+        "scan_triton",
+        "tiles_triton",
+        "operators",
+    ):
         assert ours != copy(module, **{module: "\n#"}), module
 
 
@@ -171,12 +198,18 @@ def test_kernels_that_cannot_run_are_replaced_in_words_or_refused(device, kernel
     said = f"warning: the {kernels} kernels cannot run on {device} in bfloat16: the reason; the torch backend takes their place"
     assert warnings[0].startswith(said)
     assert "\n" not in warnings[0]
-    with pytest.raises(ValueError, match=f"The {kernels} kernels cannot run here: the reason; use another backend"):
+    with pytest.raises(
+        ValueError, match=f"The {kernels} kernels cannot run here: the reason; use another backend"
+    ):
         scan_module.check_backend(kernels, torch.device(device), torch.bfloat16)
 
 
 def test_triton_without_a_gpu_is_refused():
-    with pytest.raises(ValueError, match=r"they run on a GPU .*, and the tensors are on cpu; use another backend"):
+    with pytest.raises(
+        ValueError, match=r"they run on a GPU .*, and the tensors are on cpu; use another backend"
+    ):
         linear_scan(*inputs("contiguous", 3), backend="triton")
-    with pytest.raises(ValueError, match="they run on the CPU, and the tensors are on cuda:0; use another backend"):
+    with pytest.raises(
+        ValueError, match="they run on the CPU, and the tensors are on cuda:0; use another backend"
+    ):
         scan_module.check_backend("numba", torch.device("cuda:0"), torch.float32)

@@ -7,7 +7,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import assert_close, generate, generate_with_state, logits_of, new_model, random_ids, shared_model
+from helpers import (
+    assert_close,
+    generate,
+    generate_with_state,
+    logits_of,
+    new_model,
+    random_ids,
+    shared_model,
+)
 from minrnn.models import MinRNNCache, MinRNNForCausalLM
 from safetensors.torch import load, save
 from torch import Tensor
@@ -67,9 +75,12 @@ def test_a_state_that_was_saved_goes_on(trip, kernel):
     assert torch.equal(generate(model, text, 6, past_key_values=copy.deepcopy(other)), expected)
     beams = copy.deepcopy(other)
     beams.batch_repeat_interleave(2)
-    assert torch.equal(generate(model, text, 6, past_key_values=beams, num_beams=2), generate(model, text, 6, num_beams=2))
     assert torch.equal(
-        logits_of(model, more, past_key_values=other, use_cache=True), logits_of(model, more, past_key_values=state, use_cache=True)
+        generate(model, text, 6, past_key_values=beams, num_beams=2), generate(model, text, 6, num_beams=2)
+    )
+    assert torch.equal(
+        logits_of(model, more, past_key_values=other, use_cache=True),
+        logits_of(model, more, past_key_values=state, use_cache=True),
     )
     assert other.get_seq_length() == 10
 
@@ -117,7 +128,11 @@ def unfit_state(kind: str, model: MinRNNForCausalLM) -> object:
         state.layers[1].reset()
         return state
     attention = LlamaConfig(num_hidden_layers=2, num_attention_heads=2)
-    foreign = {"of no kind": object(), "dynamic": DynamicCache(), "static": StaticCache(attention, max_cache_len=9)}
+    foreign = {
+        "of no kind": object(),
+        "dynamic": DynamicCache(),
+        "static": StaticCache(attention, max_cache_len=9),
+    }
     fields = {
         "of fewer layers": {"num_hidden_layers": 1},
         "of more layers": {"num_hidden_layers": 3},
@@ -126,7 +141,11 @@ def unfit_state(kind: str, model: MinRNNForCausalLM) -> object:
         "of another kernel": {"conv_kernel": 2},
         "with or without convolution": {"conv_kernel": 4 - model.config.conv_kernel},
     }
-    return foreign[kind] if kind in foreign else state_after(model_of(**{"conv_kernel": model.config.conv_kernel} | fields[kind]), ids)
+    return (
+        foreign[kind]
+        if kind in foreign
+        else state_after(model_of(**{"conv_kernel": model.config.conv_kernel} | fields[kind]), ids)
+    )
 
 
 @pytest.mark.parametrize("kernel", [0, 4])
@@ -158,7 +177,9 @@ def test_a_text_that_the_state_has_read_is_refused():
     """The whole text again, a shorter one; a row for many; what goes on is exact, whole or with what is new alone."""
     model, ids = model_of(), random_ids(2, 6)
     for text in (ids, ids[:, :4]):
-        with pytest.raises(ValueError, match=f"past_key_values has read 6 tokens, but the text has {text.shape[1]}"):
+        with pytest.raises(
+            ValueError, match=f"past_key_values has read 6 tokens, but the text has {text.shape[1]}"
+        ):
             generate(model, text, past_key_values=state_after(model, ids))
         embeds = model.get_input_embeddings()(text)
         with pytest.raises(ValueError, match="has read 6 tokens"):
@@ -168,7 +189,9 @@ def test_a_text_that_the_state_has_read_is_refused():
     text = torch.cat([ids, random_ids(2, 3, seed=1)], dim=1)
     expected = generate(model, text)
     assert torch.equal(generate(model, text, past_key_values=state_after(model, ids)), expected)
-    new = generate(model, text[:, 6:], past_key_values=state_after(model, ids), attention_mask=torch.ones_like(text))
+    new = generate(
+        model, text[:, 6:], past_key_values=state_after(model, ids), attention_mask=torch.ones_like(text)
+    )
     assert torch.equal(new, expected[:, 6:])
     sequences, state = generate_with_state(model, ids, 5)
     with pytest.raises(ValueError, match="has read 10 tokens, but the text has 10"):
@@ -177,9 +200,14 @@ def test_a_text_that_the_state_has_read_is_refused():
 
 @pytest.mark.parametrize("implementation", ["static", "offloaded", "quantized", "paged"])
 def test_ways_to_store_keys_and_values_are_refused(implementation):
-    with pytest.raises(ValueError, match=f"cache_implementation='{implementation}'.* is a way to store keys and values"):
+    with pytest.raises(
+        ValueError, match=f"cache_implementation='{implementation}'.* is a way to store keys and values"
+    ):
         generate(model_of(), random_ids(2, 6), cache_implementation=implementation)
-    assert torch.equal(generate(model_of(), random_ids(2, 6), cache_implementation="dynamic"), generate(model_of(), random_ids(2, 6)))
+    assert torch.equal(
+        generate(model_of(), random_ids(2, 6), cache_implementation="dynamic"),
+        generate(model_of(), random_ids(2, 6)),
+    )
 
 
 def test_a_state_does_not_go_back():
@@ -195,7 +223,11 @@ def test_a_state_survives_reentrant_and_other_checkpointing():
     """Gradients of two chunks with the state between them: without checkpointing, reentrant, and not."""
     ids, grads = random_ids(2, 12), []
     for options in (None, {"use_reentrant": True}, {"use_reentrant": False}):
-        model, state, losses = new_model(dtype=torch.float64, tie_word_embeddings=False).train(), MinRNNCache(2), []
+        model, state, losses = (
+            new_model(dtype=torch.float64, tie_word_embeddings=False).train(),
+            MinRNNCache(2),
+            [],
+        )
         if options is not None:
             model.activation_checkpointing_enable(options)
         for low, high in ((0, 5), (5, 12)):

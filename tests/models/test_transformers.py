@@ -22,7 +22,9 @@ def test_round_trip_is_exact(tmp_path, tied, dtype, cell):
         assert loaded.dtype == dtype
         assert (loaded.lm_head.weight is loaded.get_input_embeddings().weight) == tied
         assert loaded.state_dict().keys() == model.state_dict().keys()
-        assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+        assert all(
+            torch.equal(tensor, model.state_dict()[name]) for name, tensor in loaded.state_dict().items()
+        )
         assert torch.equal(logits_of(loaded, ids), logits_of(model, ids))
     body = AutoModel.from_pretrained(tmp_path)
     assert isinstance(body, MinRNNModel)
@@ -61,9 +63,15 @@ def test_a_resized_head_is_not_drawn_again():
 def test_label_smoothing_trains_on_the_next_token(tmp_path):
     """The loss that Trainer computes from our logits: of the next token, whatever the package that holds the class."""
     model, ids = new_model(), random_ids(4, 12)
-    arguments = TrainingArguments(output_dir=str(tmp_path), label_smoothing_factor=0.1, report_to="none", use_cpu=True)
-    smoothed: Any = Trainer(model=model, args=arguments).compute_loss(model, {"input_ids": ids, "labels": ids}, num_items_in_batch=4 * 11)
-    expected = torch.nn.functional.cross_entropy(logits_of(model, ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), label_smoothing=0.1)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), label_smoothing_factor=0.1, report_to="none", use_cpu=True
+    )
+    smoothed: Any = Trainer(model=model, args=arguments).compute_loss(
+        model, {"input_ids": ids, "labels": ids}, num_items_in_batch=4 * 11
+    )
+    expected = torch.nn.functional.cross_entropy(
+        logits_of(model, ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), label_smoothing=0.1
+    )
     assert torch.allclose(smoothed, expected, atol=1e-5)
 
 

@@ -29,7 +29,9 @@ DTYPES = {
     "fp32-fp64": (FP32, FP64, FP64),
 }
 KINDS = list(itertools.product(FUSED_CELLS, ("g", "none", "tanh", "silu"), (False, True)))
-needs_patience = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, for what overflows on purpose
+needs_patience = pytest.mark.filterwarnings(
+    "ignore::RuntimeWarning"
+)  # numpy's, for what overflows on purpose
 Results = dict[str, Tensor]
 Problem = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # what goes in, and the gradients of what comes out
 Kind = tuple[str, str, bool]  # cell, candidate activation, output gate
@@ -46,7 +48,11 @@ def assert_results(ours: Results, expected: Results, dtype: torch.dtype = FP32) 
         rounding = max(ROUNDING[ours[name].dtype], ROUNDING[dtype])
         accumulated = FP64 if ours[name].dtype == FP64 else FP32
         assert_close(
-            ours[name].cpu(), value, atol=PRECISION[accumulated] + (rounding if dtype in (BF16, FP16) else 0), rtol=rounding, what=name
+            ours[name].cpu(),
+            value,
+            atol=PRECISION[accumulated] + (rounding if dtype in (BF16, FP16) else 0),
+            rtol=rounding,
+            what=name,
         )
 
 
@@ -55,7 +61,10 @@ def to_device(tensors: Problem) -> Problem:
     if DEVICE == "cpu":
         return tensors
     memory = (torch.empty(0, dtype=x.dtype).set_(x.untyped_storage()).to(DEVICE) for x in tensors)
-    a, b, c, d, e = (whole.as_strided(x.shape, x.stride(), x.storage_offset()) for whole, x in zip(memory, tensors, strict=True))
+    a, b, c, d, e = (
+        whole.as_strided(x.shape, x.stride(), x.storage_offset())
+        for whole, x in zip(memory, tensors, strict=True)
+    )
     return a, b, c, d, e
 
 
@@ -96,7 +105,14 @@ def plain_scan(problem: Problem) -> Results:
     h = torch.stack(states, 1) if states else torch.zeros_like(b)
     loss = (h * grad_h).sum() + (state * grad_last).sum() + 0 * (a.sum() + b.sum())
     da, db, dh0 = torch.autograd.grad(loss, (a, b, h0))
-    return {"h": h.detach(), "h_last": state.detach(), "decay": a.detach().prod(1), "da": da, "db": db, "dh0": dh0}
+    return {
+        "h": h.detach(),
+        "h_last": state.detach(),
+        "decay": a.detach().prod(1),
+        "da": da,
+        "db": db,
+        "dh0": dh0,
+    }
 
 
 @pytest.mark.parametrize("num_chunks", [1, 3])
@@ -105,7 +121,14 @@ def test_scan(dtypes, num_chunks):
     problem = scan_problem(0, 2, 11, 5, dtypes)
     ours = scan(problem, num_chunks)
     state = FP64 if FP64 in dtypes[:2] else FP32
-    expected_dtypes = {"h": dtypes[1], "h_last": state, "decay": state, "da": dtypes[0], "db": dtypes[1], "dh0": state}
+    expected_dtypes = {
+        "h": dtypes[1],
+        "h_last": state,
+        "decay": state,
+        "da": dtypes[0],
+        "db": dtypes[1],
+        "dh0": state,
+    }
     assert {name: value.dtype for name, value in ours.items()} == expected_dtypes
     assert_results(ours, plain_scan(problem), dtypes[1])
 
@@ -191,12 +214,24 @@ def test_chunks():
 # The cell and its scan
 
 
-def cell_problem(seed: int, batch: int, time: int, width: int, cell: str, output_gate: bool, dtype=FP32) -> Problem:
+def cell_problem(
+    seed: int, batch: int, time: int, width: int, cell: str, output_gate: bool, dtype=FP32
+) -> Problem:
     """(projected, gate_bias, h0, grad_y, grad_last)."""
     num_gates = CELLS[cell].num_gates
     projected = 2 * random(seed, batch, time, (num_gates + 1 + output_gate) * width)
-    gate_bias, h0, grad_last = random(seed + 1, num_gates, width), random(seed + 2, batch, width), random(seed + 3, batch, width)
-    return projected.to(dtype), gate_bias.float(), h0.float(), random(seed + 4, batch, time, width).to(dtype), grad_last.float()
+    gate_bias, h0, grad_last = (
+        random(seed + 1, num_gates, width),
+        random(seed + 2, batch, width),
+        random(seed + 3, batch, width),
+    )
+    return (
+        projected.to(dtype),
+        gate_bias.float(),
+        h0.float(),
+        random(seed + 4, batch, time, width).to(dtype),
+        grad_last.float(),
+    )
 
 
 def boundaries_of(batch: int, time: int, starts: bool, padded: bool) -> Boundaries:
@@ -206,7 +241,11 @@ def boundaries_of(batch: int, time: int, starts: bool, padded: bool) -> Boundari
 
 
 def cell_scan(
-    problem: Problem, kind: Kind, boundaries: Boundaries = (None, None), num_chunks: int | None = 1, tile: Tile | None = TILE
+    problem: Problem,
+    kind: Kind,
+    boundaries: Boundaries = (None, None),
+    num_chunks: int | None = 1,
+    tile: Tile | None = TILE,
 ) -> Results:
     projected, gate_bias, h0, grad_y, grad_last = to_device(problem)
     starts, lengths = (None if x is None else x.to(DEVICE) for x in boundaries)
@@ -216,12 +255,29 @@ def cell_scan(
     run_all(launches)
     saved = h if kind[2] else y
     grads, launches = cell_scan_triton.backward_launches(
-        projected, gate_bias, h0, starts, lengths, saved, grad_y, grad_last, *kind, tile=tile, num_chunks=num_chunks
+        projected,
+        gate_bias,
+        h0,
+        starts,
+        lengths,
+        saved,
+        grad_y,
+        grad_last,
+        *kind,
+        tile=tile,
+        num_chunks=num_chunks,
     )
     run_all(launches)
     d_bias = grads[1].sum((0, 1))
     assert (h.numel() == 0) == (not kind[2] or y.numel() == 0)
-    return {"y": y, "h_last": h_last, "decay": decay, "d_projected": grads[0], "d_gate_bias": d_bias, "dh0": grads[2]}
+    return {
+        "y": y,
+        "h_last": h_last,
+        "decay": decay,
+        "d_projected": grads[0],
+        "d_gate_bias": d_bias,
+        "dh0": grads[2],
+    }
 
 
 def plain_cell_scan(problem: Problem, kind: Kind, boundaries: Boundaries = (None, None)) -> Results:
@@ -232,10 +288,19 @@ def plain_cell_scan(problem: Problem, kind: Kind, boundaries: Boundaries = (None
     grad_y, grad_last = (x.double() for x in problem[3:])
     num_gates, width = gate_bias.shape
     parts = projected.split(width, -1) if width else [projected] * 4
-    a, b = CELLS[cell].coefficients(*(parts[i] + gate_bias[i] for i in range(num_gates)), parts[num_gates], activation)
-    is_pad = torch.zeros(a.shape[:2], dtype=torch.bool) if lengths is None else torch.arange(a.shape[1]) >= lengths.unsqueeze(1)
+    a, b = CELLS[cell].coefficients(
+        *(parts[i] + gate_bias[i] for i in range(num_gates)), parts[num_gates], activation
+    )
+    is_pad = (
+        torch.zeros(a.shape[:2], dtype=torch.bool)
+        if lengths is None
+        else torch.arange(a.shape[1]) >= lengths.unsqueeze(1)
+    )
     drops = torch.zeros_like(is_pad) if starts is None else starts & ~is_pad
-    a, b = a.masked_fill(drops.unsqueeze(-1), 0).masked_fill(is_pad.unsqueeze(-1), 1), b.masked_fill(is_pad.unsqueeze(-1), 0)
+    a, b = (
+        a.masked_fill(drops.unsqueeze(-1), 0).masked_fill(is_pad.unsqueeze(-1), 1),
+        b.masked_fill(is_pad.unsqueeze(-1), 0),
+    )
     state, states = h0, []
     for t in range(a.shape[1]):
         state = a[:, t] * state + b[:, t]
@@ -254,7 +319,10 @@ def test_cells(kind):
     index = KINDS.index(kind)
     problem = cell_problem(index, 1, 7, 3, kind[0], kind[2])
     boundaries = boundaries_of(1, 7, index % 4 in (0, 3), False)
-    assert_results(cell_scan(problem, kind, boundaries, 1 + index // 2 % 2 * 2), plain_cell_scan(problem, kind, boundaries))
+    assert_results(
+        cell_scan(problem, kind, boundaries, 1 + index // 2 % 2 * 2),
+        plain_cell_scan(problem, kind, boundaries),
+    )
 
 
 @pytest.mark.parametrize("num_chunks", [1, 3])
@@ -263,7 +331,9 @@ def test_cells(kind):
 def test_boundaries(kind, starts, padded, num_chunks):
     problem = cell_problem(20, 2, 9, 3, kind[0], kind[2])
     boundaries = boundaries_of(2, 9, starts, padded)
-    assert_results(cell_scan(problem, kind, boundaries, num_chunks), plain_cell_scan(problem, kind, boundaries))
+    assert_results(
+        cell_scan(problem, kind, boundaries, num_chunks), plain_cell_scan(problem, kind, boundaries)
+    )
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
@@ -272,7 +342,9 @@ def test_narrow_dtypes(kind, dtype):
     problem = cell_problem(30, 1, 9, 5, kind[0], kind[2], dtype)
     ours = cell_scan(problem, kind, num_chunks=2)
     narrow = {"y", "d_projected"}
-    assert {name: value.dtype for name, value in ours.items()} == {name: dtype if name in narrow else FP32 for name in ours}
+    assert {name: value.dtype for name, value in ours.items()} == {
+        name: dtype if name in narrow else FP32 for name in ours
+    }
     assert_results(ours, plain_cell_scan(problem, kind), dtype)
 
 
@@ -287,7 +359,11 @@ def test_projections_of_views():
     kind = ("minlstm", "none", True)
     projected, gate_bias, h0, grad_y, grad_last = cell_problem(41, 2, 6, 3, kind[0], kind[2])
     wider = torch.cat([projected, projected], -1)[:, :, 5:17]
-    for view in (wider, projected.transpose(0, 1).contiguous().transpose(0, 1), projected.transpose(1, 2).contiguous().transpose(1, 2)):
+    for view in (
+        wider,
+        projected.transpose(0, 1).contiguous().transpose(0, 1),
+        projected.transpose(1, 2).contiguous().transpose(1, 2),
+    ):
         problem = (view, gate_bias, h0, grad_y[:, :1].expand(2, 6, 3), grad_last)
         assert_results(cell_scan(problem, kind), plain_cell_scan(problem, kind))
 
@@ -335,7 +411,9 @@ def test_documents_do_not_meet(poison, num_chunks):
     starts[0, [4, 9]] = True
     clean = cell_scan(problem, kind, (starts, None), num_chunks)
     projected = problem[0].clone()
-    projected[0, 4:7, 4] = projected[0, 4, 1] = poison  # the candidate of channel 1, and its gate where the document starts
+    projected[0, 4:7, 4] = projected[0, 4, 1] = (
+        poison  # the candidate of channel 1, and its gate where the document starts
+    )
     dirty = cell_scan((projected, *problem[1:]), kind, (starts, None), num_chunks)
     assert not dirty["y"][0, 4:9, 1].isfinite().any()
     for part in (slice(0, 4), slice(9, 13)):
@@ -393,4 +471,6 @@ def test_cells_with_their_own_tiles():
     for kind, time in ((("mingru", "none", True), 70), (("minlstm", "none", False), 1)):
         problem = cell_problem(48, 1, time, 40, kind[0], kind[2])
         boundaries = boundaries_of(1, time, True, False)
-        assert_results(cell_scan(problem, kind, boundaries, None, None), plain_cell_scan(problem, kind, boundaries))
+        assert_results(
+            cell_scan(problem, kind, boundaries, None, None), plain_cell_scan(problem, kind, boundaries)
+        )

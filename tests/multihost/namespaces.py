@@ -39,15 +39,31 @@ class Host:
 
     def start(self, *command: str, environment: dict[str, str]) -> subprocess.Popen[bytes]:
         """Start a command here; its output goes to a file of `logs`."""
-        inside = ["ip", "netns", "exec", self.namespace, "unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', self.name, *command]
+        inside = [
+            "ip",
+            "netns",
+            "exec",
+            self.namespace,
+            "unshare",
+            "--uts",
+            "sh",
+            "-c",
+            'hostname "$0" && exec "$@"',
+            self.name,
+            *command,
+        ]
         with (self.logs / f"{self.name}.{len(self.started)}.log").open("wb") as log:
-            process = subprocess.Popen(inside, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+            process = subprocess.Popen(
+                inside, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            )
         self.started.append(process)
         return process
 
     def told(self) -> str:
         """Everything that was printed here."""
-        return "".join(path.read_text(errors="replace") for path in sorted(self.logs.glob(f"{self.name}.*.log")))
+        return "".join(
+            path.read_text(errors="replace") for path in sorted(self.logs.glob(f"{self.name}.*.log"))
+        )
 
     def lose(self) -> None:
         """Pull the cable, then kill everything: nobody hears of it."""
@@ -73,7 +89,9 @@ class Host:
 def _add(namespace: str) -> None:
     folder = HOSTS_FILES / namespace
     folder.mkdir(parents=True)
-    (folder / "hosts").write_text("127.0.0.1 localhost\n" + "".join(f"{address} {name}\n" for name, address in ADDRESSES.items()))
+    (folder / "hosts").write_text(
+        "127.0.0.1 localhost\n" + "".join(f"{address} {name}\n" for name, address in ADDRESSES.items())
+    )
     (folder / "resolv.conf").write_text("")
     ip("netns", "add", namespace)
     ip("-n", namespace, "link", "set", "lo", "up")
@@ -111,7 +129,20 @@ def two_hosts(logs: Path) -> Iterator[tuple[Host, Host]]:
             for host in hosts:
                 _add(host.namespace)
             a, b = hosts
-            ip("link", "add", INTERFACE, "netns", a.namespace, "type", "veth", "peer", "name", INTERFACE, "netns", b.namespace)
+            ip(
+                "link",
+                "add",
+                INTERFACE,
+                "netns",
+                a.namespace,
+                "type",
+                "veth",
+                "peer",
+                "name",
+                INTERFACE,
+                "netns",
+                b.namespace,
+            )
             for host in hosts:
                 ip("-n", host.namespace, "address", "add", f"{ADDRESSES[host.name]}/24", "dev", INTERFACE)
                 host.come_back()

@@ -20,7 +20,12 @@ from namespaces import ADDRESSES, INTERFACE, Host, NoNamespacesError, two_hosts
 pytestmark = pytest.mark.multihost
 STEPS, SAVE_EVERY, LOST_AFTER = 240, 20, 90
 # Without the last, a launcher that comes anew waits for an address that the others have told each other already (pytorch issue 135712).
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": INTERFACE, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "GLOO_SOCKET_IFNAME": INTERFACE,
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+}
 LIMIT = 1200  # seconds for anything to happen, on a busy machine too
 
 
@@ -29,7 +34,24 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a corpus and a recipe: fp64 with dropout, two readers, so one or two processes."""
     folder = tmp_path_factory.mktemp("shared")
     draw = random.Random(0)
-    words = ["the", "state", "of", "a", "lane", "goes", "on", "where", "it", "was", "cut", "and", "no", "document", "sees", "another"]
+    words = [
+        "the",
+        "state",
+        "of",
+        "a",
+        "lane",
+        "goes",
+        "on",
+        "where",
+        "it",
+        "was",
+        "cut",
+        "and",
+        "no",
+        "document",
+        "sees",
+        "another",
+    ]
     texts = [" ".join(draw.choices(words, k=draw.choice([0, 1, 3, 10, 60]))) for _ in range(300)]
     (folder / "words.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     recipe = {
@@ -43,7 +65,14 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
         },
         "batch": {"readers": 2, "lanes": 2, "chunk": 24},
         "optim": {"warmup_steps": 2},
-        "train": {"precision": "fp64", "steps": STEPS, "log_every": 1, "save_every": SAVE_EVERY, "sample_tokens": 0, "peer_timeout": 20},
+        "train": {
+            "precision": "fp64",
+            "steps": STEPS,
+            "log_every": 1,
+            "save_every": SAVE_EVERY,
+            "sample_tokens": 0,
+            "peer_timeout": 20,
+        },
         "tracking": {"uri": None},
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
@@ -55,7 +84,9 @@ def undisturbed(shared: Path) -> Path:
     """The run of a single process."""
     folder = shared / "undisturbed"
     command = [sys.executable, "-m", *training(shared, folder)]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=LIMIT, check=False)
+    done = subprocess.run(
+        command, env=ENVIRONMENT, capture_output=True, text=True, timeout=LIMIT, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
@@ -76,9 +107,27 @@ def training(shared: Path, folder: Path) -> list[str]:
 
 def launch(host: Host, shared: Path, folder: Path, nodes: str) -> subprocess.Popen[bytes]:
     """torchrun on a host, with one process; host-a is where all meet."""
-    meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "host-a:29400", "--rdzv-id", "run", "--local-addr", ADDRESSES[host.name]]
+    meeting = [
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        "host-a:29400",
+        "--rdzv-id",
+        "run",
+        "--local-addr",
+        ADDRESSES[host.name],
+    ]
     patience = ["--rdzv-conf", "last_call_timeout=3,join_timeout=120", "--max-restarts", "3"]
-    torchrun = ["torch.distributed.run", "--nnodes", nodes, "--nproc-per-node", "1", *meeting, *patience, "-m"]
+    torchrun = [
+        "torch.distributed.run",
+        "--nnodes",
+        nodes,
+        "--nproc-per-node",
+        "1",
+        *meeting,
+        *patience,
+        "-m",
+    ]
     return host.start(sys.executable, "-m", *torchrun, *training(shared, folder), environment=ENVIRONMENT)
 
 
@@ -92,7 +141,9 @@ def entries(folder: Path) -> list[tuple[int, float]]:
 def wait_for(happened: Callable[[], bool], what: str, hosts: tuple[Host, Host]) -> None:
     deadline = time.monotonic() + LIMIT
     while not happened():
-        assert time.monotonic() < deadline, f"{what} did not happen\n" + "\n".join(host.told()[-3000:] for host in hosts)
+        assert time.monotonic() < deadline, f"{what} did not happen\n" + "\n".join(
+            host.told()[-3000:] for host in hosts
+        )
         time.sleep(0.05)
 
 
@@ -104,7 +155,9 @@ def check_same_run(folder: Path, undisturbed: Path) -> None:
     readers = sorted(path.name for path in (undisturbed / last).glob("reader-*.json"))
     assert len(readers) == 2
     for name in readers:
-        assert json.loads((folder / last / name).read_text()) == json.loads((undisturbed / last / name).read_text())
+        assert json.loads((folder / last / name).read_text()) == json.loads(
+            (undisturbed / last / name).read_text()
+        )
 
 
 def lose_in_the_middle(hosts: tuple[Host, Host], folder: Path) -> int:
@@ -124,7 +177,9 @@ def test_two_hosts_give_the_losses_of_one_process(hosts: tuple[Host, Host], shar
     check_same_run(folder, undisturbed)
 
 
-def test_a_host_is_lost_and_the_other_goes_on_alone(hosts: tuple[Host, Host], shared: Path, undisturbed: Path):
+def test_a_host_is_lost_and_the_other_goes_on_alone(
+    hosts: tuple[Host, Host], shared: Path, undisturbed: Path
+):
     folder = shared / "alone"
     survivor, _ = [launch(host, shared, folder, "1:2") for host in hosts]
     step = lose_in_the_middle(hosts, folder)

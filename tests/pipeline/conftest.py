@@ -63,10 +63,23 @@ def values(tmp_path: Path, corpus: Path) -> Values:
     return {
         "run": {"dir": str(tmp_path / "run")},
         "model": {"hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 24, "dropout": 0.1},
-        "data": {"corpus": str(corpus), "validation_fraction": 0.1, "validation_tokens": 500, "shuffle_window": 50, "workers": 0},
+        "data": {
+            "corpus": str(corpus),
+            "validation_fraction": 0.1,
+            "validation_tokens": 500,
+            "shuffle_window": 50,
+            "workers": 0,
+        },
         "batch": {"readers": 2, "lanes": 2, "chunk": 24},
         "optim": {"warmup_steps": 2},
-        "train": {"precision": "fp32", "steps": 12, "log_every": 1, "eval_every": 6, "save_every": 4, "sample_tokens": 3},
+        "train": {
+            "precision": "fp32",
+            "steps": 12,
+            "log_every": 1,
+            "eval_every": 6,
+            "save_every": 4,
+            "sample_tokens": 3,
+        },
         "tracking": {"uri": None},
     }
 
@@ -106,7 +119,9 @@ def before_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], ob
     monkeypatch.setattr(loop, "_one_step", one_step)
 
 
-def stop_at_step_7(values: Values, run_recipe: Callable[[Values], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def stop_at_step_7(
+    values: Values, run_recipe: Callable[[Values], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Train until that step, where something breaks."""
 
     def stop() -> None:

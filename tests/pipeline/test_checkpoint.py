@@ -90,7 +90,9 @@ class Failing:
 
 @pytest.mark.parametrize("name", ["manifest.json", "model.safetensors"])
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
-def test_an_error_of_the_disk_is_no_damage(folder: Path, warnings: list[str], monkeypatch, name: str, number: int):
+def test_an_error_of_the_disk_is_no_damage(
+    folder: Path, warnings: list[str], monkeypatch, name: str, number: int
+):
     """It passes, or stops the run: it never makes an older checkpoint the newest."""
     saver = saver_in(folder, warnings)
     save(saver, 1)
@@ -166,8 +168,12 @@ class Disk:
         self.num_valid: list[int] = []
 
     def write(self, path: Path, data: bytes) -> None:
-        self.num_valid.append(sum((step / "manifest.json").exists() for step in checkpoint.steps_in(self.folder)))
-        used = sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file() and file.name in NAMES)
+        self.num_valid.append(
+            sum((step / "manifest.json").exists() for step in checkpoint.steps_in(self.folder))
+        )
+        used = sum(
+            file.stat().st_size for file in self.folder.rglob("*") if file.is_file() and file.name in NAMES
+        )
         path.write_bytes(data[: max(0, int(self.capacity - used))])
         if used + len(data) > self.capacity:
             raise self.error
@@ -197,7 +203,9 @@ def test_old_checkpoints_give_way_on_a_full_disk(folder: Path, warnings: list[st
 
 
 @pytest.mark.parametrize(("room", "error"), [(1.6, FULL[0]), (2.6, OSError(errno.EIO, "Input/output error"))])
-def test_the_last_valid_checkpoint_never_gives_way(folder: Path, warnings: list[str], room: float, error: Exception):
+def test_the_last_valid_checkpoint_never_gives_way(
+    folder: Path, warnings: list[str], room: float, error: Exception
+):
     """Nor does any for an error that room does not cure."""
     folder.mkdir(parents=True)
     disk, saver = Disk(folder, room * len(NAMES) * SIZE, error), saver_in(folder, warnings)

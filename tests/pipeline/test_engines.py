@@ -26,17 +26,46 @@ def ddp(processes: int, *more: str) -> list[str]:
 
 
 def zero(stage: int, processes: int = 2) -> list[str]:
-    said = {"use_deepspeed": None, "zero_stage": stage, "num_processes": processes, "num_machines": 1, "mixed_precision": "no"}
-    return [*(word for key, value in said.items() for word in (f"--{key}", str(value)) if word != "None"), "--dynamo_backend", "no"]
+    said = {
+        "use_deepspeed": None,
+        "zero_stage": stage,
+        "num_processes": processes,
+        "num_machines": 1,
+        "mixed_precision": "no",
+    }
+    return [
+        *(word for key, value in said.items() for word in (f"--{key}", str(value)) if word != "None"),
+        "--dynamo_backend",
+        "no",
+    ]
 
 
 def command(launcher: list[str], recipe: Path, *overrides: str) -> list[str]:
-    return [sys.executable, "-m", "accelerate.commands.launch", *launcher, "-m", "minrnn.pipeline.train", "--config", str(recipe), *overrides]
+    return [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        *launcher,
+        "-m",
+        "minrnn.pipeline.train",
+        "--config",
+        str(recipe),
+        *overrides,
+    ]
 
 
-def launch(launcher: list[str], recipe: Path, *overrides: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def launch(
+    launcher: list[str], recipe: Path, *overrides: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
     environment = {**ENVIRONMENT, "DS_ACCELERATOR": "cpu", **environment}
-    return subprocess.run(command(launcher, recipe, *overrides), env=environment, capture_output=True, text=True, timeout=1200, check=False)
+    return subprocess.run(
+        command(launcher, recipe, *overrides),
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=1200,
+        check=False,
+    )
 
 
 def names_read(folder: Path) -> dict[str, dict]:
@@ -53,7 +82,9 @@ def test_a_run_wanders_through_engines_and_layouts(values: Values, run_recipe: R
     values["optim"]["schedule"] = "constant"
     values["train"] |= {"steps": 24, "save_every": None, "eval_every": 3}
     undisturbed = run_recipe(values)
-    run_recipe({**values, "run": {"dir": str(tmp_path / "wanderer")}, "train": {**values["train"], "steps": 3}})
+    run_recipe(
+        {**values, "run": {"dir": str(tmp_path / "wanderer")}, "train": {**values["train"], "steps": 3}}
+    )
     recipe, folder = recipe_file(values, tmp_path), tmp_path / "wanderer"
     legs = [
         (zero(1), [], "ZeRO-1"),
@@ -80,7 +111,9 @@ def test_context_parallel_is_exact_in_fp64(values: Values, run_recipe: Run, tmp_
     values["model"]["dropout"] = 0.0
     values["train"] |= {"precision": "fp64", "steps": 20, "save_every": 10, "eval_every": 10}
     one = run_recipe(values)
-    two = launch(ddp(4), recipe_file(values, tmp_path), "--parallel.context", "2", "--run.dir", str(tmp_path / "two"))
+    two = launch(
+        ddp(4), recipe_file(values, tmp_path), "--parallel.context", "2", "--run.dir", str(tmp_path / "two")
+    )
     assert two.returncode == 0, two.stderr[-3000:]
     for kind in ("train", "validation"):
         np.testing.assert_allclose(losses(tmp_path / "two", kind), losses(one, kind), rtol=1e-10)
@@ -99,7 +132,9 @@ def workers(process: subprocess.Popen[str]) -> dict[int, int]:
         try:
             if int((path / "stat").read_text().rsplit(")", 1)[1].split()[1]) != process.pid:
                 continue
-            environment = dict(pair.split("=", 1) for pair in (path / "environ").read_text().split("\0") if "=" in pair)
+            environment = dict(
+                pair.split("=", 1) for pair in (path / "environ").read_text().split("\0") if "=" in pair
+            )
             found[int(environment["RANK"])] = int(path.name)
         except (OSError, KeyError, ValueError):
             continue
@@ -113,7 +148,9 @@ def background() -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
     def start(words: list[str], folder: Path) -> subprocess.Popen[str]:
         with (folder / "stderr.txt").open("w") as stderr:
-            processes.append(subprocess.Popen(words, env=ENVIRONMENT, stderr=stderr, text=True, start_new_session=True))
+            processes.append(
+                subprocess.Popen(words, env=ENVIRONMENT, stderr=stderr, text=True, start_new_session=True)
+            )
         return processes[-1]
 
     yield start
@@ -132,12 +169,23 @@ def wait_for(condition: Callable[[], bool], seconds: float = 600) -> None:
 
 
 @pytest.mark.slow
-def test_an_elastic_launcher_survives_a_kill_and_a_hanging_peer(values: Values, run_recipe: Run, tmp_path: Path, background):
+def test_an_elastic_launcher_survives_a_kill_and_a_hanging_peer(
+    values: Values, run_recipe: Run, tmp_path: Path, background
+):
     """One command: a process is killed, then one is stopped (its peer names it and leaves); the launcher starts all anew both times."""
-    values["train"] |= {"steps": 600, "save_every": 20, "eval_every": None, "sample_tokens": 0, "peer_timeout": 20.0}
+    values["train"] |= {
+        "steps": 600,
+        "save_every": 20,
+        "eval_every": None,
+        "sample_tokens": 0,
+        "peer_timeout": 20.0,
+    }
     undisturbed = run_recipe({**values, "run": {"dir": str(tmp_path / "undisturbed")}})
     folder = Path(values["run"]["dir"])
-    process = background(command(ddp(2, "--max_restarts", "5", "--monitor_interval", "0.5"), recipe_file(values, tmp_path)), tmp_path)
+    process = background(
+        command(ddp(2, "--max_restarts", "5", "--monitor_interval", "0.5"), recipe_file(values, tmp_path)),
+        tmp_path,
+    )
     wait_for(lambda: metrics_lines(folder) > 25)
     os.kill(workers(process)[1], signal.SIGKILL)
     wait_for(lambda: "going on from step" in (tmp_path / "stderr.txt").read_text())
@@ -169,13 +217,28 @@ def test_nan_in_one_process_stops_or_is_skipped_by_both(values: Values, tmp_path
     script = tmp_path / "nan_in_one.py"
     script.write_text(NAN_IN_ONE)
     recipe = recipe_file(values, tmp_path)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script), "--config", str(recipe)]
-    stopped = subprocess.run(launcher, env=ENVIRONMENT, capture_output=True, text=True, timeout=1200, check=False)
-    assert stopped.stderr.count("error: training: step 5: loss nan. In reader 1: ") == 1, stopped.stderr[-3000:]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        str(script),
+        "--config",
+        str(recipe),
+    ]
+    stopped = subprocess.run(
+        launcher, env=ENVIRONMENT, capture_output=True, text=True, timeout=1200, check=False
+    )
+    assert stopped.stderr.count("error: training: step 5: loss nan. In reader 1: ") == 1, stopped.stderr[
+        -3000:
+    ]
     folder = Path(values["run"]["dir"])
     assert [path.name for path in (folder / "checkpoints").glob("step-*")] == ["step-000004"]
     skipping = [*launcher, "--train.skip_spikes", "3.0", "--run.change", "[train.skip_spikes]"]
-    went_on = subprocess.run(skipping, env=ENVIRONMENT, capture_output=True, text=True, timeout=1200, check=False)
+    went_on = subprocess.run(
+        skipping, env=ENVIRONMENT, capture_output=True, text=True, timeout=1200, check=False
+    )
     assert went_on.returncode == 0, went_on.stderr[-3000:]
     assert went_on.stderr.count("step 5 is left out: loss nan") == 1
     entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -187,10 +250,26 @@ def test_nan_in_one_process_stops_or_is_skipped_by_both(values: Values, tmp_path
 @pytest.mark.slow
 def test_contradictions_are_told_at_once_by_one_process(values: Values, tmp_path: Path):
     values["train"] |= {"precision": "fp64", "skip_spikes": 2.0}
-    said = {"train_micro_batch_size_per_gpu": 7, "gradient_clipping": "auto", "bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}
+    said = {
+        "train_micro_batch_size_per_gpu": 7,
+        "gradient_clipping": "auto",
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 2},
+    }
     (tmp_path / "deepspeed.json").write_text(json.dumps({**said, "optimizer": {"type": "Adam"}}))
-    launcher = ["--use_deepspeed", "--deepspeed_config_file", str(tmp_path / "deepspeed.json"), "--num_processes", "2"]
-    told = launch([*launcher, "--num_machines", "1", "--dynamo_backend", "no"], recipe_file(values, tmp_path), "--parallel.context", "5").stderr
+    launcher = [
+        "--use_deepspeed",
+        "--deepspeed_config_file",
+        str(tmp_path / "deepspeed.json"),
+        "--num_processes",
+        "2",
+    ]
+    told = launch(
+        [*launcher, "--num_machines", "1", "--dynamo_backend", "no"],
+        recipe_file(values, tmp_path),
+        "--parallel.context",
+        "5",
+    ).stderr
     for problem in (
         "error: parallel.context: 5 processes to a sequence do not divide the 2 that were started",
         "error: batch.chunk: 24 tokens must divide by the 5 processes of parallel.context",

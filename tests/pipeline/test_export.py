@@ -27,7 +27,9 @@ def tiny_model(hidden_size: int = 16) -> MinRNNForCausalLM:
 
 def export(folder: Path, hidden_size: int = 16, force: bool = False, **sections) -> bool:
     recipe = resolved(build_recipe(sections))
-    return export_model(tiny_model(hidden_size), TOKENIZER, folder, recipe, tokens=7, key="--out", force=force)
+    return export_model(
+        tiny_model(hidden_size), TOKENIZER, folder, recipe, tokens=7, key="--out", force=force
+    )
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +114,9 @@ def test_what_an_earlier_export_wrote_and_this_one_does_not_goes(out: Path):
     assert (out / "scan_of_then.py").exists()
     assert export(out)
     assert not (out / "scan_of_then.py").exists()
-    assert set(json.loads((out / LIST).read_text())["files"]) == {path.name for path in out.iterdir()} - {LIST}
+    assert set(json.loads((out / LIST).read_text())["files"]) == {path.name for path in out.iterdir()} - {
+        LIST
+    }
 
 
 def copy(source: Path, staged: Path, *more: str) -> None:
@@ -158,7 +162,9 @@ def norm_of(folder: Path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("target", ["other size", "same size"])
-def test_wherever_an_export_is_killed_a_model_loads_and_the_next_export_ends_it(target: str, exports: dict[int, Path], tmp_path: Path):
+def test_wherever_an_export_is_killed_a_model_loads_and_the_next_export_ends_it(
+    target: str, exports: dict[int, Path], tmp_path: Path
+):
     global calls_left
     sources = {"other size": exports[24], "same size": tmp_path / "new"}
     model = MinRNNForCausalLM.from_pretrained(exports[16])
@@ -194,7 +200,11 @@ def test_nothing_that_is_private_is_in_an_export(tmp_path: Path):
     export(
         tmp_path / "out",
         run={"dir": str(private / "run")},
-        data={"corpus": str(private / "words.jsonl"), "validation": str(private / "held.jsonl"), "tokenizer": str(private / "tokenizer")},
+        data={
+            "corpus": str(private / "words.jsonl"),
+            "validation": str(private / "held.jsonl"),
+            "tokenizer": str(private / "tokenizer"),
+        },
         model={"init_from": str(private / "start")},
         tracking={"uri": f"https://me:{SECRET}@mlflow.org?token={SECRET}"},
     )
@@ -208,7 +218,9 @@ def test_nothing_that_is_private_is_in_an_export(tmp_path: Path):
 
 
 def test_no_credentials_are_in_what_config_yaml_holds(tmp_path: Path):
-    recipe = build_recipe({"tracking": {"uri": f"https://me:{SECRET}@mlflow.org"}, "run": {"dir": str(tmp_path)}})
+    recipe = build_recipe(
+        {"tracking": {"uri": f"https://me:{SECRET}@mlflow.org"}, "run": {"dir": str(tmp_path)}}
+    )
     assert recipe.tracking.uri == f"https://me:{SECRET}@mlflow.org"
     assert resolved(recipe)["tracking"]["uri"] == "https://mlflow.org"
     assert resolved(recipe)["run"]["dir"] == str(tmp_path)

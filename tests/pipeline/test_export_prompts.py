@@ -31,7 +31,12 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     model = MinRNNForCausalLM(model_config(sizes, tokenizer, model_vocab_size(tokenizer)))
     export_model(model, tokenizer, folder / "model", resolved(build_recipe({})), tokens=0)
     out = folder / "model"
-    return out, Encoder.of(tokenizer, name), MinRNNForCausalLM.from_pretrained(out).eval(), AutoTokenizer.from_pretrained(out)
+    return (
+        out,
+        Encoder.of(tokenizer, name),
+        MinRNNForCausalLM.from_pretrained(out).eval(),
+        AutoTokenizer.from_pretrained(out),
+    )
 
 
 def greedy(model: Any, encoder: Encoder, prompt: str, num_tokens: int) -> list[int]:
@@ -50,7 +55,9 @@ def test_a_batch_as_the_readme_makes_it_has_the_logits_of_each_prompt_alone(expo
     inputs = tokenizer(PROMPTS, return_tensors="pt", padding=True)
     with torch.no_grad():
         logits = model(**inputs).logits[:, -1]
-        alone = [model(torch.tensor([[encoder.bos, *encoder.encode(prompt)]])).logits[0, -1] for prompt in PROMPTS]
+        alone = [
+            model(torch.tensor([[encoder.bos, *encoder.encode(prompt)]])).logits[0, -1] for prompt in PROMPTS
+        ]
     torch.testing.assert_close(logits, torch.stack(alone), rtol=1e-4, atol=1e-5)
     written = model.generate(**inputs, max_new_tokens=4, do_sample=False)
     for row, prompt in zip(written.tolist(), PROMPTS, strict=True):
@@ -66,7 +73,20 @@ def test_a_pipeline_and_generate_go_on_from_what_training_reads(exported: Export
         expected = greedy(model, encoder, prompt, 4)
         (found,) = writer(prompt, max_new_tokens=4, do_sample=False, return_tensors=True)
         assert found["generated_token_ids"] == expected
-        main(["generate", str(folder), "--prompt", prompt, "--max-new-tokens", "4", "--temperature", "0", "--device", "cpu"])
+        main(
+            [
+                "generate",
+                str(folder),
+                "--prompt",
+                prompt,
+                "--max-new-tokens",
+                "4",
+                "--temperature",
+                "0",
+                "--device",
+                "cpu",
+            ]
+        )
         start = 1 + len(encoder.encode(prompt))
         stream = TextStream(tokenizer, expected[:start])
         assert capfd.readouterr().out == prompt + stream.write(expected[start:]) + stream.end() + "\n"
@@ -76,7 +96,11 @@ def test_samples_begin_with_their_prompts_as_they_were_given(exported: Exported)
     _, _, model, tokenizer = exported
     for text, prompt in zip(sample(model, tokenizer, PROMPTS, 5, seed=0), PROMPTS, strict=True):
         assert text.startswith(prompt)
-        assert not any(name in text[len(prompt) :] for name in (tokenizer.bos_token, tokenizer.eos_token) if len(name) > 2)
+        assert not any(
+            name in text[len(prompt) :]
+            for name in (tokenizer.bos_token, tokenizer.eos_token)
+            if len(name) > 2
+        )
 
 
 def test_without_this_package_the_tokens_are_the_same(tmp_path: Path):
@@ -94,6 +118,11 @@ folder, kinds, prompts = json.loads(sys.argv[1])
 print(json.dumps({kind: AutoTokenizer.from_pretrained(f"{folder}/{kind}")(prompts).input_ids for kind in kinds}))
 """
     arguments = json.dumps([str(tmp_path), list(KINDS), PROMPTS])
-    done = subprocess.run([sys.executable, "-c", script, arguments], capture_output=True, text=True, check=True)
-    expected = {kind: [[encoder.bos, *encoder.encode(prompt).tolist()] for prompt in PROMPTS] for kind, encoder in encoders.items()}
+    done = subprocess.run(
+        [sys.executable, "-c", script, arguments], capture_output=True, text=True, check=True
+    )
+    expected = {
+        kind: [[encoder.bos, *encoder.encode(prompt).tolist()] for prompt in PROMPTS]
+        for kind, encoder in encoders.items()
+    }
     assert json.loads(done.stdout.splitlines()[-1]) == expected

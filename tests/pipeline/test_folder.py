@@ -29,7 +29,10 @@ def test_what_no_run_has_made_is_left_alone(values: Values, run_recipe: Run, tmp
     for name in ("config.yaml", "model/config.json", "metrics.jsonl", "samples.txt", ".lock"):
         write(folder / name, "name: mine")
     before = contents(folder)
-    with pytest.raises(UserError, match=r"run\.dir: .* holds config\.yaml, metrics\.jsonl, samples\.txt, model, which the run would overwrite"):
+    with pytest.raises(
+        UserError,
+        match=r"run\.dir: .* holds config\.yaml, metrics\.jsonl, samples\.txt, model, which the run would overwrite",
+    ):
         run_recipe(values)
     assert contents(folder) == before
     shutil.rmtree(folder)
@@ -40,7 +43,16 @@ def test_what_no_run_has_made_is_left_alone(values: Values, run_recipe: Run, tmp
 
 
 @pytest.mark.parametrize(
-    "name", ["metrics.jsonl", "loss.png", "accuracy_by_length.png", "mlflow.json", ".finished", "checkpoints/a", "model/a"]
+    "name",
+    [
+        "metrics.jsonl",
+        "loss.png",
+        "accuracy_by_length.png",
+        "mlflow.json",
+        ".finished",
+        "checkpoints/a",
+        "model/a",
+    ],
 )
 def test_each_name_that_a_run_writes_counts(tmp_path: Path, name: str):
     write(tmp_path / name)
@@ -91,7 +103,9 @@ def a_dangling_link(path: Path) -> None:
         ("config.yaml", a_dangling_link, "is a link to nowhere"),
     ],
 )
-def test_what_would_fail_at_the_end_is_said_at_the_start(tmp_path: Path, name: str, make: Callable[[Path], object], told: str):
+def test_what_would_fail_at_the_end_is_said_at_the_start(
+    tmp_path: Path, name: str, make: Callable[[Path], object], told: str
+):
     folder = tmp_path / "run"
     if name == "../parent":
         folder = tmp_path / "parent" / "run"
@@ -118,7 +132,9 @@ def test_a_folder_of_somebody_else(tmp_path: Path):
     assert "cannot be written" in folder_problems(tmp_path)[0]
 
 
-def test_what_follows_the_last_step_is_done_until_it_is_all_there(values: Values, run_recipe: Run, tmp_path: Path, monkeypatch, capfd):
+def test_what_follows_the_last_step_is_done_until_it_is_all_there(
+    values: Values, run_recipe: Run, tmp_path: Path, monkeypatch, capfd
+):
     """Killed behind the export, then its model removed, then killed within an older export: each start does what is missing."""
     folder, elsewhere = Path(values["run"]["dir"]), tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -154,7 +170,11 @@ def test_what_follows_the_last_step_is_done_until_it_is_all_there(values: Values
 def test_a_disk_that_does_not_take_a_file_ends_the_run_in_words(values: Values, run_recipe: Run):
     """Where the temporary file of a name would be is a folder: config.yaml's at the start, the export's list, .finished at the very end."""
     run = Path(values["run"]["dir"])
-    for steps, in_the_way in ((2, run / ".config.yaml.part"), (3, run / "..finished.part"), (4, run / "model" / "..minrnn-export.json.part")):
+    for steps, in_the_way in (
+        (2, run / ".config.yaml.part"),
+        (3, run / "..finished.part"),
+        (4, run / "model" / "..minrnn-export.json.part"),
+    ):
         values["train"]["steps"] = steps
         in_the_way.mkdir(parents=True)
         with pytest.raises(StorageError, match=in_the_way.name):
@@ -164,7 +184,9 @@ def test_a_disk_that_does_not_take_a_file_ends_the_run_in_words(values: Values, 
         assert (run / ".finished").read_text() == str(steps)
 
 
-def test_a_folder_that_is_removed_is_made_again_with_its_lock(values: Values, run_recipe: Run, monkeypatch, capfd):
+def test_a_folder_that_is_removed_is_made_again_with_its_lock(
+    values: Values, run_recipe: Run, monkeypatch, capfd
+):
     folder = Path(values["run"]["dir"])
     with monkeypatch.context() as patched:
         before_step(patched, 7, lambda: shutil.rmtree(folder))
@@ -173,7 +195,9 @@ def test_a_folder_that_is_removed_is_made_again_with_its_lock(values: Values, ru
     assert err.count("warning: ") == 1
     assert "was removed while the run goes on; it is made again" in err
     assert [step for step, _ in losses(folder)] == list(range(7, 13))
-    assert {"config.yaml", "loss.png", "samples.txt", "checkpoints", "model", ".finished"} <= {path.name for path in folder.iterdir()}
+    assert {"config.yaml", "loss.png", "samples.txt", "checkpoints", "model", ".finished"} <= {
+        path.name for path in folder.iterdir()
+    }
     run_recipe(values)
     assert "is finished: step 12 of 12" in capfd.readouterr().out
 
@@ -194,7 +218,9 @@ def test_a_folder_that_another_run_has_taken_ends_this_one(values: Values, run_r
     assert [path.name for path in folder.iterdir()] == [".lock"]
 
 
-def test_a_corpus_that_holds_the_run_is_read_without_it(values: Values, run_recipe: Run, tmp_path: Path, monkeypatch):
+def test_a_corpus_that_holds_the_run_is_read_without_it(
+    values: Values, run_recipe: Run, tmp_path: Path, monkeypatch
+):
     corpus = tmp_path / "corpus"
     for i in range(40):
         write(corpus / f"{i}.txt", f"the text number {i} of a folder that the run is in " * (i % 5 + 1))

@@ -30,13 +30,17 @@ class Steps:
 
 
 @pytest.mark.parametrize(("done", "log_every", "logged"), [(0, 5, 5), (0, 1, 2), (50, 5, 55), (54, 5, 60)])
-def test_a_forecast_counts_what_is_left_without_the_first_step(values: Values, done: int, log_every: int, logged: int):
+def test_a_forecast_counts_what_is_left_without_the_first_step(
+    values: Values, done: int, log_every: int, logged: int
+):
     values["batch"] |= {"readers": 1, "lanes": 2, "chunk": 50}
     values["train"] |= {"steps": 100, "eval_every": 60, "save_every": None}
     run = Steps(values, num_positions=3000)  # as many as in 30 steps, so 10 steps' work
     run.step = done
     seconds = 2 * (100 - logged + 2 * 10)
-    assert run.take(20, log_every) == [f"step {logged}: {in_words(seconds)} to go ({100 - logged} steps, validation 2 times)"]
+    assert run.take(20, log_every) == [
+        f"step {logged}: {in_words(seconds)} to go ({100 - logged} steps, validation 2 times)"
+    ]
 
 
 def test_validations_that_are_left(values: Values):
@@ -49,14 +53,28 @@ def test_validations_that_are_left(values: Values):
 
 @pytest.mark.parametrize(
     ("seconds", "words"),
-    [(0.1, "1 s"), (80, "80 s"), (90, "2 min"), (200, "3 min"), (5000, "83 min"), (6000, "2 h"), (1e5, "28 h"), (1e6, "12 days")],
+    [
+        (0.1, "1 s"),
+        (80, "80 s"),
+        (90, "2 min"),
+        (200, "3 min"),
+        (5000, "83 min"),
+        (6000, "2 h"),
+        (1e5, "28 h"),
+        (1e6, "12 days"),
+    ],
 )
 def test_times_in_words(seconds: float, words: str):
     assert in_words(seconds) == f"about {words}"
 
 
 @pytest.mark.parametrize("corpus_is_a_task", [False, True])
-def test_every_run_says_it_once(values: Values, run_recipe: Callable[[Values], Path], capsys: pytest.CaptureFixture, corpus_is_a_task: bool):
+def test_every_run_says_it_once(
+    values: Values,
+    run_recipe: Callable[[Values], Path],
+    capsys: pytest.CaptureFixture,
+    corpus_is_a_task: bool,
+):
     if corpus_is_a_task:
         values["data"] = {"corpus": "synthetic/parity", "task": {"validation_examples": 8}}
         values["batch"]["chunk"] = 40

@@ -15,13 +15,26 @@ from minrnn.pipeline.launcher_engines import ENGINES, SUPPORTED, check_engine, e
 from minrnn.pipeline.recipe import build_recipe
 from test_engines import launch
 
-PARALLELISM = ["--use_fsdp", "--fsdp_version", "2", "--use_parallelism_config", "--parallelism_config_tp_size", "2"]
+PARALLELISM = [
+    "--use_fsdp",
+    "--fsdp_version",
+    "2",
+    "--use_parallelism_config",
+    "--parallelism_config_tp_size",
+    "2",
+]
 ASKED = {  # words for `accelerate launch`, and what is said of each
     "FSDP": (["--use_fsdp"], ["FSDP"]),
     "Megatron-LM": (["--use_megatron_lm"], ["Megatron-LM"]),
     "tensor parallelism": (PARALLELISM, ["FSDP", "a parallelism config (tp_size 2)"]),
-    "dynamo": (["--multi_gpu", "--dynamo_backend", "inductor"], ["torch.compile of the whole model (dynamo_backend inductor)"]),
-    "nvme": (["--use_deepspeed", "--zero_stage", "3", "--offload_param_device", "nvme"], ["DeepSpeed's offload to nvme"]),
+    "dynamo": (
+        ["--multi_gpu", "--dynamo_backend", "inductor"],
+        ["torch.compile of the whole model (dynamo_backend inductor)"],
+    ),
+    "nvme": (
+        ["--use_deepspeed", "--zero_stage", "3", "--offload_param_device", "nvme"],
+        ["DeepSpeed's offload to nvme"],
+    ),
 }
 
 
@@ -30,7 +43,17 @@ def environment_of(words: list[str], monkeypatch: pytest.MonkeyPatch) -> dict[st
     told = []
     with monkeypatch.context() as patched:
         patched.setattr("torch.distributed.run.run", lambda arguments: told.append(dict(os.environ)))
-        command = [*words, "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "-m", "minrnn.pipeline.train"]
+        command = [
+            *words,
+            "--num_processes",
+            "2",
+            "--num_machines",
+            "1",
+            "--mixed_precision",
+            "no",
+            "-m",
+            "minrnn.pipeline.train",
+        ]
         launch_command(launch_command_parser().parse_args(command))
     return told[0]
 
@@ -70,7 +93,10 @@ def test_what_the_environment_says_without_a_launcher(monkeypatch):
 
 
 DEVICES = {  # types that Accelerate names after a device with several processes
-    **{DistributedType(f"MULTI_{name}"): name.lower() for name in ("NPU", "MLU", "SDAA", "MUSA", "XPU", "HPU", "NEURON")},
+    **{
+        DistributedType(f"MULTI_{name}"): name.lower()
+        for name in ("NPU", "MLU", "SDAA", "MUSA", "XPU", "HPU", "NEURON")
+    },
     DistributedType.XLA: "xla",
 }
 BY_OPTION = {DistributedType.FSDP: "FSDP", DistributedType.MEGATRON_LM: "Megatron-LM"}
@@ -102,11 +128,26 @@ def test_what_is_supported_is_not_refused(monkeypatch):
 
 
 def test_parts_of_a_deepspeed_file_that_change_the_engine(tmp_path: Path):
-    zero = {"stage": 3, "overlap_comm": True, "zero_hpz_partition_size": 1, "offload_param": {"device": "cpu"}}
+    zero = {
+        "stage": 3,
+        "overlap_comm": True,
+        "zero_hpz_partition_size": 1,
+        "offload_param": {"device": "cpu"},
+    }
     good = {"zero_optimization": zero, "train_batch_size": "auto", "steps_per_print": 100}
     assert launcher_engines.deepspeed_key_problems(good, "x.json") == []
-    variant = {**zero, "zero_quantized_gradients": True, "mics_shard_size": 4, "offload_optimizer": {"device": "nvme"}}
-    bad = {**good, "tensor_parallel": {"autotp_size": 2}, "pipeline": {"stages": 2}, "zero_optimization": variant}
+    variant = {
+        **zero,
+        "zero_quantized_gradients": True,
+        "mics_shard_size": 4,
+        "offload_optimizer": {"device": "nvme"},
+    }
+    bad = {
+        **good,
+        "tensor_parallel": {"autotp_size": 2},
+        "pipeline": {"stages": 2},
+        "zero_optimization": variant,
+    }
     assert [key for key, _ in launcher_engines.deepspeed_key_problems(bad, "x.json")] == [
         "deepspeed.tensor_parallel",
         "deepspeed.pipeline",
@@ -118,7 +159,12 @@ def test_parts_of_a_deepspeed_file_that_change_the_engine(tmp_path: Path):
 
 @pytest.mark.slow
 def test_a_launcher_with_fsdp_is_told_once(values: Values, tmp_path: Path):
-    done = launch(["--use_fsdp", "--num_processes", "2", "--num_machines", "1", "--dynamo_backend", "no"], recipe_file(values, tmp_path))
+    done = launch(
+        ["--use_fsdp", "--num_processes", "2", "--num_machines", "1", "--dynamo_backend", "no"],
+        recipe_file(values, tmp_path),
+    )
     assert done.returncode != 0
-    assert done.stderr.count("error: launcher: asks for FSDP; minrnn has one process, DDP on CPUs") == 1, done.stderr[-2000:]
+    assert done.stderr.count("error: launcher: asks for FSDP; minrnn has one process, DDP on CPUs") == 1, (
+        done.stderr[-2000:]
+    )
     assert not Path(values["run"]["dir"]).exists()

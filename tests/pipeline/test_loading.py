@@ -21,7 +21,10 @@ def test_auto_keeps_what_loses_digits_otherwise(stored: torch.dtype):
 
 
 def test_auto_widens_bf16_only_where_that_is_faster(monkeypatch):
-    for rates, expected in (({"fp32": 100e9, "bf16": 1e9}, torch.float32), ({"fp32": 100e9, "bf16": 400e9}, torch.bfloat16)):
+    for rates, expected in (
+        ({"fp32": 100e9, "bf16": 1e9}, torch.float32),
+        ({"fp32": 100e9, "bf16": 400e9}, torch.bfloat16),
+    ):
         monkeypatch.setattr("minrnn.pipeline.loading.measure_rates", lambda *_, rates=rates: rates)
         assert weights_dtype(torch.bfloat16, "auto", CPU) == expected
 
@@ -30,11 +33,16 @@ def test_a_slow_dtype_is_taken_with_a_warning(monkeypatch, capsys):
     monkeypatch.setattr("minrnn.pipeline.loading.measure_rates", lambda *_: {"fp32": 100e9, "bf16": 1e9})
     assert weights_dtype(torch.float32, "bf16", CPU) == torch.bfloat16
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("warning: --dtype: matrix products reach 1 GFLOP/s in bf16 here, and 100 GFLOP/s in fp32")
+    assert line.startswith(
+        "warning: --dtype: matrix products reach 1 GFLOP/s in bf16 here, and 100 GFLOP/s in fp32"
+    )
 
 
 def test_what_cannot_be_is_named():
-    with pytest.raises(UserError, match="--dtype: mps does not support fp64, in which the weights are stored; use --dtype fp32"):
+    with pytest.raises(
+        UserError,
+        match="--dtype: mps does not support fp64, in which the weights are stored; use --dtype fp32",
+    ):
         weights_dtype(torch.float64, "auto", MPS)
     with pytest.raises(UserError, match="--dtype: must be auto, fp32, bf16, fp64, not float32"):
         weights_dtype(torch.float32, "float32", CPU)
@@ -43,7 +51,9 @@ def test_what_cannot_be_is_named():
 @pytest.fixture
 def export(tmp_path: Path) -> Path:
     folder, tokenizer = tmp_path / "export" / "model", byte_tokenizer()
-    MinRNNForCausalLM(MinRNNConfig(hidden_size=8, num_hidden_layers=1, intermediate_size=0)).save_pretrained(folder)
+    MinRNNForCausalLM(MinRNNConfig(hidden_size=8, num_hidden_layers=1, intermediate_size=0)).save_pretrained(
+        folder
+    )
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -63,7 +73,9 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_code_that_a_model_brings_is_run_only_where_it_is_trusted(export: Path, command: str, monkeypatch, capsys):
+def test_code_that_a_model_brings_is_run_only_where_it_is_trusted(
+    export: Path, command: str, monkeypatch, capsys
+):
     """Nobody is asked at a prompt, which a pipe could answer; a model's own code is that of this package."""
     code, ran = export / "tokenization_own.py", export.parent / "code-was-run"
     code.write_text(
@@ -71,7 +83,10 @@ def test_code_that_a_model_brings_is_run_only_where_it_is_trusted(export: Path, 
         f"Path({str(ran)!r}).touch()\n\n\nclass OwnTokenizer(PreTrainedTokenizerFast):\n    pass\n"
     )
     (export / "modeling_own.py").write_text(code.read_text())
-    own_tokenizer = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": [None, "tokenization_own.OwnTokenizer"]}}
+    own_tokenizer = {
+        "tokenizer_class": "OwnTokenizer",
+        "auto_map": {"AutoTokenizer": [None, "tokenization_own.OwnTokenizer"]},
+    }
     own_model = {"auto_map": {"AutoModelForCausalLM": "modeling_own.OwnModel"}}
     for name, own in (("tokenizer_config.json", own_tokenizer), ("config.json", own_model)):
         (export / name).write_text(json.dumps({**json.loads((export / name).read_text()), **own}))
@@ -88,10 +103,20 @@ def test_code_that_a_model_brings_is_run_only_where_it_is_trusted(export: Path, 
 def test_all_that_is_loaded_says_whether_its_code_is_trusted():
     """Where nothing is said, transformers asks at a prompt."""
     root = Path(__file__).parents[2]
-    for path in [path for folder in ("models", "data", "pipeline", "launch", "evals") for path in (root / folder).rglob("*.py")]:
+    for path in [
+        path
+        for folder in ("models", "data", "pipeline", "launch", "evals")
+        for path in (root / folder).rglob("*.py")
+    ]:
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "from_pretrained":
-                assert "trust_remote_code" in {keyword.arg for keyword in node.keywords}, f"{path}:{node.lineno}"
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Attribute)
+                and node.func.attr == "from_pretrained"
+            ):
+                assert "trust_remote_code" in {keyword.arg for keyword in node.keywords}, (
+                    f"{path}:{node.lineno}"
+                )
 
 
 @pytest.mark.parametrize(
@@ -102,7 +127,9 @@ def test_all_that_is_loaded_says_whether_its_code_is_trusted():
         ({"vocab_size": 10**18, "hidden_size": 10**6}, "is larger than can be counted, by its config.json"),
     ],
 )
-def test_a_configuration_that_asks_for_more_memory_than_there_is(export: Path, changes: dict[str, int], told: str, capsys):
+def test_a_configuration_that_asks_for_more_memory_than_there_is(
+    export: Path, changes: dict[str, int], told: str, capsys
+):
     values = json.loads((export / "config.json").read_text())
     (export / "config.json").write_text(json.dumps({**values, **changes}))
     line = errors_of(["generate", str(export), *COMMANDS["generate"]], capsys)

@@ -29,7 +29,9 @@ def test_the_losses_are_those_of_a_loop_written_by_hand(values: Values, run_reci
     data, batch = recipe.data, recipe.batch
     encoder = Encoder.of(load_tokenizer(BYTES), BYTES)
     corpus = CorpusSpec(data.corpus, held_out=data.validation_fraction)
-    readers = ReaderSpec(corpus, "documents", encoder, 2, batch.lanes, batch.chunk, data.shuffle_window, 0).open([0, 1], [None, None])
+    readers = ReaderSpec(
+        corpus, "documents", encoder, 2, batch.lanes, batch.chunk, data.shuffle_window, 0
+    ).open([0, 1], [None, None])
     torch.manual_seed(0)
     model = MinRNNForCausalLM(MinRNNForCausalLM.from_pretrained(folder / "model").config).double()
     optimizer = build_optimizer(model, recipe.optim)
@@ -38,10 +40,18 @@ def test_the_losses_are_those_of_a_loop_written_by_hand(values: Values, run_reci
         chunks = [reader.next_chunk() for reader in readers]
         total = torch.zeros((), dtype=torch.float64)
         for i, chunk in enumerate(chunks):
-            ids, labels, starts = (torch.from_numpy(x) for x in (chunk.input_ids, chunk.shift_labels, chunk.document_starts))
+            ids, labels, starts = (
+                torch.from_numpy(x) for x in (chunk.input_ids, chunk.shift_labels, chunk.document_starts)
+            )
             output = model(ids, document_starts=starts, past_key_values=states[i], use_cache=True)
             states[i] = output.past_key_values.detach_()
-            total = total + torch.nn.functional.cross_entropy(output.logits.flatten(0, 1), labels.flatten(), reduction="mean") / 2
+            total = (
+                total
+                + torch.nn.functional.cross_entropy(
+                    output.logits.flatten(0, 1), labels.flatten(), reduction="mean"
+                )
+                / 2
+            )
         total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
@@ -62,7 +72,10 @@ def test_recomputation_and_read_ahead_change_nothing(values: Values, run_recipe:
 
 @pytest.mark.slow
 def test_compiled_blocks_give_the_same_losses(values: Values, run_recipe: Run, tmp_path: Path):
-    values["train"]["precision"], values["model"]["dropout"] = "bf16", 0.0  # compiled code draws other dropout masks
+    values["train"]["precision"], values["model"]["dropout"] = (
+        "bf16",
+        0.0,
+    )  # compiled code draws other dropout masks
     plain = losses(run_recipe(values))
     values["run"]["dir"] = str(tmp_path / "compiled")
     values["train"]["compile"] = True
@@ -76,7 +89,9 @@ def test_precisions_stay_near_fp64(values: Values, run_recipe: Run, precision: s
     for name in ("fp64", precision):
         values["run"]["dir"], values["train"]["precision"] = str(tmp_path / name), name
         results[name] = [loss for _, loss in losses(run_recipe(values))]
-    np.testing.assert_allclose(results[precision], results["fp64"], rtol={"fp32": 1e-5, "bf16": 2e-2}[precision])
+    np.testing.assert_allclose(
+        results[precision], results["fp64"], rtol={"fp32": 1e-5, "bf16": 2e-2}[precision]
+    )
 
 
 def test_validation_is_the_loss_of_whole_documents(values: Values, run_recipe: Run):
@@ -118,7 +133,9 @@ def test_a_non_finite_loss_stops_before_anything_is_saved(values: Values, run_re
         return output
 
     monkeypatch.setattr(MinRNNForCausalLM, "forward", forward)
-    with pytest.raises(loop.NonFiniteError, match=r"step 5: .*reader 1: .*words\.jsonl:\d+.*step-000004, is as it was"):
+    with pytest.raises(
+        loop.NonFiniteError, match=r"step 5: .*reader 1: .*words\.jsonl:\d+.*step-000004, is as it was"
+    ):
         run_recipe(values)
     folder = Path(values["run"]["dir"])
     assert (folder / "checkpoints" / "step-000004" / "manifest.json").exists()
@@ -141,15 +158,31 @@ def test_warm_start_takes_the_weights_of_an_export(values: Values, run_recipe: R
 
 def test_a_run_leaves_what_the_readme_promises(values: Values, run_recipe: Run):
     folder = run_recipe(values)
-    assert {"config.yaml", "metrics.jsonl", "loss.png", "samples.txt", "checkpoints", "model"} <= {path.name for path in folder.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "loss.png", "samples.txt", "checkpoints", "model"} <= {
+        path.name for path in folder.iterdir()
+    }
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["step-000008", "step-000012"]
+    assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == [
+        "step-000008",
+        "step-000012",
+    ]
     entry = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
-    assert {"kind", "step", "tokens", "loss", "grad_norm", "lr", "tokens_per_second", "matmul_fraction"} <= entry.keys()
+    assert {
+        "kind",
+        "step",
+        "tokens",
+        "loss",
+        "grad_norm",
+        "lr",
+        "tokens_per_second",
+        "matmul_fraction",
+    } <= entry.keys()
     assert entry["tokens"] == 2 * 2 * 24
 
 
-def test_broken_documents_stop_a_run_or_are_counted(values: Values, run_recipe: Run, corpus: Path, tmp_path: Path):
+def test_broken_documents_stop_a_run_or_are_counted(
+    values: Values, run_recipe: Run, corpus: Path, tmp_path: Path
+):
     path = tmp_path / "broken.jsonl"
     lines = corpus.read_text().splitlines()
     path.write_text("\n".join([*lines[:20], "{no json", *lines[20:40], '{"txt": ""}', *lines[40:]]))
@@ -181,7 +214,9 @@ def stall(monkeypatch: pytest.MonkeyPatch, after: int, then: Callable[[], object
     monkeypatch.setattr(ChunkLoader, "take", stalled)
 
 
-def test_a_signal_is_heard_while_the_data_stall(values: Values, run_recipe: Run, monkeypatch: pytest.MonkeyPatch):
+def test_a_signal_is_heard_while_the_data_stall(
+    values: Values, run_recipe: Run, monkeypatch: pytest.MonkeyPatch
+):
     whole = losses(run_recipe({**values, "run": {"dir": values["run"]["dir"] + "-undisturbed"}}))
     with monkeypatch.context() as patched:
         stall(patched, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -192,7 +227,9 @@ def test_a_signal_is_heard_while_the_data_stall(values: Values, run_recipe: Run,
     assert losses(run_recipe(values)) == whole
 
 
-def test_a_process_without_data_hears_of_the_others_signal(values: Values, run_recipe: Run, monkeypatch: pytest.MonkeyPatch):
+def test_a_process_without_data_hears_of_the_others_signal(
+    values: Values, run_recipe: Run, monkeypatch: pytest.MonkeyPatch
+):
     """It goes on voting; another process, which has its data, votes to leave."""
     rounds = []
     stall(monkeypatch, 3, lambda: rounds.append(1))

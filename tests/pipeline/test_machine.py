@@ -57,7 +57,9 @@ def test_a_cpu_without_bf16_units_is_measured_quickly():
         "print(machine._size_to_measure(cpu, torch.bfloat16)[0], machine.choose_precision('auto', None, rates, 'cpu').precision)"
     )
     environment = {"ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "1", "PATH": ""}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+    )
     size, precision = done.stdout.split()
     assert int(size) < 1024
     assert precision == "fp32"
@@ -68,7 +70,9 @@ def test_a_cpu_without_bf16_units_is_measured_quickly():
 
 def has_accelerator(monkeypatch: pytest.MonkeyPatch, kind: str | None, count: int = 1) -> None:
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: kind is not None)
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_, **__: kind and torch.device(kind))
+    monkeypatch.setattr(
+        torch.accelerator, "current_accelerator", lambda *_, **__: kind and torch.device(kind)
+    )
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: count)
 
 
@@ -97,7 +101,9 @@ def test_processes_take_the_accelerator_of_their_number_but_share_no_mps(monkeyp
     assert processes.local_device("cpu") == torch.device("cpu")
     has_accelerator(monkeypatch, "mps")
     assert processes.local_device("auto") == torch.device("cpu")
-    with pytest.raises(UserError, match=r"train\.device: several processes cannot work on mps; start one, or use cpu"):
+    with pytest.raises(
+        UserError, match=r"train\.device: several processes cannot work on mps; start one, or use cpu"
+    ):
         processes.local_device("mps")
 
 
@@ -126,10 +132,16 @@ def test_fp64_is_refused_before_the_start_where_there_is_none(monkeypatch):
         ({"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, 8, 4),
         ({"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "3"}, 8, None),  # the user's
         ({"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "4"}, 2, 1),
-        ({"ACCELERATE_MIXED_PRECISION": "no", "OMP_NUM_THREADS": "1"}, 8, 8),  # one process of accelerate launch
+        (
+            {"ACCELERATE_MIXED_PRECISION": "no", "OMP_NUM_THREADS": "1"},
+            8,
+            8,
+        ),  # one process of accelerate launch
     ],
 )
-def test_each_process_has_its_share_of_the_cores(environment: dict[str, str], cores: int, expected: int | None):
+def test_each_process_has_its_share_of_the_cores(
+    environment: dict[str, str], cores: int, expected: int | None
+):
     assert machine.share_of_threads(environment, cores) == expected
 
 

@@ -41,7 +41,9 @@ def test_lines_wait_for_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tr
     with monkeypatch.context() as patched:
         refuse_lines(patched)
         if not truncates:
-            patched.setattr(os, "truncate", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
+            patched.setattr(
+                os, "truncate", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error"))
+            )
         file.append({"step": 2})
         file.append({"step": 3})
         with pytest.raises(OSError, match="No space left" if truncates else "Input/output"):
@@ -53,7 +55,9 @@ def test_lines_wait_for_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tr
     assert [json.loads(line)["step"] for line in file.path.read_text().splitlines()] == [1, 2, 3]
 
 
-def test_a_checkpoint_does_not_count_before_its_lines(values: Values, run_recipe: Run, monkeypatch: pytest.MonkeyPatch, capfd):
+def test_a_checkpoint_does_not_count_before_its_lines(
+    values: Values, run_recipe: Run, monkeypatch: pytest.MonkeyPatch, capfd
+):
     """The disk takes checkpoints but no lines from step 3 to 6: no checkpoint of step 4; then all lines are there."""
     original = loop._one_step
 
@@ -72,10 +76,15 @@ def test_a_checkpoint_does_not_count_before_its_lines(values: Values, run_recipe
     assert "takes no more lines (No space left on device)" in capfd.readouterr().err
     assert [step for step, _ in losses(folder)] == list(range(1, 13))
     assert [step for step, _ in losses(folder, "validation")] == [6, 12]
-    assert [path.name for path in checkpoint.steps_in(folder / "checkpoints")] == ["step-000012", "step-000008"]
+    assert [path.name for path in checkpoint.steps_in(folder / "checkpoints")] == [
+        "step-000012",
+        "step-000008",
+    ]
 
 
-def test_a_run_without_its_last_lines_is_not_finished(values: Values, run_recipe: Run, monkeypatch: pytest.MonkeyPatch):
+def test_a_run_without_its_last_lines_is_not_finished(
+    values: Values, run_recipe: Run, monkeypatch: pytest.MonkeyPatch
+):
     with monkeypatch.context() as patched:
         original = loop._validate
 
@@ -93,7 +102,16 @@ def test_a_run_without_its_last_lines_is_not_finished(values: Values, run_recipe
 
 def test_lines_are_strict_json(tmp_path: Path):
     file = MetricsFile(tmp_path / "metrics.jsonl", print)
-    file.append({"kind": "train", "step": 1, "tokens": 1, "loss": math.nan, "lr": 0.1, "by": {"8": -math.inf, "9": 1.5}})
+    file.append(
+        {
+            "kind": "train",
+            "step": 1,
+            "tokens": 1,
+            "loss": math.nan,
+            "lr": 0.1,
+            "by": {"8": -math.inf, "9": 1.5},
+        }
+    )
 
     def refuse(name: str) -> None:
         raise AssertionError(f"{name} is not JSON")
@@ -108,7 +126,10 @@ def test_cutting_leaves_the_lines_up_to_a_step(tmp_path_factory, counts: list[in
     """Any number of lines of a step, a last one that a crash cut, a last one that lacks only its end."""
     path = tmp_path_factory.mktemp("cut") / "metrics.jsonl"
     steps = [number for number, count in enumerate(counts, 1) for _ in range(count)]
-    lines = [json.dumps({"step": number, "note": "é" * (number * 400)}, ensure_ascii=False) + "\n" for number in steps]
+    lines = [
+        json.dumps({"step": number, "note": "é" * (number * 400)}, ensure_ascii=False) + "\n"
+        for number in steps
+    ]
     text = "".join(lines)
     path.write_text(text + '{"step": 9' if has_end else text.removesuffix("\n"))
     kept = [line for line, number in zip(lines, steps, strict=True) if number <= step]
@@ -120,7 +141,9 @@ def test_cutting_reads_only_what_is_cut(tmp_path: Path, monkeypatch: pytest.Monk
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(f'{{"step": {step}}}\n' for step in range(1, 200_001)))
     parsed = []
-    monkeypatch.setattr("minrnn.pipeline.metrics._parse", lambda line: parsed.append(line) or json.loads(line))
+    monkeypatch.setattr(
+        "minrnn.pipeline.metrics._parse", lambda line: parsed.append(line) or json.loads(line)
+    )
     assert cut_metrics(path, 199_990) == 10
     assert len(parsed) == 11
     assert path.read_bytes().endswith(b'{"step": 199990}\n')

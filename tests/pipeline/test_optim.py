@@ -13,11 +13,17 @@ from minrnn.pipeline.optim import build_optimizer, learning_rate
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_only_output_and_mlp_projections_decay(tied: bool):
-    model = MinRNNForCausalLM(MinRNNConfig(hidden_size=8, num_hidden_layers=1, intermediate_size=8, tie_word_embeddings=tied))
+    model = MinRNNForCausalLM(
+        MinRNNConfig(hidden_size=8, num_hidden_layers=1, intermediate_size=8, tie_word_embeddings=tied)
+    )
     optimizer = build_optimizer(model, OptimSection())
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    decaying = {names[id(p)] for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
-    expected = {f"model.layers.0.{name}.weight" for name in ("mixer.out_proj", "mlp.up_proj", "mlp.down_proj")}
+    decaying = {
+        names[id(p)] for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]
+    }
+    expected = {
+        f"model.layers.0.{name}.weight" for name in ("mixer.out_proj", "mlp.up_proj", "mlp.down_proj")
+    }
     assert decaying == expected | (set() if tied else {"lm_head.weight"})
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(names)
 
@@ -30,8 +36,12 @@ def test_only_output_and_mlp_projections_decay(tied: bool):
     st.floats(0, 1),
     st.integers(1, 100),
 )
-def test_the_learning_rate_rises_holds_and_falls(schedule, warmup: int, steps: int, decay: float, final: float, step: int):
-    config = OptimSection(lr=2.0, schedule=schedule, warmup_steps=warmup, decay_fraction=decay, final_lr_fraction=final)
+def test_the_learning_rate_rises_holds_and_falls(
+    schedule, warmup: int, steps: int, decay: float, final: float, step: int
+):
+    config = OptimSection(
+        lr=2.0, schedule=schedule, warmup_steps=warmup, decay_fraction=decay, final_lr_fraction=final
+    )
     rates = [learning_rate(config, s, steps) for s in range(1, steps + 1)]
     assert all(0 < rate <= 2.0 for rate in rates), "every step is worth its computation, the last one too"
     assert learning_rate(config, steps + 7, steps) == rates[-1]
@@ -43,7 +53,9 @@ def test_the_learning_rate_rises_holds_and_falls(schedule, warmup: int, steps: i
 def test_the_schedules_at_known_points():
     wsd = OptimSection(lr=1.0, schedule="wsd", warmup_steps=10, decay_fraction=0.19, final_lr_fraction=0.1)
     rates = [learning_rate(wsd, step, 100) for step in (5, 10, 81, 91, 100)]
-    assert rates == pytest.approx([0.5, 1.0, 1.0, 0.55, 0.145])  # 20 equal falls end at 0.1 after the last step
+    assert rates == pytest.approx(
+        [0.5, 1.0, 1.0, 0.55, 0.145]
+    )  # 20 equal falls end at 0.1 after the last step
     cosine = OptimSection(lr=1.0, schedule="cosine", warmup_steps=10, final_lr_fraction=0.0)
     assert learning_rate(cosine, 55, 99) == pytest.approx(0.5)
     assert learning_rate(cosine, 99, 99) == pytest.approx(math.sin(math.pi / 180) ** 2)

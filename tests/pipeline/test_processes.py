@@ -24,13 +24,19 @@ pytestmark = pytest.mark.xdist_group("launcher")  # one after the other: launche
 def launch(recipe: Path, *overrides: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
     """Train a recipe file through `accelerate launch`, to its end."""
     config = REPOSITORY / "launch" / "accelerate" / "cpu.yaml"
-    launcher = ["accelerate.commands.launch", "--config_file", str(config), "--num_processes", str(processes), "-m"] if processes > 1 else []
+    launcher = (
+        ["accelerate.commands.launch", "--config_file", str(config), "--num_processes", str(processes), "-m"]
+        if processes > 1
+        else []
+    )
     command = [sys.executable, "-m", *launcher, "minrnn.pipeline.train", "--config", str(recipe), *overrides]
     return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=1200, check=False)
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_losses_of_one_and_change_places(values: Values, run_recipe: Run, tmp_path: Path):
+def test_two_processes_give_the_losses_of_one_and_change_places(
+    values: Values, run_recipe: Run, tmp_path: Path
+):
     """fp64, dropout on: 1 process = 2 processes = 2 processes whose run one process finishes."""
     values["train"] |= {"precision": "fp64", "steps": 20, "save_every": 10}
     one = run_recipe(values)
@@ -40,13 +46,26 @@ def test_two_processes_give_the_losses_of_one_and_change_places(values: Values, 
     for kind in ("train", "validation"):
         np.testing.assert_allclose(losses(tmp_path / "two", kind), losses(one, kind), rtol=1e-9)
     half = ("--run.dir", str(tmp_path / "half"))
-    assert launch(recipe_file(values, tmp_path), *half, "--optim.schedule", "constant", "--train.steps", "10", processes=2).returncode == 0
+    assert (
+        launch(
+            recipe_file(values, tmp_path),
+            *half,
+            "--optim.schedule",
+            "constant",
+            "--train.steps",
+            "10",
+            processes=2,
+        ).returncode
+        == 0
+    )
     values["optim"]["schedule"], values["run"]["dir"] = "constant", str(tmp_path / "half")
     run_recipe(values)
     whole = run_recipe({**values, "run": {"dir": str(tmp_path / "whole")}})
     np.testing.assert_allclose(losses(tmp_path / "half"), losses(whole), rtol=1e-9)
     reader = (tmp_path / "two" / "checkpoints" / "step-000020" / "reader-0001.json").read_text()
-    assert json.loads(reader) == json.loads((one / "checkpoints" / "step-000020" / "reader-0001.json").read_text())
+    assert json.loads(reader) == json.loads(
+        (one / "checkpoints" / "step-000020" / "reader-0001.json").read_text()
+    )
 
 
 @pytest.mark.slow
@@ -60,7 +79,9 @@ def test_mistakes_are_told_once_by_two_processes(values: Values, tmp_path: Path)
 def test_recipes_that_differ_between_machines_are_refused(values: Values, tmp_path: Path):
     """Both processes read the same path; each has a recipe of its own behind it, as machines with folders of their own do."""
     for rank, lanes in enumerate((2, 3)):
-        (tmp_path / f"recipe-{rank}.yaml").write_text(yaml.safe_dump({**values, "batch": {**values["batch"], "lanes": lanes}}))
+        (tmp_path / f"recipe-{rank}.yaml").write_text(
+            yaml.safe_dump({**values, "batch": {**values["batch"], "lanes": lanes}})
+        )
     program = tmp_path / "own_recipe.py"
     program.write_text(
         "import os\nfrom minrnn.pipeline.train import main\n"
@@ -68,9 +89,16 @@ def test_recipes_that_differ_between_machines_are_refused(values: Values, tmp_pa
     )
     config = REPOSITORY / "launch" / "accelerate" / "cpu.yaml"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), str(program)]
-    ended = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=1200, check=False)
+    ended = subprocess.run(
+        command, env=ENVIRONMENT, capture_output=True, text=True, timeout=1200, check=False
+    )
     assert ended.returncode != 0
-    assert ended.stderr.count("error: batch.lanes: is 2 on rank 0, but 3 on rank 1; give all machines the same recipe") == 1
+    assert (
+        ended.stderr.count(
+            "error: batch.lanes: is 2 on rank 0, but 3 on rank 1; give all machines the same recipe"
+        )
+        == 1
+    )
     assert not Path(values["run"]["dir"]).exists()
 
 
@@ -96,7 +124,9 @@ def test_kill_minus_nine_at_random_moments(values: Values, run_recipe: Run, tmp_
     while kills < 6:
         process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
         reached = len(metrics.read_text().splitlines()) if metrics.exists() else 0
-        while process.poll() is None and (not metrics.exists() or len(metrics.read_text().splitlines()) <= reached):
+        while process.poll() is None and (
+            not metrics.exists() or len(metrics.read_text().splitlines()) <= reached
+        ):
             time.sleep(0.01)
         try:
             process.wait(draw.uniform(0.0, 1.0))
@@ -136,7 +166,12 @@ def test_kill_minus_nine_while_saving(values: Values, run_recipe: Run, tmp_path:
     """While the first file, the weights, the manifest is being written."""
     undisturbed = run_recipe({**values, "run": {"dir": str(tmp_path / "undisturbed")}})
     recipe = recipe_file(values, tmp_path)
-    killed = subprocess.run([sys.executable, "-c", KILLER, str(write), "--config", str(recipe)], env=ENVIRONMENT, check=False, timeout=600)
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLER, str(write), "--config", str(recipe)],
+        env=ENVIRONMENT,
+        check=False,
+        timeout=600,
+    )
     assert killed.returncode == -signal.SIGKILL
     folder = Path(values["run"]["dir"])
     assert [path.name for path in sorted((folder / "checkpoints").glob("step-*"))] == ["step-000004"]
@@ -152,7 +187,9 @@ def test_sigterm_to_the_group_and_a_second_interrupt(values: Values, tmp_path: P
 
     def start() -> subprocess.Popen[str]:
         size = metrics.stat().st_size if metrics.exists() else 0
-        process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        process = subprocess.Popen(
+            command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
         while process.poll() is None and (not metrics.exists() or metrics.stat().st_size <= size):
             time.sleep(0.02)
         return process
@@ -181,7 +218,13 @@ def test_output_that_goes_nowhere_stops_no_training(values: Values, tmp_path: Pa
     """Its status is the training's, and a data worker's messages land in no file of the run."""
     values["data"]["workers"] = 1
     command = f'"$0" -m minrnn.pipeline.train --config {recipe_file(values, tmp_path)} {redirection}; exit ${{PIPESTATUS[0]}}'
-    ended = subprocess.run(["bash", "-c", command, sys.executable], env=ENVIRONMENT, capture_output=True, timeout=1200, check=False)
+    ended = subprocess.run(
+        ["bash", "-c", command, sys.executable],
+        env=ENVIRONMENT,
+        capture_output=True,
+        timeout=1200,
+        check=False,
+    )
     folder = Path(values["run"]["dir"])
     assert ended.returncode == 0
     assert (folder / "model" / "model.safetensors").exists()

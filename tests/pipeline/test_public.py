@@ -14,7 +14,10 @@ SECRET = "s3cret"
         ("https://mlflow.org/path?token=s3cret", "https://mlflow.org/path"),
         ("https://mlflow.org/path?token=a@s3cret", "https://mlflow.org/path"),
         ("https://mlflow.org/path#s3cret", "https://mlflow.org/path"),
-        ("postgresql+psycopg2://user:s3cret@host:5432/db?password=s3cret", "postgresql+psycopg2://host:5432/db"),
+        (
+            "postgresql+psycopg2://user:s3cret@host:5432/db?password=s3cret",
+            "postgresql+psycopg2://host:5432/db",
+        ),
         ("postgresql://user:s3cret/x@host/db", "postgresql://host/db"),
         ("postgresql://user:a@s3cret/x@host/db", "postgresql://host/db"),
         ("mysql://:s3cret@host/db", "mysql://host/db"),
@@ -25,10 +28,15 @@ SECRET = "s3cret"
 )
 def test_a_uri_keeps_its_place_and_loses_its_credentials(uri: str, shown: str):
     assert without_credentials(uri) == shown
-    assert text_without_credentials(f"cannot reach {uri} (and '{uri}')", uri) == f"cannot reach {shown} (and '{shown}')"
+    assert (
+        text_without_credentials(f"cannot reach {uri} (and '{uri}')", uri)
+        == f"cannot reach {shown} (and '{shown}')"
+    )
 
 
-@pytest.mark.parametrize("uri", ["postgresql://user:s3cret?x@host/db", "https://host:80/p?token=s3cret@b", "x://u:a#s3cret@h"])
+@pytest.mark.parametrize(
+    "uri", ["postgresql://user:s3cret?x@host/db", "https://host:80/p?token=s3cret@b", "x://u:a#s3cret@h"]
+)
 def test_where_the_password_ends_is_not_guessed(uri: str):
     assert SECRET not in without_credentials(uri)
     assert SECRET not in text_without_credentials(f"failed: {uri}", uri)
@@ -59,7 +67,11 @@ def test_local_paths_are_published_by_their_last_part(value: str, published: str
 
 def test_every_text_of_a_config_is_published_so_but_for_prompts():
     config = {
-        "data": {"corpus": "/home/me/a.txt", "task": {"file": "/home/me/b.txt", "length": 3}, "split": "train"},
+        "data": {
+            "corpus": "/home/me/a.txt",
+            "task": {"file": "/home/me/b.txt", "length": 3},
+            "split": "train",
+        },
         "run": {"change": ["/home/me/c.txt"], "seed": 0},
         "train": {"prompts": ["/* a comment */", "https://x.org?y"]},
     }

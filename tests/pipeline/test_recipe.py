@@ -12,7 +12,15 @@ import yaml
 from minrnn.data import UserError
 from minrnn.models import MinRNNConfig
 from minrnn.pipeline.config import SECTIONS, docstring_of
-from minrnn.pipeline.recipe import build_recipe, check_unchanged, flatten, help_text, read_recipe, resolved, settled
+from minrnn.pipeline.recipe import (
+    build_recipe,
+    check_unchanged,
+    flatten,
+    help_text,
+    read_recipe,
+    resolved,
+    settled,
+)
 from minrnn.pipeline.run import corpus_of
 
 
@@ -24,7 +32,9 @@ def problems(argv: list[str]) -> list[str]:
 
 def test_every_mistake_is_told_at_once_with_its_key(tmp_path: Path):
     path = tmp_path / "recipe.yaml"
-    path.write_text("batch: {lanes: many, chunk: -3}\nmodle: {cell: mingru}\nmodel: {cell: gru, dropout: 2.0}\noptim: {lrr: 1}\n")
+    path.write_text(
+        "batch: {lanes: many, chunk: -3}\nmodle: {cell: mingru}\nmodel: {cell: gru, dropout: 2.0}\noptim: {lrr: 1}\n"
+    )
     told = problems(["--config", str(path), "--train.precison", "bf16", "--train.steps=0", "--lanes", "3"])
     assert len(told) == 9
     assert all(line.startswith("error: ") for line in told)
@@ -45,7 +55,11 @@ def test_every_mistake_is_told_at_once_with_its_key(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("[1, 2]", "must hold sections"), ("a: [", "is not YAML"), ("run: 3", "run: input should be a valid dictionary")],
+    [
+        ("[1, 2]", "must hold sections"),
+        ("a: [", "is not YAML"),
+        ("run: 3", "run: input should be a valid dictionary"),
+    ],
 )
 def test_a_file_that_is_no_recipe(tmp_path: Path, content: str, message: str):
     path = tmp_path / "recipe.yaml"
@@ -70,18 +84,61 @@ def test_the_command_line_wins(tmp_path: Path):
     path = tmp_path / "recipe.yaml"
     path.write_text("optim: {lr: 1.0e-2, clip: 3}\n")
     recipe = read_recipe(
-        ["--config", str(path), "--optim.lr", "1e-3", "--data.subset=null", "--run.change", "[optim.lr]", "--train.prompts", "[a]"]
+        [
+            "--config",
+            str(path),
+            "--optim.lr",
+            "1e-3",
+            "--data.subset=null",
+            "--run.change",
+            "[optim.lr]",
+            "--train.prompts",
+            "[a]",
+        ]
     )
-    assert (recipe.optim.lr, recipe.optim.clip, recipe.run.change, recipe.train.prompts) == (1e-3, 3.0, ["optim.lr"], ["a"])
+    assert (recipe.optim.lr, recipe.optim.clip, recipe.run.change, recipe.train.prompts) == (
+        1e-3,
+        3.0,
+        ["optim.lr"],
+        ["a"],
+    )
 
 
 @pytest.mark.parametrize(
     "typed",
-    ["a #b", "123", "'q'", '"q"', " lead", "trail ", "null", "2024-01-01", "yes", "1e3", "0x10", "1:30", "*.txt", "{a: b}", "[a]", "~", "- x"],
+    [
+        "a #b",
+        "123",
+        "'q'",
+        '"q"',
+        " lead",
+        "trail ",
+        "null",
+        "2024-01-01",
+        "yes",
+        "1e3",
+        "0x10",
+        "1:30",
+        "*.txt",
+        "{a: b}",
+        "[a]",
+        "~",
+        "- x",
+    ],
 )
 def test_text_is_taken_as_it_is_typed(typed: str):
     """By settings of type str; by those that may be None too, but for the word null; and within lists."""
-    recipe = read_recipe(["--run.dir", typed, f"--data.corpus={typed}", "--data.join", typed, "--train.prompts", json.dumps([typed, "b"])])
+    recipe = read_recipe(
+        [
+            "--run.dir",
+            typed,
+            f"--data.corpus={typed}",
+            "--data.join",
+            typed,
+            "--train.prompts",
+            json.dumps([typed, "b"]),
+        ]
+    )
     assert (recipe.run.dir, recipe.data.corpus) == (os.path.expanduser(typed), typed)
     assert recipe.data.join == (None if typed == "null" else typed)
     assert recipe.train.prompts == [typed, "b"]
@@ -105,13 +162,26 @@ def test_what_is_no_text_is_read_as_its_type():
     for key, (_, value) in typed.items():
         section, name = key.split(".")
         assert getattr(getattr(recipe, section), name) == value, key
-    task = read_recipe(["--data.corpus", "synthetic/mqar", "--data.task", "{vocab_size: 8192, power: 0.1}"]).data.task
+    task = read_recipe(
+        ["--data.corpus", "synthetic/mqar", "--data.task", "{vocab_size: 8192, power: 0.1}"]
+    ).data.task
     assert task == {"vocab_size": 8192, "power": 0.1}
 
 
 def test_what_is_not_of_its_type_is_refused():
     told = problems(
-        ["--train.steps", "2024-01-01", "--optim.lr", "null", "--train.prompts", "def ", "--run.change", "[a", "--run.seed", "true"]
+        [
+            "--train.steps",
+            "2024-01-01",
+            "--optim.lr",
+            "null",
+            "--train.prompts",
+            "def ",
+            "--run.change",
+            "[a",
+            "--run.seed",
+            "true",
+        ]
     )
     for expected in (
         "train.steps: input should be a valid integer",
@@ -150,7 +220,11 @@ def test_what_is_joined():
 def test_presets_fill_what_the_user_left_open():
     recipe = read_recipe(["--model.preset", "paper", "--model.hidden_act", "relu"])
     fields = recipe.model_fields_resolved()
-    assert (fields["candidate_activation"], fields["output_gate"], fields["hidden_act"]) == ("g", False, "relu")
+    assert (fields["candidate_activation"], fields["output_gate"], fields["hidden_act"]) == (
+        "g",
+        False,
+        "relu",
+    )
 
 
 def test_what_is_resolved_reads_back_as_itself():
@@ -162,7 +236,9 @@ def test_what_is_resolved_reads_back_as_itself():
 @pytest.mark.slow
 def test_help_is_the_same_where_python_leaves_docstrings_out():
     code = "from minrnn.pipeline.recipe import help_text; print(help_text())"
-    said = subprocess.run([sys.executable, "-OO", "-c", code], capture_output=True, text=True, check=True).stdout
+    said = subprocess.run(
+        [sys.executable, "-OO", "-c", code], capture_output=True, text=True, check=True
+    ).stdout
     assert said.endswith(help_text() + "\n")
 
 
@@ -176,9 +252,23 @@ def test_help_teaches_every_setting():
 
 def test_only_what_decides_no_loss_is_free_to_change():
     recipe = build_recipe({"train": {"precision": "fp32"}})
-    free = {"run.dir": "x", "train.device": "cpu", "train.steps": 5, "train.log_every": 3, "tracking.uri": None, "data.workers": 4}
+    free = {
+        "run.dir": "x",
+        "train.device": "cpu",
+        "train.steps": 5,
+        "train.log_every": 3,
+        "tracking.uri": None,
+        "data.workers": 4,
+    }
     free["model.max_position_embeddings"] = 65_536  # the default of runs that were begun before
-    fixed = {"optim.lr": 1.0, "batch.lanes": 3, "model.cell": "minlstm", "run.seed": 3, "train.precision": "fp64", "data.join": "folder"}
+    fixed = {
+        "optim.lr": 1.0,
+        "batch.lanes": 3,
+        "model.cell": "minlstm",
+        "run.seed": 3,
+        "train.precision": "fp64",
+        "data.join": "folder",
+    }
     saved = resolved(recipe)
     for key, value in (free | fixed).items():
         section, name = key.split(".")
@@ -189,14 +279,19 @@ def test_only_what_decides_no_loss_is_free_to_change():
     assert {key for key, _ in raised.value.problems} == fixed.keys()
     with pytest.raises(UserError) as raised:
         check_unchanged(saved, build_recipe({}), "runs/x")
-    assert {key for key, _ in raised.value.problems} == fixed.keys() - {"train.precision"}, "auto is what was saved"
+    assert {key for key, _ in raised.value.problems} == fixed.keys() - {"train.precision"}, (
+        "auto is what was saved"
+    )
 
 
 def test_a_longer_run_keeps_the_schedule_it_began_with():
     """Also where it began before the schedule was written down; another one is a setting like others."""
     began = resolved(settled(build_recipe({"train": {"steps": 100}}), {}))
     assert began["optim"]["schedule_steps"] == 100
-    older = {**began, "optim": {key: value for key, value in began["optim"].items() if key != "schedule_steps"}}
+    older = {
+        **began,
+        "optim": {key: value for key, value in began["optim"].items() if key != "schedule_steps"},
+    }
     for saved in (began, older):
         longer = build_recipe({"train": {"steps": 300}})
         check_unchanged(saved, longer, "runs/x")
@@ -204,7 +299,9 @@ def test_a_longer_run_keeps_the_schedule_it_began_with():
         longer.run.change = ["optim.schedule_steps"]
         assert settled(longer, saved).optim.schedule_steps == 300
         explicit = build_recipe({"train": {"steps": 300}, "optim": {"schedule_steps": 200}})
-        with pytest.raises(UserError, match=r"optim\.schedule_steps: is 200, but the run in runs/x was started with 100"):
+        with pytest.raises(
+            UserError, match=r"optim\.schedule_steps: is 200, but the run in runs/x was started with 100"
+        ):
             check_unchanged(saved, explicit, "runs/x")
         explicit.run.change = ["optim.schedule_steps"]
         check_unchanged(saved, explicit, "runs/x")
@@ -214,7 +311,9 @@ def test_processes_of_a_sequence_may_change_where_that_changes_nothing():
     two = {"parallel": {"context": 2}}
     check_unchanged(resolved(build_recipe({})), build_recipe(two), "runs/x")
     dropping = {"model": {"dropout": 0.1}}
-    with pytest.raises(UserError, match=r"parallel\.context: is 2, .* was started with 1 \(with model\.dropout") as raised:
+    with pytest.raises(
+        UserError, match=r"parallel\.context: is 2, .* was started with 1 \(with model\.dropout"
+    ) as raised:
         check_unchanged(resolved(build_recipe(dropping)), build_recipe(dropping | two), "runs/x")
     assert [key for key, _ in raised.value.problems] == ["parallel.context"]
     meant = build_recipe(dropping | two | {"run": {"change": ["parallel.context"]}})
@@ -244,20 +343,33 @@ def test_what_a_run_cannot_change_cannot_be_accepted_either():
         (["--tracking.uri", "null"], "http://mlflow:5000", None),
     ],
 )
-def test_the_environment_says_where_to_track_if_the_recipe_does_not(typed: list[str], environment: str | None, place: str | None, monkeypatch):
+def test_the_environment_says_where_to_track_if_the_recipe_does_not(
+    typed: list[str], environment: str | None, place: str | None, monkeypatch
+):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     if environment is not None:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", environment)
     recipe = read_recipe(typed)
     assert recipe.tracking.place() == place
     again = build_recipe(yaml.safe_load(yaml.safe_dump(resolved(recipe))))
-    assert again.tracking.uri == recipe.tracking.uri, "what config.yaml says means the same wherever it is used"
+    assert again.tracking.uri == recipe.tracking.uri, (
+        "what config.yaml says means the same wherever it is used"
+    )
 
 
 def test_a_corpus_is_read_without_what_the_run_writes_beside_it(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    left_out = corpus_of(read_recipe(["--run.dir", "runs/x", "--tracking.uri", "sqlite:///db/mlflow.db?timeout=9"])).left_out
-    expected = {"runs/x", "runs/x/metrics.jsonl", "runs/x/model", "mlruns", "db/mlflow.db", "db/mlflow.db-journal"}
+    left_out = corpus_of(
+        read_recipe(["--run.dir", "runs/x", "--tracking.uri", "sqlite:///db/mlflow.db?timeout=9"])
+    ).left_out
+    expected = {
+        "runs/x",
+        "runs/x/metrics.jsonl",
+        "runs/x/model",
+        "mlruns",
+        "db/mlflow.db",
+        "db/mlflow.db-journal",
+    }
     assert expected <= {str(Path(path).relative_to(tmp_path.resolve())) for path in left_out}
 
 

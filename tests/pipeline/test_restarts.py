@@ -51,7 +51,9 @@ def test_an_error_before_the_processes_are_connected_is_final(attempts, capsys):
 
 def test_one_that_comes_later_is_final_when_it_comes_back(attempts, monkeypatch):
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
-    for number, (message, step) in enumerate([("loss nan", 5), ("no network", 5), ("no network", 8), ("no network", 8)]):
+    for number, (message, step) in enumerate(
+        [("loss nan", 5), ("no network", 5), ("no network", 8), ("no network", 8)]
+    ):
         attempts(number)
         leave_if_final()
         note_error(with_note(message, f"after step {step}"), 1)
@@ -72,7 +74,12 @@ def test_without_an_elastic_launcher_nothing_is_noted(monkeypatch, file: str | N
 
 @pytest.mark.slow
 def test_a_typo_is_told_once_whatever_the_launcher_does(values: Values, tmp_path: Path):
-    done = launch(ddp(2, "--max_restarts", "3", "--monitor_interval", "0.2"), recipe_file(values, tmp_path), "--train.stpes", "3")
+    done = launch(
+        ddp(2, "--max_restarts", "3", "--monitor_interval", "0.2"),
+        recipe_file(values, tmp_path),
+        "--train.stpes",
+        "3",
+    )
     assert done.returncode != 0
     assert done.stderr.count("error: train.stpes: unknown key") == 1, done.stderr[-3000:]
     assert done.stderr.count("not started again") == 3
@@ -85,7 +92,15 @@ def test_a_nan_that_comes_back_ends_the_restarts(values: Values, tmp_path: Path)
     script = tmp_path / "nan_in_one.py"
     script.write_text(NAN_IN_ONE)
     options = ["--nproc_per_node", "2", "--max_restarts", "3", "--monitor_interval", "0.2"]
-    command = [sys.executable, "-m", "torch.distributed.run", *options, str(script), "--config", str(recipe_file(values, tmp_path))]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        *options,
+        str(script),
+        "--config",
+        str(recipe_file(values, tmp_path)),
+    ]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode != 0
     assert done.stderr.count("error: training: step 5: loss nan. In reader 1: ") == 2, done.stderr[-3000:]

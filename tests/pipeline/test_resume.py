@@ -42,7 +42,9 @@ def undisturbed(values: Values, run_recipe: Run, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("stops", [(1,), (5, 10), (4, 5), (11, 11), (12, 3)])
-def test_crashes_leave_no_trace(values: Values, run_recipe: Run, undisturbed: Path, monkeypatch, stops: tuple[int, ...]):
+def test_crashes_leave_no_trace(
+    values: Values, run_recipe: Run, undisturbed: Path, monkeypatch, stops: tuple[int, ...]
+):
     for stop in stops:
         with monkeypatch.context() as patched:
             crash_at(patched, stop, crash)
@@ -52,7 +54,9 @@ def test_crashes_leave_no_trace(values: Values, run_recipe: Run, undisturbed: Pa
     for kind in ("train", "validation"):
         assert losses(folder, kind) == losses(undisturbed, kind)
     assert [step for step, _ in losses(folder)] == list(range(1, 13))
-    assert (folder / "model" / "model.safetensors").read_bytes() == (undisturbed / "model" / "model.safetensors").read_bytes()
+    assert (folder / "model" / "model.safetensors").read_bytes() == (
+        undisturbed / "model" / "model.safetensors"
+    ).read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -64,7 +68,9 @@ def test_crashes_leave_no_trace(values: Values, run_recipe: Run, undisturbed: Pa
         (signal.SIGUSR1, "windows"),
     ],
 )
-def test_a_signal_saves_and_leaves(values: Values, run_recipe: Run, monkeypatch, tmp_path, number: signal.Signals, order: str, capfd):
+def test_a_signal_saves_and_leaves(
+    values: Values, run_recipe: Run, monkeypatch, tmp_path, number: signal.Signals, order: str, capfd
+):
     values["data"]["order"] = order
     whole = run_recipe({**values, "run": {"dir": str(tmp_path / "undisturbed")}})
     with monkeypatch.context() as patched:
@@ -78,7 +84,9 @@ def test_a_signal_saves_and_leaves(values: Values, run_recipe: Run, monkeypatch,
     assert losses(run_recipe(values)) == losses(whole)
 
 
-def test_a_hangup_that_nohup_has_set_to_be_ignored_stays_so(values: Values, run_recipe: Run, undisturbed: Path, monkeypatch):
+def test_a_hangup_that_nohup_has_set_to_be_ignored_stays_so(
+    values: Values, run_recipe: Run, undisturbed: Path, monkeypatch
+):
     previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with monkeypatch.context() as patched:
@@ -105,7 +113,9 @@ def test_a_hangup_is_obeyed_when_the_terminal_is_gone():
     assert interrupt.requested == signal.SIGHUP
 
 
-def test_a_checkpoint_is_due_after_some_time_too(values: Values, run_recipe: Run, undisturbed: Path, monkeypatch, tmp_path: Path):
+def test_a_checkpoint_is_due_after_some_time_too(
+    values: Values, run_recipe: Run, undisturbed: Path, monkeypatch, tmp_path: Path
+):
     """Nobody said save_every: what is lost is at most save_minutes, here less than a step."""
     assert build_recipe({}).train.save_minutes == 15
     values["train"] |= {"save_every": None, "save_minutes": 1e-9, "save_in_background": False}
@@ -114,7 +124,10 @@ def test_a_checkpoint_is_due_after_some_time_too(values: Values, run_recipe: Run
         with pytest.raises(Crash):
             run_recipe(values)
     folder = Path(values["run"]["dir"])
-    assert [path.name for path in checkpoint.steps_in(folder / "checkpoints")] == ["step-000007", "step-000006"]
+    assert [path.name for path in checkpoint.steps_in(folder / "checkpoints")] == [
+        "step-000007",
+        "step-000006",
+    ]
     values["train"]["save_minutes"] = None
     assert losses(run_recipe(values)) == losses(undisturbed)
     assert checkpoint.steps_in(folder / "checkpoints")[0].name == "step-000012"
@@ -123,7 +136,9 @@ def test_a_checkpoint_is_due_after_some_time_too(values: Values, run_recipe: Run
 
 
 @pytest.mark.parametrize("step", [6, 12])
-def test_a_step_is_saved_before_its_validation_can_fail(values: Values, run_recipe: Run, undisturbed: Path, monkeypatch, step: int):
+def test_a_step_is_saved_before_its_validation_can_fail(
+    values: Values, run_recipe: Run, undisturbed: Path, monkeypatch, step: int
+):
     values["train"]["save_every"] = 6
     original = loop.validate
 
@@ -148,7 +163,9 @@ def full_disk(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
     original = checkpoint.write_file
 
     def write(path: Path, function):
-        if path.name == "optimizer.safetensors" and path.parent.name in {f".step-{step:06d}.building" for step in steps}:
+        if path.name == "optimizer.safetensors" and path.parent.name in {
+            f".step-{step:06d}.building" for step in steps
+        }:
             path.write_bytes(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
         return original(path, function)
@@ -157,14 +174,22 @@ def full_disk(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
 
 
 @pytest.mark.parametrize("in_background", [True, False])
-def test_a_full_disk_stops_no_training(values: Values, run_recipe: Run, undisturbed: Path, monkeypatch, capfd, in_background: bool):
+def test_a_full_disk_stops_no_training(
+    values: Values, run_recipe: Run, undisturbed: Path, monkeypatch, capfd, in_background: bool
+):
     values["train"]["save_in_background"] = in_background
     folder = Path(values["run"]["dir"])
     with monkeypatch.context() as patched:
         full_disk(patched, 8)
         run_recipe(values)
-    assert "warning: a checkpoint could not be written: OSError: [Errno 28] No space left on device (rank 0)" in capfd.readouterr().err
-    assert [path.name for path in checkpoint.steps_in(folder / "checkpoints")] == ["step-000012", "step-000004"]
+    assert (
+        "warning: a checkpoint could not be written: OSError: [Errno 28] No space left on device (rank 0)"
+        in capfd.readouterr().err
+    )
+    assert [path.name for path in checkpoint.steps_in(folder / "checkpoints")] == [
+        "step-000012",
+        "step-000004",
+    ]
     assert not list((folder / "checkpoints").glob(".*"))
     assert losses(folder) == losses(undisturbed)
 
@@ -172,13 +197,18 @@ def test_a_full_disk_stops_no_training(values: Values, run_recipe: Run, undistur
 def test_a_full_disk_at_the_end_is_an_error(values: Values, run_recipe: Run, undisturbed: Path, monkeypatch):
     with monkeypatch.context() as patched:
         full_disk(patched, 12)
-        with pytest.raises(OSError, match=r"checkpoint of step 12 could not be written: .*No space left.*Older checkpoints are untouched"):
+        with pytest.raises(
+            OSError,
+            match=r"checkpoint of step 12 could not be written: .*No space left.*Older checkpoints are untouched",
+        ):
             run_recipe(values)
     assert losses(run_recipe(values)) == losses(undisturbed)
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "missing", "manifest"])
-def test_a_damaged_checkpoint_is_named_and_passed_over(values: Values, run_recipe: Run, undisturbed: Path, monkeypatch, damage: str, capfd):
+def test_a_damaged_checkpoint_is_named_and_passed_over(
+    values: Values, run_recipe: Run, undisturbed: Path, monkeypatch, damage: str, capfd
+):
     with monkeypatch.context() as patched:
         crash_at(patched, 10, crash)
         with pytest.raises(Crash):
@@ -196,7 +226,11 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(values: Values, run_recip
     assert "step-000008 is not used" in message
     assert victim.name in message
     assert "what is damaged is kept as step-000008.invalid-1" in message
-    assert {path.name for path in newest.parent.iterdir()} == {"step-000008.invalid-1", "step-000008", "step-000012"}
+    assert {path.name for path in newest.parent.iterdir()} == {
+        "step-000008.invalid-1",
+        "step-000008",
+        "step-000012",
+    }
     assert losses(folder) == losses(undisturbed)
 
 
@@ -215,10 +249,15 @@ def test_a_checkpoint_that_cannot_be_read_stops_the_run(values: Values, run_reci
     with monkeypatch.context() as patched:
         patched.setattr(storage, "RETRY_AFTER", (0.0,))
         patched.setattr(Path, "read_text", failing)
-        with pytest.raises(StorageError, match=r"step-000008/manifest\.json cannot be read: Input/output error"):
+        with pytest.raises(
+            StorageError, match=r"step-000008/manifest\.json cannot be read: Input/output error"
+        ):
             run_recipe(values)
     assert (folder / "metrics.jsonl").read_text() == before
-    assert [path.name for path in checkpoint.steps_in(folder / "checkpoints")] == ["step-000008", "step-000004"]
+    assert [path.name for path in checkpoint.steps_in(folder / "checkpoints")] == [
+        "step-000008",
+        "step-000004",
+    ]
     assert [step for step, _ in losses(run_recipe(values))] == list(range(1, 13))
 
 
@@ -244,21 +283,31 @@ def test_a_finished_run_says_so_and_goes_on_when_it_is_lengthened(values: Values
     assert [step for step, _ in losses(run_recipe(values))] == list(range(1, 16))
     assert learning_rates(folder) == pytest.approx([*rates, *[rates[-1]] * 3])
     note = capfd.readouterr().err
-    assert f"train.steps is 15, it was 12: the learning rate, {rates[-1]:.3g} at step 12, stays at {rates[-1]:.3g} until step 15" in note
+    assert (
+        f"train.steps is 15, it was 12: the learning rate, {rates[-1]:.3g} at step 12, stays at {rates[-1]:.3g} until step 15"
+        in note
+    )
     values["train"]["steps"], values["run"]["change"] = 18, ["optim.schedule_steps"]
     run_recipe(values)
     anew = [learning_rate(optim, step, 18) for step in (16, 17, 18)]
     assert learning_rates(folder)[15:] == pytest.approx(anew)
-    assert f"{rates[-1]:.3g} at step 15, falls from {anew[0]:.3g} to {anew[-1]:.3g} until step 18" in capfd.readouterr().err
+    assert (
+        f"{rates[-1]:.3g} at step 15, falls from {anew[0]:.3g} to {anew[-1]:.3g} until step 18"
+        in capfd.readouterr().err
+    )
     values["train"]["steps"], values["run"]["change"] = 19, []
-    assert learning_rates(run_recipe(values))[18:] == pytest.approx(anew[-1:]), "the schedule is that of 18 steps now"
+    assert learning_rates(run_recipe(values))[18:] == pytest.approx(anew[-1:]), (
+        "the schedule is that of 18 steps now"
+    )
 
 
 def learning_rates(folder: Path) -> list[float]:
     return [entry["lr"] for entry in read_metrics(folder / "metrics.jsonl") if entry["kind"] == "train"]
 
 
-def test_a_run_cut_before_its_export_is_finished_by_the_next_start(values: Values, run_recipe: Run, monkeypatch):
+def test_a_run_cut_before_its_export_is_finished_by_the_next_start(
+    values: Values, run_recipe: Run, monkeypatch
+):
     with monkeypatch.context() as patched:
         patched.setattr(loop, "_finish", lambda run: crash())
         with pytest.raises(Crash):
@@ -316,9 +365,16 @@ def test_a_run_does_not_go_on_over_other_text(order: str, values: Values, run_re
     folder = run_recipe(values)
     values["train"]["steps"] = 3
     at = original.rindex(b'"text": "') + len(b'"text": "')
-    for changed in (original[:at] + b"#" + original[at + 1 :], original[:-200], b'{"text": "new"}\n' + original):
+    for changed in (
+        original[:at] + b"#" + original[at + 1 :],
+        original[:-200],
+        b'{"text": "new"}\n' + original,
+    ):
         corpus.write_bytes(changed)
-        with pytest.raises(UserError, match=r"^error: data\.corpus: .*corpus\.jsonl is not what the run began with: corpus\.jsonl .*run\.dir"):
+        with pytest.raises(
+            UserError,
+            match=r"^error: data\.corpus: .*corpus\.jsonl is not what the run began with: corpus\.jsonl .*run\.dir",
+        ):
             run_recipe(values)
     corpus.write_bytes(original + b'{"text": "more"}\n')
     if order == "windows":

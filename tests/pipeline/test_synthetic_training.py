@@ -49,7 +49,10 @@ def test_a_run_on_a_task_scores_its_answers(task_values: Values, run_recipe: Run
     entry = validations(folder)[-1]
     assert entry["accuracy"] == pytest.approx(np.mean(right[0]))
     assert entry["accuracy_scaled"] == pytest.approx((entry["accuracy"] - 0.2) / 0.8)
-    assert entry["by_length"] == {"12": pytest.approx(np.mean(right[12])), "30": pytest.approx(np.mean(right[30]))}
+    assert entry["by_length"] == {
+        "12": pytest.approx(np.mean(right[12])),
+        "30": pytest.approx(np.mean(right[30])),
+    }
     assert entry["loss"] == pytest.approx(np.mean(nats), rel=1e-5)
     assert entry["validation_tokens"] == 10
     assert "bits_per_byte" not in entry
@@ -70,34 +73,58 @@ def test_the_export_of_a_task_loads(task_values: Values, run_recipe: Run, tmp_pa
         assert model.config.vocab_size == 16  # 8 symbols and 4 special tokens, in eights
 
 
-def test_a_stopped_run_goes_on_with_the_same_examples(task_values: Values, run_recipe: Run, tmp_path: Path, monkeypatch):
+def test_a_stopped_run_goes_on_with_the_same_examples(
+    task_values: Values, run_recipe: Run, tmp_path: Path, monkeypatch
+):
     task_values["data"]["workers"] = 1
     whole = run_recipe(task_values)
     task_values["run"]["dir"] = str(tmp_path / "stopped")
     stop_at_step_7(task_values, run_recipe, monkeypatch)
     resumed = run_recipe(task_values)
     assert losses(resumed) == losses(whole)
-    without_clock = [[{k: v for k, v in entry.items() if k != "seconds"} for entry in validations(run)] for run in (resumed, whole)]
+    without_clock = [
+        [{k: v for k, v in entry.items() if k != "seconds"} for entry in validations(run)]
+        for run in (resumed, whole)
+    ]
     assert without_clock[0] == without_clock[1]
     task_values["data"]["task"]["ring_size"] = 4
-    with pytest.raises(UserError, match=r"data\.task: is .*'ring_size': 4.*, but the run in .* was started with"):
+    with pytest.raises(
+        UserError, match=r"data\.task: is .*'ring_size': 4.*, but the run in .* was started with"
+    ):
         run_recipe(task_values)
 
 
 def test_a_chunk_must_hold_the_longest_sequence(task_values: Values, run_recipe: Run):
     task_values["batch"]["chunk"] = 11
-    with pytest.raises(UserError, match=r"batch\.chunk: 11 does not hold .* synthetic/cycle-navigation: set it to 12 or more"):
+    with pytest.raises(
+        UserError, match=r"batch\.chunk: 11 does not hold .* synthetic/cycle-navigation: set it to 12 or more"
+    ):
         run_recipe(task_values)
 
 
 @pytest.mark.parametrize(
     ("data", "told"),
     [
-        ({"task": {"length": 3}}, "error: data.task: is for synthetic corpora (synthetic/TASK), not for python-stdlib"),
-        ({"corpus": "synthetic/partiy"}, "error: data.corpus: there is no task synthetic/partiy (did you mean parity"),
-        ({"corpus": "synthetic/mqar", "task": {"size": 3}}, "error: data.task: of synthetic/mqar: unknown option size (did you mean sizes"),
-        ({"corpus": "synthetic/mqar", "order": "windows"}, "error: data.order: is for text; synthetic/mqar makes its own examples"),
-        ({"corpus": "synthetic/mqar", "join": "package"}, "error: data.join: is for text; synthetic/mqar makes its own examples"),
+        (
+            {"task": {"length": 3}},
+            "error: data.task: is for synthetic corpora (synthetic/TASK), not for python-stdlib",
+        ),
+        (
+            {"corpus": "synthetic/partiy"},
+            "error: data.corpus: there is no task synthetic/partiy (did you mean parity",
+        ),
+        (
+            {"corpus": "synthetic/mqar", "task": {"size": 3}},
+            "error: data.task: of synthetic/mqar: unknown option size (did you mean sizes",
+        ),
+        (
+            {"corpus": "synthetic/mqar", "order": "windows"},
+            "error: data.order: is for text; synthetic/mqar makes its own examples",
+        ),
+        (
+            {"corpus": "synthetic/mqar", "join": "package"},
+            "error: data.join: is for text; synthetic/mqar makes its own examples",
+        ),
     ],
 )
 def test_mistakes_in_a_recipe_are_told(data: dict[str, Any], told: str):
@@ -107,15 +134,32 @@ def test_mistakes_in_a_recipe_are_told(data: dict[str, Any], told: str):
 
 
 def test_the_command_line_sets_a_task():
-    recipe = read_recipe(["--config", "synthetic-formal", "--data.corpus", "synthetic/parity", "--data.task", "{max_length: 20}"])
+    recipe = read_recipe(
+        [
+            "--config",
+            "synthetic-formal",
+            "--data.corpus",
+            "synthetic/parity",
+            "--data.task",
+            "{max_length: 20}",
+        ]
+    )
     task = recipe.synthetic_task()
     assert task is not None
     assert task.longest == 20
 
 
-def learn(run_recipe: Run, folder: Path, data: dict[str, Any], chunk: int, steps: int, cell: str = "mingru") -> dict[str, Any]:
+def learn(
+    run_recipe: Run, folder: Path, data: dict[str, Any], chunk: int, steps: int, cell: str = "mingru"
+) -> dict[str, Any]:
     """The last validation of a 2-layer minGRU."""
-    shape = {"cell": cell, "hidden_size": 32, "num_hidden_layers": 2, "expansion_factor": 2, "intermediate_size": 0}
+    shape = {
+        "cell": cell,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "expansion_factor": 2,
+        "intermediate_size": 0,
+    }
     values = {
         "run": {"dir": str(folder)},
         "model": shape,
@@ -150,4 +194,6 @@ def test_parity_needs_decays_below_zero(run_recipe: Run, tmp_path: Path):
     assert signed["accuracy"] > 0.95
     assert min(signed["by_length"].values()) > 0.95
     positive = learn(run_recipe, tmp_path / "positive", data, chunk=40, steps=600)
-    assert all(abs(accuracy - 0.5) < 0.1 for accuracy in positive["by_length"].values())  # 512 strings of each: 0.022 is one deviation
+    assert all(
+        abs(accuracy - 0.5) < 0.1 for accuracy in positive["by_length"].values()
+    )  # 512 strings of each: 0.022 is one deviation

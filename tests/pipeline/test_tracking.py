@@ -59,9 +59,19 @@ def write_lines(folder: Path, *steps: int) -> None:
     """Lines of metrics.jsonl, a validation at every third step."""
     with (folder / "metrics.jsonl").open("a") as file:
         for step in steps:
-            file.write(json.dumps({"kind": "train", "step": step, "loss": 1 / step, "tokens": 10 * step, "grad_norm": None}) + "\n")
+            file.write(
+                json.dumps(
+                    {"kind": "train", "step": step, "loss": 1 / step, "tokens": 10 * step, "grad_norm": None}
+                )
+                + "\n"
+            )
             if step % 3 == 0:
-                file.write(json.dumps({"kind": "validation", "step": step, "loss": 2 / step, "by_length": {"8": 0.5}}) + "\n")
+                file.write(
+                    json.dumps(
+                        {"kind": "validation", "step": step, "loss": 2 / step, "by_length": {"8": 0.5}}
+                    )
+                    + "\n"
+                )
 
 
 class Warnings(list):
@@ -111,14 +121,20 @@ def test_one_mlflow_run_per_training_resume_included(values: Values, run_recipe:
     values["tracking"] = {"uri": uri, "experiment": "tests"}
     stop_at_step_7(values, run_recipe, monkeypatch)
     folder = run_recipe(values)
-    run = check_mirrored(folder, uri, "train/loss", "train/tokens", "validation/loss", "validation/bits_per_byte")
+    run = check_mirrored(
+        folder, uri, "train/loss", "train/tokens", "validation/loss", "validation/bits_per_byte"
+    )
     assert [run.info.run_id for run in runs_of(uri)] == [run.info.run_id]
     assert run.info.status == "FINISHED"
     assert run.data.params["model.hidden_size"] == "16"
     assert run.data.params["data.corpus"] == "words.jsonl"
     assert run.data.params["run.dir"] == "run"
     client = MlflowClient(tracking_uri=uri)
-    assert {artifact.path for artifact in client.list_artifacts(run.info.run_id)} == {"config.yaml", "loss.png", "samples.txt"}
+    assert {artifact.path for artifact in client.list_artifacts(run.info.run_id)} == {
+        "config.yaml",
+        "loss.png",
+        "samples.txt",
+    }
     config = yaml.safe_load(Path(client.download_artifacts(run.info.run_id, "config.yaml")).read_text())
     assert config["data"]["corpus"] == "words.jsonl"
 
@@ -129,8 +145,14 @@ def test_every_step_is_there_once_after_a_kill(values: Values, run_recipe: Run, 
     values["train"] |= {"steps": 250, "eval_every": 50, "save_every": 20}
     command = [sys.executable, "-m", "minrnn.pipeline.train", "--config", str(recipe_file(values, tmp_path))]
     for enough in (20, 60):
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        while process.poll() is None and max([metric.step for run in runs_of(uri) for metric in run.data._metric_objs], default=0) <= enough:
+        process = subprocess.Popen(
+            command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        while (
+            process.poll() is None
+            and max([metric.step for run in runs_of(uri) for metric in run.data._metric_objs], default=0)
+            <= enough
+        ):
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -189,7 +211,9 @@ def silent_server() -> Iterator[str]:
 
 
 @pytest.mark.parametrize("kind", ["silent", "refused", "locked"])
-def test_leaving_does_not_wait_for_who_does_not_answer(kind: str, uri: str, folder: Path, tmp_path: Path, silent_server: str, monkeypatch):
+def test_leaving_does_not_wait_for_who_does_not_answer(
+    kind: str, uri: str, folder: Path, tmp_path: Path, silent_server: str, monkeypatch
+):
     monkeypatch.setattr(tracking, "ANSWER_SECONDS", 0.5)
     monkeypatch.setattr(tracking, "LEAVING_SECONDS", 600.0)
     place = {"silent": silent_server, "refused": f"http://me:{SECRET}@127.0.0.1:9", "locked": uri}[kind]
@@ -213,7 +237,9 @@ def test_leaving_does_not_wait_for_who_does_not_answer(kind: str, uri: str, fold
 
 
 @pytest.mark.parametrize("content", ["this is no database", None])
-def test_a_run_that_could_not_be_tracked_is_sent_when_it_is_started_again(values: Values, run_recipe: Run, tmp_path: Path, capfd, content):
+def test_a_run_that_could_not_be_tracked_is_sent_when_it_is_started_again(
+    values: Values, run_recipe: Run, tmp_path: Path, capfd, content
+):
     path = tmp_path / "broken" / "mlflow.db"
     if content is None:
         (tmp_path / "broken").write_text("a file where a folder should be")
@@ -224,7 +250,9 @@ def test_a_run_that_could_not_be_tracked_is_sent_when_it_is_started_again(values
     folder = run_recipe(values)
     warnings = [line for line in capfd.readouterr().err.splitlines() if "warning: tracking" in line]
     assert 1 <= len(warnings) <= 2
-    assert re.search(r"did not take everything \(\w+: .+\)", warnings[-1]), "it says why, however short the run is"
+    assert re.search(r"did not take everything \(\w+: .+\)", warnings[-1]), (
+        "it says why, however short the run is"
+    )
     assert len(losses(folder)) == 12
     if content is not None:
         return

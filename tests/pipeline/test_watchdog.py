@@ -26,7 +26,9 @@ Run = Callable[[Values], Path]
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 3)), min_size=2, max_size=8))
 def test_the_silent_are_named_or_else_those_furthest_behind(processes):
     before = [Seen(rank, "host", 1, 9, mark, "") for rank, (_, mark) in enumerate(processes)]
-    now = [Seen(rank, "host", 1 if silent else 2, 9, mark, "") for rank, (silent, mark) in enumerate(processes)]
+    now = [
+        Seen(rank, "host", 1 if silent else 2, 9, mark, "") for rank, (silent, mark) in enumerate(processes)
+    ]
     silent = [rank for rank, (is_silent, _) in enumerate(processes) if is_silent]
     behind = [rank for rank, (_, mark) in enumerate(processes) if mark == min(mark for _, mark in processes)]
     assert [seen.rank for seen in suspects(before, now)] == (silent or behind)
@@ -59,18 +61,34 @@ with Watchdog(1, 2, 1.0, store) as watchdog:
 @pytest.mark.parametrize(
     ("moves", "is_stopped", "message"),
     [
-        ("moves", True, "the store has not answered for 1 seconds (no answer); rank 0 on 127.0.0.1, which holds it, hangs or is gone"),
-        ("hangs", True, "the store has not answered for 1 seconds (no answer); rank 0 on 127.0.0.1, which holds it, hangs or is gone"),
-        ("hangs", False, "nothing has moved for 1 seconds; waiting for rank 0 on a host unknown (has not come so far)"),
+        (
+            "moves",
+            True,
+            "the store has not answered for 1 seconds (no answer); rank 0 on 127.0.0.1, which holds it, hangs or is gone",
+        ),
+        (
+            "hangs",
+            True,
+            "the store has not answered for 1 seconds (no answer); rank 0 on 127.0.0.1, which holds it, hangs or is gone",
+        ),
+        (
+            "hangs",
+            False,
+            "nothing has moved for 1 seconds; waiting for rank 0 on a host unknown (has not come so far)",
+        ),
     ],
 )
-def test_who_holds_the_store_is_named_when_it_is_stopped_and_who_never_came(moves: str, is_stopped: bool, message: str):
+def test_who_holds_the_store_is_named_when_it_is_stopped_and_who_never_came(
+    moves: str, is_stopped: bool, message: str
+):
     """A stopped store raises nothing: whoever asks it waits for ever."""
     environment = {**os.environ, "MASTER_ADDR": "127.0.0.1"}
     with subprocess.Popen([sys.executable, "-c", STORE], stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
         command = [sys.executable, "-c", PEER, holder.stdout.readline().strip(), moves]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as peer:
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        ) as peer:
             assert peer.stdout is not None
             assert peer.stdout.readline() == "watched\n"
             if is_stopped:
@@ -97,9 +115,20 @@ def test_a_process_that_hangs_in_the_set_up_is_named(values: Values, tmp_path: P
     values["train"]["peer_timeout"] = 10.0
     (tmp_path / "program.py").write_text(HANGS_IN_SET_UP)
     config = Path(__file__).parents[2] / "launch" / "accelerate" / "cpu.yaml"
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), str(tmp_path / "program.py")]
+    launcher = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(config),
+        str(tmp_path / "program.py"),
+    ]
     ended = subprocess.run(
-        [*launcher, "--config", str(recipe_file(values, tmp_path))], capture_output=True, text=True, timeout=600, check=False
+        [*launcher, "--config", str(recipe_file(values, tmp_path))],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
     )
     assert ended.returncode != 0
     named = r"error: training: rank [01]: nothing has moved for 12 seconds; waiting for rank 1 on \S+ \(opening data and model\)\."
@@ -125,7 +154,9 @@ def spoil(monkeypatch: pytest.MonkeyPatch, steps: dict[int, float]) -> None:
     monkeypatch.setattr(loop, "_one_step", one_step)
 
 
-def test_spikes_are_left_out_and_the_memory_of_them_survives_a_resume(values: Values, run_recipe: Run, tmp_path: Path, monkeypatch):
+def test_spikes_are_left_out_and_the_memory_of_them_survives_a_resume(
+    values: Values, run_recipe: Run, tmp_path: Path, monkeypatch
+):
     values["train"] |= {"steps": 24, "save_every": 12, "eval_every": None, "skip_spikes": 3.0}
     spoil(monkeypatch, {5: float("nan"), 15: 100.0, 20: float("inf")})
     whole = run_recipe({**values, "run": {"dir": str(tmp_path / "whole")}})
@@ -144,17 +175,23 @@ def test_spikes_are_left_out_and_the_memory_of_them_survives_a_resume(values: Va
     for folder in (whole, resumed):
         entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert [entry["step"] for entry in entries if "skipped" in entry] == [5, 15, 20]
-    assert [loss for step, loss in losses(whole) if step not in (5, 20)] == [loss for step, loss in losses(resumed) if step not in (5, 20)]
+    assert [loss for step, loss in losses(whole) if step not in (5, 20)] == [
+        loss for step, loss in losses(resumed) if step not in (5, 20)
+    ]
 
 
 def test_too_many_spikes_stop_the_run(values: Values, run_recipe: Run, monkeypatch):
     values["train"] |= {"skip_spikes": 3.0, "max_skips": 2}
     spoil(monkeypatch, dict.fromkeys(range(6, 13), float("nan")))
-    with pytest.raises(NonFiniteError, match=r"step 8: loss nan; 2 batches in a row were left out before \(train.max_skips\)"):
+    with pytest.raises(
+        NonFiniteError, match=r"step 8: loss nan; 2 batches in a row were left out before \(train.max_skips\)"
+    ):
         run_recipe(values)
 
 
-def test_the_count_of_batches_left_out_in_a_row_survives_a_resume(values: Values, run_recipe: Run, monkeypatch):
+def test_the_count_of_batches_left_out_in_a_row_survives_a_resume(
+    values: Values, run_recipe: Run, monkeypatch
+):
     values["train"] |= {"steps": 24, "save_every": 12, "eval_every": None, "skip_spikes": 3.0, "max_skips": 2}
     spoil(monkeypatch, dict.fromkeys((11, 12, 13), float("nan")))
     with monkeypatch.context() as patched:

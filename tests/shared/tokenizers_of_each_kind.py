@@ -5,7 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import BertTokenizer, GPT2Tokenizer, LlamaTokenizer, PreTrainedTokenizerFast, RobertaTokenizer, T5Tokenizer
+from transformers import (
+    BertTokenizer,
+    GPT2Tokenizer,
+    LlamaTokenizer,
+    PreTrainedTokenizerFast,
+    RobertaTokenizer,
+    T5Tokenizer,
+)
 
 LINES = [
     "the cat sat on the mat, and the other cat sat on the hat.\n" * 20,
@@ -25,7 +32,9 @@ def _byte_level(add_prefix_space: bool, special: list[str]) -> tuple[dict[str, i
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=360, initial_alphabet=alphabet, special_tokens=special, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=360, initial_alphabet=alphabet, special_tokens=special, show_progress=False
+    )
     model = json.loads(_trained(backend, trainer).to_str())["model"]
     return model["vocab"], [tuple(merge) for merge in model["merges"]]
 
@@ -56,7 +65,10 @@ def llama() -> Any:
 def bert() -> Any:
     """WordPiece between [CLS] and [SEP], in lower case."""
     backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    backend.normalizer, backend.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    backend.normalizer, backend.pre_tokenizer = (
+        normalizers.BertNormalizer(),
+        pre_tokenizers.BertPreTokenizer(),
+    )
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     _trained(backend, trainers.WordPieceTrainer(vocab_size=200, special_tokens=special, show_progress=False))
     return BertTokenizer(vocab=backend.get_vocab(), bos_token="[CLS]", eos_token="[SEP]")
@@ -67,7 +79,9 @@ def t5() -> Any:
 
     backend = Tokenizer(models.Unigram())
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
-    trainer = trainers.UnigramTrainer(vocab_size=120, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False)
+    trainer = trainers.UnigramTrainer(
+        vocab_size=120, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False
+    )
     vocabulary = json.loads(_trained(backend, trainer).to_str())["model"]["vocab"]
     return T5Tokenizer(vocab=[tuple(piece) for piece in vocabulary], extra_ids=3)
 
@@ -75,14 +89,28 @@ def t5() -> Any:
 def odd() -> Any:
     """Truncation and padding of its own, names that templates read otherwise, and words that are no special tokens."""
     backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend.pre_tokenizer, backend.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     special = ["<|x:1|>", "<e nd>", "$A"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    _trained(backend, trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, special_tokens=special, show_progress=False))
+    _trained(
+        backend,
+        trainers.BpeTrainer(
+            vocab_size=320, initial_alphabet=alphabet, special_tokens=special, show_progress=False
+        ),
+    )
     backend.enable_truncation(3)
     backend.enable_padding(length=5)
     backend.add_tokens(["    ", "cat sat"])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|x:1|>", eos_token="<e nd>", pad_token="$A", padding_side="right")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<|x:1|>",
+        eos_token="<e nd>",
+        pad_token="$A",
+        padding_side="right",
+    )
 
 
 KINDS = {"gpt2": gpt2, "roberta": roberta, "llama": llama, "bert": bert, "t5": t5, "odd": odd}

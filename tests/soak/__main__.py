@@ -44,7 +44,11 @@ def _metrics(run: Path, kind: str) -> list[dict[str, Any]]:
     """Lines of a kind, without what the clock decides."""
     timed = {"tokens_per_second", "matmul_fraction", "seconds"}
     entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in entry.items() if key not in timed} for entry in entries if entry["kind"] == kind]
+    return [
+        {key: value for key, value in entry.items() if key not in timed}
+        for entry in entries
+        if entry["kind"] == kind
+    ]
 
 
 def _settings(path: Path) -> dict[str, Any]:
@@ -59,7 +63,9 @@ def differences(disturbed: Path, undisturbed: Path) -> list[str]:
     for kind in ("train", "validation"):
         ours, others = _metrics(disturbed, kind), _metrics(undisturbed, kind)
         if kind == "validation":  # the undisturbed run validates after its last step, too
-            ours, others = ([entry for entry in entries if entry["step"] % EVAL_EVERY == 0] for entries in (ours, others))
+            ours, others = (
+                [entry for entry in entries if entry["step"] % EVAL_EVERY == 0] for entries in (ours, others)
+            )
         if kind == "train" and [entry["step"] for entry in ours] != list(range(1, len(ours) + 1)):
             problems.append("metrics.jsonl does not hold every step once, in order")
         if unequal := [a["step"] for a, b in zip(ours, others, strict=False) if a != b]:
@@ -71,7 +77,10 @@ def differences(disturbed: Path, undisturbed: Path) -> list[str]:
         first, second = ((path / name).read_bytes() for path in newest)
         if first != second:
             problems.append(f"{name} of the last checkpoints differ")
-    for first, second in ((newest[0] / "config.yaml", newest[1] / "config.yaml"), (disturbed / "config.yaml", undisturbed / "config.yaml")):
+    for first, second in (
+        (newest[0] / "config.yaml", newest[1] / "config.yaml"),
+        (disturbed / "config.yaml", undisturbed / "config.yaml"),
+    ):
         if _settings(first) != _settings(second):
             problems.append(f"the settings in {first.relative_to(disturbed)} differ")
     return problems
@@ -79,11 +88,24 @@ def differences(disturbed: Path, undisturbed: Path) -> list[str]:
 
 def main() -> int:
     """Disturb, compare, report."""
-    parser = argparse.ArgumentParser("python tests/soak", description="Train under random faults; compare with an undisturbed run.")
-    parser.add_argument("--minutes", type=float, default=30, help="for the disturbed run (default: %(default)s)")
-    parser.add_argument("--kills", type=int, default=10**9, help="stop after so many kill -9 (default: only the time counts)")
-    parser.add_argument("--seed", type=int, default=0, help="of corpus, model and faults (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=REPOSITORY / "evals" / "results" / "soak.json", help="results (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        "python tests/soak", description="Train under random faults; compare with an undisturbed run."
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=30, help="for the disturbed run (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--kills", type=int, default=10**9, help="stop after so many kill -9 (default: only the time counts)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of corpus, model and faults (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=REPOSITORY / "evals" / "results" / "soak.json",
+        help="results (default: %(default)s)",
+    )
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="minrnn-soak-"))
     soak, end = DisturbedRun(folder, arguments.seed), time.monotonic() + 60 * arguments.minutes
@@ -103,7 +125,12 @@ def main() -> int:
             soak.end_all(signal.SIGKILL)
     step = soak.last_step()
     undisturbed = folder / "undisturbed"
-    subprocess.run(command(soak.recipe, undisturbed, "--train.steps", str(step)), env=ENVIRONMENT, check=True, stderr=subprocess.DEVNULL)
+    subprocess.run(
+        command(soak.recipe, undisturbed, "--train.steps", str(step)),
+        env=ENVIRONMENT,
+        check=True,
+        stderr=subprocess.DEVNULL,
+    )
     cut = [int(number) for number in re.findall(r"warning: (\d+) lines of", soak.output())]
     results = {
         "command": f"python tests/soak --minutes {arguments.minutes:g} --kills {arguments.kills} --seed {arguments.seed}",
@@ -119,7 +146,11 @@ def main() -> int:
         "versions": versions(),
     }
     arguments.out.write_text(json.dumps(results, indent=1) + "\n")
-    print(json.dumps({key: value for key, value in results.items() if key not in ("machine", "versions")}, indent=1))
+    print(
+        json.dumps(
+            {key: value for key, value in results.items() if key not in ("machine", "versions")}, indent=1
+        )
+    )
     if results["problems"]:
         print(f"the runs are in {folder}")
         return 1

@@ -18,7 +18,22 @@ from minrnn.pipeline.checkpoint import steps_in
 
 REPOSITORY = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-WORDS = ["state", "lane", "goes", "on", "where", "it", "was", "cut", "and", "no", "document", "ever", "sees", "another"]
+WORDS = [
+    "state",
+    "lane",
+    "goes",
+    "on",
+    "where",
+    "it",
+    "was",
+    "cut",
+    "and",
+    "no",
+    "document",
+    "ever",
+    "sees",
+    "another",
+]
 PEER_TIMEOUT = 15.0
 EVAL_EVERY = 10
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
@@ -42,11 +57,19 @@ def write_recipe(folder: Path, seed: int) -> Path:
     draw = random.Random(seed)
     with (folder / "words.jsonl").open("w") as file:
         for _ in range(2000):
-            file.write(json.dumps({"text": " ".join(draw.choices(WORDS, k=draw.choice([0, 1, 3, 10, 60, 300])))}) + "\n")
+            file.write(
+                json.dumps({"text": " ".join(draw.choices(WORDS, k=draw.choice([0, 1, 3, 10, 60, 300])))})
+                + "\n"
+            )
     recipe = {
         "run": {"seed": seed},
         "model": {"hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 24, "dropout": 0.1},
-        "data": {"corpus": str(folder / "words.jsonl"), "validation_fraction": 0.05, "validation_tokens": 500, "shuffle_window": 50},
+        "data": {
+            "corpus": str(folder / "words.jsonl"),
+            "validation_fraction": 0.05,
+            "validation_tokens": 500,
+            "shuffle_window": 50,
+        },
         "batch": {"readers": 2, "lanes": 2, "chunk": 24},
         "optim": {"schedule": "constant", "warmup_steps": 2, "lr": 1e-3},
         "train": {
@@ -69,8 +92,27 @@ def write_recipe(folder: Path, seed: int) -> Path:
 def command(recipe: Path, run: Path, *more: str) -> list[str]:
     """Two processes under an elastic launcher."""
     config = REPOSITORY / "launch" / "accelerate" / "cpu.yaml"
-    launcher = ["accelerate.commands.launch", "--config_file", str(config), "--max_restarts", "100000", "--monitor_interval", "0.2"]
-    return [sys.executable, "-m", *launcher, "-m", "minrnn.pipeline.train", "--config", str(recipe), "--run.dir", str(run), *more]
+    launcher = [
+        "accelerate.commands.launch",
+        "--config_file",
+        str(config),
+        "--max_restarts",
+        "100000",
+        "--monitor_interval",
+        "0.2",
+    ]
+    return [
+        sys.executable,
+        "-m",
+        *launcher,
+        "-m",
+        "minrnn.pipeline.train",
+        "--config",
+        str(recipe),
+        "--run.dir",
+        str(run),
+        *more,
+    ]
 
 
 class DisturbedRun:
@@ -82,7 +124,11 @@ class DisturbedRun:
     """
 
     def __init__(self, folder: Path, seed: int):
-        self.draw, self.run, self.log = random.Random(seed + 1), folder / "disturbed", folder / "disturbed.txt"
+        self.draw, self.run, self.log = (
+            random.Random(seed + 1),
+            folder / "disturbed",
+            folder / "disturbed.txt",
+        )
         self.recipe, self.disk = write_recipe(folder, seed), FaultyDisk(self.run, folder)
         self.faults: Counter[str] = Counter()
         self.problems: list[str] = []
@@ -118,7 +164,9 @@ class DisturbedRun:
         environment = {**ENVIRONMENT, **self.disk.environment}
         with self.log.open("ab") as log:
             words = command(self.recipe, self.run)
-            self.launcher = subprocess.Popen(words, env=environment, stderr=log, stdout=log, start_new_session=True)
+            self.launcher = subprocess.Popen(
+                words, env=environment, stderr=log, stdout=log, start_new_session=True
+            )
 
     def wait_for(self, what: str, condition, seconds: float = 300.0) -> None:
         """Until the condition holds; a launcher that has ended is started again.
@@ -129,7 +177,9 @@ class DisturbedRun:
         end = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > end:
-                raise TimeoutError(f"{what}: not within {seconds:.0f} s; the run's last words: {self.output()[-2000:]}")
+                raise TimeoutError(
+                    f"{what}: not within {seconds:.0f} s; the run's last words: {self.output()[-2000:]}"
+                )
             if self.launcher is not None and self.launcher.poll() is not None:
                 self.start()
             time.sleep(0.02)
@@ -147,7 +197,9 @@ class DisturbedRun:
         for path in Path("/proc").glob("[0-9]*"):
             try:
                 if int((path / "stat").read_text().rsplit(")", 1)[1].split()[1]) == self.launcher.pid:
-                    pids[int(re.search(r"\0RANK=(\d+)\0", (path / "environ").read_text())[1])] = int(path.name)  # pyright: ignore
+                    pids[int(re.search(r"\0RANK=(\d+)\0", (path / "environ").read_text())[1])] = int(
+                        path.name
+                    )  # pyright: ignore
             except (OSError, TypeError, ValueError):
                 continue
         return pids
@@ -155,7 +207,9 @@ class DisturbedRun:
     def end_all(self, number: int) -> None:
         """Send a signal to the launcher (SIGKILL: to the training processes as well) and wait for its end."""
         assert self.launcher is not None
-        pids = self.processes()  # killpg of the launcher does not reach them: each leads a process group of its own
+        pids = (
+            self.processes()
+        )  # killpg of the launcher does not reach them: each leads a process group of its own
         os.killpg(self.launcher.pid, number)
         if number == signal.SIGKILL:
             for pid in pids.values():
@@ -187,7 +241,10 @@ class DisturbedRun:
                 self._end_read_errors(newest, output_before)
         self.faults[fault] += 1
         self.wait_until_it_trains(starts)
-        if refused and f"going on from step {refused}\n" in self.output().rsplit("warning: checkpoint", 1)[-1]:
+        if (
+            refused
+            and f"going on from step {refused}\n" in self.output().rsplit("warning: checkpoint", 1)[-1]
+        ):
             self.problems.append(f"the broken checkpoint step-{refused:06d} was used")
 
     def _disturb_one_process(self, fault: str) -> bool:
@@ -201,8 +258,12 @@ class DisturbedRun:
         os.kill(pids[rank], number)
         if fault == "stop":
             try:
-                named = re.compile(rf"waiting for .*rank {rank} on|; (the launcher|rank {rank}) on .*, which holds it, hangs or is gone")
-                self.wait_for("the name of a stopped process", lambda: named.search(self.output()[log_size:]), 90)
+                named = re.compile(
+                    rf"waiting for .*rank {rank} on|; (the launcher|rank {rank}) on .*, which holds it, hangs or is gone"
+                )
+                self.wait_for(
+                    "the name of a stopped process", lambda: named.search(self.output()[log_size:]), 90
+                )
             except TimeoutError as error:
                 self.problems.append(str(error))
             os.kill(pids[rank], signal.SIGKILL)
@@ -240,7 +301,9 @@ class DisturbedRun:
     def _end_read_errors(self, newest: list[Path], output_before: int) -> None:
         """Until a checkpoint could not be read; the newest one must still be there, and is what the run goes on from."""
         try:
-            self.wait_for("an error of reading", lambda: "Input/output error" in self.output()[output_before:], 120)
+            self.wait_for(
+                "an error of reading", lambda: "Input/output error" in self.output()[output_before:], 120
+            )
         except TimeoutError as error:
             self.problems.append(f"read error: {error}")
         self.disk.switch_off()
@@ -250,4 +313,6 @@ class DisturbedRun:
             self.wait_for("a start", lambda: going_on.search(self.output()[output_before:]))
             match = going_on.search(self.output()[output_before:])
             if match is None or int(match[1]) != step:
-                self.problems.append(f"read error: step {step} was the newest checkpoint, but the run went on from {match and match[1]}")
+                self.problems.append(
+                    f"read error: step {step} was the newest checkpoint, but the run went on from {match and match[1]}"
+                )
