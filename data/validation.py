@@ -101,11 +101,12 @@ def document_validation(
             )
         )
     if not has_text:
-        told = f"the held-out documents of {spec.corpus} are empty{'' if max_tokens is None else f' up to data.validation_tokens ({max_tokens})'}"
+        limit = "" if max_tokens is None else f" up to data.validation_tokens ({max_tokens})"
         raise UserError(
             (
                 "data.validation_fraction",
-                f"{told}, so there is nothing to score; raise it, or name a corpus in data.validation",
+                f"the held-out documents of {spec.corpus} are empty{limit}, so there is nothing to score; "
+                "raise it, or name a corpus in data.validation",
             )
         )
     return _deal(reader, documents, num_lanes, chunk, size)

@@ -23,7 +23,10 @@ from ..bench.record import table
 from ..output import default_out
 from . import documents
 
-DESCRIPTION = "Bits per byte and seconds of ever longer beginnings of one document, through lm-eval's loglikelihood_rolling with our model class."
+DESCRIPTION = (
+    "Bits per byte and seconds of ever longer beginnings of one document, "
+    "through lm-eval's loglikelihood_rolling with our model class."
+)
 EXAMPLES = """examples:
   python -m minrnn.evals.long_context.rolling runs/quickstart
   python -m minrnn.evals.long_context.rolling my-model --corpus "lib/sympy/**/*.py" --document polys --bytes 4000000"""
