@@ -25,7 +25,7 @@ from ..data.corpus import Split
 from ..data.synthetic import IN_DISTRIBUTION
 from ..models.cells import at_least_fp32
 from .config import Recipe
-from .processes import Layout, largest, to_device, total
+from .processes import Layout, all_reduce_max, all_reduce_sum, to_device
 
 PIECE = 8  # positions of a task's chunk that each process of a context group has, or a multiple
 
@@ -121,12 +121,12 @@ def validate(
     if in_lockstep:
         num_chunks = sum(1 for part in texts for _ in part.chunks())
         empty = torch.zeros(1, 64, dtype=torch.long, device=accelerator.device)
-        for _ in range(largest(accelerator, num_chunks) - num_chunks):
+        for _ in range(all_reduce_max(accelerator, num_chunks) - num_chunks):
             model(input_ids=empty, shift_labels=empty, skip_logits=True, num_items_in_batch=1)
             moved()
     model.train()
     num_bytes = sum(part.num_bytes for part in texts) / layout.context
-    nats, tokens, num_bytes = total(accelerator, [nats, tokens, num_bytes])
+    nats, tokens, num_bytes = all_reduce_sum(accelerator, [nats, tokens, num_bytes])
     return {
         "loss": nats / tokens,
         "bits_per_byte": nats / (num_bytes * math.log(2)),
@@ -150,7 +150,7 @@ def _validate_task(
             sums[lengths.index(length)] += _score(model, layout.piece(chunk), accelerator)
             moved()
     model.train()
-    sums = np.reshape(total(accelerator, sums.ravel().tolist()), sums.shape)
+    sums = np.reshape(all_reduce_sum(accelerator, sums.ravel().tolist()), sums.shape)
     accuracies = dict(zip(lengths, (sums[:, 0] / sums[:, 1]).tolist(), strict=True))
     accuracy = accuracies.pop(IN_DISTRIBUTION)
     return {

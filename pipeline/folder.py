@@ -17,7 +17,7 @@ from .export_folder import check_export
 from .folder_checks import folder_problems
 from .locks import lock
 from .metrics import MetricsFile, cut_metrics
-from .processes import on_main
+from .processes import run_on_main
 from .recipe import check_unchanged, resolved
 from .storage import make_folder, read, replace
 
@@ -95,7 +95,7 @@ def open_folder(recipe: Recipe, accelerator: Accelerator) -> RunFolder:
     path = Path(recipe.run.dir)
     folder = RunFolder(path, None, {}, {}, False, None, MetricsFile(path / "metrics.jsonl", warn))
     try:
-        found, folder.is_finished = on_main(accelerator, lambda: _take(folder, recipe))
+        found, folder.is_finished = run_on_main(accelerator, lambda: _take(folder, recipe))
     except BaseException:
         folder.close()
         raise

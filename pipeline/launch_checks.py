@@ -19,7 +19,7 @@ from ..data.errors import UserError
 from .config import Recipe
 from .launcher_engines import deepspeed_key_problems, engine_problems
 from .machine import DTYPES, device_name, supports
-from .processes import gathered, launcher_holds_store, local_device, uses_deepspeed, world_size
+from .processes import all_gather_objects, launcher_holds_store, local_device, uses_deepspeed, world_size
 from .recipe import flatten, resolved
 
 Problem = tuple[str, str]
@@ -47,7 +47,7 @@ def check_same_recipe(recipe: Recipe, accelerator: Accelerator) -> None:
     Raises:
         UserError: in every process, each setting that differs and where.
     """
-    recipes = gathered(accelerator, [flatten(resolved(recipe))])
+    recipes = all_gather_objects(accelerator, [flatten(resolved(recipe))])
     problems = []
     for rank, other in enumerate(recipes[1:], start=1):
         for key in recipes[0].keys() | other.keys():

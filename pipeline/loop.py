@@ -58,7 +58,7 @@ def train(recipe: Recipe) -> None:
     keep_freed_memory()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    accelerator = processes.start(patience(recipe), processes.local_device(recipe.train.device))
+    accelerator = processes.connect(patience(recipe), processes.local_device(recipe.train.device))
     check_engine(accelerator.distributed_type)
     with Watchdog.of(accelerator, recipe.train.peer_timeout) as watchdog, contextlib.ExitStack() as stack:
         watchdog.enter("comparing recipes", is_set_up=True)
@@ -114,7 +114,7 @@ def take_steps(run: Run, interrupt: Interrupt) -> int | None:
         if (step.is_stopped or step.is_failed) and run.step > 0:
             _save(run, is_last=True)
         if step.is_failed:
-            raise UserError(*dict.fromkeys(processes.gathered(run.accelerator, step.problems)))
+            raise UserError(*dict.fromkeys(processes.all_gather_objects(run.accelerator, step.problems)))
         if step.is_stopped:
             return interrupt.requested or signal.SIGTERM
         entry = _one_step(run, run.step + 1, step.batch, step.num_scored)
@@ -154,7 +154,9 @@ def _validation_is_missing(run: Run) -> bool:
     ):
         return False
     validations = run.folder.metrics.history.update().validations if run.is_main else []
-    return processes.from_main(run.accelerator, not any(entry["step"] == run.step for entry in validations))
+    return processes.broadcast_from_main(
+        run.accelerator, not any(entry["step"] == run.step for entry in validations)
+    )
 
 
 @dataclass
@@ -195,7 +197,7 @@ def _next_step(run: Run, interrupt: Interrupt, save_is_due: bool) -> NextStep:
             batch is None,
             save_is_due,
         ]
-        num_scored, stopped, failed, num_waiting, due = processes.total(run.accelerator, counts)
+        num_scored, stopped, failed, num_waiting, due = processes.all_reduce_sum(run.accelerator, counts)
         if stopped or failed or not num_waiting:
             if batch is None:
                 run.watchdog.enter(f"step {run.step + 1}: leaving")
@@ -239,7 +241,7 @@ def _one_step(run: Run, step: int, batch: list[Chunk], num_scored: float) -> dic
         reader.position = chunk.state
     # Python's numbers are fp64, which not every device has.
     mine: list[float] = [loss / accelerator.num_processes for loss in torch.stack(losses).tolist()]
-    (loss,) = processes.total(accelerator, [sum(mine)])
+    (loss,) = processes.all_reduce_sum(accelerator, [sum(mine)])
     lr = learning_rate(recipe.optim, step, recipe.optim.schedule_steps or recipe.train.steps)
     entry: dict[str, Any] = {"loss": loss, "lr": lr}
     if recipe.train.skip_spikes is not None and (why := _spike(run, loss)):
@@ -297,7 +299,7 @@ def _stop_non_finite(run: Run, step: int, batch: list[Chunk], losses: list[float
         for chunk, value in zip(batch, losses, strict=True)
         if not math.isfinite(value)
     ]
-    where = list(dict.fromkeys(processes.gathered(run.accelerator, mine))) or [
+    where = list(dict.fromkeys(processes.all_gather_objects(run.accelerator, mine))) or [
         "every reader's loss is finite"
     ]
     run.saver.wait()
@@ -318,7 +320,9 @@ def _log(run: Run, entry: dict[str, Any], tokens_per_second: float) -> None:
     entry |= {"tokens_per_second": round(tokens_per_second, 1), "matmul_fraction": round(reached, 4)}
     if recipe.data.skip_broken and recipe.data.order == "documents":
         skipped = sum(reader.position["num_skipped"] for reader in run.readers.values() if reader.position)
-        entry["documents_skipped"] = int(processes.total(run.accelerator, [skipped / run.layout.context])[0])
+        entry["documents_skipped"] = int(
+            processes.all_reduce_sum(run.accelerator, [skipped / run.layout.context])[0]
+        )
     _record(run, entry)
     if run.bar is not None:
         run.bar.set_postfix_str(f"loss {entry['loss']:.3f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
@@ -397,7 +401,7 @@ def _finish(run: Run) -> None:
             command tries again.
     """
     run.watchdog.enter("exporting")
-    processes.on_main(run.accelerator, lambda: _export(run))
+    processes.run_on_main(run.accelerator, lambda: _export(run))
 
 
 def _export(run: Run) -> None:

@@ -109,7 +109,7 @@ def local_device(name: str, key: str = "train.device") -> torch.device:
     return torch.device(device.type, int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def start(timeout: timedelta, device: torch.device) -> Accelerator:
+def connect(timeout: timedelta, device: torch.device) -> Accelerator:
     """Connect the processes: gloo on CPUs, nccl on GPUs. Precision is ours (`engine.autocast`), whatever the launcher says.
 
     Args:
@@ -127,7 +127,7 @@ def start(timeout: timedelta, device: torch.device) -> Accelerator:
         if (threads := share_of_threads(os.environ, num_cores())) is not None:
             torch.set_num_threads(threads)
     if world_size() > 1:
-        _connect(device, timeout)
+        _init_process_group(device, timeout)
     if deepspeed and on_cpu:
         os.environ.pop("ACCELERATE_USE_CPU", None)  # with it, DeepSpeed would be left out in silence
         PartialState(backend="gloo")
@@ -144,7 +144,7 @@ def start(timeout: timedelta, device: torch.device) -> Accelerator:
     return accelerator
 
 
-def _connect(device: torch.device, timeout: timedelta) -> None:
+def _init_process_group(device: torch.device, timeout: timedelta) -> None:
     """Make the process group, which Accelerate then uses.
 
     A store that the launcher holds may outlive a restart of its processes (it does with torchrun's static rendezvous, Accelerate's default),
@@ -172,7 +172,9 @@ def check_wrapped(accelerator: Accelerator, model: nn.Module) -> None:
         )
 
 
-def together(accelerator: Accelerator, function: Callable[[], T]) -> tuple[T | None, list[tuple[str, str]]]:
+def run_on_all_ranks(
+    accelerator: Accelerator, function: Callable[[], T]
+) -> tuple[T | None, list[tuple[str, str]]]:
     """The function's result, and what the user must mend: in whichever process it raised UserError, all hear of it.
 
     Raises:
@@ -188,13 +190,13 @@ def together(accelerator: Accelerator, function: Callable[[], T]) -> tuple[T | N
         failures = [
             f"rank {accelerator.process_index} on {socket.gethostname()}: {error}" if several else str(error)
         ]
-    everywhere = gathered(accelerator, [(problems, failures)])
+    everywhere = all_gather_objects(accelerator, [(problems, failures)])
     if failures := [failure for _, failures in everywhere for failure in failures]:
         raise StorageError("; ".join(failures))
     return result, list(dict.fromkeys(problem for problems, _ in everywhere for problem in problems))
 
 
-def total(accelerator: Accelerator, values: list[float]) -> list[float]:
+def all_reduce_sum(accelerator: Accelerator, values: list[float]) -> list[float]:
     """The sum of each value over all processes, in fp64."""
     if accelerator.num_processes == 1:
         return values
@@ -206,7 +208,7 @@ def total(accelerator: Accelerator, values: list[float]) -> list[float]:
     return torch.stack(rows).cpu().numpy().view(np.float64).sum(0).tolist()
 
 
-def largest(accelerator: Accelerator, value: int) -> int:
+def all_reduce_max(accelerator: Accelerator, value: int) -> int:
     """The largest of all processes' values."""
     if accelerator.num_processes == 1:
         return value
@@ -215,12 +217,12 @@ def largest(accelerator: Accelerator, value: int) -> int:
     return int(tensor)
 
 
-def from_main(accelerator: Accelerator, value: T) -> T:
+def broadcast_from_main(accelerator: Accelerator, value: T) -> T:
     """The main process's value, everywhere."""
     return broadcast_object_list([value])[0] if accelerator.num_processes > 1 else value
 
 
-def on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
+def run_on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
     """What the function returns in the main process, which alone calls it; everywhere.
 
     Raises:
@@ -236,13 +238,13 @@ def on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
             error = raised
         except (OSError, SafetensorError) as raised:  # without its number: train.main prints it once
             error = StorageError(str(raised))
-    result, error = from_main(accelerator, (result, error))
+    result, error = broadcast_from_main(accelerator, (result, error))
     if error is not None:
         raise error
     return result
 
 
-def gathered(accelerator: Accelerator, values: list[Any]) -> list[Any]:
+def all_gather_objects(accelerator: Accelerator, values: list[Any]) -> list[Any]:
     """All processes' values, in order of rank, everywhere."""
     return gather_object(values) if accelerator.num_processes > 1 else values
 

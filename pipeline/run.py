@@ -132,7 +132,7 @@ def set_up(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, watchdog
     )
     layout = processes.layout_of(accelerator, recipe.parallel.context, patience(recipe))
     mine = layout.readers(recipe.batch.readers)
-    corpus, problems = processes.together(
+    corpus, problems = processes.run_on_all_ranks(
         accelerator, lambda: _describe_corpus(recipe, folder, accelerator.is_main_process)
     )
     if problems:
@@ -147,7 +147,7 @@ def set_up(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, watchdog
     with contextlib.ExitStack() as if_it_fails:
         if_it_fails.callback(loader.close)
         engine = build_engine(recipe, accelerator, model, folder.checkpoint)
-        processes.on_main(accelerator, lambda: folder.begin(recipe))
+        processes.run_on_main(accelerator, lambda: folder.begin(recipe))
         if_it_fails.pop_all()
     manifest, train = folder.manifest, recipe.train
     step = manifest.get("step", 0)
@@ -244,8 +244,8 @@ def _decide_precision(
     """
     asked, kept = recipe.train.precision, settled(recipe, folder.saved).train.precision
     rates = measure_rates(accelerator.device, CHOICES if kept == "auto" else [*CHOICES, kept])
-    everywhere = set.intersection(*processes.gathered(accelerator, [set(rates)]))
-    rates = processes.from_main(
+    everywhere = set.intersection(*processes.all_gather_objects(accelerator, [set(rates)]))
+    rates = processes.broadcast_from_main(
         accelerator, {name: rate for name, rate in rates.items() if name in everywhere}
     )
     choice = choose_precision(asked, None if kept == "auto" else kept, rates, device_name(accelerator.device))
@@ -297,7 +297,7 @@ def _open_everywhere(
         return opened
 
     with contextlib.ExitStack() as if_it_fails:
-        opened, problems = processes.together(accelerator, open_own)
+        opened, problems = processes.run_on_all_ranks(accelerator, open_own)
         if problems or opened is None:
             raise UserError(*problems)
         if_it_fails.pop_all()

@@ -66,7 +66,7 @@ class LoopWork:
                 *(word for key, value in overrides.items() for word in (f"--{key}", str(value))),
             ]
         )
-        accelerator = processes.start(patience(recipe), processes.local_device(recipe.train.device))
+        accelerator = processes.connect(patience(recipe), processes.local_device(recipe.train.device))
         self.run = set_up(
             recipe,
             accelerator,

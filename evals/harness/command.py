@@ -19,7 +19,7 @@ from typing import Any
 from ...data.errors import UserError
 from ...data.output import warn
 from ...pipeline.options import add_device, add_dtype, add_trust, user_path
-from ...pipeline.processes import together
+from ...pipeline.processes import run_on_all_ranks
 from ...pipeline.public import public_config, public_value
 from ...pipeline.storage import replace
 from ...pipeline.tracking import error_line, open_client, read_note, sqlite_file, uri_of
@@ -346,7 +346,7 @@ def _evaluate(arguments: argparse.Namespace) -> list[str]:
     if lm.accelerator is None:
         tasks = load_tasks(manager, names)
     else:
-        tasks, problems = together(lm.accelerator, lambda: load_tasks(manager, names))
+        tasks, problems = run_on_all_ranks(lm.accelerator, lambda: load_tasks(manager, names))
         if tasks is None or problems:
             raise UserError(*problems)
     out = arguments.out or default_out(arguments.model, "lm-eval")

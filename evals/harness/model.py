@@ -40,7 +40,7 @@ from ...models import MinRNNForCausalLM
 from ...models.decoding import TokenStep
 from ...models.modeling_minrnn import PREFILL
 from ...pipeline.loading import place, read_model, weights_dtype
-from ...pipeline.processes import from_main, local_device, start, together, world_size
+from ...pipeline.processes import broadcast_from_main, connect, local_device, run_on_all_ranks, world_size
 from .likelihood import Score, batches, read, read_contexts, score, select_rows
 
 DEFAULT_BATCH = 32
@@ -119,7 +119,7 @@ class MinRNNLM(TemplateLM):
             target = local_device(device or "auto", "--device")
             pretrained, tokenizer = read_model(pretrained, trust_remote_code)
             if world_size() > 1:
-                self.accelerator = start(timedelta(weeks=1), target)  # the fastest waits for the slowest
+                self.accelerator = connect(timedelta(weeks=1), target)  # the fastest waits for the slowest
                 self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
             place(pretrained, self._decide_dtype(pretrained.dtype, dtype, target), target)
         self.model, self.tokenizer, self._device = pretrained, tokenizer, pretrained.device
@@ -135,10 +135,10 @@ class MinRNNLM(TemplateLM):
         """The same in all processes: the first one's."""
         if self.accelerator is None:
             return weights_dtype(stored, asked, device)
-        dtype, problems = together(self.accelerator, lambda: weights_dtype(stored, asked, device))
+        dtype, problems = run_on_all_ranks(self.accelerator, lambda: weights_dtype(stored, asked, device))
         if problems or dtype is None:
             raise UserError(*problems)
-        return from_main(self.accelerator, dtype)
+        return broadcast_from_main(self.accelerator, dtype)
 
     @property
     def eot_token_id(self) -> int:

@@ -233,13 +233,13 @@ def test_a_process_without_data_hears_of_the_others_signal(
     """It goes on voting; another process, which has its data, votes to leave."""
     rounds = []
     stall(monkeypatch, 3, lambda: rounds.append(1))
-    total = loop.processes.total
+    total = loop.processes.all_reduce_sum
 
     def with_another(accelerator, counts):
         others = [0, len(rounds) == 4, 0, 0, 0] if len(counts) == 5 else [0] * len(counts)
         return [a + b for a, b in zip(total(accelerator, counts), others, strict=True)]
 
-    monkeypatch.setattr(loop.processes, "total", with_another)
+    monkeypatch.setattr(loop.processes, "all_reduce_sum", with_another)
     with pytest.raises(SystemExit) as left:
         run_recipe(values)
     assert left.value.code == 128 + signal.SIGTERM
