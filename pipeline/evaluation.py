@@ -183,7 +183,7 @@ def _score(model: nn.Module, chunk: Chunk, accelerator: Accelerator) -> tuple[fl
     )
 
 
-def told(result: dict[str, Any]) -> str:
+def validation_summary(result: dict[str, Any]) -> str:
     """What a validation found, in a few words."""
     if "accuracy" not in result:
         return f"{result['bits_per_byte']:.4f} bits/byte"

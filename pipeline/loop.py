@@ -25,7 +25,7 @@ from ..models import MinRNNForCausalLM
 from . import checkpoint, processes
 from .config import Recipe
 from .errors import NonFiniteError, StorageError
-from .evaluation import told, validate
+from .evaluation import validate, validation_summary
 from .export import export_model, kept_card, load_checkpoint, sample
 from .folder import open_folder
 from .forecast import Forecast
@@ -36,7 +36,7 @@ from .machine import keep_freed_memory, training_flops_per_token
 from .optim import learning_rate
 from .pictures import draw_accuracy, draw_loss
 from .recipe import resolved
-from .run import Run, patience, set_up
+from .run import Run, collective_timeout, set_up
 from .saving import snapshot
 from .tracking import send_missed
 from .watchdog import Watchdog
@@ -58,7 +58,7 @@ def train(recipe: Recipe) -> None:
     keep_freed_memory()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    accelerator = processes.connect(patience(recipe), processes.local_device(recipe.train.device))
+    accelerator = processes.connect(collective_timeout(recipe), processes.local_device(recipe.train.device))
     check_engine(accelerator.distributed_type)
     with Watchdog.of(accelerator, recipe.train.peer_timeout) as watchdog, contextlib.ExitStack() as stack:
         watchdog.enter("comparing recipes", is_set_up=True)
@@ -302,7 +302,7 @@ def _stop_non_finite(run: Run, step: int, batch: list[Chunk], losses: list[float
     where = list(dict.fromkeys(processes.all_gather_objects(run.accelerator, mine))) or [
         "every reader's loss is finite"
     ]
-    run.saver.wait()
+    run.saver.join()
     latest = checkpoint.steps_in(run.folder.path / "checkpoints")
     kept = f"the last checkpoint, {latest[0]}, is as it was" if latest else "there is no checkpoint yet"
     raise NonFiniteError(f"step {step}: {what}. In {'; '.join(where)}. Nothing was saved; {kept}.")
@@ -351,7 +351,9 @@ def _validate(run: Run) -> None:
     _record(
         run, {"kind": "validation", "step": run.step, "tokens": run.tokens, **run.latest, "seconds": seconds}
     )
-    run.say(f"step {run.step}: held-out loss {run.latest['loss']:.4f} nats/token, {told(run.latest)}")
+    run.say(
+        f"step {run.step}: held-out loss {run.latest['loss']:.4f} nats/token, {validation_summary(run.latest)}"
+    )
     if run.is_main:
         try:
             history = run.folder.metrics.history.update()
@@ -369,7 +371,7 @@ def _save(run: Run, is_last: bool) -> None:
         StorageError: in every process, if the last could not be written by any.
     """
     run.watchdog.enter(f"step {run.step}: saving")
-    if (failures := run.saver.wait()) and run.is_main:
+    if (failures := run.saver.join()) and run.is_main:
         warn(
             f"a checkpoint could not be written: {'; '.join(failures)}. Older ones are untouched; training goes on."
         )
@@ -387,7 +389,7 @@ def _save(run: Run, is_last: bool) -> None:
         if run.is_main:
             run.folder.restore()
         run.saver.start(run.step, snapshot(run.engine, run.readers, run.layout, resolved(run.recipe)), info)
-    if is_last and (failures := run.saver.wait()):
+    if is_last and (failures := run.saver.join()):
         raise StorageError(
             f"The checkpoint of step {run.step} could not be written: {'; '.join(failures)}. Older checkpoints are untouched."
         )
@@ -413,7 +415,7 @@ def _export(run: Run) -> None:
     validations = [
         entry for entry in run.folder.metrics.history.update().validations if entry["step"] == run.step
     ]
-    score = f", {told(validations[-1])} on held-out data" if validations else ""
+    score = f", {validation_summary(validations[-1])} on held-out data" if validations else ""
     if not export_model(model, tokenizer, (folder / "model").resolve(), config, run.tokens, score):
         warn(kept_card(folder / "model"))
     _write_samples(run, model, tokenizer)

@@ -99,7 +99,7 @@ class Run:
     def close(self, status: str) -> None:
         """Stop what runs beside the loop."""
         self.loader.close()
-        self.saver.wait(timeout=60)
+        self.saver.join(timeout=60)
         if self.is_main:
             self.folder.metrics.close()
         if self.bar is not None:
@@ -113,7 +113,7 @@ class Run:
             tqdm.write(message, file=sys.stderr)
 
 
-def patience(recipe: Recipe) -> timedelta:
+def collective_timeout(recipe: Recipe) -> timedelta:
     """How long collectives wait: longer than the watchdog, which knows names."""
     return timedelta(seconds=recipe.train.peer_timeout + 120)
 
@@ -130,7 +130,7 @@ def set_up(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, watchdog
     recipe = dataclasses.replace(
         recipe, train=recipe.train.model_copy(update={"precision": choice.precision})
     )
-    layout = processes.layout_of(accelerator, recipe.parallel.context, patience(recipe))
+    layout = processes.layout_of(accelerator, recipe.parallel.context, collective_timeout(recipe))
     mine = layout.readers(recipe.batch.readers)
     corpus, problems = processes.run_on_all_ranks(
         accelerator, lambda: _describe_corpus(recipe, folder, accelerator.is_main_process)
@@ -169,7 +169,7 @@ def set_up(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, watchdog
             train.keep_checkpoints,
             train.save_in_background,
             step or None,
-            patience(recipe),
+            collective_timeout(recipe),
             warn,
             folder.metrics.sync,
         ),

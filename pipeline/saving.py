@@ -107,7 +107,7 @@ class Saver:
         if not self.in_background:
             self._thread.join()
 
-    def wait(self, timeout: float | None = None) -> list[str]:
+    def join(self, timeout: float | None = None) -> list[str]:
         """Until nothing is being written: what went wrong, in whichever process; empty if all is well."""
         if self._thread is not None:
             self._thread.join(timeout)

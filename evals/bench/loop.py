@@ -22,7 +22,7 @@ from ...pipeline.folder import open_folder
 from ...pipeline.interrupt import Interrupt
 from ...pipeline.machine import keep_freed_memory
 from ...pipeline.recipe import read_recipe
-from ...pipeline.run import Run, patience, set_up
+from ...pipeline.run import Run, collective_timeout, set_up
 from ...pipeline.watchdog import Watchdog
 from .measure import peak_memory
 from .worker import contest
@@ -66,7 +66,9 @@ class LoopWork:
                 *(word for key, value in overrides.items() for word in (f"--{key}", str(value))),
             ]
         )
-        accelerator = processes.connect(patience(recipe), processes.local_device(recipe.train.device))
+        accelerator = processes.connect(
+            collective_timeout(recipe), processes.local_device(recipe.train.device)
+        )
         self.run = set_up(
             recipe,
             accelerator,

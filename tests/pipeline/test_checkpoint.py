@@ -26,7 +26,7 @@ def content(name: str, step: int) -> bytes:
 def save(saver: Saver, step: int, write: Callable[[Path, bytes], object] = Path.write_bytes) -> list[str]:
     files = {name: lambda path, name=name: write(path, content(name, step)) for name in NAMES}
     saver.start(step, files, {"tokens": 7 * step, "recent_losses": [0.1 * step, 1 / 3], "tokenizer": "é"})
-    return saver.wait()
+    return saver.join()
 
 
 @pytest.fixture

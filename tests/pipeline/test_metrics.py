@@ -66,7 +66,7 @@ def test_a_checkpoint_does_not_count_before_its_lines(
         if step == 3:
             refuse_lines(monkeypatch)
         if step == 7:
-            run.saver.wait()
+            run.saver.join()
             assert not checkpoint.steps_in(run.folder.path / "checkpoints")
             monkeypatch.undo()
         return result
