@@ -192,17 +192,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tiny", action="store_true", help="sizes that take no time")
     arguments = parser.parse_args(argv)
     names = [name.strip() for name in arguments.sections.split(",")]
-    problems = [
+    errors = [
         ("--sections", f"there is no {name!r} (there are {', '.join(SECTIONS)})")
         for name in names
         if name not in SECTIONS
     ]
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        problems.append(("--device", "cuda is not available here; --device cpu --tiny tries the script out"))
+        errors.append(("--device", "cuda is not available here; --device cpu --tiny tries the script out"))
     if arguments.minutes <= 0:
-        problems.append(("--minutes", f"must be more than 0, not {arguments.minutes:g}"))
-    if problems:
-        print(UserError(*problems))
+        errors.append(("--minutes", f"must be more than 0, not {arguments.minutes:g}"))
+    if errors:
+        print(UserError(*errors))
         raise SystemExit(2)
     summary = run(torch.device(arguments.device), arguments.out, arguments.minutes, arguments.tiny, names)
     if any(section["end"].startswith("failed") for section in summary["sections"].values()):

@@ -14,7 +14,7 @@ def run_of(model: str) -> Path | None:
     return None
 
 
-def out_problems(out: Path | None) -> list[tuple[str, str]]:
+def out_errors(out: Path | None) -> list[tuple[str, str]]:
     """What is wrong with a JSON file that is to be written at the end of long work, found before it begins; its folder is made."""
     if out is None:
         return []

@@ -52,12 +52,12 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> None:
     """Print the prompt and its continuation."""
     arguments = _parser().parse_args(argv)
-    problems = []
+    errors = []
     if arguments.temperature < 0:
-        problems.append(("--temperature", f"must be 0 or more, not {arguments.temperature}"))
+        errors.append(("--temperature", f"must be 0 or more, not {arguments.temperature}"))
     if not 0 < arguments.top_p <= 1:
-        problems.append(("--top-p", f"must be in (0, 1], not {arguments.top_p}"))
-    problems += [
+        errors.append(("--top-p", f"must be in (0, 1], not {arguments.top_p}"))
+    errors += [
         (f"--{name.replace('_', '-')}", "must be at least 1")
         for name in ("max_new_tokens", "prefill")
         if getattr(arguments, name) < 1
@@ -67,11 +67,11 @@ def main(argv: list[str]) -> None:
         if arguments.prompt_file is not None:
             prompt = read_prompt(arguments.prompt_file, "--prompt-file")
         elif not is_text(prompt):
-            problems.append(("--prompt", "is not UTF-8; convert it"))
+            errors.append(("--prompt", "is not UTF-8; convert it"))
     except UserError as error:
-        problems += error.problems
-    if problems:
-        raise UserError(*problems)
+        errors += error.errors
+    if errors:
+        raise UserError(*errors)
 
     import transformers
 

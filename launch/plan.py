@@ -119,12 +119,12 @@ def lay_out(recipe: Recipe, processes: int) -> Layout:
     Raises:
         UserError: they do not divide.
     """
-    problems, batch, context = [], recipe.batch, recipe.parallel.context
+    errors, batch, context = [], recipe.batch, recipe.parallel.context
     if processes % context:
-        problems.append(("parallel.context", f"groups of {context} do not divide {processes} processes"))
+        errors.append(("parallel.context", f"groups of {context} do not divide {processes} processes"))
     reach = recipe.model_fields_resolved()["conv_kernel"] - 1
     if context > 1 and (batch.chunk % context or batch.chunk // context < reach):
-        problems.append(
+        errors.append(
             (
                 "batch.chunk",
                 f"{batch.chunk} tokens cannot be cut into {context} equal pieces (parallel.context) of at least {reach}",
@@ -133,14 +133,14 @@ def lay_out(recipe: Recipe, processes: int) -> Layout:
     groups = max(processes // context, 1)
     if batch.readers % groups:
         fitting = [n for n in range(1, batch.readers + 1) if batch.readers % n == 0]
-        problems.append(
+        errors.append(
             (
                 "batch.readers",
                 f"{batch.readers} readers cannot be shared evenly by {groups}; use one of {fitting}, or more readers",
             )
         )
-    if problems:
-        raise UserError(*problems)
+    if errors:
+        raise UserError(*errors)
     return Layout(
         processes, context, batch.readers // groups, batch.lanes, batch.lanes * batch.chunk // context
     )
@@ -369,23 +369,23 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    problems = []
+    errors = []
     for name in ("processes", "vocab_size"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
-            problems.append((f"--{name.replace('_', '-')}", f"must be at least 1, not {value}"))
+            errors.append((f"--{name.replace('_', '-')}", f"must be at least 1, not {value}"))
     for name, most in (("tflops", math.inf), ("fraction", 1.0)):
         value = getattr(arguments, name)
         if value is not None and not (0 < value <= most and math.isfinite(value)):
-            problems.append(
+            errors.append(
                 (f"--{name}", f"must be positive{' and at most 1' if most == 1.0 else ''}, not {value:g}")
             )
     try:
         parse_memory(arguments.gpu_memory)
     except UserError as error:
-        problems += error.problems
-    if problems:
-        raise UserError(*problems)
+        errors += error.errors
+    if errors:
+        raise UserError(*errors)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -87,14 +87,14 @@ class MinRNNConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        if problems := self.problems():
+        if errors := self.errors():
             raise ValueError(
-                "MinRNNConfig: " + "; ".join(f"{name}: {problem}" for name, problem in problems.items())
+                "MinRNNConfig: " + "; ".join(f"{name}: {problem}" for name, problem in errors.items())
             )
 
-    def problems(self) -> dict[str, str]:
+    def errors(self) -> dict[str, str]:
         """What is wrong with the values, by field; empty if nothing is."""
-        found = {}
+        errors = {}
         choices = {
             "cell": tuple(CELLS),
             "candidate_activation": CANDIDATE_ACTIVATIONS,
@@ -102,9 +102,9 @@ class MinRNNConfig(PreTrainedConfig):
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                found[name] = f"{getattr(self, name)!r} is none of {', '.join(map(str, allowed))}"
+                errors[name] = f"{getattr(self, name)!r} is none of {', '.join(map(str, allowed))}"
         if self.hidden_act not in ACT2FN:
-            found["hidden_act"] = (
+            errors["hidden_act"] = (
                 f"{self.hidden_act!r} is no activation of transformers (silu, gelu, relu, ...)"
             )
         for name in (
@@ -115,26 +115,26 @@ class MinRNNConfig(PreTrainedConfig):
             "expansion_factor",
         ):
             if getattr(self, name) <= 0:
-                found[name] = f"must be positive, not {getattr(self, name)}"
+                errors[name] = f"must be positive, not {getattr(self, name)}"
         for name in ("intermediate_size", "conv_kernel"):
             if getattr(self, name) < 0:
-                found[name] = f"must be 0 (none) or more, not {getattr(self, name)}"
+                errors[name] = f"must be 0 (none) or more, not {getattr(self, name)}"
         if not 0.0 <= self.dropout < 1.0:
-            found["dropout"] = f"must be in [0, 1), not {self.dropout}"
+            errors["dropout"] = f"must be in [0, 1), not {self.dropout}"
         if self.memory_length < 2.0:
-            found["memory_length"] = f"must be at least 2 tokens, not {self.memory_length}"
+            errors["memory_length"] = f"must be at least 2 tokens, not {self.memory_length}"
         if self.initializer_range is not None and self.initializer_range <= 0:
-            found["initializer_range"] = (
+            errors["initializer_range"] = (
                 f"must be positive, or null for fan_in ** -0.5, not {self.initializer_range}"
             )
         for name in ("expansion_factor", "memory_length", "initializer_range", "dropout", "rms_norm_eps"):
             if getattr(self, name) is not None and not math.isfinite(getattr(self, name)):
-                found[name] = f"must be finite, not {getattr(self, name)}"
-        if "expansion_factor" not in found and "hidden_size" not in found and self.recurrent_size < 1:
-            found["expansion_factor"] = (
+                errors[name] = f"must be finite, not {getattr(self, name)}"
+        if "expansion_factor" not in errors and "hidden_size" not in errors and self.recurrent_size < 1:
+            errors["expansion_factor"] = (
                 f"times hidden_size must round to at least 1 channel, not {self.recurrent_size}"
             )
-        return found
+        return errors
 
     @classmethod
     def from_preset(cls, preset: str, **fields: Any) -> "MinRNNConfig":

@@ -35,7 +35,7 @@ class Section(BaseModel):
             raise PydanticCustomError("nul_character", "input should have no NUL character")
         return value
 
-    def problems(self) -> dict[str, str]:
+    def errors(self) -> dict[str, str]:
         """What is wrong with values that have the right types, by field."""
         return {}
 
@@ -100,12 +100,12 @@ class _ModelBase(Section):
             if name in self.model_fields_set
         }
 
-    def problems(self) -> dict[str, str]:
+    def errors(self) -> dict[str, str]:
         fields = {**PRESETS[self.preset], **self.fields()}
         config = MinRNNConfig()
         for name, value in fields.items():
             setattr(config, name, value)
-        return config.problems()
+        return config.errors()
 
 
 _descriptions = _documented_fields(docstring_of(MinRNNConfig))
@@ -163,17 +163,17 @@ class DataSection(Section):
     workers: int = Field(default=1, ge=0)
     """Processes that read ahead; 0 reads in the training process."""
 
-    def problems(self) -> dict[str, str]:
+    def errors(self) -> dict[str, str]:
         if not is_synthetic(self.corpus):
-            found = {}
+            errors = {}
             if self.task:
-                found["task"] = f"is for synthetic corpora (synthetic/TASK), not for {self.corpus}"
+                errors["task"] = f"is for synthetic corpora (synthetic/TASK), not for {self.corpus}"
             if self.join is not None and self.order == "windows":
-                found["join"] = (
+                errors["join"] = (
                     "is for data.order documents; windows reads the whole corpus as one text, so leave it out"
                 )
-            return found
-        found = {
+            return errors
+        errors = {
             name: f"is for text; {self.corpus} makes its own examples, so leave it out"
             for name, field in type(self).model_fields.items()
             if name not in ("corpus", "task", "workers") and getattr(self, name) != field.default
@@ -181,8 +181,8 @@ class DataSection(Section):
         try:
             build_task(self.corpus, self.task)
         except UserError as error:
-            found |= {key.removeprefix("data."): message for key, message in error.problems}
-        return found
+            errors |= {key.removeprefix("data."): message for key, message in error.errors}
+        return errors
 
 
 class BatchSection(Section):

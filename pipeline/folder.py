@@ -14,7 +14,7 @@ from .checkpoint import newest_valid, steps_in
 from .config import Recipe
 from .errors import StorageError
 from .export_folder import check_export
-from .folder_checks import folder_problems
+from .folder_checks import folder_errors
 from .locks import lock
 from .metrics import MetricsFile, cut_metrics
 from .processes import run_on_main
@@ -111,8 +111,8 @@ def _take(folder: RunFolder, recipe: Recipe) -> tuple[Found | None, bool]:
     """Lock the folder; returns where to go on, if anywhere, and whether the run is finished."""
     path = folder.path
     try:
-        if problems := folder_problems(path):
-            raise UserError(*(("run.dir", problem) for problem in problems))
+        if errors := folder_errors(path):
+            raise UserError(*(("run.dir", problem) for problem in errors))
         folder.lock = _lock(path)
         recover_export(path / "model")
         found = _where_to_go_on(path, recipe)

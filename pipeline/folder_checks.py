@@ -30,7 +30,7 @@ OLDEST_SECTIONS = {
 }  # of every config.yaml that a run has written
 
 
-def folder_problems(path: Path) -> list[str]:
+def folder_errors(path: Path) -> list[str]:
     """Why a run cannot write in this folder, or should not; empty if it may."""
     try:
         os.lstat(path / LONGEST_NAME)
@@ -43,10 +43,10 @@ def folder_problems(path: Path) -> list[str]:
     if problem := _place_problem(path, is_folder=True):
         return [problem]
     there = [name for name in (*FILES, *FOLDERS) if os.path.lexists(path / name)]
-    if problems := [
+    if errors := [
         problem for name in there if (problem := _place_problem(path / name, is_folder=name in FOLDERS))
     ]:
-        return problems
+        return errors
     foreign = [
         name
         for name in there

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 
 from ..data.errors import UserError
 from .config import Recipe
-from .launcher_engines import deepspeed_key_problems, engine_problems
+from .launcher_engines import deepspeed_key_errors, engine_errors
 from .machine import DTYPES, device_name, supports
 from .processes import all_gather_objects, launcher_holds_store, local_device, uses_deepspeed, world_size
 from .recipe import flatten, resolved
@@ -28,17 +28,17 @@ Problem = tuple[str, str]
 def check_launch(recipe: Recipe) -> None:
     """Raises UserError with everything that does not fit together."""
     device, here = _this_device(recipe)
-    problems = engine_problems(device.type, world_size())
-    problems += [
-        *_layout_problems(recipe),
-        *_precision_problems(recipe),
-        *(_deepspeed_problems(recipe) if uses_deepspeed() else []),
+    errors = engine_errors(device.type, world_size())
+    errors += [
+        *_layout_errors(recipe),
+        *_precision_errors(recipe),
+        *(_deepspeed_errors(recipe) if uses_deepspeed() else []),
     ]
     rank, local_rank = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK"))
     if here and local_rank == "0" != rank:  # rank 0, which tells the others, cannot know of them
         print(*(f"error: {key}: {problem}" for key, problem in here), sep="\n", file=sys.stderr)
-    if problems or here:
-        raise UserError(*problems, *here)
+    if errors or here:
+        raise UserError(*errors, *here)
 
 
 def check_same_recipe(recipe: Recipe, accelerator: Accelerator) -> None:
@@ -48,26 +48,26 @@ def check_same_recipe(recipe: Recipe, accelerator: Accelerator) -> None:
         UserError: in every process, each setting that differs and where.
     """
     recipes = all_gather_objects(accelerator, [flatten(resolved(recipe))])
-    problems = []
+    errors = []
     for rank, other in enumerate(recipes[1:], start=1):
         for key in recipes[0].keys() | other.keys():
             first, second = recipes[0].get(key), other.get(key)
             if first != second:
-                problems.append(
+                errors.append(
                     (
                         key,
                         f"is {first!r} on rank 0, but {second!r} on rank {rank}; give all machines the same recipe",
                     )
                 )
-    if problems:
-        raise UserError(*{key: (key, problem) for key, problem in sorted(problems, reverse=True)}.values())
+    if errors:
+        raise UserError(*{key: (key, problem) for key, problem in sorted(errors, reverse=True)}.values())
 
 
-def _layout_problems(recipe: Recipe) -> list[Problem]:
+def _layout_errors(recipe: Recipe) -> list[Problem]:
     world, context, batch = world_size(), recipe.parallel.context, recipe.batch
-    problems = []
+    errors = []
     if world % context:
-        problems.append(
+        errors.append(
             (
                 "parallel.context",
                 f"{context} processes to a sequence do not divide the {world} that were started",
@@ -78,7 +78,7 @@ def _layout_problems(recipe: Recipe) -> list[Problem]:
         sharing = f"{groups} groups of {context} processes" if context > 1 else f"{world} processes"
         fitting = [n * context for n in range(1, batch.readers + 1) if batch.readers % n == 0]
         advice = f"use {fitting} processes or more readers"
-        problems.append(
+        errors.append(
             ("batch.readers", f"{batch.readers} readers cannot be shared evenly by {sharing}; {advice}")
         )
     reach = recipe.model_fields_resolved()["conv_kernel"] - 1
@@ -88,36 +88,36 @@ def _layout_problems(recipe: Recipe) -> list[Problem]:
             if reach > 1
             else ""
         )
-        problems.append(
+        errors.append(
             (
                 "batch.chunk",
                 f"{batch.chunk} tokens must divide by the {context} processes of parallel.context{at_least}",
             )
         )
-    return problems
+    return errors
 
 
-def _machine_problems(device: torch.device) -> list[Problem]:
+def _machine_errors(device: torch.device) -> list[Problem]:
     """What is wrong with this machine's part of the launch."""
     said = {
         name: int(os.environ.get(name, "0"))
         for name in ("LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "TORCHELASTIC_MAX_RESTARTS")
     }
-    problems = []
+    errors = []
     if device.type != "cpu" and said["LOCAL_WORLD_SIZE"] > (devices := torch.accelerator.device_count()):
         started = f"started {said['LOCAL_WORLD_SIZE']} processes on a machine with {devices} GPUs"
-        problems.append(("launcher", f"{started}; lower --num_processes, or use train.device cpu"))
+        errors.append(("launcher", f"{started}; lower --num_processes, or use train.device cpu"))
     if said["GROUP_WORLD_SIZE"] > 1 and said["TORCHELASTIC_MAX_RESTARTS"] > 0 and launcher_holds_store():
         advice = "use rdzv_backend c10d and set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on all of them, or max_restarts 0"
-        problems.append(
+        errors.append(
             ("launcher", f"machines that restart their processes could meet in different places; {advice}")
         )
     if said["GROUP_WORLD_SIZE"] > 1 and not _is_loopback(os.environ["MASTER_ADDR"]):
         interfaces = [name for _, name in socket.if_nameindex()]
-        problems += _interface_problems(
+        errors += _interface_errors(
             os.environ.get("GLOO_SOCKET_IFNAME"), interfaces, _is_loopback(socket.gethostname())
         )
-    return problems
+    return errors
 
 
 def _is_loopback(host: str) -> bool:
@@ -129,7 +129,7 @@ def _is_loopback(host: str) -> bool:
     return all(ipaddress.ip_address(str(address).split("%")[0]).is_loopback for address in addresses)
 
 
-def _interface_problems(wanted: str | None, interfaces: list[str], name_is_loopback: bool) -> list[Problem]:
+def _interface_errors(wanted: str | None, interfaces: list[str], name_is_loopback: bool) -> list[Problem]:
     """Why the processes of other machines could not reach those of this one over gloo, which takes the host's name or GLOO_SOCKET_IFNAME."""
     host = socket.gethostname()
     advice = f"set GLOO_SOCKET_IFNAME to the interface that the machines share ({host} has {', '.join(interfaces)})"
@@ -149,7 +149,7 @@ def _interface_problems(wanted: str | None, interfaces: list[str], name_is_loopb
     )
 
 
-def _precision_problems(recipe: Recipe) -> list[Problem]:
+def _precision_errors(recipe: Recipe) -> list[Problem]:
     """The launcher leaves the precision to the recipe, or says the same."""
     theirs, ours = os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), recipe.train.precision
     if theirs in ("no", "", ours):
@@ -167,9 +167,9 @@ def _this_device(recipe: Recipe) -> tuple[torch.device, list[Problem]]:
     try:
         device = local_device(recipe.train.device)
     except UserError as error:
-        return torch.device("cpu"), error.problems
-    if problems := _machine_problems(device):
-        return device, problems
+        return torch.device("cpu"), error.errors
+    if errors := _machine_errors(device):
+        return device, errors
     if recipe.train.precision in DTYPES and not supports(device, recipe.train.precision):
         unsupported = f"{device_name(device)} does not support {recipe.train.precision}"
         return device, [("train.precision", f"{unsupported}; use train.precision auto")]
@@ -187,14 +187,12 @@ def deepspeed_values(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _deepspeed_problems(recipe: Recipe) -> list[Problem]:
-    problems = []
+def _deepspeed_errors(recipe: Recipe) -> list[Problem]:
+    errors = []
     if recipe.train.precision == "fp64":
-        problems.append(
-            ("train.precision", "fp64 is for DDP: DeepSpeed keeps its weights and moments in fp32")
-        )
+        errors.append(("train.precision", "fp64 is for DDP: DeepSpeed keeps its weights and moments in fp32"))
     if recipe.train.skip_spikes is not None:
-        problems.append(
+        errors.append(
             (
                 "train.skip_spikes",
                 "is for DDP: DeepSpeed's ZeRO has shared out a batch's gradient before its loss is known",
@@ -209,12 +207,12 @@ def _deepspeed_problems(recipe: Recipe) -> list[Problem]:
         try:
             said, where = json.loads(Path(file).read_text()), file
         except (OSError, ValueError) as error:
-            return [*problems, ("deepspeed", f"cannot read {file}: {error}")]
-        problems += deepspeed_key_problems(said, where)
+            return [*errors, ("deepspeed", f"cannot read {file}: {error}")]
+        errors += deepspeed_key_errors(said, where)
     for key, ours in deepspeed_values(recipe).items():
         theirs = said.get(key, "auto")
         if theirs != "auto" and float(theirs) != ours:
-            problems.append(
+            errors.append(
                 (
                     f"deepspeed.{key}",
                     f"is {theirs} in {where}, but the recipe makes it {ours}; say auto there, or change the recipe",
@@ -224,7 +222,7 @@ def _deepspeed_problems(recipe: Recipe) -> list[Problem]:
     enabled = (
         f"is enabled in {where}; remove it: train.precision decides (bf16 is autocast over fp32 weights)"
     )
-    problems += [(f"deepspeed.{key}", own) for key in ("optimizer", "scheduler") if key in said]
-    return problems + [
+    errors += [(f"deepspeed.{key}", own) for key in ("optimizer", "scheduler") if key in said]
+    return errors + [
         (f"deepspeed.{key}", enabled) for key in ("bf16", "fp16") if said.get(key, {}).get("enabled") is True
     ]

@@ -60,7 +60,7 @@ ZERO_VARIANTS = {  # of zero_optimization, with the values that switch them off
 }
 
 
-def engine_problems(device_type: str, num_processes: int) -> list[Problem]:
+def engine_errors(device_type: str, num_processes: int) -> list[Problem]:
     """What the launcher asks for that does not exist here; a line for each, with what to change.
 
     Args:
@@ -73,7 +73,7 @@ def engine_problems(device_type: str, num_processes: int) -> list[Problem]:
 
 
 def check_engine(distributed_type: DistributedType) -> None:
-    """Stop where Accelerate made something else of the launcher's environment, in a way that `engine_problems` does not know.
+    """Stop where Accelerate made something else of the launcher's environment, in a way that `engine_errors` does not know.
 
     Raises:
         UserError: the engine is not one of ours.
@@ -87,7 +87,7 @@ def check_engine(distributed_type: DistributedType) -> None:
         )
 
 
-def deepspeed_key_problems(config: dict[str, Any], where: str) -> list[Problem]:
+def deepspeed_key_errors(config: dict[str, Any], where: str) -> list[Problem]:
     """Parts of a DeepSpeed configuration that change the engine into one that was never tried."""
     keys = [key for key in config if key not in DEEPSPEED_KEYS]
     zero = config.get("zero_optimization", {})

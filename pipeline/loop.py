@@ -114,7 +114,7 @@ def take_steps(run: Run, interrupt: Interrupt) -> int | None:
         if (step.is_stopped or step.is_failed) and run.step > 0:
             _save(run, is_last=True)
         if step.is_failed:
-            raise UserError(*dict.fromkeys(processes.all_gather_objects(run.accelerator, step.problems)))
+            raise UserError(*dict.fromkeys(processes.all_gather_objects(run.accelerator, step.errors)))
         if step.is_stopped:
             return interrupt.requested or signal.SIGTERM
         entry = _one_step(run, run.step + 1, step.batch, step.num_scored)
@@ -172,7 +172,7 @@ class NextStep:
     is_failed: bool
     """One of them cannot read."""
     save_is_due: bool
-    problems: list[tuple[str, str]]
+    errors: list[tuple[str, str]]
     """Why this one cannot."""
 
 
@@ -184,16 +184,16 @@ def _next_step(run: Run, interrupt: Interrupt, save_is_due: bool) -> NextStep:
     """
     run.watchdog.enter(f"step {run.step + 1}: reading")
     batch: list[Chunk] | None = None
-    problems: list[tuple[str, str]] = []
+    errors: list[tuple[str, str]] = []
     while True:
         if batch is None:
-            batch, problems = _read(run)
+            batch, errors = _read(run)
             if batch is not None:
                 run.watchdog.enter(f"step {run.step + 1}: computing")
         counts = [
             sum(chunk.num_scored for chunk in batch or []),
             interrupt.requested is not None,
-            len(problems),
+            len(errors),
             batch is None,
             save_is_due,
         ]
@@ -201,7 +201,7 @@ def _next_step(run: Run, interrupt: Interrupt, save_is_due: bool) -> NextStep:
         if stopped or failed or not num_waiting:
             if batch is None:
                 run.watchdog.enter(f"step {run.step + 1}: leaving")
-            return NextStep(batch or [], num_scored, bool(stopped), bool(failed), bool(due), problems)
+            return NextStep(batch or [], num_scored, bool(stopped), bool(failed), bool(due), errors)
 
 
 def _read(run: Run) -> tuple[list[Chunk] | None, list[tuple[str, str]]]:
@@ -210,7 +210,7 @@ def _read(run: Run) -> tuple[list[Chunk] | None, list[tuple[str, str]]]:
         chunks = run.loader.take(POLL_SECONDS)
         return None if chunks is None else [run.layout.piece(chunk) for chunk in chunks], []
     except UserError as error:
-        return [], error.problems
+        return [], error.errors
     except Exception as error:  # a worker that died, a network, a broken file: the others must not wait
         return [], [("data.corpus", f"{type(error).__name__}: {error}")]
 

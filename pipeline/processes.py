@@ -180,20 +180,20 @@ def run_on_all_ranks(
     Raises:
         StorageError: in every process, where a file system of one of them failed. The others would wait for it.
     """
-    result, problems, failures = None, [], []
+    result, errors, failures = None, [], []
     try:
         result = function()
     except UserError as error:
-        problems = error.problems
+        errors = error.errors
     except (OSError, SafetensorError) as error:
         several = accelerator.num_processes > 1
         failures = [
             f"rank {accelerator.process_index} on {socket.gethostname()}: {error}" if several else str(error)
         ]
-    everywhere = all_gather_objects(accelerator, [(problems, failures)])
+    everywhere = all_gather_objects(accelerator, [(errors, failures)])
     if failures := [failure for _, failures in everywhere for failure in failures]:
         raise StorageError("; ".join(failures))
-    return result, list(dict.fromkeys(problem for problems, _ in everywhere for problem in problems))
+    return result, list(dict.fromkeys(problem for errors, _ in everywhere for problem in errors))
 
 
 def all_reduce_sum(accelerator: Accelerator, values: list[float]) -> list[float]:

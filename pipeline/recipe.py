@@ -83,17 +83,17 @@ def help_text() -> str:
 
 def parse_arguments(argv: list[str]) -> tuple[str | None, dict[str, str]]:
     """`--config RECIPE` and the overrides by key, from `--key value` and `--key=value`."""
-    config, overrides, problems = None, {}, []
+    config, overrides, errors = None, {}, []
     words = collections.deque(argv)
     while words:
         word = words.popleft()
         if not word.startswith("--"):
-            problems.append((word, "is no option; settings are written --section.field VALUE"))
+            errors.append((word, "is no option; settings are written --section.field VALUE"))
             continue
         key, equals, value = word.removeprefix("--").partition("=")
         if not equals:
             if not words or _is_option(words[0]):
-                problems.append(
+                errors.append(
                     (
                         key,
                         "lacks a value"
@@ -106,8 +106,8 @@ def parse_arguments(argv: list[str]) -> tuple[str | None, dict[str, str]]:
             config = value
         else:
             overrides[key] = value
-    if problems:
-        raise UserError(*problems)
+    if errors:
+        raise UserError(*errors)
     return config, overrides
 
 
@@ -175,18 +175,18 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
     Raises:
         UserError: everything that is wrong.
     """
-    problems: dict[str, str] = {}
+    errors: dict[str, str] = {}
     sections = {}
     for section in values.keys() - SECTIONS.keys():
         near = difflib.get_close_matches(section, SECTIONS, n=1)
-        problems[section] = "unknown section" + (
+        errors[section] = "unknown section" + (
             f" (did you mean {near[0]}?)" if near else f" (there are {', '.join(SECTIONS)})"
         )
     for section, cls in SECTIONS.items():
         given = values.get(section)
         try:
             built = sections[section] = cls.model_validate({} if given is None else given)
-            problems |= {f"{section}.{name}": problem for name, problem in built.problems().items()}
+            errors |= {f"{section}.{name}": problem for name, problem in built.errors().items()}
         except ValidationError as error:
             for one in error.errors():
                 key = ".".join([section, *map(str, one["loc"][:1])])
@@ -194,13 +194,13 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
                     key, problem = _unknown(key)
                 else:
                     problem = _message(one)
-                problems.setdefault(key, problem)
+                errors.setdefault(key, problem)
     if "run" in sections and (
         refused := [problem for key in sections["run"].change if (problem := _unchangeable(key))]
     ):
-        problems["run.change"] = "; ".join(refused)
-    if problems:
-        raise UserError(*problems.items())
+        errors["run.change"] = "; ".join(refused)
+    if errors:
+        raise UserError(*errors.items())
     return Recipe(**sections)
 
 
@@ -212,11 +212,11 @@ def read_recipe(argv: list[str]) -> Recipe:
     """
     config, overrides = parse_arguments(argv)
     values = _load_yaml(config) if config else {}
-    problems = []
+    errors = []
     for key, text in overrides.items():
         section, dot, name = key.partition(".")
         if not dot or section not in SECTIONS:
-            problems.append(_unknown(key))
+            errors.append(_unknown(key))
             continue
         if values.get(section) is None:
             values[section] = {}
@@ -226,9 +226,9 @@ def read_recipe(argv: list[str]) -> Recipe:
     try:
         recipe = build_recipe(values)
     except UserError as error:
-        raise UserError(*problems, *error.problems) from None
-    if problems:
-        raise UserError(*problems)
+        raise UserError(*errors, *error.errors) from None
+    if errors:
+        raise UserError(*errors)
     return recipe
 
 

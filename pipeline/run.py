@@ -132,11 +132,11 @@ def set_up(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, watchdog
     )
     layout = processes.layout_of(accelerator, recipe.parallel.context, collective_timeout(recipe))
     mine = layout.readers(recipe.batch.readers)
-    corpus, problems = processes.run_on_all_ranks(
+    corpus, errors = processes.run_on_all_ranks(
         accelerator, lambda: _describe_corpus(recipe, folder, accelerator.is_main_process)
     )
-    if problems:
-        raise UserError(*problems)
+    if errors:
+        raise UserError(*errors)
     loader, validation, readers, tokenizer, model = _open_everywhere(
         recipe, accelerator, folder, mine, watchdog
     )
@@ -297,9 +297,9 @@ def _open_everywhere(
         return opened
 
     with contextlib.ExitStack() as if_it_fails:
-        opened, problems = processes.run_on_all_ranks(accelerator, open_own)
-        if problems or opened is None:
-            raise UserError(*problems)
+        opened, errors = processes.run_on_all_ranks(accelerator, open_own)
+        if errors or opened is None:
+            raise UserError(*errors)
         if_it_fails.pop_all()
     return opened
 

@@ -43,16 +43,16 @@ class FormalLanguage(Task):
     def num_answers(self) -> int:
         return self.num_symbols
 
-    def problems(self) -> dict[str, str]:
-        found = super().problems()
+    def errors(self) -> dict[str, str]:
+        errors = super().errors()
         if self.min_length < 1:
-            found["min_length"] = f"must be at least 1, not {self.min_length}"
+            errors["min_length"] = f"must be at least 1, not {self.min_length}"
         if self.max_length < max(self.min_length, self.shortest):
             needed = max(self.min_length, self.shortest)
-            found["max_length"] = (
+            errors["max_length"] = (
                 f"must be at least {needed} (min_length {self.min_length}, shortest sequence {self.shortest})"
             )
-        return found
+        return errors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,11 +119,11 @@ class CycleNavigation(OneAnswer):
     def num_answers(self) -> int:
         return self.ring_size
 
-    def problems(self) -> dict[str, str]:
-        found = super().problems()
+    def errors(self) -> dict[str, str]:
+        errors = super().errors()
         if self.ring_size < 2:
-            found["ring_size"] = f"must be at least 2, not {self.ring_size}"
-        return found
+            errors["ring_size"] = f"must be at least 2, not {self.ring_size}"
+        return errors
 
     def answer(self, string: np.ndarray) -> int:
         return self.num_symbols + int(self.MOVES[string].sum() % self.ring_size)
@@ -229,13 +229,13 @@ class MajorityCount(OneAnswer):
     def symbols(self) -> list[str]:
         return [str(number) for number in range(max(self.num_symbols, self.num_answers + 1))]
 
-    def problems(self) -> dict[str, str]:
-        found = super().problems()
+    def errors(self) -> dict[str, str]:
+        errors = super().errors()
         if self.num_answers < 2:
-            found["max_length"] = (
+            errors["max_length"] = (
                 "or one of test_lengths must be at least 2: a string of 1 symbol has but one count"
             )
-        return found
+        return errors
 
     def answer(self, string: np.ndarray) -> int:
         return int(np.bincount(string).max())

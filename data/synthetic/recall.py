@@ -23,11 +23,13 @@ class FixedLength(Task):
     def draw_length(self, generator: np.random.Generator) -> int:
         return self.longest
 
-    def problems(self) -> dict[str, str]:
-        found = super().problems()
+    def errors(self) -> dict[str, str]:
+        errors = super().errors()
         if self.longest < self.shortest:
-            found["length"] = f"{self.length} is too short: a sequence has at least {self.shortest} positions"
-        return found
+            errors["length"] = (
+                f"{self.length} is too short: a sequence has at least {self.shortest} positions"
+            )
+        return errors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,17 +59,17 @@ class SelectiveCopying(FixedLength):
     def num_answers(self) -> int:
         return self.vocab_size - 2
 
-    def problems(self) -> dict[str, str]:
-        found = super().problems()
+    def errors(self) -> dict[str, str]:
+        errors = super().errors()
         if self.num_tokens < 1:
-            found["num_tokens"] = f"must be at least 1, not {self.num_tokens}"
+            errors["num_tokens"] = f"must be at least 1, not {self.num_tokens}"
         elif self.length < self.num_tokens:
-            found["length"] = f"{self.length} positions cannot hold {self.num_tokens} tokens (num_tokens)"
+            errors["length"] = f"{self.length} positions cannot hold {self.num_tokens} tokens (num_tokens)"
         if self.vocab_size < 4:
-            found["vocab_size"] = (
+            errors["vocab_size"] = (
                 f"must be at least 4 (blank, marker, two to tell apart), not {self.vocab_size}"
             )
-        return found
+        return errors
 
     def example(self, generator: np.random.Generator, length: int) -> Example:
         body, count = length - self.num_tokens, self.num_tokens
@@ -112,28 +114,28 @@ class MultiQueryRecall(Task):
     def num_answers(self) -> int:
         return self.vocab_size - self.vocab_size // 2
 
-    def problems(self) -> dict[str, str]:
-        found = super().problems()
+    def errors(self) -> dict[str, str]:
+        errors = super().errors()
         if not self.sizes:
-            found["sizes"] = "must name at least one (positions, pairs)"
+            errors["sizes"] = "must name at least one (positions, pairs)"
         for length, pairs in self.sizes:
             if pairs < 1 or length < 4 * pairs:
-                found["sizes"] = (
+                errors["sizes"] = (
                     f"{pairs} pairs and as many queries need at least 1 pair and {4 * max(pairs, 1)} positions, not {length}"
                 )
             elif pairs > self.vocab_size // 2 - 1:
-                found["vocab_size"] = (
+                errors["vocab_size"] = (
                     f"{self.vocab_size} has {max(self.vocab_size // 2 - 1, 0)} keys, too few for {pairs} pairs"
                 )
         if len(dict(self.sizes)) < len(self.sizes):
-            found["sizes"] = "must name each length once"
+            errors["sizes"] = "must name each length once"
         if unknown := [length for length in self.test_lengths if length not in dict(self.sizes)]:
-            found["test_lengths"] = (
+            errors["test_lengths"] = (
                 f"{unknown[0]} is none of the lengths in sizes ({', '.join(str(length) for length, _ in self.sizes)})"
             )
         if not self.power > 0:
-            found["power"] = f"must be positive, not {self.power}"
-        return found
+            errors["power"] = f"must be positive, not {self.power}"
+        return errors
 
     def draw_length(self, generator: np.random.Generator) -> int:
         return self.sizes[generator.integers(len(self.sizes))][0]
@@ -173,11 +175,13 @@ class InductionHeads(FixedLength):
     def num_answers(self) -> int:
         return self.vocab_size - 1
 
-    def problems(self) -> dict[str, str]:
-        found = super().problems()
+    def errors(self) -> dict[str, str]:
+        errors = super().errors()
         if self.vocab_size < 3:
-            found["vocab_size"] = f"must be at least 3 (the marker, two to tell apart), not {self.vocab_size}"
-        return found
+            errors["vocab_size"] = (
+                f"must be at least 3 (the marker, two to tell apart), not {self.vocab_size}"
+            )
+        return errors
 
     def example(self, generator: np.random.Generator, length: int) -> Example:
         ids, labels = generator.integers(0, self.num_answers, length), unscored(length)
@@ -215,8 +219,8 @@ class Needle(FixedLength):
     def num_answers(self) -> int:
         return 10
 
-    def problems(self) -> dict[str, str]:
-        return super().problems() | (
+    def errors(self) -> dict[str, str]:
+        return super().errors() | (
             {} if self.num_digits > 0 else {"num_digits": f"must be at least 1, not {self.num_digits}"}
         )
 

@@ -56,10 +56,10 @@ def _checked(task: type[Task], options: Mapping[str, Any]) -> tuple[dict[str, An
     )  # the processes that read ahead have no use for it
 
     types: dict[str, Any] = get_type_hints(task)
-    values, problems = {}, []
+    values, errors = {}, []
     for name, value in options.items():
         if name not in types:
-            problems.append(f"unknown option {name} ({_near(name, list(types))})")
+            errors.append(f"unknown option {name} ({_near(name, list(types))})")
             continue
         try:
             values[name] = TypeAdapter(types[name], config=ConfigDict(allow_inf_nan=False)).validate_python(
@@ -67,8 +67,8 @@ def _checked(task: type[Task], options: Mapping[str, Any]) -> tuple[dict[str, An
             )
         except ValidationError as error:
             first = error.errors()[0]
-            problems.append(f"{name}: {first['msg'][0].lower()}{first['msg'][1:]}, not {first['input']!r}")
-    return values, problems
+            errors.append(f"{name}: {first['msg'][0].lower()}{first['msg'][1:]}, not {first['input']!r}")
+    return values, errors
 
 
 def build_task(corpus: str, options: Mapping[str, Any] | None = None) -> Task:
@@ -80,11 +80,11 @@ def build_task(corpus: str, options: Mapping[str, Any] | None = None) -> Task:
     name = corpus.removeprefix(PREFIX)
     if not is_synthetic(corpus) or name not in TASKS:
         raise UserError(("data.corpus", f"there is no task {corpus} ({_near(name, list(TASKS))})"))
-    values, problems = _checked(TASKS[name], options or {})
+    values, errors = _checked(TASKS[name], options or {})
     task = TASKS[name](**values)
-    problems += [f"{option}: {problem}" for option, problem in task.problems().items()]
-    if problems:
-        raise UserError(("data.task", f"of {corpus}: " + "; ".join(problems)))
+    errors += [f"{option}: {problem}" for option, problem in task.errors().items()]
+    if errors:
+        raise UserError(("data.task", f"of {corpus}: " + "; ".join(errors)))
     return task
 
 

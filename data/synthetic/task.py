@@ -55,16 +55,16 @@ class Task(ABC):
     def example(self, generator: np.random.Generator, length: int) -> Example:
         """A sequence of `fit(length)` positions."""
 
-    def problems(self) -> dict[str, str]:
+    def errors(self) -> dict[str, str]:
         """What is wrong with the options, by name; those of a subclass's own come on top."""
-        found = {}
+        errors = {}
         if self.validation_examples < 1:
-            found["validation_examples"] = f"must be at least 1, not {self.validation_examples}"
+            errors["validation_examples"] = f"must be at least 1, not {self.validation_examples}"
         if too_short := [length for length in self.test_lengths if length < self.shortest]:
-            found["test_lengths"] = (
+            errors["test_lengths"] = (
                 f"the shortest sequence has {self.shortest} positions, so there is none of {too_short[0]}"
             )
-        return found
+        return errors
 
     @property
     def chance(self) -> float:

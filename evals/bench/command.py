@@ -34,12 +34,12 @@ class Settings:
     """Collects what is wrong with the arguments."""
 
     def __init__(self) -> None:
-        self.problems: list[tuple[str, str]] = []
+        self.errors: list[tuple[str, str]] = []
 
     def at_least(self, key: str, value: float, least: float) -> None:
         """`value` is a number of things, or of seconds."""
         if not least <= value < math.inf:  # JSON has no infinity
-            self.problems.append((key, f"must be a number of at least {least:g}, not {value:g}"))
+            self.errors.append((key, f"must be a number of at least {least:g}, not {value:g}"))
 
     def choices(self, key: str, text: str, allowed: Sequence[str]) -> tuple[str, ...]:
         """Names separated by commas; `all` and `none` for all and none of those allowed."""
@@ -50,13 +50,13 @@ class Settings:
             if word not in allowed:
                 near = difflib.get_close_matches(word, allowed, n=1, cutoff=0.4)
                 hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(allowed)}, all, none"
-                self.problems.append((key, f"there is no {word!r} ({hint})"))
+                self.errors.append((key, f"there is no {word!r} ({hint})"))
         return chosen
 
     def check(self) -> None:
         """Raise all that was found."""
-        if self.problems:
-            raise UserError(*self.problems)
+        if self.errors:
+            raise UserError(*self.errors)
 
 
 def parse_counts(settings: Settings, key: str, text: str) -> list[int]:
@@ -70,7 +70,7 @@ def parse_shapes(settings: Settings, key: str, text: str) -> list[tuple[int, ...
     for word in _words(text):
         sizes = word.lower().split("x")
         if len(sizes) != 3:
-            settings.problems.append((key, f"{word!r} is not BATCHxTIMExWIDTH, such as 8x1024x512"))
+            settings.errors.append((key, f"{word!r} is not BATCHxTIMExWIDTH, such as 8x1024x512"))
             continue
         shapes.append(tuple(_count(settings, key, size) for size in sizes))
     return shapes
@@ -87,7 +87,7 @@ def _count(settings: Settings, key: str, word: str) -> int:
     except ValueError:
         number = 0.5
     if number < 1 or number != int(number):
-        settings.problems.append((key, f"{word!r} is not a whole number of at least 1"))
+        settings.errors.append((key, f"{word!r} is not a whole number of at least 1"))
         return 0
     return int(number)
 
@@ -153,9 +153,9 @@ def parse(kind: str, argv: Sequence[str]) -> argparse.Namespace:
     try:
         arguments.device = str(resolve_device(arguments.device))
     except UserError as error:
-        settings.problems += error.problems
+        settings.errors += error.errors
     if arguments.out is not None and arguments.out.suffix != ".json":
-        settings.problems.append(
+        settings.errors.append(
             ("--out", f"{arguments.out} must end in .json; the plot goes beside it as .png")
         )
     module.resolve(arguments, settings)

@@ -96,7 +96,7 @@ def resolve(arguments: argparse.Namespace, settings: Settings) -> None:
     for name in ("prefill", "read", "read_ours", "steps"):
         settings.at_least(f"--{name.replace('_', '-')}", getattr(arguments, name), 1)
     if arguments.cuda_graphs and not arguments.device.startswith("cuda"):
-        settings.problems.append(("--cuda-graphs", "is for --device cuda"))
+        settings.errors.append(("--cuda-graphs", "is for --device cuda"))
 
 
 # --- A contender

@@ -76,7 +76,7 @@ def resolve(arguments: argparse.Namespace, settings: Settings) -> None:
     arguments.dtypes = settings.choices("--dtypes", arguments.dtypes, tuple(DTYPES))
     settings.at_least("--tokens", arguments.tokens, 1)
     if arguments.lengths and not arguments.shapes:
-        settings.problems.append(
+        settings.errors.append(
             (
                 "--lengths",
                 "the sweep takes the width of the first of --shapes, and there is none; use --lengths none",

@@ -84,17 +84,17 @@ def resolve_model(arguments: argparse.Namespace, settings: Settings) -> None:
     try:
         arguments.params = round(float(text.rstrip("kMG")) * factor)
     except ValueError:
-        settings.problems.append(("--params", f"{text!r} is not a number such as 10.7M or 350000000"))
+        settings.errors.append(("--params", f"{text!r} is not a number such as 10.7M or 350000000"))
         arguments.params = 1
     settings.at_least("--params", arguments.params, 1)
     settings.at_least("--layers", arguments.layers, 1)
     arguments.cells = settings.choices("--cells", arguments.cells, OURS)
-    if not settings.problems:
+    if not settings.errors:
         for family in arguments.cells:
             try:
                 sized(family, arguments.params, arguments.layers)
             except Unavailable as error:
-                settings.problems.append(("--params", f"{error}; change --params or --layers"))
+                settings.errors.append(("--params", f"{error}; change --params or --layers"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

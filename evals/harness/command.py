@@ -23,7 +23,7 @@ from ...pipeline.processes import run_on_all_ranks
 from ...pipeline.public import public_config, public_value
 from ...pipeline.storage import replace
 from ...pipeline.tracking import error_line, open_client, read_note, sqlite_file, uri_of
-from ..output import default_out, out_problems, run_of
+from ..output import default_out, out_errors, run_of
 
 DESCRIPTION = """Evaluate a model on tasks of lm-eval. Texts of any length are read whole; what requests have in common is read once.
 Several processes share the requests: accelerate launch -m minrnn.launch.cli eval MODEL --tasks ..."""
@@ -99,22 +99,22 @@ def _batch_size(text: str) -> int | str:
 
 def _check(arguments: argparse.Namespace) -> None:
     """Raise all that is wrong with the arguments by themselves."""
-    problems = []
+    errors = []
     for name, least in (("num_fewshot", 0), ("rolling_window", 1), ("batch_size", 1), ("bootstrap_iters", 0)):
         value = getattr(arguments, name)
         if isinstance(value, int) and value < least:
-            problems.append((f"--{name.replace('_', '-')}", f"must be at least {least}, not {value}"))
+            errors.append((f"--{name.replace('_', '-')}", f"must be at least {least}, not {value}"))
     if arguments.limit is not None and (
         arguments.limit <= 0 or (arguments.limit > 1 and arguments.limit != int(arguments.limit))
     ):
-        problems.append(
+        errors.append(
             ("--limit", f"must be a number of documents, or a fraction below 1, not {arguments.limit:g}")
         )
     if arguments.include_path is not None and not arguments.include_path.is_dir():
-        problems.append(("--include-path", f"{arguments.include_path} is no folder"))
-    problems += out_problems(arguments.out)
-    if problems:
-        raise UserError(*problems)
+        errors.append(("--include-path", f"{arguments.include_path} is no folder"))
+    errors += out_errors(arguments.out)
+    if errors:
+        raise UserError(*errors)
 
 
 @functools.cache
@@ -131,22 +131,22 @@ def task_names(manager: Any, text: str) -> list[str]:
     Raises:
         UserError: unknown names, each with those nearest to it.
     """
-    names, problems = [], []
+    names, errors = [], []
     for word in dict.fromkeys(word.strip() for word in text.split(",") if word.strip()):
         matches = manager.match_tasks([word])
         names += [name for name in matches if name not in names]
         if not matches:
             near = ", ".join(difflib.get_close_matches(word, manager.all_tasks, n=3))
-            problems.append(
+            errors.append(
                 (
                     "--tasks",
                     f"there is no {word!r} ({f'did you mean {near}?' if near else 'lm_eval ls tasks lists all'})",
                 )
             )
-    if not names and not problems:
-        problems.append(("--tasks", "names no task"))
-    if problems:
-        raise UserError(*problems)
+    if not names and not errors:
+        errors.append(("--tasks", "names no task"))
+    if errors:
+        raise UserError(*errors)
     return names
 
 
@@ -156,18 +156,18 @@ def load_tasks(manager: Any, names: list[str]) -> dict[str, list[Any]]:
     Raises:
         UserError: data that cannot be had; all of them, before anything is computed.
     """
-    loaded, problems = {}, []
+    loaded, errors = {}, []
     for name in names:
         try:
             found = manager.load([name])
         except Exception as error:  # the hub's client, datasets and a task's own code each raise their own
             lines = str(error).strip().splitlines() or [""]
             offline = "; its data come from the network" if _is_network(error) else ""
-            problems.append(("--tasks", f"cannot load {name}: {type(error).__name__}: {lines[0]}{offline}"))
+            errors.append(("--tasks", f"cannot load {name}: {type(error).__name__}: {lines[0]}{offline}"))
             continue
         loaded[name] = [found["groups"][name]] if name in found["groups"] else list(found["tasks"].values())
-    if problems:
-        raise UserError(*problems)
+    if errors:
+        raise UserError(*errors)
     return loaded
 
 
@@ -346,9 +346,9 @@ def _evaluate(arguments: argparse.Namespace) -> list[str]:
     if lm.accelerator is None:
         tasks = load_tasks(manager, names)
     else:
-        tasks, problems = run_on_all_ranks(lm.accelerator, lambda: load_tasks(manager, names))
-        if tasks is None or problems:
-            raise UserError(*problems)
+        tasks, errors = run_on_all_ranks(lm.accelerator, lambda: load_tasks(manager, names))
+        if tasks is None or errors:
+            raise UserError(*errors)
     out = arguments.out or default_out(arguments.model, "lm-eval")
     finished: Results = {}
 
@@ -389,7 +389,7 @@ def main(argv: list[str]) -> None:
             ("eval", "lm-eval is not installed: make setup-eval, or pip install 'minrnn[eval]'")
         ) from None
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") != "0" and all(key != "--device" for key, _ in error.problems):
+        if os.environ.get("LOCAL_RANK", "0") != "0" and all(key != "--device" for key, _ in error.errors):
             raise SystemExit(2) from None
         raise
     if failures:

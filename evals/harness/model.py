@@ -135,9 +135,9 @@ class MinRNNLM(TemplateLM):
         """The same in all processes: the first one's."""
         if self.accelerator is None:
             return weights_dtype(stored, asked, device)
-        dtype, problems = run_on_all_ranks(self.accelerator, lambda: weights_dtype(stored, asked, device))
-        if problems or dtype is None:
-            raise UserError(*problems)
+        dtype, errors = run_on_all_ranks(self.accelerator, lambda: weights_dtype(stored, asked, device))
+        if errors or dtype is None:
+            raise UserError(*errors)
         return broadcast_from_main(self.accelerator, dtype)
 
     @property

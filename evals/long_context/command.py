@@ -83,24 +83,22 @@ def _cuts(arguments: argparse.Namespace) -> list[int]:
     Raises:
         UserError: all that is wrong with the arguments by themselves.
     """
-    problems = documents.argument_problems(arguments, ("tokens", "anchors", "memory_tokens"))
+    errors = documents.argument_errors(arguments, ("tokens", "anchors", "memory_tokens"))
     words = [word.strip() for word in arguments.cuts.split(",") if word.strip()]
     if strange := [word for word in words if not word.isdecimal() or int(word) < 1]:
-        problems.append(
-            ("--cuts", f"must be numbers of tokens, separated by commas, not {', '.join(strange)}")
-        )
+        errors.append(("--cuts", f"must be numbers of tokens, separated by commas, not {', '.join(strange)}"))
     if not arguments.tolerance >= 0:
-        problems.append(("--tolerance", f"must be 0 or more, not {arguments.tolerance:g}"))
-    if not problems and not memory_contexts(2, arguments.anchors, arguments.memory_tokens):
+        errors.append(("--tolerance", f"must be 0 or more, not {arguments.tolerance:g}"))
+    if not errors and not memory_contexts(2, arguments.anchors, arguments.memory_tokens):
         least = arguments.anchors * (NUM_TARGETS + 1)
-        problems.append(
+        errors.append(
             (
                 "--memory-tokens",
                 f"must be at least {least} for {arguments.anchors} anchors; lower --anchors, or raise it",
             )
         )
-    if problems:
-        raise UserError(*problems)
+    if errors:
+        raise UserError(*errors)
     return sorted({int(word) for word in words})
 
 

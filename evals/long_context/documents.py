@@ -23,7 +23,7 @@ from ...pipeline.loading import load
 from ...pipeline.options import add_device, add_dtype, add_trust, user_path
 from ...pipeline.public import public_value
 from ..bench.record import command_line, commit, machine, versions
-from ..output import out_problems
+from ..output import out_errors
 
 NONE = "none"  # --join: documents as they are
 SHORTEST = 256  # tokens of a document that something can be said about
@@ -98,13 +98,13 @@ def make_parser(command: str, description: str, examples: str) -> argparse.Argum
     return parser
 
 
-def argument_problems(arguments: argparse.Namespace, counts: Sequence[str]) -> list[tuple[str, str]]:
+def argument_errors(arguments: argparse.Namespace, counts: Sequence[str]) -> list[tuple[str, str]]:
     """What is wrong with arguments that both commands have, and with these counts."""
     named = [(f"--{name.replace('_', '-')}", getattr(arguments, name)) for name in ("piece", *counts)]
-    problems = [
+    errors = [
         (key, f"must be at least 1, not {value}") for key, value in named if value is not None and value < 1
     ]
-    return problems + out_problems(arguments.out)
+    return errors + out_errors(arguments.out)
 
 
 def _open(arguments: argparse.Namespace) -> Source:
@@ -147,7 +147,7 @@ def find_document(arguments: argparse.Namespace) -> LongDocument:
         longest, names, num_documents, num_skipped = _longest(records, arguments.document or "")
     except UserError as error:
         options = {"data.corpus": "--corpus", "data.join": "--join", "data.text_field": "--text-field"}
-        raise UserError(*((options.get(key, key), message) for key, message in error.problems)) from None
+        raise UserError(*((options.get(key, key), message) for key, message in error.errors)) from None
     if not num_documents:
         raise UserError(
             (

@@ -122,8 +122,8 @@ def main(argv: Sequence[str]) -> None:
         UserError: arguments, a model or a document that cannot be used, or lm-eval is missing.
     """
     arguments = _parser().parse_args(argv)
-    if problems := documents.argument_problems(arguments, ("bytes",)):
-        raise UserError(*problems)
+    if errors := documents.argument_errors(arguments, ("bytes",)):
+        raise UserError(*errors)
     try:
         from ..harness.model import MinRNNLM
     except ModuleNotFoundError as error:

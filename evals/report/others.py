@@ -162,9 +162,9 @@ def soak_section(sources: Sequence[Source]) -> str:
 
 def soak_line(source: Source) -> str:
     """The README's sentence, and each problem that was found."""
-    problems = [f"- {text(problem)}" for problem in source.data["problems"]]
+    errors = [f"- {text(problem)}" for problem in source.data["problems"]]
     return "\n".join(
-        [speed.soak_line(source.path, f"#{slug(source.name)}"), *(["", *problems] if problems else [])]
+        [speed.soak_line(source.path, f"#{slug(source.name)}"), *(["", *errors] if errors else [])]
     )
 
 

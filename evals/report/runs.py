@@ -258,23 +258,23 @@ def entries_of(runs: Sequence[Path]) -> list[Entry]:
         UserError: every run that cannot be read, or that has the settings and the seed of another.
     """
     entries: dict[str, Entry] = {}
-    problems = []
+    errors = []
     for run in runs:
         try:
             config, seed = read_run(run)
         except UserError as error:
-            problems += error.problems
+            errors += error.errors
             continue
         entry = entries.setdefault(
             json.dumps(settings(config), sort_keys=True), Entry(config=config, seeds=[])
         )
         if same := [other.run for other in entry.seeds if other.seed == seed.seed]:
-            problems.append(
+            errors.append(
                 (str(run), f"has the settings and the seed ({seed.seed}) of {same[0]}; leave one of them out")
             )
         entry.seeds.append(seed)
-    if problems:
-        raise UserError(*problems)
+    if errors:
+        raise UserError(*errors)
     for entry in entries.values():
         entry.seeds.sort(key=lambda seed: seed.seed)
     return list(entries.values())

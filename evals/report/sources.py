@@ -178,11 +178,11 @@ def gather(
         UserError: each path that was named and is not there, is empty or cannot be read.
     """
     wanted: dict[Path, tuple[Path, bool]] = {}  # resolved path -> as it was found, was it named
-    problems: list[tuple[str, str]] = []
+    errors: list[tuple[str, str]] = []
     for path in paths:
         found: list[Path] = []
         if not path.exists():
-            problems.append(
+            errors.append(
                 (str(path), "is not there; name a results file, a folder of them, or a run's folder")
             )
         elif not path.is_dir() or is_run(path):
@@ -191,9 +191,9 @@ def gather(
         else:
             try:
                 if not (found := _scan(path)):
-                    problems.append((str(path), "holds neither results files (*.json) nor runs"))
+                    errors.append((str(path), "holds neither results files (*.json) nor runs"))
             except OSError as error:
-                problems.append((str(path), f"cannot be read ({error.filename}: {error.strerror})"))
+                errors.append((str(path), f"cannot be read ({error.filename}: {error.strerror})"))
         for child in found:
             wanted.setdefault(child.resolve(), (child, False))
     sources: list[Source] = []
@@ -202,13 +202,13 @@ def gather(
         try:
             sources.append(run_source(path) if path.is_dir() else read_file(path, check))
         except (Unreadable, UserError) as error:
-            told = error.problems[0][1] if isinstance(error, UserError) else str(error)
+            told = error.errors[0][1] if isinstance(error, UserError) else str(error)
             if named:
-                problems.append((str(path), told))
+                errors.append((str(path), told))
             else:
                 unreadable.append((path, told))
-    if problems:
-        raise UserError(*problems)
+    if errors:
+        raise UserError(*errors)
     _name(sources)
     return sources, unreadable
 

@@ -273,7 +273,7 @@ def test_ways_of_joining_that_are_not_there(tmp_path: Path):
     def problem(spec: CorpusSpec) -> str:
         with pytest.raises(UserError) as caught:
             list(open_source(spec).read(0, Place()))
-        ((key, message),) = caught.value.problems
+        ((key, message),) = caught.value.errors
         assert key == "data.join"
         return message
 

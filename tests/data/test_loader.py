@@ -135,7 +135,7 @@ def test_an_error_of_a_worker_is_the_users(num_good: int, tmp_path: Path):
     errors = [in_time(lambda workers=workers: steps(spec, [0], 200, workers)) for workers in (0, 1)]
     assert [type(error) for error in errors] == [UserError, UserError]
     assert f"a.jsonl:{num_good + 1} is not JSON" in str(errors[0])
-    assert errors[0].problems == errors[1].problems
+    assert errors[0].errors == errors[1].errors
 
 
 def test_chunks_before_an_error_are_given(tmp_path: Path):
@@ -249,7 +249,7 @@ def test_user_errors_are_pickled_whole():
     error = UserError(("data.corpus", "one"), ("batch.lanes", "two"))
     again = pickle.loads(pickle.dumps(error))
     assert type(again) is UserError
-    assert again.problems == error.problems
+    assert again.errors == error.errors
     assert str(again) == "error: data.corpus: one\nerror: batch.lanes: two"
 
 

@@ -40,7 +40,7 @@ def problem(corpus: CorpusSpec) -> str:
     """What the user is told when the whole corpus is read."""
     with pytest.raises(UserError) as caught:
         read_all(open_source(corpus))
-    assert caught.value.problems[0][0].startswith("data.")
+    assert caught.value.errors[0][0].startswith("data.")
     return str(caught.value)
 
 

@@ -218,7 +218,7 @@ def test_lm_eval_is_not_needed():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def problems(capsys, *argv: str) -> str:
+def errors(capsys, *argv: str) -> str:
     with pytest.raises(SystemExit) as ended:
         main(["long-context", *argv])
     assert ended.value.code == 2
@@ -279,7 +279,7 @@ def test_the_command_leaves_file_picture_and_tables(run: Path, capsys):
 
 def test_mistakes_are_told(run: Path, tmp_path: Path, capsys):
     texts = str(run.parent / "texts")
-    told = problems(
+    told = errors(
         capsys, str(run), "--cuts", "64,x", "--tokens", "0", "--out", "here.txt", "--tolerance", "-1"
     )
     assert [line.split(":")[1].strip() for line in told.splitlines()] == [
@@ -288,22 +288,22 @@ def test_mistakes_are_told(run: Path, tmp_path: Path, capsys):
         "--cuts",
         "--tolerance",
     ]
-    assert "error: --memory-tokens: must be at least 8448" in problems(
+    assert "error: --memory-tokens: must be at least 8448" in errors(
         capsys, str(run), "--memory-tokens", "100"
     )
     missing = tmp_path / "none" / "*.py"
-    assert f"error: --corpus: there is no file, folder or match for {missing}" in problems(
+    assert f"error: --corpus: there is no file, folder or match for {missing}" in errors(
         capsys, str(run), "--corpus", str(missing)
     )
-    told = problems(capsys, str(run), "--corpus", texts, "--document", "betta")
+    told = errors(capsys, str(run), "--corpus", texts, "--document", "betta")
     assert "error: --document: no document's name holds 'betta' (did you mean 'beta/ (5 files)'?)" in told
-    assert "error: --join: " in problems(capsys, str(run), "--corpus", texts, "--join", "book_id")
+    assert "error: --join: " in errors(capsys, str(run), "--corpus", texts, "--join", "book_id")
     (tmp_path / "short.txt").write_text("short")
-    assert "nothing can be said about fewer than 256" in problems(
+    assert "nothing can be said about fewer than 256" in errors(
         capsys, str(run), "--corpus", str(tmp_path / "short.txt")
     )
     (tmp_path / "unfinished" / "checkpoints").mkdir(parents=True)
-    told = problems(capsys, str(tmp_path / "unfinished"), "--corpus", texts)
+    told = errors(capsys, str(tmp_path / "unfinished"), "--corpus", texts)
     assert f"error: MODEL: the run {tmp_path / 'unfinished'} has no model/ yet; minrnn export" in told
 
 

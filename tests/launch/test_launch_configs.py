@@ -290,9 +290,9 @@ def test_a_failure_is_a_failure(slurm: dict[str, str], tmp_path: Path):
 def test_interfaces_that_others_cannot_reach_are_named(
     wanted: str | None, name_is_loopback: bool, problem: str | None
 ):
-    problems = launch_checks._interface_problems(wanted, ["lo", "eth0", "ib0"], name_is_loopback)
-    assert len(problems) == (problem is not None)
-    assert problem is None or re.search(problem, problems[0][1])
+    errors = launch_checks._interface_errors(wanted, ["lo", "eth0", "ib0"], name_is_loopback)
+    assert len(errors) == (problem is not None)
+    assert problem is None or re.search(problem, errors[0][1])
 
 
 def test_names_that_lead_to_this_machine_itself():

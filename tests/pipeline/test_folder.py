@@ -11,7 +11,7 @@ from conftest import Crash, Values, before_step, contents, losses, stop_at_step_
 from minrnn.data import UserError
 from minrnn.pipeline import loop
 from minrnn.pipeline.errors import StorageError
-from minrnn.pipeline.folder_checks import folder_problems
+from minrnn.pipeline.folder_checks import folder_errors
 from minrnn.pipeline.locks import lock
 from minrnn.pipeline.recipe import build_recipe, resolved
 
@@ -56,23 +56,23 @@ def test_what_no_run_has_made_is_left_alone(values: Values, run_recipe: Run, tmp
 )
 def test_each_name_that_a_run_writes_counts(tmp_path: Path, name: str):
     write(tmp_path / name)
-    (problem,) = folder_problems(tmp_path)
+    (problem,) = folder_errors(tmp_path)
     assert f"holds {name.split('/')[0]}, which" in problem
 
 
 def test_folders_that_a_run_may_use(tmp_path: Path):
-    assert folder_problems(tmp_path / "new" / "deep") == []
+    assert folder_errors(tmp_path / "new" / "deep") == []
     (tmp_path / "checkpoints").mkdir()
-    assert folder_problems(tmp_path) == []  # made, or linked to another disk, before the run
+    assert folder_errors(tmp_path) == []  # made, or linked to another disk, before the run
     for name in ("notes.md", "slurm-1.out", ".git/config", "evals/a.json", ".lock"):
         write(tmp_path / name)
-    assert folder_problems(tmp_path) == []
+    assert folder_errors(tmp_path) == []
     config = write(tmp_path / "config.yaml", yaml.safe_dump(resolved(build_recipe({}))))
     for name in ("metrics.jsonl", "loss.png", "model/config.json", "checkpoints/step-000002/config.yaml"):
         write(tmp_path / name, config.read_text())
-    assert folder_problems(tmp_path) == []
+    assert folder_errors(tmp_path) == []
     config.unlink()  # the checkpoint's says it too
-    assert folder_problems(tmp_path) == []
+    assert folder_errors(tmp_path) == []
 
 
 def a_file(path: Path) -> None:
@@ -115,21 +115,21 @@ def test_what_would_fail_at_the_end_is_said_at_the_start(
     else:
         folder.mkdir()
         make(folder / name)
-    (problem,) = folder_problems(folder)
+    (problem,) = folder_errors(folder)
     assert told in problem
 
 
 @pytest.mark.parametrize("path", [Path("x" * 300), Path(*["y" * 200] * 20)])
 def test_names_that_are_too_long(tmp_path: Path, path: Path):
-    (problem,) = folder_problems(tmp_path / path)
+    (problem,) = folder_errors(tmp_path / path)
     assert "File name too long" in problem
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_of_somebody_else(tmp_path: Path):
     tmp_path.chmod(0o500)
-    assert "cannot be written" in folder_problems(tmp_path / "run")[0]
-    assert "cannot be written" in folder_problems(tmp_path)[0]
+    assert "cannot be written" in folder_errors(tmp_path / "run")[0]
+    assert "cannot be written" in folder_errors(tmp_path)[0]
 
 
 def test_what_follows_the_last_step_is_done_until_it_is_all_there(

@@ -11,7 +11,7 @@ from conftest import Values, recipe_file
 from minrnn.data import UserError
 from minrnn.pipeline import launcher_engines
 from minrnn.pipeline.launch_checks import check_launch
-from minrnn.pipeline.launcher_engines import ENGINES, SUPPORTED, check_engine, engine_problems
+from minrnn.pipeline.launcher_engines import ENGINES, SUPPORTED, check_engine, engine_errors
 from minrnn.pipeline.recipe import build_recipe
 from test_engines import launch
 
@@ -88,7 +88,7 @@ def test_what_the_environment_says_without_a_launcher(monkeypatch):
         assert what in line
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    ((_, message),) = engine_problems("cpu", 1)
+    ((_, message),) = engine_errors("cpu", 1)
     assert message.startswith("asks for 4 processes of MPI")
 
 
@@ -111,7 +111,7 @@ def test_every_distributed_type_is_tried_or_refused(kind: DistributedType):
     with pytest.raises(UserError, match=f"connected as {kind.value}"):
         check_engine(kind)
     if kind in DEVICES:
-        ((_, message),) = engine_problems(DEVICES[kind], 2)
+        ((_, message),) = engine_errors(DEVICES[kind], 2)
         assert f"asks for 2 processes on {DEVICES[kind]}" in message
     else:
         assert BY_OPTION[kind] in ASKED
@@ -123,8 +123,8 @@ def test_what_is_supported_is_not_refused(monkeypatch):
         with monkeypatch.context() as patched:
             for name, value in environment.items():
                 patched.setenv(name, value)
-            assert engine_problems("cpu", 2) == engine_problems("cuda", 2) == []
-    assert engine_problems("npu", 1) == [], "one process is no engine"
+            assert engine_errors("cpu", 2) == engine_errors("cuda", 2) == []
+    assert engine_errors("npu", 1) == [], "one process is no engine"
 
 
 def test_parts_of_a_deepspeed_file_that_change_the_engine(tmp_path: Path):
@@ -135,7 +135,7 @@ def test_parts_of_a_deepspeed_file_that_change_the_engine(tmp_path: Path):
         "offload_param": {"device": "cpu"},
     }
     good = {"zero_optimization": zero, "train_batch_size": "auto", "steps_per_print": 100}
-    assert launcher_engines.deepspeed_key_problems(good, "x.json") == []
+    assert launcher_engines.deepspeed_key_errors(good, "x.json") == []
     variant = {
         **zero,
         "zero_quantized_gradients": True,
@@ -148,7 +148,7 @@ def test_parts_of_a_deepspeed_file_that_change_the_engine(tmp_path: Path):
         "pipeline": {"stages": 2},
         "zero_optimization": variant,
     }
-    assert [key for key, _ in launcher_engines.deepspeed_key_problems(bad, "x.json")] == [
+    assert [key for key, _ in launcher_engines.deepspeed_key_errors(bad, "x.json")] == [
         "deepspeed.tensor_parallel",
         "deepspeed.pipeline",
         "deepspeed.zero_optimization.zero_quantized_gradients",

@@ -24,7 +24,7 @@ from minrnn.pipeline.recipe import (
 from minrnn.pipeline.run import corpus_of
 
 
-def problems(argv: list[str]) -> list[str]:
+def errors(argv: list[str]) -> list[str]:
     with pytest.raises(UserError) as raised:
         read_recipe(argv)
     return str(raised.value).splitlines()
@@ -35,7 +35,7 @@ def test_every_mistake_is_told_at_once_with_its_key(tmp_path: Path):
     path.write_text(
         "batch: {lanes: many, chunk: -3}\nmodle: {cell: mingru}\nmodel: {cell: gru, dropout: 2.0}\noptim: {lrr: 1}\n"
     )
-    told = problems(["--config", str(path), "--train.precison", "bf16", "--train.steps=0", "--lanes", "3"])
+    told = errors(["--config", str(path), "--train.precison", "bf16", "--train.steps=0", "--lanes", "3"])
     assert len(told) == 9
     assert all(line.startswith("error: ") for line in told)
     text = "\n".join(told)
@@ -64,17 +64,17 @@ def test_every_mistake_is_told_at_once_with_its_key(tmp_path: Path):
 def test_a_file_that_is_no_recipe(tmp_path: Path, content: str, message: str):
     path = tmp_path / "recipe.yaml"
     path.write_text(content)
-    assert message in "\n".join(problems(["--config", str(path)]))
+    assert message in "\n".join(errors(["--config", str(path)]))
 
 
 def test_a_missing_recipe_names_those_there_are():
-    (told,) = problems(["--config", "quickstrat"])
+    (told,) = errors(["--config", "quickstrat"])
     assert told.startswith("error: --config: cannot read quickstrat")
     assert "quickstart" in told.split("come with minrnn")[1]
 
 
 def test_words_that_are_no_settings():
-    assert problems(["foo", "--train.steps"]) == [
+    assert errors(["foo", "--train.steps"]) == [
         "error: foo: is no option; settings are written --section.field VALUE",
         "error: train.steps: lacks a value",
     ]
@@ -169,7 +169,7 @@ def test_what_is_no_text_is_read_as_its_type():
 
 
 def test_what_is_not_of_its_type_is_refused():
-    told = problems(
+    told = errors(
         [
             "--train.steps",
             "2024-01-01",
@@ -198,12 +198,12 @@ def test_text_with_a_nul_is_refused():
     """Only a file can hold one: `"a\\0b"` in YAML."""
     with pytest.raises(UserError) as caught:
         build_recipe({"run": {"dir": "a\0b"}, "data": {"corpus": "x\0", "join": "\0"}})
-    assert [key for key, _ in caught.value.problems] == ["run.dir", "data.corpus", "data.join"]
-    assert all("no NUL character" in problem for _, problem in caught.value.problems)
+    assert [key for key, _ in caught.value.errors] == ["run.dir", "data.corpus", "data.join"]
+    assert all("no NUL character" in problem for _, problem in caught.value.errors)
 
 
 def test_a_setting_is_not_the_value_of_another():
-    told = problems(["--run.dir", "--train.steps", "3", "--data.corpus"])
+    told = errors(["--run.dir", "--train.steps", "3", "--data.corpus"])
     assert told == [
         "error: run.dir: lacks a value (if --train.steps is meant to be it: --run.dir=--train.steps)",
         "error: data.corpus: lacks a value",
@@ -213,7 +213,7 @@ def test_a_setting_is_not_the_value_of_another():
 def test_what_is_joined():
     assert build_recipe({"data": {"join": "package"}}).data.join == "package"
     assert corpus_of(build_recipe({"data": {"join": "book_id"}})).join == "book_id"
-    (told,) = problems(["--data.join", "folder", "--data.order", "windows"])
+    (told,) = errors(["--data.join", "folder", "--data.order", "windows"])
     assert told.startswith("error: data.join: is for data.order documents")
 
 
@@ -276,10 +276,10 @@ def test_only_what_decides_no_loss_is_free_to_change():
         saved[section][name] = value
     with pytest.raises(UserError) as raised:
         check_unchanged(saved, recipe, "runs/x")
-    assert {key for key, _ in raised.value.problems} == fixed.keys()
+    assert {key for key, _ in raised.value.errors} == fixed.keys()
     with pytest.raises(UserError) as raised:
         check_unchanged(saved, build_recipe({}), "runs/x")
-    assert {key for key, _ in raised.value.problems} == fixed.keys() - {"train.precision"}, (
+    assert {key for key, _ in raised.value.errors} == fixed.keys() - {"train.precision"}, (
         "auto is what was saved"
     )
 
@@ -315,7 +315,7 @@ def test_processes_of_a_sequence_may_change_where_that_changes_nothing():
         UserError, match=r"parallel\.context: is 2, .* was started with 1 \(with model\.dropout"
     ) as raised:
         check_unchanged(resolved(build_recipe(dropping)), build_recipe(dropping | two), "runs/x")
-    assert [key for key, _ in raised.value.problems] == ["parallel.context"]
+    assert [key for key, _ in raised.value.errors] == ["parallel.context"]
     meant = build_recipe(dropping | two | {"run": {"change": ["parallel.context"]}})
     check_unchanged(resolved(build_recipe(dropping)), meant, "runs/x")
 
@@ -329,7 +329,7 @@ def test_precision_is_left_to_the_run_unless_it_is_said_or_to_change():
 
 
 def test_what_a_run_cannot_change_cannot_be_accepted_either():
-    (told,) = problems(["--run.change", "[model.hidden_size]"])
+    (told,) = errors(["--run.change", "[model.hidden_size]"])
     assert "model.hidden_size cannot change within a run" in told
 
 

@@ -332,7 +332,7 @@ def test_other_settings_are_refused_by_name_unless_meant(values: Values, run_rec
     values["optim"]["lr"], values["model"]["hidden_size"], values["train"]["steps"] = 1e-3, 32, 14
     with pytest.raises(UserError) as refused:
         run_recipe(values)
-    assert [key for key, _ in refused.value.problems] == ["model.hidden_size", "optim.lr"]
+    assert [key for key, _ in refused.value.errors] == ["model.hidden_size", "optim.lr"]
     assert "0.004" in str(refused.value)
     values["model"]["hidden_size"] = 16
     values["run"]["change"] = ["optim.lr"]

@@ -59,7 +59,7 @@ def _settings(path: Path) -> dict[str, Any]:
 
 def differences(disturbed: Path, undisturbed: Path) -> list[str]:
     """What is not as it should be."""
-    problems = []
+    errors = []
     for kind in ("train", "validation"):
         ours, others = _metrics(disturbed, kind), _metrics(undisturbed, kind)
         if kind == "validation":  # the undisturbed run validates after its last step, too
@@ -67,23 +67,23 @@ def differences(disturbed: Path, undisturbed: Path) -> list[str]:
                 [entry for entry in entries if entry["step"] % EVAL_EVERY == 0] for entries in (ours, others)
             )
         if kind == "train" and [entry["step"] for entry in ours] != list(range(1, len(ours) + 1)):
-            problems.append("metrics.jsonl does not hold every step once, in order")
+            errors.append("metrics.jsonl does not hold every step once, in order")
         if unequal := [a["step"] for a, b in zip(ours, others, strict=False) if a != b]:
-            problems.append(f"{len(unequal)} {kind} lines differ, the first at step {unequal[0]}")
+            errors.append(f"{len(unequal)} {kind} lines differ, the first at step {unequal[0]}")
         if len(ours) != len(others):
-            problems.append(f"{len(ours)} {kind} lines against {len(others)}")
+            errors.append(f"{len(ours)} {kind} lines against {len(others)}")
     newest = [steps_in(run / "checkpoints")[0] for run in (disturbed, undisturbed)]
     for name in ("reader-0000.json", "reader-0001.json", "model.safetensors", "optimizer.safetensors"):
         first, second = ((path / name).read_bytes() for path in newest)
         if first != second:
-            problems.append(f"{name} of the last checkpoints differ")
+            errors.append(f"{name} of the last checkpoints differ")
     for first, second in (
         (newest[0] / "config.yaml", newest[1] / "config.yaml"),
         (disturbed / "config.yaml", undisturbed / "config.yaml"),
     ):
         if _settings(first) != _settings(second):
-            problems.append(f"the settings in {first.relative_to(disturbed)} differ")
-    return problems
+            errors.append(f"the settings in {first.relative_to(disturbed)} differ")
+    return errors
 
 
 def main() -> int:
@@ -140,7 +140,7 @@ def main() -> int:
         "steps": step,
         "steps_repeated": sum(cut),
         "checkpoints_refused": len(re.findall(r"is not used", soak.output())),
-        "problems": [*soak.problems, *differences(soak.run, undisturbed)],
+        "problems": [*soak.errors, *differences(soak.run, undisturbed)],
         "commit": commit(),
         "machine": machine(torch.device("cpu")),
         "versions": versions(),

@@ -131,7 +131,7 @@ class DisturbedRun:
         )
         self.recipe, self.disk = write_recipe(folder, seed), FaultyDisk(self.run, folder)
         self.faults: Counter[str] = Counter()
-        self.problems: list[str] = []
+        self.errors: list[str] = []
         self.launcher: subprocess.Popen[bytes] | None = None
 
     @property
@@ -245,7 +245,7 @@ class DisturbedRun:
             refused
             and f"going on from step {refused}\n" in self.output().rsplit("warning: checkpoint", 1)[-1]
         ):
-            self.problems.append(f"the broken checkpoint step-{refused:06d} was used")
+            self.errors.append(f"the broken checkpoint step-{refused:06d} was used")
 
     def _disturb_one_process(self, fault: str) -> bool:
         """A signal to one of the two; False where they are not both there (one has just ended)."""
@@ -265,7 +265,7 @@ class DisturbedRun:
                     "the name of a stopped process", lambda: named.search(self.output()[log_size:]), 90
                 )
             except TimeoutError as error:
-                self.problems.append(str(error))
+                self.errors.append(str(error))
             os.kill(pids[rank], signal.SIGKILL)
         return True
 
@@ -291,12 +291,12 @@ class DisturbedRun:
         try:
             self.wait_for("a failed save", lambda: "could not be written" in self.output()[log_size:], 120)
         except TimeoutError as error:
-            self.problems.append(f"{fault}: {error}")
+            self.errors.append(f"{fault}: {error}")
         self.disk.switch_off()
         newest = self.checkpoints()[-1:]
         self.wait_for("a checkpoint after the disk works again", lambda: self.checkpoints()[-1:] != newest)
         if self.launcher is not launcher:
-            self.problems.append(f"{fault}: the run ended")
+            self.errors.append(f"{fault}: the run ended")
 
     def _end_read_errors(self, newest: list[Path], output_before: int) -> None:
         """Until a checkpoint could not be read; the newest one must still be there, and is what the run goes on from."""
@@ -305,7 +305,7 @@ class DisturbedRun:
                 "an error of reading", lambda: "Input/output error" in self.output()[output_before:], 120
             )
         except TimeoutError as error:
-            self.problems.append(f"read error: {error}")
+            self.errors.append(f"read error: {error}")
         self.disk.switch_off()
         if newest:
             step = int(newest[0].name.removeprefix("step-"))
@@ -313,6 +313,6 @@ class DisturbedRun:
             self.wait_for("a start", lambda: going_on.search(self.output()[output_before:]))
             match = going_on.search(self.output()[output_before:])
             if match is None or int(match[1]) != step:
-                self.problems.append(
+                self.errors.append(
                     f"read error: step {step} was the newest checkpoint, but the run went on from {match and match[1]}"
                 )
