@@ -58,7 +58,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Layout:
+class Workload:
     """How a step is shared out."""
 
     processes: int
@@ -113,7 +113,7 @@ def measure(recipe: Recipe, vocab_size: int) -> Model:
     )
 
 
-def lay_out(recipe: Recipe, processes: int) -> Layout:
+def workload_of(recipe: Recipe, processes: int) -> Workload:
     """Share a step's readers and chunks among processes.
 
     Raises:
@@ -141,7 +141,7 @@ def lay_out(recipe: Recipe, processes: int) -> Layout:
         )
     if errors:
         raise UserError(*errors)
-    return Layout(
+    return Workload(
         processes, context, batch.readers // groups, batch.lanes, batch.lanes * batch.chunk // context
     )
 
@@ -192,28 +192,28 @@ def composed_cell_bytes(model: Model, precision: str) -> int:
     return gates + candidate + c * (model.projections * keeps_projections + 1 + 2 * model.output_gate)
 
 
-def working_memory(model: Model, layout: Layout, precision: str) -> dict[str, float]:
+def working_memory(model: Model, workload: Workload, precision: str) -> dict[str, float]:
     """Bytes that do not depend on the engine, by what they are for."""
     from ..models.loss import BLOCK_ELEMENTS
 
     w, c = widths(precision)
-    block = min(BLOCK_ELEMENTS // model.vocab * model.vocab, layout.tokens * model.vocab)
+    block = min(BLOCK_ELEMENTS // model.vocab * model.vocab, workload.tokens * model.vocab)
     head = model.vocab * model.hidden
     state = model.recurrent * w + (model.kernel - 1) * model.hidden * c
     return {
         "bf16 copies": c * model.matrices if c < w else 0,
         "loss": (w + c) * block
         + (w + c + (c if c < w else 0)) * head
-        + (w + 2 * c) * layout.tokens * model.hidden,
-        "carried states": layout.readers * layout.lanes * model.layers * state,
+        + (w + 2 * c) * workload.tokens * model.hidden,
+        "carried states": workload.readers * workload.lanes * model.layers * state,
     }
 
 
-def activations(model: Model, layout: Layout, precision: str, recompute: str) -> int:
+def activations(model: Model, workload: Workload, precision: str, recompute: str) -> int:
     """Bytes kept by all blocks, and by one that is being computed again."""
     kept = activation_bytes(model, precision, recompute)
     again = activation_bytes(model, precision, "none") - kept
-    return layout.tokens * (model.layers * kept + again)
+    return workload.tokens * (model.layers * kept + again)
 
 
 def engine_memory(num_parameters: int, processes: int, precision: str, engine: str) -> dict[str, float]:
@@ -238,10 +238,10 @@ def engine_memory(num_parameters: int, processes: int, precision: str, engine: s
     }
 
 
-def bytes_sent(num_parameters: int, layout: Layout, precision: str, engine: str) -> float:
+def bytes_sent(num_parameters: int, workload: Workload, precision: str, engine: str) -> float:
     """Bytes that a process sends in a step; the states that pass between the pieces of a chunk are not worth counting."""
-    ring = widths(precision)[0] * num_parameters * (layout.processes - 1) / layout.processes
-    return ring * {"DDP": 2, "ZeRO-1": 2, "ZeRO-2": layout.readers + 1}.get(engine, 3 * layout.readers)
+    ring = widths(precision)[0] * num_parameters * (workload.processes - 1) / workload.processes
+    return ring * {"DDP": 2, "ZeRO-1": 2, "ZeRO-2": workload.readers + 1}.get(engine, 3 * workload.readers)
 
 
 def parse_memory(text: str) -> float:
@@ -257,19 +257,19 @@ def parse_memory(text: str) -> float:
     return size
 
 
-def heading(recipe: Recipe, model: Model, layout: Layout) -> list[str]:
+def heading(recipe: Recipe, model: Model, workload: Workload) -> list[str]:
     """Parameters, tokens and FLOPs, a line each."""
     batch, steps = recipe.batch, recipe.train.steps
     per_step = batch.readers * batch.lanes * batch.chunk
     tokens, flops = per_step * steps, flops_per_token(model)
-    shared = f", {layout.context} to a chunk" if layout.context > 1 else ""
+    shared = f", {workload.context} to a chunk" if workload.context > 1 else ""
     return [
         f"parameters  {model.parameters:,}: "
         + ", ".join(f"{part} {count:,}" for part, count in model.parts.items()),
         f"tokens      {per_step:,} a step ({batch.readers} readers x {batch.lanes} lanes x {batch.chunk}), {steps:,} steps: "
         f"{tokens / 1e9:.3g}B, {tokens / model.parameters:.1f} per parameter",
         f"FLOPs       {flops:.3g} a token (6 per parameter), {flops * tokens:.3g} in all",
-        f"a process   {layout.readers} micro batches of {layout.tokens:,} tokens a step; {layout.processes} processes{shared}; "
+        f"a process   {workload.readers} micro batches of {workload.tokens:,} tokens a step; {workload.processes} processes{shared}; "
         f"{assumed_precision(recipe)}{' (train.precision auto, on a GPU)' if recipe.train.precision == 'auto' else ''}",
     ]
 
@@ -281,12 +281,12 @@ def flops_per_token(model: Model) -> int:
     return training_flops_per_token(model.parameters - (0 if model.tied else model.vocab * model.hidden))
 
 
-def memory_table(model: Model, layout: Layout, precision: str, memory: float) -> list[str]:
+def memory_table(model: Model, workload: Workload, precision: str, memory: float) -> list[str]:
     """Memory per process for each engine and recomputation; what fits is marked."""
     from ..models.recompute import RECOMPUTE
 
-    common = working_memory(model, layout, precision)
-    kept = {recompute: activations(model, layout, precision, recompute) for recompute in RECOMPUTE}
+    common = working_memory(model, workload, precision)
+    kept = {recompute: activations(model, workload, precision, recompute) for recompute in RECOMPUTE}
     columns = ("weights", "gradients", "moments", "own copy", "buffers")
     said = [f"{name} {size / 1e9:.2f}" for name, size in common.items()]
     said.append(
@@ -302,10 +302,10 @@ def memory_table(model: Model, layout: Layout, precision: str, memory: float) ->
         + f"{'sent':>10}",
     ]
     for engine in ENGINES:
-        states = engine_memory(model.parameters, layout.processes, precision, engine)
+        states = engine_memory(model.parameters, workload.processes, precision, engine)
         totals = [sum(states.values()) + sum(common.values()) + kept[recompute] for recompute in RECOMPUTE]
         cells = [f"{size / 1e9:>9.1f} {'*' if size <= USABLE * memory else ' '} " for size in totals]
-        sent = bytes_sent(model.parameters, layout, precision, engine) / 1e9
+        sent = bytes_sent(model.parameters, workload, precision, engine) / 1e9
         lines.append(
             engine.ljust(width)
             + "".join(f"{states[name] / 1e9:>11.2f}" for name in columns)
@@ -318,12 +318,12 @@ def memory_table(model: Model, layout: Layout, precision: str, memory: float) ->
     return lines
 
 
-def time_line(recipe: Recipe, model: Model, layout: Layout, tflops: float, fraction: float) -> str:
+def time_line(recipe: Recipe, model: Model, workload: Workload, tflops: float, fraction: float) -> str:
     """Seconds per step and days in all, at a given rate."""
     batch = recipe.batch
     again = 4 / 3 if recipe.train.recompute == "full" else 1.0  # the forward products twice
     work = flops_per_token(model) * again * batch.readers * batch.lanes * batch.chunk
-    seconds = work / (layout.processes * tflops * 1e12 * fraction)
+    seconds = work / (workload.processes * tflops * 1e12 * fraction)
     rate = f"{fraction:.0%} of {tflops:g} TFLOP/s in each process (an assumption)"
     return f"time        {seconds:.3g} s a step, {seconds * recipe.train.steps / 86400:.3g} days in all, at {rate}"
 
@@ -406,15 +406,15 @@ def main(argv: Sequence[str]) -> None:
         ]
     )
     _check(arguments)
-    layout = lay_out(recipe, arguments.processes)
+    workload = workload_of(recipe, arguments.processes)
     precision, data = assumed_precision(recipe), recipe.data
     vocab_size = arguments.vocab_size or model_vocab_size(
         tokenizer_of(data.corpus, data.tokenizer, data.task, data.trust_remote_code)
     )
     model = measure(recipe, vocab_size)
-    lines = heading(recipe, model, layout)
+    lines = heading(recipe, model, workload)
     if arguments.tflops is not None:
-        lines.append(time_line(recipe, model, layout, arguments.tflops, arguments.fraction))
+        lines.append(time_line(recipe, model, workload, arguments.tflops, arguments.fraction))
     print(
-        "\n".join([*lines, "", *memory_table(model, layout, precision, parse_memory(arguments.gpu_memory))])
+        "\n".join([*lines, "", *memory_table(model, workload, precision, parse_memory(arguments.gpu_memory))])
     )

@@ -25,7 +25,7 @@ from ..data.corpus import Split
 from ..data.synthetic import IN_DISTRIBUTION
 from ..models.cells import at_least_fp32
 from .config import Recipe
-from .processes import Layout, all_reduce_max, all_reduce_sum, to_device
+from .processes import ProcessLayout, all_reduce_max, all_reduce_sum, to_device
 
 PIECE = 8  # positions of a task's chunk that each process of a context group has, or a multiple
 
@@ -80,7 +80,7 @@ def validate(
     sets: Sequence[ValidationSet] | Sequence[TaskValidation],
     accelerator: Accelerator,
     carry_state: bool,
-    layout: Layout | None = None,
+    layout: ProcessLayout | None = None,
     in_lockstep: bool = False,
     moved: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def validate(
         in_lockstep: a forward pass needs all processes, so those that have read all their documents go on in vain until all have.
         moved: called after each chunk.
     """
-    layout = layout or Layout()
+    layout = layout or ProcessLayout()
     if examples := [part for part in sets if isinstance(part, TaskValidation)]:
         return _validate_task(model, examples, accelerator, layout, moved)
     texts = [part for part in sets if isinstance(part, ValidationSet)]
@@ -138,7 +138,7 @@ def _validate_task(
     model: nn.Module,
     sets: list[TaskValidation],
     accelerator: Accelerator,
-    layout: Layout,
+    layout: ProcessLayout,
     moved: Callable[[], None],
 ) -> dict[str, Any]:
     """Processes have equally many chunks, so those whose forward passes need each other stay together."""

@@ -44,7 +44,7 @@ def uses_deepspeed() -> bool:
 
 
 @dataclass(frozen=True)
-class Layout:
+class ProcessLayout:
     """Which readers and which piece of their chunks are this process's."""
 
     rank: int = 0
@@ -77,16 +77,16 @@ class Layout:
         return dataclasses.replace(chunk, **arrays)
 
 
-def layout_of(accelerator: Accelerator, context: int, timeout: timedelta) -> Layout:
+def build_layout(accelerator: Accelerator, context: int, timeout: timedelta) -> ProcessLayout:
     """The layout, its process groups made. Called by all processes alike."""
     rank, num_processes = accelerator.process_index, accelerator.num_processes
     if context == 1:
-        return Layout(rank, num_processes)
+        return ProcessLayout(rank, num_processes)
     starts = range(0, num_processes, context)
     groups: list[Any] = [
         torch.distributed.new_group(list(range(first, first + context)), timeout) for first in starts
     ]
-    return Layout(
+    return ProcessLayout(
         rank, num_processes, context, ContextGroup(groups[rank // context], rank % context, context)
     )
 

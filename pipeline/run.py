@@ -53,7 +53,7 @@ from .machine import (
     measure_rates,
 )
 from .optim import learning_rate
-from .processes import Layout
+from .processes import ProcessLayout
 from .recipe import schedule_steps_of, settled
 from .saving import Saver
 from .tracking import SQLITE_SUFFIXES, Tracker, absolute_uri, sqlite_file, tracker_of
@@ -66,7 +66,7 @@ class Run:
 
     recipe: Recipe
     accelerator: Accelerator
-    layout: Layout
+    layout: ProcessLayout
     folder: RunFolder
     tokenizer: Any
     config: MinRNNConfig
@@ -130,7 +130,7 @@ def set_up(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, watchdog
     recipe = dataclasses.replace(
         recipe, train=recipe.train.model_copy(update={"precision": choice.precision})
     )
-    layout = processes.layout_of(accelerator, recipe.parallel.context, collective_timeout(recipe))
+    layout = processes.build_layout(accelerator, recipe.parallel.context, collective_timeout(recipe))
     mine = layout.readers(recipe.batch.readers)
     corpus, errors = processes.run_on_all_ranks(
         accelerator, lambda: _describe_corpus(recipe, folder, accelerator.is_main_process)

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from . import checkpoint
 from .checkpoint import ReaderState, checkpoint_name
 from .engine import Engine
-from .processes import Layout
+from .processes import ProcessLayout
 from .storage import NO_SPACE, make_folder, system_error
 
 Files = dict[str, Callable[[Path], object]]
@@ -33,7 +33,7 @@ Files = dict[str, Callable[[Path], object]]
 
 
 def snapshot(
-    engine: Engine, readers: dict[int, ReaderState], layout: Layout, config: dict[str, Any]
+    engine: Engine, readers: dict[int, ReaderState], layout: ProcessLayout, config: dict[str, Any]
 ) -> Files:
     """This process's files of a checkpoint, from copies that further training does not touch. Called by all processes alike.
 

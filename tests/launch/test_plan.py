@@ -114,7 +114,7 @@ def test_activations_are_what_the_blocks_keep(precision: str, fields: dict, reco
     measured = (kept_per_token(recipe, recompute, 5) - kept_per_token(recipe, recompute, 2)) / 3
     if recompute == "none" and precision == "bf16":
         measured -= (
-            plan.working_memory(model, plan.lay_out(recipe, 1), precision)["bf16 copies"] / model.layers
+            plan.working_memory(model, plan.workload_of(recipe, 1), precision)["bf16 copies"] / model.layers
         )
     assert measured / 512 == pytest.approx(plan.activation_bytes(model, precision, recompute), rel=0.04)
 
@@ -126,17 +126,17 @@ def test_a_step_is_shared_out_whole_or_refused(readers: int, processes: int, con
     )
     if context > processes or processes - context > readers:
         with pytest.raises(UserError, match=r"parallel\.context|batch\.readers"):
-            plan.lay_out(recipe, 2**processes)
+            plan.workload_of(recipe, 2**processes)
         return
-    layout = plan.lay_out(recipe, 2**processes)
-    assert layout.tokens * layout.readers * layout.processes == 2**readers * lanes * 64
+    workload = plan.workload_of(recipe, 2**processes)
+    assert workload.tokens * workload.readers * workload.processes == 2**readers * lanes * 64
 
 
 def test_the_billion_recipe_is_planned(capsys):
     recipe = read_recipe(["--config", "fineweb-1b"])
     assert plan.measure(recipe, 50_264).parameters == pytest.approx(1.0e9, rel=0.05)
     for processes in (8, 16, 32, 64):
-        plan.lay_out(recipe, processes)
+        plan.workload_of(recipe, processes)
     main(
         [
             "plan",
