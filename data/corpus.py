@@ -1,10 +1,11 @@
-"""From a name to documents: which source a corpus is, which part of it a reader owns, and in what order.
+"""Corpora: the source behind a corpus name, each reader's share of it, and the order of the documents.
 
-    corpus name -> Source -> share of a reader -> windows of W documents, each permuted by (seed, epoch, window) -> documents
+    corpus name -> Source -> share of a reader
+      -> windows of W documents, each permuted by (seed, epoch, window) -> documents
 
-A window is the unit of position. Its address (epoch, number, shard, index, hint) is known before it is read, and the k-th
-document of a window is always the same one; so any document is found again from a few numbers, by reading at most W
-documents.
+A window is the unit of position. Its address (epoch, number, shard, index, hint) is known before it is read,
+and its k-th document is always the same. So a few numbers identify a document, and finding it again reads at
+most W documents.
 """
 
 import functools
@@ -26,9 +27,9 @@ from .rows import Csv, JsonLines, Parquet
 from .sources import HubDataset, Place, Record, Source, TextFiles
 
 PYTHON_STDLIB = "python-stdlib"
-FILE_SUFFIXES = (".txt", ".md", ".py", ".json", *COMPRESSED, *ROWS)  # of names that are no hub ids
+FILE_SUFFIXES = (".txt", ".md", ".py", ".json", *COMPRESSED, *ROWS)  # names with these are not hub ids
 STDLIB_EXCLUDED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
-# Whole modules, so that no file of a held-out package is seen in training; of every kind that the library has.
+# Whole modules, so that no file of a held-out package is trained on; a sample of every kind of module.
 STDLIB_HELD_OUT = {
     *(
         "argparse",
@@ -51,7 +52,7 @@ Split = Literal["train", "validation", "all"]
 
 @dataclass(frozen=True)
 class CorpusSpec:
-    """What names a corpus; the fields of the same names in a recipe's `data` section say more."""
+    """Identifies a corpus. The fields are described in the `data` section of a recipe."""
 
     corpus: str
     subset: str | None = None
@@ -60,26 +61,28 @@ class CorpusSpec:
     text_field: str = "text"
     skip_broken: bool = False
     held_out: float = 0.0
-    """Fraction of documents that are for validation, chosen by a hash of their text (not used by python-stdlib, which names modules)."""
+    """Fraction of documents for validation, chosen by a hash of their text (python-stdlib holds out modules
+    instead).
+    """
     join: str | None = None
     left_out: tuple[str, ...] = ()
-    """What a run writes: files and folders (absolute, links resolved) that are no part of a folder or glob they are in.
+    """Files and folders that a run writes (absolute, links resolved): left out where a folder or glob
+    contains them.
 
-    A corpus named by a path within such a folder is read all the same.
+    A corpus that is named by a path within such a folder is still read.
     """
 
 
 def stdlib_files(part: Split) -> tuple[list[Path], Path]:
-    """Source files of the running interpreter's standard library, sorted by path, and their root."""
+    """Source files of the running interpreter's standard library, sorted by path, and their root folder."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    found: list[Path] = []
+    paths: list[Path] = []
     for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [
-            name for name in subfolders if name not in STDLIB_EXCLUDED
-        ]  # site-packages may hold a hundred thousand files
-        found += [Path(folder, name) for name in names if name.endswith(".py")]
+        # site-packages may hold a hundred thousand files
+        subfolders[:] = [name for name in subfolders if name not in STDLIB_EXCLUDED]
+        paths += [Path(folder, name) for name in names if name.endswith(".py")]
     files = []
-    for path in sorted(found):
+    for path in sorted(paths):
         is_held_out = path.relative_to(root).parts[0].removesuffix(".py") in STDLIB_HELD_OUT
         if part == "all" or is_held_out == (part == "validation"):
             files.append(path)
@@ -87,29 +90,30 @@ def stdlib_files(part: Split) -> tuple[list[Path], Path]:
 
 
 def local_files(pattern: str, left_out: Sequence[str] = ()) -> tuple[list[Path], Path]:
-    """Files a path, folder or glob names, sorted, hidden ones aside, and the folder they are below. None if there is nothing of that name.
+    """Files that a path, folder or glob names, sorted and without hidden ones, and the folder they are in.
+
+    The list is empty if nothing matches.
 
     Args:
-        left_out: see `CorpusSpec`.
+        left_out: as in `CorpusSpec`.
     """
 
     def visible(paths: Iterable[Path], root: Path) -> list[Path]:
-        found = sorted(
+        files = sorted(
             p
             for p in paths
             if p.is_file() and not any(part.startswith(".") for part in p.relative_to(root).parts)
         )
         resolved = Path(os.path.realpath(root))
-        if places := {
-            place for place in map(Path, left_out) if place.is_relative_to(resolved) and place != resolved
-        }:
+        inside = {path for path in map(Path, left_out) if path.is_relative_to(resolved) and path != resolved}
+        if inside:
             resolve = functools.cache(os.path.realpath)  # once for each folder
-            found = [
+            files = [
                 p
-                for p in found
-                if places.isdisjoint((full := Path(resolve(p.parent), p.name), *full.parents))
+                for p in files
+                if inside.isdisjoint((full := Path(resolve(p.parent), p.name), *full.parents))
             ]
-        return found
+        return files
 
     pattern = os.path.expanduser(pattern)
     path = Path(pattern)
@@ -120,18 +124,19 @@ def local_files(pattern: str, left_out: Sequence[str] = ()) -> tuple[list[Path],
     if not any(character in pattern for character in "*?["):
         return [], path
     anchor = Path(path.anchor) if path.is_absolute() else Path()
-    while not re.search(
-        r"[*?[]", path.parts[len(anchor.parts)]
-    ):  # folders before the first pattern may be hidden
+    # folders before the first wildcard may be hidden
+    while not re.search(r"[*?[]", path.parts[len(anchor.parts)]):
         anchor = anchor / path.parts[len(anchor.parts)]
     return visible(anchor.glob(str(path.relative_to(anchor))), anchor), anchor
 
 
-def _sort_out(files: list[Path], spec: CorpusSpec) -> tuple[Kind, list[Path]]:
-    """What all these files are, and which of them are read: empty ones whose names do not say what they are hold no rows.
+def _common_kind(files: list[Path], spec: CorpusSpec) -> tuple[Kind, list[Path]]:
+    """The kind that all files share, and the files to read.
+
+    Empty files without a telling name are not read as rows.
 
     Raises:
-        UserError: they are of several kinds, or not text.
+        UserError: the files are of several kinds, or are not text.
     """
     kinds: dict[Path, Kind | None] = {path: file_kind(path) for path in files}
     examples: dict[Kind, Path] = {}
@@ -153,15 +158,18 @@ def _sort_out(files: list[Path], spec: CorpusSpec) -> tuple[Kind, list[Path]]:
 
 
 def open_source(spec: CorpusSpec, part: Split = "train") -> Source:
-    """The source behind a corpus name: python-stdlib, a local file, folder or glob, or a dataset of the hub; joined if that is asked for.
+    """The source behind a corpus name: python-stdlib, a local file, folder or glob, or a dataset of the hub.
+
+    With `spec.join` its documents are joined.
 
     Raises:
-        UserError: nothing of that name, no documents in it, files of several kinds, or a way of joining that is not theirs.
+        UserError: nothing has that name, there are no documents, the files are of several kinds, or
+            `spec.join` does not apply to them.
     """
-    return join_documents(_open_parts(spec, part), spec.join)
+    return join_documents(_open_unjoined(spec, part), spec.join)
 
 
-def _open_parts(spec: CorpusSpec, part: Split) -> Source:
+def _open_unjoined(spec: CorpusSpec, part: Split) -> Source:
     if spec.corpus == PYTHON_STDLIB:
         files, root = stdlib_files(part)
         return TextFiles(files, root, spec.skip_broken)
@@ -185,7 +193,7 @@ def _open_parts(spec: CorpusSpec, part: Split) -> Source:
         )
     if all(path.stat().st_size == 0 for path in files):
         raise UserError(("data.corpus", f"{spec.corpus} is empty"))
-    kind, files = _sort_out(files, spec)
+    kind, files = _common_kind(files, spec)
     if kind == "text":
         return TextFiles(files, root, spec.skip_broken)
     rows = {"jsonl": JsonLines, "csv": Csv, "parquet": Parquet}[kind]
@@ -193,7 +201,10 @@ def _open_parts(spec: CorpusSpec, part: Split) -> Source:
 
 
 def is_held_out(text: str, fraction: float) -> bool:
-    """Whether a document is for validation: a function of its text alone, so that copies of it fall on the same side."""
+    """Whether a document is for validation.
+
+    Depends on its text alone, so copies of a document are treated alike.
+    """
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < fraction * 2**64
 
@@ -205,14 +216,14 @@ class WindowAddress:
     epoch: int = 0
     number: int = 0
     shard: int = 0
-    """Which of the reader's own shards, counted from 0."""
+    """Index among the reader's own shards, from 0."""
     index: int = 0
     hint: Any = None
 
 
 @dataclass
 class Window:
-    """W documents (fewer at the end of an epoch) in the order in which they are emitted."""
+    """W documents (fewer at the end of an epoch) in the order in which they are read."""
 
     address: WindowAddress
     documents: list[Record]
@@ -224,24 +235,19 @@ class DocumentStream:
     """A reader's share of a corpus as an endless stream of windows.
 
     Args:
-        spec, part: the corpus.
-        reader, num_readers: this reader owns shards `reader`, `reader + num_readers`, ... where the number of shards divides by the number of
-            readers; otherwise it reads all and keeps every num_readers-th document.
+        spec, part: the corpus and the part of it to read.
+        reader, num_readers: if the number of shards is a multiple of num_readers, this reader owns the shards
+            `reader`, `reader + num_readers`, ...; otherwise it reads all shards and keeps every
+            num_readers-th document.
         window: documents per window.
-        seed: of the permutations; None keeps the corpus's order.
+        seed: of the permutations; None keeps the order of the corpus.
     """
 
     def __init__(
         self, spec: CorpusSpec, part: Split, reader: int, num_readers: int, window: int, seed: int | None
     ):
-        self.spec, self.part, self.reader, self.num_readers, self.size, self.seed = (
-            spec,
-            part,
-            reader,
-            num_readers,
-            window,
-            seed,
-        )
+        self.spec, self.part, self.reader, self.num_readers = spec, part, reader, num_readers
+        self.size, self.seed = window, seed
         self.source = open_source(spec, part)
         self.owns_shards = self.source.num_shards % num_readers == 0
         self.shards = (
@@ -253,7 +259,7 @@ class DocumentStream:
         self._next: WindowAddress | None = None
 
     def window(self, address: WindowAddress) -> Window:
-        """Read a window; going on from the previous one costs no seeking."""
+        """Read a window. The window after the previous one is read without seeking."""
         if address != self._next or self._records is None:
             self._records = self._read(address.shard, Place(address.index, address.hint))
             self._shard, self._index = address.shard, address.index
@@ -268,10 +274,8 @@ class DocumentStream:
                 self._records, self._index = self._read(self._shard, Place()), 0
                 continue
             self._index = record.index + 1
-            if (
-                not self.owns_shards
-                and (self.shards[self._shard] + record.index) % self.num_readers != self.reader
-            ):
+            global_index = self.shards[self._shard] + record.index
+            if not self.owns_shards and global_index % self.num_readers != self.reader:
                 continue
             num_skipped += record.num_skipped
             if record.text is not None and self._is_wanted(record.text):
@@ -286,21 +290,18 @@ class DocumentStream:
                 index=self._index,
                 hint=self.source.hint(),
             )
-        self._next = (
-            following if self._shard < len(self.shards) else None
-        )  # an epoch begins with a fresh iterator
+        # an epoch begins with a fresh iterator
+        self._next = following if self._shard < len(self.shards) else None
         if self.seed is not None:
-            order = np.random.default_rng(
-                [self.seed, self.reader, address.epoch, address.number]
-            ).permutation(len(documents))
-            documents = [documents[i] for i in order]
+            generator = np.random.default_rng([self.seed, self.reader, address.epoch, address.number])
+            documents = [documents[i] for i in generator.permutation(len(documents))]
         return Window(address, documents, following, num_skipped)
 
     def _read(self, shard: int, place: Place) -> Iterator[Record]:
         yield from self.source.read(self.shards[shard], place)
 
     def _is_wanted(self, text: str) -> bool:
-        if self.part == "all" or self.spec.corpus == PYTHON_STDLIB:  # the files were chosen already
+        if self.part == "all" or self.spec.corpus == PYTHON_STDLIB:  # chosen by file already
             return True
         return is_held_out(text, self.spec.held_out) == (self.part == "validation")
 

@@ -1,7 +1,8 @@
-"""What a file of a corpus is: rows or text, and how it is compressed.
+"""The kind of each file of a corpus (rows or text) and its compression.
 
-The name decides where it says so; the first bytes decide where it does not (`.json`, `part-0001`, `data.gz`), and always how a
-file is compressed, so that a `.jsonl.gz` that a browser has unpacked on the way is read all the same.
+A known suffix decides the kind. Otherwise (`.json`, `part-0001`, `data.gz`) the first bytes decide.
+Compression is always detected from the first bytes, so a `.jsonl.gz` that a browser has decompressed is read
+too.
 """
 
 import codecs
@@ -55,45 +56,51 @@ SIGNATURES = {
 
 
 def compression(path: Path) -> Literal["gzip", "zstd"] | None:
-    """How a file is compressed, by its first bytes."""
+    """The compression of a file, detected from its first bytes."""
     with path.open("rb") as file:
         head = file.read(4)
     if head[:2] == b"\x1f\x8b":
         return "gzip"
-    is_skippable = (
-        len(head) == 4 and 0x50 <= head[0] <= 0x5F and head[1:] == b"\x2a\x4d\x18"
-    )  # what parallel compressors begin with
+    # parallel compressors begin with a skippable frame
+    is_skippable = len(head) == 4 and 0x50 <= head[0] <= 0x5F and head[1:] == b"\x2a\x4d\x18"
     return "zstd" if head == b"\x28\xb5\x2f\xfd" or is_skippable else None
 
 
 def open_decompressed(path: Path) -> io.BufferedReader:
-    """A file's bytes; compressed files may have several parts. A damaged one is an OSError without a number."""
-    packed = compression(path)
-    if packed is None:
+    """Open a file for reading its decompressed bytes; compressed files may have several members.
+
+    Damaged compressed data raises an OSError without an errno.
+    """
+    codec = compression(path)
+    if codec is None:
         return path.open("rb")
     import pyarrow
 
-    stream = pyarrow.input_stream(str(path), compression=packed)
+    stream = pyarrow.input_stream(str(path), compression=codec)
     return io.BufferedReader(cast(io.RawIOBase, stream))
 
 
 def is_damage(error: Exception) -> bool:
-    """Whether an error of reading says that the file's content is broken, rather than that the disk does not answer.
+    """Whether a read error means damaged content rather than a failing disk.
 
-    Arrow raises ArrowInvalid (a ValueError) or OSError without a number for bytes that cannot be decompressed or decoded.
+    Arrow raises ArrowInvalid (a ValueError) or an OSError without an errno if bytes cannot be decompressed or
+    decoded.
     """
     return isinstance(error, ValueError) or (isinstance(error, OSError) and error.errno is None)
 
 
 @contextmanager
 def errors_name(name: Path | str) -> Iterator[None]:
-    """Every error of reading within is a UserError that names the file."""
+    """Turn every read error in the body into a UserError that names the file."""
     try:
         yield
     except UserError:
         raise
     except MemoryError:
-        advice = "cut it into smaller documents or row groups, or use fewer data.workers and a smaller data.shuffle_window"
+        advice = (
+            "cut it into smaller documents or row groups, or use fewer data.workers and a smaller "
+            "data.shuffle_window"
+        )
         raise UserError(("data.corpus", f"{name} does not fit into memory; {advice}")) from None
     except FileNotFoundError as error:
         why = f"{name} cannot be read any more ({os.strerror(error.errno or errno.ENOENT)})"
@@ -110,7 +117,7 @@ def errors_name(name: Path | str) -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, without line breaks; its type where that is not an OSError."""
+    """The message of an error on one line, with the error's type unless it is an OSError."""
     text = " ".join(str(error).split())[:300]
     return (
         text if isinstance(error, OSError) and text else f"{type(error).__name__}: {text}".removesuffix(": ")
@@ -118,7 +125,7 @@ def one_line(error: BaseException) -> str:
 
 
 def what_is_it(head: bytes) -> str | None:
-    """What a file is that begins like this, if that is no text."""
+    """A description of the binary format that begins with these bytes, or None for text."""
     if head[257:262] == b"ustar":
         return "a tar archive"
     for signature, name in SIGNATURES.items():
@@ -128,30 +135,32 @@ def what_is_it(head: bytes) -> str | None:
 
 
 def not_text(path: Path, head: bytes | None = None) -> UserError:
-    """The error for a file that is read as text but is something else."""
-    what = what_is_it(_head(path) if head is None else head)
-    advice = "name the files to read with a glob such as DIR/**/*.txt, or set data.skip_broken to leave such files out"
-    return UserError(("data.corpus", f"{path} is not text but {what}; {advice}"))
+    """The error for a binary file that would be read as text."""
+    content = what_is_it(_head(path) if head is None else head)
+    advice = (
+        "name the files to read with a glob such as DIR/**/*.txt, "
+        "or set data.skip_broken to leave such files out"
+    )
+    return UserError(("data.corpus", f"{path} is not text but {content}; {advice}"))
 
 
 def inner_suffix(path: Path) -> str:
-    """The suffix that says what is in a file, in lower case: of `a.JSONL.gz` it is `.jsonl`."""
+    """The suffix before any compression suffix, in lower case: `.jsonl` for `a.JSONL.gz`."""
     suffixes = [suffix.lower() for suffix in PurePath(path.name).suffixes]
     while suffixes and suffixes[-1] in COMPRESSED:
         suffixes.pop()
     return suffixes[-1] if suffixes else ""
 
 
-_types = (
-    mimetypes.MimeTypes()
-)  # Python's own table: the machine's would make another corpus of the same files
+# Python's own table. The system's table would make the corpus depend on the machine.
+_types = mimetypes.MimeTypes()
 
 
 def file_kind(path: Path) -> Kind | None:
-    """What a file holds; None for an empty one whose name does not say.
+    """The kind of a file; None for an empty file whose name does not tell.
 
     Raises:
-        UserError: it cannot be opened, or is JSON but not a value a line.
+        UserError: the file cannot be opened, or is JSON but not JSON lines.
     """
     suffix = inner_suffix(path)
     if suffix in ROWS:
@@ -170,8 +179,8 @@ def file_kind(path: Path) -> Kind | None:
         return "parquet"
     if what_is_it(head) is not None:
         return "binary"
-    says_nothing = not suffix or suffix[1:].isdigit()  # part-0001, part.0001
-    return "jsonl" if says_nothing and _begins_with_object(head) else "text"
+    has_no_type = not suffix or suffix[1:].isdigit()  # part-0001, part.0001
+    return "jsonl" if has_no_type and _begins_with_object(head) else "text"
 
 
 def _head(path: Path) -> bytes:
@@ -181,13 +190,13 @@ def _head(path: Path) -> bytes:
     except OSError as error:
         if not is_damage(error):
             raise
-        with path.open("rb") as file:  # a compressed file that is broken; reading it says so
+        with path.open("rb") as file:  # damaged compression: reading the corpus reports it
             return file.read(HEAD_BYTES)
 
 
 def _begins_with_object(head: bytes) -> bool:
     line, newline, _ = head.removeprefix(codecs.BOM_UTF8).lstrip().partition(b"\n")
-    if not newline and len(head) >= HEAD_BYTES:  # a line that is longer than what was read
+    if not newline and len(head) >= HEAD_BYTES:  # the line is longer than the head
         return re.match(rb'\{\s*"', line) is not None
     try:
         return isinstance(json.loads(line), dict)
@@ -196,10 +205,10 @@ def _begins_with_object(head: bytes) -> bool:
 
 
 def check_json_lines(head: bytes, path: Path) -> None:
-    """Refuse, by a file's first bytes, JSON that is not an object a line.
+    """Check the first bytes of a JSON lines file.
 
     Raises:
-        UserError: with the way to convert it.
+        UserError: the file is an array or pretty-printed JSON; the message says how to convert it.
     """
     line, newline, _ = head.removeprefix(codecs.BOM_UTF8).lstrip().partition(b"\n")
     line = line.rstrip()

@@ -1,9 +1,9 @@
-"""Whether a corpus is what a run began with, as far as that is seen without reading it.
+"""Detects whether a corpus has changed since the run began, without reading it all.
 
     all files         their number, and a hash of their names and sizes
     up to 256 files   for each: its size, and a hash of its first, middle and last block
 
-The 256 are those whose names have the smallest hashes, so that files which are added leave most of them as they were.
+The 256 files are those whose names have the smallest hashes, so added files replace only few of them.
 """
 
 import hashlib
@@ -15,12 +15,13 @@ from .corpus import PYTHON_STDLIB, CorpusSpec, local_files
 from .errors import UserError
 from .files import errors_name, file_kind
 
-MOST_HASHED = 256
+MAX_HASHED_FILES = 256
 BLOCK_BYTES = 4096
 
 
 def corpus_fingerprint(spec: CorpusSpec) -> dict[str, Any] | None:
-    """JSON that `check_corpus` compares a corpus with later; None for a dataset of the hub, of which `data.revision` says the version.
+    """Describe a corpus as JSON for `check_corpus`; None for a dataset of the hub, whose version is
+    `data.revision`.
 
     Raises:
         UserError: a file cannot be read.
@@ -30,26 +31,29 @@ def corpus_fingerprint(spec: CorpusSpec) -> dict[str, Any] | None:
     sizes = _sizes(spec)
     if not sizes:
         return None
-    chosen = sorted(sizes, key=_hash)[:MOST_HASHED]
+    chosen = sorted(sizes, key=_hash)[:MAX_HASHED_FILES]
     hashed = {name: [sizes[name][1], _blocks(sizes[name][0], sizes[name][1])] for name in sorted(chosen)}
     last = max(sizes, key=PurePath)
     return {"num_files": len(sizes), "last": last, "all": _names_and_sizes(sizes, last), "files": hashed}
 
 
 def check_corpus(before: dict[str, Any], spec: CorpusSpec, order: str, num_readers: int) -> str | None:
-    """What was added to a corpus since `corpus_fingerprint` described it, if that leaves the documents before it where they were.
+    """Compare a corpus with its fingerprint of before; returns a note on what was added, or None if nothing
+    was.
+
+    Additions are accepted only if they do not move the existing documents.
 
     Args:
-        before: of the corpus as the run began, or last went on.
+        before: the fingerprint from the beginning of the run, or from its last resume.
         order: data.order.
         num_readers: batch.readers.
 
     Raises:
-        UserError: text that was there has changed or is gone, or what was added changes the order of the documents.
+        UserError: existing text has changed or is missing, or an addition changes the order of the documents.
     """
     now = corpus_fingerprint(spec)
     if now is None or ("python" in before) != ("python" in now):
-        return None  # another corpus, which the recipe's own comparison refuses
+        return None  # another corpus: the comparison of recipes refuses it
     if "python" in now:
         changes = [f"was the library of Python {before['python']}, this is {now['python']}"] * (before != now)
         additions = []
@@ -57,24 +61,19 @@ def check_corpus(before: dict[str, Any], spec: CorpusSpec, order: str, num_reade
         changes, additions = _compare(before, _sizes(spec))
     if not changes and not additions:
         return None
-    if (
-        not changes
-        and order == "documents"
-        and spec.join is None
-        and _keeps_the_order(before, now, spec, num_readers, additions)
-    ):
-        return f"{spec.corpus} has more text than when the run began ({_listed(additions)}); it is read where its turn comes"
-    advice = "put it back, or name another run.dir (model.init_from takes the weights of an export along)"
-    raise UserError(
-        (
-            "data.corpus",
-            f"{spec.corpus} is not what the run began with: {_listed(changes + additions)}; {advice}",
+    keeps_order = order == "documents" and spec.join is None and not changes
+    if keeps_order and _keeps_document_order(before, now, spec, num_readers, additions):
+        added = _first_of(additions)
+        return (
+            f"{spec.corpus} has more text than when the run began ({added}); it is read where its turn comes"
         )
-    )
+    advice = "put it back, or name another run.dir (model.init_from takes the weights of an export along)"
+    difference = _first_of(changes + additions)
+    raise UserError(("data.corpus", f"{spec.corpus} is not what the run began with: {difference}; {advice}"))
 
 
 def _compare(before: dict[str, Any], sizes: dict[str, tuple[Path, int]]) -> tuple[list[str], list[str]]:
-    """Changes of what was there, and what was added."""
+    """Changes of the existing files, and additions, as texts."""
     changes, grown = [], []
     for name, (size, digest) in before["files"].items():
         path, size_now = sizes.get(name, (None, 0))
@@ -95,26 +94,30 @@ def _compare(before: dict[str, Any], sizes: dict[str, tuple[Path, int]]) -> tupl
     return changes, grown + [f"{new:,} more files, behind {before['last']}"] * bool(new)
 
 
-def _keeps_the_order(
+def _keeps_document_order(
     before: dict[str, Any], now: dict[str, Any], spec: CorpusSpec, num_readers: int, additions: list[str]
 ) -> bool:
-    """Whether what was there stays where it was. A file of text is one document; readers own files of rows where those divide among them."""
-    some = _sizes(spec)
-    is_text = file_kind(some[now["last"]][0]) in ("text", "binary", None)
+    """Whether the additions leave the existing documents in their order.
+
+    A text file is one document. Files of rows are owned by readers if their number divides by the number of
+    readers.
+    """
+    sizes = _sizes(spec)
+    is_text = file_kind(sizes[now["last"]][0]) in ("text", "binary", None)
     if is_text:
         return not any("has grown" in addition for addition in additions)
     return (before["num_files"] % num_readers == 0) == (now["num_files"] % num_readers == 0)
 
 
 def _sizes(spec: CorpusSpec) -> dict[str, tuple[Path, int]]:
-    """Path and size of each file, by its name below the corpus's folder."""
+    """Path and size of each file, keyed by its path relative to the corpus's folder."""
     files, root = local_files(spec.corpus, spec.left_out)
     with errors_name(spec.corpus):
         return {path.relative_to(root).as_posix(): (path, path.stat().st_size) for path in files}
 
 
 def _names_and_sizes(sizes: dict[str, tuple[Path, int]], last: str) -> str:
-    """A hash over the files up to one name."""
+    """A hash of the names and sizes of the files up to the name `last`."""
     return _hash(
         "\n".join(
             f"{name} {size}" for name, (_, size) in sorted(sizes.items()) if PurePath(name) <= PurePath(last)
@@ -123,7 +126,7 @@ def _names_and_sizes(sizes: dict[str, tuple[Path, int]], last: str) -> str:
 
 
 def _blocks(path: Path, size: int) -> str:
-    """A hash of the first, the middle and the last block of a file's first `size` bytes."""
+    """A hash of the first, middle and last block of a file's first `size` bytes."""
     blocks = []
     with errors_name(path), path.open("rb") as file:
         for start in (0, size // 2, max(size - BLOCK_BYTES, 0)):
@@ -137,7 +140,7 @@ def _hash(data: str | bytes) -> str:
     return hashlib.blake2b(data, digest_size=12).hexdigest()
 
 
-def _listed(changes: list[str]) -> str:
-    """The first few."""
+def _first_of(changes: list[str]) -> str:
+    """The first three changes and the number of the others."""
     more = len(changes) - 3
     return "; ".join(changes[:3]) + f"; and {more:,} more changes" * (more > 0)

@@ -1,15 +1,17 @@
-"""Long documents from short ones: files of a folder, or rows that belong together, as one text.
+"""Joins short documents to long ones: the files of a folder, or rows that belong together.
 
     files, by path                    -> groups, known before a file is read    -> documents
     rows of a shard, in their order   -> runs of rows with the same value       -> documents
 
-The parts of a document stand one after another as they are; a newline is added only behind a part that does not end in one (and that another
-follows). Empty parts leave nothing. A broken part, where those are skipped, is left out of its document and counted.
+The parts of a document are concatenated. A newline is inserted only after a part that does not end in one and
+is followed by another. Empty parts add nothing. With `data.skip_broken`, a broken part is left out of its
+document and counted.
 
-To all that reads documents these are ordinary ones: their index counts joined documents, so readers share those, and what is held out is
-chosen by the joined text. Rows have to be read up to the next group's first to know that a group has ended. The hint of that place is therefore
-the place of a row a little before it (the second of the group that just ended) and the row where the group begins: going on reads that one
-group again.
+Everything downstream treats joined documents as ordinary ones: an index counts joined documents, readers
+share those, and the hash of the joined text decides what is held out. A group of rows ends only where the
+next group begins, so that row has to be read. The hint of a joined document is therefore the position of an
+earlier row (the second of the previous group) and the index of the row where the group begins. Resuming reads
+the previous group again.
 """
 
 from collections.abc import Iterable, Iterator
@@ -20,17 +22,18 @@ from typing import Any
 from .errors import UserError
 from .sources import Place, Record, Source, TextFiles
 
-FOLDER, PACKAGE = "folder", "package"  # how files are joined; any other name is a column of rows
+# how files are joined; any other value of data.join is a column of rows
+FOLDER, PACKAGE = "folder", "package"
 
 
 def joined_text(parts: Iterable[str]) -> str:
-    """One text: the parts as they are, a newline between two where the first does not end in one."""
+    """Concatenate the parts, with a newline after each part but the last that does not end in one."""
     *before, last = [part for part in parts if part] or [""]
     return "".join(part if part.endswith("\n") else f"{part}\n" for part in before) + last
 
 
 def _joined(parts: list[Record], name: str, index: int) -> Record:
-    """The parts of a document as one; broken if all of them are."""
+    """Join the parts of a document; the result is broken if all of them are."""
     texts = [part.text for part in parts if part.text is not None]
     return Record(
         joined_text(texts) if texts else None,
@@ -40,15 +43,16 @@ def _joined(parts: list[Record], name: str, index: int) -> Record:
     )
 
 
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}{'s' * (number != 1)}"
+def _count_of(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 @dataclass
 class JoinedFiles:
-    """Files of the same folder (`folder`), or below the same folder of the root (`package`), in the order of their paths.
+    """Joins the files of one folder (`folder`), or below one subfolder of the root (`package`), in path
+    order.
 
-    A file directly in the root stays a document of its own. Documents come in the order of their first files.
+    A file directly in the root stays a document of its own. Documents are ordered by their first files.
     """
 
     files: TextFiles
@@ -69,7 +73,7 @@ class JoinedFiles:
             group, members = self._groups[index]
             parts = [next(self.files.read(0, Place(member))) for member in members]
             is_file = group == self.files.relative(self.files.paths[members[0]])
-            count = _counted(sum(part.text is not None for part in parts), "file")
+            count = _count_of(sum(part.text is not None for part in parts), "file")
             yield _joined(parts, str(group) if is_file else f"{group.as_posix()}/ ({count})", index)
 
     def hint(self) -> None:
@@ -78,10 +82,12 @@ class JoinedFiles:
 
 @dataclass
 class JoinedRows:
-    """Consecutive rows of a shard with the same value in a column; a row with null there stays a document of its own.
+    """Joins consecutive rows of a shard that have the same value in a column.
+
+    A row with null stays a document.
 
     Args:
-        rows: a source whose records name their `group`.
+        rows: a source whose documents have a `group`.
         join: the column.
     """
 
@@ -94,48 +100,48 @@ class JoinedRows:
         return self.rows.num_shards
 
     def read(self, shard: int, start: Place) -> Iterator[Record]:
-        place, first_row, index = Place(), 0, 0
+        position, first_row, index = Place(), 0, 0
         if start.hint is not None:
-            place, first_row, index = Place(*start.hint["place"]), start.hint["row"], start.index
+            # "place" is the key's name in existing checkpoints
+            position, first_row, index = Place(*start.hint["place"]), start.hint["row"], start.index
         parts: list[Record] = []
-        behind_first = place
-        for row in self.rows.read(shard, place):
+        after_first = position
+        for row in self.rows.read(shard, position):
             if row.index < first_row:
                 continue
-            if parts and not self._go_on(parts, row):
-                self._hint = {"row": row.index, "place": [behind_first.index, behind_first.hint]}
+            if parts and not self._continues(parts, row):
+                self._hint = {"row": row.index, "place": [after_first.index, after_first.hint]}
                 if index >= start.index:
                     yield self._document(parts, index)
                 index, parts = index + 1, []
             if not parts:
-                behind_first = Place(row.index + 1, self.rows.hint())
+                after_first = Place(row.index + 1, self.rows.hint())
             parts.append(row)
         if parts and index >= start.index:
-            self._hint = {"row": parts[-1].index + 1, "place": [behind_first.index, behind_first.hint]}
+            self._hint = {"row": parts[-1].index + 1, "place": [after_first.index, after_first.hint]}
             yield self._document(parts, index)
 
-    def _go_on(self, parts: list[Record], row: Record) -> bool:
-        """Whether this row goes on with the document. What belongs to a broken one is not known: it counts with what it follows."""
-        whole = next((part for part in parts if part.text is not None), None)
-        return row.text is None or whole is None or (whole.group is not None and whole.group == row.group)
+    def _continues(self, parts: list[Record], row: Record) -> bool:
+        """Whether the row belongs to the document of `parts`. A broken row counts with the rows before it."""
+        intact = next((part for part in parts if part.text is not None), None)
+        return row.text is None or intact is None or (intact.group is not None and intact.group == row.group)
 
     def _document(self, parts: list[Record], index: int) -> Record:
-        whole = [part for part in parts if part.text is not None]
-        if not whole or whole[0].group is None:
-            return _joined(parts, (whole or parts)[0].name, index)
-        return _joined(
-            parts, f"{self.join} {whole[0].group} ({_counted(len(whole), 'row')} from {whole[0].name})", index
-        )
+        intact = [part for part in parts if part.text is not None]
+        if not intact or intact[0].group is None:
+            return _joined(parts, (intact or parts)[0].name, index)
+        count = _count_of(len(intact), "row")
+        return _joined(parts, f"{self.join} {intact[0].group} ({count} from {intact[0].name})", index)
 
     def hint(self) -> Any:
         return self._hint
 
 
 def join_documents(source: Source, join: str | None) -> Source:
-    """The source with its documents joined; the source itself for None.
+    """Join the documents of a source; with None, return the source itself.
 
     Raises:
-        UserError: rows have no folders, and files have no columns.
+        UserError: the way of joining is for files and the source has rows, or the other way round.
     """
     if join is None:
         return source

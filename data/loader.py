@@ -1,9 +1,10 @@
-"""Chunks for the training loop, prefetched in worker processes.
+"""Prefetches chunks for the training loop, in worker processes or in a thread.
 
-Each worker serves whole readers, so a reader's chunks come in order whatever the number of workers, and the loop always
-gets one chunk of each of its readers, in their order. A worker is a fresh interpreter that imports only what reading needs.
-torch's DataLoader would do, but for two things: it forks or re-imports the training program, and it raises from a signal
-handler, in the middle of a save, when a group's SIGTERM ends a worker.
+Each worker serves whole readers, so the chunks of a reader come in order whatever the number of workers. The
+loop always gets one chunk of each of its readers, in their order. A worker is a fresh interpreter that
+imports only what reading needs. torch's DataLoader is not used for two reasons: it forks or re-imports the
+training program, and if a SIGTERM to the process group ends one of its workers, it raises from a signal
+handler, perhaps in the middle of a save.
 """
 
 import contextlib
@@ -24,24 +25,24 @@ from .reader import Chunk, DocumentReader, WindowReader, joined_tokens
 from .synthetic import Task, TaskReader
 from .tokenizer import Encoder
 
-CLOSE_SECONDS = 10.0  # for a killed worker to be gone
+CLOSE_SECONDS = 10.0  # how long to wait for a killed worker to end
 
 
 class Reader(Protocol):
-    """What gives one chunk after another."""
+    """Yields one chunk after another."""
 
     def next_chunk(self) -> Chunk: ...
 
 
 @dataclass(frozen=True)
 class ReaderSpec:
-    """Everything a reader is made of; sent to the workers."""
+    """The arguments that all readers share; sent to the workers."""
 
     corpus: CorpusSpec
     order: Literal["documents", "windows"]
     encoder: Encoder
     num_readers: int
-    """In the whole run."""
+    """Number of readers of the whole run."""
     lanes: int
     chunk: int
     window: int
@@ -50,7 +51,7 @@ class ReaderSpec:
     """A synthetic task, drawn instead of reading the corpus."""
 
     def open(self, readers: Sequence[int], states: Sequence[dict[str, Any] | None]) -> Sequence[Reader]:
-        """These readers, each where its state says."""
+        """Open these readers, each at the position in its state."""
         if self.task is not None:
             task, shape = self.task, (self.lanes, self.chunk, self.seed)
             return [TaskReader(task, r, *shape, state) for r, state in zip(readers, states, strict=True)]
@@ -90,15 +91,18 @@ def _next_ready(
 
 
 class DirectChunks:
-    """Readers in this process, in turn, for ever. `take` reads in a thread, so that whoever waits for a chunk can do something else."""
+    """Reads in this process, endlessly, one reader after another.
+
+    `take` reads in a thread, so the caller can do something else while it waits for a chunk.
+    """
 
     def __init__(self, spec: ReaderSpec, readers: Sequence[int], states: Sequence[dict[str, Any] | None]):
         self._readers = spec.open(readers, states)
         self._chunks = iter(self)
-        self._wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._requests: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._ready: queue.SimpleQueue[Chunk | Exception] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        self._is_asked = False
+        self._has_request = False
 
     def __iter__(self) -> Iterator[Chunk]:
         while True:
@@ -106,34 +110,35 @@ class DirectChunks:
                 yield reader.next_chunk()
 
     def take(self, timeout: float | None) -> Chunk | None:
-        """The next chunk, or None if it is not there in time; the next call waits for the same one."""
+        """The next chunk, or None if it is not ready in time; then the next call waits for the same chunk."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._serve, name="reader", daemon=True)
             self._thread.start()
-        if not self._is_asked:
-            self._wanted.put(True)
-            self._is_asked = True
+        if not self._has_request:
+            self._requests.put(True)
+            self._has_request = True
         chunk = _next_ready(self._ready, timeout)
-        self._is_asked = chunk is None
+        self._has_request = chunk is None
         return chunk
 
     def _serve(self) -> None:
         try:
-            while self._wanted.get():
+            while self._requests.get():
                 self._ready.put(next(self._chunks))
-        except Exception as error:  # whatever it is, the loop must hear of it
+        except Exception as error:  # any error is passed on to the loop
             self._ready.put(error)
 
     def close(self) -> None:
-        """End the thread, once it has read what it is reading."""
-        self._wanted.put(False)
+        """End the thread after its current read."""
+        self._requests.put(False)
 
 
 class WorkerChunks:
-    """Readers in another process, in turn, for ever: pickled chunks over a pipe, a few of them read ahead.
+    """Reads in another process, endlessly, one reader after another; a few pickled chunks are read ahead over
+    a pipe.
 
-    The process leads a process group of its own, so that neither Ctrl-C nor a signal to ours reaches it; it ends with this end of the pipe,
-    however that came about.
+    The worker is the leader of its own process group, so neither Ctrl-C nor a signal to the run's group
+    reaches it. It ends when this end of the pipe is closed, however that happens.
     """
 
     READ_AHEAD = 4
@@ -144,7 +149,7 @@ class WorkerChunks:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
         )
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it has died already; whoever takes a chunk hears why
+        with contextlib.suppress(BrokenPipeError):  # the worker has died already: `take` raises the reason
             pickle.dump((spec, readers, states), self._process.stdin)
             self._process.stdin.close()
         self._corpus = spec.corpus.corpus
@@ -162,25 +167,24 @@ class WorkerChunks:
                 if isinstance(item, Exception):
                     return
                 document = item.documents[-1][-1]
-        except Exception:  # whatever it was, the loop must hear of it
-            place = (
-                f"before its first chunk of {self._corpus}"
-                if document is None
-                else f"behind {document} of {self._corpus}"
-            )
-            self._ready.put(_death(self._process.wait(), place))
+        except Exception:  # any error is passed on to the loop
+            progress = "before its first chunk of" if document is None else f"behind {document} of"
+            self._ready.put(_worker_died(self._process.wait(), f"{progress} {self._corpus}"))
 
     def take(self, timeout: float | None) -> Chunk | None:
-        """The next chunk, or None if it is not there in time."""
+        """The next chunk, or None if it is not ready in time."""
         return _next_ready(self._ready, timeout)
 
     def close(self) -> None:
-        """Stop the process and the thread that listens to it; not for ever where the process waits for a dead disk."""
+        """Stop the process and the thread that reads from it.
+
+        The wait is limited: a process can hang on a dead disk.
+        """
         end = time.monotonic() + CLOSE_SECONDS
         self._process.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(CLOSE_SECONDS)
-        while self._thread.is_alive() and time.monotonic() < end:  # it may wait for room
+        while self._thread.is_alive() and time.monotonic() < end:  # it may be blocked on a full queue
             with contextlib.suppress(queue.Empty):
                 self._ready.get(timeout=0.01)
         assert self._process.stdout is not None
@@ -188,31 +192,35 @@ class WorkerChunks:
             self._process.stdout.close()
 
 
-def _death(status: int, place: str) -> UserError:
-    """The error for a worker that has ended without one of its own."""
+def _worker_died(status: int, progress: str) -> UserError:
+    """The error for a worker that ended without sending an error; `progress` says how far it came."""
     if status >= 0:
-        return UserError(("data.workers", f"a data worker ended with exit status {status}, {place}"))
+        return UserError(("data.workers", f"a data worker ended with exit status {status}, {progress}"))
     number = -status
     name = signal.Signals(number).name if number in set(signal.Signals) else "unknown"
-    problem = f"a data worker was killed by signal {number} ({name}), {place}"
+    problem = f"a data worker was killed by signal {number} ({name}), {progress}"
     if number == signal.SIGKILL:
-        problem += "; a system that runs out of memory does that: use fewer data.workers, a smaller data.shuffle_window or smaller row groups"
+        problem += (
+            "; a system that runs out of memory does that: use fewer data.workers, "
+            "a smaller data.shuffle_window or smaller row groups"
+        )
     return UserError(("data.workers", problem))
 
 
-def _num_workers(wanted: int, num_readers: int) -> int:
-    """The most workers, up to `wanted`, that share the readers evenly."""
-    return max(n for n in range(1, min(wanted, num_readers) + 1) if num_readers % n == 0)
+def _num_workers(max_workers: int, num_readers: int) -> int:
+    """The largest number of workers, up to `max_workers`, that divides the number of readers."""
+    return max(n for n in range(1, min(max_workers, num_readers) + 1) if num_readers % n == 0)
 
 
 class ChunkLoader:
     """Iterates over steps: each item is one chunk of each of this process's readers, in their order.
 
     Args:
-        spec: what readers are made of.
+        spec: what all readers share.
         readers: this process's readers.
-        states: for each of them, where to go on, or None.
-        workers: worker processes (rounded down to a divisor of the number of readers); 0 reads in this process.
+        states: for each reader, the state to resume from, or None.
+        workers: number of worker processes (rounded down to a divisor of the number of readers); 0 reads in
+            this process.
     """
 
     def __init__(
@@ -231,7 +239,8 @@ class ChunkLoader:
             yield chunks
 
     def take(self, timeout: float | None = None) -> list[Chunk] | None:
-        """The next step's chunks, or None if they are not all there in `timeout` seconds; the next call waits for the same ones.
+        """The next step's chunks, or None if some are not ready in `timeout` seconds; the next call then
+        waits for the same chunks.
 
         Raises:
             UserError: the corpus cannot be read, or a worker has died.

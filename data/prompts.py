@@ -1,4 +1,4 @@
-"""Prompts: text to the tokens that training makes of it, and what is written behind them to text.
+"""Encodes prompts as training does, and decodes generated tokens to text piece by piece.
 
 prompt file or standard input -> text -> <bos> tokens -> (a model) -> new tokens -> text, piece by piece
 """
@@ -12,19 +12,20 @@ from .errors import UserError
 from .sources import utf8
 
 STANDARD_INPUT = "-"
-NUM_CONTEXT_TOKENS = 16  # of the prompt: how a token is spelt may depend on the one before it
-LONGEST_CHARACTER = 16  # tokens; bytes that spell no character by then never will
-BROKEN = "\ufffd"  # what decoders write for bytes that spell no character
+NUM_CONTEXT_TOKENS = 16  # of the prompt: the decoding of a token may depend on the tokens before it
+LONGEST_CHARACTER = 16  # in tokens; bytes that make no character by then never will
+BROKEN = "\ufffd"  # what decoders write for bytes that make no character
 
 
 def read_prompt(path: Path, key: str) -> str:
-    """The text of a file, or of standard input (`-`), as a corpus's files are read: its bytes as they are, without a byte order mark.
+    """Read a prompt from a file or from standard input (`-`), like a text of a corpus: without a byte order
+    mark.
 
     Args:
-        key: the option that named it, for errors.
+        key: the option that named the file, for errors.
 
     Raises:
-        UserError: it cannot be read, or is not UTF-8.
+        UserError: the input cannot be read, or is not UTF-8.
     """
     is_file = str(path) != STANDARD_INPUT
     name = str(path) if is_file else "standard input"
@@ -37,7 +38,9 @@ def read_prompt(path: Path, key: str) -> str:
 
 
 def prompt_tokens(tokenizer: Any, text: str) -> list[int]:
-    """`<bos> text` as training reads a document, whatever the tokenizer writes around a text by itself (as those of old exports do)."""
+    """Encode `<bos> text` as training reads a document, independent of the tokenizer's post-processor (old
+    exports differ).
+    """
     return [
         tokenizer.bos_token_id,
         *tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False),
@@ -45,27 +48,29 @@ def prompt_tokens(tokenizer: Any, text: str) -> list[int]:
 
 
 def prompt_batch(tokenizer: Any, texts: Sequence[str]) -> Any:
-    """`input_ids` and `attention_mask` [texts, longest] of `prompt_tokens`, padded on the left."""
+    """`input_ids` and `attention_mask` [texts, longest] of the encoded prompts, padded on the left."""
     rows = [prompt_tokens(tokenizer, text) for text in texts]
     return tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
 
 
 class TextStream:
-    """Tokens to text as they come: whole characters, no special tokens; each token costs the same, however much came before.
+    """Decodes tokens as they are generated, to whole characters without special tokens, at constant cost per
+    token.
 
-    (tokenizers' DecodeStream 0.23 raises where single bytes spell no character, as those of Llama's kind can, and writes a prompt again that
-    ends in U+FFFD.)
+    tokenizers' DecodeStream (0.23) is not used: it raises where single bytes make no character (byte
+    fallback, as in Llama's tokenizer), and repeats a prompt that ends in U+FFFD.
 
     Args:
         tokenizer: that of the prompt.
-        prompt: tokens that the text goes on behind.
+        prompt: the tokens before the generated ones.
     """
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int]):
         self._special = set(tokenizer.all_special_ids)
         self._backend = tokenizer.backend_tokenizer
         last = self._text_tokens(prompt[-NUM_CONTEXT_TOKENS:])
-        ends = (last[first:] for first in range(len(last)))  # those that begin amid a character spell none
+        # a suffix that begins within a character decodes to BROKEN
+        ends = (last[first:] for first in range(len(last)))
         self._context = next((end for end in ends if BROKEN not in self._decode(end)), last)
         self._waiting: list[int] = []
 
@@ -76,11 +81,11 @@ class TextStream:
         return self._backend.decode(tokens, skip_special_tokens=False)
 
     def _text(self) -> str:
-        """That of the waiting tokens."""
+        """The text of the tokens that were not written yet."""
         return self._decode(self._context + self._waiting)[len(self._decode(self._context)) :]
 
     def write(self, tokens: Iterable[int]) -> str:
-        """The text of these tokens; a character that is not whole yet waits for the next ones."""
+        """Add tokens and return the new text. An incomplete character is held back until it is complete."""
         parts = []
         for token in self._text_tokens(tokens):
             self._waiting.append(token)
@@ -91,5 +96,5 @@ class TextStream:
         return "".join(parts)
 
     def end(self) -> str:
-        """What still waits, but for a character that was never whole."""
+        """Return the text that was held back, without an incomplete character."""
         return self._text().rstrip(BROKEN)

@@ -1,11 +1,12 @@
-"""Readers: the corpus as a stream of chunks, at a position that can be saved and found again.
+"""Readers: the corpus as a stream of chunks, from a position that can be saved and restored.
 
     documents -> <bos> text <eos> -> lanes -> chunk {input_ids, shift_labels, document_starts}  [lanes, time]
 
-A document of n tokens gives n + 1 positions: inputs `<bos> t1 .. tn`, targets `t1 .. tn <eos>`. Targets are made from the
-whole document before it is cut, so none is lost at a chunk's edge, and every position of a stream is scored. A reader's
-state says, for each lane, which document is under way (the window it came from, its number in it) and how many tokens of it
-are done. It travels with the chunk, so what is saved is what was consumed, whatever was prefetched.
+A document of n tokens gives n + 1 positions: inputs `<bos> t1 .. tn`, targets `t1 .. tn <eos>`. Targets are
+made from the whole document before it is cut, so every position of the stream is scored, also at the edges of
+chunks. A reader's state holds, for each lane, the current document (its window and its number in the window)
+and how many of its tokens have been read. The state travels with the chunk, so a checkpoint records what was
+consumed, whatever was prefetched.
 """
 
 import hashlib
@@ -20,18 +21,18 @@ from .files import errors_name
 from .sources import Record
 from .tokenizer import Encoder
 
-IGNORED = -100  # a target that is not scored, as everywhere in transformers
+IGNORED = -100  # target of a position that is not scored, as everywhere in transformers
 
 
 @dataclass
 class Chunk:
-    """What one step sees of one reader's lanes."""
+    """What one step reads from one reader's lanes."""
 
     reader: int
     input_ids: np.ndarray
     """int64 [lanes, time]"""
     shift_labels: np.ndarray
-    """int64 [lanes, time]; -100 is not scored"""
+    """int64 [lanes, time]; -100 where nothing is scored"""
     document_starts: np.ndarray
     """bool [lanes, time]"""
     documents: list[list[str]]
@@ -45,7 +46,7 @@ class Chunk:
 
 
 def empty_chunk(reader: int, lanes: int, time: int, pad: int = 0) -> Chunk:
-    """A chunk of padding, to be filled."""
+    """A chunk of padding, to be filled in."""
     shape = (lanes, time)
     ids, labels = np.full(shape, pad, np.int64), np.full(shape, IGNORED, np.int64)
     return Chunk(reader, ids, labels, np.zeros(shape, bool), [[] for _ in range(lanes)], {})
@@ -53,37 +54,37 @@ def empty_chunk(reader: int, lanes: int, time: int, pad: int = 0) -> Chunk:
 
 @dataclass
 class Lane:
-    """One row of the batch: the document under way."""
+    """One row of the batch: its current document and the position in it."""
 
     tokens: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     """int32, `<bos> text <eos>`; empty before the first document"""
     offset: int = 0
-    """Positions already emitted."""
+    """Number of positions already read."""
     name: str = ""
     window: WindowAddress | None = None
     number: int = 0
-    """Which document of its window."""
+    """Index of the document in its window."""
     digest: str = ""
-    """Of its tokens."""
+    """Hash of the document's tokens."""
 
     @property
     def num_left(self) -> int:
         return max(len(self.tokens) - 1 - self.offset, 0)
 
     def position(self) -> dict[str, Any]:
-        """Where this lane is; JSON. Name, length and digest tell whether the same document is found again."""
+        """The lane's position; JSON. Name, length and digest let a resumed run recognize the document."""
         assert self.window is not None
-        found = {
+        return {
             "window": asdict(self.window),
             "number": self.number,
             "name": self.name,
             "length": len(self.tokens),
             "digest": self.digest,
+            "offset": self.offset,
         }
-        return {**found, "offset": self.offset}
 
     def emit(self, chunk: Chunk, row: int, column: int) -> int:
-        """Write as many positions as fit into a row from `column` on; returns how many."""
+        """Write as many positions as fit into a row of the chunk from `column` on; returns their number."""
         count = min(self.num_left, chunk.input_ids.shape[1] - column)
         piece = self.tokens[self.offset : self.offset + count + 1]
         chunk.input_ids[row, column : column + count] = piece[:-1]
@@ -95,26 +96,28 @@ class Lane:
 
 
 def encode_document(encoder: Encoder, document: Record) -> np.ndarray:
-    """Its tokens, `<bos> text <eos>`.
+    """The tokens of a document, `<bos> text <eos>`.
 
     Raises:
-        UserError: the tokenizer fails, or it does not fit into memory; with the document's name.
+        UserError: the tokenizer fails, or the document does not fit into memory; the message names the
+            document.
     """
     with errors_name(document.name):
         return encoder(document.text or "")
 
 
 class DocumentReader:
-    """Order `documents`: lanes are filled in turn, each going on with its document and taking the stream's next when that ends.
+    """Reads with order `documents`: each lane reads its document to the end, then takes the next one of the
+    stream.
 
     Args:
         spec: the corpus.
         encoder: text to tokens.
-        reader, num_readers: which share of the corpus.
+        reader, num_readers: the share of the corpus.
         lanes, chunk: shape of a chunk.
         window: documents that are shuffled together.
         seed: of the shuffle.
-        state: where to go on, as a chunk carried it; None starts anew.
+        state: the state of a chunk after which to resume; None starts at the beginning.
     """
 
     def __init__(
@@ -140,14 +143,14 @@ class DocumentReader:
             self._restore(state)
 
     def _check_size(self, corpus: str, num_readers: int) -> None:
-        """A first chunk must not need a second epoch."""
+        """Check that the first chunk does not need a second epoch."""
         needed, lanes = len(self.lanes) * self.chunk, len(self.lanes)
         documents, address = list(self.window.documents), self.window.following
-        found = sum(len(encode_document(self.encoder, document)) - 1 for document in documents[: needed + 1])
-        while (found < needed or len(documents) < lanes) and address.epoch == 0:
+        count = sum(len(encode_document(self.encoder, document)) - 1 for document in documents[: needed + 1])
+        while (count < needed or len(documents) < lanes) and address.epoch == 0:
             following = self.stream.window(address)
             documents += following.documents
-            found += sum(len(encode_document(self.encoder, document)) - 1 for document in following.documents)
+            count += sum(len(encode_document(self.encoder, document)) - 1 for document in following.documents)
             address = following.following
         share = (
             f"reader {self.reader}'s share (1 of {num_readers}) of {corpus}" if num_readers > 1 else corpus
@@ -159,23 +162,25 @@ class DocumentReader:
                     f"{share} holds no documents; use fewer readers (batch.readers) or another corpus",
                 )
             )
-        if found < needed:
+        if count < needed:
             raise UserError(
                 (
                     "data.corpus",
-                    f"{share} has {found} tokens, fewer than one chunk of {lanes} lanes x {self.chunk}; lower batch.lanes or batch.chunk",
+                    f"{share} has {count} tokens, fewer than one chunk of {lanes} lanes x {self.chunk}; "
+                    "lower batch.lanes or batch.chunk",
                 )
             )
         if len(documents) < lanes:
             raise UserError(
                 (
                     "data.corpus",
-                    f"{share} has {len(documents)} documents for {lanes} lanes; lower batch.lanes, or set data.order to windows",
+                    f"{share} has {len(documents)} documents for {lanes} lanes; "
+                    "lower batch.lanes, or set data.order to windows",
                 )
             )
 
     def _restore(self, state: dict[str, Any]) -> None:
-        windows: dict[tuple[int, int], Window] = {}  # lanes mostly share a few
+        windows: dict[tuple[int, int], Window] = {}  # most lanes share a few windows
 
         def find(address: dict[str, Any]) -> Window:
             key = (address["epoch"], address["number"])
@@ -194,14 +199,16 @@ class DocumentReader:
                     raise UserError(
                         (
                             "data.corpus",
-                            f"has changed: where {was} was being read there is {now}; a run needs the corpus it began with",
+                            f"has changed: where {was} was being read there is {now}; "
+                            "a run needs the corpus it began with",
                         )
                     )
-                if lane.digest != saved.get("digest", lane.digest):  # older checkpoints have none
+                if lane.digest != saved.get("digest", lane.digest):  # older checkpoints have no digest
                     raise UserError(
                         (
                             "data.corpus",
-                            f"has changed: {lane.name}, which was being read, has other text; a run needs its corpus",
+                            f"has changed: {lane.name}, which was being read, has other text; "
+                            "a run needs its corpus",
                         )
                     )
                 lane.offset = saved["offset"]
@@ -213,7 +220,8 @@ class DocumentReader:
             raise UserError(
                 (
                     "data.corpus",
-                    f"has changed: document {number} of window {window.address.number} is gone; a run goes on with the corpus it began with",
+                    f"has changed: document {number} of window {window.address.number} is gone; "
+                    "a run goes on with the corpus it began with",
                 )
             )
         document = window.documents[number]
@@ -226,7 +234,7 @@ class DocumentReader:
         while self.number == len(self.window.documents):
             self.window, self.number = self.stream.window(self.window.following), 0
             self.num_skipped += self.window.num_skipped
-            if self.window.address.epoch > epoch + 1:  # a whole epoch went by; it would for ever
+            if self.window.address.epoch > epoch + 1:  # a whole epoch without a document: there are none
                 corpus = self.stream.spec.corpus
                 raise UserError(
                     (
@@ -238,7 +246,7 @@ class DocumentReader:
         self.number += 1
 
     def state(self) -> dict[str, Any]:
-        """Where this reader is; JSON."""
+        """The reader's position; JSON."""
         lanes = [None if lane.num_left == 0 else lane.position() for lane in self.lanes]
         return {
             "window": asdict(self.window.address),
@@ -261,9 +269,11 @@ class DocumentReader:
 
 
 class WindowReader:
-    """Order `windows`: crops of one long text, drawn by (seed, step, reader); nothing is carried from one to the next.
+    """Reads with order `windows`: crops of one long text, drawn by (seed, step, reader), with no state
+    carried.
 
-    The published character-level Shakespeare set-up. The text is all documents joined; its last `held_out` part is for validation.
+    This is the published character-level Shakespeare set-up. The text is all documents concatenated; its last
+    part (the fraction `held_out`) is for validation.
     """
 
     def __init__(
@@ -286,7 +296,7 @@ class WindowReader:
         self.step = 0 if state is None else state["step"]
 
     def next_chunk(self) -> Chunk:
-        """Crops for the next step."""
+        """The crops of the next step."""
         generator = np.random.default_rng([self.seed, self.step, self.reader])
         chunk = empty_chunk(self.reader, self.lanes, self.chunk)
         for row, start in enumerate(generator.integers(0, len(self.tokens) - self.chunk, self.lanes)):
@@ -300,7 +310,9 @@ class WindowReader:
 
 
 def joined_tokens(spec: CorpusSpec, part: Split, encoder: Encoder) -> np.ndarray:
-    """The whole corpus as one text, int32: its first or last part (by position) for training or validation."""
+    """The tokens of the whole corpus as one text, int32; for training its first part, for validation its last
+    part.
+    """
     stream = DocumentStream(spec, "all", 0, 1, window=1024, seed=None)
     pieces = [encode_document(encoder, record)[1:-1] for record in stream.one_epoch()]
     tokens = np.concatenate(pieces) if pieces else np.zeros(0)

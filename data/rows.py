@@ -1,4 +1,4 @@
-"""Local files whose rows are documents: JSON lines, CSV and parquet. Each file is a shard."""
+"""Local files whose rows are documents: JSON lines, CSV and Parquet. Each file is a shard."""
 
 import csv
 import io
@@ -23,7 +23,7 @@ from .sources import Place, Record, broken, damaged, decode, group_of, is_text, 
 
 @dataclass
 class _RowFiles:
-    """What the sources of this file share."""
+    """Fields and methods that the sources of this module share."""
 
     paths: list[Path]
     text_field: str
@@ -40,7 +40,10 @@ class _RowFiles:
         return broken(self.skip_broken, no_text(row, self.text_field, name), name, index)
 
     def _damaged(self, path: Path, error: Exception, index: int, problem: str) -> Record:
-        """For what cannot be read of a file. An error of the disk is raised as it is: another try may succeed."""
+        """The document for content that cannot be read.
+
+        A disk error is raised unchanged, since a retry may succeed.
+        """
         if not is_damage(error):
             raise error
         return broken(self.skip_broken, damaged(path, error, problem), f"{path}[{index}]", index)
@@ -48,7 +51,10 @@ class _RowFiles:
 
 @dataclass
 class JsonLines(_RowFiles):
-    """Each line of a file (plain, gzip or zstd) is a document. The hint is a byte offset in a plain file."""
+    """JSON lines: each line of a file (plain, gzip or zstd) is a document.
+
+    The hint of a plain file is a byte offset.
+    """
 
     _offset: int | None = field(default=None, init=False)
 
@@ -80,7 +86,8 @@ class JsonLines(_RowFiles):
             row = json.loads(decode(line, name))
         except UserError as error:
             return broken(self.skip_broken, error, name, index)
-        except (ValueError, RecursionError) as error:  # also numbers of too many digits, and nesting too deep
+        # includes numbers with too many digits and too deep nesting
+        except (ValueError, RecursionError) as error:
             problem = f"{name} is not JSON ({error}); set data.skip_broken to leave such documents out"
             return broken(self.skip_broken, UserError(("data.corpus", problem)), name, index)
         return self._record(row, name, index)
@@ -91,11 +98,11 @@ class JsonLines(_RowFiles):
 
 @dataclass
 class Csv(_RowFiles):
-    """Each row of a .csv or .tsv file (plain, gzip or zstd) below its header is a document."""
+    """CSV: each row of a .csv or .tsv file (plain, gzip or zstd) below its header is a document."""
 
     def read(self, shard: int, start: Place) -> Iterator[Record]:
         path, index = self.paths[shard], 0
-        csv.field_size_limit(2**31 - 1)  # of the process; its default is less than a long document
+        csv.field_size_limit(2**31 - 1)  # for the whole process; the default is too small for long documents
         delimiter = "\t" if inner_suffix(path) == ".tsv" else ","
         with errors_name(path), open_decompressed(path) as file, _text_of(file) as text:
             rows = csv.reader(text, delimiter=delimiter)
@@ -123,7 +130,10 @@ class Csv(_RowFiles):
 
     def _row(self, header: list[str], cells: list[str], name: str, index: int) -> Record:
         if len(cells) != len(header):
-            problem = f"{name} has {len(cells)} cells, but the header has {len(header)}; quote cells that hold the delimiter or a line break"
+            problem = (
+                f"{name} has {len(cells)} cells, but the header has {len(header)}; "
+                "quote cells that hold the delimiter or a line break"
+            )
             advice = "set data.skip_broken to leave such rows out"
             return broken(
                 self.skip_broken, UserError(("data.corpus", f"{problem}, or {advice}")), name, index
@@ -142,17 +152,17 @@ def _text_of(file: io.BufferedReader) -> io.TextIOWrapper:
 
 
 def no_column(column: str, columns: list[str], path: Path) -> UserError:
-    """The error for a file without the column of text."""
+    """The error for a file without the text column."""
     return UserError(
         ("data.text_field", f"{path} has no column {column!r}; it has {', '.join(map(repr, columns))}")
     )
 
 
 def check_unique(columns: list[str], text_field: str, group_field: str | None, path: Path) -> None:
-    """Refuse two columns of a name that is read.
+    """Check that no column to be read has a duplicate name.
 
     Raises:
-        UserError: there are.
+        UserError: there are several columns of that name.
     """
     for key, column in (("data.text_field", text_field), ("data.join", group_field)):
         if columns.count(column or "") > 1:
@@ -166,14 +176,14 @@ def check_unique(columns: list[str], text_field: str, group_field: str | None, p
 
 @dataclass
 class Parquet(_RowFiles):
-    """Each row is a document. A row group that is damaged is named, or left out, all its rows."""
+    """Parquet: each row is a document. A damaged row group is reported, or skipped with all its rows."""
 
     def read(self, shard: int, start: Place) -> Iterator[Record]:
         import pyarrow.parquet
 
         path = self.paths[shard]
         with errors_name(path):
-            path.open("rb").close()  # raises the system's own error where there is one
+            path.open("rb").close()  # raises the system's own error, if any
             try:
                 file = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
             except (OSError, pyarrow.ArrowInvalid) as error:
@@ -198,29 +208,25 @@ class Parquet(_RowFiles):
     def _row_group(self, file: Any, group: int, rows: range, start: int, path: Path) -> Iterator[Record]:
         import pyarrow
 
-        wanted = [self.text_field] if self.group_field is None else [self.text_field, self.group_field]
+        names = [self.text_field] if self.group_field is None else [self.text_field, self.group_field]
         try:
-            table = file.read_row_group(group, columns=wanted)
+            table = file.read_row_group(group, columns=names)
             if len(table) != len(rows):
                 raise ValueError(f"{len(table)} rows instead of {len(rows)}")
-        except (OSError, ValueError) as error:  # cut short, changed since it was opened, or bytes that rotted
+        except (OSError, ValueError) as error:  # truncated, changed since it was opened, or corrupted
+            problem = f"is damaged in row group {group}, rows {rows.start} to {rows.stop - 1}"
             for index in range(max(rows.start, start), rows.stop):
-                yield self._damaged(
-                    path,
-                    error,
-                    index,
-                    f"is damaged in row group {group}, rows {rows.start} to {rows.stop - 1}",
-                )
+                yield self._damaged(path, error, index, problem)
             return
-        columns = [table.column(name) for name in wanted]
+        columns = [table.column(name) for name in names]
         for index in range(max(rows.start, start), rows.stop):
             values = []
             for column in columns:
                 try:
                     values.append(column[index - rows.start].as_py())
-                except UnicodeDecodeError:  # parquet does not promise UTF-8
+                except UnicodeDecodeError:  # Parquet does not guarantee UTF-8
                     values.append(column[index - rows.start].cast(pyarrow.binary()).as_py())
-            yield self._record(dict(zip(wanted, values, strict=True)), f"{path}[{index}]", index)
+            yield self._record(dict(zip(names, values, strict=True)), f"{path}[{index}]", index)
 
     def hint(self) -> None:
         return None

@@ -1,9 +1,12 @@
-"""Where documents come from. A source has shards; a shard is an ordered sequence of documents that can be read from any place.
+"""Sources of documents.
 
-    source.read(shard, start) -> Iterator[Record]       start = the `Place` of the first record wanted
+A source has shards; a shard is an ordered sequence of documents, readable from any position.
 
-Order never depends on the file system: paths are sorted. A place is a document's index within its shard and, where that finds it faster, a hint
-(byte offset, state of a streamed dataset); both are JSON.
+    source.read(shard, start) -> Iterator[Record]       start = the `Place` of the first document
+
+The order never depends on the file system: paths are sorted. A position is the index of a document within its
+shard and an optional hint that makes finding it faster (a byte offset, the state of a streamed dataset). Both
+are JSON.
 """
 
 import difflib
@@ -19,7 +22,7 @@ from .files import HEAD_BYTES, errors_name, is_damage, not_text, one_line, open_
 
 @dataclass(frozen=True)
 class Place:
-    """Where in a shard a document begins."""
+    """The position of a document in a shard."""
 
     index: int = 0
     hint: Any = None
@@ -27,20 +30,22 @@ class Place:
 
 @dataclass(frozen=True)
 class Record:
-    """One document as it was found; `text` is None where it was broken and may be skipped."""
+    """One document; `text` is None if it is broken and broken documents are skipped."""
 
     text: str | None
     name: str
-    """Where it came from, for messages: a path, path:line, or dataset[shard][index]; of a joined document, what was joined."""
+    """Its origin, for messages: a path, path:line, or dataset[shard][index]; for a joined document, what was
+    joined.
+    """
     index: int
     num_skipped: int = 0
-    """What was left out because it was broken: 1 for a document, more for parts of a joined one."""
+    """Number of broken parts left out: 1 for a document, perhaps more for a joined one."""
     group: Any = None
-    """Of a row: its value in the column that says which rows belong together (joined.py), if there is such a column."""
+    """The row's value in the column that rows are joined by (joined.py), if there is one."""
 
 
 class Source(Protocol):
-    """Documents in a fixed order, in shards."""
+    """Documents in shards, in a fixed order."""
 
     @property
     def num_shards(self) -> int:
@@ -57,16 +62,20 @@ class Source(Protocol):
 
 
 def utf8(data: bytes) -> str:
-    """The text without a byte order mark.
+    """Decode UTF-8 without a byte order mark.
 
     Raises:
-        UnicodeDecodeError: its `start` counts from the first byte of the data.
+        UnicodeDecodeError: its `start` counts from the first byte of `data`.
     """
     return data.decode("utf-8").removeprefix("\ufeff")
 
 
 def decode(data: bytes, name: str) -> str:
-    """UTF-8 text without a byte order mark; `name` is used in the error."""
+    """Decode UTF-8 without a byte order mark; errors name the document.
+
+    Raises:
+        UserError: the data is not UTF-8.
+    """
     try:
         return utf8(data)
     except UnicodeDecodeError as error:
@@ -79,7 +88,10 @@ def decode(data: bytes, name: str) -> str:
 
 
 def is_text(value: Any) -> bool:
-    """Whether this is a string of whole characters (JSON can hold half of a surrogate pair, which no tokenizer takes)."""
+    """Whether a value is a string that can be encoded.
+
+    JSON can hold a lone surrogate, which no tokenizer accepts.
+    """
     if not isinstance(value, str):
         return False
     try:
@@ -90,7 +102,7 @@ def is_text(value: Any) -> bool:
 
 
 def no_text(row: Any, text_field: str, name: str) -> UserError:
-    """The error for a row that holds no text."""
+    """The error for a row without text."""
     skip = "set data.skip_broken to leave such documents out"
     if not isinstance(row, Mapping):
         return UserError(
@@ -121,20 +133,20 @@ def no_text(row: Any, text_field: str, name: str) -> UserError:
 
 
 def damaged(path: Path, error: Exception, problem: str = "is damaged") -> UserError:
-    """The error for a file whose content is broken, in whole or in part ("is damaged in row group 3")."""
+    """The error for a file whose content is damaged; `problem` says where ("is damaged in row group 3")."""
     advice = "fetch it again, or set data.skip_broken to leave the damaged part out"
     return UserError(("data.corpus", f"{path} {problem} ({one_line(error)}); {advice}"))
 
 
 def broken(skip: bool, error: UserError, name: str, index: int) -> Record:
-    """A record that is left out, if the user asked for that; otherwise the error."""
+    """A document marked as skipped if `skip` is set; otherwise the error is raised."""
     if not skip:
         raise error
     return Record(None, name, index, num_skipped=1)
 
 
 def no_join_column(column: str, columns: Collection[str], name: str) -> UserError:
-    """The error for rows that lack the column they are to be joined by."""
+    """The error for rows without the column that they are to be joined by."""
     near = difflib.get_close_matches(column, columns, n=3)
     advice = (
         f"did you mean {' or '.join(map(repr, near))}?" if near else f"it has {', '.join(map(repr, columns))}"
@@ -143,7 +155,7 @@ def no_join_column(column: str, columns: Collection[str], name: str) -> UserErro
 
 
 def group_of(row: Mapping[str, Any], column: str | None, name: str) -> Any:
-    """What a row belongs to."""
+    """The row's value in the column to join by."""
     if column is None:
         return None
     if column not in row:
@@ -153,7 +165,7 @@ def group_of(row: Mapping[str, Any], column: str | None, name: str) -> Any:
 
 @dataclass
 class TextFiles:
-    """Each file is a document; one shard."""
+    """Text files: each file is a document; one shard."""
 
     paths: list[Path]
     root: Path
@@ -161,7 +173,7 @@ class TextFiles:
     num_shards: int = field(default=1, init=False)
 
     def relative(self, path: Path) -> Path:
-        """A file as it is named: below the root."""
+        """A file's path relative to the root, as messages show it."""
         return path.relative_to(self.root) if path.is_relative_to(self.root) else path
 
     def read(self, shard: int, start: Place) -> Iterator[Record]:
@@ -190,9 +202,10 @@ class TextFiles:
 
 @dataclass
 class HubDataset:
-    """A dataset of the Hugging Face hub (or a local folder in its layout), streamed with `datasets`; its shards, its rows.
+    """A dataset of the Hugging Face hub, or a local folder in its layout, streamed with `datasets`.
 
-    The hint is the streamed dataset's own state, so that going on does not read a shard from its beginning.
+    Its shards are the dataset's, its documents the rows. The hint is the state of the streamed dataset, so
+    resuming does not read a shard from its beginning.
     """
 
     path: str

@@ -1,7 +1,7 @@
-"""Tokenizers: bytes, or any of Hugging Face's.
+"""Tokenizers: bytes, or any fast tokenizer of Hugging Face.
 
-The byte tokenizer is an ordinary `PreTrainedTokenizerFast` that needs no download: byte b has id b; then come <bos>, <eos> and <pad>. Text that
-contains such a name stays text.
+The byte tokenizer is an ordinary `PreTrainedTokenizerFast` that needs no download: byte b has id b, followed
+by <bos>, <eos> and <pad>. The names of these special tokens in a text are encoded as text.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from .errors import UserError
 
 BYTES = "bytes"
 SPECIAL_TOKENS = ("<bos>", "<eos>", "<pad>")
-SAVED = {  # what an export says of its tokenizer: tokenizer_config.json holds what the constructor was given
+SAVED_SETTINGS = {  # of every tokenizer that is saved with a run or an export (tokenizer_config.json)
     "padding_side": "left",
     "split_special_tokens": True,
     "clean_up_tokenization_spaces": False,
@@ -26,9 +26,10 @@ SAVED = {  # what an export says of its tokenizer: tokenizer_config.json holds w
 
 
 def _byte_alphabet() -> list[str]:
-    """The printable character that the byte-level pre-tokenizer writes for each byte, by byte value (the GPT-2 table).
+    """The printable character that the byte-level pre-tokenizer writes for each byte value (the GPT-2 table).
 
-    Printable Latin-1 stands for itself; the remaining bytes take the code points from 256 on, in order.
+    Printable Latin-1 characters stand for themselves; the other bytes get the code points from 256 on, in
+    order.
     """
     printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(256, 512))
@@ -54,24 +55,26 @@ def byte_tokenizer() -> Any:
         bos_token=bos,
         eos_token=eos,
         pad_token=pad,
-        **SAVED,
+        **SAVED_SETTINGS,
     )
 
 
 def fingerprint(tokenizer: Any) -> str:
-    """SHA-256 of the vocabulary: which token has which number."""
+    """SHA-256 of the vocabulary with its ids."""
     numbered = sorted((number, token) for token, number in tokenizer.get_vocab().items())
     return hashlib.sha256(json.dumps(numbered).encode()).hexdigest()
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
-    """`"bytes"`, or what `AutoTokenizer.from_pretrained` loads from a folder or the hub, as `document_tokenizer` makes it.
+    """Load `"bytes"`, or a folder or hub id with `AutoTokenizer`, converted by `document_tokenizer`.
 
     Args:
-        trust_remote_code: run the code that it brings along. Without it transformers would ask at a prompt, which a pipe can answer.
+        trust_remote_code: run code that the tokenizer brings along. If it is False, such a tokenizer is
+            refused here, since transformers would ask on standard input, which may be a pipe.
 
     Raises:
-        UserError: it cannot be loaded, is not a fast tokenizer, brings code that is not trusted, or cannot say where a document ends.
+        UserError: it cannot be loaded, is not a fast tokenizer, has code that is not trusted, or has no token
+            that could end a document.
     """
     if name == BYTES:
         return byte_tokenizer()
@@ -82,8 +85,10 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     except Exception as error:  # the hub client, the file system and the parsers each raise their own
         if wants_trust(error):
             option = "data.trust_remote_code (of minrnn export: --trust-remote-code)"
-            told = f"{name!r} brings code of its own, which is not run; read it, and set {option} to run it"
-            raise UserError(("data.tokenizer", told)) from None
+            message = (
+                f"{name!r} brings code of its own, which is not run; read it, and set {option} to run it"
+            )
+            raise UserError(("data.tokenizer", message)) from None
         message = str(error).splitlines()[0]
         raise UserError(
             (
@@ -97,14 +102,15 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
 
 
 def document_tokenizer(tokenizer: Any, name: str) -> Any:
-    """A `PreTrainedTokenizerFast` of the same tokens that encodes any text as a document begins: `<bos> text`, nothing behind it.
+    """A `PreTrainedTokenizerFast` with the same tokens that encodes any text as `<bos> text`, with nothing
+    after it.
 
-    It is of no model's own class, since those rebuild parts of themselves when they are loaded: what is saved here is loaded everywhere
-    as it is. Names of special tokens in a text are text, padding is on the left, nothing is cut off; bos, eos and pad are filled in from
-    each other.
+    It never has a model's own class, because such classes rebuild parts of themselves on loading; a plain one
+    loads everywhere as it was saved. Names of special tokens in a text are encoded as text, padding is on the
+    left, nothing is truncated. Missing bos, eos and pad tokens are filled in from each other.
 
     Raises:
-        UserError: there is no token that could end a document, or the text of its name would become that token.
+        UserError: no token could end a document, or a text with that token's name would become the token.
     """
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
@@ -126,26 +132,26 @@ def document_tokenizer(tokenizer: Any, name: str) -> Any:
     backend = Tokenizer.from_str(json.dumps(values))
     _split_names(backend)
     boundaries = {tokenizer.bos_token_id: tokenizer.bos_token, tokenizer.eos_token_id: tokenizer.eos_token}
-    if whole := [boundaries[number] for number in _read_as_tokens(backend).keys() & boundaries.keys()]:
-        problem = (
-            f"{name!r} reads the text {' or '.join(map(repr, whole))} as the token that bounds documents"
-        )
+    if unsplit := [boundaries[number] for number in _read_as_tokens(backend).keys() & boundaries.keys()]:
+        names = " or ".join(map(repr, unsplit))
+        problem = f"{name!r} reads the text {names} as the token that bounds documents"
         raise UserError(("data.tokenizer", f"{problem}; choose a tokenizer that spells such names out"))
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         **tokenizer.special_tokens_map,
         extra_special_tokens=tokenizer.extra_special_tokens,
         chat_template=tokenizer.chat_template,
-        **SAVED,
+        **SAVED_SETTINGS,
     )
 
 
 def _begins_with(bos: str, number: int) -> dict[str, Any]:
-    """The post-processor that writes bos before each text, as tokenizer.json holds it (its Python class does not take every name)."""
-    token, texts = (
-        {"SpecialToken": {"id": bos, "type_id": 0}},
-        [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"],
-    )
+    """The post-processor that writes bos before each text, as tokenizer.json holds it.
+
+    The Python class TemplateProcessing does not accept every token name.
+    """
+    token = {"SpecialToken": {"id": bos, "type_id": 0}}
+    texts = [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]
     return {
         "type": "TemplateProcessing",
         "single": [token, texts[0]],
@@ -155,7 +161,9 @@ def _begins_with(bos: str, number: int) -> dict[str, Any]:
 
 
 def _read_as_tokens(backend: Any) -> dict[int, str]:
-    """Names of special tokens, by id, that the model finds in a text where they are to be text: pieces of its vocabulary, as T5's."""
+    """Special tokens, by id, that the model produces for their names in a text: those in its own vocabulary,
+    as T5's.
+    """
     backend.encode_special_tokens = True
     special = {
         number: token.content for number, token in backend.get_added_tokens_decoder().items() if token.special
@@ -168,7 +176,9 @@ def _read_as_tokens(backend: Any) -> dict[int, str]:
 
 
 def _split_names(backend: Any) -> None:
-    """Let the last step before the model cut such names behind their first character, so that none reaches it whole."""
+    """Make the last pre-tokenizer cut such names after their first character, so that the model never sees
+    one whole.
+    """
     from tokenizers import Regex, pre_tokenizers
 
     names = [name for name in _read_as_tokens(backend).values() if len(name) > 1]
@@ -180,23 +190,26 @@ def _split_names(backend: Any) -> None:
 
 
 def wants_trust(error: Exception) -> bool:
-    """Whether transformers refused to load something since it brings code that was not trusted."""
+    """Whether transformers refused to load something because its code was not trusted."""
     return isinstance(error, ValueError) and "trust_remote_code" in str(error)
 
 
 @dataclass
 class Encoder:
-    """Text to a document's tokens, `<bos> text <eos>`; small enough to be sent to a worker process, which needs no transformers."""
+    """Encodes a document as `<bos> text <eos>`.
+
+    It is small to pickle, and worker processes need no transformers for it.
+    """
 
     bos: int
     eos: int
     backend_json: str | None
-    """None: bytes."""
+    """The `tokenizers` tokenizer as JSON; None for bytes."""
     _backend: Any = field(default=None, repr=False)
 
     @classmethod
     def of(cls, tokenizer: Any, name: str) -> "Encoder":
-        """The encoder of a tokenizer that `load_tokenizer(name)` returned."""
+        """The encoder for a tokenizer that `load_tokenizer(name)` returned."""
         backend_json = None if name == BYTES else tokenizer.backend_tokenizer.to_str()
         return cls(tokenizer.bos_token_id, tokenizer.eos_token_id, backend_json)
 
@@ -204,17 +217,17 @@ class Encoder:
         return self.__dict__ | {"_backend": None}
 
     def __call__(self, text: str) -> np.ndarray:
-        """int32 [1 + tokens + 1]. A special token's name in the text is text."""
+        """Encode a document, int32 [1 + tokens + 1]. Names of special tokens in the text are encoded as text."""
         return np.concatenate([[self.bos], self.encode(text), [self.eos]]).astype(np.int32)
 
     def encode(self, text: str) -> np.ndarray:
-        """The tokens of the text alone."""
+        """The tokens of the text alone, without bos and eos."""
         if self.backend_json is None:
             return np.frombuffer(text.encode(), dtype=np.uint8)
         return np.asarray(self._tokenizer().encode(text, add_special_tokens=False).ids, dtype=np.int32)
 
     def num_bytes(self, tokens: np.ndarray) -> int:
-        """Bytes of the text that these tokens spell."""
+        """Number of bytes of the text that the tokens decode to."""
         if self.backend_json is None:
             return len(tokens)
         return num_bytes(self._tokenizer().decode(tokens.tolist(), skip_special_tokens=False))
@@ -226,16 +239,16 @@ class Encoder:
 
             self._backend = Tokenizer.from_str(self.backend_json)
             self._backend.encode_special_tokens = True
-            self._backend.no_truncation()  # saved with many a tokenizer of the hub
+            self._backend.no_truncation()  # many hub tokenizers were saved with truncation
             self._backend.no_padding()
         return self._backend
 
 
 def num_bytes(text: str) -> int:
-    """Bytes of UTF-8, what bits per byte divides by."""
+    """Number of bytes of a text in UTF-8: the divisor of bits per byte."""
     return len(text.encode())
 
 
 def model_vocab_size(tokenizer: Any, multiple: int = 8) -> int:
-    """Rows of the model's embedding: the tokenizer's ids, rounded up for the matrix units."""
+    """Number of rows of the model's embedding: the number of ids, rounded up for the matrix units."""
     return -(-(max(tokenizer.get_vocab().values()) + 1) // multiple) * multiple

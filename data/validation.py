@@ -1,8 +1,9 @@
-"""Held-out documents, read whole: every document of the set, every byte scored, the state carried from chunk to chunk.
+"""Held-out documents: each is read whole, every byte is scored, and the state is carried from chunk to chunk.
 
-    documents (up to a budget of tokens) -> dealt to lanes -> chunks until all lanes have ended, padded on the right
+    documents (up to a budget of tokens) -> distributed over lanes -> chunks, padded on the right, until all lanes end
 
-In order `windows` the set is the text's last part, cut into consecutive crops with nothing carried, as the published set-up scores it.
+With order `windows` the set is the last part of the text, cut into consecutive crops without a carried state,
+as in the published set-up.
 """
 
 from collections.abc import Iterator
@@ -15,30 +16,34 @@ from .errors import UserError
 from .reader import Chunk, Lane, empty_chunk, encode_document
 from .tokenizer import Encoder, num_bytes
 
-VALIDATION_SEED = (
-    0  # of the order in which held-out documents are taken: one set for every run, whatever its seed
-)
+VALIDATION_SEED = 0  # of the order in which held-out documents are taken: the same for every run
 
 
 @dataclass
 class ValidationSet:
-    """One reader's share of what is held out."""
+    """One reader's share of the held-out documents."""
 
     reader: int
     lanes: list[list[np.ndarray]]
-    """For each lane, its documents' tokens; lanes in order of falling length, so that those still running are always the first."""
+    """The documents of each lane, as tokens.
+
+    Lanes are sorted by falling length: those not yet finished come first.
+    """
     chunk: int
     """Tokens per lane and chunk."""
     num_bytes: int
-    """Bytes of text in the share, what bits per byte divides by."""
+    """Bytes of text in the share: the divisor of bits per byte."""
 
     @property
     def num_positions(self) -> int:
-        """How many positions are read."""
+        """Number of positions to read."""
         return sum(len(tokens) - 1 for documents in self.lanes for tokens in documents)
 
     def chunks(self) -> Iterator[Chunk]:
-        """All documents once. A chunk holds the lanes that are still running: [lanes <= those of the chunk before, time]."""
+        """Read all documents once.
+
+        A chunk holds the lanes that are not finished: [lanes <= those of the previous chunk, time].
+        """
         lanes = [Lane() for _ in self.lanes]
         waiting = [iter(documents) for documents in self.lanes]
         remaining = [sum(len(tokens) - 1 for tokens in documents) for documents in self.lanes]
@@ -54,14 +59,16 @@ class ValidationSet:
             yield chunk
 
 
-def _deal(reader: int, documents: list[np.ndarray], num_lanes: int, chunk: int, size: int) -> ValidationSet:
-    """The longest document first, each to the emptiest lane."""
+def _distribute(
+    reader: int, documents: list[np.ndarray], num_lanes: int, chunk: int, size: int
+) -> ValidationSet:
+    """Distribute documents over lanes: the longest document first, each to the shortest lane."""
     lanes: list[list[np.ndarray]] = [[] for _ in range(num_lanes)]
     sizes = [0] * num_lanes
     for tokens in sorted(documents, key=len, reverse=True):
-        emptiest = min(range(num_lanes), key=sizes.__getitem__)
-        lanes[emptiest].append(tokens)
-        sizes[emptiest] += len(tokens) - 1
+        shortest = min(range(num_lanes), key=sizes.__getitem__)
+        lanes[shortest].append(tokens)
+        sizes[shortest] += len(tokens) - 1
     order = sorted(range(num_lanes), key=lambda lane: -sizes[lane])
     return ValidationSet(reader, [lanes[lane] for lane in order], chunk, size)
 
@@ -76,21 +83,23 @@ def document_validation(
     chunk: int,
     max_tokens: int | None,
 ) -> ValidationSet:
-    """Every num_readers-th document of the set: whole documents until they have `max_tokens` tokens in all readers together (None: all).
+    """Every num_readers-th held-out document.
+
+    Documents are taken whole, up to `max_tokens` tokens in all readers together.
 
     Raises:
-        UserError: nothing is held out, or nothing but empty documents.
+        UserError: nothing is held out, or only empty documents.
     """
     stream = DocumentStream(spec, part, 0, 1, window=64, seed=VALIDATION_SEED)
     documents, size, total, has_text = [], 0, 0, False
-    for i, record in enumerate(stream.one_epoch()):
-        assert record.text is not None
-        tokens = encode_document(encoder, record)
+    for i, document in enumerate(stream.one_epoch()):
+        assert document.text is not None
+        tokens = encode_document(encoder, document)
         total += len(tokens) - 1
-        has_text = has_text or bool(record.text)
+        has_text = has_text or bool(document.text)
         if i % num_readers == reader:
             documents.append(tokens)
-            size += num_bytes(record.text)
+            size += num_bytes(document.text)
         if max_tokens is not None and total >= max_tokens:
             break
     if total == 0:
@@ -109,7 +118,7 @@ def document_validation(
                 "raise it, or name a corpus in data.validation",
             )
         )
-    return _deal(reader, documents, num_lanes, chunk, size)
+    return _distribute(reader, documents, num_lanes, chunk, size)
 
 
 def window_validation(
@@ -121,7 +130,7 @@ def window_validation(
     chunk: int,
     max_tokens: int | None,
 ) -> ValidationSet:
-    """Every num_readers-th of the consecutive crops of a text.
+    """Every num_readers-th of the consecutive crops of the held-out text.
 
     Raises:
         UserError: the text is empty.
@@ -129,14 +138,12 @@ def window_validation(
     tokens = tokens if max_tokens is None else tokens[: max_tokens + 1]
     if len(tokens) < 2:
         raise UserError(("data.validation_fraction", "leaves no text for validation; raise it"))
-    size = (
-        encoder.num_bytes(tokens[1:]) if reader == 0 else 0
-    )  # of the whole: a crop's edge may lie within a character
+    # counted over the whole text, since a crop may begin or end within a character
+    size = encoder.num_bytes(tokens[1:]) if reader == 0 else 0
     if reader == 0 and size == 0:
         raise UserError(
             ("data.validation_fraction", "leaves tokens for validation that spell no text; raise it")
         )
-    crops = [tokens[start : start + chunk + 1] for start in range(0, len(tokens) - 1, chunk)][
-        reader::num_readers
-    ]
-    return _deal(reader, crops, num_lanes, chunk, size)
+    starts = range(0, len(tokens) - 1, chunk)
+    crops = [tokens[start : start + chunk + 1] for start in starts][reader::num_readers]
+    return _distribute(reader, crops, num_lanes, chunk, size)

@@ -1,4 +1,7 @@
-"""The process behind `loader.WorkerChunks`: `python -m minrnn.data.worker`, a job on standard input, pickled chunks on standard output."""
+"""The worker process of `loader.WorkerChunks`: `python -m minrnn.data.worker`.
+
+It reads a job from standard input and writes pickled chunks to standard output.
+"""
 
 import os
 import pickle
@@ -13,7 +16,7 @@ from .output import secure_output
 
 
 def _error_to_send(error: BaseException, spec: ReaderSpec) -> Exception:
-    """The error that crosses to the run. One that nobody expected leaves its traceback on stderr, for a bug report."""
+    """The error to send to the run. An unexpected one also prints its traceback to stderr, for a bug report."""
     corpus = spec.corpus.corpus
     if isinstance(error, UserError):
         return error
@@ -25,14 +28,13 @@ def _error_to_send(error: BaseException, spec: ReaderSpec) -> Exception:
 
 
 def main() -> None:
-    """Read the job, then send chunks until nobody listens."""
+    """Read the job, then send chunks until the pipe is closed."""
     secure_output()
-    signal.signal(
-        signal.SIGTERM, signal.SIG_IGN
-    )  # whoever ends the parent ends this process, by closing the pipe
+    # The parent's end closes the pipe, which ends this process; a group's SIGTERM must not end it before.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     out = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    sys.stdout = sys.stderr  # a library that prints must not write into the stream
+    sys.stdout = sys.stderr  # output of libraries must not get into the stream of chunks
     job = pickle.load(sys.stdin.buffer)
     try:
         try:
@@ -41,7 +43,7 @@ def main() -> None:
                 out.flush()
         except BrokenPipeError:
             raise
-        except BaseException as error:  # a tokenizer that panics raises no Exception
+        except BaseException as error:  # a panic of a tokenizer (Rust) is no Exception
             pickle.dump(_error_to_send(error, job[0]), out)
             out.flush()
     except BrokenPipeError:

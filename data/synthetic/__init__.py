@@ -1,4 +1,4 @@
-"""Synthetic tasks as corpora: seeded examples with a small vocabulary, scored where the answer is due.
+"""Synthetic tasks as corpora: seeded examples with a small vocabulary, scored where the answer is expected.
 
 data.corpus synthetic/NAME, data.task {option: value} -> Task -> examples -> chunks
 """
