@@ -150,7 +150,8 @@ def join_documents(source: Source, join: str | None) -> Source:
             raise UserError(
                 (
                     "data.join",
-                    f"{join!r} would be a column of rows, but this corpus is made of files; join those by folder or package",
+                    f"{join!r} would be a column of rows, but this corpus is made of files; "
+                    "join those by folder or package",
                 )
             )
         return JoinedFiles(source, join)
@@ -158,7 +159,8 @@ def join_documents(source: Source, join: str | None) -> Source:
         raise UserError(
             (
                 "data.join",
-                f"{join} is for files of text, but this corpus has rows; join those by the name of a column, e.g. book_id",
+                f"{join} is for files of text, but this corpus has rows; "
+                "join those by the name of a column, e.g. book_id",
             )
         )
     return JoinedRows(source, join)

@@ -169,7 +169,8 @@ def check_unique(columns: list[str], text_field: str, group_field: str | None, p
             raise UserError(
                 (
                     key,
-                    f"{path} has {columns.count(column or '')} columns of the name {column!r}; give them different names",
+                    f"{path} has {columns.count(column or '')} columns of the name {column!r}; "
+                    "give them different names",
                 )
             )
 

@@ -82,7 +82,8 @@ def decode(data: bytes, name: str) -> str:
         raise UserError(
             (
                 "data.corpus",
-                f"{name} is not UTF-8 (byte {error.start}); convert it, or set data.skip_broken to leave such documents out",
+                f"{name} is not UTF-8 (byte {error.start}); "
+                "convert it, or set data.skip_broken to leave such documents out",
             )
         ) from None
 

@@ -217,7 +217,7 @@ class Encoder:
         return self.__dict__ | {"_backend": None}
 
     def __call__(self, text: str) -> np.ndarray:
-        """Encode a document, int32 [1 + tokens + 1]. Names of special tokens in the text are encoded as text."""
+        """Encode a document, int32 [1 + tokens + 1]; names of special tokens in the text are text."""
         return np.concatenate([[self.bos], self.encode(text), [self.eos]]).astype(np.int32)
 
     def encode(self, text: str) -> np.ndarray:

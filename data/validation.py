@@ -1,6 +1,7 @@
 """Held-out documents: each is read whole, every byte is scored, and the state is carried from chunk to chunk.
 
-    documents (up to a budget of tokens) -> distributed over lanes -> chunks, padded on the right, until all lanes end
+    documents (up to a budget of tokens) -> distributed over lanes
+      -> chunks, padded on the right, until all lanes have ended
 
 With order `windows` the set is the last part of the text, cut into consecutive crops without a carried state,
 as in the published set-up.

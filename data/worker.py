@@ -16,7 +16,10 @@ from .output import secure_output
 
 
 def _error_to_send(error: BaseException, spec: ReaderSpec) -> Exception:
-    """The error to send to the run. An unexpected one also prints its traceback to stderr, for a bug report."""
+    """The error to send to the run.
+
+    An unexpected one also prints its traceback to stderr, for a bug report.
+    """
     corpus = spec.corpus.corpus
     if isinstance(error, UserError):
         return error

@@ -1,7 +1,8 @@
-"""Formal languages: trained on short sequences, tested on longer ones (Deletang et al., arXiv 2207.02098; Beck et al., arXiv 2405.04517).
+"""Formal languages, trained on short sequences and tested on longer ones.
 
-Definitions differ between papers; each class says which it is. Strings are uniform, lengths too. The answer is read where the last
-symbol is seen, for Bucket Sort over the second half.
+Sources: Deletang et al., arXiv 2207.02098; Beck et al., arXiv 2405.04517. Definitions differ between papers;
+each class names its own. Strings and lengths are drawn uniformly. The answer is scored at the last symbol,
+for Bucket Sort over the second half.
 """
 
 from abc import abstractmethod
@@ -14,14 +15,14 @@ from .task import Example, Task, unscored
 
 @dataclass(frozen=True, kw_only=True)
 class FormalLanguage(Task):
-    """Sequences of min_length to max_length positions."""
+    """A formal language with sequences of min_length to max_length positions."""
 
     min_length: int = 1
-    """Shortest sequence in training."""
+    """Length of the shortest training sequence."""
     max_length: int = 40
-    """Longest sequence in training."""
+    """Length of the longest training sequence."""
     test_lengths: tuple[int, ...] = (40, 64, 96, 128, 160, 192, 224, 256)
-    """Lengths that validation scores one by one: as published, from the longest of training to 256."""
+    """Lengths that validation scores separately: as published, from the training maximum to 256."""
 
     @property
     def longest(self) -> int:
@@ -32,7 +33,7 @@ class FormalLanguage(Task):
 
     @property
     def num_symbols(self) -> int:
-        """Symbols that a string is drawn from: ids 0, 1, ..."""
+        """Number of symbols that strings are drawn from: ids 0, 1, ..."""
         return 2
 
     @property
@@ -57,7 +58,7 @@ class FormalLanguage(Task):
 
 @dataclass(frozen=True, kw_only=True)
 class OneAnswer(FormalLanguage):
-    """A uniform string, and one answer at its last symbol."""
+    """A language with uniform strings and one answer, scored at the last symbol."""
 
     def example(self, generator: np.random.Generator, length: int) -> Example:
         string = generator.integers(0, self.num_symbols, length)
@@ -67,12 +68,12 @@ class OneAnswer(FormalLanguage):
 
     @abstractmethod
     def answer(self, string: np.ndarray) -> int:
-        """The token that a string, int64 [length], asks for."""
+        """The id of the answer for a string, int64 [length]."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TwoHalves(FormalLanguage):
-    """A string, then as many positions again: even lengths."""
+    """A language whose sequences are a string and as many positions again, so lengths are even."""
 
     @property
     def shortest(self) -> int:
@@ -84,7 +85,10 @@ class TwoHalves(FormalLanguage):
 
 @dataclass(frozen=True, kw_only=True)
 class EvenPairs(OneAnswer):
-    """Even Pairs: 1 if the number of unequal neighbours in a binary string is even, that is, if its first symbol is its last; else 0."""
+    """Even Pairs: whether the number of unequal neighbours in a binary string is even.
+
+    This is so if the first symbol equals the last; the answer is 1 then, else 0.
+    """
 
     def answer(self, string: np.ndarray) -> int:
         return int(string[0] == string[-1])
@@ -92,7 +96,10 @@ class EvenPairs(OneAnswer):
 
 @dataclass(frozen=True, kw_only=True)
 class Parity(OneAnswer):
-    """Parity: the number of ones mod 2. Decays in (0, 1) cannot carry it to longer strings (Grazzi et al., arXiv 2411.12537)."""
+    """Parity: the number of ones mod 2.
+
+    Decays in (0, 1) do not generalize to longer strings (Grazzi et al., arXiv 2411.12537).
+    """
 
     def answer(self, string: np.ndarray) -> int:
         return int(string.sum() % 2)
@@ -100,10 +107,12 @@ class Parity(OneAnswer):
 
 @dataclass(frozen=True, kw_only=True)
 class CycleNavigation(OneAnswer):
-    """Cycle Navigation: from position 0, the moves 0, +1 and -1 on a ring; where do we end?"""
+    """Cycle Navigation: the final position after moves of 0, +1 and -1 on a ring, starting from position
+    0.
+    """
 
     ring_size: int = 5
-    """Positions of the ring."""
+    """Number of positions of the ring."""
 
     MOVES = np.array([0, 1, -1])
 
@@ -131,7 +140,10 @@ class CycleNavigation(OneAnswer):
 
 @dataclass(frozen=True, kw_only=True)
 class MissingDuplicate(TwoHalves):
-    """Missing Duplicate, Deletang et al.: a binary string twice, one symbol of the second or first copy blanked out: which? Even lengths."""
+    """Missing Duplicate, Deletang et al.: a binary string twice, with one symbol blanked out.
+
+    The answer is that symbol. Lengths are even.
+    """
 
     BLANK = 2
 
@@ -149,7 +161,10 @@ class MissingDuplicate(TwoHalves):
 
 @dataclass(frozen=True, kw_only=True)
 class MissingDuplicate9(FormalLanguage):
-    """Missing Duplicate, minRNN experiments: a string over 9 symbols, and again without its last one: which comes next? Odd lengths."""
+    """Missing Duplicate, minRNN experiments: a string over 9 symbols, repeated without its last symbol.
+
+    The answer is that symbol. Lengths are odd.
+    """
 
     @property
     def num_symbols(self) -> int:
@@ -168,7 +183,10 @@ class MissingDuplicate9(FormalLanguage):
 
 @dataclass(frozen=True, kw_only=True)
 class BucketSort(TwoHalves):
-    """Bucket Sort: a string, then as many markers, where it is to be said again in order. Even lengths."""
+    """Bucket Sort: a string, then as many markers, at which its symbols are to be output in sorted order.
+
+    Even lengths.
+    """
 
     @property
     def symbols(self) -> list[str]:
@@ -202,7 +220,7 @@ class BucketSort10(BucketSort):
 
 @dataclass(frozen=True, kw_only=True)
 class Majority(OneAnswer):
-    """Majority: the most frequent of 63 symbols, of equally frequent ones the largest."""
+    """Majority: the most frequent of 63 symbols; of equally frequent ones the largest."""
 
     @property
     def num_symbols(self) -> int:
@@ -215,7 +233,7 @@ class Majority(OneAnswer):
 
 @dataclass(frozen=True, kw_only=True)
 class MajorityCount(OneAnswer):
-    """Majority Count: how often the most frequent of 63 symbols occurs; token n also says the number n."""
+    """Majority Count: how often the most frequent of 63 symbols occurs. Token n stands for the number n."""
 
     @property
     def num_symbols(self) -> int:

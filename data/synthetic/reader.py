@@ -1,7 +1,7 @@
-"""Examples as chunks: one sequence to a lane, from its first column, padding behind it.
+"""Makes chunks of examples: one sequence per lane, from the first column, with padding after it.
 
-Every example is a function of a few numbers: in training of (seed, step, reader), in validation of (length, number). Nothing is carried from
-chunk to chunk, since each begins a document.
+Every example is a function of a few numbers: (seed, step, reader) in training, (length, number) in
+validation. Each chunk begins a document, so no state is carried.
 """
 
 from collections.abc import Iterator
@@ -13,25 +13,27 @@ import numpy as np
 from ..reader import Chunk, empty_chunk
 from .task import Task
 
-TRAIN, VALIDATION = 0, 1  # first words of the seeds: no example is drawn with the same one in both
-VALIDATION_SEED = 0  # one set for every run, whatever its seed
-IN_DISTRIBUTION = 0  # in place of a length: lengths as in training
+TRAIN, VALIDATION = 0, 1  # first number of each seed, so that training and validation never share one
+VALIDATION_SEED = 0  # the same set for every run, whatever its seed
+IN_DISTRIBUTION = 0  # stands for a length: lengths are drawn as in training
 
 
-def _put(chunk: Chunk, row: int, task: Task, generator: np.random.Generator, length: int, name: str) -> None:
+def _write_example(
+    chunk: Chunk, row: int, task: Task, generator: np.random.Generator, length: int, name: str
+) -> None:
     ids, labels = task.example(generator, length)
     chunk.input_ids[row, : len(ids)], chunk.shift_labels[row, : len(labels)] = ids, labels
     chunk.documents[row].append(name)
 
 
 class TaskReader:
-    """Training: fresh examples for each step.
+    """The training reader: new examples in each step.
 
     Args:
-        task: what to draw.
-        reader, lanes, chunk: shape of a chunk; `chunk` must hold the longest sequence.
+        task: draws the examples.
+        reader, lanes, chunk: shape of a chunk; `chunk` must hold the longest training sequence.
         seed: of the run.
-        state: where to go on, as a chunk carried it; None starts anew.
+        state: the state of a chunk after which to resume; None starts at the beginning.
     """
 
     def __init__(
@@ -42,18 +44,12 @@ class TaskReader:
         self.step = 0 if state is None else state["step"]
 
     def next_chunk(self) -> Chunk:
-        """Examples for the next step, [lanes, chunk]."""
+        """The examples of the next step, [lanes, chunk]."""
         generator = np.random.default_rng([TRAIN, self.step, self.reader, self.seed])
         chunk = empty_chunk(self.reader, self.lanes, self.chunk, self.task.pad)
         for row in range(self.lanes):
-            _put(
-                chunk,
-                row,
-                self.task,
-                generator,
-                self.task.draw_length(generator),
-                f"example {row} of step {self.step}",
-            )
+            length, name = self.task.draw_length(generator), f"example {row} of step {self.step}"
+            _write_example(chunk, row, self.task, generator, length, name)
         chunk.document_starts[:, 0] = True
         self.step += 1
         chunk.state = {"step": self.step}
@@ -62,34 +58,39 @@ class TaskReader:
 
 @dataclass(frozen=True)
 class TaskValidation:
-    """One reader's share of a fixed set: every num_readers-th of `validation_examples` with lengths as in training, and of each test length."""
+    """One reader's share of a fixed validation set.
+
+    The set has `validation_examples` sequences with lengths as in training, and as many of each test length.
+    The share is every num_readers-th of each.
+    """
 
     task: Task
     reader: int
     num_readers: int
     lanes: int
     multiple: int = 1
-    """Chunks are padded to a multiple of so many positions."""
+    """The length of chunks is padded to a multiple of this."""
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """What is scored apart: training's lengths (0), then each test length."""
+        """The lengths that are scored separately: 0 (as in training), then each test length."""
         return (IN_DISTRIBUTION, *self.task.test_lengths)
 
     @property
     def num_positions(self) -> int:
-        """How many positions are read."""
+        """Number of positions to read."""
         return self._share * sum(length or self.task.longest for length in self.lengths)
 
     @property
     def _share(self) -> int:
-        """Examples of each length."""
+        """Number of examples of each length."""
         return -(-self.task.validation_examples // self.num_readers)
 
     def chunks(self) -> Iterator[tuple[int, Chunk]]:
-        """(one of `lengths`, chunk [rows, time >= that length]). All readers give the same number, the last ones partly padding.
+        """Yield (one of `lengths`, chunk [rows, time >= that length]).
 
-        Longer sequences than training's come in fewer rows, so that a chunk never has more positions than one of training.
+        All readers yield the same number of chunks; the last ones may be partly padding. Sequences longer
+        than training's come in fewer rows, so no chunk has more positions than a training chunk.
         """
         for length in self.lengths:
             rows = max(1, self.lanes * self.task.longest // max(length, self.task.longest))
@@ -105,13 +106,7 @@ class TaskValidation:
         for row, number in enumerate(numbers):
             if number < self.task.validation_examples:
                 generator = np.random.default_rng([VALIDATION, length, number, VALIDATION_SEED])
-                _put(
-                    chunk,
-                    row,
-                    self.task,
-                    generator,
-                    length or self.task.draw_length(generator),
-                    f"example {number}",
-                )
+                drawn = length or self.task.draw_length(generator)
+                _write_example(chunk, row, self.task, generator, drawn, f"example {number}")
         chunk.document_starts[:, 0] = True
         return chunk

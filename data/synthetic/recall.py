@@ -1,4 +1,4 @@
-"""Recall: something is to be said again that was seen before."""
+"""Recall tasks: the answer is a token that was seen earlier in the sequence."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +11,10 @@ from .task import Example, Task, unscored
 
 @dataclass(frozen=True, kw_only=True)
 class FixedLength(Task):
-    """Training sequences are all equally long."""
+    """A task whose training sequences all have the same length."""
 
     length: int = 256
-    """Positions of a sequence in training."""
+    """Number of positions of a training sequence."""
 
     @property
     def longest(self) -> int:
@@ -34,14 +34,17 @@ class FixedLength(Task):
 
 @dataclass(frozen=True, kw_only=True)
 class SelectiveCopying(FixedLength):
-    """Selective Copying (Gu and Dao, arXiv 2312.00752): tokens at random places among blanks, said again at as many markers behind them."""
+    """Selective Copying (Gu and Dao, arXiv 2312.00752): tokens at random positions among blanks.
+
+    The tokens are to be repeated in order at the markers that follow.
+    """
 
     length: int = 4096
-    """Positions that hold tokens and blanks; `num_tokens` markers follow."""
+    """Number of positions that hold tokens and blanks; `num_tokens` markers follow."""
     num_tokens: int = 16
-    """Tokens to remember."""
+    """Number of tokens to remember."""
     vocab_size: int = 16
-    """Symbols: the blank, the marker, and those that are remembered."""
+    """Number of symbols: the blank, the marker, and those to remember."""
 
     @property
     def longest(self) -> int:
@@ -82,20 +85,21 @@ class SelectiveCopying(FixedLength):
 
 @dataclass(frozen=True, kw_only=True)
 class MultiQueryRecall(Task):
-    """MQAR (zoology; Arora et al., arXiv 2312.04927): pairs of key and value, then each key again among noise: there its value is asked for.
+    """MQAR (zoology; Arora et al., arXiv 2312.04927): key-value pairs, then each key again among noise.
 
-    The first half of the vocabulary are keys (but for 0), the second values. Queries stand at even places, at a distance d from the pairs
-    that is drawn with a probability in proportion to d ** (power - 1).
+    The answer at a repeated key is its value. Keys are the first half of the vocabulary without 0, values the
+    second half. Queries stand at even positions, at a distance d from the pairs with probability proportional
+    to d ** (power - 1).
     """
 
     sizes: tuple[tuple[int, int], ...] = ((64, 4), (128, 8), (256, 16), (512, 64))
-    """(positions, pairs) of the sequences; training draws one of them each time."""
+    """(positions, pairs) of the sequences; training draws one of these for each sequence."""
     vocab_size: int = 8192
-    """Keys and values together."""
+    """Number of keys and values together."""
     power: float = 0.01
-    """The smaller, the nearer are the queries; 1 spreads them evenly."""
+    """Smaller values put queries closer to the pairs; 1 spreads them evenly."""
     test_lengths: tuple[int, ...] = (64, 128, 256, 512)
-    """Positions of those sizes that validation scores one by one."""
+    """The lengths among `sizes` that validation scores separately."""
 
     @property
     def longest(self) -> int:
@@ -121,18 +125,19 @@ class MultiQueryRecall(Task):
         for length, pairs in self.sizes:
             if pairs < 1 or length < 4 * pairs:
                 errors["sizes"] = (
-                    f"{pairs} pairs and as many queries need at least 1 pair and {4 * max(pairs, 1)} positions, not {length}"
+                    f"{pairs} pairs and as many queries need at least 1 pair and "
+                    f"{4 * max(pairs, 1)} positions, not {length}"
                 )
             elif pairs > self.vocab_size // 2 - 1:
                 errors["vocab_size"] = (
-                    f"{self.vocab_size} has {max(self.vocab_size // 2 - 1, 0)} keys, too few for {pairs} pairs"
+                    f"{self.vocab_size} has {max(self.vocab_size // 2 - 1, 0)} keys, "
+                    f"too few for {pairs} pairs"
                 )
         if len(dict(self.sizes)) < len(self.sizes):
             errors["sizes"] = "must name each length once"
         if unknown := [length for length in self.test_lengths if length not in dict(self.sizes)]:
-            errors["test_lengths"] = (
-                f"{unknown[0]} is none of the lengths in sizes ({', '.join(str(length) for length, _ in self.sizes)})"
-            )
+            known = ", ".join(str(length) for length, _ in self.sizes)
+            errors["test_lengths"] = f"{unknown[0]} is none of the lengths in sizes ({known})"
         if not self.power > 0:
             errors["power"] = f"must be positive, not {self.power}"
         return errors
@@ -141,27 +146,29 @@ class MultiQueryRecall(Task):
         return self.sizes[generator.integers(len(self.sizes))][0]
 
     def example(self, generator: np.random.Generator, length: int) -> Example:
-        pairs, half = dict(self.sizes)[length], self.vocab_size // 2
-        keys = 1 + generator.choice(half - 1, pairs, replace=False)
-        values = half + generator.choice(self.vocab_size - half, pairs, replace=False)
+        num_pairs, half = dict(self.sizes)[length], self.vocab_size // 2
+        keys = 1 + generator.choice(half - 1, num_pairs, replace=False)
+        values = half + generator.choice(self.vocab_size - half, num_pairs, replace=False)
         ids, labels = generator.integers(0, self.vocab_size, length), unscored(length)
-        ids[0 : 2 * pairs : 2], ids[1 : 2 * pairs : 2] = keys, values
-        weights = np.arange(1, (length - 2 * pairs) // 2 + 1) ** (self.power - 1.0)
-        places = 2 * pairs + 2 * generator.choice(
-            len(weights), pairs, replace=False, p=weights / weights.sum()
-        )
-        ids[places], labels[places] = keys, values
+        ids[0 : 2 * num_pairs : 2], ids[1 : 2 * num_pairs : 2] = keys, values
+        weights = np.arange(1, (length - 2 * num_pairs) // 2 + 1) ** (self.power - 1.0)
+        chosen = generator.choice(len(weights), num_pairs, replace=False, p=weights / weights.sum())
+        queries = 2 * num_pairs + 2 * chosen
+        ids[queries], labels[queries] = keys, values
         return ids, labels
 
 
 @dataclass(frozen=True, kw_only=True)
 class InductionHeads(FixedLength):
-    """Induction heads (Gu and Dao): a marker somewhere in noise, and again as the last symbol: which symbol followed the first?"""
+    """Induction Heads (Gu and Dao): a marker within noise, and again as the last symbol.
+
+    The answer is the symbol that followed the first marker.
+    """
 
     vocab_size: int = 16
-    """Symbols, the marker included."""
+    """Number of symbols, including the marker."""
     test_lengths: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048, 4096)
-    """Lengths that validation scores one by one; published up to 2^20."""
+    """Lengths that validation scores separately; published up to 2^20."""
 
     @property
     def shortest(self) -> int:
@@ -185,27 +192,34 @@ class InductionHeads(FixedLength):
 
     def example(self, generator: np.random.Generator, length: int) -> Example:
         ids, labels = generator.integers(0, self.num_answers, length), unscored(length)
-        place = generator.integers(length - 2)
-        labels[-1] = ids[place + 1]
-        ids[place] = ids[-1] = self.num_answers
+        position = generator.integers(length - 2)
+        labels[-1] = ids[position + 1]
+        ids[position] = ids[-1] = self.num_answers
         return ids, labels
 
 
-HAYSTACK = b"The river runs past the mill. Birds sit in the old trees. A cart goes up the hill, and in the evening it comes back. "
+HAYSTACK = (
+    b"The river runs past the mill. Birds sit in the old trees. A cart goes up the hill, "
+    b"and in the evening it comes back. "
+)
 NEEDLE = b"The pass key is %s. Remember it. "
 QUESTION = b"What is the pass key? The pass key is "
 
 
 @dataclass(frozen=True, kw_only=True)
 class Needle(FixedLength):
-    """Needle in a haystack (pass-key retrieval, after Mohtashami and Jaggi, arXiv 2305.16300) on bytes: digits hidden in filler text."""
+    """Needle in a haystack (pass-key retrieval, after Mohtashami and Jaggi, arXiv 2305.16300): digits in
+    filler text.
+
+    Texts are bytes.
+    """
 
     length: int = 1024
-    """Bytes of a text in training."""
+    """Number of bytes of a training text."""
     num_digits: int = 5
-    """Digits of the key."""
+    """Number of digits of the key."""
     test_lengths: tuple[int, ...] = (256, 512, 1024, 2048, 4096)
-    """Lengths that validation scores one by one."""
+    """Lengths that validation scores separately."""
 
     @property
     def shortest(self) -> int:

@@ -1,4 +1,4 @@
-"""From `data.corpus: synthetic/NAME` and `data.task` to a task."""
+"""Builds a task from `data.corpus: synthetic/NAME` and the options in `data.task`."""
 
 import difflib
 from collections.abc import Mapping
@@ -38,7 +38,7 @@ TASKS: dict[str, type[Task]] = {
 
 
 def is_synthetic(corpus: str) -> bool:
-    """Whether a corpus is a task."""
+    """Whether a corpus name is that of a synthetic task."""
     return corpus.startswith(PREFIX)
 
 
@@ -48,12 +48,9 @@ def _near(name: str, known: list[str]) -> str:
 
 
 def _checked(task: type[Task], options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The options in their types, and what is wrong with them."""
-    from pydantic import (
-        ConfigDict,
-        TypeAdapter,
-        ValidationError,
-    )  # the processes that read ahead have no use for it
+    """The options converted to their types, and the errors in them."""
+    # imported here, since data workers do not need it
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
 
     types: dict[str, Any] = get_type_hints(task)
     values, errors = {}, []
@@ -61,10 +58,9 @@ def _checked(task: type[Task], options: Mapping[str, Any]) -> tuple[dict[str, An
         if name not in types:
             errors.append(f"unknown option {name} ({_near(name, list(types))})")
             continue
+        adapter = TypeAdapter(types[name], config=ConfigDict(allow_inf_nan=False))
         try:
-            values[name] = TypeAdapter(types[name], config=ConfigDict(allow_inf_nan=False)).validate_python(
-                value
-            )
+            values[name] = adapter.validate_python(value)
         except ValidationError as error:
             first = error.errors()[0]
             errors.append(f"{name}: {first['msg'][0].lower()}{first['msg'][1:]}, not {first['input']!r}")
@@ -72,10 +68,11 @@ def _checked(task: type[Task], options: Mapping[str, Any]) -> tuple[dict[str, An
 
 
 def build_task(corpus: str, options: Mapping[str, Any] | None = None) -> Task:
-    """The task of `synthetic/NAME`.
+    """Build the task of `synthetic/NAME`.
 
     Raises:
-        UserError: no such task, options that it does not have, or values that do not fit: all of them, under data.corpus and data.task.
+        UserError: the task does not exist (data.corpus), or options are unknown or invalid (data.task; all of
+            them in one message).
     """
     name = corpus.removeprefix(PREFIX)
     if not is_synthetic(corpus) or name not in TASKS:
@@ -91,13 +88,14 @@ def build_task(corpus: str, options: Mapping[str, Any] | None = None) -> Task:
 def tokenizer_of(
     corpus: str, tokenizer: str, options: Mapping[str, Any] | None = None, trust_remote_code: bool = False
 ) -> Any:
-    """A run's tokenizer: a task's own vocabulary, or that which `data.tokenizer` names.
+    """A run's tokenizer: the task's own for a synthetic corpus, otherwise the one that `data.tokenizer`
+    names.
 
     Args:
         trust_remote_code: as in `load_tokenizer`.
 
     Raises:
-        UserError: there is none of that name.
+        UserError: the task or the tokenizer does not exist.
     """
     from ..tokenizer import load_tokenizer
 

@@ -1,4 +1,6 @@
-"""What a synthetic task is: options, a small vocabulary, and one example after another from a random generator."""
+"""The base class of synthetic tasks: options, a small vocabulary, and examples drawn from a random
+generator.
+"""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -11,52 +13,55 @@ from ..reader import IGNORED
 SPECIAL_TOKENS = ("<bos>", "<eos>", "<pad>", "<unk>")
 
 Example = tuple[np.ndarray, np.ndarray]
-"""input_ids and shift_labels, int64 [length] each; shift_labels are -100 where nothing is scored."""
+"""input_ids and shift_labels, int64 [length] each; shift_labels is -100 where nothing is scored."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task(ABC):
-    """A task; its fields are the options that `data.task` may set. Lengths count all positions of a sequence, those of the answer included."""
+    """A task. Its fields are the options of `data.task`.
+
+    Lengths count all positions of a sequence, the answer included.
+    """
 
     test_lengths: tuple[int, ...] = ()
-    """Lengths that validation scores one by one, seen in training or not."""
+    """Lengths that validation scores separately; they need not occur in training."""
     validation_examples: int = 512
-    """Sequences of a validation: so many drawn as in training, and so many of each test length."""
+    """Number of validation sequences with lengths as in training, and of each test length."""
 
     @property
     @abstractmethod
     def longest(self) -> int:
-        """Positions of the longest sequence in training."""
+        """Number of positions of the longest training sequence."""
 
     @property
     def shortest(self) -> int:
-        """Positions of the shortest sequence that there is."""
+        """Number of positions of the shortest possible sequence."""
         return 1
 
     @property
     @abstractmethod
     def symbols(self) -> list[str]:
-        """Names of the tokens, by id."""
+        """The names of the tokens, indexed by id."""
 
     @property
     @abstractmethod
     def num_answers(self) -> int:
-        """Among how many tokens an answer is."""
+        """Number of tokens that can be an answer."""
 
     @abstractmethod
     def draw_length(self, generator: np.random.Generator) -> int:
-        """A length as training has them."""
+        """Draw the length of a training sequence."""
 
     def fit(self, length: int) -> int:
-        """The greatest length up to this one that a sequence can have."""
+        """The largest possible length up to this one."""
         return length
 
     @abstractmethod
     def example(self, generator: np.random.Generator, length: int) -> Example:
-        """A sequence of `fit(length)` positions."""
+        """Draw a sequence of `fit(length)` positions."""
 
     def errors(self) -> dict[str, str]:
-        """What is wrong with the options, by name; those of a subclass's own come on top."""
+        """Error messages by option. Subclasses add those of their own options."""
         errors = {}
         if self.validation_examples < 1:
             errors["validation_examples"] = f"must be at least 1, not {self.validation_examples}"
@@ -68,20 +73,23 @@ class Task(ABC):
 
     @property
     def chance(self) -> float:
-        """Accuracy of a guess among all answers."""
+        """The accuracy of guessing among all answers."""
         return 1.0 / self.num_answers
 
     def scaled(self, accuracy: float) -> float:
-        """The accuracy on a scale where a guess has 0 and the truth 1."""
+        """The accuracy rescaled so that guessing gives 0 and perfect answers give 1."""
         return (accuracy - self.chance) / (1.0 - self.chance)
 
     @property
     def pad(self) -> int:
-        """Id of the token behind a sequence's end."""
+        """The id of the padding token."""
         return len(self.symbols) + SPECIAL_TOKENS.index("<pad>")
 
     def tokenizer(self) -> Any:
-        """A `PreTrainedTokenizerFast` whose words are the symbols, split at blanks; exports carry it."""
+        """A `PreTrainedTokenizerFast` whose words are the symbols, separated by spaces.
+
+        Exports include it.
+        """
         from tokenizers import Tokenizer, models, pre_tokenizers
         from transformers import PreTrainedTokenizerFast
 
@@ -101,5 +109,5 @@ class Task(ABC):
 
 
 def unscored(length: int) -> np.ndarray:
-    """Labels that score nothing, int64 [length]."""
+    """Labels of which none is scored, int64 [length]."""
     return np.full(length, IGNORED, np.int64)
