@@ -48,7 +48,6 @@ export CHECK_PYTHON
 	$(if $(TORCH_INDEX),$(PIP) --index-url $(TORCH_INDEX) --no-deps torch)
 	$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch setuptools
 	$(PIP) --no-build-isolation --editable .
-	mkdir -p .venv/package && ln -sfn ../.. .venv/package/minrnn
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -c 'import alembic, datasets, matplotlib.pyplot, mlflow, sqlalchemy, minrnn.pipeline.loop'
 	$(if $(TORCH_INDEX),echo '$(TORCH_INDEX)' > .venv/.torch-index)
 	rm $(UNFINISHED)

@@ -1,7 +1,6 @@
 """Text in, chunks of tokens out, at a position that can be saved and found again."""
 
 from .corpus import CorpusSpec, DocumentStream, open_source
-from .errors import UserError
 from .fingerprint import check_corpus, corpus_fingerprint
 from .loader import ChunkLoader, ReaderSpec
 from .prompts import TextStream, prompt_batch, prompt_tokens, read_prompt
@@ -23,7 +22,6 @@ __all__ = [
     "Task",
     "TaskValidation",
     "TextStream",
-    "UserError",
     "ValidationSet",
     "WindowReader",
     "build_task",

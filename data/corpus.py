@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .errors import UserError
+from ..common.errors import UserError
 from .files import COMPRESSED, ROWS, Kind, file_kind, not_text
 from .joined import join_documents
 from .rows import Csv, JsonLines, Parquet

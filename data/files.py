@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import Literal, cast
 
-from .errors import UserError
+from ..common.errors import UserError
 
 Kind = Literal["text", "jsonl", "csv", "parquet", "binary"]
 

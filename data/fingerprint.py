@@ -11,8 +11,8 @@ import platform
 from pathlib import Path, PurePath
 from typing import Any
 
+from ..common.errors import UserError
 from .corpus import PYTHON_STDLIB, CorpusSpec, local_files
-from .errors import UserError
 from .files import errors_name, file_kind
 
 MAX_HASHED_FILES = 256

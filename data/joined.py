@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+from ..common.errors import UserError
 from .sources import Place, Record, Source, TextFiles
 
 # how files are joined; any other value of data.join is a column of rows

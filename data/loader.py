@@ -19,8 +19,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from ..common.errors import UserError
 from .corpus import CorpusSpec
-from .errors import UserError
 from .reader import Chunk, DocumentReader, WindowReader, joined_tokens
 from .synthetic import Task, TaskReader
 from .tokenizer import Encoder

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+from ..common.errors import UserError
 from .sources import utf8
 
 STANDARD_INPUT = "-"

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from ..common.errors import UserError
 from .corpus import CorpusSpec, DocumentStream, Split, Window, WindowAddress
-from .errors import UserError
 from .files import errors_name
 from .sources import Record
 from .tokenizer import Encoder

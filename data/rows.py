@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+from ..common.errors import UserError
 from .files import (
     HEAD_BYTES,
     check_json_lines,

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from .errors import UserError
+from ..common.errors import UserError
 from .files import HEAD_BYTES, errors_name, is_damage, not_text, one_line, open_decompressed, what_is_it
 
 

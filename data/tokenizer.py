@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import UserError
+from ..common.errors import UserError
 
 BYTES = "bytes"
 SPECIAL_TOKENS = ("<bos>", "<eos>", "<pad>")

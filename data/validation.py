@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..common.errors import UserError
 from .corpus import CorpusSpec, DocumentStream, Split
-from .errors import UserError
 from .reader import Chunk, Lane, empty_chunk, encode_document
 from .tokenizer import Encoder, num_bytes
 

@@ -9,10 +9,10 @@ import signal
 import sys
 import traceback
 
-from .errors import UserError
+from ..common.errors import UserError
+from ..common.output import secure_output
 from .files import one_line
 from .loader import DirectChunks, ReaderSpec
-from .output import secure_output
 
 
 def _error_to_send(error: BaseException, spec: ReaderSpec) -> Exception:

@@ -26,10 +26,9 @@ from typing import Any
 
 import torch
 
-from ..data.errors import UserError
-from ..data.output import conventional_exit, warn
-from ..pipeline.options import user_path
-from ..pipeline.storage import replace
+from ..common.errors import UserError
+from ..common.files import replace, user_path
+from ..common.output import conventional_exit, warn
 from .bench.agreement import run_checks
 from .bench.command import run_bench
 from .bench.measure import release_memory

@@ -30,10 +30,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.output import conventional_exit
+from ..common.files import user_path
+from ..common.output import conventional_exit
 from ..models import cell_scan_triton, scan_triton
 from ..models.tiles_triton import Launch
-from ..pipeline.options import user_path
 from .bench.record import command_line, commit, versions
 
 try:

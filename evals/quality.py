@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..data.output import conventional_exit
+from ..common.output import conventional_exit
 from .report.compare import METRICS
 from .report.published import published
 from .report.runs import Entry, Results

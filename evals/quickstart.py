@@ -14,11 +14,11 @@ import torch
 import yaml
 from accelerate import Accelerator
 
+from ..common.files import user_path
+from ..common.output import conventional_exit
 from ..data import Encoder, load_tokenizer
-from ..data.output import conventional_exit
 from ..models import MinRNNForCausalLM
 from ..pipeline.evaluation import validate, validation_sets
-from ..pipeline.options import user_path
 from ..pipeline.recipe import build_recipe
 from ..pipeline.run import corpus_of
 from .bench.record import commit, machine, versions

@@ -5,8 +5,9 @@ import difflib
 import importlib
 import sys
 
-from ..data.output import conventional_exit
-from ..pipeline.options import add_trust, user_path
+from ..common.files import user_path
+from ..common.output import conventional_exit
+from ..pipeline.options import add_trust
 
 USAGE = """usage: minrnn COMMAND ...
 
@@ -92,8 +93,7 @@ def _dispatch(argv: list[str]) -> None:
 
         train(rest)
         return
-    from ..data.errors import UserError
-    from ..pipeline.errors import StorageError
+    from ..common.errors import StorageError, UserError
 
     try:
         if command == "export":

@@ -5,10 +5,11 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from ..data.errors import UserError
+from ..common.errors import UserError
+from ..common.files import user_path
 from ..data.prompts import TextStream, prompt_tokens, read_prompt
 from ..data.sources import is_text
-from ..pipeline.options import add_device, add_dtype, add_trust, user_path
+from ..pipeline.options import add_device, add_dtype, add_trust
 
 
 def _parser() -> argparse.ArgumentParser:

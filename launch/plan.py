@@ -21,7 +21,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..data.errors import UserError
+from ..common.errors import UserError
 from ..pipeline.config import Recipe
 
 ENGINES = ("DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3", "ZeRO-3 + offload")

@@ -28,8 +28,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ..common.files import read, sha256_of, sync
 from ..models import MinRNNCache
-from .storage import read, sha256_of, sync
 
 MANIFEST = "manifest.json"
 FORMAT = 2  # of the manifest: since 2 it has a checksum of its own

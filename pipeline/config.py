@@ -15,7 +15,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator
 from pydantic_core import PydanticCustomError
 
-from ..data import Task, UserError, build_task, is_synthetic
+from ..common.errors import UserError
+from ..data import Task, build_task, is_synthetic
 from ..models import MinRNNConfig
 from ..models.configuration_minrnn import PRESETS
 

@@ -9,13 +9,13 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from ..common.errors import UserError
 from ..data import (
     IGNORED,
     Chunk,
     CorpusSpec,
     Encoder,
     TaskValidation,
-    UserError,
     ValidationSet,
     document_validation,
     joined_tokens,

@@ -8,8 +8,9 @@ import yaml
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from ..data import TextStream, UserError, prompt_batch, tokenizer_of
-from ..data.output import warn
+from ..common.errors import UserError
+from ..common.output import warn
+from ..data import TextStream, prompt_batch, tokenizer_of
 from ..models import MinRNNConfig, MinRNNForCausalLM
 from . import card
 from .checkpoint import checkpoint_name, load_parameters, newest_valid, read_manifest

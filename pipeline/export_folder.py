@@ -20,10 +20,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from ..data import UserError
+from ..common.errors import UserError
+from ..common.files import make_folder, replace, sha256_of, sync
 from .card import NAME as CARD
 from .card import is_card
-from .storage import make_folder, replace, sha256_of, sync
 
 LIST, STAGED = ".minrnn-export.json", ".minrnn-export.new"
 CONFIG, WEIGHTS, POINTER = "config.json", "model.safetensors", "transformers_weights"

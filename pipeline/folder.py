@@ -8,18 +8,17 @@ from typing import IO, Any
 import yaml
 from accelerate import Accelerator
 
-from ..data import UserError
-from ..data.output import warn
+from ..common.errors import StorageError, UserError
+from ..common.files import make_folder, read, replace
+from ..common.locks import lock
+from ..common.output import warn
 from .checkpoint import newest_valid, steps_in
 from .config import Recipe
-from .errors import StorageError
 from .export_folder import check_export
 from .folder_checks import folder_errors
-from .locks import lock
 from .metrics import MetricsFile, cut_metrics
 from .processes import run_on_main
 from .recipe import check_unchanged, resolved
-from .storage import make_folder, read, replace
 
 
 @dataclass

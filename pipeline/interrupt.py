@@ -5,7 +5,7 @@ import signal
 import sys
 from types import FrameType
 
-from ..data.output import write_at_once
+from ..common.output import write_at_once
 
 # A closed terminal sends SIGHUP, batch systems SIGTERM or SIGUSR1. Windows has neither SIGHUP nor SIGUSR1.
 SIGNALS = [

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ..data.errors import UserError
+from ..common.errors import UserError
 from .config import Recipe
 from .launcher_engines import deepspeed_key_errors, engine_errors
 from .machine import DTYPES, device_name, supports

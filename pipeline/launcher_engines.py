@@ -10,7 +10,7 @@ from typing import Any
 
 from accelerate.utils import DistributedType, is_torch_xla_available
 
-from ..data.errors import UserError
+from ..common.errors import UserError
 
 Problem = tuple[str, str]
 ENGINES = "one process, DDP on CPUs or CUDA/ROCm GPUs, and DeepSpeed ZeRO 0 to 3"

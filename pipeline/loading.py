@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
-from ..data.errors import UserError
-from ..data.output import warn
+from ..common.errors import UserError
+from ..common.output import warn
 from ..data.tokenizer import wants_trust
 from ..models import MinRNNConfig, MinRNNForCausalLM
 from .machine import CHOICES, DTYPES, choose_precision, device_name, measure_rates, resolve_device, supports

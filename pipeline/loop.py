@@ -19,12 +19,12 @@ from typing import Any
 import torch
 import transformers
 
-from ..data import Chunk, UserError, fingerprint, is_synthetic
-from ..data.output import warn
+from ..common.errors import NonFiniteError, StorageError, UserError
+from ..common.output import warn
+from ..data import Chunk, fingerprint, is_synthetic
 from ..models import MinRNNForCausalLM
 from . import checkpoint, processes
 from .config import Recipe
-from .errors import NonFiniteError, StorageError
 from .evaluation import validate, validation_summary
 from .export import export_model, kept_card, load_checkpoint, sample
 from .folder import open_folder

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..data.errors import UserError
+from ..common.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 CHOICES = ("fp32", "bf16")  # that `auto` takes one of

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .storage import sync
+from ..common.files import sync
 
 _BLOCK = 1 << 16  # bytes read at a time, from the end
 

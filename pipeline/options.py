@@ -1,15 +1,8 @@
 """Options that several commands share, so that each means the same everywhere."""
 
 import argparse
-import os
-from pathlib import Path
 
 DTYPES = ("auto", "fp32", "bf16", "fp64")
-
-
-def user_path(text: str) -> Path:
-    """A path as a user writes it: `~` is the home folder, also where no shell has replaced it (`--out=~/results`)."""
-    return Path(os.path.expanduser(text))
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

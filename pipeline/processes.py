@@ -20,9 +20,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d as c10d
 
-from ..data import Chunk, UserError
+from ..common.errors import StorageError, UserError
+from ..data import Chunk
 from ..models.context_parallel import ContextGroup
-from .errors import StorageError
 from .machine import num_cores, resolve_device, share_of_threads
 
 T = TypeVar("T")

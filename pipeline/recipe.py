@@ -12,9 +12,9 @@ from typing import Any, Literal, Union, get_args, get_origin
 import yaml
 from pydantic import ValidationError
 
-from ..data.errors import UserError
+from ..common.errors import UserError
+from ..common.files import user_path
 from .config import SECTIONS, Recipe, docstring_of
-from .options import user_path
 from .public import config_without_credentials
 
 # What may change when a run goes on: where it lives, how long it is, how it reports. Everything else decides the losses; parallel.context does
@@ -64,7 +64,7 @@ NULL = ("null", "none")  # on the command line, of settings that may be None
 
 def shipped_recipes() -> dict[str, Path]:
     """Recipes that come with the package, by name."""
-    folder = Path(str(resources.files("minrnn.launch.recipes")))
+    folder = Path(str(resources.files("minrnn") / "launch" / "recipes"))
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 

@@ -17,13 +17,14 @@ from torch import nn
 from tqdm import tqdm
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from ..common.errors import UserError
+from ..common.output import warn
 from ..data import (
     ChunkLoader,
     CorpusSpec,
     Encoder,
     ReaderSpec,
     TaskValidation,
-    UserError,
     ValidationSet,
     check_corpus,
     corpus_fingerprint,
@@ -31,7 +32,6 @@ from ..data import (
     model_vocab_size,
     tokenizer_of,
 )
-from ..data.output import warn
 from ..models import MinRNNConfig, MinRNNForCausalLM
 from ..models.context_parallel import use_context_parallel
 from ..models.recompute import checkpointing_options

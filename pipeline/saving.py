@@ -22,11 +22,11 @@ import yaml
 from accelerate import Accelerator
 from safetensors.torch import save_file
 
+from ..common.files import NO_SPACE, make_folder, system_error
 from . import checkpoint
 from .checkpoint import ReaderState, checkpoint_name
 from .engine import Engine
 from .processes import ProcessLayout
-from .storage import NO_SPACE, make_folder, system_error
 
 Files = dict[str, Callable[[Path], object]]
 """What this process writes: by name, a function that does it."""

@@ -25,11 +25,11 @@ from typing import Any
 
 import yaml
 
+from ..common.files import replace
+from ..common.locks import lock
 from .config import Recipe
-from .locks import lock
 from .public import public_config, text_without_credentials, without_credentials
 from .recipe import flatten, resolved
-from .storage import replace
 
 NOTE = "mlflow.json"
 ARTIFACTS = ("loss.png", "accuracy_by_length.png", "samples.txt")

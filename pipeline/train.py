@@ -3,7 +3,7 @@
 import os
 import sys
 
-from ..data.output import conventional_exit, secure_output
+from ..common.output import conventional_exit, secure_output
 from .restarts import leave_if_final, note_error
 
 
@@ -11,8 +11,7 @@ def main(argv: list[str] | None = None) -> None:
     """Read the recipe, train. A user's mistakes end it with status 2 and a line for each."""
     secure_output()  # before a library can open a file on a descriptor that is closed
     leave_if_final()
-    from ..data.errors import UserError
-    from .errors import NonFiniteError, StorageError
+    from ..common.errors import NonFiniteError, StorageError, UserError
     from .recipe import help_text, read_recipe
 
     argv = sys.argv[1:] if argv is None else argv

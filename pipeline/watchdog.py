@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from torch.distributed import distributed_c10d as c10d
 
-from ..data.output import write_at_once
+from ..common.output import write_at_once
 from .processes import launcher_holds_store
 
 EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h

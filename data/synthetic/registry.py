@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any, get_type_hints
 
-from ..errors import UserError
+from ...common.errors import UserError
 from .formal import (
     BucketSort5,
     BucketSort10,

@@ -11,8 +11,9 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...data.errors import UserError
-from ...pipeline.options import add_device, user_path
+from ...common.errors import UserError
+from ...common.files import user_path
+from ...pipeline.options import add_device
 
 KINDS = {
     "scan": "the recurrence alone, and whole layers",

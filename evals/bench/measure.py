@@ -21,7 +21,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from ...data.output import warn
+from ...common.output import warn
 from ...pipeline.machine import CHOICES, choose_precision, device_name, measure_rates
 from ...pipeline.machine import DTYPES as ALL_DTYPES
 

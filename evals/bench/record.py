@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
+from ...common.files import replace
 from ...pipeline.machine import num_cores
 from ...pipeline.public import public_config, public_value
-from ...pipeline.storage import replace
 
 UNITS = (
     *(

@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from ...data.output import conventional_exit
+from ...common.output import conventional_exit
 from .measure import Timing, Turn, Unavailable, reason_of, round_robin
 
 PROTOCOL_STREAM = (

@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from ...data.errors import UserError
-from ...data.output import warn
-from ...pipeline.options import add_device, add_dtype, add_trust, user_path
+from ...common.errors import UserError
+from ...common.files import replace, user_path
+from ...common.output import warn
+from ...pipeline.options import add_device, add_dtype, add_trust
 from ...pipeline.processes import run_on_all_ranks
 from ...pipeline.public import public_config, public_value
-from ...pipeline.storage import replace
 from ...pipeline.tracking import error_line, open_client, read_note, sqlite_file, uri_of
 from ..output import default_out, out_errors, run_of
 

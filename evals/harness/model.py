@@ -33,8 +33,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from ...data.errors import UserError
-from ...data.output import conventional_exit
+from ...common.errors import UserError
+from ...common.output import conventional_exit
 from ...data.prompts import prompt_tokens
 from ...models import MinRNNForCausalLM
 from ...models.decoding import TokenStep

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ...data.errors import UserError
+from ...common.errors import UserError
+from ...common.files import replace
 from ...models import MinRNNForCausalLM
 from ...pipeline.pictures import save_figure
-from ...pipeline.storage import replace
 from ..bench.measure import current_memory, peak_memory, release_memory, reset_peak_memory, synchronize
 from ..bench.record import si, table
 from ..output import default_out

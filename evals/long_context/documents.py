@@ -12,15 +12,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...common.errors import UserError
+from ...common.files import user_path
+from ...common.output import warn
 from ...data import BYTES, CorpusSpec, Encoder, byte_tokenizer, fingerprint, open_source
 from ...data.corpus import PYTHON_STDLIB
-from ...data.errors import UserError
 from ...data.joined import PACKAGE, join_documents
-from ...data.output import warn
 from ...data.sources import Place, Record, Source, TextFiles
 from ...models import MinRNNConfig, MinRNNForCausalLM
 from ...pipeline.loading import load
-from ...pipeline.options import add_device, add_dtype, add_trust, user_path
+from ...pipeline.options import add_device, add_dtype, add_trust
 from ...pipeline.public import public_value
 from ..bench.record import command_line, commit, machine, versions
 from ..output import out_errors

@@ -15,10 +15,10 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from ...data.errors import UserError
-from ...data.output import conventional_exit
+from ...common.errors import UserError
+from ...common.files import replace
+from ...common.output import conventional_exit
 from ...data.tokenizer import num_bytes
-from ...pipeline.storage import replace
 from ..bench.record import table
 from ..output import default_out
 from . import documents

@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-from ...data.errors import UserError
-from ...data.output import warn
-from ...pipeline.options import user_path
-from ...pipeline.storage import replace
+from ...common.errors import UserError
+from ...common.files import replace, user_path
+from ...common.output import warn
 from .. import speed
 from . import lm_eval, others, pictures, quality
 from .compare import METRICS, pool

@@ -21,13 +21,12 @@ import yaml
 from pydantic import BaseModel, Field
 from safetensors import SafetensorError, safe_open
 
-from ...data.errors import UserError
-from ...data.output import conventional_exit, warn
+from ...common.errors import UserError
+from ...common.files import replace, user_path
+from ...common.output import conventional_exit, warn
 from ...pipeline.config import SECTIONS
 from ...pipeline.metrics import read_metrics
-from ...pipeline.options import user_path
 from ...pipeline.public import public_config
-from ...pipeline.storage import replace
 from ..bench.record import commit, machine, versions
 from .published import published
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from ...data.errors import UserError
+from ...common.errors import UserError
 from .published import published
 from .runs import Entry, Results, is_run, read_run
 

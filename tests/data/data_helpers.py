@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import zstandard
+
 from minrnn.data import IGNORED, Chunk, CorpusSpec, DocumentStream, Encoder, open_source
 from minrnn.data.corpus import Split, WindowAddress
 from minrnn.data.rows import Csv, JsonLines, Parquet

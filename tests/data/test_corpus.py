@@ -9,7 +9,9 @@ import pytest
 from data_helpers import KINDS, open_any, some_texts, texts_of, write_corpus
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from minrnn.data import CorpusSpec, DocumentStream, UserError
+
+from minrnn.common.errors import UserError
+from minrnn.data import CorpusSpec, DocumentStream
 from minrnn.data.corpus import (
     PYTHON_STDLIB,
     STDLIB_EXCLUDED,

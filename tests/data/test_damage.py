@@ -14,7 +14,9 @@ import pyarrow.parquet
 import pytest
 import zstandard
 from data_helpers import ENCODER, json_line, make_source, some_texts, write_corpus
-from minrnn.data import ChunkLoader, CorpusSpec, DocumentReader, Encoder, ReaderSpec, UserError, open_source
+
+from minrnn.common.errors import UserError
+from minrnn.data import ChunkLoader, CorpusSpec, DocumentReader, Encoder, ReaderSpec, open_source
 from minrnn.data.files import errors_name
 from minrnn.data.sources import Place, Record, Source
 

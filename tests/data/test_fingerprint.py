@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 from data_helpers import some_texts, write_corpus
-from minrnn.data import CorpusSpec, UserError, check_corpus, corpus_fingerprint
+
+from minrnn.common.errors import UserError
+from minrnn.data import CorpusSpec, check_corpus, corpus_fingerprint
 from minrnn.data.corpus import PYTHON_STDLIB
 
 TEXTS = [f"document {i} {text}" for i, text in enumerate(some_texts(40))]

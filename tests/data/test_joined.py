@@ -13,7 +13,9 @@ import pytest
 from data_helpers import ENCODER, as_array, assert_same_chunk, read_back, some_texts
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from minrnn.data import CorpusSpec, DocumentReader, DocumentStream, UserError, open_source
+
+from minrnn.common.errors import UserError
+from minrnn.data import CorpusSpec, DocumentReader, DocumentStream, open_source
 from minrnn.data.corpus import PYTHON_STDLIB, STDLIB_HELD_OUT, Split, is_held_out
 from minrnn.data.joined import JoinedRows, join_documents, joined_text
 from minrnn.data.sources import HubDataset, Place, Record, Source

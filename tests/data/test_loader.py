@@ -19,7 +19,9 @@ import numpy as np
 import psutil
 import pytest
 from data_helpers import ENCODER, assert_same_chunk, json_line, some_texts, write_corpus
-from minrnn.data import Chunk, ChunkLoader, CorpusSpec, ReaderSpec, UserError
+
+from minrnn.common.errors import UserError
+from minrnn.data import Chunk, ChunkLoader, CorpusSpec, ReaderSpec
 
 LIMIT = 300  # seconds: only what hangs takes so long, on a busy machine too
 

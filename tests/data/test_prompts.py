@@ -7,19 +7,20 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers_of_each_kind import KINDS, saved
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from minrnn.common.errors import UserError
 from minrnn.data import (
     Encoder,
     TextStream,
-    UserError,
     load_tokenizer,
     prompt_batch,
     prompt_tokens,
     read_prompt,
 )
 from minrnn.data.prompts import BROKEN
-from tokenizers import Tokenizer, models, pre_tokenizers
-from tokenizers_of_each_kind import KINDS, saved
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 NAMES = ["<s>", "</s>", "<pad>", "<|endoftext|>", "[CLS]", "[SEP]", "<|x:1|>", "<e nd>", "$A", "<extra_id_0>"]
 TEXTS = st.text() | st.lists(

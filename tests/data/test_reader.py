@@ -27,12 +27,13 @@ from data_helpers import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from minrnn.common.errors import UserError
 from minrnn.data import (
     Chunk,
     CorpusSpec,
     DocumentReader,
     DocumentStream,
-    UserError,
     WindowReader,
     joined_tokens,
 )

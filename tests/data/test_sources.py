@@ -26,7 +26,9 @@ from data_helpers import (
     texts_of,
     write_corpus,
 )
-from minrnn.data import CorpusSpec, DocumentReader, DocumentStream, UserError, open_source
+
+from minrnn.common.errors import UserError
+from minrnn.data import CorpusSpec, DocumentReader, DocumentStream, open_source
 from minrnn.data.corpus import Window, WindowAddress
 from minrnn.data.rows import JsonLines
 from minrnn.data.sources import Place, Record, Source, TextFiles

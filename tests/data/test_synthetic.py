@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from minrnn.data import IGNORED, UserError
+
+from minrnn.common.errors import UserError
+from minrnn.data import IGNORED
 from minrnn.data.synthetic import IN_DISTRIBUTION, TASKS, TaskReader, TaskValidation, build_task, tokenizer_of
 
 SMALL = {

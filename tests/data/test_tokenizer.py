@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from minrnn.data import BYTES, Encoder, UserError, byte_tokenizer, load_tokenizer, model_vocab_size
-from minrnn.data.tokenizer import num_bytes
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from minrnn.common.errors import UserError
+from minrnn.data import BYTES, Encoder, byte_tokenizer, load_tokenizer, model_vocab_size
+from minrnn.data.tokenizer import num_bytes
 
 TOKENIZER = byte_tokenizer()
 ENCODER = Encoder.of(TOKENIZER, BYTES)

@@ -10,12 +10,13 @@ import pytest
 from data_helpers import BOS, ENCODER, EOS, some_texts, write_corpus
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from minrnn.common.errors import UserError
 from minrnn.data import (
     IGNORED,
     CorpusSpec,
     DocumentStream,
     Encoder,
-    UserError,
     ValidationSet,
     byte_tokenizer,
     document_validation,

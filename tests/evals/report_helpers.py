@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
 from minrnn.evals.report import runs
 from minrnn.launch.cli import main
 from minrnn.pipeline.recipe import build_recipe, resolved, shipped_recipes

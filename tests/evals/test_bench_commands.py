@@ -6,6 +6,7 @@ import platform
 from pathlib import Path
 
 import pytest
+
 from minrnn.evals.bench import generate, scan, train, worker
 from minrnn.evals.bench.command import main, run_bench
 from minrnn.launch.cli import main as minrnn

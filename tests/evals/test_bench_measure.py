@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from minrnn.evals.bench.measure import (
     Stopwatch,
     Unavailable,

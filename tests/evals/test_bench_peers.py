@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from minrnn.evals.bench.decoders import decoder_of
 from minrnn.evals.bench.language_models import FAMILIES, Options, build, logits_of, sized
 from minrnn.evals.bench.measure import Unavailable

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from minrnn.evals import gpu
 from minrnn.evals.bench import agreement
 from minrnn.models.scan import linear_scan

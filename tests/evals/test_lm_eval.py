@@ -8,11 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from torch import nn
+
 from minrnn.data import byte_tokenizer
 from minrnn.evals.harness.likelihood import by_prefix, read_contexts
 from minrnn.evals.harness.model import MinRNNLM
 from minrnn.models import MinRNNConfig, MinRNNForCausalLM
-from torch import nn
 
 TOKENIZER = byte_tokenizer()
 BOS = TOKENIZER.bos_token_id

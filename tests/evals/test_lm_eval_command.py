@@ -13,13 +13,14 @@ import torch
 from datasets import config as datasets_config
 from lm_eval import evaluator
 from lm_eval.tasks import TaskManager
+from mlflow import MlflowClient
+
 from minrnn.data import build_task, byte_tokenizer
 from minrnn.evals.harness.model import MinRNNLM
 from minrnn.launch.cli import main
 from minrnn.models import MinRNNConfig, MinRNNForCausalLM
 from minrnn.pipeline.export import export_model
 from minrnn.pipeline.recipe import build_recipe, resolved
-from mlflow import MlflowClient
 
 TASKS = Path(__file__).parent / "lm_eval_tasks"
 REPOSITORY = Path(__file__).parents[2]

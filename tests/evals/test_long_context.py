@@ -11,6 +11,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
+
 from minrnn.data import byte_tokenizer
 from minrnn.evals.long_context import rolling
 from minrnn.evals.long_context.documents import encoder_of
@@ -30,7 +32,6 @@ from minrnn.launch.cli import main
 from minrnn.models import MinRNNConfig, MinRNNForCausalLM
 from minrnn.pipeline.export import export_model
 from minrnn.pipeline.recipe import build_recipe, resolved
-from torch import nn
 
 TOKENIZER = byte_tokenizer()
 ENCODER = encoder_of(TOKENIZER)

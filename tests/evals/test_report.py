@@ -11,14 +11,15 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from report_helpers import make_results, make_run, report, rows, section
+from scipy import stats
+
 from minrnn.evals import speed
 from minrnn.evals.report import page, runs
 from minrnn.evals.report.compare import METRICS, estimate
 from minrnn.evals.report.published import published
 from minrnn.launch.cli import main
 from minrnn.pipeline.recipe import build_recipe, resolved
-from report_helpers import make_results, make_run, report, rows, section
-from scipy import stats
 
 
 @pytest.fixture

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import yaml
-from minrnn.data.errors import UserError
-from minrnn.evals.report import runs
 from report_helpers import make_results, make_run
+
+from minrnn.common.errors import UserError
+from minrnn.evals.report import runs
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 from minrnn.evals.bench import record
 
 RESULTS = Path(record.__file__).parents[1] / "results"

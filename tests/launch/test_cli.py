@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import set_seed
+
 from minrnn.data import BYTES, TextStream, byte_tokenizer, model_vocab_size, prompt_tokens, tokenizer_of
 from minrnn.launch.cli import main
 from minrnn.models import MinRNNConfig, MinRNNForCausalLM
 from minrnn.pipeline.export import export_model, model_config
 from minrnn.pipeline.recipe import build_recipe, parse_arguments, read_recipe, resolved, shipped_recipes
-from transformers import set_seed
 
 REPOSITORY = Path(__file__).parents[2]
 README = REPOSITORY / "README.md"

@@ -8,7 +8,9 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from minrnn.data import BYTES, CorpusSpec, UserError, byte_tokenizer, open_source
+
+from minrnn.common.errors import UserError
+from minrnn.data import BYTES, CorpusSpec, byte_tokenizer, open_source
 from minrnn.data.sources import Place
 from minrnn.launch.cli import main
 from minrnn.models import MinRNNConfig, MinRNNForCausalLM
@@ -36,7 +38,7 @@ def script(body: str) -> list[str]:
     indented = textwrap.indent(textwrap.dedent(body), "    ")
     return [
         "-c",
-        f"import os, sys\nfrom minrnn.data.output import conventional_exit\nwith conventional_exit():\n{indented}",
+        f"import os, sys\nfrom minrnn.common.output import conventional_exit\nwith conventional_exit():\n{indented}",
     ]
 
 

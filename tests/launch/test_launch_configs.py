@@ -15,10 +15,11 @@ import pytest
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.utils import DistributedType
+from torch.distributed.run import get_args_parser
+
 from minrnn.launch.cli import main
 from minrnn.pipeline import launch_checks
 from minrnn.pipeline.recipe import read_recipe
-from torch.distributed.run import get_args_parser
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIGS = sorted((REPOSITORY / "launch" / "accelerate").glob("*.yaml"))
@@ -141,9 +142,9 @@ def test_the_commands_of_the_document_are_understood(command: str, dry_run, caps
 def test_what_is_launched_is_shipped():
     """Every file of the folders is covered by the package data."""
     settings = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["setuptools"]
-    folder = REPOSITORY / settings["package-dir"]["minrnn.launch"]
+    folder = REPOSITORY / "launch"
     shipped = {path for pattern in settings["package-data"]["minrnn.launch"] for path in folder.glob(pattern)}
-    assert shipped == {*CONFIGS, SCRIPT}
+    assert shipped == {*CONFIGS, SCRIPT, *(folder / "recipes").glob("*.yaml")}
 
 
 STANDINS = {

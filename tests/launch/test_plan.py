@@ -4,7 +4,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from minrnn.data import UserError
+from torch.profiler import ProfilerActivity, profile
+
+from minrnn.common.errors import UserError
 from minrnn.launch import plan
 from minrnn.launch.cli import main
 from minrnn.models import MinRNNConfig, MinRNNForCausalLM
@@ -12,7 +14,6 @@ from minrnn.models.recompute import RECOMPUTE, checkpointing_options
 from minrnn.pipeline.config import Recipe
 from minrnn.pipeline.machine import training_flops_per_token
 from minrnn.pipeline.recipe import build_recipe, read_recipe
-from torch.profiler import ProfilerActivity, profile
 
 MODELS = st.fixed_dictionaries(
     {

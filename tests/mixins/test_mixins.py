@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from minrnn.models import MinRNNConfig, MinRNNForCausalLM, MinRNNModel
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+from minrnn.models import MinRNNConfig, MinRNNForCausalLM, MinRNNModel
 
 common: Any = pytest.importorskip("tests.test_modeling_common", reason="make test-transformers unpacks them")
 training: Any = importlib.import_module("tests.test_training_mixin")

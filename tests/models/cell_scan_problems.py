@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 import torch
 from helpers import generator
+from torch import Tensor
+
 from minrnn.models.cell_scan import FUSED_CELLS
 from minrnn.models.cells import CANDIDATE_ACTIVATIONS, CELLS
-from torch import Tensor
 
 Options = dict[str, Any]
 

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from minrnn.models import MinRNNCache, MinRNNConfig, MinRNNForCausalLM
 from torch import Tensor
+
+from minrnn.models import MinRNNCache, MinRNNConfig, MinRNNForCausalLM
 
 VOCAB = 40
 

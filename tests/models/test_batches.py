@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 from helpers import assert_close, assert_same_gradients, gradients, logits_of, random_ids, shared_model
-from minrnn.models import MinRNNCache
 from torch import Tensor
 from transformers import DataCollatorWithFlattening
+
+from minrnn.models import MinRNNCache
 
 LENGTHS = [5, 1, 7, 4]
 PACKINGS = {

@@ -18,8 +18,9 @@ from helpers import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from minrnn.models import MinRNNCache, MinRNNForCausalLM
 from torch import Tensor
+
+from minrnn.models import MinRNNCache, MinRNNForCausalLM
 
 VARIANTS = [
     {"cell": cell, "preset": preset, "conv_kernel": kernel, "intermediate_size": mlp}

@@ -10,9 +10,10 @@ from cell_scan_problems import Options, boundaries, cases, few, problem, real_to
 from helpers import assert_close, generator
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
 from minrnn.models.cell_scan import cell_scan, cell_scan_with_decay, one_token
 from minrnn.models.cells import CELLS, candidate
-from torch import Tensor
 
 Results = dict[str, Tensor]
 

@@ -3,17 +3,18 @@
 import re
 from typing import Any
 
-import minrnn.models.cell_scan as cell_scan_module
-import minrnn.models.cell_scan_numba as kernels
 import pytest
 import torch
 from cell_scan_problems import DEFAULT, boundaries, few, problem, variant
 from helpers import assert_close, generator
+from torch import Tensor
+
+import minrnn.models.cell_scan as cell_scan_module
+import minrnn.models.cell_scan_numba as kernels
 from minrnn.models.block import Boundaries, MinRNNBlock
 from minrnn.models.cell_scan import cell_scan, cell_scan_with_decay
 from minrnn.models.configuration_minrnn import MinRNNConfig
 from minrnn.models.operators import namespace
-from torch import Tensor
 
 UNGATED = variant("mingru", "none", False)
 

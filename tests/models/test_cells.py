@@ -3,8 +3,9 @@
 import pytest
 import torch
 from helpers import assert_close, generator
-from minrnn.models.cells import CANDIDATE_ACTIVATIONS, CELLS, candidate, mingru, minlstm
 from torch import Tensor
+
+from minrnn.models.cells import CANDIDATE_ACTIVATIONS, CELLS, candidate, mingru, minlstm
 
 activations = pytest.mark.parametrize("activation", CANDIDATE_ACTIVATIONS)
 SIGNED = [name for name in CELLS if name.endswith("_signed")]

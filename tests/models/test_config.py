@@ -1,9 +1,10 @@
 """The configuration: presets, and what it refuses, all at once."""
 
 import pytest
+from transformers import AutoConfig
+
 from minrnn.models import MinRNNConfig
 from minrnn.models.configuration_minrnn import PRESETS
-from transformers import AutoConfig
 
 
 def test_presets():

@@ -7,11 +7,12 @@ import torch
 from helpers import assert_close, generator, new_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
 from minrnn.models.cell_scan import cell_scan, scan_gradients, scan_without_graph, summarize
 from minrnn.models.cells import CELLS
 from minrnn.models.context_parallel import ContextGroup, fold, use_context_parallel
 from minrnn.models.conv import causal_conv, conv_gradients, reach_within_document
-from torch import Tensor
 
 BATCH, TIME, WIDTH = 2, 20, 5
 edges_in = st.lists(st.integers(0, TIME), max_size=5).map(lambda cuts: [0, *sorted(cuts), TIME])

@@ -13,12 +13,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import VOCAB, assert_close, generator, new_model, random_ids
-from minrnn.models import MinRNNCache, MinRNNForCausalLM
-from minrnn.models.context_parallel import ContextGroup, use_context_parallel
-from minrnn.models.recompute import checkpointing_options
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.multiprocessing.spawn import spawn
+
+from minrnn.models import MinRNNCache, MinRNNForCausalLM
+from minrnn.models.context_parallel import ContextGroup, use_context_parallel
+from minrnn.models.recompute import checkpointing_options
 
 BATCH, TIME = 2, 24
 Results = dict[str, Tensor]

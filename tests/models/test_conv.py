@@ -6,8 +6,9 @@ import torch
 from helpers import assert_close, generator, run_and_differentiate
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from minrnn.models.conv import causal_conv, next_conv_state, reach_within_document
 from torch import Tensor
+
+from minrnn.models.conv import causal_conv, next_conv_state, reach_within_document
 
 KERNELS = st.integers(2, 7)
 

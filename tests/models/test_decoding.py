@@ -3,10 +3,11 @@
 import pytest
 import torch
 from helpers import assert_close, generate, new_model, random_ids
+from torch import Tensor
+
 from minrnn.models import MinRNNCache, generation
 from minrnn.models.cells import CELLS
 from minrnn.models.decoding import TokenStep, prefill
-from torch import Tensor
 
 cells = pytest.mark.parametrize("cell", CELLS)
 

@@ -12,12 +12,13 @@ import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from helpers import new_model, random_ids
+from torch import Tensor
+
 from minrnn.models import MinRNNCache
 from minrnn.models.block import Boundaries
 from minrnn.models.decoding import TokenStep, prefill
 from minrnn.models.loss import next_token_loss
 from minrnn.models.tiles_triton import Launch
-from torch import Tensor
 
 SECOND = torch.device("cuda:1")
 

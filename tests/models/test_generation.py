@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 import torch
 from helpers import VOCAB, generate, generate_with_state, new_model, random_ids, shared_model
+from torch import Tensor
+
 from minrnn.models import MinRNNCache, MinRNNForCausalLM
 from minrnn.models.cells import CELLS
-from torch import Tensor
 
 cells = pytest.mark.parametrize("cell", CELLS)
 

@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import minrnn.models.numba_support as support
 import numpy as np
 import pytest
-from minrnn.models import kernel_cache
 from numba.core import config
+
+import minrnn.models.numba_support as support
+from minrnn.models import kernel_cache
 
 KERNEL = """
 from .numba_support import kernel, load_input, sigmoid, store_output

@@ -8,11 +8,12 @@ import torch
 from helpers import assert_close, generator
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
 from minrnn.models.conv import causal_conv, conv_one_token, next_conv_state, reach_within_document
 from minrnn.models.layers import RMSNorm, swiglu
 from minrnn.models.layers_numba import ROWS
 from minrnn.models.numba_support import serves
-from torch import Tensor
 
 # dtypes of (input, output): alone, and under an autocast that the matrix product after a norm will be in
 DTYPES = {

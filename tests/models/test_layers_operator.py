@@ -2,15 +2,16 @@
 
 import re
 
-import minrnn.models.conv as conv_module
-import minrnn.models.layers as layers_module
 import pytest
 import torch
 from helpers import generator
+from torch import Tensor
+
+import minrnn.models.conv as conv_module
+import minrnn.models.layers as layers_module
 from minrnn.models.conv import causal_conv
 from minrnn.models.layers import RMSNorm, swiglu
 from minrnn.models.operators import namespace
-from torch import Tensor
 
 
 def draw(*shape: int) -> Tensor:

@@ -5,6 +5,7 @@ import torch
 from helpers import assert_close, new_model, random_ids
 from hypothesis import given
 from hypothesis import strategies as st
+
 from minrnn.models.loss import LMHead, linear_cross_entropy, next_token_loss
 
 

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import minrnn.models.block as block
 import pytest
 import torch
 from helpers import (
@@ -15,9 +14,11 @@ from helpers import (
     random_ids,
     shared_model,
 )
+from torch import Tensor
+
+import minrnn.models.block as block
 from minrnn.models import MinRNNCache, MinRNNConfig, MinRNNForCausalLM, MinRNNModel
 from minrnn.models.cells import CELLS
-from torch import Tensor
 
 cells = pytest.mark.parametrize("cell", CELLS)
 

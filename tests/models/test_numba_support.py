@@ -7,12 +7,13 @@ import subprocess
 import sys
 import threading
 
-import minrnn.models.numba_support as support
 import numba
 import numpy as np
 import pytest
 import torch
 from helpers import generator
+
+import minrnn.models.numba_support as support
 from minrnn.models.cell_scan_numba import _factors, _tanh
 
 UNIT = 2.0**-23  # one unit in the last place of an fp32 number, relative to it

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from minrnn.models import probe_triton
-from minrnn.models.probe_triton import triton_problem
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, is_fake
+
+from minrnn.models import probe_triton
+from minrnn.models.probe_triton import triton_problem
 
 pytestmark = pytest.mark.skipif(probe_triton.triton is None, reason="needs the package triton")
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")

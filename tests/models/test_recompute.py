@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
+
 from minrnn.models import MinRNNConfig, MinRNNForCausalLM
 from minrnn.models.recompute import RECOMPUTE, checkpointing_options
-from torch.profiler import ProfilerActivity, profile
 
 HIDDEN, TOKENS = 64, 1024
 

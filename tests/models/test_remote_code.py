@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 from helpers import generate, logits_of, new_model
-from minrnn.data import byte_tokenizer
 from transformers.dynamic_module_utils import get_imports
+
+from minrnn.data import byte_tokenizer
 
 PROMPTS = ["def main", "x", "import os, sys"]
 NUM_TOKENS = 12

@@ -7,8 +7,9 @@ import torch
 from helpers import assert_close, generator
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from minrnn.models.scan import linear_scan, linear_scan_with_decay
 from torch import Tensor
+
+from minrnn.models.scan import linear_scan, linear_scan_with_decay
 
 backends = pytest.mark.parametrize("backend", ["reference", "torch", "numba"])
 Results = dict[str, Tensor]

@@ -3,14 +3,15 @@
 import shutil
 from pathlib import Path
 
-import minrnn.models.scan as scan_module
 import pytest
 import torch
 from helpers import assert_close, generator, run_and_differentiate
+from torch import Tensor
+
+import minrnn.models.scan as scan_module
 from minrnn.models import linear_scan as exported_linear_scan
 from minrnn.models.operators import define, namespace
 from minrnn.models.scan import linear_scan
-from torch import Tensor
 
 backends = pytest.mark.parametrize("backend", ["reference", "torch", "numba"])
 

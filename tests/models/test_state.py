@@ -16,10 +16,11 @@ from helpers import (
     random_ids,
     shared_model,
 )
-from minrnn.models import MinRNNCache, MinRNNForCausalLM
 from safetensors.torch import load, save
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, StaticCache
+
+from minrnn.models import MinRNNCache, MinRNNForCausalLM
 
 
 def model_of(**fields) -> MinRNNForCausalLM:

@@ -8,15 +8,16 @@ from collections.abc import Callable
 import pytest
 import torch
 from helpers import assert_close, logits_of, new_model, random_ids, shared_model
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+
 from minrnn.models.cell_scan import cell_scan
 from minrnn.models.conv import causal_conv
 from minrnn.models.layers import RMSNorm, swiglu
 from minrnn.models.loss import linear_cross_entropy
 from minrnn.models.scan import linear_scan
-from torch import Tensor
-from torch._dynamo.testing import CompileCounterWithBackend
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd import forward_ad
 
 BATCH = 2
 

@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 import torch
 from helpers import VOCAB, logits_of, new_model, random_ids
+from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments, pipeline
+
 from minrnn.data import byte_tokenizer
 from minrnn.models import MinRNNForCausalLM, MinRNNModel
-from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments, pipeline
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from minrnn.models.tiles_triton import triton
 
 CHECKS = Path(__file__).with_name("triton_checks.py")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from minrnn.evals import kernels
 
 pytestmark = pytest.mark.skipif(kernels.triton is None, reason="needs the package triton")

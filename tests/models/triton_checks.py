@@ -8,12 +8,13 @@ import itertools
 import pytest
 import torch
 from helpers import assert_close, generator
+from torch import Tensor
+
 from minrnn.models import cell_scan_triton, scan_triton
 from minrnn.models.cell_scan import FUSED_CELLS
 from minrnn.models.cells import CELLS
 from minrnn.models.probe_triton import SIZE, run_probe
 from minrnn.models.tiles_triton import Tile, plan_chunks, run_all
-from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TILE = Tile(lanes=2, rows=2, channels=4)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState, PartialState
+
 from minrnn.pipeline import loop
 from minrnn.pipeline.recipe import build_recipe
 

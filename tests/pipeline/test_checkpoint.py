@@ -10,10 +10,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from minrnn.pipeline import checkpoint, storage
-from minrnn.pipeline.errors import StorageError
-from minrnn.pipeline.saving import Saver
 from safetensors import SafetensorError
+
+from minrnn.common import files
+from minrnn.common.errors import StorageError
+from minrnn.pipeline import checkpoint
+from minrnn.pipeline.saving import Saver
 
 NAMES = ("config.yaml", "model.safetensors", "optimizer.safetensors", "reader-0000.json")
 SIZE = 1000  # bytes of each
@@ -85,7 +87,7 @@ class Failing:
             return original(path, *arguments, **options)
 
         monkeypatch.setattr(Path, "open", opened)
-        monkeypatch.setattr(storage, "RETRY_AFTER", (0.0, 0.0, 0.0))
+        monkeypatch.setattr(files, "RETRY_AFTER", (0.0, 0.0, 0.0))
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "model.safetensors"])

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import Values, losses, recipe_file
+
 from minrnn.pipeline.checkpoint import steps_in
 
 Run = Callable[[Values], Path]

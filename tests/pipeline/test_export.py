@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import contents
-from minrnn.data import UserError
+
+from minrnn.common.errors import UserError
 from minrnn.data.tokenizer import byte_tokenizer
 from minrnn.models import MinRNNForCausalLM
 from minrnn.pipeline.card import is_card

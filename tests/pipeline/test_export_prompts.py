@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers_of_each_kind import KINDS, saved
+from transformers import AutoTokenizer, pipeline
+
 from minrnn.data import Encoder, TextStream, load_tokenizer, model_vocab_size
 from minrnn.launch.cli import main
 from minrnn.models import MinRNNForCausalLM
 from minrnn.pipeline.export import export_model, model_config, sample
 from minrnn.pipeline.recipe import build_recipe, resolved
-from tokenizers_of_each_kind import KINDS, saved
-from transformers import AutoTokenizer, pipeline
 
 PROMPTS = ["the", "the cat sat on", "x = '<s></s><|endoftext|>'"]
 Exported = tuple[Path, Encoder, Any, Any]

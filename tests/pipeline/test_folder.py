@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import Crash, Values, before_step, contents, losses, stop_at_step_7
-from minrnn.data import UserError
+
+from minrnn.common.errors import StorageError, UserError
+from minrnn.common.locks import lock
 from minrnn.pipeline import loop
-from minrnn.pipeline.errors import StorageError
 from minrnn.pipeline.folder_checks import folder_errors
-from minrnn.pipeline.locks import lock
 from minrnn.pipeline.recipe import build_recipe, resolved
 
 Run = Callable[[Values], Path]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from conftest import Values
+
 from minrnn.pipeline.forecast import Forecast, in_words, validations_left
 from minrnn.pipeline.recipe import build_recipe
 

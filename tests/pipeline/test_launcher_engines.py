@@ -8,12 +8,13 @@ import torch
 from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.utils import DistributedType
 from conftest import Values, recipe_file
-from minrnn.data import UserError
+from test_engines import launch
+
+from minrnn.common.errors import UserError
 from minrnn.pipeline import launcher_engines
 from minrnn.pipeline.launch_checks import check_launch
 from minrnn.pipeline.launcher_engines import ENGINES, SUPPORTED, check_engine, engine_errors
 from minrnn.pipeline.recipe import build_recipe
-from test_engines import launch
 
 PARALLELISM = [
     "--use_fsdp",

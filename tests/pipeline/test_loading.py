@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from minrnn.data import UserError, byte_tokenizer
+
+from minrnn.common.errors import UserError
+from minrnn.data import byte_tokenizer
 from minrnn.launch.cli import main
 from minrnn.models import MinRNNConfig, MinRNNForCausalLM
 from minrnn.pipeline.loading import weights_dtype

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import Values, losses
-from minrnn.data import BYTES, Chunk, ChunkLoader, CorpusSpec, Encoder, ReaderSpec, UserError, load_tokenizer
+
+from minrnn.common.errors import UserError
+from minrnn.data import BYTES, Chunk, ChunkLoader, CorpusSpec, Encoder, ReaderSpec, load_tokenizer
 from minrnn.models import MinRNNForCausalLM
 from minrnn.pipeline import loop
 from minrnn.pipeline.optim import build_optimizer, learning_rate

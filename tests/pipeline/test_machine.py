@@ -5,7 +5,8 @@ import sys
 
 import pytest
 import torch
-from minrnn.data import UserError
+
+from minrnn.common.errors import UserError
 from minrnn.pipeline import machine, processes
 from minrnn.pipeline.launch_checks import check_launch
 from minrnn.pipeline.recipe import build_recipe

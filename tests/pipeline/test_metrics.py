@@ -12,6 +12,7 @@ import pytest
 from conftest import Values, losses
 from hypothesis import given
 from hypothesis import strategies as st
+
 from minrnn.pipeline import checkpoint, loop, pictures
 from minrnn.pipeline.metrics import History, MetricsFile, cut_metrics, read_metrics
 

@@ -5,11 +5,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
 from minrnn.evals.harness.likelihood import read, score
 from minrnn.evals.long_context.positions import _nats_behind, token_nats
 from minrnn.models import MinRNNConfig, MinRNNForCausalLM
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 
 class NoFloat64(TorchDispatchMode):

@@ -6,6 +6,7 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from minrnn.models import MinRNNConfig, MinRNNForCausalLM
 from minrnn.pipeline.config import OptimSection
 from minrnn.pipeline.optim import build_optimizer, learning_rate

@@ -1,6 +1,7 @@
 """Nothing secret and nothing of this machine is published."""
 
 import pytest
+
 from minrnn.pipeline.public import public_config, public_value, text_without_credentials, without_credentials
 
 SECRET = "s3cret"

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from minrnn.data import UserError
+
+from minrnn.common.errors import UserError
 from minrnn.models import MinRNNConfig
 from minrnn.pipeline.config import SECTIONS, docstring_of
 from minrnn.pipeline.recipe import (

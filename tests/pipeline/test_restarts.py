@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 from conftest import Values, recipe_file
-from minrnn.data import UserError
+from test_engines import ENVIRONMENT, NAN_IN_ONE, ddp, launch
+
+from minrnn.common.errors import UserError
 from minrnn.pipeline import train
 from minrnn.pipeline.restarts import leave_if_final, note_error
-from test_engines import ENVIRONMENT, NAN_IN_ONE, ddp, launch
 
 
 @pytest.fixture

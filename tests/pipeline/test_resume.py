@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 from conftest import Crash, Values, losses
-from minrnn.data import UserError
-from minrnn.pipeline import checkpoint, loop, storage
-from minrnn.pipeline.errors import StorageError
+
+from minrnn.common import files
+from minrnn.common.errors import StorageError, UserError
+from minrnn.pipeline import checkpoint, loop
 from minrnn.pipeline.interrupt import Interrupt
 from minrnn.pipeline.metrics import read_metrics
 from minrnn.pipeline.optim import learning_rate
@@ -247,7 +248,7 @@ def test_a_checkpoint_that_cannot_be_read_stops_the_run(values: Values, run_reci
         return original(path, *arguments, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(storage, "RETRY_AFTER", (0.0,))
+        patched.setattr(files, "RETRY_AFTER", (0.0,))
         patched.setattr(Path, "read_text", failing)
         with pytest.raises(
             StorageError, match=r"step-000008/manifest\.json cannot be read: Input/output error"

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import Values, losses, stop_at_step_7
-from minrnn.data import IGNORED, TaskValidation, UserError, build_task
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from minrnn.common.errors import UserError
+from minrnn.data import IGNORED, TaskValidation, build_task
 from minrnn.pipeline.export import export_run
 from minrnn.pipeline.recipe import build_recipe, read_recipe
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 Run = Callable[[Values], Path]
 

@@ -17,10 +17,11 @@ from typing import Any
 import pytest
 import yaml
 from conftest import Values, losses, recipe_file, stop_at_step_7
+from mlflow import MlflowClient
+
 from minrnn.evals.harness.command import track
 from minrnn.pipeline import tracking
 from minrnn.pipeline.tracking import Tracker, prepare_sqlite, read_note
-from mlflow import MlflowClient
 
 Run = Callable[[Values], Path]
 SECRET = "s3cret"

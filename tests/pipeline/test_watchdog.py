@@ -14,10 +14,11 @@ import torch
 from conftest import Values, losses, recipe_file
 from hypothesis import given
 from hypothesis import strategies as st
-from minrnn.data import UserError, byte_tokenizer
+
+from minrnn.common.errors import NonFiniteError, UserError
+from minrnn.data import byte_tokenizer
 from minrnn.models import MinRNNCache
 from minrnn.pipeline import loop
-from minrnn.pipeline.errors import NonFiniteError
 from minrnn.pipeline.watchdog import EXIT_STATUS, Seen, suspects
 
 Run = Callable[[Values], Path]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import yaml
 from faulty_disk import FaultyDisk
+
 from minrnn.pipeline.checkpoint import steps_in
 
 REPOSITORY = Path(__file__).parents[2]

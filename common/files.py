@@ -18,6 +18,11 @@ NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 RETRY_AFTER = (0.5, 2.0, 8.0)  # seconds: a file server that is started anew, a path that fails over
 
 
+def user_path(text: str) -> Path:
+    """A path as a user writes it. `~` is the home folder, also where no shell replaces it (`--out=~/results`)."""
+    return Path(os.path.expanduser(text))
+
+
 def sync(path: Path) -> None:
     """To the disk. Some file systems cannot sync folders: there the names are as safe as they make them."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 
 import pytest
-from minrnn.pipeline.locks import lock
+
+from minrnn.common.locks import lock
 
 
 def test_a_second_holder_is_refused_until_the_first_lets_go(tmp_path: Path):

@@ -1,4 +1,4 @@
-"""A user's mistake, told in one line for each."""
+"""The errors that end a command with a message instead of a traceback."""
 
 
 class UserError(ValueError):
@@ -17,3 +17,14 @@ class UserError(ValueError):
 
     def __str__(self) -> str:
         return "\n".join(f"error: {key}: {message}" for key, message in self.errors)
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the gradient is not a number any more."""
+
+
+class StorageError(OSError):
+    """A disk that does not take or give what it should. Another try later may succeed, and what is stored may be in order."""
+
+    def __str__(self) -> str:
+        return str(self.args[-1])

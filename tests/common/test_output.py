@@ -7,13 +7,14 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from minrnn.data.output import UnfailingStream
 from tqdm import tqdm
+
+from minrnn.common.output import UnfailingStream
 
 PROGRAM = """
     import os, sys
     sys.stdin is None or sys.stdin.close()
-    from minrnn.data.output import secure_output, write_at_once
+    from minrnn.common.output import secure_output, write_at_once
     secure_output()
     with open(sys.argv[1], "w") as file:
         for _ in range(1000):

@@ -1,0 +1,36 @@
+"""The package: the names of `import minrnn`, and the links that make it one."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import minrnn
+
+REPOSITORY = Path(__file__).parents[2]
+LIGHT = """
+import sys
+import minrnn, minrnn.data.worker
+sys.exit(str({"torch", "transformers"} & set(sys.modules)) if {"torch", "transformers"} & set(sys.modules) else 0)
+"""
+
+
+def test_the_names_of_the_package_are_there():
+    assert all(hasattr(minrnn, name) for name in minrnn.__all__)
+    assert dir(minrnn) == sorted(minrnn.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'training'"):
+        minrnn.training  # noqa: B018
+
+
+def test_data_workers_load_neither_torch_nor_transformers():
+    done = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_each_folder_of_the_package_is_a_relative_link():
+    folders = {path.parent.name for path in REPOSITORY.glob("*/__init__.py")} - {"minrnn"}
+    links = {
+        path.name: str(path.readlink()) for path in (REPOSITORY / "minrnn").iterdir() if path.is_symlink()
+    }
+    assert links == {name: f"../{name}" for name in folders}
