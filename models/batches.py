@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.utils.import_utils import is_tracing
 
+from .loss import IGNORE_INDEX
+
 PACKING = ("position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 # What transformers passes by itself, and says nothing to a recurrent model, or is read by its decorators.
 WITHOUT_EFFECT = (
@@ -211,7 +213,7 @@ def shift_labels_of(
     Raises:
         ValueError: a label that is counted, but predicted by nothing: the loss would be too small, and change with the padding.
     """
-    targets, alone = F.pad(labels[:, 1:], (0, 1), value=-100), None
+    targets, alone = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX), None
     if attention_mask is not None:
         alone = attention_mask[:, attention_mask.shape[1] - labels.shape[1] :] == 0
     if document_starts is not None:
@@ -219,9 +221,9 @@ def shift_labels_of(
         alone = begins if alone is None else begins | alone
     if alone is None:
         return targets
-    if is_counted and has_values(targets) and bool(((targets != -100) & alone).any()):
+    if is_counted and has_values(targets) and bool(((targets != IGNORE_INDEX) & alone).any()):
         raise ValueError(_COUNTED.format("the labels"))
-    return targets.masked_fill(alone, -100)
+    return targets.masked_fill(alone, IGNORE_INDEX)
 
 
 def check_counted(attention_mask: Tensor | None) -> None:

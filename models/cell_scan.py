@@ -22,7 +22,8 @@ from .cell_scan_numba import backward as numba_backward
 from .cell_scan_numba import forward as numba_forward
 from .cell_scan_triton import backward as triton_backward
 from .cell_scan_triton import forward as triton_forward
-from .cells import CANDIDATE_ACTIVATIONS, CELLS, at_least_fp32
+from .cells import CANDIDATE_ACTIVATIONS, CELLS
+from .dtypes import at_least_fp32
 from .operators import define
 from .scan import check_backend, check_one_device, default_backend, linear_scan, linear_scan_with_decay
 

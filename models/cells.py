@@ -26,6 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .dtypes import at_least_fp32
+
 CANDIDATE_ACTIVATIONS = ("g", "none", "tanh", "silu")
 
 
@@ -36,11 +38,6 @@ def candidate(u: Tensor, activation: str) -> Tensor:
     if activation == "g":
         return torch.where(u >= 0, u + 0.5, torch.sigmoid(u))
     return torch.tanh(u) if activation == "tanh" else F.silu(u)
-
-
-def at_least_fp32(x: Tensor) -> Tensor:
-    """x in fp32, or fp64 if it is that already."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def mingru(k: Tensor, u: Tensor, activation: str) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .dtypes import compute_dtype
 from .layers_numba import norm_backward, norm_forward, swiglu_backward, swiglu_forward
 from .numba_support import serves
 from .operators import define
@@ -82,15 +83,6 @@ def _differentiate_swiglu(ctx, grad_y: Tensor) -> Tensor:
 
 _norm_op = define("rms_norm", _norm, _norm_fake, _differentiate_norm, _save_norm)
 _swiglu_op = define("swiglu", _swiglu, _swiglu_fake, _differentiate_swiglu, _save_swiglu)
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """What matrix products of x will be computed in: autocast's dtype where it is on, otherwise x's own."""
-    device = x.device.type
-    is_on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(
-        device
-    )  # the meta device knows no autocast
-    return torch.get_autocast_dtype(device) if is_on and x.dtype != torch.float64 else x.dtype
 
 
 class RMSNorm(nn.Module):

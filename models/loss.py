@@ -16,10 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .cells import at_least_fp32
-from .layers import compute_dtype
+from .dtypes import at_least_fp32, compute_dtype
 
-IGNORED = -100
+IGNORE_INDEX = -100  # a target that is not scored, as everywhere in transformers
 BLOCK_ELEMENTS = 2**25  # logits held at once: 128 MB in fp32
 
 
@@ -36,9 +35,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_blocks = (None,) * len(hidden_blocks) if grad_hidden is None else grad_hidden.split(block)
         for rows, labels, grad_rows in zip(hidden_blocks, target_blocks, grad_blocks, strict=True):
             log_probabilities = F.log_softmax(rows @ cast_weight.t(), dim=-1, dtype=scale.dtype)
-            loss += F.nll_loss(log_probabilities, labels, ignore_index=IGNORED, reduction="sum")
+            loss += F.nll_loss(log_probabilities, labels, ignore_index=IGNORE_INDEX, reduction="sum")
             if grad_rows is not None and grad_weight is not None:
-                scored = (labels != IGNORED).unsqueeze(1)
+                scored = (labels != IGNORE_INDEX).unsqueeze(1)
                 difference = log_probabilities.exp_().scatter_add_(
                     1, labels.clamp(min=0).unsqueeze(1), -scored.to(scale.dtype)
                 )
@@ -84,7 +83,9 @@ def linear_cross_entropy(
     """
     rows, labels = hidden.flatten(0, -2), targets.to(hidden.device).flatten()
     count = (
-        (labels != IGNORED).sum() if num_items is None else torch.as_tensor(num_items, device=hidden.device)
+        (labels != IGNORE_INDEX).sum()
+        if num_items is None
+        else torch.as_tensor(num_items, device=hidden.device)
     )
     scale = count.to(at_least_fp32(hidden.new_empty(0)).dtype).reciprocal()
     return _LinearCrossEntropy.apply(
@@ -99,9 +100,9 @@ def next_token_loss(logits: Tensor, targets: Tensor, num_items: int | float | Te
     """
     logits, targets = at_least_fp32(logits).flatten(0, -2), targets.to(logits.device).flatten()
     if num_items is None:
-        return F.cross_entropy(logits, targets, ignore_index=IGNORED)
+        return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX)
     count = torch.as_tensor(num_items, device=logits.device)
-    return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum") / count
+    return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum") / count
 
 
 def loss_of_any_head(
@@ -126,7 +127,7 @@ def loss_of_any_head(
 
     parts = zip(rows.split(block), labels.split(block), strict=True)
     losses = [checkpoint(summed, part, targets, use_reentrant=False) for part, targets in parts]
-    return torch.stack(losses).sum() / ((labels != IGNORED).sum() if num_items is None else num_items)
+    return torch.stack(losses).sum() / ((labels != IGNORE_INDEX).sum() if num_items is None else num_items)
 
 
 class LMHead(nn.Linear):

@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
+from .dtypes import accumulate_dtype
 from .numba_support import numba_problem
 from .operators import define
 from .probe_triton import triton_problem
 from .scan_numba import backward as numba_backward
 from .scan_numba import forward as numba_forward
-from .scan_torch import accumulate_dtype
 from .scan_torch import backward as torch_backward
 from .scan_torch import forward as torch_forward
 from .scan_triton import backward as triton_backward

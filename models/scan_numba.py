@@ -11,8 +11,8 @@ bytes take twice as long. Channels are independent, so the result does not depen
 import torch
 from torch import Tensor
 
+from .dtypes import accumulate_dtype
 from .numba_support import as_numpy, is_available, run_tasks, stripe_width
-from .scan_torch import accumulate_dtype
 
 if is_available():
     from .numba_support import kernel, load_input, load_state, multiply_add, store_output, store_state

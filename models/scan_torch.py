@@ -16,10 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-
-def accumulate_dtype(a: Tensor, b: Tensor) -> torch.dtype:
-    """Dtype of the carried state: fp64 if either operand is, otherwise fp32."""
-    return torch.float64 if torch.float64 in (a.dtype, b.dtype) else torch.float32
+from .dtypes import accumulate_dtype
 
 
 def _scan(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:

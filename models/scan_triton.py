@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .scan_torch import accumulate_dtype
+from .dtypes import accumulate_dtype
 from .tiles_triton import (
     Launch,
     Tile,

@@ -23,7 +23,7 @@ from ..data import (
 )
 from ..data.corpus import Split
 from ..data.synthetic import IN_DISTRIBUTION
-from ..models.cells import at_least_fp32
+from ..models.dtypes import at_least_fp32
 from .config import Recipe
 from .processes import ProcessLayout, all_reduce_max, all_reduce_sum, to_device
 

@@ -12,10 +12,10 @@ from ..common.errors import UserError
 from ..common.output import warn
 from ..data import TextStream, prompt_batch, tokenizer_of
 from ..models import MinRNNConfig, MinRNNForCausalLM
+from ..models.dtypes import DTYPES
 from . import card
 from .checkpoint import checkpoint_name, load_parameters, newest_valid, read_manifest
 from .export_folder import check_export, write_export
-from .machine import DTYPES
 
 NO_SHARDS = "100TB"  # one file of weights, whatever its size
 

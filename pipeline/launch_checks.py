@@ -16,9 +16,10 @@ import torch
 from accelerate import Accelerator
 
 from ..common.errors import UserError
+from ..models.dtypes import DTYPES
 from .config import Recipe
 from .launcher_engines import deepspeed_key_errors, engine_errors
-from .machine import DTYPES, device_name, supports
+from .machine import device_name, supports
 from .processes import all_gather_objects, launcher_holds_store, local_device, uses_deepspeed, world_size
 from .recipe import flatten, resolved
 

@@ -13,7 +13,8 @@ from ..common.errors import UserError
 from ..common.output import warn
 from ..data.tokenizer import wants_trust
 from ..models import MinRNNConfig, MinRNNForCausalLM
-from .machine import CHOICES, DTYPES, choose_precision, device_name, measure_rates, resolve_device, supports
+from ..models.dtypes import DTYPES
+from .machine import CHOICES, choose_precision, device_name, measure_rates, resolve_device, supports
 
 # In config.json, of transformers itself.
 NOT_SETTINGS = {

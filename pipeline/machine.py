@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from ..common.errors import UserError
+from ..models.dtypes import DTYPES
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 CHOICES = ("fp32", "bf16")  # that `auto` takes one of
 GAIN = (
     1.2  # bf16, which has fewer digits, is chosen if it is so many times faster: more than measurements vary

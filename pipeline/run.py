@@ -34,6 +34,7 @@ from ..data import (
 )
 from ..models import MinRNNConfig, MinRNNForCausalLM
 from ..models.context_parallel import use_context_parallel
+from ..models.dtypes import DTYPES
 from ..models.recompute import checkpointing_options
 from . import checkpoint, processes
 from .checkpoint import ReaderState
@@ -45,7 +46,6 @@ from .folder import RunFolder
 from .folder_checks import FILES, FOLDERS
 from .machine import (
     CHOICES,
-    DTYPES,
     PrecisionChoice,
     choose_precision,
     compile_problem,

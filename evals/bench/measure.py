@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from ...common.output import warn
+from ...models.dtypes import DTYPES as ALL_DTYPES
 from ...pipeline.machine import CHOICES, choose_precision, device_name, measure_rates
-from ...pipeline.machine import DTYPES as ALL_DTYPES
 
 DTYPES = {name: ALL_DTYPES[name] for name in CHOICES}
 

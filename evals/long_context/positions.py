@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ...data import Encoder
 from ...models import MinRNNCache, MinRNNForCausalLM
-from ...models.cells import at_least_fp32
+from ...models.dtypes import at_least_fp32
 from ..harness.likelihood import NUM_LOGITS
 
 BLOCK = 512  # tokens whose mean is one observation
