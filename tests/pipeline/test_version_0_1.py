@@ -9,12 +9,13 @@ import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
-import minrnn.models
 import numpy as np
 import pytest
 import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import minrnn.models
 
 
 @pytest.fixture
