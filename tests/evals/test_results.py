@@ -10,17 +10,14 @@ import pytest
 from minrnn.evals.bench import record
 
 RESULTS = Path(record.__file__).parents[1] / "results"
-# Measured while files differed from the commit that they name (`+`). To be measured again; none is to be added.
-MARKED = {"bench-generate-cpu", "bench-length-cpu", "bench-scan-cpu", "bench-stream-cpu", "bench-train-cpu"}
-WITHOUT_COMMIT = {"triton-kernels"}  # written before such reports named one
+MARKED = {
+    "bench-generate-cpu"
+}  # measured while files differed from the commit that it names (`+`), to be measured again
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("**/*.json")), ids=lambda path: path.stem)
 def test_results_come_from_a_commit(path: Path):
     result = json.loads(path.read_text())
-    if path.stem in WITHOUT_COMMIT:
-        assert "commit" not in result, "it names a commit now: take it off the list"
-        return
     if path.stem in MARKED:
         assert result["commit"].endswith("+"), "it was measured again: take it off the list"
         return

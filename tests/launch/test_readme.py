@@ -38,3 +38,12 @@ def test_the_figures_of_quality_are_those_of_the_results():
         .strip()
     )
     assert text == quality.text()
+
+
+def test_the_counts_of_transformers_tests_are_those_of_their_results_file():
+    models = json.loads((REPOSITORY / "evals" / "results" / "transformers-tests.json").read_text())["models"]
+    rows = [f"| {name} | {m['passed']} | {len(m['failed'])} | {m['skipped']} |" for name, m in models.items()]
+    page = (REPOSITORY / "docs" / "transformers.md").read_text()
+    counts = page.split("<!-- counts -->")[1].split("<!-- /counts -->")[0].strip()
+    assert counts.splitlines() == ["| model | passed | failed | skipped |", "|---|---|---|---|", *rows]
+    assert not any(model["failed"] for name, model in models.items() if name.startswith("Min"))

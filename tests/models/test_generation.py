@@ -142,6 +142,85 @@ def test_generation_from_embeddings():
     assert torch.equal(output, greedy(model, ids, 10)[:, 6:])
 
 
+@pytest.mark.parametrize("mode", ["greedy", "sample", "beam", "beam sample"])
+def test_outputs_that_were_asked_for(mode):
+    """Scores, logits and hidden states, one entry for each new token, and the logits are those of the whole text."""
+    model, ids = model_of(), random_ids(2, 6)
+    num_beams = 3 if "beam" in mode else 1
+    names = ("output_scores", "output_logits", "output_hidden_states", "return_dict_in_generate")
+    options = dict.fromkeys(names, True) | {"do_sample": "sample" in mode, "num_beams": num_beams, "top_k": 0}
+    output: Any = generate(model, ids, 5, **options)
+    num_tokens, rows = output.sequences.shape[1] - 6, 2 * num_beams
+    assert num_tokens == 5
+    assert [tuple(scores.shape) for scores in output.scores] == [(rows, VOCAB)] * 5
+    assert len(output.hidden_states) == 5
+    for time, layers in zip([6, 1, 1, 1, 1], output.hidden_states, strict=True):
+        assert [tuple(layer.shape) for layer in layers] == [
+            (rows, time, 16)
+        ] * 3  # the embedding and two blocks
+    assert isinstance(output.past_key_values, MinRNNCache)
+    assert output.past_key_values.get_seq_length() == 10
+    if num_beams == 1:
+        with torch.no_grad():
+            whole = model(output.sequences).logits
+        assert torch.allclose(
+            torch.stack(output.logits, dim=1), whole[:, 5:10].to(output.logits[0].dtype), atol=1e-9
+        )
+
+
+def test_no_attention_weights_are_returned():
+    """Mamba's convention: a model without attention returns none, whatever is asked for."""
+    output: Any = generate(
+        model_of(), random_ids(2, 6), 3, output_attentions=True, return_dict_in_generate=True
+    )
+    assert not any(output.attentions or ())
+
+
+def test_generation_without_a_prompt():
+    search: Any = model_of()
+    output = search.generate(bos_token_id=1, max_new_tokens=8, do_sample=False)
+    assert torch.equal(output, greedy(search, torch.tensor([[1]]), 8))
+
+
+PROCESSORS: dict[str, dict[str, Any]] = {
+    "repetition": {"repetition_penalty": 1.7},
+    "n-grams": {"no_repeat_ngram_size": 2},
+    "bad words": {"bad_words_ids": [[3], [4, 5]]},
+    "shortest": {"min_new_tokens": 12, "eos_token_id": 3, "pad_token_id": 0},
+    "forced end": {"forced_eos_token_id": 2, "pad_token_id": 0},
+    "guided": {"guidance_scale": 1.5},
+}
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_a_processed_search_is_the_same_with_and_without_the_state(name):
+    model, ids = model_of(), random_ids(2, 6)
+    ours = generate(model, ids, 16, **PROCESSORS[name])
+    assert torch.equal(ours, generate(model, ids, 16, use_cache=False, **PROCESSORS[name]))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"prompt_lookup_num_tokens": 2}, {"assistant_model": None}],
+    ids=["prompt lookup", "assistant"],
+)
+def test_assisted_generation_is_refused(options):
+    """It checks guesses and takes wrong ones back; a recurrent state does not go back."""
+    if "assistant_model" in options:
+        options = {"assistant_model": new_model(dtype=torch.float64)}
+    with pytest.raises((ValueError, RuntimeError), match=r"(assist|stateful|recurrent|state)"):
+        generate(model_of(), random_ids(1, 6), **options)
+
+
+def test_a_compiled_forward_generates_the_same():
+    model, ids = new_model(dtype=torch.float64, tie_word_embeddings=False), random_ids(2, 6)
+    expected = generate(model, ids)
+    torch._dynamo.reset()
+    model.forward = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+    assert torch.equal(generate(model, ids), expected)
+    torch._dynamo.reset()
+
+
 def test_the_state_does_not_grow():
     """Bytes held, the storages behind the tensors included, are the same after 3 and after 300 tokens."""
     model, held = new_model(), []

@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
+from minrnn.models import MinRNNCache
 from minrnn.models.cell_scan import cell_scan
 from minrnn.models.conv import causal_conv
 from minrnn.models.layers import RMSNorm, swiglu
@@ -80,6 +81,38 @@ def test_an_exported_program_reads_any_length(strict):
     for length in (7, 4, 30):
         ids, mask = padded(length)
         assert_close(program(ids, mask)[mask.bool()], module(ids, mask)[mask.bool()], atol=1e-5)
+
+
+class Step(torch.nn.Module):
+    """One pass that takes and returns the state as tensors: recurrent state and convolution of each layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = new_model()
+
+    def forward(self, ids: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
+        cache = MinRNNCache(self.model.config.num_hidden_layers)
+        for i, layer in enumerate(cache.layers):
+            layer.replace(states[2 * i], states[2 * i + 1], num_tokens=1)
+        logits = self.model(ids, past_key_values=cache, use_cache=True).logits
+        return logits, *(tensor for layer in cache.layers for tensor in (layer.recurrent, layer.conv))
+
+
+@pytest.mark.parametrize("time", [1, 5])
+def test_an_exported_step_reads_and_returns_the_state(time):
+    """Decoding (one token) and a prompt in pieces (five), from the program's own states."""
+    step, ids = Step().eval(), random_ids(BATCH, 4 * time)
+    config = step.model.config
+    shapes = (BATCH, config.recurrent_size), (BATCH, config.conv_kernel - 1, config.hidden_size)
+    states = [
+        torch.zeros(shape) for _ in range(config.num_hidden_layers) for shape in shapes
+    ]  # export takes one tensor twice for one input
+    with torch.no_grad():
+        program, pieces = torch.export.export(step, (ids[:, :time], *states)).module(), []
+        for piece in ids.split(time, dim=1):
+            logits, *states = program(piece, *states)
+            pieces.append(logits)
+        assert_close(torch.cat(pieces, dim=1), step.model(ids).logits, atol=1e-5)
 
 
 @pytest.mark.parametrize("where", ["meta", "fake"])

@@ -1,0 +1,77 @@
+"""Run the mixins on our models and on three of transformers, and count the outcomes (`make test-transformers`).
+
+Writes evals/results/transformers-tests.json. Ends with status 1 if a test of ours failed.
+Slow tests run too (RUN_SLOW=1): the ones that export and compile are among them.
+"""
+
+import collections
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minrnn.evals.bench.record import command_line, commit, versions
+
+FOLDER = Path(__file__).parent
+RESULT = FOLDER.parent.parent / "evals" / "results" / "transformers-tests.json"
+
+
+class Outcomes:
+    """A pytest plugin: the outcome of each test, by its node id, and why it was skipped."""
+
+    def __init__(self) -> None:
+        self.outcomes: dict[str, str] = {}
+        self.reasons: dict[str, str] = {}
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        """A test has failed if one of its reports did: set-up, call, tear-down, or a subtest's."""
+        if self.outcomes.get(report.nodeid) == "failed" or (report.when != "call" and report.passed):
+            return
+        if report.skipped and type(report) is not pytest.TestReport:  # a subtest: the others decide
+            return
+        self.outcomes[report.nodeid] = report.outcome
+        if report.skipped:
+            self.reasons[report.nodeid] = str(report.longrepr[2]).removeprefix("Skipped: ")
+
+    def by_class(self) -> dict[str, Any]:
+        """Counts of passed and skipped tests, names of the failed, counts of the reasons to skip."""
+        classes: dict[str, Any] = {}
+        for node, outcome in self.outcomes.items():
+            name, test = node.split("::")[-2:]
+            empty = {"passed": 0, "failed": [], "skipped": 0, "reasons": collections.Counter()}
+            entry = classes.setdefault(name.removeprefix("Test"), empty)
+            if outcome == "failed":
+                entry["failed"].append(test)
+            else:
+                entry[outcome] += 1
+            if outcome == "skipped":
+                entry["reasons"][self.reasons[node]] += 1
+        for entry in classes.values():
+            entry["reasons"] = dict(entry["reasons"].most_common())
+        return classes
+
+
+def main() -> None:
+    """Run, count, print, write."""
+    os.environ |= {"HF_HUB_OFFLINE": "1", "RUN_SLOW": "1"}
+    plugin = Outcomes()
+    files = [str(FOLDER / name) for name in ("test_mixins.py", "peers.py")]
+    pytest.main(
+        ["-q", *files, "-o", "addopts=", "-W", "ignore", "--tb=line", "-p", "no:xdist"], plugins=[plugin]
+    )
+    models = plugin.by_class()
+    for name, entry in models.items():
+        print(
+            f"{name:16} passed {entry['passed']:4} failed {len(entry['failed']):3} skipped {entry['skipped']:4}"
+        )
+    command = command_line("make test-transformers", ())
+    record = {"command": command, "commit": commit(), "versions": versions(), "models": models}
+    RESULT.write_text(json.dumps(record, indent=2) + "\n")
+    sys.exit(any(entry["failed"] for name, entry in models.items() if name.startswith("Min")))
+
+
+if __name__ == "__main__":
+    main()
