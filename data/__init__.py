@@ -4,8 +4,8 @@ from .corpus import CorpusSpec, DocumentStream, open_source
 from .fingerprint import check_corpus, corpus_fingerprint
 from .loader import ChunkLoader, ReaderSpec
 from .prompts import TextStream, prompt_batch, prompt_tokens, read_prompt
-from .reader import IGNORED, Chunk, DocumentReader, WindowReader, joined_tokens
-from .synthetic import Task, TaskValidation, build_task, is_synthetic, tokenizer_of
+from .reader import IGNORED, Chunk, DocumentReader, WindowReader, corpus_tokens
+from .synthetic import Task, TaskValidation, build_task, is_synthetic, run_tokenizer
 from .tokenizer import BYTES, Encoder, byte_tokenizer, fingerprint, load_tokenizer, model_vocab_size
 from .validation import ValidationSet, document_validation, window_validation
 
@@ -28,16 +28,16 @@ __all__ = [
     "byte_tokenizer",
     "check_corpus",
     "corpus_fingerprint",
+    "corpus_tokens",
     "document_validation",
     "fingerprint",
     "is_synthetic",
-    "joined_tokens",
     "load_tokenizer",
     "model_vocab_size",
     "open_source",
     "prompt_batch",
     "prompt_tokens",
     "read_prompt",
-    "tokenizer_of",
+    "run_tokenizer",
     "window_validation",
 ]

@@ -21,10 +21,10 @@ from typing import Any, Literal
 import numpy as np
 
 from ..common.errors import UserError
-from .files import COMPRESSED, ROWS, Kind, file_kind, not_text
+from .files import COMPRESSED, ROWS, Kind, binary_file_error, file_kind
 from .joined import join_documents
 from .rows import Csv, JsonLines, Parquet
-from .sources import HubDataset, Place, Record, Source, TextFiles
+from .sources import Document, HubDataset, Position, Source, TextFiles
 
 PYTHON_STDLIB = "python-stdlib"
 FILE_SUFFIXES = (".txt", ".md", ".py", ".json", *COMPRESSED, *ROWS)  # names with these are not hub ids
@@ -65,7 +65,7 @@ class CorpusSpec:
     instead).
     """
     join: str | None = None
-    left_out: tuple[str, ...] = ()
+    excluded: tuple[str, ...] = ()
     """Files and folders that a run writes (absolute, links resolved): left out where a folder or glob
     contains them.
 
@@ -89,13 +89,13 @@ def stdlib_files(part: Split) -> tuple[list[Path], Path]:
     return files, root
 
 
-def local_files(pattern: str, left_out: Sequence[str] = ()) -> tuple[list[Path], Path]:
+def local_files(pattern: str, excluded: Sequence[str] = ()) -> tuple[list[Path], Path]:
     """Files that a path, folder or glob names, sorted and without hidden ones, and the folder they are in.
 
     The list is empty if nothing matches.
 
     Args:
-        left_out: as in `CorpusSpec`.
+        excluded: as in `CorpusSpec`.
     """
 
     def visible(paths: Iterable[Path], root: Path) -> list[Path]:
@@ -105,7 +105,7 @@ def local_files(pattern: str, left_out: Sequence[str] = ()) -> tuple[list[Path],
             if p.is_file() and not any(part.startswith(".") for part in p.relative_to(root).parts)
         )
         resolved = Path(os.path.realpath(root))
-        inside = {path for path in map(Path, left_out) if path.is_relative_to(resolved) and path != resolved}
+        inside = {path for path in map(Path, excluded) if path.is_relative_to(resolved) and path != resolved}
         if inside:
             resolve = functools.cache(os.path.realpath)  # once for each folder
             files = [
@@ -142,7 +142,7 @@ def _common_kind(files: list[Path], spec: CorpusSpec) -> tuple[Kind, list[Path]]
     examples: dict[Kind, Path] = {}
     for path, kind in kinds.items():
         if kind == "binary" and not spec.skip_broken:
-            raise not_text(path)
+            raise binary_file_error(path)
         if kind is not None:
             examples.setdefault("text" if kind == "binary" else kind, path)
     if len(examples) > 1:
@@ -173,7 +173,7 @@ def _open_unjoined(spec: CorpusSpec, part: Split) -> Source:
     if spec.corpus == PYTHON_STDLIB:
         files, root = stdlib_files(part)
         return TextFiles(files, root, spec.skip_broken)
-    files, root = local_files(spec.corpus, spec.left_out)
+    files, root = local_files(spec.corpus, spec.excluded)
     if not files:
         if os.path.isdir(os.path.expanduser(spec.corpus)):
             only = " but those of the run" if local_files(spec.corpus)[0] else ""
@@ -226,8 +226,8 @@ class Window:
     """W documents (fewer at the end of an epoch) in the order in which they are read."""
 
     address: WindowAddress
-    documents: list[Record]
-    following: WindowAddress
+    documents: list[Document]
+    next_address: WindowAddress
     num_skipped: int
 
 
@@ -255,35 +255,35 @@ class DocumentStream:
             if self.owns_shards
             else range(self.source.num_shards)
         )
-        self._records: Iterator[Record] | None = None
+        self._documents: Iterator[Document] | None = None
         self._next: WindowAddress | None = None
 
     def window(self, address: WindowAddress) -> Window:
         """Read a window. The window after the previous one is read without seeking."""
-        if address != self._next or self._records is None:
-            self._records = self._read(address.shard, Place(address.index, address.hint))
+        if address != self._next or self._documents is None:
+            self._documents = self._read(address.shard, Position(address.index, address.hint))
             self._shard, self._index = address.shard, address.index
-        documents: list[Record] = []
+        documents: list[Document] = []
         num_skipped = 0
         while len(documents) < self.size:
-            record = next(self._records, None)
-            if record is None:
+            document = next(self._documents, None)
+            if document is None:
                 self._shard += 1
                 if self._shard == len(self.shards):
                     break
-                self._records, self._index = self._read(self._shard, Place()), 0
+                self._documents, self._index = self._read(self._shard, Position()), 0
                 continue
-            self._index = record.index + 1
-            global_index = self.shards[self._shard] + record.index
+            self._index = document.index + 1
+            global_index = self.shards[self._shard] + document.index
             if not self.owns_shards and global_index % self.num_readers != self.reader:
                 continue
-            num_skipped += record.num_skipped
-            if record.text is not None and self._is_wanted(record.text):
-                documents.append(record)
+            num_skipped += document.num_skipped
+            if document.text is not None and self._is_in_part(document.text):
+                documents.append(document)
         if self._shard == len(self.shards):
-            following = WindowAddress(address.epoch + 1)
+            next_address = WindowAddress(address.epoch + 1)
         else:
-            following = replace(
+            next_address = replace(
                 address,
                 number=address.number + 1,
                 shard=self._shard,
@@ -291,24 +291,24 @@ class DocumentStream:
                 hint=self.source.hint(),
             )
         # an epoch begins with a fresh iterator
-        self._next = following if self._shard < len(self.shards) else None
+        self._next = next_address if self._shard < len(self.shards) else None
         if self.seed is not None:
             generator = np.random.default_rng([self.seed, self.reader, address.epoch, address.number])
             documents = [documents[i] for i in generator.permutation(len(documents))]
-        return Window(address, documents, following, num_skipped)
+        return Window(address, documents, next_address, num_skipped)
 
-    def _read(self, shard: int, place: Place) -> Iterator[Record]:
+    def _read(self, shard: int, place: Position) -> Iterator[Document]:
         yield from self.source.read(self.shards[shard], place)
 
-    def _is_wanted(self, text: str) -> bool:
+    def _is_in_part(self, text: str) -> bool:
         if self.part == "all" or self.spec.corpus == PYTHON_STDLIB:  # chosen by file already
             return True
         return is_held_out(text, self.spec.held_out) == (self.part == "validation")
 
-    def one_epoch(self) -> Iterator[Record]:
+    def one_epoch(self) -> Iterator[Document]:
         """Every document once."""
         address = WindowAddress()
         while address.epoch == 0:
             window = self.window(address)
             yield from window.documents
-            address = window.following
+            address = window.next_address

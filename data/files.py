@@ -80,7 +80,7 @@ def open_decompressed(path: Path) -> io.BufferedReader:
     return io.BufferedReader(cast(io.RawIOBase, stream))
 
 
-def is_damage(error: Exception) -> bool:
+def is_damage_error(error: Exception) -> bool:
     """Whether a read error means damaged content rather than a failing disk.
 
     Arrow raises ArrowInvalid (a ValueError) or an OSError without an errno if bytes cannot be decompressed or
@@ -90,7 +90,7 @@ def is_damage(error: Exception) -> bool:
 
 
 @contextmanager
-def errors_name(name: Path | str) -> Iterator[None]:
+def convert_read_errors(name: Path | str) -> Iterator[None]:
     """Turn every read error in the body into a UserError that names the file."""
     try:
         yield
@@ -109,14 +109,14 @@ def errors_name(name: Path | str) -> Iterator[None]:
         raise UserError(
             (
                 "data.corpus",
-                f"{name} cannot be read ({os.strerror(error.errno) if error.errno else one_line(error)})",
+                f"{name} cannot be read ({os.strerror(error.errno) if error.errno else one_line_message(error)})",
             )
         ) from None
     except Exception as error:  # pyarrow, datasets and the hub's client each raise their own
-        raise UserError(("data.corpus", f"{name} cannot be read ({one_line(error)})")) from error
+        raise UserError(("data.corpus", f"{name} cannot be read ({one_line_message(error)})")) from error
 
 
-def one_line(error: BaseException) -> str:
+def one_line_message(error: BaseException) -> str:
     """The message of an error on one line, with the error's type unless it is an OSError."""
     text = " ".join(str(error).split())[:300]
     return (
@@ -124,7 +124,7 @@ def one_line(error: BaseException) -> str:
     )
 
 
-def what_is_it(head: bytes) -> str | None:
+def binary_format(head: bytes) -> str | None:
     """A description of the binary format that begins with these bytes, or None for text."""
     if head[257:262] == b"ustar":
         return "a tar archive"
@@ -134,9 +134,9 @@ def what_is_it(head: bytes) -> str | None:
     return "binary: it holds NUL bytes (if it is UTF-16, convert it to UTF-8)" if b"\0" in head else None
 
 
-def not_text(path: Path, head: bytes | None = None) -> UserError:
+def binary_file_error(path: Path, head: bytes | None = None) -> UserError:
     """The error for a binary file that would be read as text."""
-    content = what_is_it(_head(path) if head is None else head)
+    content = binary_format(_head(path) if head is None else head)
     advice = (
         "name the files to read with a glob such as DIR/**/*.txt, "
         "or set data.skip_broken to leave such files out"
@@ -168,7 +168,7 @@ def file_kind(path: Path) -> Kind | None:
     media_type = _types.types_map[True].get(suffix, "")
     if media_type.startswith("text/"):
         return "text"
-    with errors_name(path):
+    with convert_read_errors(path):
         head = _head(path)
     if not head:
         return None
@@ -177,7 +177,7 @@ def file_kind(path: Path) -> Kind | None:
         return "jsonl"
     if head.startswith(b"PAR1"):
         return "parquet"
-    if what_is_it(head) is not None:
+    if binary_format(head) is not None:
         return "binary"
     has_no_type = not suffix or suffix[1:].isdigit()  # part-0001, part.0001
     return "jsonl" if has_no_type and _begins_with_object(head) else "text"
@@ -188,7 +188,7 @@ def _head(path: Path) -> bytes:
         with open_decompressed(path) as file:
             return file.read(HEAD_BYTES)
     except OSError as error:
-        if not is_damage(error):
+        if not is_damage_error(error):
             raise
         with path.open("rb") as file:  # damaged compression: reading the corpus reports it
             return file.read(HEAD_BYTES)

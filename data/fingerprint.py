@@ -13,7 +13,7 @@ from typing import Any
 
 from ..common.errors import UserError
 from .corpus import PYTHON_STDLIB, CorpusSpec, local_files
-from .files import errors_name, file_kind
+from .files import convert_read_errors, file_kind
 
 MAX_HASHED_FILES = 256
 BLOCK_BYTES = 4096
@@ -111,8 +111,8 @@ def _keeps_document_order(
 
 def _sizes(spec: CorpusSpec) -> dict[str, tuple[Path, int]]:
     """Path and size of each file, keyed by its path relative to the corpus's folder."""
-    files, root = local_files(spec.corpus, spec.left_out)
-    with errors_name(spec.corpus):
+    files, root = local_files(spec.corpus, spec.excluded)
+    with convert_read_errors(spec.corpus):
         return {path.relative_to(root).as_posix(): (path, path.stat().st_size) for path in files}
 
 
@@ -128,7 +128,7 @@ def _names_and_sizes(sizes: dict[str, tuple[Path, int]], last: str) -> str:
 def _blocks(path: Path, size: int) -> str:
     """A hash of the first, middle and last block of a file's first `size` bytes."""
     blocks = []
-    with errors_name(path), path.open("rb") as file:
+    with convert_read_errors(path), path.open("rb") as file:
         for start in (0, size // 2, max(size - BLOCK_BYTES, 0)):
             file.seek(start)
             blocks.append(file.read(min(size - start, BLOCK_BYTES)))

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.errors import UserError
-from .sources import Place, Record, Source, TextFiles
+from .sources import Document, Position, Source, TextFiles
 
 # how files are joined; any other value of data.join is a column of rows
 FOLDER, PACKAGE = "folder", "package"
@@ -32,10 +32,10 @@ def joined_text(parts: Iterable[str]) -> str:
     return "".join(part if part.endswith("\n") else f"{part}\n" for part in before) + last
 
 
-def _joined(parts: list[Record], name: str, index: int) -> Record:
+def _joined(parts: list[Document], name: str, index: int) -> Document:
     """Join the parts of a document; the result is broken if all of them are."""
     texts = [part.text for part in parts if part.text is not None]
-    return Record(
+    return Document(
         joined_text(texts) if texts else None,
         name,
         index,
@@ -68,10 +68,10 @@ class JoinedFiles:
             groups.setdefault(group, []).append(index)
         self._groups = list(groups.items())
 
-    def read(self, shard: int, start: Place) -> Iterator[Record]:
+    def read(self, shard: int, start: Position) -> Iterator[Document]:
         for index in range(start.index, len(self._groups)):
             group, members = self._groups[index]
-            parts = [next(self.files.read(0, Place(member))) for member in members]
+            parts = [next(self.files.read(0, Position(member))) for member in members]
             is_file = group == self.files.relative(self.files.paths[members[0]])
             count = _count_of(sum(part.text is not None for part in parts), "file")
             yield _joined(parts, str(group) if is_file else f"{group.as_posix()}/ ({count})", index)
@@ -99,12 +99,12 @@ class JoinedRows:
     def num_shards(self) -> int:
         return self.rows.num_shards
 
-    def read(self, shard: int, start: Place) -> Iterator[Record]:
-        position, first_row, index = Place(), 0, 0
+    def read(self, shard: int, start: Position) -> Iterator[Document]:
+        position, first_row, index = Position(), 0, 0
         if start.hint is not None:
             # "place" is the key's name in existing checkpoints
-            position, first_row, index = Place(*start.hint["place"]), start.hint["row"], start.index
-        parts: list[Record] = []
+            position, first_row, index = Position(*start.hint["place"]), start.hint["row"], start.index
+        parts: list[Document] = []
         after_first = position
         for row in self.rows.read(shard, position):
             if row.index < first_row:
@@ -115,18 +115,18 @@ class JoinedRows:
                     yield self._document(parts, index)
                 index, parts = index + 1, []
             if not parts:
-                after_first = Place(row.index + 1, self.rows.hint())
+                after_first = Position(row.index + 1, self.rows.hint())
             parts.append(row)
         if parts and index >= start.index:
             self._hint = {"row": parts[-1].index + 1, "place": [after_first.index, after_first.hint]}
             yield self._document(parts, index)
 
-    def _continues(self, parts: list[Record], row: Record) -> bool:
+    def _continues(self, parts: list[Document], row: Document) -> bool:
         """Whether the row belongs to the document of `parts`. A broken row counts with the rows before it."""
         intact = next((part for part in parts if part.text is not None), None)
         return row.text is None or intact is None or (intact.group is not None and intact.group == row.group)
 
-    def _document(self, parts: list[Record], index: int) -> Record:
+    def _document(self, parts: list[Document], index: int) -> Document:
         intact = [part for part in parts if part.text is not None]
         if not intact or intact[0].group is None:
             return _joined(parts, (intact or parts)[0].name, index)

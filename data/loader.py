@@ -21,7 +21,7 @@ from typing import Any, Literal, Protocol
 
 from ..common.errors import UserError
 from .corpus import CorpusSpec
-from .reader import Chunk, DocumentReader, WindowReader, joined_tokens
+from .reader import Chunk, DocumentReader, WindowReader, corpus_tokens
 from .synthetic import Task, TaskReader
 from .tokenizer import Encoder
 
@@ -70,7 +70,7 @@ class ReaderSpec:
                 )
                 for r, state in zip(readers, states, strict=True)
             ]
-        tokens = joined_tokens(self.corpus, "train", self.encoder)
+        tokens = corpus_tokens(self.corpus, "train", self.encoder)
         return [
             WindowReader(tokens, r, self.lanes, self.chunk, self.seed, state)
             for r, state in zip(readers, states, strict=True)

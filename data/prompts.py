@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.errors import UserError
-from .sources import utf8
+from .sources import decode_utf8
 
 STANDARD_INPUT = "-"
 NUM_CONTEXT_TOKENS = 16  # of the prompt: the decoding of a token may depend on the tokens before it
@@ -30,7 +30,7 @@ def read_prompt(path: Path, key: str) -> str:
     is_file = str(path) != STANDARD_INPUT
     name = str(path) if is_file else "standard input"
     try:
-        return utf8(path.read_bytes() if is_file else sys.stdin.buffer.read())
+        return decode_utf8(path.read_bytes() if is_file else sys.stdin.buffer.read())
     except UnicodeDecodeError as error:
         raise UserError((key, f"{name} is not UTF-8 (byte {error.start}); convert it")) from None
     except OSError as error:

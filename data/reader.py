@@ -5,7 +5,7 @@
 A document of n tokens gives n + 1 positions: inputs `<bos> t1 .. tn`, targets `t1 .. tn <eos>`. Targets are
 made from the whole document before it is cut, so every position of the stream is scored, also at the edges of
 chunks. A reader's state holds, for each lane, the current document (its window and its number in the window)
-and how many of its tokens have been read. The state travels with the chunk, so a checkpoint records what was
+and how many of its tokens have been read. The state travels with the chunk, so a checkpoint documents what was
 consumed, whatever was prefetched.
 """
 
@@ -17,8 +17,8 @@ import numpy as np
 
 from ..common.errors import UserError
 from .corpus import CorpusSpec, DocumentStream, Split, Window, WindowAddress
-from .files import errors_name
-from .sources import Record
+from .files import convert_read_errors
+from .sources import Document
 from .tokenizer import Encoder
 
 IGNORED = -100  # target of a position that is not scored, as everywhere in transformers
@@ -68,7 +68,7 @@ class Lane:
     """Hash of the document's tokens."""
 
     @property
-    def num_left(self) -> int:
+    def num_remaining(self) -> int:
         return max(len(self.tokens) - 1 - self.offset, 0)
 
     def position(self) -> dict[str, Any]:
@@ -85,7 +85,7 @@ class Lane:
 
     def emit(self, chunk: Chunk, row: int, column: int) -> int:
         """Write as many positions as fit into a row of the chunk from `column` on; returns their number."""
-        count = min(self.num_left, chunk.input_ids.shape[1] - column)
+        count = min(self.num_remaining, chunk.input_ids.shape[1] - column)
         piece = self.tokens[self.offset : self.offset + count + 1]
         chunk.input_ids[row, column : column + count] = piece[:-1]
         chunk.shift_labels[row, column : column + count] = piece[1:]
@@ -95,14 +95,14 @@ class Lane:
         return count
 
 
-def encode_document(encoder: Encoder, document: Record) -> np.ndarray:
+def encode_document(encoder: Encoder, document: Document) -> np.ndarray:
     """The tokens of a document, `<bos> text <eos>`.
 
     Raises:
         UserError: the tokenizer fails, or the document does not fit into memory; the message names the
             document.
     """
-    with errors_name(document.name):
+    with convert_read_errors(document.name):
         return encoder(document.text or "")
 
 
@@ -145,13 +145,15 @@ class DocumentReader:
     def _check_size(self, corpus: str, num_readers: int) -> None:
         """Check that the first chunk does not need a second epoch."""
         needed, lanes = len(self.lanes) * self.chunk, len(self.lanes)
-        documents, address = list(self.window.documents), self.window.following
+        documents, address = list(self.window.documents), self.window.next_address
         count = sum(len(encode_document(self.encoder, document)) - 1 for document in documents[: needed + 1])
         while (count < needed or len(documents) < lanes) and address.epoch == 0:
-            following = self.stream.window(address)
-            documents += following.documents
-            count += sum(len(encode_document(self.encoder, document)) - 1 for document in following.documents)
-            address = following.following
+            next_address = self.stream.window(address)
+            documents += next_address.documents
+            count += sum(
+                len(encode_document(self.encoder, document)) - 1 for document in next_address.documents
+            )
+            address = next_address.next_address
         share = (
             f"reader {self.reader}'s share (1 of {num_readers}) of {corpus}" if num_readers > 1 else corpus
         )
@@ -232,7 +234,7 @@ class DocumentReader:
     def _next_document(self, lane: Lane) -> None:
         epoch = self.window.address.epoch
         while self.number == len(self.window.documents):
-            self.window, self.number = self.stream.window(self.window.following), 0
+            self.window, self.number = self.stream.window(self.window.next_address), 0
             self.num_skipped += self.window.num_skipped
             if self.window.address.epoch > epoch + 1:  # a whole epoch without a document: there are none
                 corpus = self.stream.spec.corpus
@@ -247,7 +249,7 @@ class DocumentReader:
 
     def state(self) -> dict[str, Any]:
         """The reader's position; JSON."""
-        lanes = [None if lane.num_left == 0 else lane.position() for lane in self.lanes]
+        lanes = [None if lane.num_remaining == 0 else lane.position() for lane in self.lanes]
         return {
             "window": asdict(self.window.address),
             "number": self.number,
@@ -261,7 +263,7 @@ class DocumentReader:
         for row, lane in enumerate(self.lanes):
             column = 0
             while column < self.chunk:
-                if lane.num_left == 0:
+                if lane.num_remaining == 0:
                     self._next_document(lane)
                 column += lane.emit(chunk, row, column)
         chunk.state = self.state()
@@ -309,12 +311,12 @@ class WindowReader:
         return chunk
 
 
-def joined_tokens(spec: CorpusSpec, part: Split, encoder: Encoder) -> np.ndarray:
+def corpus_tokens(spec: CorpusSpec, part: Split, encoder: Encoder) -> np.ndarray:
     """The tokens of the whole corpus as one text, int32; for training its first part, for validation its last
     part.
     """
     stream = DocumentStream(spec, "all", 0, 1, window=1024, seed=None)
-    pieces = [encode_document(encoder, record)[1:-1] for record in stream.one_epoch()]
+    pieces = [encode_document(encoder, document)[1:-1] for document in stream.one_epoch()]
     tokens = np.concatenate(pieces) if pieces else np.zeros(0)
     edge = len(tokens) if part == "all" else round(len(tokens) * (1 - spec.held_out))
     return (tokens[edge:] if part == "validation" else tokens[:edge]).astype(np.int32)

@@ -13,12 +13,22 @@ from .files import (
     HEAD_BYTES,
     check_json_lines,
     compression,
-    errors_name,
+    convert_read_errors,
     inner_suffix,
-    is_damage,
+    is_damage_error,
     open_decompressed,
 )
-from .sources import Place, Record, broken, damaged, decode, group_of, is_text, no_join_column, no_text
+from .sources import (
+    Document,
+    Position,
+    damaged_file_error,
+    decode_document,
+    group_value,
+    is_text,
+    missing_join_column_error,
+    missing_text_error,
+    skip_or_raise,
+)
 
 
 @dataclass
@@ -34,19 +44,21 @@ class _RowFiles:
     def num_shards(self) -> int:
         return len(self.paths)
 
-    def _record(self, row: Any, name: str, index: int) -> Record:
+    def _document(self, row: Any, name: str, index: int) -> Document:
         if isinstance(row, dict) and is_text(row.get(self.text_field)):
-            return Record(row[self.text_field], name, index, group=group_of(row, self.group_field, name))
-        return broken(self.skip_broken, no_text(row, self.text_field, name), name, index)
+            return Document(row[self.text_field], name, index, group=group_value(row, self.group_field, name))
+        return skip_or_raise(self.skip_broken, missing_text_error(row, self.text_field, name), name, index)
 
-    def _damaged(self, path: Path, error: Exception, index: int, problem: str) -> Record:
+    def _damaged_document(self, path: Path, error: Exception, index: int, problem: str) -> Document:
         """The document for content that cannot be read.
 
         A disk error is raised unchanged, since a retry may succeed.
         """
-        if not is_damage(error):
+        if not is_damage_error(error):
             raise error
-        return broken(self.skip_broken, damaged(path, error, problem), f"{path}[{index}]", index)
+        return skip_or_raise(
+            self.skip_broken, damaged_file_error(path, error, problem), f"{path}[{index}]", index
+        )
 
 
 @dataclass
@@ -58,9 +70,9 @@ class JsonLines(_RowFiles):
 
     _offset: int | None = field(default=None, init=False)
 
-    def read(self, shard: int, start: Place) -> Iterator[Record]:
+    def read(self, shard: int, start: Position) -> Iterator[Document]:
         path, index = self.paths[shard], 0
-        with errors_name(path):
+        with convert_read_errors(path):
             is_plain = compression(path) is None
             with open_decompressed(path) as file:
                 self._offset = 0 if is_plain else None
@@ -77,20 +89,20 @@ class JsonLines(_RowFiles):
                             yield self._parse(line, f"{path}:{index + 1}", index)
                         index += 1
                 except OSError as error:
-                    record = self._damaged(path, error, index, f"is damaged behind line {index}")
+                    document = self._damaged_document(path, error, index, f"is damaged behind line {index}")
                     if index >= start.index:
-                        yield record
+                        yield document
 
-    def _parse(self, line: bytes, name: str, index: int) -> Record:
+    def _parse(self, line: bytes, name: str, index: int) -> Document:
         try:
-            row = json.loads(decode(line, name))
+            row = json.loads(decode_document(line, name))
         except UserError as error:
-            return broken(self.skip_broken, error, name, index)
+            return skip_or_raise(self.skip_broken, error, name, index)
         # includes numbers with too many digits and too deep nesting
         except (ValueError, RecursionError) as error:
             problem = f"{name} is not JSON ({error}); set data.skip_broken to leave such documents out"
-            return broken(self.skip_broken, UserError(("data.corpus", problem)), name, index)
-        return self._record(row, name, index)
+            return skip_or_raise(self.skip_broken, UserError(("data.corpus", problem)), name, index)
+        return self._document(row, name, index)
 
     def hint(self) -> int | None:
         return self._offset
@@ -100,11 +112,11 @@ class JsonLines(_RowFiles):
 class Csv(_RowFiles):
     """CSV: each row of a .csv or .tsv file (plain, gzip or zstd) below its header is a document."""
 
-    def read(self, shard: int, start: Place) -> Iterator[Record]:
+    def read(self, shard: int, start: Position) -> Iterator[Document]:
         path, index = self.paths[shard], 0
         csv.field_size_limit(2**31 - 1)  # for the whole process; the default is too small for long documents
         delimiter = "\t" if inner_suffix(path) == ".tsv" else ","
-        with errors_name(path), open_decompressed(path) as file, _text_of(file) as text:
+        with convert_read_errors(path), open_decompressed(path) as file, _text_of(file) as text:
             rows = csv.reader(text, delimiter=delimiter)
             try:
                 header = next(rows, [])
@@ -117,31 +129,31 @@ class Csv(_RowFiles):
                     index += 1
             except (OSError, csv.Error) as error:
                 reason = ValueError(str(error)) if isinstance(error, csv.Error) else error
-                record = self._damaged(path, reason, index, f"is damaged behind row {index}")
+                document = self._damaged_document(path, reason, index, f"is damaged behind row {index}")
                 if index >= start.index:
-                    yield record
+                    yield document
 
     def _check_header(self, header: list[str], path: Path) -> None:
         if header and self.text_field not in header:
-            raise no_column(self.text_field, header, path)
+            raise missing_column_error(self.text_field, header, path)
         if header and self.group_field is not None and self.group_field not in header:
-            raise no_join_column(self.group_field, header, str(path))
+            raise missing_join_column_error(self.group_field, header, str(path))
         check_unique(header, self.text_field, self.group_field, path)
 
-    def _row(self, header: list[str], cells: list[str], name: str, index: int) -> Record:
+    def _row(self, header: list[str], cells: list[str], name: str, index: int) -> Document:
         if len(cells) != len(header):
             problem = (
                 f"{name} has {len(cells)} cells, but the header has {len(header)}; "
                 "quote cells that hold the delimiter or a line break"
             )
             advice = "set data.skip_broken to leave such rows out"
-            return broken(
+            return skip_or_raise(
                 self.skip_broken, UserError(("data.corpus", f"{problem}, or {advice}")), name, index
             )
         row: dict[str, Any] = dict(zip(header, cells, strict=True))
         if not is_text(row[self.text_field]):  # bytes that are not UTF-8 were read as surrogates
             row[self.text_field] = row[self.text_field].encode(errors="surrogateescape")
-        return self._record(row, name, index)
+        return self._document(row, name, index)
 
     def hint(self) -> None:
         return None
@@ -151,7 +163,7 @@ def _text_of(file: io.BufferedReader) -> io.TextIOWrapper:
     return io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
-def no_column(column: str, columns: list[str], path: Path) -> UserError:
+def missing_column_error(column: str, columns: list[str], path: Path) -> UserError:
     """The error for a file without the text column."""
     return UserError(
         ("data.text_field", f"{path} has no column {column!r}; it has {', '.join(map(repr, columns))}")
@@ -179,25 +191,25 @@ def check_unique(columns: list[str], text_field: str, group_field: str | None, p
 class Parquet(_RowFiles):
     """Parquet: each row is a document. A damaged row group is reported, or skipped with all its rows."""
 
-    def read(self, shard: int, start: Place) -> Iterator[Record]:
+    def read(self, shard: int, start: Position) -> Iterator[Document]:
         import pyarrow.parquet
 
         path = self.paths[shard]
-        with errors_name(path):
+        with convert_read_errors(path):
             path.open("rb").close()  # raises the system's own error, if any
             try:
                 file = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
             except (OSError, pyarrow.ArrowInvalid) as error:
-                record = self._damaged(path, error, 0, "is not a parquet file, or not a whole one")
+                document = self._damaged_document(path, error, 0, "is not a parquet file, or not a whole one")
                 if start.index == 0:
-                    yield record
+                    yield document
                 return
             with file:
                 names = file.schema_arrow.names
                 if self.text_field not in names:
-                    raise no_column(self.text_field, names, path)
+                    raise missing_column_error(self.text_field, names, path)
                 if self.group_field is not None and self.group_field not in names:
-                    raise no_join_column(self.group_field, names, str(path))
+                    raise missing_join_column_error(self.group_field, names, str(path))
                 check_unique(names, self.text_field, self.group_field, path)
                 first = 0
                 for group in range(file.num_row_groups):
@@ -206,7 +218,7 @@ class Parquet(_RowFiles):
                         yield from self._row_group(file, group, range(first, end), start.index, path)
                     first = end
 
-    def _row_group(self, file: Any, group: int, rows: range, start: int, path: Path) -> Iterator[Record]:
+    def _row_group(self, file: Any, group: int, rows: range, start: int, path: Path) -> Iterator[Document]:
         import pyarrow
 
         names = [self.text_field] if self.group_field is None else [self.text_field, self.group_field]
@@ -217,7 +229,7 @@ class Parquet(_RowFiles):
         except (OSError, ValueError) as error:  # truncated, changed since it was opened, or corrupted
             problem = f"is damaged in row group {group}, rows {rows.start} to {rows.stop - 1}"
             for index in range(max(rows.start, start), rows.stop):
-                yield self._damaged(path, error, index, problem)
+                yield self._damaged_document(path, error, index, problem)
             return
         columns = [table.column(name) for name in names]
         for index in range(max(rows.start, start), rows.stop):
@@ -227,7 +239,7 @@ class Parquet(_RowFiles):
                     values.append(column[index - rows.start].as_py())
                 except UnicodeDecodeError:  # Parquet does not guarantee UTF-8
                     values.append(column[index - rows.start].cast(pyarrow.binary()).as_py())
-            yield self._record(dict(zip(names, values, strict=True)), f"{path}[{index}]", index)
+            yield self._document(dict(zip(names, values, strict=True)), f"{path}[{index}]", index)
 
     def hint(self) -> None:
         return None

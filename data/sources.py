@@ -2,7 +2,7 @@
 
 A source has shards; a shard is an ordered sequence of documents, readable from any position.
 
-    source.read(shard, start) -> Iterator[Record]       start = the `Place` of the first document
+    source.read(shard, start) -> Iterator[Document]       start = the `Position` of the first document
 
 The order never depends on the file system: paths are sorted. A position is the index of a document within its
 shard and an optional hint that makes finding it faster (a byte offset, the state of a streamed dataset). Both
@@ -17,11 +17,19 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..common.errors import UserError
-from .files import HEAD_BYTES, errors_name, is_damage, not_text, one_line, open_decompressed, what_is_it
+from .files import (
+    HEAD_BYTES,
+    binary_file_error,
+    binary_format,
+    convert_read_errors,
+    is_damage_error,
+    one_line_message,
+    open_decompressed,
+)
 
 
 @dataclass(frozen=True)
-class Place:
+class Position:
     """The position of a document in a shard."""
 
     index: int = 0
@@ -29,7 +37,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Record:
+class Document:
     """One document; `text` is None if it is broken and broken documents are skipped."""
 
     text: str | None
@@ -52,7 +60,7 @@ class Source(Protocol):
         """Number of shards."""
         ...
 
-    def read(self, shard: int, start: Place) -> Iterator[Record]:
+    def read(self, shard: int, start: Position) -> Iterator[Document]:
         """Documents of a shard from `start` on."""
         ...
 
@@ -61,7 +69,7 @@ class Source(Protocol):
         ...
 
 
-def utf8(data: bytes) -> str:
+def decode_utf8(data: bytes) -> str:
     """Decode UTF-8 without a byte order mark.
 
     Raises:
@@ -70,14 +78,14 @@ def utf8(data: bytes) -> str:
     return data.decode("utf-8").removeprefix("\ufeff")
 
 
-def decode(data: bytes, name: str) -> str:
+def decode_document(data: bytes, name: str) -> str:
     """Decode UTF-8 without a byte order mark; errors name the document.
 
     Raises:
         UserError: the data is not UTF-8.
     """
     try:
-        return utf8(data)
+        return decode_utf8(data)
     except UnicodeDecodeError as error:
         raise UserError(
             (
@@ -102,7 +110,7 @@ def is_text(value: Any) -> bool:
     return True
 
 
-def no_text(row: Any, text_field: str, name: str) -> UserError:
+def missing_text_error(row: Any, text_field: str, name: str) -> UserError:
     """The error for a row without text."""
     skip = "set data.skip_broken to leave such documents out"
     if not isinstance(row, Mapping):
@@ -133,20 +141,20 @@ def no_text(row: Any, text_field: str, name: str) -> UserError:
     )
 
 
-def damaged(path: Path, error: Exception, problem: str = "is damaged") -> UserError:
+def damaged_file_error(path: Path, error: Exception, problem: str = "is damaged") -> UserError:
     """The error for a file whose content is damaged; `problem` says where ("is damaged in row group 3")."""
     advice = "fetch it again, or set data.skip_broken to leave the damaged part out"
-    return UserError(("data.corpus", f"{path} {problem} ({one_line(error)}); {advice}"))
+    return UserError(("data.corpus", f"{path} {problem} ({one_line_message(error)}); {advice}"))
 
 
-def broken(skip: bool, error: UserError, name: str, index: int) -> Record:
+def skip_or_raise(skip: bool, error: UserError, name: str, index: int) -> Document:
     """A document marked as skipped if `skip` is set; otherwise the error is raised."""
     if not skip:
         raise error
-    return Record(None, name, index, num_skipped=1)
+    return Document(None, name, index, num_skipped=1)
 
 
-def no_join_column(column: str, columns: Collection[str], name: str) -> UserError:
+def missing_join_column_error(column: str, columns: Collection[str], name: str) -> UserError:
     """The error for rows without the column that they are to be joined by."""
     near = difflib.get_close_matches(column, columns, n=3)
     advice = (
@@ -155,12 +163,12 @@ def no_join_column(column: str, columns: Collection[str], name: str) -> UserErro
     return UserError(("data.join", f"{name} has no column {column!r} ({advice})"))
 
 
-def group_of(row: Mapping[str, Any], column: str | None, name: str) -> Any:
+def group_value(row: Mapping[str, Any], column: str | None, name: str) -> Any:
     """The row's value in the column to join by."""
     if column is None:
         return None
     if column not in row:
-        raise no_join_column(column, row.keys(), name)
+        raise missing_join_column_error(column, row.keys(), name)
     return row[column]
 
 
@@ -177,25 +185,25 @@ class TextFiles:
         """A file's path relative to the root, as messages show it."""
         return path.relative_to(self.root) if path.is_relative_to(self.root) else path
 
-    def read(self, shard: int, start: Place) -> Iterator[Record]:
+    def read(self, shard: int, start: Position) -> Iterator[Document]:
         for index in range(start.index, len(self.paths)):
             path = self.paths[index]
             name = str(self.relative(path))
-            with errors_name(path):
+            with convert_read_errors(path):
                 try:
-                    yield Record(self._text(path), name, index)
+                    yield Document(self._text(path), name, index)
                 except UserError as error:
-                    yield broken(self.skip_broken, error, name, index)
+                    yield skip_or_raise(self.skip_broken, error, name, index)
 
     def _text(self, path: Path) -> str:
         try:
             with open_decompressed(path) as file:
                 data = file.read()
         except OSError as error:
-            raise damaged(path, error) if is_damage(error) else error from None
-        if what_is_it(data[:HEAD_BYTES]) is not None:
-            raise not_text(path, data[:HEAD_BYTES])
-        return decode(data, str(path))
+            raise damaged_file_error(path, error) if is_damage_error(error) else error from None
+        if binary_format(data[:HEAD_BYTES]) is not None:
+            raise binary_file_error(path, data[:HEAD_BYTES])
+        return decode_document(data, str(path))
 
     def hint(self) -> None:
         return None
@@ -234,22 +242,24 @@ class HubDataset:
     def num_shards(self) -> int:
         return self._dataset.num_shards
 
-    def read(self, shard: int, start: Place) -> Iterator[Record]:
+    def read(self, shard: int, start: Position) -> Iterator[Document]:
         self._reading = self._dataset.shard(self.num_shards, shard)
         index = 0
         if start.hint is not None:
             self._reading.load_state_dict(start.hint)
             index = start.index
-        with errors_name(f"{self.path}[{shard}]"):
+        with convert_read_errors(f"{self.path}[{shard}]"):
             for row in self._reading:
                 if index >= start.index:
                     name = f"{self.path}[{shard}][{index}]"
                     if is_text(row.get(self.text_field)):
-                        yield Record(
-                            row[self.text_field], name, index, group=group_of(row, self.group_field, name)
+                        yield Document(
+                            row[self.text_field], name, index, group=group_value(row, self.group_field, name)
                         )
                     else:
-                        yield broken(self.skip_broken, no_text(row, self.text_field, name), name, index)
+                        yield skip_or_raise(
+                            self.skip_broken, missing_text_error(row, self.text_field, name), name, index
+                        )
                 index += 1
 
     def hint(self) -> Any:

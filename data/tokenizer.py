@@ -83,7 +83,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # the hub client, the file system and the parsers each raise their own
-        if wants_trust(error):
+        if needs_code_trust(error):
             option = "data.trust_remote_code (of minrnn export: --trust-remote-code)"
             message = (
                 f"{name!r} brings code of its own, which is not run; read it, and set {option} to run it"
@@ -189,7 +189,7 @@ def _split_names(backend: Any) -> None:
         backend.pre_tokenizer = split if before is None else pre_tokenizers.Sequence([before, split])
 
 
-def wants_trust(error: Exception) -> bool:
+def needs_code_trust(error: Exception) -> bool:
     """Whether transformers refused to load something because its code was not trusted."""
     return isinstance(error, ValueError) and "trust_remote_code" in str(error)
 
@@ -208,7 +208,7 @@ class Encoder:
     _backend: Any = field(default=None, repr=False)
 
     @classmethod
-    def of(cls, tokenizer: Any, name: str) -> "Encoder":
+    def from_tokenizer(cls, tokenizer: Any, name: str) -> "Encoder":
         """The encoder for a tokenizer that `load_tokenizer(name)` returned."""
         backend_json = None if name == BYTES else tokenizer.backend_tokenizer.to_str()
         return cls(tokenizer.bos_token_id, tokenizer.eos_token_id, backend_json)

@@ -53,7 +53,7 @@ class ValidationSet:
             for row, lane in enumerate(lanes[:num_running]):
                 column = 0
                 while column < self.chunk and remaining[row] > 0:
-                    if lane.num_left == 0:
+                    if lane.num_remaining == 0:
                         lane.tokens, lane.offset = next(waiting[row]), 0
                     count = lane.emit(chunk, row, column)
                     column, remaining[row] = column + count, remaining[row] - count

@@ -11,7 +11,7 @@ import traceback
 
 from ..common.errors import UserError
 from ..common.output import secure_output
-from .files import one_line
+from .files import one_line_message
 from .loader import DirectChunks, ReaderSpec
 
 
@@ -27,7 +27,7 @@ def _error_to_send(error: BaseException, spec: ReaderSpec) -> Exception:
         advice = "use fewer data.workers, a smaller data.shuffle_window or smaller documents"
         return UserError(("data.corpus", f"{corpus}: there is not enough memory to read it; {advice}"))
     traceback.print_exception(error)
-    return RuntimeError(f"a data worker failed while reading {corpus} ({one_line(error)})")
+    return RuntimeError(f"a data worker failed while reading {corpus} ({one_line_message(error)})")
 
 
 def main() -> None:

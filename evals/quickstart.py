@@ -39,7 +39,7 @@ def measured(run: Path) -> dict:
     model = MinRNNForCausalLM.from_pretrained(run / "model", trust_remote_code=False)
     values["data"]["validation_tokens"] = None
     recipe = build_recipe(values)
-    encoder = Encoder.of(load_tokenizer(recipe.data.tokenizer), recipe.data.tokenizer)
+    encoder = Encoder.from_tokenizer(load_tokenizer(recipe.data.tokenizer), recipe.data.tokenizer)
     sets = validation_sets(recipe, corpus_of(recipe), encoder, range(recipe.batch.readers))
     return {
         "command": "make train && .venv/bin/python -m minrnn.evals.quickstart",

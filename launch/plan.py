@@ -394,7 +394,7 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         UserError: everything that is wrong with the options or the recipe.
     """
-    from ..data import model_vocab_size, tokenizer_of
+    from ..data import model_vocab_size, run_tokenizer
     from ..pipeline.recipe import read_recipe
 
     arguments, overrides = _parser().parse_known_args(argv)
@@ -409,7 +409,7 @@ def main(argv: Sequence[str]) -> None:
     workload = workload_of(recipe, arguments.processes)
     precision, data = assumed_precision(recipe), recipe.data
     vocab_size = arguments.vocab_size or model_vocab_size(
-        tokenizer_of(data.corpus, data.tokenizer, data.task, data.trust_remote_code)
+        run_tokenizer(data.corpus, data.tokenizer, data.task, data.trust_remote_code)
     )
     model = measure(recipe, vocab_size)
     lines = heading(recipe, model, workload)

@@ -313,8 +313,8 @@ class Recipe:
         if not is_synthetic(self.data.corpus):
             return None
         task = build_task(self.data.corpus, self.data.task)
-        if self.batch.chunk < task.longest:
-            told = f"{self.batch.chunk} does not hold the longest sequence of {self.data.corpus}: set it to {task.longest} or more"
+        if self.batch.chunk < task.max_train_length:
+            told = f"{self.batch.chunk} does not hold the longest sequence of {self.data.corpus}: set it to {task.max_train_length} or more"
             raise UserError(("batch.chunk", told))
         return task
 

@@ -17,8 +17,8 @@ from ..data import (
     Encoder,
     TaskValidation,
     ValidationSet,
+    corpus_tokens,
     document_validation,
-    joined_tokens,
     window_validation,
 )
 from ..data.corpus import Split
@@ -55,7 +55,7 @@ def validation_sets(
         data.skip_broken,
         0.0,
         data.join,
-        corpus.left_out,
+        corpus.excluded,
     )
     try:
         return _sets(recipe, spec, "all", encoder, readers)
@@ -69,7 +69,7 @@ def _sets(
     data, batch = recipe.data, recipe.batch
     layout = (batch.readers, batch.lanes, batch.chunk, data.validation_tokens)
     if data.order == "windows":
-        tokens = joined_tokens(spec, part, encoder)
+        tokens = corpus_tokens(spec, part, encoder)
         return [window_validation(tokens, encoder, reader, *layout) for reader in readers]
     return [document_validation(spec, part, encoder, reader, *layout) for reader in readers]
 
@@ -156,7 +156,7 @@ def _validate_task(
     return {
         "loss": float(sums[0, 2] / sums[0, 1]),
         "accuracy": accuracy,
-        "accuracy_scaled": task.scaled(accuracy),
+        "accuracy_scaled": task.scaled_accuracy(accuracy),
         "chance": task.chance,
         "by_length": {str(length): value for length, value in accuracies.items()},
         "validation_tokens": int(sums[0, 1]),

@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from ..common.errors import UserError
 from ..common.output import warn
-from ..data import TextStream, prompt_batch, tokenizer_of
+from ..data import TextStream, prompt_batch, run_tokenizer
 from ..models import MinRNNConfig, MinRNNForCausalLM
 from ..models.dtypes import DTYPES
 from . import card
@@ -119,7 +119,7 @@ def load_checkpoint(
 ) -> tuple[MinRNNForCausalLM, Any, dict[str, Any]]:
     """The model of a checkpoint, its tokenizer and the resolved recipe."""
     config = yaml.safe_load((path / "config.yaml").read_text())
-    tokenizer = tokenizer_of(
+    tokenizer = run_tokenizer(
         config["data"]["corpus"], config["data"]["tokenizer"], config["data"].get("task"), trust_remote_code
     )
     fields = {name: value for name, value in config["model"].items() if name not in ("preset", "init_from")}

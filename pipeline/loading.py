@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from ..common.errors import UserError
 from ..common.output import warn
-from ..data.tokenizer import wants_trust
+from ..data.tokenizer import needs_code_trust
 from ..models import MinRNNConfig, MinRNNForCausalLM
 from ..models.dtypes import DTYPES
 from .machine import CHOICES, choose_precision, device_name, measure_rates, resolve_device, supports
@@ -147,7 +147,7 @@ def read_model(name: str, trust_remote_code: bool = False) -> tuple[MinRNNForCau
         KeyError,
         AttributeError,
     ) as error:  # what transformers raises where there is none
-        if wants_trust(error):
+        if needs_code_trust(error):
             told = f"the tokenizer of {name} brings code of its own, which is not run; read it, and add --trust-remote-code to run it"
             raise UserError(("MODEL", told)) from None
         raise UserError(

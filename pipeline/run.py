@@ -30,7 +30,7 @@ from ..data import (
     corpus_fingerprint,
     fingerprint,
     model_vocab_size,
-    tokenizer_of,
+    run_tokenizer,
 )
 from ..models import MinRNNConfig, MinRNNForCausalLM
 from ..models.context_parallel import use_context_parallel
@@ -306,7 +306,7 @@ def _open_everywhere(
 
 def _open(recipe: Recipe, folder: RunFolder, mine: range, device: torch.device) -> Opened:
     """What this process reads and trains, before it has to do with others: data under way, its share of what is held out, tokenizer, model."""
-    tokenizer = tokenizer_of(
+    tokenizer = run_tokenizer(
         recipe.data.corpus, recipe.data.tokenizer, recipe.data.task, recipe.data.trust_remote_code
     )
     if folder.manifest.get("tokenizer", fingerprint(tokenizer)) != fingerprint(tokenizer):
@@ -317,7 +317,7 @@ def _open(recipe: Recipe, folder: RunFolder, mine: range, device: torch.device) 
                 f"{name} is not the tokenizer that the run began with: its vocabulary has changed; another run.dir",
             )
         )
-    encoder = Encoder.of(tokenizer, recipe.data.tokenizer)
+    encoder = Encoder.from_tokenizer(tokenizer, recipe.data.tokenizer)
     vocab_size = folder.manifest.get("vocab_size") or model_vocab_size(tokenizer)
     config = model_config(recipe.model_fields_resolved(), tokenizer, vocab_size)
     readers = {reader: ReaderState(None, None) for reader in mine}

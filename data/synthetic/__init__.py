@@ -4,7 +4,7 @@ data.corpus synthetic/NAME, data.task {option: value} -> Task -> examples -> chu
 """
 
 from .reader import IN_DISTRIBUTION, TaskReader, TaskValidation
-from .registry import TASKS, build_task, is_synthetic, tokenizer_of
+from .registry import TASKS, build_task, is_synthetic, run_tokenizer
 from .task import Task
 
 __all__ = [
@@ -15,5 +15,5 @@ __all__ = [
     "TaskValidation",
     "build_task",
     "is_synthetic",
-    "tokenizer_of",
+    "run_tokenizer",
 ]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .task import Example, Task, unscored
+from .task import Example, Task, unscored_labels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,11 +25,13 @@ class FormalLanguage(Task):
     """Lengths that validation scores separately: as published, from the training maximum to 256."""
 
     @property
-    def longest(self) -> int:
+    def max_train_length(self) -> int:
         return self.max_length
 
     def draw_length(self, generator: np.random.Generator) -> int:
-        return self.fit(int(generator.integers(max(self.min_length, self.shortest), self.max_length + 1)))
+        return self.fit_length(
+            int(generator.integers(max(self.min_length, self.min_valid_length), self.max_length + 1))
+        )
 
     @property
     def num_symbols(self) -> int:
@@ -48,10 +50,10 @@ class FormalLanguage(Task):
         errors = super().errors()
         if self.min_length < 1:
             errors["min_length"] = f"must be at least 1, not {self.min_length}"
-        if self.max_length < max(self.min_length, self.shortest):
-            needed = max(self.min_length, self.shortest)
+        if self.max_length < max(self.min_length, self.min_valid_length):
+            needed = max(self.min_length, self.min_valid_length)
             errors["max_length"] = (
-                f"must be at least {needed} (min_length {self.min_length}, shortest sequence {self.shortest})"
+                f"must be at least {needed} (min_length {self.min_length}, shortest sequence {self.min_valid_length})"
             )
         return errors
 
@@ -62,7 +64,7 @@ class OneAnswer(FormalLanguage):
 
     def example(self, generator: np.random.Generator, length: int) -> Example:
         string = generator.integers(0, self.num_symbols, length)
-        labels = unscored(length)
+        labels = unscored_labels(length)
         labels[-1] = self.answer(string)
         return string, labels
 
@@ -76,10 +78,10 @@ class TwoHalves(FormalLanguage):
     """A language whose sequences are a string and as many positions again, so lengths are even."""
 
     @property
-    def shortest(self) -> int:
+    def min_valid_length(self) -> int:
         return 2
 
-    def fit(self, length: int) -> int:
+    def fit_length(self, length: int) -> int:
         return length - length % 2
 
 
@@ -152,9 +154,9 @@ class MissingDuplicate(TwoHalves):
         return ["0", "1", "blank"]
 
     def example(self, generator: np.random.Generator, length: int) -> Example:
-        half = self.fit(length) // 2
+        half = self.fit_length(length) // 2
         sequence = np.tile(generator.integers(0, 2, half), 2)
-        labels, hole = unscored(2 * half), generator.integers(2 * half)
+        labels, hole = unscored_labels(2 * half), generator.integers(2 * half)
         labels[-1], sequence[hole] = sequence[hole], self.BLANK
         return sequence, labels
 
@@ -170,13 +172,13 @@ class MissingDuplicate9(FormalLanguage):
     def num_symbols(self) -> int:
         return 9
 
-    def fit(self, length: int) -> int:
+    def fit_length(self, length: int) -> int:
         return length - (length + 1) % 2
 
     def example(self, generator: np.random.Generator, length: int) -> Example:
-        length = self.fit(length)
+        length = self.fit_length(length)
         string = generator.integers(0, self.num_symbols, (length + 1) // 2)
-        labels = unscored(length)
+        labels = unscored_labels(length)
         labels[-1] = string[-1]
         return np.tile(string, 2)[:length], labels
 
@@ -193,9 +195,9 @@ class BucketSort(TwoHalves):
         return [*super().symbols, "sorted"]
 
     def example(self, generator: np.random.Generator, length: int) -> Example:
-        half = self.fit(length) // 2
+        half = self.fit_length(length) // 2
         string = generator.integers(0, self.num_symbols, half)
-        ids, labels = np.full(2 * half, self.num_symbols, np.int64), unscored(2 * half)
+        ids, labels = np.full(2 * half, self.num_symbols, np.int64), unscored_labels(2 * half)
         ids[:half], labels[half:] = string, np.sort(string)
         return ids, labels
 

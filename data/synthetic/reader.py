@@ -39,7 +39,7 @@ class TaskReader:
     def __init__(
         self, task: Task, reader: int, lanes: int, chunk: int, seed: int, state: dict[str, Any] | None = None
     ):
-        assert chunk >= task.longest
+        assert chunk >= task.max_train_length
         self.task, self.reader, self.lanes, self.chunk, self.seed = task, reader, lanes, chunk, seed
         self.step = 0 if state is None else state["step"]
 
@@ -79,7 +79,7 @@ class TaskValidation:
     @property
     def num_positions(self) -> int:
         """Number of positions to read."""
-        return self._share * sum(length or self.task.longest for length in self.lengths)
+        return self._share * sum(length or self.task.max_train_length for length in self.lengths)
 
     @property
     def _share(self) -> int:
@@ -93,7 +93,7 @@ class TaskValidation:
         than training's come in fewer rows, so no chunk has more positions than a training chunk.
         """
         for length in self.lengths:
-            rows = max(1, self.lanes * self.task.longest // max(length, self.task.longest))
+            rows = max(1, self.lanes * self.task.max_train_length // max(length, self.task.max_train_length))
             for first in range(0, self._share, rows):
                 numbers = [
                     self.reader + self.num_readers * i for i in range(first, min(first + rows, self._share))
@@ -101,7 +101,7 @@ class TaskValidation:
                 yield length, self._chunk(length, numbers)
 
     def _chunk(self, length: int, numbers: list[int]) -> Chunk:
-        time = -(-(length or self.task.longest) // self.multiple) * self.multiple
+        time = -(-(length or self.task.max_train_length) // self.multiple) * self.multiple
         chunk = empty_chunk(self.reader, len(numbers), time, self.task.pad)
         for row, number in enumerate(numbers):
             if number < self.task.validation_examples:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from ..tokenizer import byte_tokenizer
-from .task import Example, Task, unscored
+from .task import Example, Task, unscored_labels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,17 +17,17 @@ class FixedLength(Task):
     """Number of positions of a training sequence."""
 
     @property
-    def longest(self) -> int:
+    def max_train_length(self) -> int:
         return self.length
 
     def draw_length(self, generator: np.random.Generator) -> int:
-        return self.longest
+        return self.max_train_length
 
     def errors(self) -> dict[str, str]:
         errors = super().errors()
-        if self.longest < self.shortest:
+        if self.max_train_length < self.min_valid_length:
             errors["length"] = (
-                f"{self.length} is too short: a sequence has at least {self.shortest} positions"
+                f"{self.length} is too short: a sequence has at least {self.min_valid_length} positions"
             )
         return errors
 
@@ -47,11 +47,11 @@ class SelectiveCopying(FixedLength):
     """Number of symbols: the blank, the marker, and those to remember."""
 
     @property
-    def longest(self) -> int:
+    def max_train_length(self) -> int:
         return self.length + self.num_tokens
 
     @property
-    def shortest(self) -> int:
+    def min_valid_length(self) -> int:
         return 2 * self.num_tokens
 
     @property
@@ -76,7 +76,7 @@ class SelectiveCopying(FixedLength):
 
     def example(self, generator: np.random.Generator, length: int) -> Example:
         body, count = length - self.num_tokens, self.num_tokens
-        ids, labels = np.zeros(length, np.int64), unscored(length)
+        ids, labels = np.zeros(length, np.int64), unscored_labels(length)
         tokens = generator.integers(1, self.vocab_size - 1, count)
         ids[np.sort(generator.permutation(body)[:count])] = tokens
         ids[body:], labels[body:] = self.vocab_size - 1, tokens
@@ -102,7 +102,7 @@ class MultiQueryRecall(Task):
     """The lengths among `sizes` that validation scores separately."""
 
     @property
-    def longest(self) -> int:
+    def max_train_length(self) -> int:
         return max(length for length, _ in self.sizes)
 
     @property
@@ -149,7 +149,7 @@ class MultiQueryRecall(Task):
         num_pairs, half = dict(self.sizes)[length], self.vocab_size // 2
         keys = 1 + generator.choice(half - 1, num_pairs, replace=False)
         values = half + generator.choice(self.vocab_size - half, num_pairs, replace=False)
-        ids, labels = generator.integers(0, self.vocab_size, length), unscored(length)
+        ids, labels = generator.integers(0, self.vocab_size, length), unscored_labels(length)
         ids[0 : 2 * num_pairs : 2], ids[1 : 2 * num_pairs : 2] = keys, values
         weights = np.arange(1, (length - 2 * num_pairs) // 2 + 1) ** (self.power - 1.0)
         chosen = generator.choice(len(weights), num_pairs, replace=False, p=weights / weights.sum())
@@ -171,7 +171,7 @@ class InductionHeads(FixedLength):
     """Lengths that validation scores separately; published up to 2^20."""
 
     @property
-    def shortest(self) -> int:
+    def min_valid_length(self) -> int:
         return 3
 
     @property
@@ -191,7 +191,7 @@ class InductionHeads(FixedLength):
         return errors
 
     def example(self, generator: np.random.Generator, length: int) -> Example:
-        ids, labels = generator.integers(0, self.num_answers, length), unscored(length)
+        ids, labels = generator.integers(0, self.num_answers, length), unscored_labels(length)
         position = generator.integers(length - 2)
         labels[-1] = ids[position + 1]
         ids[position] = ids[-1] = self.num_answers
@@ -222,7 +222,7 @@ class Needle(FixedLength):
     """Lengths that validation scores separately."""
 
     @property
-    def shortest(self) -> int:
+    def min_valid_length(self) -> int:
         return len(NEEDLE % b"" + QUESTION) + 2 * self.num_digits - 1
 
     @property
@@ -240,13 +240,13 @@ class Needle(FixedLength):
 
     def example(self, generator: np.random.Generator, length: int) -> Example:
         digits = bytes(generator.integers(ord("0"), ord("9") + 1, self.num_digits).tolist())
-        num_filler, first = length - self.shortest, int(generator.integers(len(HAYSTACK)))
+        num_filler, first = length - self.min_valid_length, int(generator.integers(len(HAYSTACK)))
         filler = (HAYSTACK * (num_filler // len(HAYSTACK) + 2))[first : first + num_filler]
         depth = int(generator.integers(num_filler + 1))
         text = np.frombuffer(
             filler[:depth] + NEEDLE % digits + filler[depth:] + QUESTION + digits, np.uint8
         ).astype(np.int64)
-        labels = unscored(length)
+        labels = unscored_labels(length)
         labels[-self.num_digits :] = text[-self.num_digits :]
         return text[:-1], labels
 

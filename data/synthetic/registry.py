@@ -85,7 +85,7 @@ def build_task(corpus: str, options: Mapping[str, Any] | None = None) -> Task:
     return task
 
 
-def tokenizer_of(
+def run_tokenizer(
     corpus: str, tokenizer: str, options: Mapping[str, Any] | None = None, trust_remote_code: bool = False
 ) -> Any:
     """A run's tokenizer: the task's own for a synthetic corpus, otherwise the one that `data.tokenizer`

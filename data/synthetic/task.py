@@ -30,11 +30,11 @@ class Task(ABC):
 
     @property
     @abstractmethod
-    def longest(self) -> int:
+    def max_train_length(self) -> int:
         """Number of positions of the longest training sequence."""
 
     @property
-    def shortest(self) -> int:
+    def min_valid_length(self) -> int:
         """Number of positions of the shortest possible sequence."""
         return 1
 
@@ -52,22 +52,22 @@ class Task(ABC):
     def draw_length(self, generator: np.random.Generator) -> int:
         """Draw the length of a training sequence."""
 
-    def fit(self, length: int) -> int:
+    def fit_length(self, length: int) -> int:
         """The largest possible length up to this one."""
         return length
 
     @abstractmethod
     def example(self, generator: np.random.Generator, length: int) -> Example:
-        """Draw a sequence of `fit(length)` positions."""
+        """Draw a sequence of `fit_length(length)` positions."""
 
     def errors(self) -> dict[str, str]:
         """Error messages by option. Subclasses add those of their own options."""
         errors = {}
         if self.validation_examples < 1:
             errors["validation_examples"] = f"must be at least 1, not {self.validation_examples}"
-        if too_short := [length for length in self.test_lengths if length < self.shortest]:
+        if too_short := [length for length in self.test_lengths if length < self.min_valid_length]:
             errors["test_lengths"] = (
-                f"the shortest sequence has {self.shortest} positions, so there is none of {too_short[0]}"
+                f"the shortest sequence has {self.min_valid_length} positions, so there is none of {too_short[0]}"
             )
         return errors
 
@@ -76,7 +76,7 @@ class Task(ABC):
         """The accuracy of guessing among all answers."""
         return 1.0 / self.num_answers
 
-    def scaled(self, accuracy: float) -> float:
+    def scaled_accuracy(self, accuracy: float) -> float:
         """The accuracy rescaled so that guessing gives 0 and perfect answers give 1."""
         return (accuracy - self.chance) / (1.0 - self.chance)
 
@@ -108,6 +108,6 @@ class Task(ABC):
         )
 
 
-def unscored(length: int) -> np.ndarray:
+def unscored_labels(length: int) -> np.ndarray:
     """Labels of which none is scored, int64 [length]."""
     return np.full(length, IGNORED, np.int64)

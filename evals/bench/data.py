@@ -133,7 +133,7 @@ def _loader_maker(
     def make() -> Turn:
         from ...data import BYTES, ChunkLoader, CorpusSpec, Encoder, ReaderSpec, byte_tokenizer
 
-        encoder = Encoder.of(byte_tokenizer(), BYTES)
+        encoder = Encoder.from_tokenizer(byte_tokenizer(), BYTES)
         spec = ReaderSpec(
             CorpusSpec(arguments.corpus),
             "documents",
@@ -170,14 +170,14 @@ def _datasets(arguments: argparse.Namespace) -> Turn:
     from datasets import IterableDataset
 
     from ...data import CorpusSpec, byte_tokenizer, open_source
-    from ...data.sources import Place
+    from ...data.sources import Position
 
     tokenizer, source = byte_tokenizer(), open_source(CorpusSpec(arguments.corpus))
     length = arguments.chunk
 
     def documents() -> Iterator[dict[str, str]]:
         for shard in range(source.num_shards):
-            for document in source.read(shard, Place()):
+            for document in source.read(shard, Position()):
                 if document.text is not None:
                     yield {"text": document.text}
 

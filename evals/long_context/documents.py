@@ -18,7 +18,7 @@ from ...common.output import warn
 from ...data import BYTES, CorpusSpec, Encoder, byte_tokenizer, fingerprint, open_source
 from ...data.corpus import PYTHON_STDLIB
 from ...data.joined import PACKAGE, join_documents
-from ...data.sources import Place, Record, Source, TextFiles
+from ...data.sources import Document, Position, Source, TextFiles
 from ...models import MinRNNConfig, MinRNNForCausalLM
 from ...pipeline.loading import load
 from ...pipeline.options import add_device, add_dtype, add_trust
@@ -119,7 +119,7 @@ def _open(arguments: argparse.Namespace) -> Source:
     )
 
 
-def _longest(records: Iterable[Record], wanted: str) -> tuple[Record | None, list[str], int, int]:
+def _longest(records: Iterable[Document], wanted: str) -> tuple[Document | None, list[str], int, int]:
     """The longest document whose name holds `wanted`, names of documents, and how many there are, whole and broken. One is held at a time."""
     longest, size, names, num_documents, num_skipped = None, -1, [], 0, 0
     for record in records:
@@ -143,7 +143,7 @@ def find_document(arguments: argparse.Namespace) -> LongDocument:
     try:
         source = _open(arguments)
         records = itertools.chain.from_iterable(
-            source.read(shard, Place()) for shard in range(source.num_shards)
+            source.read(shard, Position()) for shard in range(source.num_shards)
         )
         longest, names, num_documents, num_skipped = _longest(records, arguments.document or "")
     except UserError as error:
@@ -173,7 +173,7 @@ def find_document(arguments: argparse.Namespace) -> LongDocument:
 
 def encoder_of(tokenizer: Any) -> Encoder:
     """Text to `<bos> text <eos>`, as in training."""
-    return Encoder.of(
+    return Encoder.from_tokenizer(
         tokenizer,
         BYTES if fingerprint(tokenizer) == fingerprint(byte_tokenizer()) else tokenizer.name_or_path,
     )

@@ -18,7 +18,7 @@ import zstandard
 from minrnn.data import IGNORED, Chunk, CorpusSpec, DocumentStream, Encoder, open_source
 from minrnn.data.corpus import Split, WindowAddress
 from minrnn.data.rows import Csv, JsonLines, Parquet
-from minrnn.data.sources import HubDataset, Record, Source, TextFiles
+from minrnn.data.sources import Document, HubDataset, Source, TextFiles
 
 BOS, EOS = 256, 257
 ENCODER = Encoder(BOS, EOS, None)
@@ -107,8 +107,8 @@ def make_source(kind: str, spec: CorpusSpec) -> Source:
     )
 
 
-def texts_of(records: Iterable[Record]) -> list[str]:
-    texts = [record.text for record in records]
+def texts_of(documents: Iterable[Document]) -> list[str]:
+    texts = [document.text for document in documents]
     assert None not in texts
     return [text for text in texts if text is not None]
 
@@ -119,7 +119,7 @@ def endless_texts(stream: DocumentStream) -> Iterator[str]:
     while True:
         window = stream.window(address)
         yield from texts_of(window.documents)
-        address = window.following
+        address = window.next_address
 
 
 def naive_chunks(texts: Iterator[str], num_lanes: int, time: int) -> Iterator[np.ndarray]:

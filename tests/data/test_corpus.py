@@ -37,8 +37,8 @@ def hub_folders_are_hub_datasets(monkeypatch: pytest.MonkeyPatch):
 
 def windows_of(stream: DocumentStream, num_epochs: int = 1) -> list[Window]:
     windows = [stream.window(WindowAddress())]
-    while windows[-1].following.epoch < num_epochs:
-        windows.append(stream.window(windows[-1].following))
+    while windows[-1].next_address.epoch < num_epochs:
+        windows.append(stream.window(windows[-1].next_address))
     return windows
 
 
@@ -102,12 +102,12 @@ def test_an_address_always_gives_the_same_window(
         address = WindowAddress(**json.loads(json.dumps(asdict(windows[number].address))))
         again = stream.window(address)
         assert again.documents == windows[number].documents
-        assert without_hint(again.following) == without_hint(windows[number].following)
+        assert without_hint(again.next_address) == without_hint(windows[number].next_address)
         if number + 1 < len(
             windows
         ):  # by the hint that it gives itself: a dataset's states may say the same place in two ways
             fresh = DocumentStream(spec, "train", num_readers - 1, num_readers, size, seed)
-            assert fresh.window(again.following).documents == windows[number + 1].documents
+            assert fresh.window(again.next_address).documents == windows[number + 1].documents
 
 
 def test_windows_are_numbered_in_order(tmp_path: Path):
@@ -190,6 +190,6 @@ def test_python_stdlib():
 def test_python_stdlib_is_a_corpus_that_can_be_read():
     spec = CorpusSpec(PYTHON_STDLIB, held_out=0.5)  # the fraction says nothing here
     for part in ("train", "validation"):
-        names = [record.name for record in DocumentStream(spec, part, 0, 1, 64, None).one_epoch()]
+        names = [document.name for document in DocumentStream(spec, part, 0, 1, 64, None).one_epoch()]
         files, root = stdlib_files(part)
         assert names == [str(path.relative_to(root)) for path in files]

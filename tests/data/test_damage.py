@@ -17,8 +17,8 @@ from data_helpers import ENCODER, json_line, make_source, some_texts, write_corp
 
 from minrnn.common.errors import UserError
 from minrnn.data import ChunkLoader, CorpusSpec, DocumentReader, Encoder, ReaderSpec, open_source
-from minrnn.data.files import errors_name
-from minrnn.data.sources import Place, Record, Source
+from minrnn.data.files import convert_read_errors
+from minrnn.data.sources import Document, Position, Source
 
 TEXTS = some_texts(60)
 MANY = some_texts(1200)
@@ -97,8 +97,8 @@ def damaged(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, str]:
     return path, problem
 
 
-def read(source: Source, place: Place | None = None) -> list[Record]:
-    return list(source.read(0, place or Place()))
+def read(source: Source, place: Position | None = None) -> list[Document]:
+    return list(source.read(0, place or Position()))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -119,22 +119,22 @@ def test_damage_is_left_out_counted_and_found_again(damaged: tuple[Path, str]):
     """Whole documents before and behind it stay; each place is the tail, so that a run goes on in front of it and behind it."""
     path, problem = damaged
     whole = read(open_source(CorpusSpec(str(path), skip_broken=True)))
-    broken = [record for record in whole if record.text is None]
-    assert sum(record.num_skipped for record in whole) == (20 if problem == CORRUPT else 1) == len(broken)
-    assert [record.index for record in whole] == list(range(len(whole)))
+    broken = [document for document in whole if document.text is None]
+    assert sum(document.num_skipped for document in whole) == (20 if problem == CORRUPT else 1) == len(broken)
+    assert [document.index for document in whole] == list(range(len(whole)))
     if path.suffix == ".parquet" and problem == CORRUPT:
-        assert [record.text for record in whole if record.text is not None] == TEXTS[:20] + TEXTS[40:]
+        assert [document.text for document in whole if document.text is not None] == TEXTS[:20] + TEXTS[40:]
     elif "jsonl" in path.name:
-        assert [record.text for record in whole[:-1]] == MANY[: len(whole) - 1]
+        assert [document.text for document in whole[:-1]] == MANY[: len(whole) - 1]
         assert len(whole) > 600
     source = open_source(CorpusSpec(str(path), skip_broken=True))
     for count in {
         0,
         1,
         len(whole) // 2,
-        *(min(record.index + k, len(whole)) for record in broken for k in (0, 1)),
+        *(min(document.index + k, len(whole)) for document in broken for k in (0, 1)),
     }:
-        assert read(source, Place(count)) == whole[count:]
+        assert read(source, Position(count)) == whole[count:]
 
 
 ROWS = {
@@ -167,7 +167,9 @@ def test_a_row_without_text_says_what_it_holds(kind: str, what: str, tmp_path: P
         read(make_source(kind, spec))
     assert problem in str(caught.value)
     assert "no field" not in str(caught.value)
-    assert [record.num_skipped for record in read(make_source(kind, replace(spec, skip_broken=True)))] == [1]
+    assert [
+        document.num_skipped for document in read(make_source(kind, replace(spec, skip_broken=True)))
+    ] == [1]
 
 
 @pytest.mark.parametrize("kind", ["text", "jsonl", "parquet"])
@@ -213,6 +215,6 @@ def test_an_error_of_the_disk_is_no_damage(tmp_path: Path):
     """Another try may succeed, so nothing is left out."""
     with (
         pytest.raises(UserError, match=r"^error: data.corpus: a.txt cannot be read \(Input/output error\)$"),
-        errors_name("a.txt"),
+        convert_read_errors("a.txt"),
     ):
         raise OSError(5, "Input/output error")

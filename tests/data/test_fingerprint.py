@@ -140,7 +140,7 @@ def test_what_is_not_text_of_the_corpus_does_not_count(tmp_path: Path):
     (tmp_path / "link").symlink_to(tmp_path / "corpus")
     run = os.path.realpath(tmp_path / "corpus" / "run")
     for name in ("corpus", "link"):
-        assert check_corpus(before, CorpusSpec(str(tmp_path / name), left_out=(run,)), "documents", 1) is None
+        assert check_corpus(before, CorpusSpec(str(tmp_path / name), excluded=(run,)), "documents", 1) is None
 
 
 def test_the_library_of_another_python_is_refused():

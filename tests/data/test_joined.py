@@ -18,7 +18,7 @@ from minrnn.common.errors import UserError
 from minrnn.data import CorpusSpec, DocumentReader, DocumentStream, open_source
 from minrnn.data.corpus import PYTHON_STDLIB, STDLIB_HELD_OUT, Split, is_held_out
 from minrnn.data.joined import JoinedRows, join_documents, joined_text
-from minrnn.data.sources import HubDataset, Place, Record, Source
+from minrnn.data.sources import Document, HubDataset, Position, Source
 
 FEW = settings(
     max_examples=40,
@@ -120,23 +120,23 @@ def test_rows_are_joined_and_read_from_any_place(
     source = open_rows(kind, folder)
     assert source.num_shards == len(shards)
     for shard, rows in enumerate(shards):
-        whole: list[Record] = []
+        whole: list[Document] = []
         hints: list[Any] = [None]
-        for record in source.read(shard, Place()):
-            whole.append(record)
+        for document in source.read(shard, Position()):
+            whole.append(document)
             hints.append(json.loads(json.dumps(source.hint())))
-        assert [(record.text, record.num_skipped) for record in whole] == naive_join(rows)
-        assert [record.index for record in whole] == list(range(len(whole)))
+        assert [(document.text, document.num_skipped) for document in whole] == naive_join(rows)
+        assert [document.index for document in whole] == list(range(len(whole)))
         for count, hint in enumerate(hints):
             reading = open_rows(kind, folder)
-            assert list(reading.read(shard, Place(count, hint))) == whole[count:]
-            assert list(reading.read(shard, Place(count))) == whole[count:], "without a hint"
+            assert list(reading.read(shard, Position(count, hint))) == whole[count:]
+            assert list(reading.read(shard, Position(count))) == whole[count:], "without a hint"
         for count in data.draw(
             st.lists(st.integers(1, 3), min_size=1, max_size=3)
         ):  # a hint taken after going on from a hint
             at, hint, again = 0, None, open_rows(kind, folder)
             while at < len(whole):
-                found = list(itertools.islice(again.read(shard, Place(at, hint)), count))
+                found = list(itertools.islice(again.read(shard, Position(at, hint)), count))
                 assert found == whole[at : at + count]
                 at, hint = at + count, json.loads(json.dumps(again.hint()))
 
@@ -161,17 +161,17 @@ def test_files_are_joined_and_read_from_any_place(
         expected.setdefault(group if not parent else f"{group}/", []).append(tree[parent, name])
     for corpus in (str(folder), f"{folder}/**/*.py"):
         source = open_source(CorpusSpec(corpus, join=join), "all")
-        whole = list(source.read(0, Place()))
-        assert [record.text for record in whole] == [naive_text(texts) for texts in expected.values()]
+        whole = list(source.read(0, Position()))
+        assert [document.text for document in whole] == [naive_text(texts) for texts in expected.values()]
         counts = [
             f" ({len(texts)} file{'s' * (len(texts) > 1)})" if name.endswith("/") else ""
             for name, texts in expected.items()
         ]
-        assert [record.name for record in whole] == [
+        assert [document.name for document in whole] == [
             name + count for name, count in zip(expected, counts, strict=True)
         ]
         for count in range(len(whole) + 1):
-            assert list(source.read(0, Place(count))) == whole[count:]
+            assert list(source.read(0, Position(count))) == whole[count:]
 
 
 def tell_books(num_books: int, seed: int = 0) -> list[Row]:
@@ -230,7 +230,7 @@ def test_what_is_held_out_is_chosen_by_the_joined_text(tmp_path: Path):
     spec = CorpusSpec(str(tmp_path), join="book", held_out=0.3)
     parts: dict[Split, list[str]] = {"train": [], "validation": [], "all": []}
     for part, found in parts.items():
-        found += [record.text or "" for record in DocumentStream(spec, part, 0, 1, 8, None).one_epoch()]
+        found += [document.text or "" for document in DocumentStream(spec, part, 0, 1, 8, None).one_epoch()]
     assert parts["all"] == [text for text, _ in naive_join(tell_books(60))]
     assert parts["validation"] == [text for text in parts["all"] if is_held_out(text, 0.3)]
     assert parts["train"] == [text for text in parts["all"] if not is_held_out(text, 0.3)]
@@ -240,17 +240,17 @@ def test_what_is_held_out_is_chosen_by_the_joined_text(tmp_path: Path):
 def test_python_stdlib_is_held_out_by_whole_packages():
     parts: tuple[Split, ...] = ("train", "validation")
     for part in parts:
-        files = list(open_source(CorpusSpec(PYTHON_STDLIB), part).read(0, Place()))
-        records = list(open_source(CorpusSpec(PYTHON_STDLIB, join="package"), part).read(0, Place()))
-        names = [record.name.split("/ (")[0].removesuffix(".py") for record in records]
+        files = list(open_source(CorpusSpec(PYTHON_STDLIB), part).read(0, Position()))
+        documents = list(open_source(CorpusSpec(PYTHON_STDLIB, join="package"), part).read(0, Position()))
+        names = [document.name.split("/ (")[0].removesuffix(".py") for document in documents]
         assert (set(names) <= STDLIB_HELD_OUT) == (part == "validation")
         assert len(set(names)) == len(names), "each package once"
-        assert sum(len(record.text or "") for record in records) >= sum(
-            len(record.text or "") for record in files
+        assert sum(len(document.text or "") for document in documents) >= sum(
+            len(document.text or "") for document in files
         )
         package = "json" if part == "validation" else "email"
-        count = sum(record.name.startswith(f"{package}/") for record in files)
-        assert f"{package}/ ({count} files)" in [record.name for record in records]
+        count = sum(document.name.startswith(f"{package}/") for document in files)
+        assert f"{package}/ ({count} files)" in [document.name for document in documents]
 
 
 def test_a_broken_file_is_left_out_of_its_document(tmp_path: Path):
@@ -258,15 +258,17 @@ def test_a_broken_file_is_left_out_of_its_document(tmp_path: Path):
     for name, data in (("a.py", b"one"), ("b.py", b"\xff"), ("c.py", b"two\n")):
         (tmp_path / "package" / name).write_bytes(data)
     with pytest.raises(UserError, match=r"b\.py is not UTF-8"):
-        list(open_source(CorpusSpec(str(tmp_path), join="folder")).read(0, Place()))
+        list(open_source(CorpusSpec(str(tmp_path), join="folder")).read(0, Position()))
     stream = DocumentStream(CorpusSpec(str(tmp_path), join="folder", skip_broken=True), "all", 0, 1, 4, None)
-    (record,) = stream.one_epoch()
-    assert (record.text, record.name, record.num_skipped) == ("one\ntwo\n", "package/ (2 files)", 1)
+    (document,) = stream.one_epoch()
+    assert (document.text, document.name, document.num_skipped) == ("one\ntwo\n", "package/ (2 files)", 1)
 
 
 def test_names_say_what_was_joined(tmp_path: Path):
     write_rows("jsonl", tmp_path, [[Row("moby", "a"), Row("moby", "b"), Row(None, "c"), Row(7, "d")]])
-    names = [record.name for record in open_source(CorpusSpec(str(tmp_path), join="book")).read(0, Place())]
+    names = [
+        document.name for document in open_source(CorpusSpec(str(tmp_path), join="book")).read(0, Position())
+    ]
     path = tmp_path / "part-00000.jsonl"
     assert names == [f"book moby (2 rows from {path}:1)", f"{path}:3", f"book 7 (1 row from {path}:4)"]
 
@@ -274,7 +276,7 @@ def test_names_say_what_was_joined(tmp_path: Path):
 def test_ways_of_joining_that_are_not_there(tmp_path: Path):
     def problem(spec: CorpusSpec) -> str:
         with pytest.raises(UserError) as caught:
-            list(open_source(spec).read(0, Place()))
+            list(open_source(spec).read(0, Position()))
         ((key, message),) = caught.value.errors
         assert key == "data.join"
         return message
@@ -294,5 +296,5 @@ def test_ways_of_joining_that_are_not_there(tmp_path: Path):
         list(
             JoinedRows(
                 HubDataset(str(tmp_path / "hub"), None, "train", None, "text", group_field="boook"), "boook"
-            ).read(0, Place())
+            ).read(0, Position())
         )

@@ -41,7 +41,7 @@ def kind(
     return (
         request.param,
         tokenizer,
-        Encoder.of(tokenizer, name),
+        Encoder.from_tokenizer(tokenizer, name),
         AutoTokenizer.from_pretrained(folder / "export"),
     )
 
@@ -87,7 +87,7 @@ def test_what_an_export_says_of_its_tokenizer_survives(kind: tuple[str, Any, Enc
 def test_a_tokenizer_that_was_exported_as_it_came_is_read_right(name: str, tmp_path: Path):
     """Exports of before `document_tokenizer`: each kind wrote around a text what it liked, and lost the side of its padding."""
     folder = saved(name, tmp_path / "hub")
-    encoder = Encoder.of(load_tokenizer(folder), folder)
+    encoder = Encoder.from_tokenizer(load_tokenizer(folder), folder)
     old = AutoTokenizer.from_pretrained(folder)
     old.eos_token = old.eos_token or old.bos_token
     old.bos_token = old.bos_token or old.eos_token

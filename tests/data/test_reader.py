@@ -35,7 +35,7 @@ from minrnn.data import (
     DocumentReader,
     DocumentStream,
     WindowReader,
-    joined_tokens,
+    corpus_tokens,
 )
 
 FEW = settings(
@@ -103,7 +103,7 @@ def setups(draw: st.DrawFn, folder: Path) -> tuple[Setup, list[str]]:
         seed=draw(st.integers(0, 9)),
     )
     stream = DocumentStream(spec, "train", mine.reader, num_readers, 8, None)
-    share = [record.text or "" for record in stream.one_epoch()]
+    share = [document.text or "" for document in stream.one_epoch()]
     num_lanes = min(num_lanes, len(share))
     num_positions = sum(len(text.encode()) + 1 for text in share)
     chunk = draw(st.integers(1, num_positions // num_lanes))
@@ -216,7 +216,7 @@ def test_seeds_and_readers_give_different_orders(tmp_path: Path):
 def test_held_out_documents_are_never_trained_on(tmp_path: Path):
     texts = some_texts(60)[1:]
     spec = replace(write_corpus("jsonl", tmp_path, texts), held_out=0.3)
-    held_out = {record.text for record in DocumentStream(spec, "validation", 0, 1, 8, None).one_epoch()}
+    held_out = {document.text for document in DocumentStream(spec, "validation", 0, 1, 8, None).one_epoch()}
     seen = {text for lane in read_back(Setup(spec).chunks(120)) for text in lane.whole}
     assert held_out
     assert seen == set(texts) - held_out
@@ -313,7 +313,7 @@ def test_a_joined_text_is_split_by_position(fraction: float, tmp_path: Path):
     texts = some_texts(40)
     spec = replace(write_corpus("jsonl", tmp_path, texts, 3), held_out=fraction)
     everything, train, validation = (
-        joined_tokens(spec, part, ENCODER) for part in ("all", "train", "validation")
+        corpus_tokens(spec, part, ENCODER) for part in ("all", "train", "validation")
     )
     assert bytes(everything.astype(np.uint8)) == "".join(texts).encode()
     np.testing.assert_array_equal(np.concatenate([train, validation]), everything)

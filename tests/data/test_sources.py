@@ -31,11 +31,11 @@ from minrnn.common.errors import UserError
 from minrnn.data import CorpusSpec, DocumentReader, DocumentStream, open_source
 from minrnn.data.corpus import Window, WindowAddress
 from minrnn.data.rows import JsonLines
-from minrnn.data.sources import Place, Record, Source, TextFiles
+from minrnn.data.sources import Document, Position, Source, TextFiles
 
 
-def read_all(source: Source) -> list[list[Record]]:
-    return [list(source.read(shard, Place())) for shard in range(source.num_shards)]
+def read_all(source: Source) -> list[list[Document]]:
+    return [list(source.read(shard, Position())) for shard in range(source.num_shards)]
 
 
 def problem(corpus: CorpusSpec) -> str:
@@ -51,7 +51,7 @@ def epoch_of(stream: DocumentStream) -> Iterator[Window]:
     while address.epoch == 0:
         window = stream.window(address)
         yield window
-        address = window.following
+        address = window.next_address
 
 
 @pytest.mark.parametrize("kind", KINDS + OTHER_NAMES)
@@ -64,13 +64,13 @@ def test_reading_from_any_place_is_the_tail(kind: str, num_shards: int, tmp_path
     assert texts_of(itertools.chain(*shards)) == texts
     assert read_all(source) == shards
     for shard, whole in enumerate(shards):
-        assert [record.index for record in whole] == list(range(len(whole)))
+        assert [document.index for document in whole] == list(range(len(whole)))
         for count in range(len(whole) + 1):
-            reading = source.read(shard, Place())
+            reading = source.read(shard, Position())
             assert list(itertools.islice(reading, count)) == whole[:count]
             hint = json.loads(json.dumps(source.hint())) if count else None
-            assert list(source.read(shard, Place(count, hint))) == whole[count:]
-            assert list(source.read(shard, Place(count))) == whole[count:], "without a hint"
+            assert list(source.read(shard, Position(count, hint))) == whole[count:]
+            assert list(source.read(shard, Position(count))) == whole[count:], "without a hint"
 
 
 @pytest.mark.parametrize("kind", KINDS + OTHER_NAMES)
@@ -79,7 +79,7 @@ def test_a_hint_taken_after_going_on_from_a_hint(kind: str, tmp_path: Path):
     whole = read_all(source)[0]
     hint = None
     for count in range(0, 16, 2):
-        reading = source.read(0, Place(count, hint))
+        reading = source.read(0, Position(count, hint))
         assert list(itertools.islice(reading, 2)) == whole[count : count + 2]
         hint = json.loads(json.dumps(source.hint()))
 
@@ -88,16 +88,16 @@ def test_paths_folders_and_globs(tmp_path: Path):
     for name in ("b.txt", "a.txt", "deep/c.txt", ".hidden.txt", ".folder/d.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
-    assert texts_of(open_source(CorpusSpec(str(tmp_path / "b.txt"))).read(0, Place())) == ["b.txt"]
-    whole = list(open_source(CorpusSpec(str(tmp_path))).read(0, Place()))
+    assert texts_of(open_source(CorpusSpec(str(tmp_path / "b.txt"))).read(0, Position())) == ["b.txt"]
+    whole = list(open_source(CorpusSpec(str(tmp_path))).read(0, Position()))
     assert texts_of(whole) == ["a.txt", "b.txt", "deep/c.txt"]
-    assert [record.name for record in whole] == ["a.txt", "b.txt", "deep/c.txt"]
-    assert texts_of(open_source(CorpusSpec(f"{tmp_path}/**/*.txt")).read(0, Place())) == [
+    assert [document.name for document in whole] == ["a.txt", "b.txt", "deep/c.txt"]
+    assert texts_of(open_source(CorpusSpec(f"{tmp_path}/**/*.txt")).read(0, Position())) == [
         "a.txt",
         "b.txt",
         "deep/c.txt",
     ]
-    assert texts_of(open_source(CorpusSpec(f"{tmp_path}/?.txt")).read(0, Place())) == ["a.txt", "b.txt"]
+    assert texts_of(open_source(CorpusSpec(f"{tmp_path}/?.txt")).read(0, Position())) == ["a.txt", "b.txt"]
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS + OTHER_NAMES if kind != "hub"])
@@ -130,7 +130,7 @@ def test_content_says_what_the_name_does_not(content: str, name: str, tmp_path: 
 
 def test_parquet_of_any_name(tmp_path: Path):
     pyarrow.parquet.write_table(pyarrow.table({"text": ["one"]}), tmp_path / "part-0001")
-    assert texts_of(open_source(CorpusSpec(str(tmp_path))).read(0, Place())) == ["one"]
+    assert texts_of(open_source(CorpusSpec(str(tmp_path))).read(0, Position())) == ["one"]
 
 
 def test_a_file_unpacked_under_its_old_name_is_read(tmp_path: Path):
@@ -192,8 +192,8 @@ def test_a_binary_file_among_texts_is_named_or_skipped(name: str, tmp_path: Path
     (tmp_path / name).write_bytes(data)
     message = problem(CorpusSpec(str(tmp_path)))
     assert f"{tmp_path / name} is not text but {told}" in message
-    records = list(open_source(CorpusSpec(str(tmp_path), skip_broken=True)).read(0, Place()))
-    assert sorted(record.text or "" for record in records) == ["", "one"]
+    documents = list(open_source(CorpusSpec(str(tmp_path), skip_broken=True)).read(0, Position()))
+    assert sorted(document.text or "" for document in documents) == ["", "one"]
 
 
 def test_csv_as_it_comes(tmp_path: Path):
@@ -204,8 +204,8 @@ def test_csv_as_it_comes(tmp_path: Path):
     )
     (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbf" + rows + b"1,\xff\r\n1,last")
     assert "holds bytes in field 'text'" in problem(CorpusSpec(str(tmp_path)))
-    records = list(open_source(CorpusSpec(str(tmp_path), skip_broken=True)).read(0, Place()))
-    assert [record.text for record in records] == [
+    documents = list(open_source(CorpusSpec(str(tmp_path), skip_broken=True)).read(0, Position()))
+    assert [document.text for document in documents] == [
         "one, two",
         'a "quote"',
         "two\r\nlines\n",
@@ -232,12 +232,12 @@ def test_relative_paths_are_looked_up_from_here(tmp_path: Path, monkeypatch: pyt
     write_corpus("jsonl", tmp_path, ["one", "two"])
     monkeypatch.chdir(tmp_path)
     for name in ("part-00000.jsonl", "*.jsonl", "."):
-        assert texts_of(open_source(CorpusSpec(name)).read(0, Place())) == ["one", "two"]
+        assert texts_of(open_source(CorpusSpec(name)).read(0, Position())) == ["one", "two"]
 
 
 def test_text_keeps_its_line_ends_and_loses_its_byte_order_mark(tmp_path: Path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\r")
-    assert texts_of(open_source(CorpusSpec(str(tmp_path))).read(0, Place())) == ["one\r\ntwo\r"]
+    assert texts_of(open_source(CorpusSpec(str(tmp_path))).read(0, Position())) == ["one\r\ntwo\r"]
 
 
 def test_jsonl_of_any_layout(tmp_path: Path):
@@ -251,13 +251,13 @@ def test_jsonl_of_any_layout(tmp_path: Path):
     ]
     (tmp_path / "a.jsonl").write_bytes("".join(lines).encode())
     source = open_source(CorpusSpec(str(tmp_path)))
-    whole = list(source.read(0, Place()))
+    whole = list(source.read(0, Position()))
     assert texts_of(whole) == ["mark", "two\u2028lines", "spaces", "no newline"]
-    assert [record.index for record in whole] == [0, 2, 3, 5]
-    reading = source.read(0, Place())
+    assert [document.index for document in whole] == [0, 2, 3, 5]
+    reading = source.read(0, Position())
     for count in range(1, 4):
         index, hint = next(reading).index + 1, source.hint()
-        assert list(JsonLines([tmp_path / "a.jsonl"], "text").read(0, Place(index, hint))) == whole[count:]
+        assert list(JsonLines([tmp_path / "a.jsonl"], "text").read(0, Position(index, hint))) == whole[count:]
 
 
 @pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.zst"])
@@ -267,12 +267,14 @@ def test_compressed_files_of_several_parts(kind: str, tmp_path: Path):
     (tmp_path / f"a.{kind}").write_bytes(
         b"".join(pack(json_line(text).encode()) for text in ("one", "two", "three"))
     )
-    assert texts_of(open_source(CorpusSpec(str(tmp_path))).read(0, Place())) == ["one", "two", "three"]
+    assert texts_of(open_source(CorpusSpec(str(tmp_path))).read(0, Position())) == ["one", "two", "three"]
 
 
 def test_another_text_field(tmp_path: Path):
     (tmp_path / "a.jsonl").write_text('{"content": "yes", "text": "no"}\n')
-    assert texts_of(open_source(CorpusSpec(str(tmp_path), text_field="content")).read(0, Place())) == ["yes"]
+    assert texts_of(open_source(CorpusSpec(str(tmp_path), text_field="content")).read(0, Position())) == [
+        "yes"
+    ]
 
 
 def test_what_cannot_be_found(tmp_path: Path):
@@ -330,8 +332,8 @@ def test_a_broken_line_is_named_or_skipped(what: str, kind: str, tmp_path: Path)
     if what in ("no field", "a number", "null"):
         assert "'text'" in message
         assert "data.text_field" in message
-    records = list(open_source(CorpusSpec(str(path), skip_broken=True)).read(0, Place()))
-    assert [record.text for record in records] == ["one", None, "two"]
+    documents = list(open_source(CorpusSpec(str(path), skip_broken=True)).read(0, Position()))
+    assert [document.text for document in documents] == ["one", None, "two"]
 
 
 def test_a_file_that_is_not_text(tmp_path: Path):
@@ -342,7 +344,8 @@ def test_a_file_that_is_not_text(tmp_path: Path):
     assert f"{broken} is not UTF-8 (byte 2)" in message
     assert "data.skip_broken" in message
     assert [
-        record.text for record in open_source(CorpusSpec(str(tmp_path), skip_broken=True)).read(0, Place())
+        document.text
+        for document in open_source(CorpusSpec(str(tmp_path), skip_broken=True)).read(0, Position())
     ] == ["one", None, "two"]
 
 
@@ -352,10 +355,12 @@ def test_what_a_run_writes_is_no_part_of_the_folder_it_is_in(tmp_path: Path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     (tmp_path / "link").symlink_to(tmp_path / "runs")
-    left_out = tuple(os.path.realpath(tmp_path / name) for name in ("runs/x", "runs/x/samples.txt"))
+    excluded = tuple(os.path.realpath(tmp_path / name) for name in ("runs/x", "runs/x/samples.txt"))
 
     def found(corpus: str) -> list[str]:
-        return texts_of(open_source(CorpusSpec(str(tmp_path / corpus), left_out=left_out)).read(0, Place()))
+        return texts_of(
+            open_source(CorpusSpec(str(tmp_path / corpus), excluded=excluded)).read(0, Position())
+        )
 
     assert found("") == found("**/*.txt") == ["a.txt", "runs/y/b.txt"]
     assert found("runs") == found("runs/*/*.txt") == found("link/*/*.txt") == ["runs/y/b.txt"]
@@ -363,7 +368,7 @@ def test_what_a_run_writes_is_no_part_of_the_folder_it_is_in(tmp_path: Path):
     assert found("runs/x/samples.txt") == ["runs/x/samples.txt"]
     shutil.rmtree(tmp_path / "runs" / "y")
     assert "holds no files but those of the run" in problem(
-        CorpusSpec(str(tmp_path / "runs"), left_out=left_out)
+        CorpusSpec(str(tmp_path / "runs"), excluded=excluded)
     )
 
 
@@ -381,8 +386,8 @@ def test_broken_parquet_rows(tmp_path: Path):
         message = problem(CorpusSpec(str(path)))
         assert str(path) in message
         assert "data.skip_broken" in message
-        records = list(open_source(CorpusSpec(str(path), skip_broken=True)).read(0, Place()))
-        assert records[-1].text is None
+        documents = list(open_source(CorpusSpec(str(path), skip_broken=True)).read(0, Position()))
+        assert documents[-1].text is None
     pyarrow.parquet.write_table(pyarrow.table({"content": ["one"]}), tmp_path / "other.parquet")
     message = problem(CorpusSpec(str(tmp_path / "other.parquet")))
     assert message.startswith("error: data.text_field:")
@@ -411,9 +416,11 @@ def test_a_cut_off_download_is_named(kind: str, tmp_path: Path):
 def test_hub_rows_without_text(tmp_path: Path):
     spec = write_corpus("hub", tmp_path, ["one"])
     with pytest.raises(UserError, match=r"data\.text_field.*'content'.*'other', 'text'"):
-        list(make_source("hub", replace(spec, text_field="content")).read(0, Place()))
-    records = list(make_source("hub", replace(spec, text_field="content", skip_broken=True)).read(0, Place()))
-    assert [record.text for record in records] == [None]
+        list(make_source("hub", replace(spec, text_field="content")).read(0, Position()))
+    documents = list(
+        make_source("hub", replace(spec, text_field="content", skip_broken=True)).read(0, Position())
+    )
+    assert [document.text for document in documents] == [None]
     with pytest.raises(UserError, match=r"data\.corpus.*cannot open the dataset"):
         make_source("hub", replace(spec, split="none"))
 

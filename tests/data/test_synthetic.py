@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 
 from minrnn.common.errors import UserError
 from minrnn.data import IGNORED
-from minrnn.data.synthetic import IN_DISTRIBUTION, TASKS, TaskReader, TaskValidation, build_task, tokenizer_of
+from minrnn.data.synthetic import (
+    IN_DISTRIBUTION,
+    TASKS,
+    TaskReader,
+    TaskValidation,
+    build_task,
+    run_tokenizer,
+)
 
 SMALL = {
     "selective-copying": {"length": 12, "num_tokens": 3, "test_lengths": [9, 20]},
@@ -147,7 +154,7 @@ def test_induction_heads_say_what_followed_the_marker(seed: int, length: int):
 
 @given(seeds, st.integers(0, 300), st.integers(1, 9))
 def test_needle_asks_for_the_key_in_the_text(seed: int, extra: int, num_digits: int):
-    length = small("needle", num_digits=num_digits).shortest + extra
+    length = small("needle", num_digits=num_digits).min_valid_length + extra
     ids, labels = drawn("needle", seed, length, num_digits=num_digits)
     text = bytes([*ids, labels[-1]]).decode()
     (found,) = re.findall(r"The pass key is (\d+)\. Remember it\.", text)
@@ -161,7 +168,7 @@ def test_needle_asks_for_the_key_in_the_text(seed: int, extra: int, num_digits: 
 @pytest.mark.parametrize("name", TASKS)
 def test_tokens_lie_in_the_vocabulary_and_lengths_in_their_range(name: str):
     task = small(name)
-    tokenizer = tokenizer_of(f"synthetic/{name}", "unused", SMALL.get(name))
+    tokenizer = run_tokenizer(f"synthetic/{name}", "unused", SMALL.get(name))
     assert tokenizer.pad_token_id == task.pad
     assert max(tokenizer.get_vocab().values()) < len(task.symbols) + 4
     generator, seen, answers = np.random.default_rng(0), set(), set()
@@ -172,32 +179,32 @@ def test_tokens_lie_in_the_vocabulary_and_lengths_in_their_range(name: str):
         assert max(ids.max(), scored.max()) < len(task.symbols)
         seen.add(len(ids))
         answers |= set(scored.tolist())
-    assert max(seen) <= task.longest
+    assert max(seen) <= task.max_train_length
     assert len(answers) <= task.num_answers
-    assert task.scaled(task.chance) == 0.0
-    assert task.scaled(1.0) == 1.0
+    assert task.scaled_accuracy(task.chance) == 0.0
+    assert task.scaled_accuracy(1.0) == 1.0
 
 
 def test_a_vocabulary_is_a_tokenizer():
-    tokenizer = tokenizer_of("synthetic/cycle-navigation", "unused")
+    tokenizer = run_tokenizer("synthetic/cycle-navigation", "unused")
     assert tokenizer("+1 -1 position-4 0").input_ids == [1, 2, 7, 0]
     assert tokenizer("elsewhere").input_ids == [tokenizer.unk_token_id]
-    assert tokenizer_of("synthetic/needle", "unused")("ab").input_ids[-2:] == [97, 98]
+    assert run_tokenizer("synthetic/needle", "unused")("ab").input_ids[-2:] == [97, 98]
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_a_reader_goes_on_where_its_state_says(name: str):
     task = small(name)
-    whole = TaskReader(task, 1, 3, task.longest + 2, seed=7)
+    whole = TaskReader(task, 1, 3, task.max_train_length + 2, seed=7)
     chunks = [whole.next_chunk() for _ in range(5)]
-    resumed = TaskReader(task, 1, 3, task.longest + 2, seed=7, state=chunks[2].state)
+    resumed = TaskReader(task, 1, 3, task.max_train_length + 2, seed=7, state=chunks[2].state)
     for expected in chunks[3:]:
         chunk = resumed.next_chunk()
         assert chunk.state == expected.state
         np.testing.assert_array_equal(chunk.input_ids, expected.input_ids)
         np.testing.assert_array_equal(chunk.shift_labels, expected.shift_labels)
-    others = [TaskReader(task, reader, 3, task.longest, seed) for reader, seed in ((0, 7), (1, 8))]
-    first = chunks[0].input_ids[:, : task.longest]
+    others = [TaskReader(task, reader, 3, task.max_train_length, seed) for reader, seed in ((0, 7), (1, 8))]
+    first = chunks[0].input_ids[:, : task.max_train_length]
     assert all((other.next_chunk().input_ids != first).any() for other in others)
 
 
@@ -242,7 +249,9 @@ def test_readers_have_equally_many_validation_chunks():
         for reader in range(4)
     ]
     assert all([time for _, time in shape] == [time for _, time in shapes[0]] for shape in shapes)
-    assert {rows for shape in shapes for rows, time in shape if rows * time > 2 * task.longest} <= {1}
+    assert {rows for shape in shapes for rows, time in shape if rows * time > 2 * task.max_train_length} <= {
+        1
+    }
 
 
 def test_training_and_validation_share_no_seed(monkeypatch):

@@ -18,7 +18,7 @@ from minrnn.data import BYTES, Encoder, byte_tokenizer, load_tokenizer, model_vo
 from minrnn.data.tokenizer import num_bytes
 
 TOKENIZER = byte_tokenizer()
-ENCODER = Encoder.of(TOKENIZER, BYTES)
+ENCODER = Encoder.from_tokenizer(TOKENIZER, BYTES)
 NAMES = "a<bos>b<eos> <pad> <|endoftext|>"
 TEXTS = st.text() | st.lists(
     st.sampled_from(["<", ">", "a", "<bos>", "<eos>", "<pad>", " ", "é", "漢", "🙂"])
@@ -102,7 +102,7 @@ def test_the_byte_tokenizer_is_saved_and_loaded(tmp_path: Path):
             "left",
         )
         assert loaded(["a", "bc"], padding=True).input_ids == [[258, 256, 97], [256, 98, 99]]
-    encoder = Encoder.of(loaded, str(tmp_path))
+    encoder = Encoder.from_tokenizer(loaded, str(tmp_path))
     assert encoder(NAMES).tolist() == ENCODER(NAMES).tolist()
 
 
@@ -110,7 +110,7 @@ def test_the_byte_tokenizer_is_saved_and_loaded(tmp_path: Path):
 def bpe(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Encoder]:
     path = train_bpe(tmp_path_factory.mktemp("bpe"), bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
     tokenizer = load_tokenizer(path)
-    return tokenizer, Encoder.of(tokenizer, path)
+    return tokenizer, Encoder.from_tokenizer(tokenizer, path)
 
 
 def test_a_bpe_encoder_is_its_tokenizer(bpe: tuple[Any, Encoder]):
@@ -152,7 +152,7 @@ def test_truncation_and_padding_saved_with_a_tokenizer_do_not_cut_documents(tmp_
 
     path = train_bpe(tmp_path, edit, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
     tokenizer = load_tokenizer(path)
-    encoder = Encoder.of(tokenizer, path)
+    encoder = Encoder.from_tokenizer(tokenizer, path)
     for text in ("one", "the cat sat on the mat, and so on and on"):
         assert tokenizer.decode(encoder.encode(text).tolist()) == text
 

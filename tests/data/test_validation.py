@@ -19,8 +19,8 @@ from minrnn.data import (
     Encoder,
     ValidationSet,
     byte_tokenizer,
+    corpus_tokens,
     document_validation,
-    joined_tokens,
     window_validation,
 )
 
@@ -106,7 +106,7 @@ def test_every_document_is_scored_once(
 def test_only_held_out_documents(num_readers: int, tmp_path: Path):
     texts = some_texts(90)
     spec = replace(write_corpus("jsonl", tmp_path, texts, 3), held_out=0.3)
-    train = [record.text or "" for record in DocumentStream(spec, "train", 0, 1, 8, None).one_epoch()]
+    train = [document.text or "" for document in DocumentStream(spec, "train", 0, 1, 8, None).one_epoch()]
     shares = [
         document_validation(spec, "validation", ENCODER, reader, num_readers, 4, 8, None)
         for reader in range(num_readers)
@@ -137,7 +137,7 @@ def test_a_budget_takes_whole_documents(max_tokens: int, num_readers: int, tmp_p
     scored = [text_of(tokens) for share in shares for lane in lanes_of(share, 3, 8) for tokens in lane]
     sizes = [len(text.encode()) + 1 for text in scored]
     assert sum(sizes) >= max_tokens
-    taken = [record.text or "" for record in DocumentStream(spec, "all", 0, 1, 64, 0).one_epoch()][
+    taken = [document.text or "" for document in DocumentStream(spec, "all", 0, 1, 64, 0).one_epoch()][
         : len(scored)
     ]
     assert Counter(scored) == Counter(taken), "the same ones, whatever the number of readers"
@@ -151,7 +151,7 @@ def test_nothing_is_held_out(tmp_path: Path):
     ):
         document_validation(spec, "validation", ENCODER, 0, 1, 2, 8, None)
     with pytest.raises(UserError, match=r"^error: data\.validation_fraction: leaves no text"):
-        window_validation(joined_tokens(spec, "validation", ENCODER), ENCODER, 0, 1, 2, 8, None)
+        window_validation(corpus_tokens(spec, "validation", ENCODER), ENCODER, 0, 1, 2, 8, None)
 
 
 @pytest.mark.parametrize(("texts", "max_tokens"), [(["", ""], None), (["some text", *[""] * 20], 1)])
@@ -226,8 +226,8 @@ def test_python_stdlib_is_scored_on_its_held_out_modules():
     validation = document_validation(CorpusSpec("python-stdlib"), "validation", ENCODER, 0, 1, 4, 512, 20_000)
     scored = [text_of(tokens) for lane in lanes_of(validation, 4, 512) for tokens in lane]
     everything = {
-        record.text
-        for record in DocumentStream(CorpusSpec("python-stdlib"), "validation", 0, 1, 64, None).one_epoch()
+        document.text
+        for document in DocumentStream(CorpusSpec("python-stdlib"), "validation", 0, 1, 64, None).one_epoch()
     }
     assert scored
     assert set(scored) <= everything

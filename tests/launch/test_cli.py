@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import set_seed
 
-from minrnn.data import BYTES, TextStream, byte_tokenizer, model_vocab_size, prompt_tokens, tokenizer_of
+from minrnn.data import BYTES, TextStream, byte_tokenizer, model_vocab_size, prompt_tokens, run_tokenizer
 from minrnn.launch.cli import main
 from minrnn.models import MinRNNConfig, MinRNNForCausalLM
 from minrnn.pipeline.export import export_model, model_config
@@ -43,7 +43,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_each_recipe_parses_and_its_model_builds(name: str):
     recipe = read_recipe(["--config", name])
     data = recipe.data
-    tokenizer = tokenizer_of(
+    tokenizer = run_tokenizer(
         data.corpus, BYTES, data.task
     )  # the hub's are out of reach of a test; only the vocabulary differs
     vocab_size = model_vocab_size(tokenizer) if data.tokenizer == BYTES else 50_264

@@ -11,7 +11,7 @@ import pytest
 
 from minrnn.common.errors import UserError
 from minrnn.data import BYTES, CorpusSpec, byte_tokenizer, open_source
-from minrnn.data.sources import Place
+from minrnn.data.sources import Position
 from minrnn.launch.cli import main
 from minrnn.models import MinRNNConfig, MinRNNForCausalLM
 from minrnn.pipeline.export import export_model
@@ -130,7 +130,7 @@ def test_home_in_a_recipe(home: Path):
 def test_home_in_a_corpus(home: Path):
     (home / "a.txt").write_text("one")
     for name in ("~/a.txt", "~/*.txt"):
-        assert [record.text for record in open_source(CorpusSpec(name)).read(0, Place())] == ["one"]
+        assert [record.text for record in open_source(CorpusSpec(name)).read(0, Position())] == ["one"]
     with pytest.raises(UserError, match=r"no file, folder or match for ~nobody-of-that-name/a\.txt"):
         open_source(CorpusSpec("~nobody-of-that-name/a.txt"))
 

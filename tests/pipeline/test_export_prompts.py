@@ -34,7 +34,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     out = folder / "model"
     return (
         out,
-        Encoder.of(tokenizer, name),
+        Encoder.from_tokenizer(tokenizer, name),
         MinRNNForCausalLM.from_pretrained(out).eval(),
         AutoTokenizer.from_pretrained(out),
     )
@@ -110,7 +110,7 @@ def test_without_this_package_the_tokens_are_the_same(tmp_path: Path):
     for kind in KINDS:
         tokenizer = load_tokenizer(saved(kind, tmp_path / "hub" / kind))
         tokenizer.save_pretrained(tmp_path / kind)
-        encoders[kind] = Encoder.of(tokenizer, kind)
+        encoders[kind] = Encoder.from_tokenizer(tokenizer, kind)
     script = """
 import json, sys
 sys.modules["minrnn"] = None

@@ -29,7 +29,7 @@ def test_the_losses_are_those_of_a_loop_written_by_hand(values: Values, run_reci
     folder = run_recipe(values)
     recipe = build_recipe(values)
     data, batch = recipe.data, recipe.batch
-    encoder = Encoder.of(load_tokenizer(BYTES), BYTES)
+    encoder = Encoder.from_tokenizer(load_tokenizer(BYTES), BYTES)
     corpus = CorpusSpec(data.corpus, held_out=data.validation_fraction)
     readers = ReaderSpec(
         corpus, "documents", encoder, 2, batch.lanes, batch.chunk, data.shuffle_window, 0
@@ -105,7 +105,7 @@ def test_validation_is_the_loss_of_whole_documents(values: Values, run_recipe: R
     spec = CorpusSpec(recipe.data.corpus, held_out=0.1)
     from minrnn.data import DocumentStream
 
-    encoder = Encoder.of(load_tokenizer(BYTES), BYTES)
+    encoder = Encoder.from_tokenizer(load_tokenizer(BYTES), BYTES)
     nats, tokens, num_bytes = 0.0, 0, 0
     for record in DocumentStream(spec, "validation", 0, 1, 64, None).one_epoch():
         assert record.text is not None

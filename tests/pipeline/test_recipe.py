@@ -360,9 +360,9 @@ def test_the_environment_says_where_to_track_if_the_recipe_does_not(
 
 def test_a_corpus_is_read_without_what_the_run_writes_beside_it(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    left_out = corpus_of(
+    excluded = corpus_of(
         read_recipe(["--run.dir", "runs/x", "--tracking.uri", "sqlite:///db/mlflow.db?timeout=9"])
-    ).left_out
+    ).excluded
     expected = {
         "runs/x",
         "runs/x/metrics.jsonl",
@@ -371,7 +371,7 @@ def test_a_corpus_is_read_without_what_the_run_writes_beside_it(tmp_path: Path, 
         "db/mlflow.db",
         "db/mlflow.db-journal",
     }
-    assert expected <= {str(Path(path).relative_to(tmp_path.resolve())) for path in left_out}
+    assert expected <= {str(Path(path).relative_to(tmp_path.resolve())) for path in excluded}
 
 
 def test_docstrings_are_read_as_python_3_13_keeps_them():

@@ -148,7 +148,7 @@ def test_the_command_line_sets_a_task():
     )
     task = recipe.synthetic_task()
     assert task is not None
-    assert task.longest == 20
+    assert task.max_train_length == 20
 
 
 def learn(
