@@ -1,4 +1,6 @@
-"""What several test files share: corpora of every kind, the naive reader, and documents read back from chunks."""
+"""Helpers of several test files: corpora of every kind, the naive reader, and documents read back from
+chunks.
+"""
 
 import csv
 import gzip
@@ -14,6 +16,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import zstandard
+from hypothesis import settings
 
 from minrnn.data import IGNORED, Chunk, CorpusSpec, DocumentStream, Encoder, open_source
 from minrnn.data.corpus import Split, WindowAddress
@@ -35,11 +38,12 @@ OTHER_NAMES = (
     "txt.gz",
     "txt.zst",
 )
+FEW_EXAMPLES = settings(max_examples=40)
 PACK = {"gz": gzip.compress, "zst": zstandard.ZstdCompressor().compress}
 
 
 def some_texts(count: int, seed: int = 0, longest: int = 30) -> list[str]:
-    """Different texts of many lengths, some of them beyond ASCII; the first is empty."""
+    """Different texts of many lengths, some with non-ASCII characters; the first is empty."""
     rng = np.random.default_rng(seed)
     texts = [""]
     for i in range(1, count):
@@ -53,14 +57,16 @@ def json_line(text: str) -> str:
 
 
 def csv_rows(texts: Iterable[str], delimiter: str) -> bytes:
-    """A header and a row for each text."""
+    """A header and one row per text."""
     text = io.StringIO(newline="")
     csv.writer(text, delimiter=delimiter).writerows([["other", "text"], *([1, text] for text in texts)])
     return text.getvalue().encode()
 
 
 def write_corpus(kind: str, folder: Path, texts: Sequence[str], num_shards: int = 1) -> CorpusSpec:
-    """The texts, in this order, as a corpus of this kind; consecutive parts of them in each shard."""
+    """Write the texts in this order as a corpus of this kind, with consecutive parts of them in each
+    shard.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     content, _, packing = kind.lower().partition(".")
     pack: Callable[[bytes], bytes] = PACK.get(packing, bytes)
@@ -93,7 +99,7 @@ def write_corpus(kind: str, folder: Path, texts: Sequence[str], num_shards: int 
 
 
 def make_source(kind: str, spec: CorpusSpec) -> Source:
-    """The source class of this kind over a corpus that `write_corpus` wrote."""
+    """The source of this kind for a corpus written by `write_corpus`."""
     files = sorted(path for path in Path(spec.corpus).rglob("*") if path.is_file())
     content = kind.lower().partition(".")[0]
     if content in ("text", "txt"):
@@ -114,7 +120,7 @@ def texts_of(documents: Iterable[Document]) -> list[str]:
 
 
 def endless_texts(stream: DocumentStream) -> Iterator[str]:
-    """The documents of a stream in the order in which they are emitted, epoch after epoch."""
+    """The documents of a stream in order, epoch after epoch."""
     address = WindowAddress()
     while True:
         window = stream.window(address)
@@ -123,7 +129,7 @@ def endless_texts(stream: DocumentStream) -> Iterator[str]:
 
 
 def naive_chunks(texts: Iterator[str], num_lanes: int, time: int) -> Iterator[np.ndarray]:
-    """What a reader must give, from lists of (input, target, starts): int [lanes, time, 3]."""
+    """The expected chunks, made from lists of (input, target, starts): int [lanes, time, 3]."""
     lanes: list[list[tuple[int, int, int]]] = [[] for _ in range(num_lanes)]
     while True:
         rows = []
@@ -137,12 +143,12 @@ def naive_chunks(texts: Iterator[str], num_lanes: int, time: int) -> Iterator[np
 
 
 def as_array(chunk: Chunk) -> np.ndarray:
-    """int [lanes, time, 3], as `naive_chunks` gives."""
+    """A chunk in the format of `naive_chunks`: int [lanes, time, 3]."""
     return np.stack([chunk.input_ids, chunk.shift_labels, chunk.document_starts.astype(np.int64)], axis=-1)
 
 
 def assert_same_chunk(one: Chunk, other: Chunk) -> None:
-    """Arrays, names and position: all of it."""
+    """Compare arrays, names and positions."""
     assert one.reader == other.reader
     np.testing.assert_array_equal(as_array(one), as_array(other))
     assert one.documents == other.documents
@@ -150,27 +156,30 @@ def assert_same_chunk(one: Chunk, other: Chunk) -> None:
 
 
 def without_hints(state: Any) -> Any:
-    """A position without its hints: a streamed dataset may say the same place in two ways."""
+    """A position without its hints: a streamed dataset may describe one position by different states."""
     if isinstance(state, dict):
         return {key: without_hints(value) for key, value in state.items() if key != "hint"}
     return [without_hints(value) for value in state] if isinstance(state, list) else state
 
 
 def open_any(spec: CorpusSpec, part: Split = "train") -> Source:
-    """`open_source`, but a folder named hub is read as the hub's datasets are: the one way to reach that source without a network."""
+    """`open_source`, but a folder named "hub" is opened as a dataset of the hub.
+
+    This is the only way to test that source without a network.
+    """
     return make_source("hub", spec) if Path(spec.corpus).name == "hub" else open_source(spec, part)
 
 
 @dataclass
 class LaneText:
-    """Documents of one lane, whole ones and, perhaps, the beginning of one more."""
+    """The documents of one lane: complete ones and perhaps the beginning of another."""
 
     whole: list[str]
     begun: bytes | None
 
 
 def read_back(chunks: Sequence[Chunk]) -> list[LaneText]:
-    """Each lane's documents from its chunks, checking on the way all that a stream promises."""
+    """Reconstruct each lane's documents from its chunks, and check the properties of a stream."""
     ids, labels, starts = (
         np.concatenate([getattr(c, f) for c in chunks], axis=1)
         for f in ("input_ids", "shift_labels", "document_starts")

@@ -1,4 +1,6 @@
-"""Shares are disjoint and complete, windows are found again by their address, and what is held out is never trained on."""
+"""Shares are disjoint and complete, windows are found again by address, and held-out documents are never
+trained on.
+"""
 
 import json
 from collections import Counter
@@ -6,8 +8,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from data_helpers import KINDS, open_any, some_texts, texts_of, write_corpus
-from hypothesis import HealthCheck, given, settings
+from data_helpers import FEW_EXAMPLES, KINDS, some_texts, texts_of, write_corpus
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minrnn.common.errors import UserError
@@ -23,16 +25,10 @@ from minrnn.data.corpus import (
     stdlib_files,
 )
 
-FEW = settings(
-    max_examples=12,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+FEW = settings(FEW_EXAMPLES, max_examples=12)
 
 
-@pytest.fixture(autouse=True)
-def hub_folders_are_hub_datasets(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("minrnn.data.corpus.open_source", open_any)
+pytestmark = pytest.mark.usefixtures("local_hub_datasets")
 
 
 def windows_of(stream: DocumentStream, num_epochs: int = 1) -> list[Window]:
@@ -62,10 +58,12 @@ def test_shares_are_disjoint_and_complete_in_every_epoch(
     for reader in range(num_readers):
         share = windows_of(DocumentStream(spec, "train", reader, num_readers, 4, 7), num_epochs=2)
         for epoch in (0, 1):
-            mine = texts_of_windows([window for window in share if window.address.epoch == epoch])
-            by_epoch[epoch] += mine
+            texts_of_reader = texts_of_windows([window for window in share if window.address.epoch == epoch])
+            by_epoch[epoch] += texts_of_reader
             if kind != "text" and num_shards % num_readers == 0:
-                assert len(mine) >= num_shards // num_readers * (len(texts) // num_shards), "whole shards"
+                assert len(texts_of_reader) >= num_shards // num_readers * (len(texts) // num_shards), (
+                    "whole shards"
+                )
     assert Counter(by_epoch[0]) == Counter(by_epoch[1]) == Counter(texts)
 
 

@@ -1,4 +1,6 @@
-"""Files that are damaged: a line with the file's name, or the damaged part left out and counted, read from any place."""
+"""Damaged files: one error line with the file's name, or the damaged part skipped and counted from any
+position.
+"""
 
 import contextlib
 import gzip
@@ -31,18 +33,18 @@ def damage(path: Path, start: int, size: int) -> None:
 
 
 def parquet(path: Path, compression: str, **options: Any) -> None:
-    """Three row groups of 20, the second of which is damaged: its first page, or that page's header."""
-    at = options.pop("at")
+    """Write three row groups of 20 and damage the second: its first page, or that page's header."""
+    offset = options.pop("offset")
     pyarrow.parquet.write_table(
         pyarrow.table({"text": TEXTS}), path, row_group_size=20, compression=compression, **options
     )
     column = pyarrow.parquet.ParquetFile(path).metadata.row_group(1).column(0)
     start = column.dictionary_page_offset or column.data_page_offset
-    damage(path, start + at, 24 if at else 8)
+    damage(path, start + offset, 24 if offset else 8)
 
 
 def cut(pack: Callable[[bytes], bytes]) -> Callable[[Path], None]:
-    """Compressed lines whose end is missing."""
+    """Compressed lines with a missing end."""
 
     def write(path: Path) -> None:
         data = b"".join(pack("".join(map(json_line, MANY[i : i + 400])).encode()) for i in (0, 400, 800))
@@ -62,11 +64,11 @@ def without_footer(path: Path) -> None:
 
 CORRUPT = "is damaged in row group 1, rows 20 to 39 ("
 DAMAGED: dict[str, tuple[str, Callable[[Path], None], str]] = {
-    "a page that does not decompress": ("parquet", lambda path: parquet(path, "zstd", at=60), CORRUPT),
-    "a page's header": ("parquet", lambda path: parquet(path, "snappy", at=0), CORRUPT),
+    "a page that does not decompress": ("parquet", lambda path: parquet(path, "zstd", offset=60), CORRUPT),
+    "a page's header": ("parquet", lambda path: parquet(path, "snappy", offset=0), CORRUPT),
     "a page whose checksum says so": (
         "parquet",
-        lambda path: parquet(path, "none", at=60, write_page_checksum=True),
+        lambda path: parquet(path, "none", offset=60, write_page_checksum=True),
         CORRUPT,
     ),
     "a parquet file without its end": (
@@ -97,12 +99,12 @@ def damaged(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, str]:
     return path, problem
 
 
-def read(source: Source, place: Position | None = None) -> list[Document]:
-    return list(source.read(0, place or Position()))
+def read(source: Source, position: Position | None = None) -> list[Document]:
+    return list(source.read(0, position or Position()))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_damage_is_named_in_a_line(workers: int, damaged: tuple[Path, str]):
+def test_damage_is_reported_in_one_line(workers: int, damaged: tuple[Path, str]):
     path, problem = damaged
     spec = ReaderSpec(CorpusSpec(str(path)), "documents", ENCODER, 1, lanes=1, chunk=8, window=4, seed=1)
     with (
@@ -115,8 +117,8 @@ def test_damage_is_named_in_a_line(workers: int, damaged: tuple[Path, str]):
     assert "data.skip_broken" in line
 
 
-def test_damage_is_left_out_counted_and_found_again(damaged: tuple[Path, str]):
-    """Whole documents before and behind it stay; each place is the tail, so that a run goes on in front of it and behind it."""
+def test_damage_is_skipped_and_counted_the_same_each_time(damaged: tuple[Path, str]):
+    """Documents before and after the damage are read, and reading from any position gives the tail."""
     path, problem = damaged
     whole = read(open_source(CorpusSpec(str(path), skip_broken=True)))
     broken = [document for document in whole if document.text is None]
@@ -140,7 +142,8 @@ def test_damage_is_left_out_counted_and_found_again(damaged: tuple[Path, str]):
 ROWS = {
     "null": (
         None,
-        "holds null in field 'text' instead of text; set data.text_field to a field of text, or set data.skip_broken",
+        "holds null in field 'text' instead of text; "
+        "set data.text_field to a field of text, or set data.skip_broken",
     ),
     "a number": (3, "holds 3 (int) in field 'text' instead of text"),
     "half of a surrogate pair": (
@@ -150,10 +153,10 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("what", ROWS)
+@pytest.mark.parametrize("case", ROWS)
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "hub"])
-def test_a_row_without_text_says_what_it_holds(kind: str, what: str, tmp_path: Path):
-    value, problem = ROWS[what]
+def test_a_row_without_text_says_what_it_holds(kind: str, case: str, tmp_path: Path):
+    value, problem = ROWS[case]
     if kind == "jsonl":
         (tmp_path / "a.jsonl").write_text(json.dumps({"text": value}))
         spec = CorpusSpec(str(tmp_path))
@@ -173,7 +176,7 @@ def test_a_row_without_text_says_what_it_holds(kind: str, what: str, tmp_path: P
 
 
 @pytest.mark.parametrize("kind", ["text", "jsonl", "parquet"])
-def test_a_file_that_is_no_file_any_more_is_named(kind: str, tmp_path: Path):
+def test_a_deleted_file_is_reported(kind: str, tmp_path: Path):
     source = make_source(kind, write_corpus(kind, tmp_path, ["one"]))
     (path,) = tmp_path.iterdir()
     path.unlink()
@@ -185,7 +188,7 @@ def test_a_file_that_is_no_file_any_more_is_named(kind: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_tokenizer_that_fails_is_told_with_the_document(workers: int, tmp_path: Path):
+def test_a_failing_tokenizer_is_reported_with_the_document(workers: int, tmp_path: Path):
     (tmp_path / "a.txt").write_text("one")
     spec = ReaderSpec(
         CorpusSpec(str(tmp_path)),
@@ -201,7 +204,7 @@ def test_a_tokenizer_that_fails_is_told_with_the_document(workers: int, tmp_path
         list(islice(ChunkLoader(spec, [0], [None], workers), 1))
 
 
-def test_a_document_that_does_not_fit_into_memory_is_named(tmp_path: Path):
+def test_a_document_that_does_not_fit_into_memory_is_reported(tmp_path: Path):
     class Small(Encoder):
         def __call__(self, text: str):
             raise MemoryError
@@ -211,8 +214,8 @@ def test_a_document_that_does_not_fit_into_memory_is_named(tmp_path: Path):
         DocumentReader(CorpusSpec(str(tmp_path)), Small(0, 1, None), 0, 1, 1, 1, 1, 0)
 
 
-def test_an_error_of_the_disk_is_no_damage(tmp_path: Path):
-    """Another try may succeed, so nothing is left out."""
+def test_a_disk_error_is_not_treated_as_damage(tmp_path: Path):
+    """A retry may succeed, so nothing is skipped."""
     with (
         pytest.raises(UserError, match=r"^error: data.corpus: a.txt cannot be read \(Input/output error\)$"),
         convert_read_errors("a.txt"),

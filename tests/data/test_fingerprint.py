@@ -1,4 +1,4 @@
-"""What a run can see of a corpus that has changed: refused, or told where text was only added behind what was there."""
+"""Changes of a corpus between runs: refused, or accepted with a note if text was only added at the end."""
 
 import json
 import os
@@ -16,10 +16,10 @@ from minrnn.data.corpus import PYTHON_STDLIB
 TEXTS = [f"document {i} {text}" for i, text in enumerate(some_texts(40))]
 
 
-def described(spec: CorpusSpec) -> dict[str, Any]:
-    found = json.loads(json.dumps(corpus_fingerprint(spec)))
-    assert found is not None
-    return found
+def fingerprint_of(spec: CorpusSpec) -> dict[str, Any]:
+    fingerprint = json.loads(json.dumps(corpus_fingerprint(spec)))
+    assert fingerprint is not None
+    return fingerprint
 
 
 def flip(path: Path) -> None:
@@ -57,7 +57,7 @@ CHANGES: dict[Callable[[Path], Any], str] = {
 @pytest.mark.parametrize("kind", ["text", "jsonl", "parquet"])
 def test_other_text_is_refused(kind: str, change: Callable[[Path], Any], tmp_path: Path):
     spec = write_corpus(kind, tmp_path, TEXTS, 2)
-    before = described(spec)
+    before = fingerprint_of(spec)
     assert check_corpus(before, spec, "documents", 1) is None
     first = min(path for path in tmp_path.iterdir())
     change(first)
@@ -81,7 +81,7 @@ def add_behind(folder: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "addition", "order", "readers", "join", "told"),
+    ("kind", "addition", "order", "readers", "join", "addition_note"),
     [
         ("jsonl", append, "documents", 1, None, "has grown from "),
         ("jsonl", add_behind, "documents", 1, None, "1 more files, behind part-00001.jsonl"),
@@ -92,34 +92,34 @@ def add_behind(folder: Path, kind: str) -> None:
         ("text", append, "documents", 1, None, None),
     ],
 )
-def test_text_that_is_added_is_told_where_it_leaves_the_order(
+def test_added_text_is_accepted_if_it_keeps_the_order(
     kind: str,
     addition: Callable[[Path, str], None],
     order: str,
     readers: int,
     join: str | None,
-    told: str | None,
+    addition_note: str | None,
     tmp_path: Path,
 ):
     write_corpus(kind, tmp_path, TEXTS, 2)
     spec = CorpusSpec(str(tmp_path), join=join)
-    before = described(spec)
+    before = fingerprint_of(spec)
     addition(tmp_path, kind)
-    if told is None:
+    if addition_note is None:
         with pytest.raises(UserError, match=r"^error: data\.corpus: .* is not what the run began with: "):
             check_corpus(before, spec, order, readers)
     else:
         note = check_corpus(before, spec, order, readers)
         assert note is not None
-        assert told in note
+        assert addition_note in note
 
 
-def test_many_files_cost_no_reading(tmp_path: Path):
-    """Of more than 256, the others' names and sizes are compared; the description stays small."""
+def test_only_256_files_are_hashed(tmp_path: Path):
+    """Of the other files only names and sizes are compared, and the fingerprint stays small."""
     for number in range(600):
         (tmp_path / f"{number:03}.txt").write_text(f"text {number}")
     spec = CorpusSpec(str(tmp_path))
-    before = described(spec)
+    before = fingerprint_of(spec)
     assert len(before["files"]) == 256
     assert len(json.dumps(before)) < 30_000
     other = next(path for path in sorted(tmp_path.iterdir()) if path.name not in before["files"])
@@ -128,10 +128,10 @@ def test_many_files_cost_no_reading(tmp_path: Path):
         check_corpus(before, spec, "documents", 1)
 
 
-def test_what_is_not_text_of_the_corpus_does_not_count(tmp_path: Path):
-    """Times, hidden files, what the run writes, and the name by which the folder is called."""
+def test_changes_outside_the_text_are_ignored(tmp_path: Path):
+    """Modification times, hidden files, the run's own files, and another path to the same folder."""
     spec = write_corpus("jsonl", tmp_path / "corpus", TEXTS)
-    before = described(spec)
+    before = fingerprint_of(spec)
     for path in (tmp_path / "corpus").iterdir():
         os.utime(path, (0, 0))
     (tmp_path / "corpus" / ".cache").write_text("x")
@@ -143,8 +143,8 @@ def test_what_is_not_text_of_the_corpus_does_not_count(tmp_path: Path):
         assert check_corpus(before, CorpusSpec(str(tmp_path / name), excluded=(run,)), "documents", 1) is None
 
 
-def test_the_library_of_another_python_is_refused():
-    before = described(CorpusSpec(PYTHON_STDLIB))
+def test_the_standard_library_of_another_python_version_is_refused():
+    before = fingerprint_of(CorpusSpec(PYTHON_STDLIB))
     assert check_corpus(before, CorpusSpec(PYTHON_STDLIB), "documents", 1) is None
     with pytest.raises(UserError, match=r"was the library of Python 3\.0\.0, this is 3\."):
         check_corpus({"python": "3.0.0"}, CorpusSpec(PYTHON_STDLIB), "documents", 1)

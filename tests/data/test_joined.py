@@ -1,4 +1,4 @@
-"""Joined documents are their parts, one after another; and whatever reads documents reads them as it reads any."""
+"""Joined documents are the concatenation of their parts, and readers treat them like any documents."""
 
 import itertools
 import json
@@ -10,8 +10,8 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
-from data_helpers import ENCODER, as_array, assert_same_chunk, read_back, some_texts
-from hypothesis import HealthCheck, given, settings
+from data_helpers import ENCODER, FEW_EXAMPLES, as_array, assert_same_chunk, read_back, some_texts
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minrnn.common.errors import UserError
@@ -20,11 +20,6 @@ from minrnn.data.corpus import PYTHON_STDLIB, STDLIB_HELD_OUT, Split, is_held_ou
 from minrnn.data.joined import JoinedRows, join_documents, joined_text
 from minrnn.data.sources import Document, HubDataset, Position, Source
 
-FEW = settings(
-    max_examples=40,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
 PARTS = st.text("ab\né", max_size=4)
 KINDS = ("jsonl", "parquet", "hub")
 
@@ -33,7 +28,7 @@ KINDS = ("jsonl", "parquet", "hub")
 class Row:
     book: str | int | None
     text: str | None
-    """None: broken."""
+    """None: a broken row."""
 
 
 ROWS = st.lists(
@@ -49,7 +44,7 @@ TYPED_ROWS = st.lists(
 
 
 def write_rows(kind: str, folder: Path, shards: list[list[Row]]) -> None:
-    """As a corpus of this kind; the row groups of parquet are small."""
+    """Write the rows as a corpus of this kind; row groups of parquet files are small."""
     for number, rows in enumerate(shards):
         if kind == "jsonl":
             path = folder / f"part-{number:05}.jsonl"
@@ -78,7 +73,10 @@ def open_rows(kind: str, folder: Path) -> Source:
 
 
 def naive_join(rows: list[Row]) -> list[tuple[str | None, int]]:
-    """Text and broken rows of each document, from the whole shard: broken rows go with what they follow, those at the start with the first."""
+    """Text and number of broken rows of each document of a shard.
+
+    A broken row counts with the document before it, those at the start with the first document.
+    """
     documents: list[tuple[list[str], int, Any]] = []
     leading = 0
     for row in rows:
@@ -104,14 +102,14 @@ def naive_text(texts: list[str]) -> str:
 
 
 @given(st.lists(PARTS, max_size=6))
-def test_parts_stand_as_they_are_with_a_newline_where_one_lacks_it(parts: list[str]):
+def test_parts_are_concatenated_with_missing_newlines_added(parts: list[str]):
     assert joined_text(parts) == naive_text(parts)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(FEW, max_examples=15)  # a streamed dataset takes a while to open
+@settings(FEW_EXAMPLES, max_examples=15)  # a streamed dataset takes a while to open
 @given(data=st.data())
-def test_rows_are_joined_and_read_from_any_place(
+def test_rows_are_joined_and_read_from_any_position(
     kind: str, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ):
     shards = data.draw(st.lists(ROWS if kind == "jsonl" else TYPED_ROWS, min_size=1, max_size=2))
@@ -146,9 +144,9 @@ FOLDERS = st.sampled_from(["", "", "a", "b", "m/n", "m", "m/n/o", "z"])
 
 
 @pytest.mark.parametrize("join", ["folder", "package"])
-@FEW
+@FEW_EXAMPLES
 @given(tree=st.dictionaries(st.tuples(FOLDERS, NAMES), PARTS.filter(bool), min_size=1, max_size=14))
-def test_files_are_joined_and_read_from_any_place(
+def test_files_are_joined_and_read_from_any_position(
     join: str, tree: dict[tuple[str, str], str], tmp_path_factory: pytest.TempPathFactory
 ):
     folder = tmp_path_factory.mktemp("files") / "corpus"
@@ -174,8 +172,8 @@ def test_files_are_joined_and_read_from_any_place(
             assert list(source.read(0, Position(count))) == whole[count:]
 
 
-def tell_books(num_books: int, seed: int = 0) -> list[Row]:
-    """Books of one to five rows each, their texts of many lengths."""
+def make_books(num_books: int, seed: int = 0) -> list[Row]:
+    """Books of one to five rows each, with texts of many lengths."""
     texts = iter(some_texts(5 * num_books + 1, seed)[1:])
     return [
         Row(f"book {book}", text)
@@ -189,7 +187,7 @@ def tell_books(num_books: int, seed: int = 0) -> list[Row]:
 def test_a_reader_of_joined_rows_resumes_exactly(
     kind: str, num_shards: int, num_readers: int, tmp_path: Path
 ):
-    write_rows(kind, tmp_path, [tell_books(9, seed) for seed in range(num_shards)])
+    write_rows(kind, tmp_path, [make_books(9, seed) for seed in range(num_shards)])
     spec = CorpusSpec(str(tmp_path), join="book")
 
     def read(state: Any = None) -> DocumentReader:
@@ -202,7 +200,7 @@ def test_a_reader_of_joined_rows_resumes_exactly(
         for expected in whole[at + 1 :]:
             assert_same_chunk(resumed.next_chunk(), expected)
     documents = {
-        naive_text([row.text or "" for row in tell_books(9, seed) if row.book == f"book {i}"])
+        naive_text([row.text or "" for row in make_books(9, seed) if row.book == f"book {i}"])
         for seed in range(num_shards)
         for i in range(9)
     }
@@ -212,7 +210,10 @@ def test_a_reader_of_joined_rows_resumes_exactly(
 
 @pytest.mark.parametrize("num_readers", [1, 2, 3])
 def test_readers_share_joined_documents(num_readers: int, tmp_path: Path):
-    """Books of two rows each: sharing rows would split them, and sharing by the last row's number would leave a reader without any."""
+    """Books have two rows each.
+
+    Sharing rows would split them; sharing by the index of the last row would leave a reader without any.
+    """
     write_rows("jsonl", tmp_path, [[Row(book // 2, f"{book}") for book in range(24)]])
     spec = CorpusSpec(str(tmp_path), join="book")
     shares = [
@@ -226,12 +227,12 @@ def test_readers_share_joined_documents(num_readers: int, tmp_path: Path):
 
 
 def test_what_is_held_out_is_chosen_by_the_joined_text(tmp_path: Path):
-    write_rows("jsonl", tmp_path, [tell_books(60)])
+    write_rows("jsonl", tmp_path, [make_books(60)])
     spec = CorpusSpec(str(tmp_path), join="book", held_out=0.3)
     parts: dict[Split, list[str]] = {"train": [], "validation": [], "all": []}
     for part, found in parts.items():
         found += [document.text or "" for document in DocumentStream(spec, part, 0, 1, 8, None).one_epoch()]
-    assert parts["all"] == [text for text, _ in naive_join(tell_books(60))]
+    assert parts["all"] == [text for text, _ in naive_join(make_books(60))]
     assert parts["validation"] == [text for text in parts["all"] if is_held_out(text, 0.3)]
     assert parts["train"] == [text for text in parts["all"] if not is_held_out(text, 0.3)]
     assert parts["validation"]
@@ -273,7 +274,7 @@ def test_names_say_what_was_joined(tmp_path: Path):
     assert names == [f"book moby (2 rows from {path}:1)", f"{path}:3", f"book 7 (1 row from {path}:4)"]
 
 
-def test_ways_of_joining_that_are_not_there(tmp_path: Path):
+def test_ways_of_joining_that_do_not_apply_are_refused(tmp_path: Path):
     def problem(spec: CorpusSpec) -> str:
         with pytest.raises(UserError) as caught:
             list(open_source(spec).read(0, Position()))

@@ -1,4 +1,6 @@
-"""Workers change nothing but speed; errors cross the border; and no process outlives its reason."""
+"""The number of workers does not change the data, errors cross process borders, and no process is left
+behind.
+"""
 
 import json
 import os
@@ -60,7 +62,7 @@ def eventually(condition: Callable[[], bool]) -> bool:
 
 
 def in_time(call: Callable[[], Any]) -> Any:
-    """The outcome of a call that must not hang."""
+    """The result of a call that must not hang."""
     outcome: list[Any] = []
 
     def run() -> None:
@@ -106,12 +108,12 @@ def test_any_number_of_workers_gives_the_same_chunks(num_readers: int, order: st
         assert_same_steps(steps(spec, readers, 4, workers, states), expected[4:])
 
 
-def test_readers_may_be_dealt_to_processes(corpus: CorpusSpec):
-    """Two processes of two readers each see what one process of four sees."""
+def test_readers_may_be_distributed_over_processes(corpus: CorpusSpec):
+    """Two processes of two readers each read what one process of four readers reads."""
     spec = reader_spec(corpus, 4)
-    together = steps(spec, [0, 1, 2, 3], 5, workers=0)
-    apart = [steps(spec, readers, 5, workers=2) for readers in ([0, 1], [2, 3])]
-    assert_same_steps([one + other for one, other in zip(*apart, strict=True)], together)
+    in_one_process = steps(spec, [0, 1, 2, 3], 5, workers=0)
+    in_two_processes = [steps(spec, readers, 5, workers=2) for readers in ([0, 1], [2, 3])]
+    assert_same_steps([one + other for one, other in zip(*in_two_processes, strict=True)], in_one_process)
 
 
 def test_readers_read_different_documents(corpus: CorpusSpec):
@@ -128,8 +130,8 @@ def test_readers_read_different_documents(corpus: CorpusSpec):
 
 
 @pytest.mark.parametrize("num_good", [0, 200])
-def test_an_error_of_a_worker_is_the_users(num_good: int, tmp_path: Path):
-    """At once, while a reader opens, or later, in the middle of the stream."""
+def test_a_user_error_in_a_worker_is_raised_in_the_run(num_good: int, tmp_path: Path):
+    """Both while a reader is opened and in the middle of the stream."""
     (tmp_path / "a.jsonl").write_text(
         "".join(json_line(f"document {i}") for i in range(num_good)) + "broken\n"
     )
@@ -140,20 +142,22 @@ def test_an_error_of_a_worker_is_the_users(num_good: int, tmp_path: Path):
     assert errors[0].errors == errors[1].errors
 
 
-def test_chunks_before_an_error_are_given(tmp_path: Path):
+def test_chunks_before_an_error_are_delivered(tmp_path: Path):
     (tmp_path / "a.jsonl").write_text("".join(json_line(f"document {i}") for i in range(40)) + "broken\n")
     counts = []
     for workers in (0, 1):
         loader = ChunkLoader(reader_spec(CorpusSpec(str(tmp_path))), [0], [None], workers)
-        stepping, given = iter(loader), []
+        stepping, delivered = iter(loader), []
         with pytest.raises(UserError):
-            given.extend(stepping)
-        counts.append(len(given))
+            delivered.extend(stepping)
+        counts.append(len(delivered))
         loader.close()
     assert counts[0] == counts[1] > 5
 
 
-def test_our_own_mistakes_are_not_the_users(corpus: CorpusSpec, capfd: pytest.CaptureFixture[str]):
+def test_an_internal_error_in_a_worker_is_not_a_user_error(
+    corpus: CorpusSpec, capfd: pytest.CaptureFixture[str]
+):
     wrong = steps(reader_spec(corpus), [0], 1, workers=0)[0][0].state | {"lanes": []}
     error = in_time(lambda: steps(reader_spec(corpus), [0], 1, 1, [wrong]))
     assert type(error) is RuntimeError
@@ -181,11 +185,11 @@ def test_a_killed_worker_is_an_error_and_no_hang(corpus: CorpusSpec, loader: Chu
     victim = children()[1]
     victim.kill()
 
-    def go_on() -> None:
+    def read_on() -> None:
         for _ in range(10_000):  # what was read ahead may still come
             next(stepping)
 
-    error = in_time(go_on)
+    error = in_time(read_on)
     assert type(error) is UserError
     (line,) = str(error).splitlines()
     assert line.startswith("error: data.workers: a data worker was killed by signal 9 (SIGKILL), behind ")
@@ -194,7 +198,7 @@ def test_a_killed_worker_is_an_error_and_no_hang(corpus: CorpusSpec, loader: Chu
 
 
 def test_signals_that_end_a_run_do_not_end_its_workers(loader: ChunkLoader):
-    """A run that is told to stop still saves; its workers must last until then."""
+    """A run that is stopped by a signal still saves; its workers must last until then."""
     stepping = iter(loader)
     next(stepping)
     for process in children():
@@ -204,7 +208,7 @@ def test_signals_that_end_a_run_do_not_end_its_workers(loader: ChunkLoader):
 
 
 @pytest.mark.parametrize("steps_taken", [0, 3])
-def test_workers_die_with_their_parent(steps_taken: int, corpus: CorpusSpec):
+def test_workers_end_with_their_parent(steps_taken: int, corpus: CorpusSpec):
     script = f"""
         import itertools, time, psutil
         from minrnn.data import ChunkLoader, CorpusSpec, Encoder, ReaderSpec
@@ -256,8 +260,11 @@ def test_user_errors_are_pickled_whole():
 
 
 def test_a_worker_needs_no_torch():
-    """It starts in a fraction of a second and holds little memory."""
-    code = "import sys, minrnn.data.worker; print([name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])"
+    """So it starts fast and uses little memory."""
+    code = (
+        "import sys, minrnn.data.worker; "
+        "print([name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])"
+    )
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
         == "[]\n"
@@ -270,8 +277,8 @@ def test_windows_of_one_text_in_workers(corpus: CorpusSpec):
     assert not np.array_equal(one.input_ids, other.input_ids)
 
 
-def test_a_stalled_worker_keeps_nobody_waiting(corpus: CorpusSpec):
-    """`take` comes back without a chunk, and later with the one that comes next."""
+def test_take_returns_in_time_although_a_worker_stalls(corpus: CorpusSpec):
+    """`take` returns without a chunk, and later with the next one."""
     expected = steps(reader_spec(corpus, 2), [0, 1], 30, workers=0)
     loader = ChunkLoader(reader_spec(corpus, 2), [0, 1], [None, None], workers=2)
     try:
@@ -289,7 +296,7 @@ def test_a_stalled_worker_keeps_nobody_waiting(corpus: CorpusSpec):
     assert not children()
 
 
-def test_a_stalled_reader_in_this_process_keeps_nobody_waiting(corpus: CorpusSpec):
+def test_take_returns_in_time_although_a_reader_in_this_process_stalls(corpus: CorpusSpec):
     expected = steps(reader_spec(corpus), [0], 2, workers=0)
     loader = ChunkLoader(reader_spec(corpus), [0], [None], workers=0)
     disk = threading.Event()
@@ -308,7 +315,7 @@ def test_a_stalled_reader_in_this_process_keeps_nobody_waiting(corpus: CorpusSpe
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_file_that_is_deleted_under_the_reader_costs_a_line(
+def test_a_file_that_is_deleted_while_it_is_read_is_reported_in_one_line(
     workers: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
     for number in range(300):

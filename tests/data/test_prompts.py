@@ -1,4 +1,6 @@
-"""A prompt is read as training reads its text, whatever kind of tokenizer there is, and new tokens are written as the text they are."""
+"""Prompts are encoded as training encodes text, for every kind of tokenizer, and new tokens are decoded to
+their text.
+"""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,7 +35,9 @@ FEW = settings(max_examples=40, deadline=None)
 def kind(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, Any, Encoder, Any]:
-    """Its name, what training loads, training's encoder, and what was loaded of an export's files."""
+    """The kind's name, its training tokenizer, the training encoder, and the tokenizer loaded from an
+    export.
+    """
     folder = tmp_path_factory.mktemp(request.param)
     name = "bytes" if request.param == "bytes" else saved(request.param, folder / "hub")
     tokenizer = load_tokenizer(name)
@@ -61,7 +65,7 @@ def test_an_exports_tokenizer_encodes_as_training_does(kind: tuple[str, Any, Enc
     check()
 
 
-def test_what_an_export_says_of_its_tokenizer_survives(kind: tuple[str, Any, Encoder, Any], tmp_path: Path):
+def test_tokenizer_settings_survive_saving(kind: tuple[str, Any, Encoder, Any], tmp_path: Path):
     _, tokenizer, _, exported = kind
     exported.save_pretrained(tmp_path)
     for loaded in (exported, AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(str(tmp_path))):
@@ -84,8 +88,10 @@ def test_what_an_export_says_of_its_tokenizer_survives(kind: tuple[str, Any, Enc
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_tokenizer_that_was_exported_as_it_came_is_read_right(name: str, tmp_path: Path):
-    """Exports of before `document_tokenizer`: each kind wrote around a text what it liked, and lost the side of its padding."""
+def test_prompts_are_encoded_correctly_with_an_unconverted_tokenizer(name: str, tmp_path: Path):
+    """Exports from before `document_tokenizer` kept each tokenizer's own post-processor and lost the padding
+    side.
+    """
     folder = saved(name, tmp_path / "hub")
     encoder = Encoder.from_tokenizer(load_tokenizer(folder), folder)
     old = AutoTokenizer.from_pretrained(folder)
@@ -110,8 +116,8 @@ def test_a_tokenizer_that_reads_its_boundary_from_a_text_is_refused(tmp_path: Pa
         load_tokenizer(str(tmp_path))
 
 
-def test_a_stream_writes_the_text(kind: tuple[str, Any, Encoder, Any]):
-    """Of text, all of it, whatever the prompt; of any tokens, whole characters."""
+def test_a_text_stream_decodes_the_text(kind: tuple[str, Any, Encoder, Any]):
+    """For text, all of it, whatever the prompt; for arbitrary tokens, complete characters."""
     _, tokenizer, encoder, _ = kind
     special = {*tokenizer.all_special_ids}
 
@@ -138,8 +144,8 @@ def test_a_stream_writes_the_text(kind: tuple[str, Any, Encoder, Any]):
     check_any()
 
 
-def test_a_token_is_written_at_the_same_cost_behind_any_prompt(kind: tuple[str, Any, Encoder, Any]):
-    """Counted in tokens that are decoded again."""
+def test_the_cost_of_decoding_a_token_does_not_depend_on_the_prompt(kind: tuple[str, Any, Encoder, Any]):
+    """The cost is the number of tokens that are decoded again."""
     _, tokenizer, encoder, _ = kind
     decoded = []
 
@@ -158,7 +164,7 @@ def test_a_token_is_written_at_the_same_cost_behind_any_prompt(kind: tuple[str, 
     assert len(decoded) <= 2 * len(new) + 20
 
 
-def test_a_prompts_file_is_read_as_a_corpus_is(tmp_path: Path, monkeypatch):
+def test_a_prompt_file_is_read_like_a_corpus_file(tmp_path: Path, monkeypatch):
     file = tmp_path / "prompt.txt"
 
     def from_file(data: bytes) -> str:
@@ -176,7 +182,8 @@ def test_a_prompts_file_is_read_as_a_corpus_is(tmp_path: Path, monkeypatch):
         assert read(b"") == ""
         with pytest.raises(
             UserError,
-            match=r"^error: --prompt-file: (.*prompt.txt|standard input) is not UTF-8 \(byte 5\); convert it$",
+            match=r"^error: --prompt-file: (.*prompt.txt|standard input) "
+            r"is not UTF-8 \(byte 5\); convert it$",
         ):
             read(b"\xef\xbb\xbfab\xff")
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""The heart of the data path: from its chunks every document comes back whole, and from any chunk's state the rest comes again."""
+"""Every document can be reconstructed from its chunks, and reading resumes exactly from any chunk's state."""
 
 import itertools
 import json
@@ -13,19 +13,19 @@ import pytest
 from data_helpers import (
     ENCODER,
     EOS,
+    FEW_EXAMPLES,
     KINDS,
     as_array,
     assert_same_chunk,
     endless_texts,
     json_line,
     naive_chunks,
-    open_any,
     read_back,
     some_texts,
     without_hints,
     write_corpus,
 )
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from minrnn.common.errors import UserError
@@ -38,21 +38,12 @@ from minrnn.data import (
     corpus_tokens,
 )
 
-FEW = settings(
-    max_examples=40,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
-
-
-@pytest.fixture(autouse=True)
-def hub_folders_are_hub_datasets(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("minrnn.data.corpus.open_source", open_any)
+pytestmark = pytest.mark.usefixtures("local_hub_datasets")
 
 
 @dataclass(frozen=True)
 class Setup:
-    """Everything a reader is made of but its state."""
+    """The arguments of a reader, without its state."""
 
     spec: CorpusSpec
     reader: int = 0
@@ -87,7 +78,9 @@ class Setup:
 
 @st.composite
 def setups(draw: st.DrawFn, folder: Path) -> tuple[Setup, list[str]]:
-    """A corpus of documents of any length, many of them empty or of a character, and a reader of any shape that it is long enough for."""
+    """A corpus of documents of any length, many of them empty or one character long, and a reader that it is
+    long enough for.
+    """
     num_lanes = draw(st.integers(1, 4))
     sizes = st.one_of(st.just(0), st.integers(0, 3), st.integers(0, 20), st.integers(60, 150))
     lengths = draw(st.lists(sizes, min_size=num_lanes + 4, max_size=24))
@@ -95,22 +88,22 @@ def setups(draw: st.DrawFn, folder: Path) -> tuple[Setup, list[str]]:
     num_shards, num_readers = draw(st.integers(1, 3)), draw(st.sampled_from([1, 1, 1, 2]))
     path = folder / f"{draw(st.uuids(allow_nil=False))}"
     spec = write_corpus("jsonl", path, texts, num_shards)
-    mine = Setup(
+    setup = Setup(
         spec,
         draw(st.integers(0, num_readers - 1)),
         num_readers,
         window=draw(st.integers(1, 30)),
         seed=draw(st.integers(0, 9)),
     )
-    stream = DocumentStream(spec, "train", mine.reader, num_readers, 8, None)
+    stream = DocumentStream(spec, "train", setup.reader, num_readers, 8, None)
     share = [document.text or "" for document in stream.one_epoch()]
     num_lanes = min(num_lanes, len(share))
     num_positions = sum(len(text.encode()) + 1 for text in share)
     chunk = draw(st.integers(1, num_positions // num_lanes))
-    return replace(mine, lanes=num_lanes, chunk=min(chunk, 50)), share
+    return replace(setup, lanes=num_lanes, chunk=min(chunk, 50)), share
 
 
-@FEW
+@FEW_EXAMPLES
 @given(data=st.data())
 def test_documents_come_back_whole(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory):
     setup, share = data.draw(setups(tmp_path_factory.mktemp("whole")))
@@ -134,16 +127,18 @@ def test_documents_come_back_whole(data: st.DataObject, tmp_path_factory: pytest
         )
 
 
-@FEW
+@FEW_EXAMPLES
 @given(data=st.data())
-def test_chunks_are_those_of_the_naive_reader(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory):
+def test_chunks_equal_those_of_the_naive_reader(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+):
     setup, _ = data.draw(setups(tmp_path_factory.mktemp("naive")))
     expected = naive_chunks(setup.documents(), setup.lanes, setup.chunk)
     for chunk in setup.chunks(12):
         np.testing.assert_array_equal(as_array(chunk), next(expected))
 
 
-@FEW
+@FEW_EXAMPLES
 @given(data=st.data())
 def test_resuming_from_any_chunk_and_from_there_again(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
@@ -179,7 +174,7 @@ def test_resuming_for_every_source(kind: str, num_shards: int, num_readers: int,
 
 
 def test_a_chunks_state_is_its_own(tmp_path: Path):
-    """What was prefetched after a chunk changes nothing in it."""
+    """Prefetching does not change the state of an earlier chunk."""
     reader = Setup(write_corpus("jsonl", tmp_path, some_texts(20))).open()
     first = reader.next_chunk()
     before = json.dumps(first.state), as_array(first)
@@ -226,7 +221,8 @@ def test_too_little_text(tmp_path: Path):
     spec = write_corpus("jsonl", tmp_path / "few", ["one", "two"])
     with pytest.raises(
         UserError,
-        match=r"^error: data\.corpus: .* 8 tokens, fewer than .* 3 lanes x 8; lower batch\.lanes or batch\.chunk",
+        match=r"^error: data\.corpus: .* 8 tokens, fewer than .* 3 lanes x 8; lower "
+        r"batch\.lanes or batch\.chunk",
     ):
         Setup(spec).open()
     Setup(spec, lanes=2, chunk=4).open()  # exactly enough
@@ -251,14 +247,16 @@ def test_fewer_documents_than_lanes(window: int, tmp_path: Path):
 
 
 def test_the_checks_read_ahead_and_lose_nothing(tmp_path: Path):
-    """A first window that is shorter than a chunk: the readers' checks go on to further windows, the chunks do not."""
+    """If the first window is shorter than a chunk, the size check reads further windows; the chunks still
+    begin at the first.
+    """
     setup = Setup(write_corpus("jsonl", tmp_path, [str(i) for i in range(100)]), lanes=2, chunk=40, window=2)
     expected = naive_chunks(setup.documents(), 2, 40)
     for chunk in setup.chunks(4):
         np.testing.assert_array_equal(as_array(chunk), next(expected))
 
 
-def test_a_broken_line_far_on_is_told_when_it_is_reached(tmp_path: Path):
+def test_a_broken_line_is_reported_when_it_is_reached(tmp_path: Path):
     (tmp_path / "a.jsonl").write_text("".join(json_line("word" * 9) for _ in range(40)) + "broken\n")
     reader = Setup(CorpusSpec(str(tmp_path))).open()
     with pytest.raises(UserError, match=r"a\.jsonl:41 is not JSON"):
@@ -268,7 +266,7 @@ def test_a_broken_line_far_on_is_told_when_it_is_reached(tmp_path: Path):
 # ---- order `windows`: crops of one text ----
 
 
-@FEW
+@FEW_EXAMPLES
 @given(
     length=st.integers(2, 60),
     lanes=st.integers(1, 5),
@@ -328,7 +326,7 @@ def test_positions_compare_without_hints():
 
 @pytest.mark.parametrize("text", ["", "\n\n\n"])
 def test_an_epoch_without_documents_is_an_error(tmp_path: Path, text: str):
-    """Not a reader that spins for ever, looking for the next one."""
+    """The reader must not search for the next document endlessly."""
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json_line(f"document {i}") for i in range(20)))
     reader = DocumentReader(CorpusSpec(str(path)), ENCODER, 0, 1, 2, 12, 4, 1)
@@ -337,8 +335,8 @@ def test_an_epoch_without_documents_is_an_error(tmp_path: Path, text: str):
         list(itertools.islice(iter(reader.next_chunk, None), 1000))
 
 
-def test_a_document_under_way_whose_text_has_changed_is_told(tmp_path: Path):
-    """With equal length; a position of before digests goes on."""
+def test_resuming_refuses_a_current_document_whose_text_has_changed(tmp_path: Path):
+    """Also if its length is the same. States from before digests were added still load."""
     spec = write_corpus("jsonl", tmp_path, ["a long document", "another one"])
     state = Setup(spec, lanes=1, chunk=4, window=2, seed=0).chunks(1)[0].state
     path = next(tmp_path.iterdir())

@@ -1,4 +1,6 @@
-"""Every source, read from every place, is the tail of itself read from the start; what is broken is named."""
+"""Reading a source from any position gives the tail of reading it from the start; broken documents are
+reported.
+"""
 
 import bz2
 import gzip
@@ -39,7 +41,7 @@ def read_all(source: Source) -> list[list[Document]]:
 
 
 def problem(corpus: CorpusSpec) -> str:
-    """What the user is told when the whole corpus is read."""
+    """The error message of reading the whole corpus."""
     with pytest.raises(UserError) as caught:
         read_all(open_source(corpus))
     assert caught.value.errors[0][0].startswith("data.")
@@ -56,7 +58,7 @@ def epoch_of(stream: DocumentStream) -> Iterator[Window]:
 
 @pytest.mark.parametrize("kind", KINDS + OTHER_NAMES)
 @pytest.mark.parametrize("num_shards", [1, 2])
-def test_reading_from_any_place_is_the_tail(kind: str, num_shards: int, tmp_path: Path):
+def test_reading_from_any_position_gives_the_tail(kind: str, num_shards: int, tmp_path: Path):
     texts = some_texts(17)
     source = make_source(kind, write_corpus(kind, tmp_path, texts, num_shards))
     assert source.num_shards == (1 if kind.startswith(("text", "txt")) else num_shards)
@@ -74,7 +76,7 @@ def test_reading_from_any_place_is_the_tail(kind: str, num_shards: int, tmp_path
 
 
 @pytest.mark.parametrize("kind", KINDS + OTHER_NAMES)
-def test_a_hint_taken_after_going_on_from_a_hint(kind: str, tmp_path: Path):
+def test_a_hint_taken_after_resuming_from_a_hint(kind: str, tmp_path: Path):
     source = make_source(kind, write_corpus(kind, tmp_path, some_texts(17)))
     whole = read_all(source)[0]
     hint = None
@@ -101,7 +103,7 @@ def test_paths_folders_and_globs(tmp_path: Path):
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS + OTHER_NAMES if kind != "hub"])
-def test_the_kind_is_told_from_the_suffix(kind: str, tmp_path: Path):
+def test_the_kind_is_detected_from_the_suffix(kind: str, tmp_path: Path):
     source = open_source(write_corpus(kind, tmp_path, some_texts(3)))
     assert type(source) is type(make_source(kind, CorpusSpec(str(tmp_path))))
     assert texts_of(itertools.chain(*read_all(source))) == some_texts(3)
@@ -119,7 +121,9 @@ UNNAMED = {
 
 @pytest.mark.parametrize("name", ["part-0001", "part.0001", "part.gz", "part.zst"])
 @pytest.mark.parametrize("content", UNNAMED)
-def test_content_says_what_the_name_does_not(content: str, name: str, tmp_path: Path):
+def test_the_kind_is_detected_from_the_content_if_the_name_does_not_tell(
+    content: str, name: str, tmp_path: Path
+):
     data, expected = UNNAMED[content]
     pack = {".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}.get(Path(name).suffix, bytes)
     (tmp_path / name).write_bytes(pack(data) + b"")
@@ -163,13 +167,13 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 @pytest.mark.parametrize("pack", ["", ".gz"])
-def test_json_and_tables_of_another_form_are_refused_in_words(name: str, pack: str, tmp_path: Path):
-    text, told = REFUSED[name]
+def test_other_layouts_of_json_and_tables_are_refused_with_advice(name: str, pack: str, tmp_path: Path):
+    text, message_part = REFUSED[name]
     path = tmp_path / f"{name}{pack}"
     path.write_bytes(gzip.compress(text.encode()) if pack else text.encode())
     message = problem(CorpusSpec(str(path)))
     assert str(path) in message
-    assert told.replace(name, path.name) in message
+    assert message_part.replace(name, path.name) in message
     assert len(message.splitlines()) == 1
 
 
@@ -186,18 +190,22 @@ BINARY = {
 
 
 @pytest.mark.parametrize("name", BINARY)
-def test_a_binary_file_among_texts_is_named_or_skipped(name: str, tmp_path: Path):
-    data, told = BINARY[name]
+def test_a_binary_file_among_texts_is_reported_or_skipped(name: str, tmp_path: Path):
+    data, message_part = BINARY[name]
     (tmp_path / "a.txt").write_text("one")
     (tmp_path / name).write_bytes(data)
     message = problem(CorpusSpec(str(tmp_path)))
-    assert f"{tmp_path / name} is not text but {told}" in message
+    assert f"{tmp_path / name} is not text but {message_part}" in message
     documents = list(open_source(CorpusSpec(str(tmp_path), skip_broken=True)).read(0, Position()))
     assert sorted(document.text or "" for document in documents) == ["", "one"]
 
 
-def test_csv_as_it_comes(tmp_path: Path):
-    """Mark, CR LF, quotes, line breaks in cells, empty lines, cells longer than the module's limit; bytes that are not UTF-8 cost a row."""
+def test_csv_variants(tmp_path: Path):
+    """Byte order mark, CR LF, quotes, line breaks in cells, empty lines, and cells longer than the csv
+    module's limit.
+
+    Bytes that are not UTF-8 make one row broken.
+    """
     long = "x" * 200_000
     rows = csv_rows(["one, two", 'a "quote"', "two\r\nlines\n", "", long], ",").replace(
         b"\r\n1,", b"\r\n\r\n1,"
@@ -216,8 +224,8 @@ def test_csv_as_it_comes(tmp_path: Path):
     ]
 
 
-def test_folders_that_mix_are_told_with_an_example_of_each(tmp_path: Path):
-    """Empty files whose names say nothing (`_SUCCESS`) are no kind of their own."""
+def test_mixed_folders_are_refused_with_an_example_of_each_kind(tmp_path: Path):
+    """Empty files without a telling name (`_SUCCESS`) do not count as a kind."""
     (tmp_path / "a.jsonl").write_text(json_line("one"))
     (tmp_path / "_SUCCESS").touch()
     assert texts_of(itertools.chain(*read_all(open_source(CorpusSpec(str(tmp_path)))))) == ["one"]
@@ -228,7 +236,7 @@ def test_folders_that_mix_are_told_with_an_example_of_each(tmp_path: Path):
     )
 
 
-def test_relative_paths_are_looked_up_from_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_relative_paths_start_at_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     write_corpus("jsonl", tmp_path, ["one", "two"])
     monkeypatch.chdir(tmp_path)
     for name in ("part-00000.jsonl", "*.jsonl", "."):
@@ -262,7 +270,10 @@ def test_jsonl_of_any_layout(tmp_path: Path):
 
 @pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.zst"])
 def test_compressed_files_of_several_parts(kind: str, tmp_path: Path):
-    """`cat a.gz b.gz > c.gz` is a whole file, and so it is with zstd; parallel compressors write nothing else."""
+    """`cat a.gz b.gz > c.gz` is a complete file, likewise with zstd.
+
+    Parallel compressors always write such files.
+    """
     pack = gzip.compress if kind == "jsonl.gz" else zstandard.ZstdCompressor().compress
     (tmp_path / f"a.{kind}").write_bytes(
         b"".join(pack(json_line(text).encode()) for text in ("one", "two", "three"))
@@ -277,7 +288,7 @@ def test_another_text_field(tmp_path: Path):
     ]
 
 
-def test_what_cannot_be_found(tmp_path: Path):
+def test_missing_and_empty_corpora_are_refused(tmp_path: Path):
     missing = tmp_path / "none.jsonl"
     assert f"error: data.corpus: there is no file, folder or match for {missing}" in problem(
         CorpusSpec(str(missing))
@@ -302,10 +313,10 @@ def test_a_relative_glob_without_a_match_is_no_hub_id(tmp_path: Path, monkeypatc
     ["roneneldan/TinyStories", "mlfoundations/dclm-baseline-1.0", "mlfoundations/dclm-baseline-1.0-parquet"],
 )
 def test_names_of_hub_datasets(name: str, monkeypatch: pytest.MonkeyPatch):
-    asked: list[str] = []
-    monkeypatch.setattr("minrnn.data.corpus.HubDataset", lambda path, *_: asked.append(path))
+    opened: list[str] = []
+    monkeypatch.setattr("minrnn.data.corpus.HubDataset", lambda path, *_: opened.append(path))
     open_source(CorpusSpec(name))
-    assert asked == [name]
+    assert opened == [name]
 
 
 BROKEN_LINES = {
@@ -322,7 +333,7 @@ BROKEN_LINES = {
 
 @pytest.mark.parametrize("what", BROKEN_LINES)
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz"])
-def test_a_broken_line_is_named_or_skipped(what: str, kind: str, tmp_path: Path):
+def test_a_broken_line_is_reported_or_skipped(what: str, kind: str, tmp_path: Path):
     path = tmp_path / f"a.{kind}"
     data = json_line("one").encode() + BROKEN_LINES[what] + json_line("two").encode()
     path.write_bytes(gzip.compress(data) if kind == "jsonl.gz" else data)
@@ -349,23 +360,26 @@ def test_a_file_that_is_not_text(tmp_path: Path):
     ] == ["one", None, "two"]
 
 
-def test_what_a_run_writes_is_no_part_of_the_folder_it_is_in(tmp_path: Path):
-    """By its real place, below a folder and in globs; but a corpus that is named within it, or is such a file itself, is read."""
+def test_files_that_a_run_writes_are_excluded_from_its_folder(tmp_path: Path):
+    """Files are compared by real path, below folders and in globs.
+
+    A corpus that is named inside the run's folder is still read.
+    """
     for name in ("a.txt", "runs/x/samples.txt", "runs/x/own.txt", "runs/y/b.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     (tmp_path / "link").symlink_to(tmp_path / "runs")
     excluded = tuple(os.path.realpath(tmp_path / name) for name in ("runs/x", "runs/x/samples.txt"))
 
-    def found(corpus: str) -> list[str]:
+    def texts_in(corpus: str) -> list[str]:
         return texts_of(
             open_source(CorpusSpec(str(tmp_path / corpus), excluded=excluded)).read(0, Position())
         )
 
-    assert found("") == found("**/*.txt") == ["a.txt", "runs/y/b.txt"]
-    assert found("runs") == found("runs/*/*.txt") == found("link/*/*.txt") == ["runs/y/b.txt"]
-    assert found("runs/x") == found("runs/x/*") == ["runs/x/own.txt"]
-    assert found("runs/x/samples.txt") == ["runs/x/samples.txt"]
+    assert texts_in("") == texts_in("**/*.txt") == ["a.txt", "runs/y/b.txt"]
+    assert texts_in("runs") == texts_in("runs/*/*.txt") == texts_in("link/*/*.txt") == ["runs/y/b.txt"]
+    assert texts_in("runs/x") == texts_in("runs/x/*") == ["runs/x/own.txt"]
+    assert texts_in("runs/x/samples.txt") == ["runs/x/samples.txt"]
     shutil.rmtree(tmp_path / "runs" / "y")
     assert "holds no files but those of the run" in problem(
         CorpusSpec(str(tmp_path / "runs"), excluded=excluded)
@@ -407,7 +421,7 @@ def test_broken_parquet_rows(tmp_path: Path):
 
 
 @pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.zst"])
-def test_a_cut_off_download_is_named(kind: str, tmp_path: Path):
+def test_a_truncated_download_is_reported(kind: str, tmp_path: Path):
     path = Path(write_corpus(kind, tmp_path, some_texts(200)).corpus) / f"part-00000.{kind}"
     path.write_bytes(path.read_bytes()[:-20])
     assert str(path) in problem(CorpusSpec(str(path)))

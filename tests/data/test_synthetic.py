@@ -1,4 +1,4 @@
-"""Synthetic tasks: every definition against one written by hand, readers, options."""
+"""Synthetic tasks: each definition against an independent one, readers, and options."""
 
 import re
 from collections import Counter
@@ -157,12 +157,12 @@ def test_needle_asks_for_the_key_in_the_text(seed: int, extra: int, num_digits: 
     length = small("needle", num_digits=num_digits).min_valid_length + extra
     ids, labels = drawn("needle", seed, length, num_digits=num_digits)
     text = bytes([*ids, labels[-1]]).decode()
-    (found,) = re.findall(r"The pass key is (\d+)\. Remember it\.", text)
-    assert len(found) == num_digits
-    assert text.endswith(f"What is the pass key? The pass key is {found}")
+    (digits,) = re.findall(r"The pass key is (\d+)\. Remember it\.", text)
+    assert len(digits) == num_digits
+    assert text.endswith(f"What is the pass key? The pass key is {digits}")
     assert len(ids) == length
-    assert [label for label in labels if label != IGNORED] == list(found.encode())
-    assert labels[-num_digits:] == list(found.encode())
+    assert [label for label in labels if label != IGNORED] == list(digits.encode())
+    assert labels[-num_digits:] == list(digits.encode())
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -193,7 +193,7 @@ def test_a_vocabulary_is_a_tokenizer():
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_a_reader_goes_on_where_its_state_says(name: str):
+def test_a_reader_resumes_from_its_state(name: str):
     task = small(name)
     whole = TaskReader(task, 1, 3, task.max_train_length + 2, seed=7)
     chunks = [whole.next_chunk() for _ in range(5)]
@@ -220,7 +220,7 @@ def test_a_chunk_holds_one_sequence_to_a_lane():
 def rows(name: str, num_readers: int, lanes: int) -> list[tuple[int, tuple[int, ...]]]:
     """(length, tokens and labels) of every validation example, in order."""
     task = small(name, validation_examples=11)
-    found = []
+    digits = []
     for reader in range(num_readers):
         for length, chunk in TaskValidation(task, reader, num_readers, lanes, multiple=4).chunks():
             assert chunk.input_ids.shape[1] % 4 == 0
@@ -228,12 +228,12 @@ def rows(name: str, num_readers: int, lanes: int) -> list[tuple[int, tuple[int, 
             for ids, labels in zip(
                 chunk.input_ids[scored.any(1)], chunk.shift_labels[scored.any(1)], strict=True
             ):
-                found.append((length, (*ids.tolist(), *labels.tolist())))
-    return sorted(found)
+                digits.append((length, (*ids.tolist(), *labels.tolist())))
+    return sorted(digits)
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_the_validation_set_is_one_whatever_shares_it(name: str):
+def test_the_validation_set_does_not_depend_on_the_number_of_readers(name: str):
     task = small(name)
     whole = rows(name, 1, 4)
     assert Counter(length for length, _ in whole) == dict.fromkeys((IN_DISTRIBUTION, *task.test_lengths), 11)
@@ -242,7 +242,7 @@ def test_the_validation_set_is_one_whatever_shares_it(name: str):
 
 
 def test_readers_have_equally_many_validation_chunks():
-    """And none larger than training's, unless one sequence is."""
+    """No chunk is larger than training's, unless a single sequence is."""
     task = small("parity", validation_examples=9)
     shapes = [
         [chunk.input_ids.shape for _, chunk in TaskValidation(task, reader, 4, lanes=2).chunks()]
@@ -277,7 +277,7 @@ def test_training_and_validation_share_no_seed(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("corpus", "options", "told"),
+    ("corpus", "options", "message"),
     [
         ("parities", {}, "error: data.corpus: there is no task synthetic/parities (did you mean parity"),
         ("", {}, "error: data.corpus: there is no task synthetic/ (there are selective-copying, "),
@@ -318,7 +318,7 @@ def test_training_and_validation_share_no_seed(monkeypatch):
         ),
     ],
 )
-def test_mistakes_are_named(corpus: str, options: dict, told: str):
+def test_invalid_options_are_reported(corpus: str, options: dict, message: str):
     with pytest.raises(UserError) as raised:
         build_task(f"synthetic/{corpus}", options)
-    assert told in str(raised.value)
+    assert message in str(raised.value)

@@ -1,4 +1,6 @@
-"""Text to ids and back, by bytes and by a real BPE; what an encoder in a worker gives is what the Hugging Face tokenizer gives."""
+"""Encoding and decoding with bytes and with a real BPE; an encoder in a worker equals the Hugging Face
+tokenizer.
+"""
 
 import io
 import json
@@ -27,7 +29,7 @@ FEW = settings(max_examples=60, deadline=None)
 
 
 def train_bpe(folder: Path, edit: Any = None, **special: str) -> str:
-    """A byte-level BPE of 400 tokens as a folder that AutoTokenizer loads."""
+    """Train a byte-level BPE with 400 tokens and save it as a folder that AutoTokenizer loads."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -135,16 +137,16 @@ def test_a_bpe_encoder_is_its_tokenizer(bpe: tuple[Any, Encoder]):
 
 
 @pytest.mark.parametrize("which", ["bytes", "bpe"])
-def test_an_encoder_travels(which: str, bpe: tuple[Any, Encoder]):
+def test_an_encoder_is_pickled_without_its_backend(which: str, bpe: tuple[Any, Encoder]):
     encoder = ENCODER if which == "bytes" else bpe[1]
     encoder("used before")
-    travelled = pickle.loads(pickle.dumps(encoder))
-    assert travelled == Encoder(encoder.bos, encoder.eos, encoder.backend_json)
-    assert travelled(NAMES).tolist() == encoder(NAMES).tolist()
+    unpickled = pickle.loads(pickle.dumps(encoder))
+    assert unpickled == Encoder(encoder.bos, encoder.eos, encoder.backend_json)
+    assert unpickled(NAMES).tolist() == encoder(NAMES).tolist()
 
 
 def test_truncation_and_padding_saved_with_a_tokenizer_do_not_cut_documents(tmp_path: Path):
-    """Many a tokenizer.json of the hub was saved with both switched on."""
+    """Many tokenizer.json files on the hub were saved with both enabled."""
 
     def edit(backend: Tokenizer) -> None:
         backend.enable_truncation(4)
@@ -177,7 +179,7 @@ def test_missing_special_tokens_are_filled_in(
     assert batch.attention_mask[0][-1] == 1
 
 
-def test_what_cannot_be_a_tokenizer(tmp_path: Path):
+def test_unusable_tokenizers_are_refused(tmp_path: Path):
     with pytest.raises(UserError, match=r"data\.tokenizer: .* neither an eos nor a bos token"):
         load_tokenizer(train_bpe(tmp_path / "none", pad_token="<p>"))
     with pytest.raises(UserError, match=r"error: data\.tokenizer: cannot load .*missing"):
@@ -188,8 +190,8 @@ def test_what_cannot_be_a_tokenizer(tmp_path: Path):
         load_tokenizer(str(tmp_path / "broken"))
 
 
-def test_code_that_a_tokenizer_brings_is_run_only_where_it_is_trusted(tmp_path: Path, monkeypatch):
-    """Nobody is asked at a prompt, which a pipe could answer."""
+def test_a_tokenizers_code_runs_only_if_it_is_trusted(tmp_path: Path, monkeypatch):
+    """Nothing is asked on standard input, which may be a pipe."""
     folder = Path(train_bpe(tmp_path / "tokenizer", bos_token="<b>", eos_token="<e>"))
     config, ran = folder / "tokenizer_config.json", tmp_path / "code-was-run"
     values = json.loads(config.read_text()) if config.exists() else {}

@@ -1,4 +1,4 @@
-"""Each held-out byte is scored once, by one reader, in one lane, whatever their number."""
+"""Each held-out byte is scored once, by one reader in one lane, whatever the number of readers and lanes."""
 
 from collections import Counter
 from dataclasses import replace
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_helpers import BOS, ENCODER, EOS, some_texts, write_corpus
-from hypothesis import HealthCheck, given, settings
+from data_helpers import BOS, ENCODER, EOS, FEW_EXAMPLES, some_texts, write_corpus
+from hypothesis import given
 from hypothesis import strategies as st
 
 from minrnn.common.errors import UserError
@@ -24,15 +24,11 @@ from minrnn.data import (
     window_validation,
 )
 
-FEW = settings(
-    max_examples=40,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
-
 
 def lanes_of(validation: ValidationSet, num_lanes: int, size: int) -> list[list[list[int]]]:
-    """What each lane was shown: its documents, as lists of tokens; checking the layout of chunks on the way."""
+    """The documents of each lane as lists of tokens, reconstructed from the chunks, whose layout is
+    checked.
+    """
     inputs: list[list[int]] = [[] for _ in range(num_lanes)]
     targets: list[list[int]] = [[] for _ in range(num_lanes)]
     starts: list[list[int]] = [[] for _ in range(num_lanes)]
@@ -66,13 +62,13 @@ def lanes_of(validation: ValidationSet, num_lanes: int, size: int) -> list[list[
     return lanes
 
 
-def text_of(tokens: list[int]) -> str:
+def decode_bytes(tokens: list[int]) -> str:
     assert tokens[0] == BOS
     assert tokens[-1] == EOS
     return bytes(tokens[1:-1]).decode()
 
 
-@FEW
+@FEW_EXAMPLES
 @given(
     lengths=st.lists(st.one_of(st.integers(0, 5), st.integers(0, 70)), min_size=1, max_size=20),
     num_readers=st.integers(1, 3),
@@ -84,7 +80,7 @@ def test_every_document_is_scored_once(
 ):
     texts = [f"{i}{'xé漢'[i % 3] * length}" for i, length in enumerate(lengths)]
     spec = write_corpus("jsonl", tmp_path_factory.mktemp("once"), texts)
-    found: Counter[str] = Counter()
+    scored_texts: Counter[str] = Counter()
     size_in_bytes = 0
     for reader in range(num_readers):
         validation = document_validation(spec, "all", ENCODER, reader, num_readers, num_lanes, size, None)
@@ -94,11 +90,11 @@ def test_every_document_is_scored_once(
         assert lanes == [[tokens.tolist() for tokens in lane] for lane in validation.lanes], (
             "whole documents, in order"
         )
-        mine = [text_of(tokens) for lane in lanes for tokens in lane]
-        assert validation.num_bytes == sum(len(text.encode()) for text in mine)
-        found.update(mine)
+        texts_of_reader = [decode_bytes(tokens) for lane in lanes for tokens in lane]
+        assert validation.num_bytes == sum(len(text.encode()) for text in texts_of_reader)
+        scored_texts.update(texts_of_reader)
         size_in_bytes += validation.num_bytes
-    assert found == Counter(texts)
+    assert scored_texts == Counter(texts)
     assert size_in_bytes == sum(len(text.encode()) for text in texts)
 
 
@@ -111,7 +107,7 @@ def test_only_held_out_documents(num_readers: int, tmp_path: Path):
         document_validation(spec, "validation", ENCODER, reader, num_readers, 4, 8, None)
         for reader in range(num_readers)
     ]
-    scored = [text_of(tokens) for share in shares for lane in lanes_of(share, 4, 8) for tokens in lane]
+    scored = [decode_bytes(tokens) for share in shares for lane in lanes_of(share, 4, 8) for tokens in lane]
     assert Counter(scored) + Counter(train) == Counter(texts)
     assert len(scored) > 10
 
@@ -134,7 +130,7 @@ def test_a_budget_takes_whole_documents(max_tokens: int, num_readers: int, tmp_p
         document_validation(spec, "all", ENCODER, reader, num_readers, 3, 8, max_tokens)
         for reader in range(num_readers)
     ]
-    scored = [text_of(tokens) for share in shares for lane in lanes_of(share, 3, 8) for tokens in lane]
+    scored = [decode_bytes(tokens) for share in shares for lane in lanes_of(share, 3, 8) for tokens in lane]
     sizes = [len(text.encode()) + 1 for text in scored]
     assert sum(sizes) >= max_tokens
     taken = [document.text or "" for document in DocumentStream(spec, "all", 0, 1, 64, 0).one_epoch()][
@@ -158,7 +154,7 @@ def test_nothing_is_held_out(tmp_path: Path):
 def test_held_out_documents_that_are_all_empty_are_refused(
     tmp_path: Path, texts: list[str], max_tokens: int | None
 ):
-    """By every reader, whatever its share: their bits per byte would be divided by 0."""
+    """Every reader refuses them, whatever its share, since bits per byte would be divided by 0."""
     spec = write_corpus("jsonl", tmp_path, texts)
     for reader in range(3):
         with pytest.raises(
@@ -178,13 +174,13 @@ def test_more_readers_than_documents(tmp_path: Path):
     spec = write_corpus("jsonl", tmp_path, ["one", "two"])
     shares = [document_validation(spec, "all", ENCODER, reader, 3, 2, 8, None) for reader in range(3)]
     assert sorted(
-        text_of(tokens) for share in shares for lane in lanes_of(share, 2, 8) for tokens in lane
+        decode_bytes(tokens) for share in shares for lane in lanes_of(share, 2, 8) for tokens in lane
     ) == ["one", "two"]
     assert list(shares[2].chunks()) == []
     assert shares[2].num_bytes == 0
 
 
-@FEW
+@FEW_EXAMPLES
 @given(
     length=st.integers(2, 200),
     num_readers=st.integers(1, 3),
@@ -212,7 +208,7 @@ def test_crops_score_every_token_but_the_first_once(
 
 @pytest.mark.parametrize("size", [1, 7, 64])
 def test_bytes_of_crops_through_characters(size: int):
-    """A crop may end within a character; the bytes of all crops are still those of the text."""
+    """A crop may end within a character; the bytes of all crops still add up to those of the text."""
     encoder = Encoder(
         BOS, EOS, byte_tokenizer().backend_tokenizer.to_str()
     )  # bytes again, by way of the tokenizers library
@@ -224,7 +220,7 @@ def test_bytes_of_crops_through_characters(size: int):
 
 def test_python_stdlib_is_scored_on_its_held_out_modules():
     validation = document_validation(CorpusSpec("python-stdlib"), "validation", ENCODER, 0, 1, 4, 512, 20_000)
-    scored = [text_of(tokens) for lane in lanes_of(validation, 4, 512) for tokens in lane]
+    scored = [decode_bytes(tokens) for lane in lanes_of(validation, 4, 512) for tokens in lane]
     everything = {
         document.text
         for document in DocumentStream(CorpusSpec("python-stdlib"), "validation", 0, 1, 64, None).one_epoch()
