@@ -4,7 +4,9 @@ import argparse
 import difflib
 import importlib
 import sys
+from types import ModuleType
 
+from ..common.errors import StorageError, UserError
 from ..common.files import user_path
 from ..common.output import conventional_exit
 from ..pipeline.options import add_trust
@@ -25,6 +27,12 @@ USAGE = """usage: minrnn COMMAND ...
                  peers'
   report         all results on one page, beside   minrnn report [PATH ...] [--out DIR]
                  published numbers
+  results        runs into one results file        minrnn results runs/0 runs/1 --as shakespeare
+  rolling        one long document through lm-eval minrnn rolling runs/quickstart
+  lm-eval        every option of the command       minrnn lm-eval --model minrnn --model_args pretrained=runs/quickstart ...
+                 lm_eval, with --model minrnn
+  figures        this repository's own figures, in minrnn figures speed
+                 a checkout
 
 `minrnn COMMAND --help` says more. Several processes: accelerate launch -m minrnn.pipeline.train --config RECIPE ...
 """
@@ -36,6 +44,10 @@ MODULES = {
     "long-context": "..evals.long_context.command",
     "bench": "..evals.bench.command",
     "report": "..evals.report.command",
+    "results": "..evals.report.runs",
+    "rolling": "..evals.long_context.rolling",
+    "lm-eval": "..evals.harness.model",
+    "figures": "..evals.figures.command",
 }
 
 
@@ -77,6 +89,19 @@ def _export(argv: list[str]) -> None:
     print(f"{checkpoint} exported to {arguments.out}")
 
 
+def _command_module(command: str) -> ModuleType:
+    try:
+        return importlib.import_module(MODULES[command], __package__)
+    except ModuleNotFoundError as error:
+        if command == "lm-eval" and error.name == "lm_eval":
+            message = "lm-eval is not installed: make setup-eval, or pip install 'minrnn[eval]'"
+        elif command == "figures" and str(error.name).endswith(".figures"):
+            message = "exists in a checkout of the repository only, and this is an installed package"
+        else:
+            raise
+        raise UserError((command, message)) from None
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run a command; a user's mistakes end with status 2 and a line for each, Ctrl-C with 130, a closed pipe with 141."""
     with conventional_exit():
@@ -93,13 +118,11 @@ def _dispatch(argv: list[str]) -> None:
 
         train(rest)
         return
-    from ..common.errors import StorageError, UserError
-
     try:
         if command == "export":
             _export(rest)
         elif command in MODULES:
-            importlib.import_module(MODULES[command], __package__).main(rest)
+            _command_module(command).main(rest)
         else:
             near = difflib.get_close_matches(command, ("train", "export", *MODULES), n=1)
             raise UserError(

@@ -15,7 +15,8 @@ joined across lanes in order, h -> A h + H, and each lane scans once more from t
 an element and gives the very numbers of the loop from there on. A scan of a whole tile by associative_scan would combine pairs at every token,
 through shuffles and shared memory.
 
-Instructions an element of the minGRU's forward pass, as compiled for sm_90 (see `evals/kernels.py`; an H200 has time for 40 at its bandwidth):
+Instructions per element of the minGRU's forward pass, as compiled for sm_90
+(`minrnn figures kernels`; an H200 has time for 40 at its bandwidth):
 
     lanes, one burst             18      lanes, strides in registers          23
     lanes, fetched ahead         23      associative_scan over the tile       51 at best

@@ -17,7 +17,8 @@ from torch import Tensor
 from ...models.cell_scan import FUSED_CELLS, cell_scan
 from ...models.cells import CANDIDATE_ACTIVATIONS, CELLS
 from ...models.scan import default_backend, linear_scan
-from .measure import reason_of, release_memory
+from ..memory import release_memory
+from .measure import reason_of
 
 TOLERANCES = {
     torch.float32: 1e-4,

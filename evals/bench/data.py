@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from ..output import si, table
 from .command import Settings, parse_counts
 from .measure import Timing, Turn, Unavailable, reason_of, round_robin
-from .record import Record, si, table
+from .record import Record
 from .train import TrainingWork, add_model_arguments, resolve_model
 
 DESCRIPTION = """Time the data path against the disk, against the `datasets` way of doing it, and against what a training step consumes.

@@ -15,8 +15,9 @@ from torch import Tensor
 from transformers import StaticCache
 
 from ...models.cache import MinRNNCache
-from .measure import Unavailable, available_bytes, tensor_bytes
-from .record import si
+from ..memory import available_bytes, tensor_bytes
+from ..output import si
+from .measure import Unavailable
 
 
 class Decoder:

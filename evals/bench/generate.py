@@ -20,24 +20,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...pipeline.machine import keep_freed_memory
+from ..memory import current_memory, peak_memory, release_memory, reset_peak_memory, synchronize, tensor_bytes
+from ..output import si, table
 from .command import Settings, parse_counts
 from .decoders import Decoder, decoder_of
 from .language_models import FAMILIES, OURS, Options, build, kernels_of
 from .language_models import PEERS as PEERS
-from .measure import (
-    DTYPES,
-    Stopwatch,
-    always,
-    ceiling_rows,
-    current_memory,
-    default_ceilings,
-    peak_memory,
-    release_memory,
-    reset_peak_memory,
-    synchronize,
-    tensor_bytes,
-)
-from .record import Record, si, table
+from .measure import DTYPES, Stopwatch, always, ceiling_rows, default_ceilings
+from .record import Record
 from .train import add_model_arguments, resolve_model
 from .worker import contest
 

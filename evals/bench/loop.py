@@ -24,7 +24,7 @@ from ...pipeline.machine import keep_freed_memory
 from ...pipeline.recipe import read_recipe
 from ...pipeline.run import Run, collective_timeout, set_up
 from ...pipeline.watchdog import Watchdog
-from .measure import peak_memory
+from ..memory import peak_memory
 from .worker import contest
 
 RECIPE = "quickstart"

@@ -7,8 +7,6 @@ autotuning, page faults) outside the clock. A contender that raises is out, with
 turns, and the number of its rounds shows that.
 """
 
-import contextlib
-import ctypes
 import importlib
 import importlib.util
 import statistics
@@ -17,13 +15,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import psutil
 import torch
-from torch import Tensor
 
 from ...common.output import warn
 from ...models.dtypes import DTYPES as ALL_DTYPES
 from ...pipeline.machine import CHOICES, choose_precision, device_name, measure_rates
+from ..memory import synchronize
 
 DTYPES = {name: ALL_DTYPES[name] for name in CHOICES}
 
@@ -76,12 +73,6 @@ def reason_of(error: Exception) -> str:
     if is_out_of_memory(error):
         return f"out of memory: {first_line}"
     return f"{type(error).__name__}: {first_line}"
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the device; the CPU has nothing to wait for."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
 
 
 class Stopwatch:
@@ -217,54 +208,3 @@ def ceiling_rows(measured: Mapping[str, Timing], of: Mapping[str, Ceiling]) -> d
         rate = {} if timing.reason else {"rate": ceiling.amount / timing.median}
         rows[name] = {**rate, "unit": ceiling.unit, **timing.row()}
     return rows
-
-
-def tensor_bytes(tensors: Any) -> int:
-    """Bytes that these tensors hold."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if isinstance(tensor, Tensor))
-
-
-def release_memory(device: torch.device) -> None:
-    """Give freed memory back to the machine, so that the next contender finds it."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    with contextlib.suppress(OSError, AttributeError):  # no glibc: nothing is held back
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
-def available_bytes(device: torch.device) -> int:
-    """Memory that could still be taken on the device."""
-    release_memory(device)
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
-
-
-def reset_peak_memory(device: torch.device) -> None:
-    """Peak memory is counted from here on."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return
-    with (
-        contextlib.suppress(OSError),
-        open("/proc/self/clear_refs", "w") as file,
-    ):  # else peaks are of the whole process
-        file.write("5")  # man 5 proc: resets the peak of the resident set
-
-
-def peak_memory(device: torch.device) -> int:
-    """Largest memory since `reset_peak_memory`, bytes: allocated by torch on a GPU, resident on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        with open("/proc/self/status") as lines:
-            return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
-    except (OSError, StopIteration):  # not Linux: the memory now, which its peak is not below
-        return current_memory(device)
-
-
-def current_memory(device: torch.device) -> int:
-    """As `peak_memory`, but now."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    return psutil.Process().memory_info().rss

@@ -21,10 +21,12 @@ from tqdm import tqdm
 from ...models.cells import mingru
 from ...models.scan import linear_scan
 from ...pipeline.machine import supports
+from ..memory import available_bytes
+from ..output import si, table
 from .agreement import relative_error
 from .command import Settings, parse_counts, parse_shapes
-from .measure import DTYPES, Stopwatch, Timing, Unavailable, available_bytes, reason_of, round_robin
-from .record import Record, si, table
+from .measure import DTYPES, Stopwatch, Timing, Unavailable, reason_of, round_robin
+from .record import Record
 from .scan_peers import CELL_PEERS, LAYER_PEERS, OUR_SCANS, SCAN_PEERS, ScanPeer
 
 DESCRIPTION = """Time h_t = a_t * h_{t-1} + b_t, alone and inside a layer, against the peers that compute it and against the machine's

@@ -23,25 +23,14 @@ from tqdm import tqdm
 from ...models.cache import MinRNNCache
 from ...models.loss import next_token_loss
 from ...pipeline.machine import keep_freed_memory, training_flops_per_token
+from ..memory import current_memory, peak_memory, release_memory, reset_peak_memory, synchronize, tensor_bytes
+from ..output import si, table
 from .command import Settings, parse_counts
 from .language_models import FAMILIES, OURS, Options, build, kernels_of, logits_of, sized
 from .language_models import PEERS as PEERS
 from .loop import measure_loop
-from .measure import (
-    DTYPES,
-    Stopwatch,
-    Unavailable,
-    always,
-    ceiling_rows,
-    current_memory,
-    default_ceilings,
-    peak_memory,
-    release_memory,
-    reset_peak_memory,
-    synchronize,
-    tensor_bytes,
-)
-from .record import Record, si, table
+from .measure import DTYPES, Stopwatch, Unavailable, always, ceiling_rows, default_ceilings
+from .record import Record
 from .worker import contest
 
 DESCRIPTION = """Time a whole training step of ours and of language models with as many parameters, over lengths, and the memory it takes.

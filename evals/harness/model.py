@@ -8,8 +8,8 @@ with what is reported for other models, in windows that each begin anew.
 
 lm-eval (0.4.13) finds models in its own table only, so the name `minrnn` is known where this module was imported:
 
-    minrnn eval MODEL --tasks a,b                                                            (command.py)
-    python -m minrnn.evals.harness.model --model minrnn --model_args pretrained=MODEL ...     every option of lm_eval
+    minrnn eval MODEL --tasks a,b                                    (command.py)
+    minrnn lm-eval --model minrnn --model_args pretrained=MODEL ...    every option of lm_eval
 """
 
 import sys
@@ -34,7 +34,6 @@ from transformers import (
 )
 
 from ...common.errors import UserError
-from ...common.output import conventional_exit
 from ...data.prompts import prompt_tokens
 from ...models import MinRNNForCausalLM
 from ...models.decoding import TokenStep
@@ -324,17 +323,9 @@ class MinRNNLM(TemplateLM):
 register_model("minrnn")(MinRNNLM)  # as a decorator it would hide the class from type checkers
 
 
-def main() -> None:
-    """The command `lm_eval`, which knows `--model minrnn` here."""
+def main(argv: list[str]) -> None:
+    """`minrnn lm-eval ...`: the command `lm_eval`, which knows `--model minrnn` here."""
     from lm_eval.__main__ import cli_evaluate
 
-    try:
-        cli_evaluate()
-    except UserError as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(2) from None
-
-
-if __name__ == "__main__":
-    with conventional_exit():
-        main()
+    sys.argv = ["minrnn lm-eval", *argv]  # the only place where lm-eval (0.4.13) reads arguments
+    cli_evaluate()

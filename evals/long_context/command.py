@@ -20,9 +20,8 @@ from ...common.errors import UserError
 from ...common.files import replace
 from ...models import MinRNNForCausalLM
 from ...pipeline.pictures import save_figure
-from ..bench.measure import current_memory, peak_memory, release_memory, reset_peak_memory, synchronize
-from ..bench.record import si, table
-from ..output import default_out
+from ..memory import current_memory, peak_memory, release_memory, reset_peak_memory, synchronize
+from ..output import default_out, si, table
 from . import documents
 from .positions import (
     NUM_TARGETS,

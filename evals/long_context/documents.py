@@ -23,8 +23,8 @@ from ...models import MinRNNConfig, MinRNNForCausalLM
 from ...pipeline.loading import load
 from ...pipeline.options import add_device, add_dtype, add_trust
 from ...pipeline.public import public_value
-from ..bench.record import command_line, commit, machine, versions
 from ..output import out_errors
+from ..record import command_line, commit, machine, versions
 
 NONE = "none"  # --join: documents as they are
 SHORTEST = 256  # tokens of a document that something can be said about

@@ -1,4 +1,4 @@
-"""`python -m minrnn.evals.long_context.rolling`: lm-eval's own measure of a text, on one text that is a million bytes long.
+"""`minrnn rolling`: lm-eval's own measure of a text, on one text that is a million bytes long.
 
 document -> its first 1/16, 1/8, 1/4, 1/2, all of it -> MinRNNLM.loglikelihood_rolling, state carried -> bits per byte, seconds
                                        all of it     -> the same in windows of 2048 tokens, state reset
@@ -10,17 +10,14 @@ import argparse
 import dataclasses
 import json
 import math
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
 from ...common.errors import UserError
 from ...common.files import replace
-from ...common.output import conventional_exit
 from ...data.tokenizer import num_bytes
-from ..bench.record import table
-from ..output import default_out
+from ..output import default_out, table
 from . import documents
 
 DESCRIPTION = (
@@ -28,14 +25,14 @@ DESCRIPTION = (
     "through lm-eval's loglikelihood_rolling with our model class."
 )
 EXAMPLES = """examples:
-  python -m minrnn.evals.long_context.rolling runs/quickstart
-  python -m minrnn.evals.long_context.rolling my-model --corpus "lib/sympy/**/*.py" --document polys --bytes 4000000"""
+  minrnn rolling runs/quickstart
+  minrnn rolling my-model --corpus "lib/sympy/**/*.py" --document polys --bytes 4000000"""
 FRACTIONS = (16, 8, 4, 2, 1)
 WINDOW = 2048  # tokens: how perplexities are mostly reported
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = documents.make_parser("python -m minrnn.evals.long_context.rolling", DESCRIPTION, EXAMPLES)
+    parser = documents.make_parser("minrnn rolling", DESCRIPTION, EXAMPLES)
     parser.add_argument(
         "--bytes", type=int, default=1_000_000, help="of the document, from its start (default: %(default)s)"
     )
@@ -138,19 +135,10 @@ def main(argv: Sequence[str]) -> None:
     documents.tokens_of(
         dataclasses.replace(document, text=text), documents.encoder_of(tokenizer)
     )  # long enough?
-    head = documents.what_was_run("python -m minrnn.evals.long_context.rolling", argv, model, document)
+    head = documents.what_was_run("minrnn rolling", argv, model, document)
     result = {**head, "bytes": {"read": num_bytes(text), "asked_for": arguments.bytes}}
     result |= measure(MinRNNLM(model, tokenizer, piece=arguments.piece), text)
     out = arguments.out or default_out(arguments.model, "rolling")
     out.parent.mkdir(parents=True, exist_ok=True)
     replace(out, json.dumps(result, indent=1) + "\n")
     print(tables(result), f"\n{out} written", sep="\n")
-
-
-if __name__ == "__main__":
-    try:
-        with conventional_exit():
-            main(sys.argv[1:])
-    except UserError as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(2) from None

@@ -12,7 +12,7 @@ from urllib.parse import quote
 from ...common.errors import UserError
 from ...common.files import replace, user_path
 from ...common.output import warn
-from .. import speed
+from ..output import RESULTS
 from . import lm_eval, others, pictures, quality
 from .compare import METRICS, pool
 from .page import NOT_RUN, code, link, table, text, to_html
@@ -26,7 +26,7 @@ EXAMPLES = """examples:
   minrnn report                                         the results that come with minrnn
   minrnn report evals/results runs                      and every run below runs/
   minrnn report runs/quickstart results.json --out page
-  python -m minrnn.evals.report.runs runs/bucket-0 runs/bucket-1 --as bucket-sort      runs into a results file, seeds together"""
+  minrnn results runs/bucket-0 runs/bucket-1 --as bucket-sort      runs into a results file, seeds together"""
 TITLE = "minrnn: results"
 LEGEND = """Ours: mean over seeds ± half the width of a 95 % t-interval; a single seed has no interval. Published: as in the source;
 *reported* where it was seen second-hand. Difference: ours less the published. Steps: done, and of how many where a run stopped earlier or still
@@ -47,12 +47,24 @@ def _parser() -> argparse.ArgumentParser:
         type=user_path,
         nargs="*",
         metavar="PATH",
-        help="results files, folders of them, or runs (default: minrnn's own)",
+        help="results files, folders of them, or runs (default: minrnn's own, in a checkout)",
     )
     parser.add_argument(
         "--out", type=user_path, default=Path("runs", "report"), help="folder to write (default: %(default)s)"
     )
     return parser
+
+
+def _own_results() -> list[Path]:
+    """minrnn's own results, which a checkout has and a wheel has not."""
+    if not RESULTS.is_dir():
+        raise UserError(
+            (
+                "PATH",
+                "this installation holds no results of minrnn's own; name results files or folders of runs",
+            )
+        )
+    return [RESULTS]
 
 
 def check(source: Source) -> None:
@@ -219,7 +231,7 @@ def main(argv: list[str]) -> None:
             )
     if out.exists() and not out.is_dir():
         raise UserError(("--out", f"{out} is a file; name a folder"))
-    sources, unreadable = gather(arguments.paths or [speed.RESULTS], check)
+    sources, unreadable = gather(arguments.paths or _own_results(), check)
     for path, why in unreadable:
         warn(f"{path} {why}")
     try:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import speed
+from . import speed
 from .page import NOT_RUN, link, slug, table, text
 from .sources import Source
 

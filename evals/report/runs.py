@@ -1,4 +1,4 @@
-"""One results file from run folders: `python -m minrnn.evals.report.runs RUN [RUN ...] --as NAME --out evals/results/NAME.json`.
+"""One results file from run folders: `minrnn results RUN [RUN ...] --as NAME --out evals/results/NAME.json`.
 
     config.yaml, metrics.jsonl of each run -> a `Seed` each -> runs that differ in run.seed only: one `Entry` -> `Results`, a JSON file
 
@@ -10,7 +10,6 @@ import difflib
 import json
 import math
 import shlex
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,11 +22,11 @@ from safetensors import SafetensorError, safe_open
 
 from ...common.errors import UserError
 from ...common.files import replace, user_path
-from ...common.output import conventional_exit, warn
+from ...common.output import warn
 from ...pipeline.config import SECTIONS
 from ...pipeline.metrics import read_metrics
 from ...pipeline.public import public_config
-from ..bench.record import commit, machine, versions
+from ..record import commit, machine, versions
 from .published import published
 
 CURVE_POINTS = 100
@@ -324,11 +323,14 @@ def collect(runs: Sequence[Path], name: str, command: str) -> Results:
     )
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Write the file; a user's mistakes end with status 2 and a line for each."""
-    argv = sys.argv[1:] if argv is None else argv
+def main(argv: list[str]) -> None:
+    """`minrnn results ...`
+
+    Raises:
+        UserError: runs that cannot be read, or do not fit the name.
+    """
     parser = argparse.ArgumentParser(
-        "python -m minrnn.evals.report.runs",
+        "minrnn results",
         description="One results file from folders of runs, for minrnn report.",
     )
     parser.add_argument(
@@ -349,14 +351,10 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     out = arguments.out or Path("evals", "results", f"{arguments.name}.json")
     names = [Path(run).name if run.is_absolute() else str(run) for run in arguments.runs]
-    command = shlex.join(["python", "-m", "minrnn.evals.report.runs", *names, "--as", arguments.name])
-    try:
-        if out.suffix != ".json":
-            raise UserError(("--out", f"{out} must end in .json"))
-        results = collect(arguments.runs, arguments.name, command)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(2) from None
+    command = shlex.join(["minrnn", "results", *names, "--as", arguments.name])
+    if out.suffix != ".json":
+        raise UserError(("--out", f"{out} must end in .json"))
+    results = collect(arguments.runs, arguments.name, command)
     if arguments.name not in published().experiments:
         near = difflib.get_close_matches(arguments.name, published().experiments, n=1, cutoff=0.75)
         hint = f" (did you mean {near[0]}?)" if near else ""
@@ -369,8 +367,3 @@ def main(argv: list[str] | None = None) -> None:
         )
         print(f"{entry.config['model'].get('cell')}, {entry.config['data']['corpus']}: seeds {steps}")
     print(f"{out} written")
-
-
-if __name__ == "__main__":
-    with conventional_exit():
-        main()

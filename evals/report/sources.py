@@ -23,7 +23,7 @@ FIELDS: tuple[tuple[Kind, set[str]], ...] = (
     ("long-context", {"overall", "buckets"}),  # loss by position
     ("long-context", {"rows", "carried_minus_windows_bits_per_byte"}),  # one long document through lm-eval
 )
-MADE_BY = "minrnn.evals.report.runs, minrnn eval, minrnn long-context and minrnn bench write such files"
+MADE_BY = "minrnn results, minrnn eval, minrnn long-context and minrnn bench write such files"
 NOT_RECORDED = "not recorded"
 
 
@@ -112,7 +112,7 @@ def read_file(path: Path, check: Callable[[Source], object]) -> Source:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise Unreadable(
-            f"lacks what a file of runs has ({place}: {first['msg']}); write it again with python -m minrnn.evals.report.runs"
+            f"lacks what a file of runs has ({place}: {first['msg']}); write it again with minrnn results"
         ) from None
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError) as error:
         raise Unreadable(

@@ -9,18 +9,16 @@ from minrnn.evals.bench.measure import (
     Stopwatch,
     Unavailable,
     always,
-    available_bytes,
     ceiling_rows,
-    current_memory,
     default_ceilings,
-    peak_memory,
     peer_module,
     reason_of,
-    reset_peak_memory,
     round_robin,
 )
-from minrnn.evals.bench.record import command_line, si, table
 from minrnn.evals.bench.worker import FreshWork, contest
+from minrnn.evals.memory import available_bytes, current_memory, peak_memory, reset_peak_memory
+from minrnn.evals.output import si, table
+from minrnn.evals.record import command_line
 
 CPU = torch.device("cpu")
 SPEC = {

@@ -335,7 +335,7 @@ def launch(*command: str, home: Path) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "arguments"),
-    [("lm_eval", "hf trust_remote_code=True"), ("minrnn.evals.harness.model", "minrnn piece=100")],
+    [("lm_eval", "hf trust_remote_code=True"), ("minrnn.launch.cli lm-eval", "minrnn piece=100")],
 )
 def test_the_stock_command(export: Path, tmp_path: Path, module: str, arguments: str):
     """As typed, in a process of its own: with the code that the export carries, or with our class."""
@@ -351,7 +351,7 @@ def test_the_stock_command(export: Path, tmp_path: Path, module: str, arguments:
         "2",
     ]
     command = [
-        module,
+        *module.split(),
         "--model",
         model,
         "--model_args",

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from report_helpers import make_results, make_run, report, rows, section
 from scipy import stats
 
-from minrnn.evals import speed
+from minrnn.evals.figures import speed
 from minrnn.evals.report import page, runs
 from minrnn.evals.report.compare import METRICS, estimate
 from minrnn.evals.report.published import published
@@ -95,7 +95,7 @@ def test_other_test_lengths_and_other_texts_are_other_tasks(results: Path, tmp_p
     assert "`even-pairs`" in section(markdown, "## Not run")
     code = make_run(tmp_path / "code", "quickstart", 0, losses=[1.3])
     with pytest.raises(SystemExit):
-        runs.main([str(code), "--as", "shakespeare", "--out", str(tmp_path / "code.json")])
+        main(["results", str(code), "--as", "shakespeare", "--out", str(tmp_path / "code.json")])
     assert "--as: shakespeare is about input.txt, but code has python-stdlib" in capsys.readouterr().err
 
 

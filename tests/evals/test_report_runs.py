@@ -10,6 +10,7 @@ from report_helpers import make_results, make_run
 
 from minrnn.common.errors import UserError
 from minrnn.evals.report import runs
+from minrnn.launch.cli import main
 
 
 @pytest.fixture
@@ -86,7 +87,7 @@ def test_mistakes_of_the_collector_are_a_line_each(tmp_path: Path, capsys):
     }
     for (name, folder), expected in cases.items():
         with pytest.raises(SystemExit) as left:
-            runs.main([folder, "--as", name, "--out", str(tmp_path / "out.json")])
+            main(["results", folder, "--as", name, "--out", str(tmp_path / "out.json")])
         assert left.value.code == 2
         assert expected in (told := capsys.readouterr().err)
         assert len(told.splitlines()) == 1

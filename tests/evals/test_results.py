@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from minrnn.evals.bench import record
+from minrnn.evals import record
+from minrnn.evals.output import RESULTS
 
-RESULTS = Path(record.__file__).parents[1] / "results"
 MARKED = {
     "bench-generate-cpu"
 }  # measured while files differed from the commit that it names (`+`), to be measured again
@@ -33,19 +33,19 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A repository of one commit, which `record.commit` takes for the project's own."""
     for folder in ("evals/bench", "evals/results", "docs"):
         (tmp_path / folder).mkdir(parents=True)
-    (tmp_path / "evals/bench/record.py").write_text("measure\n")
+    (tmp_path / "evals/record.py").write_text("measure\n")
     (tmp_path / "evals/results/old.json").write_text("{}\n")
     git = ["git", "-C", str(tmp_path), "-c", "user.name=t", "-c", "user.email=t@t"]
     for arguments in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "all"]):
         subprocess.run([*git, *arguments], check=True)
-    monkeypatch.setattr(record, "__file__", str(tmp_path / "evals/bench/record.py"))
+    monkeypatch.setattr(record, "__file__", str(tmp_path / "evals/record.py"))
     return tmp_path
 
 
 @pytest.mark.parametrize(
     ("file", "is_marked"),
     [
-        ("evals/bench/record.py", True),  # changed
+        ("evals/record.py", True),  # changed
         ("evals/bench/new.py", True),  # not even tracked
         ("evals/results/old.json", False),
         ("evals/results/new.json", False),
@@ -61,6 +61,6 @@ def test_a_record_of_uncommitted_code_is_marked(file: str, is_marked: bool, chec
 
 
 def test_outside_a_checkout_there_is_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(record, "__file__", str(tmp_path / "evals/bench/record.py"))
+    monkeypatch.setattr(record, "__file__", str(tmp_path / "evals/record.py"))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert record.commit() is None

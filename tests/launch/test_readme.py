@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from minrnn.evals import quality, speed
+from minrnn.evals.figures import quality, speed
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from minrnn.evals.bench.record import command_line, commit, versions
+from minrnn.evals.record import command_line, commit, versions
 
 FOLDER = Path(__file__).parent
 RESULT = FOLDER.parent.parent / "evals" / "results" / "transformers-tests.json"

@@ -1,9 +1,9 @@
-"""The Triton kernels compile to machine code without spills, for two architectures; needs no GPU. The whole table: `evals/kernels.py`."""
+"""The Triton kernels compile to machine code without spills, for two architectures; needs no GPU. The whole table: `minrnn figures kernels`."""
 
 import pytest
 import torch
 
-from minrnn.evals import kernels
+from minrnn.evals.figures import kernels
 
 pytestmark = pytest.mark.skipif(kernels.triton is None, reason="needs the package triton")
 BF16 = torch.bfloat16

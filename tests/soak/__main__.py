@@ -35,7 +35,7 @@ import yaml
 from disturbed import ENVIRONMENT, EVAL_EVERY, REPOSITORY, WEIGHTS, DisturbedRun, command
 from tqdm import tqdm
 
-from minrnn.evals.bench.record import commit, machine, versions
+from minrnn.evals.record import commit, machine, versions
 from minrnn.pipeline.checkpoint import steps_in
 
 FREE = {"run.dir", "train.steps", "optim.schedule_steps"}  # settings that differ between the two runs

@@ -1,4 +1,4 @@
-"""What the main job reached, from its run folder: `python -m minrnn.evals.quickstart`, after `make train`.
+"""What the main job reached, from its run folder: `minrnn figures quickstart`, after `make train`.
 
 Writes evals/results/quickstart.json (speed and validation from metrics.jsonl, and a validation on every held-out module, not only the subset
 that the run scores) and copies the curve to docs/quickstart.png. The README's figures come from there.
@@ -14,17 +14,17 @@ import torch
 import yaml
 from accelerate import Accelerator
 
-from ..common.files import user_path
-from ..common.output import conventional_exit
-from ..data import Encoder, load_tokenizer
-from ..models import MinRNNForCausalLM
-from ..pipeline.evaluation import validate, validation_sets
-from ..pipeline.recipe import build_recipe
-from ..pipeline.run import corpus_of
-from .bench.record import commit, machine, versions
-from .report.runs import training_seconds
+from ...common.files import user_path
+from ...data import Encoder, load_tokenizer
+from ...models import MinRNNForCausalLM
+from ...pipeline.evaluation import validate, validation_sets
+from ...pipeline.recipe import build_recipe
+from ...pipeline.run import corpus_of
+from ..output import RESULTS
+from ..record import commit, machine, versions
+from ..report.runs import training_seconds
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = RESULTS.parents[1]
 
 
 def measured(run: Path) -> dict:
@@ -42,7 +42,7 @@ def measured(run: Path) -> dict:
     encoder = Encoder.from_tokenizer(load_tokenizer(recipe.data.tokenizer), recipe.data.tokenizer)
     sets = validation_sets(recipe, corpus_of(recipe), encoder, range(recipe.batch.readers))
     return {
-        "command": "make train && .venv/bin/python -m minrnn.evals.quickstart",
+        "command": "make train && .venv/bin/minrnn figures quickstart",
         "commit": commit(),
         "parameters": model.num_parameters(),
         "tokens": train[-1]["tokens"],
@@ -59,10 +59,10 @@ def measured(run: Path) -> dict:
     }
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     """Write the results file and the picture."""
     parser = argparse.ArgumentParser(
-        "python -m minrnn.evals.quickstart", description="Record what the main job reached."
+        "minrnn figures quickstart", description="Record what the main job reached."
     )
     parser.add_argument(
         "--run",
@@ -70,13 +70,8 @@ def main() -> None:
         default=Path("runs/quickstart"),
         help="folder of the run (default: %(default)s)",
     )
-    arguments = parser.parse_args()
-    out = REPOSITORY / "evals" / "results" / "quickstart.json"
+    arguments = parser.parse_args(argv)
+    out = RESULTS / "quickstart.json"
     out.write_text(json.dumps(measured(arguments.run), indent=1) + "\n")
     shutil.copyfile(arguments.run / "loss.png", REPOSITORY / "docs" / "quickstart.png")
     print(out.read_text())
-
-
-if __name__ == "__main__":
-    with conventional_exit():
-        main()

@@ -1,4 +1,4 @@
-"""Everything that only a GPU can tell, in one sitting: `python -m minrnn.evals.gpu --out DIR [--minutes 9]`.
+"""Everything that only a GPU can tell, in one sitting: `minrnn figures gpu --out DIR [--minutes 9]`.
 
     checks      the GPU backend against fp64, forward and gradients          bench/agreement.py
     fused       scan and fused cell at the sizes that fill the chip          bench/scan.py
@@ -7,10 +7,10 @@
     layers      whole layers at equal width, cuDNN's GRU and LSTM too        bench/scan.py
     generate    decoding after contexts up to 1,048,576, with CUDA graphs    bench/generate.py
 
-A machine with torch, triton, transformers, numpy, matplotlib and tqdm is enough; it needs no installation of minrnn either: a link named minrnn
-to the checkout, in a folder on PYTHONPATH. Each section has a share of the time that is left and writes DIR/SECTION.json as it goes, so that
-whatever cuts it off, what was measured is there; DIR/gpu.json says how each ended. Decoding comes last: a failed capture of a CUDA graph may
-leave the process unusable.
+A machine with torch, triton, transformers, numpy, matplotlib and tqdm is enough. minrnn need not be installed:
+`PYTHONPATH=CHECKOUT python -m minrnn.launch.cli figures gpu`. Each section has a share of the time that is left
+and writes DIR/SECTION.json as it goes, so that whatever cuts it off, what was measured is there; DIR/gpu.json
+says how each ended. Decoding comes last: a failed capture of a CUDA graph may leave the process unusable.
 """
 
 import argparse
@@ -26,13 +26,13 @@ from typing import Any
 
 import torch
 
-from ..common.errors import UserError
-from ..common.files import replace, user_path
-from ..common.output import conventional_exit, warn
-from .bench.agreement import run_checks
-from .bench.command import run_bench
-from .bench.measure import release_memory
-from .bench.record import commit, machine, versions
+from ...common.errors import UserError
+from ...common.files import replace, user_path
+from ...common.output import warn
+from ..bench.agreement import run_checks
+from ..bench.command import run_bench
+from ..memory import release_memory
+from ..record import commit, machine, versions
 
 NO_SWEEP, NO_LAYERS = ("--lengths", "none"), ("--layers", "none")
 BIG = ("--params", "350M", "--layers", "24", "--peers", "llama,mamba2", "--rounds", "3", "--limit", "20")
@@ -173,10 +173,10 @@ def run(device: torch.device, out: Path, minutes: float, tiny: bool, names: list
     return summary
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str]) -> None:
     """The command."""
     parser = argparse.ArgumentParser(
-        "python -m minrnn.evals.gpu", description="All GPU checks and benches, within a time limit."
+        "minrnn figures gpu", description="All GPU checks and benches, within a time limit."
     )
     parser.add_argument("--out", type=user_path, required=True, help="folder for the results")
     parser.add_argument(
@@ -201,13 +201,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.minutes <= 0:
         errors.append(("--minutes", f"must be more than 0, not {arguments.minutes:g}"))
     if errors:
-        print(UserError(*errors))
-        raise SystemExit(2)
+        raise UserError(*errors)
     summary = run(torch.device(arguments.device), arguments.out, arguments.minutes, arguments.tiny, names)
     if any(section["end"].startswith("failed") for section in summary["sections"].values()):
         raise SystemExit(1)
-
-
-if __name__ == "__main__":
-    with conventional_exit():
-        main()

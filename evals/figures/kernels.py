@@ -1,6 +1,6 @@
 """What the Triton kernels compile to: registers, spills, shared memory and instructions, read from the machine code. Needs no GPU.
 
-    python -m minrnn.evals.kernels      ->  a table, and evals/results/triton-kernels.json
+    minrnn figures kernels      ->  a table, and evals/results/triton-kernels.json
 
 Launches are planned as for a real call, on tensors without memory; their kernels are compiled for sm_80 and sm_90 with the specialisations that
 a launch on aligned tensors gets. Four numbers say whether a scan can be bound by memory, as it should be:
@@ -20,7 +20,6 @@ import itertools
 import json
 import re
 import subprocess
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -30,11 +29,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.files import user_path
-from ..common.output import conventional_exit
-from ..models import cell_scan_triton, scan_triton
-from ..models.tiles_triton import Launch
-from .bench.record import command_line, commit, versions
+from ...common.errors import UserError
+from ...common.files import user_path
+from ...models import cell_scan_triton, scan_triton
+from ...models.tiles_triton import Launch
+from ..output import RESULTS
+from ..record import command_line, commit, versions
 
 try:
     import triton
@@ -43,7 +43,7 @@ try:
 except ImportError:
     triton = None
 
-RESULTS = Path(__file__).parent / "results" / "triton-kernels.json"
+OUT = RESULTS / "triton-kernels.json"
 BATCH, TIME, WIDTH = 8, 8192, 2048
 NUM_CHUNKS = 4  # what the launches of the two-pass case look like does not depend on the number
 ISSUE_RATE = 132 * 4 * 32 * 1.7e9  # thread instructions a second on an H200
@@ -235,16 +235,16 @@ def describe(name: str, launch: Launch, architecture: int) -> dict[str, Any]:
     return row
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     """Compile everything, print a line each, write the JSON."""
     parser = argparse.ArgumentParser(
-        prog="python -m minrnn.evals.kernels", description="What Triton kernels compile to."
+        prog="minrnn figures kernels", description="What Triton kernels compile to."
     )
-    parser.add_argument("--out", type=user_path, default=RESULTS, help="where to write the JSON")
+    parser.add_argument("--out", type=user_path, default=OUT, help="where to write the JSON")
     parser.add_argument("--sm", type=int, nargs="+", default=[80, 90], help="architectures to compile for")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if triton is None:
-        parser.error("the report needs the package triton: pip install triton")
+        raise UserError(("kernels", "needs the package triton: pip install triton"))
     rows = []
     print(f"{'kernel':62} sm  regs spills shared  read+written  in flight  instr/elt  issue special")
     for name, launch, architecture in (
@@ -259,7 +259,7 @@ def main() -> None:
         print(line, flush=True)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     report = {
-        "command": command_line("python -m minrnn.evals.kernels", sys.argv[1:]),
+        "command": command_line("minrnn figures kernels", argv),
         "commit": commit(),
         "versions": versions(),
         "shape": [BATCH, TIME, WIDTH],
@@ -268,8 +268,3 @@ def main() -> None:
         "kernels": rows,
     }
     arguments.out.write_text(json.dumps(report, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    with conventional_exit():
-        main()

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from minrnn.evals import gpu
 from minrnn.evals.bench import agreement
+from minrnn.evals.figures import gpu
+from minrnn.launch.cli import main
 from minrnn.models.scan import linear_scan
 
 
@@ -114,12 +115,14 @@ def test_relative_error():
 )
 def test_mistakes(arguments: list[str], told: str, tmp_path: Path, capsys):
     with pytest.raises(SystemExit) as left:
-        gpu.main(
+        main(
             [
+                "figures",
+                "gpu",
                 "--out",
                 str(tmp_path),
                 *(arguments if "--device" in arguments else ["--device", "cpu", *arguments]),
             ]
         )
     assert left.value.code == 2
-    assert told in capsys.readouterr().out
+    assert told in capsys.readouterr().err

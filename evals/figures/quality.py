@@ -1,19 +1,17 @@
-"""The README's figures of quality, from the committed results: `python -m minrnn.evals.quality` prints them.
+"""The README's figures of quality, from the committed results: `minrnn figures quality` prints them.
 
 `tests/launch/test_readme.py` asks that the README holds them word for word.
 """
 
+import argparse
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from ..common.output import conventional_exit
-from .report.compare import METRICS
-from .report.published import published
-from .report.runs import Entry, Results
-
-RESULTS = Path(__file__).parent / "results"
+from ..output import RESULTS
+from ..report.compare import METRICS
+from ..report.published import published
+from ..report.runs import Entry, Results
 
 
 def _load(name: str) -> dict[str, Any]:
@@ -121,11 +119,8 @@ def text() -> str:
     return "\n\n".join(blocks)
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     """Print it."""
+    description = "Print the README's tables of quality."
+    argparse.ArgumentParser("minrnn figures quality", description=description).parse_args(argv)
     print(text())
-
-
-if __name__ == "__main__":
-    with conventional_exit():
-        main()

@@ -1,13 +1,9 @@
-"""The README's figures, from the committed results: `python -m minrnn.evals.speed` prints them.
-
-`tests/launch/test_readme.py` asks that the README holds them word for word, so a figure there is a figure of a committed results file.
-"""
+"""Results of benches and of the soak, as tables and sentences in Markdown."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
 TITLES = {
     "minrnn": "minrnn",
     "log-space": "log-space scan",
@@ -39,7 +35,7 @@ def _rows(rows: list[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]:
     ]
 
 
-def scan_lines(source: Path = RESULTS / "bench-scan-cpu.json", dtype: str = "fp32") -> list[str]:
+def scan_lines(source: Path, dtype: str = "fp32") -> list[str]:
     """Rates of the general scan as fractions of torch.add's in the same run."""
     rows = [row for row in _rows(_load(source), section="scan", dtype=dtype) if not row.get("sweep")]
     points = list(dict.fromkeys((tuple(row["shape"]), row["direction"]) for row in rows))
@@ -52,7 +48,7 @@ def scan_lines(source: Path = RESULTS / "bench-scan-cpu.json", dtype: str = "fp3
     return lines
 
 
-def train_lines(source: Path = RESULTS / "bench-train-cpu.json") -> list[str]:
+def train_lines(source: Path) -> list[str]:
     """Tokens a second of training by length."""
     rows = _rows(_load(source), section="train")
     lengths = sorted({row["length"] for row in rows})
@@ -74,7 +70,7 @@ def train_lines(source: Path = RESULTS / "bench-train-cpu.json") -> list[str]:
     return [*lines, _line("minrnn, of the matrix product's rate", *fractions)]
 
 
-def generate_lines(source: Path = RESULTS / "bench-generate-cpu.json") -> list[str]:
+def generate_lines(source: Path) -> list[str]:
     """Milliseconds a token after contexts."""
     rows = _rows(_load(source), section="generate", batch=1)
     contexts = sorted({row["context"] for row in rows})
@@ -92,7 +88,7 @@ def generate_lines(source: Path = RESULTS / "bench-generate-cpu.json") -> list[s
     return lines
 
 
-def contexts_line(source: Path = RESULTS / "bench-generate-cpu.json") -> str:
+def contexts_line(source: Path) -> str:
     """Ours after all contexts, measured in one rotation."""
     rows = _rows(_load(source), section="contexts", batch=1)
     first, last = (pick(rows, key=lambda row: row["context"]) for pick in (min, max))
@@ -103,9 +99,7 @@ def contexts_line(source: Path = RESULTS / "bench-generate-cpu.json") -> str:
     )
 
 
-def stream_line(
-    source: Path = RESULTS / "bench-stream-cpu.json", rows: Path = RESULTS / "bench-length-cpu.json"
-) -> str:
+def stream_line(source: Path, rows: Path) -> str:
     """Training on long rows and on one long document."""
     (row,) = _rows(_load(source), section="stream")
     rates = {
@@ -121,9 +115,7 @@ def stream_line(
     )
 
 
-def loop_line(
-    source: Path = RESULTS / "bench-loop-cpu.json", link: str = "evals/results/bench-loop-cpu.json"
-) -> str:
+def loop_line(source: Path, link: str) -> str:
     """What the loop adds to its steps; `link` is where a reader finds the file."""
     (row,) = _rows(_load(source), section="loop", contender="loop")
     return (
@@ -132,7 +124,7 @@ def loop_line(
     )
 
 
-def soak_line(source: Path = RESULTS / "soak.json", link: str = "evals/results/soak.json") -> str:
+def soak_line(source: Path, link: str) -> str:
     """What a run survived; `link` is where a reader finds the file."""
     soak = json.loads(source.read_text())
     faults = ", ".join(f"{count} x {name}" for name, count in soak["faults"].items())
@@ -142,21 +134,3 @@ def soak_line(source: Path = RESULTS / "soak.json", link: str = "evals/results/s
         f"{len(soak['problems'])} things differed from an undisturbed run"
         + ("." if soak["problems"] else ": every loss is equal to the bit, every step is there once.")
     )
-
-
-def main() -> None:
-    """Print everything."""
-    for lines in (
-        scan_lines(),
-        train_lines(),
-        generate_lines(),
-        [contexts_line()],
-        [stream_line()],
-        [loop_line()],
-        [soak_line()],
-    ):
-        print("\n".join(lines), end="\n\n")
-
-
-if __name__ == "__main__":
-    main()

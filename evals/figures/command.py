@@ -1,0 +1,30 @@
+"""`minrnn figures NAME ...`: the measurements behind this repository's own figures, and the README's tables of them."""
+
+import argparse
+import importlib
+
+FIGURES = {
+    "speed": "print the README's tables of speed, from the committed results",
+    "quality": "print the README's tables of quality, from the committed results",
+    "quickstart": "record what the main job reached, after `make train`",
+    "kernels": "compile the Triton kernels and record registers, spills and instructions (no GPU needed)",
+    "gpu": "run every check and measurement that needs a GPU, within a time limit",
+}
+
+
+def main(argv: list[str]) -> None:
+    """Run one of FIGURES with the arguments behind its name.
+
+    Raises:
+        UserError: from the figure's own arguments.
+    """
+    lines = [f"  {name:<12}{help}" for name, help in FIGURES.items()]
+    parser = argparse.ArgumentParser(
+        "minrnn figures",
+        description="Make the figures of this repository.",
+        epilog="\n".join(["figures:", *lines, "", "`minrnn figures NAME --help` prints a figure's options."]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("name", choices=FIGURES, metavar="NAME", help="one of the figures below")
+    name = parser.parse_args(argv[:1]).name
+    importlib.import_module(f".{name}", __package__).main(argv[1:])
