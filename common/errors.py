@@ -1,19 +1,31 @@
 """The errors that end a command with a message instead of a traceback."""
 
+from collections.abc import Iterable
+from typing import Self
+
 
 class UserError(ValueError):
-    """Something the user wrote or pointed at is wrong. Printed as `error: KEY: what is wrong`, a line for each problem, without a traceback.
+    """The user gave something wrong, a setting or a file. Printed as `error: KEY: MESSAGE`, without a traceback.
 
     Args:
-        errors: (key, message) pairs; the key is the setting to change ("data.corpus"), the message says what is wrong and what to do.
+        key: the setting to change ("data.corpus").
+        message: what is wrong with it, and what to do.
     """
 
-    def __init__(self, *errors: tuple[str, str]):
-        self.errors = list(errors)
-        super().__init__(self.errors)
+    def __init__(self, key: str, message: str):
+        super().__init__(key, message)
+        self.errors = [(key, message)]
 
-    def __reduce__(self):  # crosses process borders
-        return type(self), tuple(self.errors)
+    @classmethod
+    def from_list(cls, errors: Iterable[tuple[str, str]]) -> Self:
+        """One exception for several (key, message) pairs, at least one; each is printed on a line of its own."""
+        first, *others = errors
+        error = cls(*first)
+        error.errors += others
+        return error
+
+    def __reduce__(self):  # sent from data workers and between ranks
+        return type(self).from_list, (self.errors,)
 
     def __str__(self) -> str:
         return "\n".join(f"error: {key}: {message}" for key, message in self.errors)

@@ -148,10 +148,7 @@ def _common_kind(files: list[Path], spec: CorpusSpec) -> tuple[Kind, list[Path]]
     if len(examples) > 1:
         mixed = ", ".join(f"{kind} ({path.name})" for kind, path in sorted(examples.items()))
         raise UserError(
-            (
-                "data.corpus",
-                f"{spec.corpus} mixes {mixed} files; name one kind with a glob such as DIR/*.jsonl",
-            )
+            "data.corpus", f"{spec.corpus} mixes {mixed} files; name one kind with a glob such as DIR/*.jsonl"
         )
     common: Kind = next(iter(examples)) if examples else "text"
     return common, files if common == "text" else [path for path in files if kinds[path] is not None]
@@ -177,22 +174,20 @@ def _open_unjoined(spec: CorpusSpec, part: Split) -> Source:
     if not files:
         if os.path.isdir(os.path.expanduser(spec.corpus)):
             only = " but those of the run" if local_files(spec.corpus)[0] else ""
-            raise UserError(("data.corpus", f"the folder {spec.corpus} holds no files{only}"))
+            raise UserError("data.corpus", f"the folder {spec.corpus} holds no files{only}")
         looks_like_hub_id = re.fullmatch(
             r"\w[\w-]*(/\w[\w.-]*)?", spec.corpus
         ) and not spec.corpus.lower().endswith(FILE_SUFFIXES)
         if not looks_like_hub_id:
             raise UserError(
-                (
-                    "data.corpus",
-                    f"there is no file, folder or match for {spec.corpus} (looked from {Path.cwd()})",
-                )
+                "data.corpus",
+                f"there is no file, folder or match for {spec.corpus} (looked from {Path.cwd()})",
             )
         return HubDataset(
             spec.corpus, spec.subset, spec.split, spec.revision, spec.text_field, spec.skip_broken, spec.join
         )
     if all(path.stat().st_size == 0 for path in files):
-        raise UserError(("data.corpus", f"{spec.corpus} is empty"))
+        raise UserError("data.corpus", f"{spec.corpus} is empty")
     kind, files = _common_kind(files, spec)
     if kind == "text":
         return TextFiles(files, root, spec.skip_broken)

@@ -101,19 +101,17 @@ def convert_read_errors(name: Path | str) -> Iterator[None]:
             "cut it into smaller documents or row groups, or use fewer data.workers and a smaller "
             "data.shuffle_window"
         )
-        raise UserError(("data.corpus", f"{name} does not fit into memory; {advice}")) from None
+        raise UserError("data.corpus", f"{name} does not fit into memory; {advice}") from None
     except FileNotFoundError as error:
         why = f"{name} cannot be read any more ({os.strerror(error.errno or errno.ENOENT)})"
-        raise UserError(("data.corpus", f"{why}; a run goes on with the corpus it began with")) from None
+        raise UserError("data.corpus", f"{why}; a run goes on with the corpus it began with") from None
     except OSError as error:  # permissions, a disk, a network
         raise UserError(
-            (
-                "data.corpus",
-                f"{name} cannot be read ({os.strerror(error.errno) if error.errno else one_line_message(error)})",
-            )
+            "data.corpus",
+            f"{name} cannot be read ({os.strerror(error.errno) if error.errno else one_line_message(error)})",
         ) from None
     except Exception as error:  # pyarrow, datasets and the hub's client each raise their own
-        raise UserError(("data.corpus", f"{name} cannot be read ({one_line_message(error)})")) from error
+        raise UserError("data.corpus", f"{name} cannot be read ({one_line_message(error)})") from error
 
 
 def one_line_message(error: BaseException) -> str:
@@ -141,7 +139,7 @@ def binary_file_error(path: Path, head: bytes | None = None) -> UserError:
         "name the files to read with a glob such as DIR/**/*.txt, "
         "or set data.skip_broken to leave such files out"
     )
-    return UserError(("data.corpus", f"{path} is not text but {content}; {advice}"))
+    return UserError("data.corpus", f"{path} is not text but {content}; {advice}")
 
 
 def inner_suffix(path: Path) -> str:
@@ -215,15 +213,11 @@ def check_json_lines(head: bytes, path: Path) -> None:
     advice = "write one object a line, e.g. with jq -c"
     if line.startswith(b"["):
         raise UserError(
-            (
-                "data.corpus",
-                f"{path} is one JSON array, not an object a line; {advice} '.[]' IN.json > OUT.jsonl",
-            )
+            "data.corpus",
+            f"{path} is one JSON array, not an object a line; {advice} '.[]' IN.json > OUT.jsonl",
         )
     if newline and (line == b"{" or (line.startswith(b"{") and line.endswith((b'",', b"[", b"{", b":")))):
         raise UserError(
-            (
-                "data.corpus",
-                f"{path} is JSON whose objects go over several lines; {advice} . IN.json > OUT.jsonl",
-            )
+            "data.corpus",
+            f"{path} is JSON whose objects go over several lines; {advice} . IN.json > OUT.jsonl",
         )

@@ -69,7 +69,7 @@ def check_corpus(before: dict[str, Any], spec: CorpusSpec, order: str, num_reade
         )
     advice = "put it back, or name another run.dir (model.init_from takes the weights of an export along)"
     difference = _first_of(changes + additions)
-    raise UserError(("data.corpus", f"{spec.corpus} is not what the run began with: {difference}; {advice}"))
+    raise UserError("data.corpus", f"{spec.corpus} is not what the run began with: {difference}; {advice}")
 
 
 def _compare(before: dict[str, Any], sizes: dict[str, tuple[Path, int]]) -> tuple[list[str], list[str]]:

@@ -148,19 +148,15 @@ def join_documents(source: Source, join: str | None) -> Source:
     if isinstance(source, TextFiles):
         if join not in (FOLDER, PACKAGE):
             raise UserError(
-                (
-                    "data.join",
-                    f"{join!r} would be a column of rows, but this corpus is made of files; "
-                    "join those by folder or package",
-                )
+                "data.join",
+                f"{join!r} would be a column of rows, but this corpus is made of files; "
+                "join those by folder or package",
             )
         return JoinedFiles(source, join)
     if join in (FOLDER, PACKAGE):
         raise UserError(
-            (
-                "data.join",
-                f"{join} is for files of text, but this corpus has rows; "
-                "join those by the name of a column, e.g. book_id",
-            )
+            "data.join",
+            f"{join} is for files of text, but this corpus has rows; "
+            "join those by the name of a column, e.g. book_id",
         )
     return JoinedRows(source, join)

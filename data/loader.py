@@ -195,7 +195,7 @@ class WorkerChunks:
 def _worker_died(status: int, progress: str) -> UserError:
     """The error for a worker that ended without sending an error; `progress` says how far it came."""
     if status >= 0:
-        return UserError(("data.workers", f"a data worker ended with exit status {status}, {progress}"))
+        return UserError("data.workers", f"a data worker ended with exit status {status}, {progress}")
     number = -status
     name = signal.Signals(number).name if number in set(signal.Signals) else "unknown"
     problem = f"a data worker was killed by signal {number} ({name}), {progress}"
@@ -204,7 +204,7 @@ def _worker_died(status: int, progress: str) -> UserError:
             "; a system that runs out of memory does that: use fewer data.workers, "
             "a smaller data.shuffle_window or smaller row groups"
         )
-    return UserError(("data.workers", problem))
+    return UserError("data.workers", problem)
 
 
 def _num_workers(max_workers: int, num_readers: int) -> int:

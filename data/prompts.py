@@ -32,9 +32,9 @@ def read_prompt(path: Path, key: str) -> str:
     try:
         return decode_utf8(path.read_bytes() if is_file else sys.stdin.buffer.read())
     except UnicodeDecodeError as error:
-        raise UserError((key, f"{name} is not UTF-8 (byte {error.start}); convert it")) from None
+        raise UserError(key, f"{name} is not UTF-8 (byte {error.start}); convert it") from None
     except OSError as error:
-        raise UserError((key, f"cannot read {name}: {error.strerror or error}")) from None
+        raise UserError(key, f"cannot read {name}: {error.strerror or error}") from None
 
 
 def prompt_tokens(tokenizer: Any, text: str) -> list[int]:

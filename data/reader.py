@@ -159,26 +159,20 @@ class DocumentReader:
         )
         if not documents:
             raise UserError(
-                (
-                    "data.corpus",
-                    f"{share} holds no documents; use fewer readers (batch.readers) or another corpus",
-                )
+                "data.corpus",
+                f"{share} holds no documents; use fewer readers (batch.readers) or another corpus",
             )
         if count < needed:
             raise UserError(
-                (
-                    "data.corpus",
-                    f"{share} has {count} tokens, fewer than one chunk of {lanes} lanes x {self.chunk}; "
-                    "lower batch.lanes or batch.chunk",
-                )
+                "data.corpus",
+                f"{share} has {count} tokens, fewer than one chunk of {lanes} lanes x {self.chunk}; "
+                "lower batch.lanes or batch.chunk",
             )
         if len(documents) < lanes:
             raise UserError(
-                (
-                    "data.corpus",
-                    f"{share} has {len(documents)} documents for {lanes} lanes; "
-                    "lower batch.lanes, or set data.order to windows",
-                )
+                "data.corpus",
+                f"{share} has {len(documents)} documents for {lanes} lanes; "
+                "lower batch.lanes, or set data.order to windows",
             )
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -199,19 +193,15 @@ class DocumentReader:
                         f"{lane.name} of {len(lane.tokens)}",
                     )
                     raise UserError(
-                        (
-                            "data.corpus",
-                            f"has changed: where {was} was being read there is {now}; "
-                            "a run needs the corpus it began with",
-                        )
+                        "data.corpus",
+                        f"has changed: where {was} was being read there is {now}; "
+                        "a run needs the corpus it began with",
                     )
                 if lane.digest != saved.get("digest", lane.digest):  # older checkpoints have no digest
                     raise UserError(
-                        (
-                            "data.corpus",
-                            f"has changed: {lane.name}, which was being read, has other text; "
-                            "a run needs its corpus",
-                        )
+                        "data.corpus",
+                        f"has changed: {lane.name}, which was being read, has other text; "
+                        "a run needs its corpus",
                     )
                 lane.offset = saved["offset"]
         self.window, self.number = find(state["window"]), state["number"]
@@ -220,11 +210,9 @@ class DocumentReader:
     def _start(self, lane: Lane, window: Window, number: int) -> None:
         if number >= len(window.documents):
             raise UserError(
-                (
-                    "data.corpus",
-                    f"has changed: document {number} of window {window.address.number} is gone; "
-                    "a run goes on with the corpus it began with",
-                )
+                "data.corpus",
+                f"has changed: document {number} of window {window.address.number} is gone; "
+                "a run goes on with the corpus it began with",
             )
         document = window.documents[number]
         lane.tokens, lane.offset = encode_document(self.encoder, document), 0
@@ -239,10 +227,8 @@ class DocumentReader:
             if self.window.address.epoch > epoch + 1:  # a whole epoch without a document: there are none
                 corpus = self.stream.spec.corpus
                 raise UserError(
-                    (
-                        "data.corpus",
-                        f"{corpus} holds no documents any more; a run goes on with the corpus it began with",
-                    )
+                    "data.corpus",
+                    f"{corpus} holds no documents any more; a run goes on with the corpus it began with",
                 )
         self._start(lane, self.window, self.number)
         self.number += 1
@@ -289,10 +275,8 @@ class WindowReader:
     ):
         if len(tokens) <= chunk:
             raise UserError(
-                (
-                    "data.corpus",
-                    f"the text has {len(tokens)} tokens, too few for a crop of batch.chunk {chunk} + 1",
-                )
+                "data.corpus",
+                f"the text has {len(tokens)} tokens, too few for a crop of batch.chunk {chunk} + 1",
             )
         self.tokens, self.reader, self.lanes, self.chunk, self.seed = tokens, reader, lanes, chunk, seed
         self.step = 0 if state is None else state["step"]

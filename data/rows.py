@@ -101,7 +101,7 @@ class JsonLines(_RowFiles):
         # includes numbers with too many digits and too deep nesting
         except (ValueError, RecursionError) as error:
             problem = f"{name} is not JSON ({error}); set data.skip_broken to leave such documents out"
-            return skip_or_raise(self.skip_broken, UserError(("data.corpus", problem)), name, index)
+            return skip_or_raise(self.skip_broken, UserError("data.corpus", problem), name, index)
         return self._document(row, name, index)
 
     def hint(self) -> int | None:
@@ -148,7 +148,7 @@ class Csv(_RowFiles):
             )
             advice = "set data.skip_broken to leave such rows out"
             return skip_or_raise(
-                self.skip_broken, UserError(("data.corpus", f"{problem}, or {advice}")), name, index
+                self.skip_broken, UserError("data.corpus", f"{problem}, or {advice}"), name, index
             )
         row: dict[str, Any] = dict(zip(header, cells, strict=True))
         if not is_text(row[self.text_field]):  # bytes that are not UTF-8 were read as surrogates
@@ -166,7 +166,7 @@ def _text_of(file: io.BufferedReader) -> io.TextIOWrapper:
 def missing_column_error(column: str, columns: list[str], path: Path) -> UserError:
     """The error for a file without the text column."""
     return UserError(
-        ("data.text_field", f"{path} has no column {column!r}; it has {', '.join(map(repr, columns))}")
+        "data.text_field", f"{path} has no column {column!r}; it has {', '.join(map(repr, columns))}"
     )
 
 
@@ -179,11 +179,9 @@ def check_unique(columns: list[str], text_field: str, group_field: str | None, p
     for key, column in (("data.text_field", text_field), ("data.join", group_field)):
         if columns.count(column or "") > 1:
             raise UserError(
-                (
-                    key,
-                    f"{path} has {columns.count(column or '')} columns of the name {column!r}; "
-                    "give them different names",
-                )
+                key,
+                f"{path} has {columns.count(column or '')} columns of the name {column!r}; "
+                "give them different names",
             )
 
 

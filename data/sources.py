@@ -88,11 +88,9 @@ def decode_document(data: bytes, name: str) -> str:
         return decode_utf8(data)
     except UnicodeDecodeError as error:
         raise UserError(
-            (
-                "data.corpus",
-                f"{name} is not UTF-8 (byte {error.start}); "
-                "convert it, or set data.skip_broken to leave such documents out",
-            )
+            "data.corpus",
+            f"{name} is not UTF-8 (byte {error.start}); "
+            "convert it, or set data.skip_broken to leave such documents out",
         ) from None
 
 
@@ -115,18 +113,14 @@ def missing_text_error(row: Any, text_field: str, name: str) -> UserError:
     skip = "set data.skip_broken to leave such documents out"
     if not isinstance(row, Mapping):
         return UserError(
-            (
-                "data.corpus",
-                f"{name} is a {type(row).__name__}, not an object with a field {text_field!r}; {skip}",
-            )
+            "data.corpus",
+            f"{name} is a {type(row).__name__}, not an object with a field {text_field!r}; {skip}",
         )
     if text_field not in row:
         fields = ", ".join(map(repr, row))
         return UserError(
-            (
-                "data.text_field",
-                f"{name} has no field {text_field!r}, it has {fields}; set data.text_field, or {skip}",
-            )
+            "data.text_field",
+            f"{name} has no field {text_field!r}, it has {fields}; set data.text_field, or {skip}",
         )
     value = row[text_field]
     if isinstance(value, str):
@@ -136,15 +130,13 @@ def missing_text_error(row: Any, text_field: str, name: str) -> UserError:
     else:
         problem = "null" if value is None else f"{value!r:.40} ({type(value).__name__})"
         skip = f"set data.text_field to a field of text, or {skip}"
-    return UserError(
-        ("data.corpus", f"{name} holds {problem} in field {text_field!r} instead of text; {skip}")
-    )
+    return UserError("data.corpus", f"{name} holds {problem} in field {text_field!r} instead of text; {skip}")
 
 
 def damaged_file_error(path: Path, error: Exception, problem: str = "is damaged") -> UserError:
     """The error for a file whose content is damaged; `problem` says where ("is damaged in row group 3")."""
     advice = "fetch it again, or set data.skip_broken to leave the damaged part out"
-    return UserError(("data.corpus", f"{path} {problem} ({one_line_message(error)}); {advice}"))
+    return UserError("data.corpus", f"{path} {problem} ({one_line_message(error)}); {advice}")
 
 
 def skip_or_raise(skip: bool, error: UserError, name: str, index: int) -> Document:
@@ -160,7 +152,7 @@ def missing_join_column_error(column: str, columns: Collection[str], name: str) 
     advice = (
         f"did you mean {' or '.join(map(repr, near))}?" if near else f"it has {', '.join(map(repr, columns))}"
     )
-    return UserError(("data.join", f"{name} has no column {column!r} ({advice})"))
+    return UserError("data.join", f"{name} has no column {column!r} ({advice})")
 
 
 def group_value(row: Mapping[str, Any], column: str | None, name: str) -> Any:
@@ -235,7 +227,7 @@ class HubDataset:
             )
         except Exception as error:  # datasets, the hub client and the file system each raise their own
             raise UserError(
-                ("data.corpus", f"cannot open the dataset {self.path!r} ({type(error).__name__}: {error})")
+                "data.corpus", f"cannot open the dataset {self.path!r} ({type(error).__name__}: {error})"
             ) from error
 
     @property

@@ -88,16 +88,14 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
             message = (
                 f"{name!r} brings code of its own, which is not run; read it, and set {option} to run it"
             )
-            raise UserError(("data.tokenizer", message)) from None
+            raise UserError("data.tokenizer", message) from None
         message = str(error).splitlines()[0]
         raise UserError(
-            (
-                "data.tokenizer",
-                f"cannot load {name!r} (bytes, a folder, or a hub id): {type(error).__name__}: {message}",
-            )
+            "data.tokenizer",
+            f"cannot load {name!r} (bytes, a folder, or a hub id): {type(error).__name__}: {message}",
         ) from error
     if not tokenizer.is_fast:
-        raise UserError(("data.tokenizer", f"{name!r} has no fast (tokenizers) version"))
+        raise UserError("data.tokenizer", f"{name!r} has no fast (tokenizers) version")
     return document_tokenizer(tokenizer, name)
 
 
@@ -118,7 +116,7 @@ def document_tokenizer(tokenizer: Any, name: str) -> Any:
     end = tokenizer.eos_token or tokenizer.bos_token
     if end is None:
         raise UserError(
-            ("data.tokenizer", f"{name!r} has neither an eos nor a bos token, so a document cannot end")
+            "data.tokenizer", f"{name!r} has neither an eos nor a bos token, so a document cannot end"
         )
     tokenizer.eos_token = end
     tokenizer.bos_token = tokenizer.bos_token or end
@@ -135,7 +133,7 @@ def document_tokenizer(tokenizer: Any, name: str) -> Any:
     if unsplit := [boundaries[number] for number in _read_as_tokens(backend).keys() & boundaries.keys()]:
         names = " or ".join(map(repr, unsplit))
         problem = f"{name!r} reads the text {names} as the token that bounds documents"
-        raise UserError(("data.tokenizer", f"{problem}; choose a tokenizer that spells such names out"))
+        raise UserError("data.tokenizer", f"{problem}; choose a tokenizer that spells such names out")
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         **tokenizer.special_tokens_map,

@@ -105,19 +105,15 @@ def document_validation(
             break
     if total == 0:
         raise UserError(
-            (
-                "data.validation_fraction",
-                f"no document of {spec.corpus} is held out; raise it, or name a corpus in data.validation",
-            )
+            "data.validation_fraction",
+            f"no document of {spec.corpus} is held out; raise it, or name a corpus in data.validation",
         )
     if not has_text:
         limit = "" if max_tokens is None else f" up to data.validation_tokens ({max_tokens})"
         raise UserError(
-            (
-                "data.validation_fraction",
-                f"the held-out documents of {spec.corpus} are empty{limit}, so there is nothing to score; "
-                "raise it, or name a corpus in data.validation",
-            )
+            "data.validation_fraction",
+            f"the held-out documents of {spec.corpus} are empty{limit}, so there is nothing to score; "
+            "raise it, or name a corpus in data.validation",
         )
     return _distribute(reader, documents, num_lanes, chunk, size)
 
@@ -138,12 +134,12 @@ def window_validation(
     """
     tokens = tokens if max_tokens is None else tokens[: max_tokens + 1]
     if len(tokens) < 2:
-        raise UserError(("data.validation_fraction", "leaves no text for validation; raise it"))
+        raise UserError("data.validation_fraction", "leaves no text for validation; raise it")
     # counted over the whole text, since a crop may begin or end within a character
     size = encoder.num_bytes(tokens[1:]) if reader == 0 else 0
     if reader == 0 and size == 0:
         raise UserError(
-            ("data.validation_fraction", "leaves tokens for validation that spell no text; raise it")
+            "data.validation_fraction", "leaves tokens for validation that spell no text; raise it"
         )
     starts = range(0, len(tokens) - 1, chunk)
     crops = [tokens[start : start + chunk + 1] for start in starts][reader::num_readers]

@@ -25,7 +25,7 @@ def _error_to_send(error: BaseException, spec: ReaderSpec) -> Exception:
         return error
     if isinstance(error, MemoryError):
         advice = "use fewer data.workers, a smaller data.shuffle_window or smaller documents"
-        return UserError(("data.corpus", f"{corpus}: there is not enough memory to read it; {advice}"))
+        return UserError("data.corpus", f"{corpus}: there is not enough memory to read it; {advice}")
     traceback.print_exception(error)
     return RuntimeError(f"a data worker failed while reading {corpus} ({one_line_message(error)})")
 

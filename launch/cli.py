@@ -99,7 +99,7 @@ def _command_module(command: str) -> ModuleType:
             message = "exists in a checkout of the repository only, and this is an installed package"
         else:
             raise
-        raise UserError((command, message)) from None
+        raise UserError(command, message) from None
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -126,11 +126,8 @@ def _dispatch(argv: list[str]) -> None:
         else:
             near = difflib.get_close_matches(command, ("train", "export", *MODULES), n=1)
             raise UserError(
-                (
-                    command,
-                    "unknown command"
-                    + (f" (did you mean {near[0]}?)" if near else "; minrnn --help lists them"),
-                )
+                command,
+                "unknown command" + (f" (did you mean {near[0]}?)" if near else "; minrnn --help lists them"),
             )
     except UserError as error:
         print(error, file=sys.stderr)

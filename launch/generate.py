@@ -72,7 +72,7 @@ def main(argv: list[str]) -> None:
     except UserError as error:
         errors += error.errors
     if errors:
-        raise UserError(*errors)
+        raise UserError.from_list(errors)
 
     import transformers
 

@@ -140,7 +140,7 @@ def workload_of(recipe: Recipe, processes: int) -> Workload:
             )
         )
     if errors:
-        raise UserError(*errors)
+        raise UserError.from_list(errors)
     return Workload(
         processes, context, batch.readers // groups, batch.lanes, batch.lanes * batch.chunk // context
     )
@@ -253,7 +253,7 @@ def parse_memory(text: str) -> float:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GB|GiB|MB|MiB)", text)
     size = float(match[1]) * {"GB": 1e9, "GiB": 2**30, "MB": 1e6, "MiB": 2**20}[match[2]] if match else 0.0
     if size <= 0:
-        raise UserError(("--gpu-memory", f"{text!r} is not a size such as 80GB or 141GiB"))
+        raise UserError("--gpu-memory", f"{text!r} is not a size such as 80GB or 141GiB")
     return size
 
 
@@ -385,7 +385,7 @@ def _check(arguments: argparse.Namespace) -> None:
     except UserError as error:
         errors += error.errors
     if errors:
-        raise UserError(*errors)
+        raise UserError.from_list(errors)
 
 
 def main(argv: Sequence[str]) -> None:

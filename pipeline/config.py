@@ -315,7 +315,7 @@ class Recipe:
         task = build_task(self.data.corpus, self.data.task)
         if self.batch.chunk < task.max_train_length:
             told = f"{self.batch.chunk} does not hold the longest sequence of {self.data.corpus}: set it to {task.max_train_length} or more"
-            raise UserError(("batch.chunk", told))
+            raise UserError("batch.chunk", told)
         return task
 
     def model_fields_resolved(self) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def validation_sets(
     try:
         return _sets(recipe, spec, "all", encoder, readers)
     except UserError as error:
-        raise UserError(*(("data.validation", message) for _, message in error.errors)) from None
+        raise UserError.from_list((("data.validation", message) for _, message in error.errors)) from None
 
 
 def _sets(

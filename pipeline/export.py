@@ -94,7 +94,7 @@ def export_run(
     if step is None:
         found = newest_valid(folder, warn)
         if found is None:
-            raise UserError(("RUN", f"{run} holds no valid checkpoint"))
+            raise UserError("RUN", f"{run} holds no valid checkpoint")
         path, manifest = found
     else:
         path = folder / checkpoint_name(step)
@@ -102,7 +102,7 @@ def export_run(
             manifest = read_manifest(path)
         except (OSError, ValueError) as error:
             available = ", ".join(sorted(p.name for p in folder.glob("step-*"))) or "none"
-            raise UserError(("--step", f"{error}; checkpoints there: {available}")) from None
+            raise UserError("--step", f"{error}; checkpoints there: {available}") from None
     model, tokenizer, config = load_checkpoint(path, manifest["vocab_size"], dtype, trust_remote_code)
     if not export_model(model, tokenizer, out, config, manifest["tokens"], key="--out", force=force):
         warn(kept_card(out))

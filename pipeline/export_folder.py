@@ -43,17 +43,15 @@ def check_export(folder: Path, key: str, force: bool = False, names: Iterable[st
     if not folder.exists():
         return
     if not folder.is_dir():
-        raise UserError((key, f"{folder} is a file; name a folder"))
+        raise UserError(key, f"{folder} is a file; name a folder")
     entries = sorted(path.name for path in folder.iterdir() if path.name != STAGED)
     written = _written(folder, names)
     if folders := [name for name in {CONFIG, WEIGHTS, *names} if (folder / name).is_dir()]:
-        raise UserError(
-            (key, f"{folder / folders[0]} is a folder where a file is to be written; move it away")
-        )
+        raise UserError(key, f"{folder / folders[0]} is a folder where a file is to be written; move it away")
     if entries and written is None and not force:
         shown = ", ".join(entries[:3]) + (", ..." if len(entries) > 3 else "")
         raise UserError(
-            (key, f"{folder} holds no export, but other files ({shown}); name another folder{_or_force(key)}")
+            key, f"{folder} holds no export, but other files ({shown}); name another folder{_or_force(key)}"
         )
     every: set[str] = {*names, *(written or {})} - {CARD}
     foreign = sorted(name for name in every if not _is_own(folder / name, written or {}))
@@ -62,7 +60,7 @@ def check_export(folder: Path, key: str, force: bool = False, names: Iterable[st
         told = (
             f"{', '.join(foreign)} in {folder} {verb} not as an export wrote it; move it away{_or_force(key)}"
         )
-        raise UserError((key, told))
+        raise UserError(key, told)
 
 
 def _or_force(key: str) -> str:

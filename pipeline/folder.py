@@ -111,7 +111,7 @@ def _take(folder: RunFolder, recipe: Recipe) -> tuple[Found | None, bool]:
     path = folder.path
     try:
         if errors := folder_errors(path):
-            raise UserError(*(("run.dir", problem) for problem in errors))
+            raise UserError.from_list(("run.dir", problem) for problem in errors)
         folder.lock = _lock(path)
         recover_export(path / "model")
         found = _where_to_go_on(path, recipe)
@@ -125,7 +125,7 @@ def _take(folder: RunFolder, recipe: Recipe) -> tuple[Found | None, bool]:
     except StorageError:
         raise
     except OSError as error:
-        raise UserError(("run.dir", f"cannot use {path}: {error.strerror}")) from None
+        raise UserError("run.dir", f"cannot use {path}: {error.strerror}") from None
     return found, is_finished
 
 
@@ -137,7 +137,7 @@ def _lock(path: Path) -> IO[str]:
     except BlockingIOError:
         file.close()
         raise UserError(
-            ("run.dir", f"another process is training in {path}; wait for it, or name another folder")
+            "run.dir", f"another process is training in {path}; wait for it, or name another folder"
         ) from None
     if unlocked is not None:
         warn(f"{path} is not locked, since {unlocked}; see to it that no other process trains in it")
@@ -177,10 +177,8 @@ def _where_to_go_on(path: Path, recipe: Recipe) -> Found | None:
     if resume == "never":
         if steps_in(folder):
             raise UserError(
-                (
-                    "run.resume",
-                    f"never, but {path} already holds {steps_in(folder)[0].name}; remove the folder or name another run.dir",
-                )
+                "run.resume",
+                f"never, but {path} already holds {steps_in(folder)[0].name}; remove the folder or name another run.dir",
             )
         return None
     found = newest_valid(folder, warn, rename_invalid=True)
@@ -189,12 +187,10 @@ def _where_to_go_on(path: Path, recipe: Recipe) -> Found | None:
         check_unchanged(saved, recipe, str(path))
         return *found, saved
     if resume == "must":
-        raise UserError(("run.resume", f"must, but {path} holds no valid checkpoint"))
+        raise UserError("run.resume", f"must, but {path} holds no valid checkpoint")
     if broken := steps_in(folder):
         raise UserError(
-            (
-                "run.dir",
-                f"none of the {len(broken)} checkpoints in {folder} is valid (see above); remove them to begin anew",
-            )
+            "run.dir",
+            f"none of the {len(broken)} checkpoints in {folder} is valid (see above); remove them to begin anew",
         )
     return None

@@ -39,7 +39,7 @@ def check_launch(recipe: Recipe) -> None:
     if here and local_rank == "0" != rank:  # rank 0, which tells the others, cannot know of them
         print(*(f"error: {key}: {problem}" for key, problem in here), sep="\n", file=sys.stderr)
     if errors or here:
-        raise UserError(*errors, *here)
+        raise UserError.from_list([*errors, *here])
 
 
 def check_same_recipe(recipe: Recipe, accelerator: Accelerator) -> None:
@@ -61,7 +61,9 @@ def check_same_recipe(recipe: Recipe, accelerator: Accelerator) -> None:
                     )
                 )
     if errors:
-        raise UserError(*{key: (key, problem) for key, problem in sorted(errors, reverse=True)}.values())
+        raise UserError.from_list(
+            {key: (key, problem) for key, problem in sorted(errors, reverse=True)}.values()
+        )
 
 
 def _layout_errors(recipe: Recipe) -> list[Problem]:

@@ -80,10 +80,8 @@ def check_engine(distributed_type: DistributedType) -> None:
     """
     if distributed_type not in SUPPORTED:
         raise UserError(
-            (
-                "launcher",
-                f"connected as {distributed_type.value}; minrnn has {ENGINES}: change the launcher's configuration",
-            )
+            "launcher",
+            f"connected as {distributed_type.value}; minrnn has {ENGINES}: change the launcher's configuration",
         )
 
 

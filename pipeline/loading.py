@@ -40,10 +40,8 @@ def model_folder(name: str) -> str:
         return str(run / "model")
     if (run / "checkpoints").is_dir():
         raise UserError(
-            (
-                "MODEL",
-                f"the run {name} has no model/ yet; minrnn export {name} --out DIR makes one of its newest checkpoint",
-            )
+            "MODEL",
+            f"the run {name} has no model/ yet; minrnn export {name} --out DIR makes one of its newest checkpoint",
         )
     return name
 
@@ -78,11 +76,11 @@ def weights_dtype(stored: torch.dtype, asked: str, device: torch.device) -> torc
         UserError: an unknown dtype, or one that the device does not support.
     """
     if asked not in ("auto", *DTYPES):
-        raise UserError(("--dtype", f"must be auto, {', '.join(DTYPES)}, not {asked}"))
+        raise UserError("--dtype", f"must be auto, {', '.join(DTYPES)}, not {asked}")
     if asked == "auto" and stored == torch.float64:
         if not supports(device, "fp64"):
             unsupported = f"{device_name(device)} does not support fp64, in which the weights are stored"
-            raise UserError(("--dtype", f"{unsupported}; use --dtype fp32"))
+            raise UserError("--dtype", f"{unsupported}; use --dtype fp32")
         return stored
     if asked == "auto" and stored != torch.bfloat16:
         return torch.float32
@@ -113,7 +111,7 @@ def read_model(name: str, trust_remote_code: bool = False) -> tuple[MinRNNForCau
         values = PreTrainedConfig.get_config_dict(folder)[0]
         if values.get("model_type") != "minrnn":
             raise UserError(
-                ("MODEL", f"{name} is a {values.get('model_type')} model; lm_eval --model hf evaluates it")
+                "MODEL", f"{name} is a {values.get('model_type')} model; lm_eval --model hf evaluates it"
             )
         _check_size(name, MinRNNConfig.from_dict(values))
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -123,7 +121,7 @@ def read_model(name: str, trust_remote_code: bool = False) -> tuple[MinRNNForCau
         raise
     except Exception as error:  # the hub's client, the file system and the configuration each raise their own
         message = " ".join(str(error).split())[:300]
-        raise UserError(("MODEL", f"cannot load {name}: {message}")) from None
+        raise UserError("MODEL", f"cannot load {name}: {message}") from None
     model, found = loaded
     found = {**found, "unknown setting": values.keys() - MinRNNConfig().to_dict().keys() - NOT_SETTINGS}
     strange = [
@@ -133,10 +131,8 @@ def read_model(name: str, trust_remote_code: bool = False) -> tuple[MinRNNForCau
     ]
     if strange:
         raise UserError(
-            (
-                "MODEL",
-                f"{name} was exported by another version of minrnn ({'; '.join(strange)}); lm_eval --model hf runs the code it carries",
-            )
+            "MODEL",
+            f"{name} was exported by another version of minrnn ({'; '.join(strange)}); lm_eval --model hf runs the code it carries",
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -149,22 +145,20 @@ def read_model(name: str, trust_remote_code: bool = False) -> tuple[MinRNNForCau
     ) as error:  # what transformers raises where there is none
         if needs_code_trust(error):
             told = f"the tokenizer of {name} brings code of its own, which is not run; read it, and add --trust-remote-code to run it"
-            raise UserError(("MODEL", told)) from None
+            raise UserError("MODEL", told) from None
         raise UserError(
-            ("MODEL", f"{name} has no tokenizer; minrnn export writes one beside the weights")
+            "MODEL", f"{name} has no tokenizer; minrnn export writes one beside the weights"
         ) from None
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
         raise UserError(
-            ("MODEL", f"the tokenizer of {name} has no bos or no eos token, between which a document stands")
+            "MODEL", f"the tokenizer of {name} has no bos or no eos token, between which a document stands"
         )
     if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in tokenizer.encode(
         SENTENCE, add_special_tokens=False
     ):
         raise UserError(
-            (
-                "MODEL",
-                f"the tokenizer of {name} cannot spell text (a synthetic task's vocabulary?), so none can be scored",
-            )
+            "MODEL",
+            f"the tokenizer of {name} cannot spell text (a synthetic task's vocabulary?), so none can be scored",
         )
     return model.eval(), tokenizer
 
@@ -186,12 +180,12 @@ def _check_size(name: str, config: MinRNNConfig) -> None:
                 sizes.append(MinRNNForCausalLM(small).num_parameters())
         except (RuntimeError, OverflowError):  # torch's: sizes beyond 64 bits
             raise UserError(
-                ("MODEL", f"{name} is larger than can be counted, by its config.json; is it of this model?")
+                "MODEL", f"{name} is larger than can be counted, by its config.json; is it of this model?"
             ) from None
     needed = 4 * (sizes[0] + (config.num_hidden_layers - 1) * (sizes[1] - sizes[0]))
     if (memory := _main_memory()) is not None and needed > memory:
         told = f"needs {needed / 1e9:,.0f} GB for weights in fp32, by its config.json, of {memory / 1e9:,.0f} GB here"
-        raise UserError(("MODEL", f"{name} {told}; is that config.json of this model?"))
+        raise UserError("MODEL", f"{name} {told}; is that config.json of this model?")
 
 
 def _main_memory() -> int | None:

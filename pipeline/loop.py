@@ -114,7 +114,9 @@ def take_steps(run: Run, interrupt: Interrupt) -> int | None:
         if (step.is_stopped or step.is_failed) and run.step > 0:
             _save(run, is_last=True)
         if step.is_failed:
-            raise UserError(*dict.fromkeys(processes.all_gather_objects(run.accelerator, step.errors)))
+            raise UserError.from_list(
+                dict.fromkeys(processes.all_gather_objects(run.accelerator, step.errors))
+            )
         if step.is_stopped:
             return interrupt.requested or signal.SIGTERM
         entry = _one_step(run, run.step + 1, step.batch, step.num_scored)

@@ -34,13 +34,13 @@ def resolve_device(name: str, key: str = "--device") -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(
-            (key, f"{name!r} is no device; use auto, cpu, cuda, mps, xpu, or cuda:1 for one of several")
+            key, f"{name!r} is no device; use auto, cpu, cuda, mps, xpu, or cuda:1 for one of several"
         ) from None
     here = ["cpu"] + ([] if accelerator is None else [accelerator.type])
     if device.type not in here:
-        raise UserError((key, f"there is no {device.type} device here; use {' or '.join(here)}, or auto"))
+        raise UserError(key, f"there is no {device.type} device here; use {' or '.join(here)}, or auto")
     if device.type != "cpu" and (device.index or 0) >= (count := torch.accelerator.device_count()):
-        raise UserError((key, f"there is no {name} here; the last is {device.type}:{count - 1}"))
+        raise UserError(key, f"there is no {name} here; the last is {device.type}:{count - 1}")
     return device
 
 
@@ -153,7 +153,7 @@ def choose_precision(
     way_out = f"{key} auto" if asked != "auto" else f"{key} fp32 and run.change [{key}]"
     if precision not in rates:
         began = "" if asked != "auto" else ", which the run began in"
-        raise UserError((key, f"{device} does not support {precision}{began}; use {way_out}"))
+        raise UserError(key, f"{device} does not support {precision}{began}; use {way_out}")
     fastest = max(rates, key=rates.__getitem__)
     warning, times = "", rates[fastest] / rates[precision]
     if times > SLOW:

@@ -102,7 +102,7 @@ def local_device(name: str, key: str = "train.device") -> torch.device:
     device = resolve_device(name, key)
     if device.type == "mps" and world_size() > 1:
         if name != "auto":
-            raise UserError((key, f"several processes cannot work on {name}; start one, or use cpu"))
+            raise UserError(key, f"several processes cannot work on {name}; start one, or use cpu")
         return torch.device("cpu")
     if device.type == "cpu" or device.index is not None or world_size() == 1:
         return device

@@ -107,7 +107,7 @@ def parse_arguments(argv: list[str]) -> tuple[str | None, dict[str, str]]:
         else:
             overrides[key] = value
     if errors:
-        raise UserError(*errors)
+        raise UserError.from_list(errors)
     return config, overrides
 
 
@@ -118,16 +118,14 @@ def _load_yaml(name: str) -> dict[str, Any]:
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise UserError(
-            (
-                "--config",
-                f"cannot read {name}: {reason}; recipes that come with minrnn: {', '.join(shipped_recipes())}",
-            )
+            "--config",
+            f"cannot read {name}: {reason}; recipes that come with minrnn: {', '.join(shipped_recipes())}",
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(("--config", f"{name} is not YAML: {' '.join(str(error).split())}")) from None
+        raise UserError("--config", f"{name} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(loaded or {}, dict):
         raise UserError(
-            ("--config", f"{name} must hold sections ({', '.join(SECTIONS)}), not a {type(loaded).__name__}")
+            "--config", f"{name} must hold sections ({', '.join(SECTIONS)}), not a {type(loaded).__name__}"
         )
     return loaded or {}
 
@@ -200,7 +198,7 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
     ):
         errors["run.change"] = "; ".join(refused)
     if errors:
-        raise UserError(*errors.items())
+        raise UserError.from_list(errors.items())
     return Recipe(**sections)
 
 
@@ -226,9 +224,9 @@ def read_recipe(argv: list[str]) -> Recipe:
     try:
         recipe = build_recipe(values)
     except UserError as error:
-        raise UserError(*errors, *error.errors) from None
+        raise UserError.from_list([*errors, *error.errors]) from None
     if errors:
-        raise UserError(*errors)
+        raise UserError.from_list(errors)
     return recipe
 
 
@@ -336,4 +334,4 @@ def check_unchanged(saved: dict[str, Any], recipe: Recipe, folder: str) -> None:
         return f"is {new[key]!r}, but the run in {folder} was started with {old[key]!r}{why}; {advice}"
 
     if different:
-        raise UserError(*((key, problem(key)) for key in different))
+        raise UserError.from_list((key, problem(key)) for key in different)

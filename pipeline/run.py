@@ -136,7 +136,7 @@ def set_up(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, watchdog
         accelerator, lambda: _describe_corpus(recipe, folder, accelerator.is_main_process)
     )
     if errors:
-        raise UserError(*errors)
+        raise UserError.from_list(errors)
     loader, validation, readers, tokenizer, model = _open_everywhere(
         recipe, accelerator, folder, mine, watchdog
     )
@@ -299,7 +299,7 @@ def _open_everywhere(
     with contextlib.ExitStack() as if_it_fails:
         opened, errors = processes.run_on_all_ranks(accelerator, open_own)
         if errors or opened is None:
-            raise UserError(*errors)
+            raise UserError.from_list(errors)
         if_it_fails.pop_all()
     return opened
 
@@ -312,10 +312,8 @@ def _open(recipe: Recipe, folder: RunFolder, mine: range, device: torch.device) 
     if folder.manifest.get("tokenizer", fingerprint(tokenizer)) != fingerprint(tokenizer):
         name = recipe.data.tokenizer
         raise UserError(
-            (
-                "data.tokenizer",
-                f"{name} is not the tokenizer that the run began with: its vocabulary has changed; another run.dir",
-            )
+            "data.tokenizer",
+            f"{name} is not the tokenizer that the run began with: its vocabulary has changed; another run.dir",
         )
     encoder = Encoder.from_tokenizer(tokenizer, recipe.data.tokenizer)
     vocab_size = folder.manifest.get("vocab_size") or model_vocab_size(tokenizer)
@@ -325,10 +323,8 @@ def _open(recipe: Recipe, folder: RunFolder, mine: range, device: torch.device) 
         if not folder.checkpoint.is_dir():
             advice = "run.dir must be on a file system that all machines share"
             raise UserError(
-                (
-                    "run.dir",
-                    f"rank 0 goes on from {folder.checkpoint}, which {socket.gethostname()} does not have; {advice}",
-                )
+                "run.dir",
+                f"rank 0 goes on from {folder.checkpoint}, which {socket.gethostname()} does not have; {advice}",
             )
         load = checkpoint.load_reader
         readers = {
@@ -382,7 +378,7 @@ def _build_model(
         try:
             checkpoint.load_parameters(folder.checkpoint, model)
         except ValueError as error:
-            raise UserError(("run.dir", str(error))) from None
+            raise UserError("run.dir", str(error)) from None
     return model
 
 
@@ -424,7 +420,7 @@ def _warm_start(model: MinRNNForCausalLM, name: str) -> None:
     try:
         source = MinRNNForCausalLM.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise UserError(("model.init_from", f"cannot load {name}: {str(error).splitlines()[0]}")) from None
+        raise UserError("model.init_from", f"cannot load {name}: {str(error).splitlines()[0]}") from None
     theirs, ours = source.config.to_dict(), model.config.to_dict()
     shaping = (
         "hidden_size",
@@ -441,10 +437,8 @@ def _warm_start(model: MinRNNForCausalLM, name: str) -> None:
         "rms_norm_eps",
     )
     if different := [key for key in shaping if theirs[key] != ours[key]]:
-        raise UserError(
-            *(
-                (f"model.{key}", f"is {ours[key]!r}, but {name} (model.init_from) has {theirs[key]!r}")
-                for key in different
-            )
+        raise UserError.from_list(
+            (f"model.{key}", f"is {ours[key]!r}, but {name} (model.init_from) has {theirs[key]!r}")
+            for key in different
         )
     model.load_state_dict(source.state_dict())

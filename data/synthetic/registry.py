@@ -76,12 +76,12 @@ def build_task(corpus: str, options: Mapping[str, Any] | None = None) -> Task:
     """
     name = corpus.removeprefix(PREFIX)
     if not is_synthetic(corpus) or name not in TASKS:
-        raise UserError(("data.corpus", f"there is no task {corpus} ({_near(name, list(TASKS))})"))
+        raise UserError("data.corpus", f"there is no task {corpus} ({_near(name, list(TASKS))})")
     values, errors = _checked(TASKS[name], options or {})
     task = TASKS[name](**values)
     errors += [f"{option}: {problem}" for option, problem in task.errors().items()]
     if errors:
-        raise UserError(("data.task", f"of {corpus}: " + "; ".join(errors)))
+        raise UserError("data.task", f"of {corpus}: " + "; ".join(errors))
     return task
 
 

@@ -57,7 +57,7 @@ class Settings:
     def check(self) -> None:
         """Raise all that was found."""
         if self.errors:
-            raise UserError(*self.errors)
+            raise UserError.from_list(self.errors)
 
 
 def parse_counts(settings: Settings, key: str, text: str) -> list[int]:
@@ -199,11 +199,9 @@ def main(argv: Sequence[str]) -> None:
     if kind not in KINDS:
         near = difflib.get_close_matches(kind, KINDS, n=1)
         raise UserError(
-            (
-                f"bench {kind}",
-                f"unknown bench (did you mean {near[0]}?)"
-                if near
-                else f"unknown bench; there are {', '.join(KINDS)}",
-            )
+            f"bench {kind}",
+            f"unknown bench (did you mean {near[0]}?)"
+            if near
+            else f"unknown bench; there are {', '.join(KINDS)}",
         )
     run_bench(kind, rest)

@@ -201,7 +201,7 @@ def main(argv: list[str]) -> None:
     if arguments.minutes <= 0:
         errors.append(("--minutes", f"must be more than 0, not {arguments.minutes:g}"))
     if errors:
-        raise UserError(*errors)
+        raise UserError.from_list(errors)
     summary = run(torch.device(arguments.device), arguments.out, arguments.minutes, arguments.tiny, names)
     if any(section["end"].startswith("failed") for section in summary["sections"].values()):
         raise SystemExit(1)

@@ -244,7 +244,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--sm", type=int, nargs="+", default=[80, 90], help="architectures to compile for")
     arguments = parser.parse_args(argv)
     if triton is None:
-        raise UserError(("kernels", "needs the package triton: pip install triton"))
+        raise UserError("kernels", "needs the package triton: pip install triton")
     rows = []
     print(f"{'kernel':62} sm  regs spills shared  read+written  in flight  instr/elt  issue special")
     for name, launch, architecture in (

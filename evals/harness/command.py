@@ -114,7 +114,7 @@ def _check(arguments: argparse.Namespace) -> None:
         errors.append(("--include-path", f"{arguments.include_path} is no folder"))
     errors += out_errors(arguments.out)
     if errors:
-        raise UserError(*errors)
+        raise UserError.from_list(errors)
 
 
 @functools.cache
@@ -146,7 +146,7 @@ def task_names(manager: Any, text: str) -> list[str]:
     if not names and not errors:
         errors.append(("--tasks", "names no task"))
     if errors:
-        raise UserError(*errors)
+        raise UserError.from_list(errors)
     return names
 
 
@@ -167,7 +167,7 @@ def load_tasks(manager: Any, names: list[str]) -> dict[str, list[Any]]:
             continue
         loaded[name] = [found["groups"][name]] if name in found["groups"] else list(found["tasks"].values())
     if errors:
-        raise UserError(*errors)
+        raise UserError.from_list(errors)
     return loaded
 
 
@@ -348,7 +348,7 @@ def _evaluate(arguments: argparse.Namespace) -> list[str]:
     else:
         tasks, errors = run_on_all_ranks(lm.accelerator, lambda: load_tasks(manager, names))
         if tasks is None or errors:
-            raise UserError(*errors)
+            raise UserError.from_list(errors)
     out = arguments.out or default_out(arguments.model, "lm-eval")
     finished: Results = {}
 
@@ -386,7 +386,7 @@ def main(argv: list[str]) -> None:
         if error.name != "lm_eval":
             raise
         raise UserError(
-            ("eval", "lm-eval is not installed: make setup-eval, or pip install 'minrnn[eval]'")
+            "eval", "lm-eval is not installed: make setup-eval, or pip install 'minrnn[eval]'"
         ) from None
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") != "0" and all(key != "--device" for key, _ in error.errors):

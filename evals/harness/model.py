@@ -136,7 +136,7 @@ class MinRNNLM(TemplateLM):
             return weights_dtype(stored, asked, device)
         dtype, errors = run_on_all_ranks(self.accelerator, lambda: weights_dtype(stored, asked, device))
         if errors or dtype is None:
-            raise UserError(*errors)
+            raise UserError.from_list(errors)
         return broadcast_from_main(self.accelerator, dtype)
 
     @property

@@ -97,7 +97,7 @@ def _cuts(arguments: argparse.Namespace) -> list[int]:
             )
         )
     if errors:
-        raise UserError(*errors)
+        raise UserError.from_list(errors)
     return sorted({int(word) for word in words})
 
 

@@ -148,14 +148,14 @@ def find_document(arguments: argparse.Namespace) -> LongDocument:
         longest, names, num_documents, num_skipped = _longest(records, arguments.document or "")
     except UserError as error:
         options = {"data.corpus": "--corpus", "data.join": "--join", "data.text_field": "--text-field"}
-        raise UserError(*((options.get(key, key), message) for key, message in error.errors)) from None
+        raise UserError.from_list(
+            ((options.get(key, key), message) for key, message in error.errors)
+        ) from None
     if not num_documents:
         raise UserError(
-            (
-                "--corpus",
-                f"{arguments.corpus} holds no documents"
-                + (f" but {num_skipped} broken ones" if num_skipped else ""),
-            )
+            "--corpus",
+            f"{arguments.corpus} holds no documents"
+            + (f" but {num_skipped} broken ones" if num_skipped else ""),
         )
     if num_skipped:
         warn(f"{num_skipped} files or rows of {arguments.corpus} are broken and left out")
@@ -167,7 +167,7 @@ def find_document(arguments: argparse.Namespace) -> LongDocument:
             if near
             else f"there are {', '.join(map(repr, names[:3]))}, ..."
         )
-        raise UserError(("--document", f"no document's name holds {arguments.document!r} ({advice})"))
+        raise UserError("--document", f"no document's name holds {arguments.document!r} ({advice})")
     return LongDocument(arguments.corpus, longest.name, longest.text, num_documents)
 
 
@@ -190,10 +190,8 @@ def tokens_of(document: LongDocument, encoder: Encoder, limit: int | None = None
         tokens = tokens[: limit + 1]
     if len(tokens) <= SHORTEST:
         raise UserError(
-            (
-                "--document",
-                f"{document.name} gives {len(tokens) - 1} tokens; nothing can be said about fewer than {SHORTEST}",
-            )
+            "--document",
+            f"{document.name} gives {len(tokens) - 1} tokens; nothing can be said about fewer than {SHORTEST}",
         )
     return tokens
 

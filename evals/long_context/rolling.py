@@ -120,14 +120,14 @@ def main(argv: Sequence[str]) -> None:
     """
     arguments = _parser().parse_args(argv)
     if errors := documents.argument_errors(arguments, ("bytes",)):
-        raise UserError(*errors)
+        raise UserError.from_list(errors)
     try:
         from ..harness.model import MinRNNLM
     except ModuleNotFoundError as error:
         if error.name != "lm_eval":
             raise
         raise UserError(
-            ("rolling", "lm-eval is not installed: make setup-eval, or pip install 'minrnn[eval]'")
+            "rolling", "lm-eval is not installed: make setup-eval, or pip install 'minrnn[eval]'"
         ) from None
     model, tokenizer = documents.load_model(arguments)
     document = documents.find_document(arguments)

@@ -59,10 +59,8 @@ def _own_results() -> list[Path]:
     """minrnn's own results, which a checkout has and a wheel has not."""
     if not RESULTS.is_dir():
         raise UserError(
-            (
-                "PATH",
-                "this installation holds no results of minrnn's own; name results files or folders of runs",
-            )
+            "PATH",
+            "this installation holds no results of minrnn's own; name results files or folders of runs",
         )
     return [RESULTS]
 
@@ -227,17 +225,17 @@ def main(argv: list[str]) -> None:
     for module, package in (("markdown_it", "markdown-it-py"), ("scipy", "scipy")):
         if importlib.util.find_spec(module) is None:
             raise UserError(
-                ("report", f"{package} is not installed: make setup-eval, or pip install 'minrnn[eval]'")
+                "report", f"{package} is not installed: make setup-eval, or pip install 'minrnn[eval]'"
             )
     if out.exists() and not out.is_dir():
-        raise UserError(("--out", f"{out} is a file; name a folder"))
+        raise UserError("--out", f"{out} is a file; name a folder")
     sources, unreadable = gather(arguments.paths or _own_results(), check)
     for path, why in unreadable:
         warn(f"{path} {why}")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(("--out", f"cannot make {out} ({error.strerror})")) from None
+        raise UserError("--out", f"cannot make {out} ({error.strerror})") from None
     markdown, num_missing = make(sources, unreadable, out)
     replace(out / "report.md", markdown)
     replace(out / "report.html", to_html(markdown, TITLE, out))

@@ -166,10 +166,7 @@ def read_run(run: Path) -> tuple[dict[str, dict[str, Any]], Seed]:
     """
     if not is_run(run):
         raise UserError(
-            (
-                str(run),
-                "is no run: config.yaml or metrics.jsonl is missing; name the folder that run.dir said",
-            )
+            str(run), "is no run: config.yaml or metrics.jsonl is missing; name the folder that run.dir said"
         )
     try:
         values = yaml.safe_load((run / "config.yaml").read_text())
@@ -185,7 +182,7 @@ def read_run(run: Path) -> tuple[dict[str, dict[str, Any]], Seed]:
         told = (
             f"config.yaml is not what a run writes ({type(error).__name__}: {' '.join(str(error).split())})"
         )
-        raise UserError((str(run), told)) from None
+        raise UserError(str(run), told) from None
     try:
         lines = [
             line
@@ -205,10 +202,10 @@ def read_run(run: Path) -> tuple[dict[str, dict[str, Any]], Seed]:
         )
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         told = f"metrics.jsonl is not what a run writes ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
-        raise UserError((str(run), told)) from None
+        raise UserError(str(run), told) from None
     if reached is None:
         raise UserError(
-            (str(run), "metrics.jsonl holds no step yet; wait for the first, or leave this run out")
+            str(run), "metrics.jsonl holds no step yet; wait for the first, or leave this run out"
         )
     return config, reached
 
@@ -272,7 +269,7 @@ def entries_of(runs: Sequence[Path]) -> list[Entry]:
             )
         entry.seeds.append(seed)
     if errors:
-        raise UserError(*errors)
+        raise UserError.from_list(errors)
     for entry in entries.values():
         entry.seeds.sort(key=lambda seed: seed.seed)
     return list(entries.values())
@@ -289,13 +286,13 @@ def check_corpora(name: str, entries: Sequence[Entry], key: str) -> None:
         return
     if experiment.metric in (None, "lm_eval"):
         told = "lm-eval's files are read as they are" if experiment.metric else "it is for reference only"
-        raise UserError((key, f"{name} takes no runs ({told}); choose another name"))
+        raise UserError(key, f"{name} takes no runs ({told}); choose another name")
     wrong = [(entry, entry.config["data"]["corpus"]) for entry in entries if experiment.corpora]
     wrong = [(entry.seeds[0].run, corpus) for entry, corpus in wrong if corpus not in experiment.corpora]
     if wrong:
         wanted = " or ".join(experiment.corpora)
-        raise UserError(
-            *(
+        raise UserError.from_list(
+            (
                 (key, f"{name} is about {wanted}, but {run} has {corpus}; choose another name")
                 for run, corpus in wrong
             )
@@ -353,7 +350,7 @@ def main(argv: list[str]) -> None:
     names = [Path(run).name if run.is_absolute() else str(run) for run in arguments.runs]
     command = shlex.join(["minrnn", "results", *names, "--as", arguments.name])
     if out.suffix != ".json":
-        raise UserError(("--out", f"{out} must end in .json"))
+        raise UserError("--out", f"{out} must end in .json")
     results = collect(arguments.runs, arguments.name, command)
     if arguments.name not in published().experiments:
         near = difflib.get_close_matches(arguments.name, published().experiments, n=1, cutoff=0.75)

@@ -208,7 +208,7 @@ def gather(
             else:
                 unreadable.append((path, told))
     if errors:
-        raise UserError(*errors)
+        raise UserError.from_list(errors)
     _name(sources)
     return sources, unreadable
 

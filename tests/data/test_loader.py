@@ -252,7 +252,7 @@ def test_a_library_that_prints_does_not_disturb_the_stream(
 
 
 def test_user_errors_are_pickled_whole():
-    error = UserError(("data.corpus", "one"), ("batch.lanes", "two"))
+    error = UserError.from_list([("data.corpus", "one"), ("batch.lanes", "two")])
     again = pickle.loads(pickle.dumps(error))
     assert type(again) is UserError
     assert again.errors == error.errors

@@ -69,7 +69,7 @@ def test_without_an_elastic_launcher_nothing_is_noted(monkeypatch, file: str | N
     monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
     if file is not None:
         monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", file)
-    note_error(UserError(("run.dir", "is wrong")), 2)
+    note_error(UserError("run.dir", "is wrong"), 2)
     leave_if_final()
 
 
