@@ -9,7 +9,6 @@ shard and an optional hint that makes finding it faster (a byte offset, the stat
 are JSON.
 """
 
-import difflib
 import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..common.errors import UserError
+from ..common.names import did_you_mean, nearest_names
 from .files import (
     HEAD_BYTES,
     binary_file_error,
@@ -148,10 +148,8 @@ def skip_or_raise(skip: bool, error: UserError, name: str, index: int) -> Docume
 
 def missing_join_column_error(column: str, columns: Collection[str], name: str) -> UserError:
     """The error for rows without the column that they are to be joined by."""
-    near = difflib.get_close_matches(column, columns, n=3)
-    advice = (
-        f"did you mean {' or '.join(map(repr, near))}?" if near else f"it has {', '.join(map(repr, columns))}"
-    )
+    suggested = map(repr, nearest_names(column, columns, count=3))
+    advice = did_you_mean(suggested, otherwise=f"it has {', '.join(map(repr, columns))}")
     return UserError("data.join", f"{name} has no column {column!r} ({advice})")
 
 

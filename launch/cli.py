@@ -1,13 +1,13 @@
 """The `minrnn` command."""
 
 import argparse
-import difflib
 import importlib
 import sys
 from types import ModuleType
 
 from ..common.errors import StorageError, UserError
 from ..common.files import user_path
+from ..common.names import did_you_mean, nearest_names
 from ..common.output import conventional_exit
 from ..pipeline.options import add_trust
 
@@ -124,11 +124,9 @@ def _dispatch(argv: list[str]) -> None:
         elif command in MODULES:
             _command_module(command).main(rest)
         else:
-            near = difflib.get_close_matches(command, ("train", "export", *MODULES), n=1)
-            raise UserError(
-                command,
-                "unknown command" + (f" (did you mean {near[0]}?)" if near else "; minrnn --help lists them"),
-            )
+            near = nearest_names(command, ("train", "export", *MODULES))
+            hint = did_you_mean(near, otherwise="minrnn --help lists them")
+            raise UserError(command, f"unknown command ({hint})")
     except UserError as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import difflib
 import json
 from importlib import resources
 from pathlib import Path
@@ -14,6 +13,7 @@ from pydantic import ValidationError
 
 from ..common.errors import UserError
 from ..common.files import user_path
+from ..common.names import did_you_mean, nearest_names
 from .config import SECTIONS, Recipe, docstring_of
 from .public import config_without_credentials
 
@@ -142,12 +142,11 @@ def _is_option(word: str) -> bool:
 def _unknown(key: str) -> tuple[str, str]:
     """The problem of an unknown key, with the nearest known one."""
     known = _known_keys()
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    near = nearest_names(key, known)
     if not near:  # the field may be right and the section wrong
         near = [other for other in known if other.split(".")[1] == key.rsplit(".", 1)[-1]][:1]
-    return key, "unknown key" + (
-        f" (did you mean {near[0]}?)" if near else f" (sections: {', '.join(SECTIONS)})"
-    )
+    hint = did_you_mean(near, otherwise=f"sections: {', '.join(SECTIONS)}")
+    return key, f"unknown key ({hint})"
 
 
 def _message(error: Any) -> str:
@@ -176,10 +175,8 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
     errors: dict[str, str] = {}
     sections = {}
     for section in values.keys() - SECTIONS.keys():
-        near = difflib.get_close_matches(section, SECTIONS, n=1)
-        errors[section] = "unknown section" + (
-            f" (did you mean {near[0]}?)" if near else f" (there are {', '.join(SECTIONS)})"
-        )
+        hint = did_you_mean(nearest_names(section, SECTIONS), otherwise=f"there are {', '.join(SECTIONS)}")
+        errors[section] = f"unknown section ({hint})"
     for section, cls in SECTIONS.items():
         given = values.get(section)
         try:

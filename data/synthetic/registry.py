@@ -1,10 +1,10 @@
 """Builds a task from `data.corpus: synthetic/NAME` and the options in `data.task`."""
 
-import difflib
 from collections.abc import Mapping
 from typing import Any, get_type_hints
 
 from ...common.errors import UserError
+from ...common.names import did_you_mean, nearest_names
 from .formal import (
     BucketSort5,
     BucketSort10,
@@ -42,9 +42,8 @@ def is_synthetic(corpus: str) -> bool:
     return corpus.startswith(PREFIX)
 
 
-def _near(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
-    return f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
+def _suggestion(name: str, known: list[str]) -> str:
+    return did_you_mean(nearest_names(name, known, count=2), otherwise=f"there are {', '.join(known)}")
 
 
 def _checked(task: type[Task], options: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -56,7 +55,7 @@ def _checked(task: type[Task], options: Mapping[str, Any]) -> tuple[dict[str, An
     values, errors = {}, []
     for name, value in options.items():
         if name not in types:
-            errors.append(f"unknown option {name} ({_near(name, list(types))})")
+            errors.append(f"unknown option {name} ({_suggestion(name, list(types))})")
             continue
         adapter = TypeAdapter(types[name], config=ConfigDict(allow_inf_nan=False))
         try:
@@ -76,7 +75,7 @@ def build_task(corpus: str, options: Mapping[str, Any] | None = None) -> Task:
     """
     name = corpus.removeprefix(PREFIX)
     if not is_synthetic(corpus) or name not in TASKS:
-        raise UserError("data.corpus", f"there is no task {corpus} ({_near(name, list(TASKS))})")
+        raise UserError("data.corpus", f"there is no task {corpus} ({_suggestion(name, list(TASKS))})")
     values, errors = _checked(TASKS[name], options or {})
     task = TASKS[name](**values)
     errors += [f"{option}: {problem}" for option, problem in task.errors().items()]

@@ -5,7 +5,6 @@ in `Settings` and told at once, a line each.
 """
 
 import argparse
-import difflib
 import importlib
 import math
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from ...common.errors import UserError
 from ...common.files import user_path
+from ...common.names import did_you_mean, nearest_names
 from ...pipeline.options import add_device
 
 KINDS = {
@@ -49,8 +49,8 @@ class Settings:
         chosen = tuple(word.strip() for word in text.split(",") if word.strip())
         for word in chosen:
             if word not in allowed:
-                near = difflib.get_close_matches(word, allowed, n=1, cutoff=0.4)
-                hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(allowed)}, all, none"
+                known = f"there are {', '.join(allowed)}, all, none"
+                hint = did_you_mean(nearest_names(word, allowed), otherwise=known)
                 self.errors.append((key, f"there is no {word!r} ({hint})"))
         return chosen
 
@@ -197,11 +197,6 @@ def main(argv: Sequence[str]) -> None:
         return
     kind, *rest = argv
     if kind not in KINDS:
-        near = difflib.get_close_matches(kind, KINDS, n=1)
-        raise UserError(
-            f"bench {kind}",
-            f"unknown bench (did you mean {near[0]}?)"
-            if near
-            else f"unknown bench; there are {', '.join(KINDS)}",
-        )
+        hint = did_you_mean(nearest_names(kind, KINDS), otherwise=f"there are {', '.join(KINDS)}")
+        raise UserError(f"bench {kind}", f"unknown bench ({hint})")
     run_bench(kind, rest)

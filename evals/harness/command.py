@@ -4,7 +4,6 @@ names -> tasks, data loaded -> for each: simple_evaluate -> merged into one file
 """
 
 import argparse
-import difflib
 import functools
 import json
 import logging
@@ -18,6 +17,7 @@ from typing import Any
 
 from ...common.errors import UserError
 from ...common.files import replace, user_path
+from ...common.names import did_you_mean, nearest_names
 from ...common.output import warn
 from ...pipeline.options import add_device, add_dtype, add_trust
 from ...pipeline.processes import run_on_all_ranks
@@ -136,13 +136,9 @@ def task_names(manager: Any, text: str) -> list[str]:
         matches = manager.match_tasks([word])
         names += [name for name in matches if name not in names]
         if not matches:
-            near = ", ".join(difflib.get_close_matches(word, manager.all_tasks, n=3))
-            errors.append(
-                (
-                    "--tasks",
-                    f"there is no {word!r} ({f'did you mean {near}?' if near else 'lm_eval ls tasks lists all'})",
-                )
-            )
+            near = nearest_names(word, manager.all_tasks, count=3)
+            hint = did_you_mean(near, otherwise="lm_eval ls tasks lists all")
+            errors.append(("--tasks", f"there is no {word!r} ({hint})"))
     if not names and not errors:
         errors.append(("--tasks", "names no task"))
     if errors:

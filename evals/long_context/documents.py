@@ -1,7 +1,6 @@
 """One long document and a model: what `minrnn long-context` and `rolling` begin with, and what they write down of both."""
 
 import argparse
-import difflib
 import itertools
 import os
 import time
@@ -14,6 +13,7 @@ import torch
 
 from ...common.errors import UserError
 from ...common.files import user_path
+from ...common.names import did_you_mean, nearest_names
 from ...common.output import warn
 from ...data import BYTES, CorpusSpec, Encoder, byte_tokenizer, fingerprint, open_source
 from ...data.corpus import PYTHON_STDLIB
@@ -161,12 +161,9 @@ def find_document(arguments: argparse.Namespace) -> LongDocument:
         warn(f"{num_skipped} files or rows of {arguments.corpus} are broken and left out")
     if longest is None or longest.text is None:
         short = {name.split(" (")[0].rstrip("/"): name for name in names}
-        near = [short[name] for name in difflib.get_close_matches(arguments.document, short, n=3, cutoff=0.4)]
-        advice = (
-            f"did you mean {' or '.join(map(repr, near))}?"
-            if near
-            else f"there are {', '.join(map(repr, names[:3]))}, ..."
-        )
+        near = [short[name] for name in nearest_names(arguments.document, short, count=3)]
+        known = f"there are {', '.join(map(repr, names[:3]))}, ..."
+        advice = did_you_mean(map(repr, near), otherwise=known)
         raise UserError("--document", f"no document's name holds {arguments.document!r} ({advice})")
     return LongDocument(arguments.corpus, longest.name, longest.text, num_documents)
 

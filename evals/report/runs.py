@@ -6,7 +6,6 @@ A run may be finished, stopped, or still going: what its metrics hold counts, an
 """
 
 import argparse
-import difflib
 import json
 import math
 import shlex
@@ -22,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from ...common.errors import UserError
 from ...common.files import replace, user_path
+from ...common.names import did_you_mean, nearest_names
 from ...common.output import warn
 from ...pipeline.config import SECTIONS
 from ...pipeline.metrics import read_metrics
@@ -353,8 +353,8 @@ def main(argv: list[str]) -> None:
         raise UserError("--out", f"{out} must end in .json")
     results = collect(arguments.runs, arguments.name, command)
     if arguments.name not in published().experiments:
-        near = difflib.get_close_matches(arguments.name, published().experiments, n=1, cutoff=0.75)
-        hint = f" (did you mean {near[0]}?)" if near else ""
+        near = nearest_names(arguments.name, published().experiments, cutoff=0.75)
+        hint = f" ({did_you_mean(near)})" if near else ""
         warn(f"--as: nothing is published as {arguments.name}{hint}; the report will show it by itself")
     out.parent.mkdir(parents=True, exist_ok=True)
     replace(out, json.dumps(results.model_dump(), indent=1) + "\n")
