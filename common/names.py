@@ -1,0 +1,15 @@
+"""Suggestions for a name that is not known."""
+
+import difflib
+from collections.abc import Iterable
+
+
+def nearest_names(name: str, known: Iterable[str], count: int = 1, cutoff: float = 0.5) -> list[str]:
+    """The known names most similar to `name`, best first: at most `count`, of similarity `cutoff` (0 to 1) or more."""
+    return difflib.get_close_matches(name, list(known), n=count, cutoff=cutoff)
+
+
+def did_you_mean(names: Iterable[str], otherwise: str = "") -> str:
+    """`did you mean A or B?`, or `otherwise` if there are no names."""
+    suggested = " or ".join(names)
+    return f"did you mean {suggested}?" if suggested else otherwise
