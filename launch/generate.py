@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from ..common.checks import option_minimum_errors
 from ..common.errors import UserError
 from ..common.files import user_path
 from ..data.prompts import TextStream, prompt_tokens, read_prompt
@@ -58,11 +59,7 @@ def main(argv: list[str]) -> None:
         errors.append(("--temperature", f"must be 0 or more, not {arguments.temperature}"))
     if not 0 < arguments.top_p <= 1:
         errors.append(("--top-p", f"must be in (0, 1], not {arguments.top_p}"))
-    errors += [
-        (f"--{name.replace('_', '-')}", "must be at least 1")
-        for name in ("max_new_tokens", "prefill")
-        if getattr(arguments, name) < 1
-    ]
+    errors += option_minimum_errors(arguments, max_new_tokens=1, prefill=1)
     prompt = arguments.prompt
     try:
         if arguments.prompt_file is not None:

@@ -21,6 +21,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..common.checks import option_minimum_errors
 from ..common.errors import UserError
 from ..pipeline.config import Recipe
 
@@ -369,11 +370,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    errors = []
-    for name in ("processes", "vocab_size"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            errors.append((f"--{name.replace('_', '-')}", f"must be at least 1, not {value}"))
+    errors = option_minimum_errors(arguments, processes=1, vocab_size=1)
     for name, most in (("tflops", math.inf), ("fraction", 1.0)):
         value = getattr(arguments, name)
         if value is not None and not (0 < value <= most and math.isfinite(value)):

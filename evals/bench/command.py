@@ -6,10 +6,10 @@ in `Settings` and told at once, a line each.
 
 import argparse
 import importlib
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from ...common.checks import minimum_errors
 from ...common.errors import UserError
 from ...common.files import user_path
 from ...common.names import did_you_mean, nearest_names
@@ -39,8 +39,7 @@ class Settings:
 
     def at_least(self, key: str, value: float, least: float) -> None:
         """`value` is a number of things, or of seconds."""
-        if not least <= value < math.inf:  # JSON has no infinity
-            self.errors.append((key, f"must be a number of at least {least:g}, not {value:g}"))
+        self.errors += minimum_errors(key, value, least)
 
     def choices(self, key: str, text: str, allowed: Sequence[str]) -> tuple[str, ...]:
         """Names separated by commas; `all` and `none` for all and none of those allowed."""

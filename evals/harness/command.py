@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from ...common.checks import option_minimum_errors
 from ...common.errors import UserError
 from ...common.files import replace, user_path
 from ...common.names import did_you_mean, nearest_names
@@ -99,11 +100,9 @@ def _batch_size(text: str) -> int | str:
 
 def _check(arguments: argparse.Namespace) -> None:
     """Raise all that is wrong with the arguments by themselves."""
-    errors = []
-    for name, least in (("num_fewshot", 0), ("rolling_window", 1), ("batch_size", 1), ("bootstrap_iters", 0)):
-        value = getattr(arguments, name)
-        if isinstance(value, int) and value < least:
-            errors.append((f"--{name.replace('_', '-')}", f"must be at least {least}, not {value}"))
+    errors = option_minimum_errors(arguments, num_fewshot=0, rolling_window=1, bootstrap_iters=0)
+    if isinstance(arguments.batch_size, int):
+        errors += option_minimum_errors(arguments, batch_size=1)
     if arguments.limit is not None and (
         arguments.limit <= 0 or (arguments.limit > 1 and arguments.limit != int(arguments.limit))
     ):

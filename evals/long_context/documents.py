@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...common.checks import option_minimum_errors
 from ...common.errors import UserError
 from ...common.files import user_path
 from ...common.names import did_you_mean, nearest_names
@@ -101,11 +102,8 @@ def make_parser(command: str, description: str, examples: str) -> argparse.Argum
 
 def argument_errors(arguments: argparse.Namespace, counts: Sequence[str]) -> list[tuple[str, str]]:
     """What is wrong with arguments that both commands have, and with these counts."""
-    named = [(f"--{name.replace('_', '-')}", getattr(arguments, name)) for name in ("piece", *counts)]
-    errors = [
-        (key, f"must be at least 1, not {value}") for key, value in named if value is not None and value < 1
-    ]
-    return errors + out_errors(arguments.out)
+    minimums = dict.fromkeys(("piece", *counts), 1)
+    return option_minimum_errors(arguments, **minimums) + out_errors(arguments.out)
 
 
 def _open(arguments: argparse.Namespace) -> Source:
