@@ -198,6 +198,11 @@ class BatchSection(Section):
     carry_state: bool = True
     """Hand the state from one chunk to the next (reset at documents)."""
 
+    @property
+    def tokens_per_step(self) -> int:
+        """Of all processes."""
+        return self.readers * self.lanes * self.chunk
+
 
 class OptimSection(Section):
     """AdamW; no decay on gates, norms, biases, convolutions and embeddings."""

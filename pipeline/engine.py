@@ -58,6 +58,7 @@ class Engine:
         self, recipe: Recipe, accelerator: Accelerator, model: MinRNNForCausalLM, saved: Path | None
     ):
         self.accelerator, self.module, self.clip = accelerator, model, recipe.optim.clip or math.inf
+        self.num_parameters = model.num_parameters()
         nn.Module.to(model, accelerator.device)
         optimizer = build_optimizer(model, recipe.optim)
         if saved is not None:
@@ -121,6 +122,7 @@ class DeepSpeedEngine(Engine):
         self, recipe: Recipe, accelerator: Accelerator, model: MinRNNForCausalLM, saved: Path | None
     ):
         self.accelerator, self.module, self.clip = accelerator, model, recipe.optim.clip or math.inf
+        self.num_parameters = model.num_parameters()
         config = cast(Any, accelerator.state.deepspeed_plugin).deepspeed_config
         self.stage = int(config.get("zero_optimization", {}).get("stage", 0))
         self.name, self.in_lockstep = f"ZeRO-{self.stage}", self.stage == 3

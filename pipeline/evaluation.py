@@ -82,7 +82,7 @@ def validate(
     carry_state: bool,
     layout: ProcessLayout | None = None,
     in_lockstep: bool = False,
-    moved: Callable[[], None] = lambda: None,
+    after_chunk: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Mean loss in nats per token and bits per byte over all documents of all processes' sets, and their tokens.
 
@@ -91,11 +91,11 @@ def validate(
     Args:
         layout: where processes share sequences.
         in_lockstep: a forward pass needs all processes, so those that have read all their documents go on in vain until all have.
-        moved: called after each chunk.
+        after_chunk: called after each chunk.
     """
     layout = layout or ProcessLayout()
     if examples := [part for part in sets if isinstance(part, TaskValidation)]:
-        return _validate_task(model, examples, accelerator, layout, moved)
+        return _validate_task(model, examples, accelerator, layout, after_chunk)
     texts = [part for part in sets if isinstance(part, ValidationSet)]
     model.eval()
     nats, tokens = 0.0, 0
@@ -117,13 +117,13 @@ def validate(
             cache = output.past_key_values
             nats += float(output.loss)
             tokens += piece.num_scored
-            moved()
+            after_chunk()
     if in_lockstep:
         num_chunks = sum(1 for part in texts for _ in part.chunks())
         empty = torch.zeros(1, 64, dtype=torch.long, device=accelerator.device)
         for _ in range(all_reduce_max(accelerator, num_chunks) - num_chunks):
             model(input_ids=empty, shift_labels=empty, skip_logits=True, num_items_in_batch=1)
-            moved()
+            after_chunk()
     model.train()
     num_bytes = sum(part.num_bytes for part in texts) / layout.context
     nats, tokens, num_bytes = all_reduce_sum(accelerator, [nats, tokens, num_bytes])
@@ -139,7 +139,7 @@ def _validate_task(
     sets: list[TaskValidation],
     accelerator: Accelerator,
     layout: ProcessLayout,
-    moved: Callable[[], None],
+    after_chunk: Callable[[], None],
 ) -> dict[str, Any]:
     """Processes have equally many chunks, so those whose forward passes need each other stay together."""
     task, lengths = sets[0].task, sets[0].lengths
@@ -148,7 +148,7 @@ def _validate_task(
     for part in sets:
         for length, chunk in part.chunks():
             sums[lengths.index(length)] += _score(model, layout.piece(chunk), accelerator)
-            moved()
+            after_chunk()
     model.train()
     sums = np.reshape(all_reduce_sum(accelerator, sums.ravel().tolist()), sums.shape)
     accuracies = dict(zip(lengths, (sums[:, 0] / sums[:, 1]).tolist(), strict=True))

@@ -34,12 +34,14 @@ class Forecast:
         self._is_said = True
         seconds_per_step = (self._clock() - start) / (run.step - first)
         batch = run.recipe.batch
-        positions = sum(part.num_positions for part in run.validation) / (
-            max(len(run.readers), 1) * batch.lanes * batch.chunk
+        positions = sum(part.num_positions for part in run.data.validation) / (
+            max(len(run.data.readers), 1) * batch.lanes * batch.chunk
         )
         steps, validations = run.recipe.train.steps - run.step, validations_left(run.recipe, run.step)
         seconds = seconds_per_step * (steps + validations * positions * FORWARD_SHARE)
-        run.say(f"step {run.step}: {in_words(seconds)} to go ({steps} steps, validation {validations} times)")
+        run.report(
+            f"step {run.step}: {in_words(seconds)} to go ({steps} steps, validation {validations} times)"
+        )
 
 
 def validations_left(recipe: Recipe, step: int) -> int:

@@ -22,7 +22,8 @@ from ...pipeline.folder import open_folder
 from ...pipeline.interrupt import Interrupt
 from ...pipeline.machine import keep_freed_memory
 from ...pipeline.recipe import read_recipe
-from ...pipeline.run import Run, collective_timeout, set_up
+from ...pipeline.run import Run
+from ...pipeline.set_up import collective_timeout, set_up
 from ...pipeline.watchdog import Watchdog
 from ..memory import peak_memory
 from .worker import contest
@@ -75,8 +76,8 @@ class LoopWork:
             open_folder(recipe, accelerator),
             Watchdog.of(accelerator, recipe.train.peer_timeout),
         )
-        self.batch = next(iter(self.run.loader))
-        self.info = {"parameters": self.run.num_parameters, "steps": self.steps}
+        self.batch = next(iter(self.run.data.loader))
+        self.info = {"parameters": self.run.engine.num_parameters, "steps": self.steps}
         self._bare_steps(5)
 
     def turn(self) -> dict[str, float]:

@@ -19,7 +19,7 @@ from ...data import Encoder, load_tokenizer
 from ...models import MinRNNForCausalLM
 from ...pipeline.evaluation import validate, validation_sets
 from ...pipeline.recipe import build_recipe
-from ...pipeline.run import corpus_of
+from ...pipeline.set_up import corpus_spec
 from ..output import RESULTS
 from ..record import commit, machine, versions
 from ..report.runs import training_seconds
@@ -40,7 +40,7 @@ def measured(run: Path) -> dict:
     values["data"]["validation_tokens"] = None
     recipe = build_recipe(values)
     encoder = Encoder.from_tokenizer(load_tokenizer(recipe.data.tokenizer), recipe.data.tokenizer)
-    sets = validation_sets(recipe, corpus_of(recipe), encoder, range(recipe.batch.readers))
+    sets = validation_sets(recipe, corpus_spec(recipe), encoder, range(recipe.batch.readers))
     return {
         "command": "make train && .venv/bin/minrnn figures quickstart",
         "commit": commit(),

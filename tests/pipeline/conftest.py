@@ -110,14 +110,14 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def before_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], object]) -> None:
     """Do something when a training comes to a step."""
-    original = loop._one_step
+    original = loop.take_step
 
     def one_step(run: loop.Run, number: int, *arguments):
         if number == step:
             act()
         return original(run, number, *arguments)
 
-    monkeypatch.setattr(loop, "_one_step", one_step)
+    monkeypatch.setattr(loop, "take_step", one_step)
 
 
 def stop_at_step_7(

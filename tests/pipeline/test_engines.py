@@ -202,12 +202,12 @@ def test_an_elastic_launcher_survives_a_kill_and_a_hanging_peer(
 NAN_IN_ONE = """
 import sys, os, torch
 from minrnn.pipeline import loop
-original = loop._one_step
+original = loop.take_step
 def one_step(run, step, batch, num_scored):
     if step == 5 and os.environ["RANK"] == "1":
-        run.readers[batch[0].reader].cache.layers[0].recurrent.fill_(float("nan"))
+        run.data.readers[batch[0].reader].cache.layers[0].recurrent.fill_(float("nan"))
     return original(run, step, batch, num_scored)
-loop._one_step = one_step
+loop.take_step = one_step
 from minrnn.pipeline.train import main
 main(sys.argv[1:])
 """

@@ -18,8 +18,9 @@ class Steps:
 
     def __init__(self, values: Values, num_positions: int):
         self.recipe, self.step, self.now, self.lines = build_recipe(values), 0, 0.0, []
-        self.readers, self.validation = {0: None}, [SimpleNamespace(num_positions=num_positions)]
-        self.say: Callable[[str], Any] = self.lines.append
+        validation = [SimpleNamespace(num_positions=num_positions)]
+        self.data = SimpleNamespace(readers={0: None}, validation=validation)
+        self.report: Callable[[str], Any] = self.lines.append
 
     def take(self, count: int, log_every: int) -> list[str]:
         forecast = Forecast(lambda: self.now)

@@ -60,19 +60,19 @@ def test_a_checkpoint_does_not_count_before_its_lines(
     values: Values, run_recipe: Run, monkeypatch: pytest.MonkeyPatch, capfd
 ):
     """The disk takes checkpoints but no lines from step 3 to 6: no checkpoint of step 4; then all lines are there."""
-    original = loop._one_step
+    original = loop.take_step
 
     def one_step(run, step, *arguments):
         result = original(run, step, *arguments)
         if step == 3:
             refuse_lines(monkeypatch)
         if step == 7:
-            run.saver.join()
+            run.output.saver.join()
             assert not checkpoint.steps_in(run.folder.path / "checkpoints")
             monkeypatch.undo()
         return result
 
-    monkeypatch.setattr(loop, "_one_step", one_step)
+    monkeypatch.setattr(loop, "take_step", one_step)
     folder = run_recipe(values)
     assert "takes no more lines (No space left on device)" in capfd.readouterr().err
     assert [step for step, _ in losses(folder)] == list(range(1, 13))

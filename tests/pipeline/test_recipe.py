@@ -22,7 +22,7 @@ from minrnn.pipeline.recipe import (
     resolved,
     settled,
 )
-from minrnn.pipeline.run import corpus_of
+from minrnn.pipeline.set_up import corpus_spec
 
 
 def errors(argv: list[str]) -> list[str]:
@@ -213,7 +213,7 @@ def test_a_setting_is_not_the_value_of_another():
 
 def test_what_is_joined():
     assert build_recipe({"data": {"join": "package"}}).data.join == "package"
-    assert corpus_of(build_recipe({"data": {"join": "book_id"}})).join == "book_id"
+    assert corpus_spec(build_recipe({"data": {"join": "book_id"}})).join == "book_id"
     (told,) = errors(["--data.join", "folder", "--data.order", "windows"])
     assert told.startswith("error: data.join: is for data.order documents")
 
@@ -360,7 +360,7 @@ def test_the_environment_says_where_to_track_if_the_recipe_does_not(
 
 def test_a_corpus_is_read_without_what_the_run_writes_beside_it(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    excluded = corpus_of(
+    excluded = corpus_spec(
         read_recipe(["--run.dir", "runs/x", "--tracking.uri", "sqlite:///db/mlflow.db?timeout=9"])
     ).excluded
     expected = {

@@ -22,7 +22,7 @@ Run = Callable[[Values], Path]
 
 
 def crash_at(monkeypatch: pytest.MonkeyPatch, step: int, how: Callable[[], object]) -> None:
-    original = loop._one_step
+    original = loop.take_step
 
     def one_step(run: loop.Run, number: int, *arguments):
         result = original(run, number, *arguments)
@@ -30,7 +30,7 @@ def crash_at(monkeypatch: pytest.MonkeyPatch, step: int, how: Callable[[], objec
             how()
         return result
 
-    monkeypatch.setattr(loop, "_one_step", one_step)
+    monkeypatch.setattr(loop, "take_step", one_step)
 
 
 def crash() -> None:
@@ -143,10 +143,10 @@ def test_a_step_is_saved_before_its_validation_can_fail(
     values["train"]["save_every"] = 6
     original = loop.validate
 
-    def fail(*arguments):
+    def fail(*arguments, **options):
         if (Path(values["run"]["dir"]) / "metrics.jsonl").read_text().count("train") == step:
             raise RuntimeError("no memory for this")
-        return original(*arguments)
+        return original(*arguments, **options)
 
     with monkeypatch.context() as patched:
         patched.setattr(loop, "validate", fail)

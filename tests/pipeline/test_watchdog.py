@@ -102,10 +102,10 @@ def test_who_holds_the_store_is_named_when_it_is_stopped_and_who_never_came(
 
 HANGS_IN_SET_UP = """
 import os, sys, time
-from minrnn.pipeline import run, watchdog
+from minrnn.pipeline import set_up, watchdog
 watchdog.SET_UP_SECONDS = 2.0
 if os.environ["RANK"] == "1":
-    run._open = lambda *_: time.sleep(600)
+    set_up._open = lambda *_: time.sleep(600)
 from minrnn.pipeline.train import main
 main(sys.argv[1:])
 """
@@ -138,7 +138,7 @@ def test_a_process_that_hangs_in_the_set_up_is_named(values: Values, tmp_path: P
 
 def spoil(monkeypatch: pytest.MonkeyPatch, steps: dict[int, float]) -> None:
     """What these steps' losses are multiplied by."""
-    original = loop._one_step
+    original = loop.take_step
 
     def one_step(run: loop.Run, step: int, *arguments):
         forward = run.engine.forward
@@ -152,7 +152,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, steps: dict[int, float]) -> None:
             patched.setattr(run.engine, "forward", spoilt)
             return original(run, step, *arguments)
 
-    monkeypatch.setattr(loop, "_one_step", one_step)
+    monkeypatch.setattr(loop, "take_step", one_step)
 
 
 def test_spikes_are_left_out_and_the_memory_of_them_survives_a_resume(
@@ -162,14 +162,14 @@ def test_spikes_are_left_out_and_the_memory_of_them_survives_a_resume(
     spoil(monkeypatch, {5: float("nan"), 15: 100.0, 20: float("inf")})
     whole = run_recipe({**values, "run": {"dir": str(tmp_path / "whole")}})
     with monkeypatch.context() as patched:
-        inner = loop._one_step
+        inner = loop.take_step
 
         def stop_after_12(run, step, *arguments):
             if step == 14:
                 raise KeyboardInterrupt
             return inner(run, step, *arguments)
 
-        patched.setattr(loop, "_one_step", stop_after_12)
+        patched.setattr(loop, "take_step", stop_after_12)
         with pytest.raises(KeyboardInterrupt):
             run_recipe(values)
     resumed = run_recipe(values)
@@ -196,14 +196,14 @@ def test_the_count_of_batches_left_out_in_a_row_survives_a_resume(
     values["train"] |= {"steps": 24, "save_every": 12, "eval_every": None, "skip_spikes": 3.0, "max_skips": 2}
     spoil(monkeypatch, dict.fromkeys((11, 12, 13), float("nan")))
     with monkeypatch.context() as patched:
-        inner = loop._one_step
+        inner = loop.take_step
 
         def stop_after_12(run, step, *arguments):
             if step == 13:
                 raise KeyboardInterrupt
             return inner(run, step, *arguments)
 
-        patched.setattr(loop, "_one_step", stop_after_12)
+        patched.setattr(loop, "take_step", stop_after_12)
         with pytest.raises(KeyboardInterrupt):
             run_recipe(values)
     with pytest.raises(NonFiniteError, match=r"step 13: loss nan; 2 batches in a row were left out before"):

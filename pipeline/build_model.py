@@ -1,0 +1,85 @@
+"""The model that a run trains: with a checkpoint's weights, an export's, or new ones."""
+
+import torch
+from torch import nn
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from ..common.errors import UserError
+from ..common.output import warn
+from ..models import MinRNNConfig, MinRNNForCausalLM
+from ..models.dtypes import DTYPES
+from ..models.recompute import checkpointing_options
+from . import checkpoint
+from .config import Recipe
+from .folder import RunFolder
+from .machine import compile_problem
+
+SHAPE_FIELDS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "vocab_size",
+    "cell",
+    "expansion_factor",
+    "output_gate",
+    "conv_kernel",
+    "intermediate_size",
+    "gated_mlp",
+    "candidate_activation",
+    "hidden_act",
+    "rms_norm_eps",
+)
+
+
+def build_model(
+    recipe: Recipe, config: MinRNNConfig, folder: RunFolder, device: torch.device
+) -> MinRNNForCausalLM:
+    """Build the model on the CPU.
+
+    Args:
+        device: where the model will be trained; torch.compile must support it.
+
+    Raises:
+        UserError: the checkpoint or the export of `model.init_from` holds another model, or cannot be read.
+    """
+    torch.manual_seed(recipe.run.seed)
+    model = MinRNNForCausalLM(config)
+    if recipe.model.init_from and folder.checkpoint is None:
+        _load_export(model, recipe.model.init_from)
+    nn.Module.to(model, DTYPES["fp64" if recipe.train.precision == "fp64" else "fp32"])
+    if (options := checkpointing_options(recipe.train.recompute)) is not None:
+        model.activation_checkpointing_enable(options)
+    if recipe.train.compile:
+        _compile_blocks(model, device)
+    if folder.checkpoint is not None:
+        try:
+            checkpoint.load_parameters(folder.checkpoint, model)
+        except ValueError as error:
+            raise UserError("run.dir", str(error)) from None
+    return model
+
+
+def _compile_blocks(model: MinRNNForCausalLM, device: torch.device) -> None:
+    if (reason := compile_problem(device)) is not None:
+        warn(
+            f"train.compile: torch.compile cannot run on {device.type}: {reason}; "
+            "blocks run as they are, slower"
+        )
+        return
+    for block in model.model.layers:
+        block.compile()
+
+
+def _load_export(model: MinRNNForCausalLM, name: str) -> None:
+    """Copy the weights of an export of the same shape."""
+    unset_hf_deepspeed_config()  # under ZeRO-3, from_pretrained would load only this process's shard
+    try:
+        source = MinRNNForCausalLM.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError("model.init_from", f"cannot load {name}: {str(error).splitlines()[0]}") from None
+    exported, own = source.config.to_dict(), model.config.to_dict()
+    if different := [field for field in SHAPE_FIELDS if exported[field] != own[field]]:
+        raise UserError.from_list(
+            (f"model.{field}", f"is {own[field]!r}, but {name} (model.init_from) has {exported[field]!r}")
+            for field in different
+        )
+    model.load_state_dict(source.state_dict())

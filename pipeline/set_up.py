@@ -1,0 +1,276 @@
+"""How a run is set up, from the beginning or from a checkpoint.
+
+precision, matmul rate -> layout -> corpus -> data and model -> engine -> folder, saver, tracker -> Run
+"""
+
+import contextlib
+import dataclasses
+import os
+import socket
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from ..common.errors import UserError
+from ..common.output import warn
+from ..data import (
+    ChunkLoader,
+    CorpusSpec,
+    Encoder,
+    ReaderSpec,
+    check_corpus,
+    corpus_fingerprint,
+    fingerprint,
+    model_vocab_size,
+    run_tokenizer,
+)
+from ..models import MinRNNConfig, MinRNNForCausalLM
+from ..models.context_parallel import use_context_parallel
+from . import checkpoint, processes
+from .announce import announce
+from .build_model import build_model
+from .checkpoint import ReaderState
+from .config import Recipe
+from .engine import build_engine
+from .evaluation import validation_sets
+from .export import model_config
+from .folder import RunFolder
+from .folder_checks import FILES, FOLDERS
+from .machine import CHOICES, PrecisionChoice, choose_precision, device_name, measure_rates
+from .processes import ProcessLayout
+from .recipe import settled
+from .run import Progress, Run, RunData, RunOutput
+from .saving import Saver
+from .tracking import SQLITE_SUFFIXES, absolute_uri, sqlite_file, tracker_of
+from .watchdog import Watchdog
+
+
+def collective_timeout(recipe: Recipe) -> timedelta:
+    """How long collectives wait: longer than the watchdog, whose message names the process that hangs."""
+    return timedelta(seconds=recipe.train.peer_timeout + 120)
+
+
+def set_up(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, watchdog: Watchdog) -> Run:
+    """A run ready for its next step: readers, model and optimizer as saved, tracking started.
+
+    Raises:
+        UserError: in every process, if data, a checkpoint or an export cannot be used in one of them.
+    """
+    watchdog.enter("measuring the machine", is_set_up=True)
+    precision, matmul_rate = _decide_precision(recipe, accelerator, folder)  # before other work disturbs it
+    recipe = _with_precision(settled(recipe, folder.saved), precision.precision)
+    layout = processes.build_layout(accelerator, recipe.parallel.context, collective_timeout(recipe))
+    data, model = _open_on_all_ranks(recipe, accelerator, folder, layout, watchdog)
+    if layout.group is not None:
+        use_context_parallel(model, layout.group)
+    watchdog.enter("building the engine", is_set_up=True)
+    with contextlib.ExitStack() as on_failure:
+        on_failure.callback(data.loader.close)
+        engine = build_engine(recipe, accelerator, model, folder.checkpoint)
+        processes.run_on_main(accelerator, lambda: folder.begin(recipe))
+        on_failure.pop_all()
+    progress = Progress.from_manifest(folder.manifest)
+    output = _open_output(recipe, accelerator, folder, progress.step)
+    run = Run(
+        recipe=recipe,
+        accelerator=accelerator,
+        layout=layout,
+        data=data,
+        engine=engine,
+        output=output,
+        watchdog=watchdog,
+        matmul_rate=matmul_rate,
+        progress=progress,
+    )
+    if run.is_main:
+        announce(run, precision)
+    return run
+
+
+def _decide_precision(
+    recipe: Recipe, accelerator: Accelerator, folder: RunFolder
+) -> tuple[PrecisionChoice, float]:
+    """The precision of all processes, chosen by rank 0, and the rate of its matrix products in FLOP/s.
+
+    Raises:
+        UserError: a device does not support it.
+    """
+    requested, current = recipe.train.precision, settled(recipe, folder.saved).train.precision
+    rates = measure_rates(accelerator.device, CHOICES if current == "auto" else [*CHOICES, current])
+    supported = set.intersection(*processes.all_gather_objects(accelerator, [set(rates)]))
+    rates = {name: rate for name, rate in rates.items() if name in supported}
+    rates = processes.broadcast_from_main(accelerator, rates)
+    current = None if current == "auto" else current
+    choice = choose_precision(requested, current, rates, device_name(accelerator.device))
+    return choice, rates[choice.precision]
+
+
+def _with_precision(recipe: Recipe, precision: str) -> Recipe:
+    return dataclasses.replace(recipe, train=recipe.train.model_copy(update={"precision": precision}))
+
+
+def _open_on_all_ranks(
+    recipe: Recipe, accelerator: Accelerator, folder: RunFolder, layout: ProcessLayout, watchdog: Watchdog
+) -> tuple[RunData, MinRNNForCausalLM]:
+    """Data and model of this process, returned when every process has opened its own.
+
+    Raises:
+        UserError, StorageError: in every process, the errors of all of them.
+    """
+    is_main = accelerator.is_main_process
+    corpus, errors = processes.run_on_all_ranks(
+        accelerator, lambda: _corpus_fingerprint(recipe, folder, is_main)
+    )
+    if errors:
+        raise UserError.from_list(errors)
+    watchdog.enter("opening data and model", is_set_up=True)
+
+    def open_own() -> tuple[RunData, MinRNNForCausalLM]:
+        try:
+            data, model = _open(recipe, folder, layout, accelerator.device)
+        finally:  # this process is now a phase ahead of those that are still opening
+            watchdog.enter("meeting the others, data and model open", is_set_up=True)
+        on_failure.callback(data.loader.close)
+        return dataclasses.replace(data, corpus=corpus), model
+
+    with contextlib.ExitStack() as on_failure:
+        opened, errors = processes.run_on_all_ranks(accelerator, open_own)
+        if errors or opened is None:
+            raise UserError.from_list(errors)
+        on_failure.pop_all()
+    return opened
+
+
+def _corpus_fingerprint(recipe: Recipe, folder: RunFolder, is_main: bool) -> dict[str, Any] | None:
+    """The corpus's fingerprint, compared with the checkpoint's (which old checkpoints lack).
+
+    Raises:
+        UserError: it is not the corpus that the run began with.
+    """
+    if recipe.synthetic_task() is not None:
+        return None
+    spec, saved = corpus_spec(recipe), folder.manifest.get("corpus")
+    note = None if saved is None else check_corpus(saved, spec, recipe.data.order, recipe.batch.readers)
+    if note is not None and is_main:
+        warn(f"data.corpus: {note}")
+    return corpus_fingerprint(spec)
+
+
+def _open(
+    recipe: Recipe, folder: RunFolder, layout: ProcessLayout, device: torch.device
+) -> tuple[RunData, MinRNNForCausalLM]:
+    """Open data and model without communication: tokenizer, loader, readers' states, validation sets."""
+    tokenizer = _open_tokenizer(recipe, folder)
+    encoder = Encoder.from_tokenizer(tokenizer, recipe.data.tokenizer)
+    vocab_size = folder.manifest.get("vocab_size") or model_vocab_size(tokenizer)
+    config = model_config(recipe.model_fields_resolved(), tokenizer, vocab_size)
+    local_readers = layout.readers(recipe.batch.readers)
+    readers = _load_readers(folder, local_readers, config, device)
+    loader = _start_loader(recipe, encoder, readers)
+    try:
+        validation = validation_sets(recipe, corpus_spec(recipe), encoder, local_readers)
+        model = build_model(recipe, config, folder, device)
+    except BaseException:
+        loader.close()
+        raise
+    return RunData(tokenizer, None, loader, readers, validation), model
+
+
+def _open_tokenizer(recipe: Recipe, folder: RunFolder) -> Any:
+    """The tokenizer, which must be the one that the run began with."""
+    data = recipe.data
+    tokenizer = run_tokenizer(data.corpus, data.tokenizer, data.task, data.trust_remote_code)
+    current = fingerprint(tokenizer)
+    if folder.manifest.get("tokenizer", current) != current:
+        message = (
+            f"{data.tokenizer} is not the tokenizer that the run began with: its vocabulary has changed; "
+            "another run.dir"
+        )
+        raise UserError("data.tokenizer", message)
+    return tokenizer
+
+
+def _load_readers(
+    folder: RunFolder, readers: range, config: MinRNNConfig, device: torch.device
+) -> dict[int, ReaderState]:
+    """Position and carried state of each of these readers, from the checkpoint if there is one."""
+    if folder.checkpoint is None:
+        return {reader: ReaderState(None, None) for reader in readers}
+    if not folder.checkpoint.is_dir():
+        message = (
+            f"rank 0 goes on from {folder.checkpoint}, which {socket.gethostname()} does not have; "
+            "run.dir must be on a file system that all machines share"
+        )
+        raise UserError("run.dir", message)
+    num_layers = config.num_hidden_layers
+    return {
+        reader: checkpoint.load_reader(folder.checkpoint, reader, num_layers, device) for reader in readers
+    }
+
+
+def _start_loader(recipe: Recipe, encoder: Encoder, readers: dict[int, ReaderState]) -> ChunkLoader:
+    data, batch = recipe.data, recipe.batch
+    spec = ReaderSpec(
+        corpus=corpus_spec(recipe),
+        order=data.order,
+        encoder=encoder,
+        num_readers=batch.readers,
+        lanes=batch.lanes,
+        chunk=batch.chunk,
+        window=data.shuffle_window,
+        seed=recipe.run.seed,
+        task=recipe.synthetic_task(),
+    )
+    return ChunkLoader(spec, list(readers), [reader.position for reader in readers.values()], data.workers)
+
+
+def _open_output(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, step: int) -> RunOutput:
+    saver = Saver(
+        folder.path / "checkpoints",
+        accelerator,
+        keep=recipe.train.keep_checkpoints,
+        in_background=recipe.train.save_in_background,
+        newest=step or None,
+        timeout=collective_timeout(recipe),
+        warn=warn,
+        before_publishing=folder.metrics.sync,
+    )
+    if not accelerator.is_main_process:
+        return RunOutput(folder, saver, tracker=None, bar=None)
+    tracker = tracker_of(folder.path, recipe, warn)
+    bar = tqdm(total=recipe.train.steps, initial=step, unit="step", dynamic_ncols=True)
+    return RunOutput(folder, saver, tracker, bar)
+
+
+def corpus_spec(recipe: Recipe) -> CorpusSpec:
+    """The corpus that the recipe trains on."""
+    data = recipe.data
+    return CorpusSpec(
+        corpus=data.corpus,
+        subset=data.subset,
+        split=data.split,
+        revision=data.revision,
+        text_field=data.text_field,
+        skip_broken=data.skip_broken,
+        held_out=0.0 if data.validation is not None else data.validation_fraction,
+        join=data.join,
+        excluded=_output_paths(recipe),
+    )
+
+
+def _output_paths(recipe: Recipe) -> tuple[str, ...]:
+    """Absolute paths, links resolved, of what the run writes: never part of a corpus that contains them.
+
+    They are its folder and its own names there, MLflow's database if that is a file, and the artifacts that
+    MLflow puts beside it.
+    """
+    folder, database = Path(recipe.run.dir), sqlite_file(absolute_uri(recipe.tracking.place() or ""))
+    paths = [folder, *(folder / name for name in (*FILES, *FOLDERS))]
+    if database is not None:
+        paths.append(Path("mlruns"))
+        paths += [database.with_name(database.name + suffix) for suffix in ("", *SQLITE_SUFFIXES)]
+    return tuple(map(os.path.realpath, paths))
