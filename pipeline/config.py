@@ -7,12 +7,11 @@ reports every mistake at once.
 import ast
 import inspect
 import os
-import re
 import textwrap
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic_core import PydanticCustomError
 
 from ..common.errors import UserError
@@ -63,37 +62,68 @@ class RunSection(Section):
     _expand = field_validator("dir")(expand_home)
 
 
-_TOKENIZER_FIELDS = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
-
-
 def docstring_of(cls: type) -> str:
     """A class's docstring without indentation, which Python 3.13 drops and others keep.
 
     It is read from the source, as pydantic reads those of fields: Python leaves docstrings out under PYTHONOPTIMIZE=2.
     """
-    try:
-        definition = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
-    except OSError:  # a class that is made while the program runs keeps its own
-        return inspect.cleandoc(cls.__doc__ or "")
+    definition = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
     assert isinstance(definition, ast.ClassDef)
     return ast.get_docstring(definition) or ""
 
 
-def _documented_fields(docstring: str) -> dict[str, str]:
-    """The `name: text` entries of a Google-style Args section."""
-    args = docstring.split("Args:")[1].split("Raises:")[0]
-    entries = re.findall(r"^    (\w+): (.*?)(?=^    \w+: |\Z)", args, flags=re.MULTILINE | re.DOTALL)
-    return {name: " ".join(text.split()) for name, text in entries}
+class ModelSection(Section):
+    """The model: the fields of MinRNNConfig. The vocabulary and its special tokens come from the tokenizer."""
 
-
-class _ModelBase(Section):
     preset: Literal["default", "paper"] = "default"
     """Where the fields below start from: `paper` is the block as published, `default` ours."""
     init_from: str | None = None
     """An export (a folder or a hub id) of the same shape, whose weights the run starts from."""
     _expand = field_validator("init_from")(expand_home)
 
-    def fields(self) -> dict[str, Any]:
+    # In the order, and with the descriptions, of MinRNNConfig (tests/pipeline/test_recipe.py).
+    hidden_size: int = MinRNNConfig.hidden_size
+    """Width of the residual stream."""
+    num_hidden_layers: int = MinRNNConfig.num_hidden_layers
+    """Number of blocks."""
+    cell: str = MinRNNConfig.cell
+    """Name of the recurrent cell: `"mingru"` or `"minlstm"` with decays in (0, 1), `"mingru_signed"`
+    or `"minlstm_signed"` in (-1, 1)."""
+    expansion_factor: int | float = MinRNNConfig.expansion_factor
+    """Recurrent width / hidden_size (the paper's alpha)."""
+    candidate_activation: str = MinRNNConfig.candidate_activation
+    """Activation of the candidate: `"g"` (x + 0.5 for x >= 0, else sigmoid), `"none"`, `"tanh"` or
+    `"silu"`."""
+    output_gate: bool = MinRNNConfig.output_gate
+    """Multiply the cell's output by silu of one more projection."""
+    conv_kernel: int = MinRNNConfig.conv_kernel
+    """Width of the causal depthwise convolution before the cell; 0 or 1 for none."""
+    intermediate_size: int = MinRNNConfig.intermediate_size
+    """Width of the MLP; 0 for none."""
+    hidden_act: str = MinRNNConfig.hidden_act
+    """Activation of the MLP."""
+    gated_mlp: bool = MinRNNConfig.gated_mlp
+    """MLP as down(act(gate) * up) (as in Llama) instead of down(act(up))."""
+    memory_length: int | float = MinRNNConfig.memory_length
+    """Before training, the channels' memory lengths 1 / (1 - a) are spread log-uniformly from 2 to
+    this many tokens; 2 starts every gate half open."""
+    initializer_range: int | float | None = MinRNNConfig.initializer_range
+    """Standard deviation of the weights; `None` for fan_in ** -0.5."""
+    dropout: int | float = MinRNNConfig.dropout
+    """Probability of dropping an element of a block's output, in training."""
+    rms_norm_eps: int | float = MinRNNConfig.rms_norm_eps
+    """Epsilon of the RMS norms."""
+    tie_word_embeddings: bool = MinRNNConfig.tie_word_embeddings
+    """Use the embedding as output projection."""
+    max_position_embeddings: int = MinRNNConfig.max_position_embeddings
+    """The longest input that harnesses should send. The recurrence itself has no limit; harnesses try
+    out batches of this length and cut texts to it."""
+    scan_backend: str | None = MinRNNConfig.scan_backend
+    """Backend of the scan (see `scan.linear_scan`); `None` for the fastest on the device."""
+    use_cache: bool = MinRNNConfig.use_cache
+    """Return the state, so that the sequence can go on."""
+
+    def user_fields(self) -> dict[str, Any]:
         """The fields of MinRNNConfig that the user set."""
         return {
             name: value
@@ -102,23 +132,10 @@ class _ModelBase(Section):
         }
 
     def errors(self) -> dict[str, str]:
-        fields = {**PRESETS[self.preset], **self.fields()}
         config = MinRNNConfig()
-        for name, value in fields.items():
+        for name, value in {**PRESETS[self.preset], **self.user_fields()}.items():
             setattr(config, name, value)
         return config.errors()
-
-
-_descriptions = _documented_fields(docstring_of(MinRNNConfig))
-_model_fields: dict[str, Any] = {
-    name: (annotation, Field(getattr(MinRNNConfig, name), description=_descriptions[name]))
-    for name, annotation in MinRNNConfig.__annotations__.items()
-    if name in _descriptions and name not in _TOKENIZER_FIELDS
-}
-_model_doc = (
-    "The model: the fields of MinRNNConfig. The vocabulary and its special tokens come from the tokenizer."
-)
-ModelSection = create_model("ModelSection", __base__=_ModelBase, __doc__=_model_doc, **_model_fields)
 
 
 class DataSection(Section):
@@ -300,8 +317,7 @@ class Recipe:
     """A whole run."""
 
     run: RunSection
-    model: Any
-    """A ModelSection, whose fields are made from MinRNNConfig's."""
+    model: ModelSection
     data: DataSection
     batch: BatchSection
     optim: OptimSection
@@ -326,7 +342,7 @@ class Recipe:
     def model_fields_resolved(self) -> dict[str, Any]:
         """Every field of MinRNNConfig that a recipe can set: the user's, then the preset's, then the default."""
         values = self.model.model_dump(exclude={"preset", "init_from"})
-        return {**values, **PRESETS[self.model.preset], **self.model.fields()}
+        return {**values, **PRESETS[self.model.preset], **self.model.user_fields()}
 
 
 SECTIONS: dict[str, type[Section]] = {

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import json
+import textwrap
 from importlib import resources
 from pathlib import Path
 from types import NoneType, UnionType
@@ -59,6 +60,7 @@ The same command goes on after any interruption. Examples:
 A setting that is text takes VALUE as it is typed; null is for those that may be left out. Lists and mappings are written as in
 YAML: --run.change '[optim.lr, optim.clip]' --train.prompts '["def ", "class "]' --data.task '{{length: 64}}'
 """
+WIDTH = 110  # of lines of the help
 NULL = ("null", "none")  # on the command line, of settings that may be None
 
 
@@ -69,16 +71,20 @@ def shipped_recipes() -> dict[str, Path]:
 
 
 def help_text() -> str:
-    """Usage and every setting with its default."""
+    """Usage, and every setting with its default and description."""
     lines = [USAGE.format(recipes=", ".join(shipped_recipes()))]
     for section, cls in SECTIONS.items():
-        lines.append(f"{section}: {' '.join(docstring_of(cls).split())}")
+        lines.append(_wrap(f"{section}: {docstring_of(cls)}", indent=0))
         for name, field in cls.model_fields.items():
-            lines.append(
-                f"  --{section}.{name}  [{field.get_default(call_default_factory=True)}]\n        {field.description}"
-            )
+            default = field.get_default(call_default_factory=True)
+            lines += [f"  --{section}.{name}  [{default}]", _wrap(field.description or "", indent=8)]
         lines.append("")
     return "\n".join(lines)
+
+
+def _wrap(text: str, indent: int) -> str:
+    margin = " " * indent
+    return textwrap.fill(" ".join(text.split()), WIDTH, initial_indent=margin, subsequent_indent=margin)
 
 
 def parse_arguments(argv: list[str]) -> tuple[str | None, dict[str, str]]:

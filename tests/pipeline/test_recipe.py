@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import yaml
 
 from minrnn.common.errors import UserError
 from minrnn.models import MinRNNConfig
-from minrnn.pipeline.config import SECTIONS, docstring_of
+from minrnn.pipeline.config import SECTIONS, ModelSection, docstring_of
 from minrnn.pipeline.recipe import (
     build_recipe,
     check_unchanged,
@@ -249,6 +250,24 @@ def test_help_teaches_every_setting():
         for name, field in cls.model_fields.items():
             assert f"--{section}.{name} " in text
             assert field.description, f"{section}.{name} lacks a docstring"
+
+
+def test_the_model_section_is_minrnn_config():
+    """The same fields in the same order, with the same types, defaults and descriptions."""
+    arguments = inspect.cleandoc(MinRNNConfig.__doc__).split("Args:")[1].split("Raises:")[0]
+    entries = re.findall(r"^    (\w+): (.*?)(?=^    \w+: |\Z)", arguments, flags=re.MULTILINE | re.DOTALL)
+    documented = {name: " ".join(text.split()) for name, text in entries}
+    fields = {
+        name: (annotation, getattr(MinRNNConfig, name), documented[name])
+        for name, annotation in MinRNNConfig.__annotations__.items()
+        if name in documented and name not in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
+    }
+    section = {
+        name: (field.annotation, field.default, " ".join(field.description.split()))
+        for name, field in ModelSection.model_fields.items()
+        if name not in ("preset", "init_from")
+    }
+    assert list(section.items()) == list(fields.items())
 
 
 def test_only_what_decides_no_loss_is_free_to_change():
