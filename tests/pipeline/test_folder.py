@@ -11,7 +11,7 @@ from conftest import Crash, Values, before_step, contents, losses, stop_at_step_
 
 from minrnn.common.errors import StorageError, UserError
 from minrnn.common.locks import lock
-from minrnn.pipeline import loop
+from minrnn.pipeline import finish
 from minrnn.pipeline.folder_checks import folder_errors
 from minrnn.pipeline.recipe import build_recipe, resolved
 
@@ -145,7 +145,7 @@ def test_what_follows_the_last_step_is_done_until_it_is_all_there(
         raise Crash
 
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "sample", killed)
+        patched.setattr(finish, "sample", killed)
         with pytest.raises(Crash):
             run_recipe(values)
     assert (elsewhere / "config.json").exists()

@@ -310,7 +310,7 @@ def test_a_run_cut_before_its_export_is_finished_by_the_next_start(
     values: Values, run_recipe: Run, monkeypatch
 ):
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "_finish", lambda run: crash())
+        patched.setattr(loop, "finish", lambda run: crash())
         with pytest.raises(Crash):
             run_recipe(values)
     folder = run_recipe(values)
