@@ -68,7 +68,7 @@ def test_a_checkpoint_does_not_count_before_its_lines(
             refuse_lines(monkeypatch)
         if step == 7:
             run.output.saver.join()
-            assert not checkpoint.steps_in(run.folder.path / "checkpoints")
+            assert not checkpoint.steps_in(run.output.folder.path / "checkpoints")
             monkeypatch.undo()
         return result
 
