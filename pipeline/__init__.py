@@ -1,1 +1,2 @@
-"""One training step after another: config, loop, optimizer, checkpoint, tracking, export. Nothing is imported here, so that --help is quick."""
+"""One training step after another: config, loop, optimizer, checkpoint, tracking, export. Nothing is imported
+here, so that --help is quick."""

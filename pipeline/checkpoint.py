@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there.
+"""Checkpoints: their format, writing them, validating them, loading them.
 
     checkpoints/step-000200/
         model.safetensors         parameters, under their names
@@ -8,10 +8,11 @@
         config.yaml               the resolved recipe
         manifest.json             every file's size and SHA-256, written last
 
-A checkpoint is built in a hidden folder, synced to disk, and renamed (`saving.Saver`). Only a folder whose manifest holds
-for every file, and for itself, is one; older ones are removed after the new one is valid. One that turns out to be
-damaged is renamed to step-000200.invalid-1. Nothing in a checkpoint depends on the number of processes or on the engine:
-the writing is shared, the result is not.
+A checkpoint is built in a hidden folder, synced to disk and renamed (`saving.Saver`), so a folder of this
+name is complete. A checkpoint is valid if its manifest agrees with every file and with its own checksum.
+Older checkpoints are removed only after the new one is valid. A damaged one is renamed to
+step-000200.invalid-1. The content does not depend on the number of processes or on the engine: processes
+share the writing only.
 """
 
 import hashlib
@@ -38,16 +39,16 @@ INVALID_KEPT = 3  # damaged checkpoints, newest first
 
 @dataclass
 class ReaderState:
-    """What one reader has at a cut."""
+    """The state of one reader between two steps."""
 
     position: dict[str, Any] | None
-    """Where the corpus goes on; None before the first chunk."""
+    """Where the corpus continues; None before the first chunk."""
     cache: MinRNNCache | None
-    """The carried state of its lanes; None where nothing is carried."""
+    """The carried state of its lanes; None if nothing is carried."""
 
 
 def checkpoint_name(step: int) -> str:
-    """Folder name of a step."""
+    """The folder name of a step."""
     return f"step-{step:06d}"
 
 
@@ -59,23 +60,26 @@ def write_file(path: Path, write: Callable[[Path], object]) -> tuple[str, dict[s
 
 
 def publish(building: Path, final: Path, manifest: dict[str, Any]) -> None:
-    """Seal a built folder with its manifest and give it its name."""
+    """Write the manifest of a built folder and rename the folder to its final name."""
     write_file(building / MANIFEST, lambda path: path.write_text(_sealed({"format": FORMAT, **manifest})))
     sync(building)
-    if final.exists():  # an invalid one of the same step, or the run would have gone on from it
+    if final.exists():  # it is invalid, otherwise the run would have resumed from it
         set_aside(final)
     building.rename(final)
     sync(final.parent)
 
 
 def _sealed(manifest: dict[str, Any]) -> str:
-    """The text of a manifest, with the SHA-256 of its fields."""
+    """The text of a manifest, including the SHA-256 of its fields."""
     digest = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
     return json.dumps({**manifest, "sha256": digest}, indent=1)
 
 
 def remove_old(folder: Path, keep: int, step: int) -> None:
-    """Keep the newest up to `step`; what claims to be newer cannot be valid, or the run would have gone on from it."""
+    """Keep the newest `keep` checkpoints up to `step`, and rename newer ones as invalid.
+
+    A newer one cannot be valid, otherwise the run would have resumed from it.
+    """
     paths = steps_in(folder)
     for path in [p for p in paths if _step_of(p) > step]:
         set_aside(path)
@@ -85,16 +89,16 @@ def remove_old(folder: Path, keep: int, step: int) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a process that was killed left of building or removing checkpoints."""
+    """Remove what a killed process left while it built or removed checkpoints."""
     for leftover in folder.glob(".step-*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
 def make_room(folder: Path, newest: int | None) -> str | None:
-    """Remove what is needed least: a damaged checkpoint, or else the oldest, but never the newest valid one.
+    """Remove the least useful checkpoint: a damaged one, else the oldest, but never the newest valid one.
 
     Returns:
-        Its name; None where nothing could go.
+        Its name, or None if nothing could be removed.
     """
     others = [path for path in reversed(steps_in(folder)) if newest is not None and _step_of(path) != newest]
     for path in [*reversed(_invalid_in(folder)), *others]:
@@ -104,13 +108,14 @@ def make_room(folder: Path, newest: int | None) -> str | None:
 
 
 def _remove(path: Path) -> None:
-    grave = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    path.rename(grave / path.name)  # so that no half-removed folder keeps the name
-    shutil.rmtree(grave, ignore_errors=True)
+    trash = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    path.rename(trash / path.name)  # so that no half-removed folder keeps the name
+    shutil.rmtree(trash, ignore_errors=True)
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a damaged checkpoint: it is not taken for one, and can still be looked at. The newest few are kept.
+    """Rename a damaged checkpoint, so that it is not used but can be examined. The newest INVALID_KEPT are
+    kept.
 
     Returns:
         Its new path.
@@ -126,7 +131,7 @@ def set_aside(path: Path) -> Path:
 
 
 def _invalid_in(folder: Path) -> list[Path]:
-    """Damaged checkpoints that were set aside, newest first."""
+    """Renamed damaged checkpoints, newest first."""
     paths = (
         path for path in folder.glob("step-*.invalid-*") if re.fullmatch(r"step-\d+\.invalid-\d+", path.name)
     )
@@ -134,7 +139,7 @@ def _invalid_in(folder: Path) -> list[Path]:
 
 
 def steps_in(folder: Path) -> list[Path]:
-    """Folders that are named as checkpoints, newest first; `step-15` is not, as it is no name that `checkpoint_name` gives."""
+    """Folders named by `checkpoint_name`, newest first. `step-15` is not such a name."""
     paths = (
         path for path in folder.glob("step-*") if re.fullmatch(r"step-[0-9]+", path.name) and path.is_dir()
     )
@@ -148,19 +153,18 @@ def _step_of(path: Path) -> int:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest, after checking every file against it, and itself.
+    """The manifest, after checking itself and every file against it.
 
     Raises:
-        ValueError: naming the file that is missing, cut short or changed.
-        StorageError: a file that cannot be read now, which says nothing about the checkpoint.
+        ValueError: with the name of the file that is missing, truncated or changed.
+        StorageError: a file cannot be read now, which says nothing about the checkpoint.
     """
     try:
         text = read(path / MANIFEST, Path.read_text)
         manifest = json.loads(text)
         fields = {key: value for key, value in manifest.items() if key != "sha256"}
-        if ("format" in manifest or "sha256" in manifest) and text != _sealed(
-            fields
-        ):  # neither: of before format 2
+        is_sealed = "format" in manifest or "sha256" in manifest  # since format 2
+        if is_sealed and text != _sealed(fields):
             raise ValueError("its own checksum differs")
         files = [(name, entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()]
         if (
@@ -172,12 +176,12 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path / MANIFEST} is missing or damaged ({type(error).__name__})") from None
     for name, size, sha256 in files:
         try:
-            there, digest = read(path / name, lambda file: (file.stat().st_size, sha256_of(file)))
+            actual_size, digest = read(path / name, lambda file: (file.stat().st_size, sha256_of(file)))
         except FileNotFoundError:
             raise ValueError(f"{path / name} is missing") from None
-        if there != size:
+        if actual_size != size:
             raise ValueError(
-                f"{path / name} has {there} bytes instead of {size}: it was cut short or changed"
+                f"{path / name} has {actual_size} bytes instead of {size}: it was cut short or changed"
             )
         if digest != sha256:
             raise ValueError(f"{path / name} is not what was written (its SHA-256 differs)")
@@ -187,13 +191,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
 def newest_valid(
     folder: Path, warn: Callable[[str], object], rename_invalid: bool = False
 ) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint whose every file is as it was written, and its manifest; `warn` hears of each that is not.
+    """The newest valid checkpoint and its manifest, or None.
 
-    Args:
-        rename_invalid: set those aside, once a valid one is found. For who writes in the folder alone.
+    Args: warn: called with a message for each invalid one. rename_invalid: rename invalid ones, once a valid
+        one is found. Only for a process that holds the run's lock.
 
-    Raises:
-        StorageError: the disk does not answer. To go on from an older checkpoint then would be to lose the newer ones.
+    Raises: StorageError: the disk does not answer. Resuming from an older checkpoint would then lose the
+        newer ones.
     """
     invalid = []
     for path in steps_in(folder):
@@ -211,10 +215,10 @@ def newest_valid(
 
 
 def load_parameters(path: Path, model: nn.Module) -> None:
-    """Copy the parameters into the model.
+    """Copy a checkpoint's parameters into the model.
 
     Raises:
-        ValueError: names or shapes that are not the model's.
+        ValueError: names or shapes differ from the model's.
     """
     saved, own = read(path / "model.safetensors", load_file), dict(model.named_parameters())
     if saved.keys() != own.keys():
@@ -222,9 +226,8 @@ def load_parameters(path: Path, model: nn.Module) -> None:
     with torch.no_grad():
         for name, parameter in own.items():
             if parameter.shape != saved[name].shape:
-                raise ValueError(
-                    f"{path} holds another model: {name} is {tuple(saved[name].shape)}, not {tuple(parameter.shape)}"
-                )
+                shapes = f"{tuple(saved[name].shape)}, not {tuple(parameter.shape)}"
+                raise ValueError(f"{path} holds another model: {name} is {shapes}")
             parameter.copy_(saved[name])
 
 
@@ -233,8 +236,8 @@ def read_moments(path: Path) -> dict[str, Tensor]:
     return read(path / "optimizer.safetensors", load_file)
 
 
-def put_moments(saved: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Give them to torch's optimizer over the model's own parameters."""
+def load_moments(saved: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Load moments into a torch optimizer over the model's own parameters."""
     for name, parameter in model.named_parameters():
         state = {}
         for key in {full.split(".", 1)[0] for full in saved if full.split(".", 1)[1] == name}:
@@ -246,7 +249,7 @@ def put_moments(saved: dict[str, Tensor], model: nn.Module, optimizer: torch.opt
 
 
 def load_reader(path: Path, index: int, num_layers: int, device: torch.device) -> ReaderState:
-    """One reader's position and carried state."""
+    """Load one reader's position and carried state."""
     position = json.loads(read(path / f"reader-{index:04d}.json", Path.read_text))
     carried = read(path / f"reader-{index:04d}.safetensors", load_file)
     return ReaderState(

@@ -1,7 +1,7 @@
-"""What a recipe may say. Each section is one class, each field says what it does; `minrnn train --help` prints this file.
+"""Every setting of a recipe. A section is a class, a field's docstring is the text of `minrnn train --help`.
 
-A recipe is YAML with these sections; `--section.field value` on the command line wins over it. `read_recipe` (recipe.py) puts both together and
-reports every mistake at once.
+A recipe is YAML with these sections. `--section.field value` on the command line overrides it. `read_recipe`
+(recipe.py) combines both and reports all errors at once.
 """
 
 import ast
@@ -21,7 +21,7 @@ from ..models.configuration_minrnn import PRESETS
 
 
 class Section(BaseModel):
-    """A section of a recipe: unknown keys are errors, and docstrings are descriptions."""
+    """A section of a recipe. Unknown keys are errors; docstrings of fields are their descriptions."""
 
     model_config = ConfigDict(
         extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
@@ -30,20 +30,21 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _without_nul(cls, value: Any) -> Any:
-        """No name of a file, folder, dataset or server holds a NUL; the system's functions raise where one does."""
+        """Refuse NUL characters, on which the system's functions for files and servers raise."""
         if isinstance(value, str) and "\0" in value:
             raise PydanticCustomError("nul_character", "input should have no NUL character")
         return value
 
     def errors(self) -> dict[str, str]:
-        """What is wrong with values that have the right types, by field."""
+        """Errors of values that have the right types, by field."""
         return {}
 
 
 def expand_home(path: str | None) -> str | None:
-    """A path with the home folder in place of `~`: what is opened, compared and written down.
+    """The path with `~` replaced by the home folder, for opening, comparing and config.yaml.
 
-    Corpora and MLflow's database keep theirs, which are expanded where they are opened: config.yaml has always had them as they are written.
+    Corpora and MLflow's database are expanded only where they are opened, because config.yaml has always held
+    them as the user wrote them.
     """
     return None if path is None else os.path.expanduser(path)
 
@@ -52,20 +53,24 @@ class RunSection(Section):
     """The run itself."""
 
     dir: str = Field(default="runs/default", min_length=1)
-    """The run's own folder: config.yaml, metrics.jsonl, loss.png, samples.txt, checkpoints/, model/."""
+    """The run's folder. It holds config.yaml, metrics.jsonl, loss.png, samples.txt, checkpoints/ and
+    model/."""
     seed: int = Field(default=0, ge=0)
-    """Of the weights, the data order and the dropout. The same seed gives the same run."""
+    """Seed of the weights, the data order and dropout. The same seed gives the same run."""
     resume: Literal["auto", "never", "must"] = "auto"
-    """auto: go on from the newest valid checkpoint in run.dir, if any. never: refuse a folder that has one. must: one without."""
+    """auto: resume from the newest valid checkpoint in run.dir, or start from the beginning. never: refuse
+    a folder that has a checkpoint. must: refuse a folder without one."""
     change: list[str] = []
-    """Settings that are meant to differ from those the run was started with, e.g. [optim.lr]; any other difference stops a resume."""
+    """Settings that may differ from those the run was started with, e.g. [optim.lr]. Any other difference
+    stops a resume."""
     _expand = field_validator("dir")(expand_home)
 
 
 def docstring_of(cls: type) -> str:
-    """A class's docstring without indentation, which Python 3.13 drops and others keep.
+    """A class's docstring without indentation, as Python 3.13 stores it and older versions do not.
 
-    It is read from the source, as pydantic reads those of fields: Python leaves docstrings out under PYTHONOPTIMIZE=2.
+    It is read from the source, as pydantic reads those of fields, because PYTHONOPTIMIZE=2 removes
+    docstrings.
     """
     definition = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
     assert isinstance(definition, ast.ClassDef)
@@ -73,12 +78,13 @@ def docstring_of(cls: type) -> str:
 
 
 class ModelSection(Section):
-    """The model: the fields of MinRNNConfig. The vocabulary and its special tokens come from the tokenizer."""
+    """The model: the fields of MinRNNConfig. The vocabulary and its special tokens come from the
+    tokenizer."""
 
     preset: Literal["default", "paper"] = "default"
-    """Where the fields below start from: `paper` is the block as published, `default` ours."""
+    """Defaults of the fields below. paper: the block as published. default: minrnn's own."""
     init_from: str | None = None
-    """An export (a folder or a hub id) of the same shape, whose weights the run starts from."""
+    """An export (a folder or a hub id) of the same shape. The run starts from its weights."""
     _expand = field_validator("init_from")(expand_home)
 
     # In the order, and with the descriptions, of MinRNNConfig (tests/pipeline/test_recipe.py).
@@ -139,45 +145,49 @@ class ModelSection(Section):
 
 
 class DataSection(Section):
-    """What is read, and in which order."""
+    """The corpus, its order and its tokenizer."""
 
     corpus: str = Field(default="python-stdlib", min_length=1)
-    """python-stdlib, a file, folder or glob (parquet; JSON lines, csv, tsv or text, plain, .gz or .zst), a hub dataset, or a task:
-    synthetic/NAME."""
+    """python-stdlib; a file, folder or glob (parquet, JSON lines, csv, tsv or text; plain, .gz or .zst); a
+    hub dataset; or a synthetic task, synthetic/NAME."""
     task: dict[str, Any] = {}
-    """Options of a synthetic task (docs/synthetic.md), e.g. {length: 64, num_tokens: 4}. It has no use for the settings of text, below."""
+    """Options of a synthetic task (docs/synthetic.md), e.g. {length: 64, num_tokens: 4}. A synthetic task
+    ignores no other setting of this section: those for text are errors."""
     subset: str | None = None
     """Configuration of a hub dataset, e.g. sample-10BT."""
     split: str = "train"
     """Split of a hub dataset."""
     revision: str | None = None
-    """Commit, tag or branch of a hub dataset; pin a commit for a run that can be repeated."""
+    """Commit, tag or branch of a hub dataset. Pin a commit for a run that can be repeated."""
     text_field: str = "text"
     """Column or key that holds a document's text."""
     skip_broken: bool = False
-    """Leave out what is broken, and count it, instead of stopping: documents that are not UTF-8, not JSON, or without text; row groups of
-    parquet files that are damaged; and what a cut or damaged file holds behind the damage."""
+    """Skip and count damaged data instead of stopping: documents that are not UTF-8, not JSON or without
+    text; damaged row groups of parquet files; everything behind the damage in other files."""
     join: str | None = Field(default=None, min_length=1)
-    """Join documents into long ones. folder: the files of a folder; package: all files below a folder of the corpus's root; in both, files
-    directly in the root stay as they are. Rows: the name of a column, e.g. book_id; consecutive rows with the same value are one document.
-    A window of the shuffle holds data.shuffle_window documents, so lower that where they are very long."""
+    """Join documents into long ones. folder: the files of a folder. package: all files below a top-level
+    folder of the corpus. In both, files directly in the corpus's root are not joined. Otherwise the name
+    of a column, e.g. book_id: consecutive rows with the same value are one document. Lower
+    data.shuffle_window if joined documents are very long, since a window holds that many of them."""
     order: Literal["documents", "windows"] = "documents"
-    """documents: every lane reads documents to their end. windows: random crops of the joined text, nothing carried."""
+    """documents: every lane reads documents to their end. windows: random crops of the whole corpus as one
+    text; no state is carried."""
     tokenizer: str = Field(default="bytes", min_length=1)
-    """bytes, or a tokenizer of the hub or a folder."""
+    """bytes, or a tokenizer from the hub or a folder."""
     _expand = field_validator("tokenizer")(expand_home)
     trust_remote_code: bool = False
-    """Run the code that a tokenizer brings along; read it before."""
+    """Run the code that a tokenizer contains. Read it first."""
     shuffle_window: int = Field(default=1024, ge=1)
-    """Documents that are shuffled together; resuming reads at most this many again."""
+    """Documents that are shuffled together. A resume reads at most this many again."""
     validation: str | None = None
-    """A corpus of its own for validation. Otherwise python-stdlib's held-out modules, or `validation_fraction` of the corpus."""
+    """A separate corpus for validation. null: python-stdlib's held-out modules, or `validation_fraction`
+    of the corpus."""
     validation_split: str = "validation"
-    """Split of a hub dataset in `validation`."""
+    """Split of the hub dataset in `validation`."""
     validation_fraction: float = Field(default=0.01, gt=0.0, lt=1.0)
-    """Share of the documents (of the text's end, in order windows) that is held out."""
+    """Fraction of the documents that is held out; with order windows, the end of the text."""
     validation_tokens: int | None = Field(default=500_000, ge=1)
-    """Validate on whole documents until they have this many tokens; null for all."""
+    """Validate on whole documents until they have this many tokens in all; null for all documents."""
     workers: int = Field(default=1, ge=0)
     """Processes that read ahead; 0 reads in the training process."""
 
@@ -204,117 +214,129 @@ class DataSection(Section):
 
 
 class BatchSection(Section):
-    """The global batch: readers x lanes x chunk tokens, whatever the number of processes."""
+    """The global batch: readers x lanes x chunk tokens, for any number of processes."""
 
     readers: int = Field(default=1, ge=1)
-    """Corpus cursors. Processes share them evenly and accumulate over theirs: times parallel.context it is the largest number of processes."""
+    """Cursors into the corpus. Processes share them evenly and accumulate gradients over their own.
+    readers x parallel.context is the largest possible number of processes."""
     lanes: int = Field(default=16, ge=1)
-    """Rows of a reader's chunk: streams of documents side by side."""
+    """Rows of a reader's chunk. Each lane is a stream of documents."""
     chunk: int = Field(default=256, ge=1)
-    """Tokens of a lane that one step sees, and how far gradients reach."""
+    """Tokens of a lane in one step. Gradients do not reach further back."""
     carry_state: bool = True
-    """Hand the state from one chunk to the next (reset at documents)."""
+    """Carry the state from one chunk to the next. It is reset at document starts."""
 
     @property
     def tokens_per_step(self) -> int:
-        """Of all processes."""
+        """Tokens of the global batch."""
         return self.readers * self.lanes * self.chunk
 
 
 class OptimSection(Section):
-    """AdamW; no decay on gates, norms, biases, convolutions and embeddings."""
+    """AdamW, without weight decay on gates, norms, biases, convolutions and embeddings."""
 
     lr: float = Field(default=4e-3, gt=0)
     """Peak learning rate."""
     schedule: Literal["wsd", "cosine", "constant"] = "wsd"
-    """After the warmup: wsd holds, then falls linearly over the last `decay_fraction` of the steps; cosine falls all the way."""
+    """Learning rate after the warmup. wsd: constant, then linear decay over the last `decay_fraction` of
+    the steps. cosine: cosine decay. constant: no decay."""
     warmup_steps: int = Field(default=50, ge=0)
     """Steps of linear warmup."""
     decay_fraction: float = Field(default=0.3, ge=0.0, le=1.0)
-    """Share of the steps in which wsd falls."""
+    """Fraction of the steps in which wsd decays."""
     final_lr_fraction: float = Field(default=0.0, ge=0.0, le=1.0)
-    """What the schedule falls to, as a fraction of the peak."""
+    """Last learning rate of the schedule, as a fraction of the peak."""
     schedule_steps: int | None = Field(default=None, ge=1)
-    """Steps of the schedule; null for train.steps as the run begins. A run that goes on keeps them, also where train.steps is raised: further
-    steps have the last one's rate. `run.change: [optim.schedule_steps]` draws the schedule anew, over train.steps where this is null."""
+    """Steps of the schedule; null for train.steps at the start of the run. A resumed run keeps its
+    schedule even if train.steps is raised: further steps use the last learning rate. `run.change:
+    [optim.schedule_steps]` computes the schedule anew, over train.steps if this is null."""
     weight_decay: float = Field(default=0.1, ge=0.0)
-    """Decoupled decay of the output and MLP projections."""
+    """Decoupled weight decay of the output and MLP projections."""
     beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
-    """Decay of the first moment."""
+    """Decay rate of the first moment."""
     beta2: float = Field(default=0.95, ge=0.0, lt=1.0)
-    """Decay of the second moment."""
+    """Decay rate of the second moment."""
     eps: float = Field(default=1e-8, gt=0.0)
-    """Added to the root of the second moment."""
+    """Added to the square root of the second moment."""
     clip: float | None = Field(default=1.0, gt=0.0)
     """Largest norm of the gradient; null for no clipping."""
 
 
 class TrainSection(Section):
-    """The loop."""
+    """The training loop."""
 
     steps: int = Field(default=1000, ge=1)
-    """Optimizer steps in all. A finished run goes on when this is raised, at the learning rate that it ended with (optim.schedule_steps)."""
+    """Optimizer steps in all. Raise it to continue a finished run, at its last learning rate (see
+    optim.schedule_steps)."""
     device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = "auto"
-    """Where to compute. auto: the accelerator if there is one, else the CPU. Of several, each process takes one."""
+    """Device to compute on. auto: the accelerator if there is one, else the CPU. With several
+    accelerators, each process takes one."""
     precision: Literal["auto", "fp32", "bf16", "fp64"] = "auto"
-    """auto: the faster of fp32 and bf16, as their matrix products measure at the start; a resumed run keeps what it
-    began with. bf16 is autocast over fp32 weights; the recurrent state is fp32 all the same."""
+    """auto: the faster of fp32 and bf16, measured with matrix products at the start; a resumed run keeps
+    its precision. bf16: autocast over fp32 weights; the recurrent state stays fp32."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """What is computed again in the backward pass. none: nothing; selective: all but matrix products and scans; full: whole blocks."""
+    """What the backward pass computes again to save memory. none: nothing. selective: all but matrix
+    products and scans. full: whole blocks."""
     compile: bool = False
-    """torch.compile each block: for GPUs (on a CPU the kernels are fused already). The first step takes longer, and dropout draws anew."""
+    """Apply torch.compile to each block. For GPUs: on a CPU the kernels are fused already. The first step
+    takes longer, and dropout uses other random numbers."""
     log_every: int = Field(default=10, ge=1)
     """Steps between lines of metrics.jsonl."""
     eval_every: int | None = Field(default=None, ge=1)
-    """Steps between validations; null for one at the end."""
+    """Steps between validations; null for a single one at the end."""
     save_every: int | None = Field(default=None, ge=1)
-    """Steps between checkpoints, beside those of `save_minutes`; null for none of its own."""
+    """Steps between checkpoints, in addition to those of `save_minutes`; null for none."""
     save_minutes: float | None = Field(default=15.0, gt=0)
-    """Minutes after which a checkpoint is due, beside those of `save_every`; null for none. One is written at the end, and on signals."""
+    """Minutes between checkpoints, in addition to those of `save_every`; null for none. A checkpoint is
+    always written at the end and on signals."""
     keep_checkpoints: int = Field(default=2, ge=1)
-    """Newest checkpoints that are kept."""
+    """Number of newest checkpoints to keep."""
     save_in_background: bool = True
-    """Write checkpoints beside the training, from copies in main memory (12 bytes a parameter); false waits for the disk."""
+    """Write checkpoints during training, from copies in main memory (12 bytes per parameter). false:
+    training waits until they are written."""
     skip_spikes: float | None = Field(default=None, gt=1.0)
-    """Leave out a batch whose loss is not finite, or this many times the median of the last 100; null stops at one that is not finite."""
+    """Skip a batch whose loss is not finite or is more than this many times the median of the last 100
+    losses; null: skip none, and stop at a loss that is not finite."""
     max_skips: int = Field(default=10, ge=1)
-    """Batches in a row that may be left out before training stops."""
+    """Number of batches in a row that may be skipped before training stops."""
     peer_timeout: float = Field(default=1800.0, gt=0)
-    """Seconds in which nobody moves until the process that hangs is named and all leave: more than the longest step, save or export takes."""
+    """Seconds without progress in any process until the one that hangs is named and all exit. It must
+    exceed the longest step, save and export."""
     prompts: list[str] = [""]
-    """What the samples in samples.txt begin with."""
+    """Prompts of the samples in samples.txt."""
     sample_tokens: int = Field(default=200, ge=0)
     """Tokens per sample; 0 for no samples."""
 
 
 class ParallelSection(Section):
-    """How processes share the work, beyond their shares of the readers."""
+    """How processes share the work, besides sharing the readers."""
 
     context: int = Field(default=1, ge=1)
-    """Processes to a sequence: each has its part of every chunk's time, and hands its state to the next. They are neighbours in rank."""
+    """Processes per sequence, neighbours in rank. Each computes its part of every chunk's time and passes
+    its state to the next."""
 
 
 class TrackingSection(Section):
-    """MLflow mirrors metrics.jsonl: training never waits for it and never stops for it; what it misses is sent later, by the next start too."""
+    """MLflow, as a mirror of metrics.jsonl. Training never waits for it or stops because of it. Lines that
+    could not be sent are sent later, at the latest by the next start of the run."""
 
     uri: str | None = Field(default="auto", min_length=1)
-    """Tracking server or database; null for none. A relative database stays where the run began. auto: what the environment says in
-    MLFLOW_TRACKING_URI, or else sqlite:///mlflow.db."""
+    """Tracking server or database; null for none. auto: the environment variable MLFLOW_TRACKING_URI, or
+    sqlite:///mlflow.db. A relative database path stays relative to the folder where the run was started
+    first."""
     experiment: str = "minrnn"
-    """MLflow experiment."""
+    """Name of the MLflow experiment."""
 
-    def place(self) -> str | None:
-        """The URI behind `uri`."""
-        return (
-            (os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db")
-            if self.uri == "auto"
-            else self.uri
-        )
+    def resolved_uri(self) -> str | None:
+        """`uri`, with auto resolved."""
+        if self.uri == "auto":
+            return os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+        return self.uri
 
 
 @dataclass
 class Recipe:
-    """A whole run."""
+    """All settings of a run."""
 
     run: RunSection
     model: ModelSection
@@ -326,21 +348,25 @@ class Recipe:
     tracking: TrackingSection
 
     def synthetic_task(self) -> Task | None:
-        """The task that is drawn, where the corpus is one.
+        """The synthetic task that the corpus names, or None for text.
 
         Raises:
-            UserError: a chunk does not hold its longest sequence.
+            UserError: a chunk does not hold the task's longest sequence.
         """
         if not is_synthetic(self.data.corpus):
             return None
         task = build_task(self.data.corpus, self.data.task)
         if self.batch.chunk < task.max_train_length:
-            told = f"{self.batch.chunk} does not hold the longest sequence of {self.data.corpus}: set it to {task.max_train_length} or more"
-            raise UserError("batch.chunk", told)
+            message = (
+                f"{self.batch.chunk} does not hold the longest sequence of {self.data.corpus}: "
+                f"set it to {task.max_train_length} or more"
+            )
+            raise UserError("batch.chunk", message)
         return task
 
     def model_fields_resolved(self) -> dict[str, Any]:
-        """Every field of MinRNNConfig that a recipe can set: the user's, then the preset's, then the default."""
+        """Every field of MinRNNConfig that a recipe can set: the user's value, else the preset's, else the
+        default."""
         values = self.model.model_dump(exclude={"preset", "init_from"})
         return {**values, **PRESETS[self.model.preset], **self.model.user_fields()}
 

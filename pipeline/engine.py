@@ -1,10 +1,11 @@
-"""The engines: what turns losses into updates, and what a checkpoint needs of them.
+"""The engines: they turn losses into updates, and give a checkpoint its weights and moments.
 
     Engine            one process, or DDP over several
     DeepSpeedEngine   ZeRO 0 to 3
 
-Both keep weights, gradients and moments in fp32 (fp64 if the recipe says so) and compute in autocast where it says bf16, so that a run goes on
-with another engine. Weights and moments leave an engine whole, under their parameters' names, and come back the same way.
+Both keep weights, gradients and moments in fp32 (fp64 if the recipe asks for it) and compute in autocast for
+bf16. Weights and moments are exchanged as whole tensors under their parameters' names. So a run can resume
+with another engine.
 """
 
 import contextlib
@@ -26,7 +27,10 @@ Tensors = dict[str, Tensor]
 
 
 def autocast(model: nn.Module, precision: str, device: torch.device) -> None:
-    """Run the model's forward in autocast where the recipe says bf16. Inside the model, since DeepSpeed switches off what is around it."""
+    """Run the model's forward in autocast if the precision is bf16.
+
+    This wraps `model.forward` itself, because DeepSpeed disables autocast around the model.
+    """
     if precision == "bf16":
         model.forward = torch.autocast(device.type, torch.bfloat16)(model.forward)
 
@@ -34,9 +38,11 @@ def autocast(model: nn.Module, precision: str, device: torch.device) -> None:
 def build_engine(
     recipe: Recipe, accelerator: Accelerator, model: MinRNNForCausalLM, saved: Path | None
 ) -> "Engine":
-    """Make a model ready for training, with the moments of a checkpoint if there is one (its weights are in the model already).
+    """Prepare a model for training. Collective.
 
-    Called by all processes alike.
+    Args:
+        model: with a checkpoint's weights already loaded, if there is one.
+        saved: checkpoint whose moments are loaded.
     """
     cls = DeepSpeedEngine if accelerator.state.deepspeed_plugin is not None else Engine
     autocast(model, recipe.train.precision, accelerator.device)
@@ -48,11 +54,11 @@ def _own(tensor: Tensor) -> Tensor:
 
 
 class Engine:
-    """One process, or DDP."""
+    """Training in one process, or with DDP."""
 
     name = "DDP"
     in_lockstep = False
-    """Whether a forward pass is a matter of all processes, so that all must take the same number of them."""
+    """Whether a forward pass is a collective, so that all processes must run the same number of them."""
 
     def __init__(
         self, recipe: Recipe, accelerator: Accelerator, model: MinRNNForCausalLM, saved: Path | None
@@ -62,7 +68,7 @@ class Engine:
         nn.Module.to(model, accelerator.device)
         optimizer = build_optimizer(model, recipe.optim)
         if saved is not None:
-            checkpoint.put_moments(checkpoint.read_moments(saved), model, optimizer)
+            checkpoint.load_moments(checkpoint.read_moments(saved), model, optimizer)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         processes.check_wrapped(accelerator, self.model)
         self.model.train()
@@ -72,15 +78,15 @@ class Engine:
         return self.model(**inputs)
 
     def accumulating(self, is_last: bool) -> contextlib.AbstractContextManager[Any]:
-        """Around forward and backward of one of a step's batches: gradients are shared after the last."""
+        """A context for forward and backward of one batch of a step; gradients are reduced after the last."""
         return contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.model)
 
     def backward(self, loss: Tensor) -> None:
-        """Add the loss's gradient."""
+        """Add the gradient of the loss."""
         loss.backward()
 
     def update(self, lr: float) -> float:
-        """Clip and step, and forget the gradient; returns its norm. Nothing is updated where that is not finite."""
+        """Clip, step and clear the gradient; returns its norm. If that is not finite, nothing is updated."""
         norm = float(nn.utils.clip_grad_norm_(self.module.parameters(), self.clip))
         if math.isfinite(norm):
             self._set_lr(lr)
@@ -89,20 +95,21 @@ class Engine:
         return norm
 
     def discard(self) -> None:
-        """Forget the gradient."""
+        """Clear the gradient."""
         self.optimizer.zero_grad()
 
     def _set_lr(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
-    def weights(self, wanted: bool) -> Tensors:
-        """Copies of all parameters in main memory, by name; empty unless wanted. Called by all processes alike."""
-        return {name: _own(parameter) for name, parameter in self.module.named_parameters()} if wanted else {}
+    def weights(self, keep: bool) -> Tensors:
+        """Copies of all parameters in main memory, by name. Collective; ranks with `keep` False get an empty
+        dict."""
+        return {name: _own(parameter) for name, parameter in self.module.named_parameters()} if keep else {}
 
-    def moments(self, wanted: bool) -> Tensors:
-        """The optimizer's state in the same way: `exp_avg.NAME`, `exp_avg_sq.NAME`, `step.NAME`."""
-        if not wanted:
+    def moments(self, keep: bool) -> Tensors:
+        """Copies of the optimizer's state: `exp_avg.NAME`, `exp_avg_sq.NAME`, `step.NAME`. As `weights`."""
+        if not keep:
             return {}
         state = getattr(self.optimizer, "optimizer", self.optimizer).state
         named = self.module.named_parameters()
@@ -114,7 +121,7 @@ class Engine:
 
 
 class DeepSpeedEngine(Engine):
-    """DeepSpeed through Accelerate, ZeRO stage 0 to 3. Each process holds its share of moments, gradients and weights, as the stage says."""
+    """DeepSpeed through Accelerate, ZeRO stage 0 to 3."""
 
     name = "DeepSpeed"
 
@@ -126,11 +133,11 @@ class DeepSpeedEngine(Engine):
         config = cast(Any, accelerator.state.deepspeed_plugin).deepspeed_config
         self.stage = int(config.get("zero_optimization", {}).get("stage", 0))
         self.name, self.in_lockstep = f"ZeRO-{self.stage}", self.stage == 3
-        # Stage 0 has no norm to show, so it is clipped here; the other stages clip while they step, and show it afterwards.
+        # Stage 0 has no norm to show, so it is clipped here; the other stages clip while they step, and show
+        # it afterwards.
         config.update(deepspeed_values(recipe) | ({"gradient_clipping": 0.0} if self.stage == 0 else {}))
-        config.setdefault(
-            "zero_force_ds_cpu_optimizer", False
-        )  # torch's fused AdamW runs on CPUs too, and has nothing to compile
+        # torch's fused AdamW runs on CPUs too, and needs no compilation.
+        config.setdefault("zero_force_ds_cpu_optimizer", False)
         config.setdefault("steps_per_print", 2**31)
         config.pop("bf16", None)
         config.pop("fp16", None)
@@ -147,11 +154,12 @@ class DeepSpeedEngine(Engine):
         return contextlib.nullcontext()
 
     def backward(self, loss: Tensor) -> None:
-        # Not the model's output itself: DeepSpeed 0.19 divides that tensor's gradient by the accumulation steps, whatever it is told.
+        # Not the model's output itself: DeepSpeed 0.19 divides that tensor's gradient by the accumulation
+        # steps, whatever it is told.
         self.model.backward(1.0 * loss, scale_wrt_gas=False)
 
     def update(self, lr: float) -> float:
-        """As `Engine.update`; ZeRO leaves out an update whose gradient is not finite by itself."""
+        """As `Engine.update`. ZeRO itself skips an update whose gradient is not finite."""
         self._set_lr(lr)
         if self.stage == 0:
             norm = float(nn.utils.clip_grad_norm_(self.module.parameters(), self.clip))
@@ -166,23 +174,23 @@ class DeepSpeedEngine(Engine):
 
     @property
     def _inner(self) -> torch.optim.Optimizer:
-        """torch's optimizer, over flat pieces of all parameters from stage 1 on."""
+        """torch's optimizer; from stage 1 on it holds flat pieces of all parameters."""
         return self.optimizer.optimizer if self.stage > 0 else self.optimizer
 
     def _named(self) -> list[tuple[str, nn.Parameter]]:
         return list(self.module.named_parameters())
 
-    def weights(self, wanted: bool) -> Tensors:
+    def weights(self, keep: bool) -> Tensors:
         if self.stage == 0:
-            return super().weights(wanted)
+            return super().weights(keep)
         from deepspeed.utils import safe_get_full_fp32_param
 
-        return self._collect(wanted, {"": safe_get_full_fp32_param})
+        return self._collect(keep, {"": safe_get_full_fp32_param})
 
-    def moments(self, wanted: bool) -> Tensors:
+    def moments(self, keep: bool) -> Tensors:
         if self.stage == 0:
             state = self._inner.state
-            named = self._named() if wanted else []
+            named = self._named() if keep else []
             return {
                 f"{key}.{name}": _own(torch.as_tensor(value))
                 for name, p in named
@@ -195,30 +203,35 @@ class DeepSpeedEngine(Engine):
         def get(key: str) -> Any:
             return lambda parameter: safe_get_full_optimizer_state(parameter, key)
 
-        tensors = self._collect(wanted, {f"{key}.": get(key) for key in ("exp_avg", "exp_avg_sq")})
+        tensors = self._collect(keep, {f"{key}.": get(key) for key in ("exp_avg", "exp_avg_sq")})
         step = torch.as_tensor(next(iter(self._inner.state.values()))["step"], dtype=torch.float32).cpu()
-        return tensors | ({f"step.{name}": step.clone() for name, _ in self._named()} if wanted else {})
+        return tensors | ({f"step.{name}": step.clone() for name, _ in self._named()} if keep else {})
 
-    def _collect(self, wanted: bool, getters: dict[str, Any]) -> Tensors:
-        """Assemble each tensor from all processes' shares, one after the other; only who wants them keeps them."""
+    def _collect(self, keep: bool, getters: dict[str, Any]) -> Tensors:
+        """Gather each tensor from the shards of all processes, one after the other. Ranks with `keep` False
+        discard them."""
         tensors: Tensors = {}
         for name, parameter in self._named():
             for prefix, get in getters.items():
                 tensor = get(parameter)
-                if wanted:
+                if keep:
                     shape = getattr(parameter, "ds_shape", parameter.shape)
                     tensors[prefix + name] = _own(tensor.view(shape))
         return tensors
 
     def _link_moments(self) -> None:
-        """Tell each parameter where its moments lie. DeepSpeed 0.19 does so after the first group's first step, when the second has none."""
+        """Tell each parameter where its moments are.
+
+        DeepSpeed 0.19 does this after the first step of the first parameter group, when the second has no
+        moments yet.
+        """
         if self.stage < 3:
             self.optimizer._hp_optimizer_states_linked = False
             self.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _load_moments(self, saved: Tensors) -> None:
         if self.stage == 0:
-            checkpoint.put_moments(saved, self.module, self._inner)
+            checkpoint.load_moments(saved, self.module, self._inner)
             return
         from deepspeed.utils import safe_set_full_optimizer_state
 

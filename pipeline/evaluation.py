@@ -1,4 +1,5 @@
-"""Validation: held-out documents from their first byte to their last, the state carried as in training; of a synthetic task, fixed examples."""
+"""Validation: held-out documents from their first byte to their last, the state carried as in training; of a
+synthetic task, fixed examples."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -84,14 +85,13 @@ def validate(
     in_lockstep: bool = False,
     after_chunk: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Mean loss in nats per token and bits per byte over all documents of all processes' sets, and their tokens.
+    """Mean loss in nats per token and bits per byte over all documents of all processes' sets, and their
+    tokens.
 
     Of a synthetic task: the loss and the accuracy with lengths as in training, and the accuracy by length.
 
-    Args:
-        layout: where processes share sequences.
-        in_lockstep: a forward pass needs all processes, so those that have read all their documents go on in vain until all have.
-        after_chunk: called after each chunk.
+    Args: layout: where processes share sequences. in_lockstep: a forward pass needs all processes, so those
+        that have read all their documents go on in vain until all have. after_chunk: called after each chunk.
     """
     layout = layout or ProcessLayout()
     if examples := [part for part in sets if isinstance(part, TaskValidation)]:
@@ -164,7 +164,8 @@ def _validate_task(
 
 
 def _score(model: nn.Module, chunk: Chunk, accelerator: Accelerator) -> tuple[float, float, float]:
-    """How many answers are right, how many there are, and their loss in nats. Only columns with an answer get logits."""
+    """How many answers are right, how many there are, and their loss in nats. Only columns with an answer get
+    logits."""
     scored = chunk.shift_labels != IGNORED
     columns = np.flatnonzero(scored.any(0))
     output = model(

@@ -30,7 +30,8 @@ def export_model(
     key: str = "run.dir",
     force: bool = False,
 ) -> bool:
-    """Write weights, configuration, the modeling code, tokenizer and a model card (`export_folder.write_export`).
+    """Write weights, configuration, the modeling code, tokenizer and a model card
+    (`export_folder.write_export`).
 
     Args:
         folder: is made, or holds an export whose files are replaced; other files in it stay.
@@ -43,8 +44,8 @@ def export_model(
     Returns:
         Whether the card was written; one that was changed by hand is kept.
 
-    Raises:
-        UserError: files in the folder that are to be replaced were not written by an export, or were changed since.
+    Raises: UserError: files in the folder that are to be replaced were not written by an export, or were
+        changed since.
     """
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
@@ -83,11 +84,11 @@ def export_run(
 ) -> Path:
     """Export a checkpoint of a run, the newest valid one or that of `step`; returns the checkpoint.
 
-    Args:
-        trust_remote_code: run the code that the tokenizer brings along; what the run's own config.yaml says of it does not count.
+    Args: trust_remote_code: run the code that the tokenizer brings along; what the run's own config.yaml says
+        of it does not count.
 
-    Raises:
-        UserError: no run, no such checkpoint, or one that was changed; a folder that holds something else (see `export_model`).
+    Raises: UserError: no run, no such checkpoint, or one that was changed; a folder that holds something else
+        (see `export_model`).
     """
     folder, out = run / "checkpoints", out.resolve()
     check_export(out, "--out", force)
@@ -133,7 +134,8 @@ def load_checkpoint(
 def sample(
     model: PreTrainedModel, tokenizer: Any, prompts: list[str], num_tokens: int, seed: int
 ) -> list[str]:
-    """A continuation of each prompt, prompt included, drawn at temperature 0.8; leaves the global random state as it was."""
+    """A continuation of each prompt, prompt included, drawn at temperature 0.8; leaves the global random
+    state as it was."""
     inputs = prompt_batch(tokenizer, prompts).to(model.device)
     was_training = model.training
     model.eval()

@@ -3,12 +3,15 @@
     .minrnn-export.new/    the new files, on the disk before any other is touched
     .minrnn-export.json    {"files": {name: [SHA-256, ...]}}: what exports wrote here; old and new, while files are replaced
 
-Weights and configuration belong together, and two names cannot be exchanged at once. Where the configuration changes, it
-names the new weights in `.minrnn-export.new/` (transformers reads `transformers_weights`) until they have their own name:
+Weights and configuration belong together, and two names cannot be exchanged at once. Where the configuration
+changes, it names the new weights in `.minrnn-export.new/` (transformers reads `transformers_weights`) until
+they have their own name:
 
-    config.json -> new, with transformers_weights;  model.safetensors -> new;  config.json -> new;  .minrnn-export.new/ goes
+    config.json -> new, with transformers_weights;  model.safetensors -> new;  config.json -> new;
+    .minrnn-export.new/ goes
 
-So whenever an export is cut off, the folder holds a model that loads, and the next export knows every file as its own.
+So whenever an export is cut off, the folder holds a model that loads, and the next export knows every file as
+its own.
 """
 
 import contextlib
@@ -161,8 +164,8 @@ def _config(folder: Path) -> dict[str, Any]:
 def _written(folder: Path, names: Iterable[str]) -> dict[str, list[str]] | None:
     """SHA-256 by name of what exports wrote here; None where there was none.
 
-    An export of before there were lists is known by its config.json: files of the names that exports write are its own,
-    the README only if it still is a card.
+    An export of before there were lists is known by its config.json: files of the names that exports write
+    are its own, the README only if it still is a card.
     """
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         files = json.loads((folder / LIST).read_text())["files"]

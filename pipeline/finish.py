@@ -18,8 +18,8 @@ from .run import Run
 def finish(run: Run) -> None:
     """Export the model from the last checkpoint and write samples.txt, in the main process.
 
-    Raises:
-        UserError, StorageError: in every process, if a line of metrics.jsonl or the export could not be written; the
+    Raises: UserError, StorageError: in every process, if a line of metrics.jsonl or the export could not be
+        written; the
             same command tries again.
     """
     run.watchdog.enter("exporting")

@@ -39,14 +39,16 @@ class RunFolder:
     _config: str = ""
 
     def begin(self, recipe: Recipe) -> None:
-        """Everything is ready: cut the metrics to the checkpoint's step and write down the settings that hold from here on."""
+        """Everything is ready: cut the metrics to the checkpoint's step and write down the settings that hold
+        from here on."""
         if num_cut := cut_metrics(self.metrics.path, self.manifest.get("step", 0)):
             warn(f"{num_cut} lines of {self.metrics.path} came after the checkpoint; they are written again")
         self._config = yaml.safe_dump(resolved(recipe), sort_keys=False)
         replace(self.path / "config.yaml", self._config)
 
     def mark_finished(self, step: int) -> None:
-        """Note that what follows the last step is there. What a kill before this leaves undone is done at the next start.
+        """Note that what follows the last step is there. What a kill before this leaves undone is done at the
+        next start.
 
         Raises:
             StorageError: this could not be written.
@@ -86,8 +88,8 @@ class RunFolder:
 def open_folder(recipe: Recipe, accelerator: Accelerator) -> RunFolder:
     """Create or reopen `run.dir`; all processes agree on the checkpoint to go on from.
 
-    Raises:
-        UserError: the folder is of no use or not a run's, another run is writing there, run.resume does not allow what is there, or the run was
+    Raises: UserError: the folder is of no use or not a run's, another run is writing there, run.resume does
+        not allow what is there, or the run was
             started with other settings.
         StorageError: a checkpoint cannot be read now, and might be in order.
     """
@@ -145,7 +147,8 @@ def _lock(path: Path) -> IO[str]:
 
 
 def _is_lock_of(file: IO[str], path: Path) -> bool:
-    """Whether the folder still holds the file that was locked; a file system that gives no answer does not say otherwise."""
+    """Whether the folder still holds the file that was locked; a file system that gives no answer does not
+    say otherwise."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path / ".lock"))
     except (FileNotFoundError, NotADirectoryError):
@@ -155,7 +158,8 @@ def _is_lock_of(file: IO[str], path: Path) -> bool:
 
 
 def recover_export(folder: Path) -> None:
-    """Give an exported model its name back, if the export that was to replace it was killed between its renames."""
+    """Give an exported model its name back, if the export that was to replace it was killed between its
+    renames."""
     replaced = folder.with_name(f".{folder.name}.replaced")
     if os.path.lexists(replaced) and not os.path.lexists(folder):
         os.rename(replaced, folder)

@@ -1,4 +1,5 @@
-"""Whether a run may write in a folder: what keeps it from writing at the end is said at the start, and what no run has made is left alone."""
+"""Whether a run may write in a folder: what keeps it from writing at the end is said at the start, and what
+no run has made is left alone."""
 
 import errno
 import os
@@ -72,7 +73,8 @@ def _place_problem(path: Path, is_folder: bool) -> str | None:
 
 
 def _was_made_by_a_run(path: Path) -> bool:
-    """Whether a config.yaml here, or in a checkpoint, is one that a run has written: resolved, so with every section and setting."""
+    """Whether a config.yaml here, or in a checkpoint, is one that a run has written: resolved, so with every
+    section and setting."""
     for config in (path / "config.yaml", *(step / "config.yaml" for step in steps_in(path / "checkpoints"))):
         try:
             values = yaml.safe_load(config.read_text()) if config.exists() else None

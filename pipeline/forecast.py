@@ -1,6 +1,7 @@
 """How long a run still takes, in a line of the log after its first steps.
 
-steps after the first (which compiles) -> seconds per step -> steps and validations that are left -> "about 3 min to go"
+steps after the first (which compiles) -> seconds per step -> steps and validations that are left -> "about 3
+min to go"
 """
 
 import time

@@ -16,7 +16,8 @@ SIGNALS = [
 class Interrupt:
     """A context in which SIGNALS are noted instead of obeyed; the loop asks `requested` between steps.
 
-    A signal that the caller had set to be ignored stays so (`nohup` does that to SIGHUP); not SIGINT, which shells ignore in background jobs.
+    A signal that the caller had set to be ignored stays so (`nohup` does that to SIGHUP); not SIGINT, which
+    shells ignore in background jobs.
     """
 
     def __init__(self) -> None:

@@ -1,6 +1,7 @@
 """What the launcher and the recipe both say: told before any process is connected, all at once.
 
-The recipe decides what both could: batch, clipping, precision, optimizer. What the launcher leaves open ("auto", or not said) is filled from
+The recipe decides what both could: batch, clipping, precision, optimizer. What the launcher leaves open
+("auto", or not said) is filled from
 it; what it says differently is a mistake.
 """
 
@@ -43,7 +44,8 @@ def check_launch(recipe: Recipe) -> None:
 
 
 def check_same_recipe(recipe: Recipe, accelerator: Accelerator) -> None:
-    """Each process has read the recipe from its own machine: they must be the same. Called by all processes alike.
+    """Each process has read the recipe from its own machine: they must be the same. Called by all processes
+    alike.
 
     Raises:
         UserError: in every process, each setting that differs and where.
@@ -133,7 +135,8 @@ def _is_loopback(host: str) -> bool:
 
 
 def _interface_errors(wanted: str | None, interfaces: list[str], name_is_loopback: bool) -> list[Problem]:
-    """Why the processes of other machines could not reach those of this one over gloo, which takes the host's name or GLOO_SOCKET_IFNAME."""
+    """Why the processes of other machines could not reach those of this one over gloo, which takes the host's
+    name or GLOO_SOCKET_IFNAME."""
     host = socket.gethostname()
     advice = f"set GLOO_SOCKET_IFNAME to the interface that the machines share ({host} has {', '.join(interfaces)})"
     if wanted is None:

@@ -1,7 +1,8 @@
 """Which of the launcher's engines minrnn works with. Others are refused before anyone connects.
 
-Accelerate takes an engine from its configuration file, from options and from the environment, and would wrap the model in it in
-silence: one that minrnn does not know trains replicas that drift apart, and saves the shards of one of them.
+Accelerate takes an engine from its configuration file, from options and from the environment, and would wrap
+the model in it in silence: one that minrnn does not know trains replicas that drift apart, and saves the
+shards of one of them.
 """
 
 import os
@@ -22,7 +23,8 @@ SUPPORTED = {
 }
 DEVICES = {"cpu", "cuda", "mps"}  # MPS for one process only: train.device sees to that
 
-# Keys of a DeepSpeed configuration that were tried, or only report. What they may say is `launch_checks`'s and DeepSpeed's matter.
+# Keys of a DeepSpeed configuration that were tried, or only report. What they may say is `launch_checks`'s
+# and DeepSpeed's matter.
 DEEPSPEED_KEYS = {
     *(
         "train_batch_size",
@@ -73,7 +75,8 @@ def engine_errors(device_type: str, num_processes: int) -> list[Problem]:
 
 
 def check_engine(distributed_type: DistributedType) -> None:
-    """Stop where Accelerate made something else of the launcher's environment, in a way that `engine_errors` does not know.
+    """Stop where Accelerate made something else of the launcher's environment, in a way that `engine_errors`
+    does not know.
 
     Raises:
         UserError: the engine is not one of ours.

@@ -1,4 +1,5 @@
-"""A model by its name (a run, an export or a hub id), in a dtype, on a device; for all commands that read one."""
+"""A model by its name (a run, an export or a hub id), in a dtype, on a device; for all commands that read
+one."""
 
 import copy
 import os
@@ -56,8 +57,8 @@ def load(
         device: as in `machine.resolve_device`.
         trust_remote_code: as in `read_model`.
 
-    Raises:
-        UserError: they cannot be loaded, are none of ours, or belong to another version of the code; there is no such
+    Raises: UserError: they cannot be loaded, are none of ours, or belong to another version of the code;
+        there is no such
             device, or it does not support the dtype.
     """
     target = resolve_device(device)  # the quickest mistake first
@@ -69,8 +70,8 @@ def load(
 def weights_dtype(stored: torch.dtype, asked: str, device: torch.device) -> torch.dtype:
     """The dtype to compute in on a device.
 
-    `auto` loses no digit and no time: weights stay as they are stored, but bf16 becomes fp32 where the device multiplies
-    that faster. What was asked for is taken, with a warning where it is slow.
+    `auto` loses no digit and no time: weights stay as they are stored, but bf16 becomes fp32 where the device
+    multiplies that faster. What was asked for is taken, with a warning where it is slow.
 
     Raises:
         UserError: an unknown dtype, or one that the device does not support.
@@ -99,11 +100,11 @@ def place(model: MinRNNForCausalLM, dtype: torch.dtype, device: torch.device) ->
 def read_model(name: str, trust_remote_code: bool = False) -> tuple[MinRNNForCausalLM, Any]:
     """Model, in eval mode on the CPU as it is stored, and tokenizer of an export, a hub id or a run.
 
-    Args:
-        trust_remote_code: run the code that the tokenizer brings along. The model's own is that of this package, whatever it brings.
+    Args: trust_remote_code: run the code that the tokenizer brings along. The model's own is that of this
+        package, whatever it brings.
 
-    Raises:
-        UserError: they cannot be loaded, are none of ours, belong to another version of the code, do not fit into
+    Raises: UserError: they cannot be loaded, are none of ours, belong to another version of the code, do not
+        fit into
             memory, or bring code that is not trusted.
     """
     folder = model_folder(name)
@@ -166,7 +167,8 @@ def read_model(name: str, trust_remote_code: bool = False) -> tuple[MinRNNForCau
 def _check_size(name: str, config: MinRNNConfig) -> None:
     """Refuse a configuration whose weights no memory here holds, before any of it is taken.
 
-    Counted on the meta device, from the model with one layer and with two: a loop over the layers asked for might never end.
+    Counted on the meta device, from the model with one layer and with two: a loop over the layers asked for
+    might never end.
 
     Raises:
         UserError: it asks for more than the machine has.

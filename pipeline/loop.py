@@ -89,7 +89,8 @@ def _report_finished(recipe: Recipe, folder: RunFolder) -> None:
 
 
 def _steps_and_finish(run: Run) -> int | None:
-    """Take all steps and finish the run; returns the signal that stopped it, if one did. The run is closed."""
+    """Take all steps and finish the run; returns the signal that stopped it, if one did. The run is
+    closed."""
     status = "FAILED"
     try:
         with Interrupt() as interrupt:
@@ -197,8 +198,8 @@ class NextStep:
 def _agree_on_next_step(run: Run, interrupt: Interrupt, is_save_due: bool) -> NextStep:
     """Wait until every process has its data, or one has to stop.
 
-    Processes exchange their state as soon as all have data, and every POLL_SECONDS while one still waits. So each reacts
-    to a signal, its own or another's, however long a disk or a network stalls.
+    Processes exchange their state as soon as all have data, and every POLL_SECONDS while one still waits. So
+    each reacts to a signal, its own or another's, however long a disk or a network stalls.
     """
     run.watchdog.enter(f"step {run.step + 1}: reading")
     batch: list[Chunk] | None = None
@@ -323,7 +324,8 @@ def _draw(folder: RunFolder, draws_accuracy: bool) -> None:
 
 
 def _save(run: Run, is_last: bool) -> None:
-    """Save this step. A failed save is reported when the next one begins, and training goes on; the last must succeed.
+    """Save this step. A failed save is reported when the next one begins, and training goes on; the last must
+    succeed.
 
     Raises:
         StorageError: in every process, if any of them could not write the last checkpoint.

@@ -22,7 +22,8 @@ SLOW = 3.0  # times slower than another precision: worth a warning
 
 
 def resolve_device(name: str, key: str = "--device") -> torch.device:
-    """The device of this name: cpu, cuda, mps, xpu, or one of several as cuda:1; auto is the accelerator, if there is one.
+    """The device of this name: cpu, cuda, mps, xpu, or one of several as cuda:1; auto is the accelerator, if
+    there is one.
 
     Raises:
         UserError: under `key`, if there is no such device here.
@@ -67,7 +68,8 @@ def supports(device: torch.device, precision: str) -> bool:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, trials: int = 3) -> float:
-    """Floating-point operations per second of a plain square matrix product, the best of some trials: the ceiling of a training step."""
+    """Floating-point operations per second of a plain square matrix product, the best of some trials: the
+    ceiling of a training step."""
     size, seconds = _size_to_measure(device, dtype)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     _product_seconds(a, b, 1)
@@ -76,10 +78,11 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, trials: int = 3) -> fl
 
 
 def _size_to_measure(device: torch.device, dtype: torch.dtype) -> tuple[int, float]:
-    """The size of a product that fills the device, or takes about a tenth of a second before, and its seconds.
+    """The size of a product that fills the device, or takes about a tenth of a second before, and its
+    seconds.
 
-    A CPU without bf16 units needs seconds for what others do in milliseconds. The products run in one thread, since
-    several that wait for each other on a busy machine say nothing about its speed.
+    A CPU without bf16 units needs seconds for what others do in milliseconds. The products run in one thread,
+    since several that wait for each other on a busy machine say nothing about its speed.
     """
     num_threads, largest = torch.get_num_threads(), 1024 if device.type == "cpu" else 8192
     size = largest // 8
@@ -130,7 +133,8 @@ def choose_precision(
 ) -> PrecisionChoice:
     """The precision to compute in.
 
-    What was asked for is taken. `auto` is what was saved, if anything was, and else the faster of fp32 and bf16 (fp32 where they are close).
+    What was asked for is taken. `auto` is what was saved, if anything was, and else the faster of fp32 and
+    bf16 (fp32 where they are close).
 
     Args:
         asked: auto, fp32, bf16 or fp64.
@@ -182,7 +186,8 @@ def num_cores() -> int:
 def share_of_threads(environment: Mapping[str, str], cores: int) -> int | None:
     """Threads of a process that a launcher started; None to leave them as they are.
 
-    torchrun and Accelerate set OMP_NUM_THREADS to 1 where the user set nothing, so a 1 from them means each process's share of the cores.
+    torchrun and Accelerate set OMP_NUM_THREADS to 1 where the user set nothing, so a 1 from them means each
+    process's share of the cores.
     """
     launched = "LOCAL_RANK" in environment or "ACCELERATE_MIXED_PRECISION" in environment
     if not launched or environment.get("OMP_NUM_THREADS", "1") != "1":
@@ -191,7 +196,8 @@ def share_of_threads(environment: Mapping[str, str], cores: int) -> int | None:
 
 
 def compile_problem(device: torch.device) -> str | None:
-    """Why torch.compile cannot run on a device, in one line: no compiler, no Triton, an old GPU. None where it can.
+    """Why torch.compile cannot run on a device, in one line: no compiler, no Triton, an old GPU. None where
+    it can.
 
     Found out by compiling the smallest function: its own error would come in the first step.
     """
@@ -205,8 +211,8 @@ def compile_problem(device: torch.device) -> str | None:
 def keep_freed_memory() -> None:
     """Tell glibc to keep freed memory instead of giving it back to the kernel.
 
-    A training step frees and takes the same large tensors again and again. By default each goes through mmap, and its pages are faulted in
-    anew every time, which on a virtual machine costs more than the arithmetic.
+    A training step frees and takes the same large tensors again and again. By default each goes through mmap,
+    and its pages are faulted in anew every time, which on a virtual machine costs more than the arithmetic.
     """
     m_mmap_max, m_trim_threshold = -4, -1  # <malloc.h>
     try:

@@ -1,4 +1,5 @@
-"""metrics.jsonl is the truth about a run: one JSON object a line, in the order of the steps, each step once."""
+"""metrics.jsonl is the truth about a run: one JSON object a line, in the order of the steps, each step
+once."""
 
 import contextlib
 import json
@@ -33,7 +34,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def cut_metrics(path: Path, step: int) -> int:
-    """Remove, in one atomic step, what was written after `step`: it will be written again. Returns how many lines that were.
+    """Remove, in one atomic step, what was written after `step`: it will be written again. Returns how many
+    lines that were.
 
     Only what is removed is read, so a file of a million lines takes no longer than a short one.
     """
@@ -80,7 +82,8 @@ def _strict(value: Any) -> Any:
 
 
 class History:
-    """What the pictures show of a metrics.jsonl. It is read on as the file grows, never again from its beginning."""
+    """What the pictures show of a metrics.jsonl. It is read on as the file grows, never again from its
+    beginning."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -117,9 +120,11 @@ class History:
 
 
 class MetricsFile:
-    """metrics.jsonl, one line after another, visible at once. Lines that a full disk does not take are kept until it does.
+    """metrics.jsonl, one line after another, visible at once. Lines that a full disk does not take are kept
+    until it does.
 
-    A checkpoint must not outlive the lines before it: it counts only after `sync`, which the thread that saves may call.
+    A checkpoint must not outlive the lines before it: it counts only after `sync`, which the thread that
+    saves may call.
     """
 
     def __init__(self, path: Path, warn: Callable[[str], object]):

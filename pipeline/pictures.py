@@ -13,7 +13,8 @@ NUM_NOTES = 12
 
 
 def draw_loss(history: History, picture: Path, title: str) -> None:
-    """Training loss (thin: every logged step, thick: smoothed) and validation loss over tokens, with bits per byte (or accuracy) at those."""
+    """Training loss (thin: every logged step, thick: smoothed) and validation loss over tokens, with bits per
+    byte (or accuracy) at those."""
     validations = history.validations
     tokens, losses = (
         np.array(history.tokens),
@@ -110,7 +111,8 @@ def _extremes(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _smoothed(values: np.ndarray) -> np.ndarray:
-    """Running mean over the neighbours on both sides, a fifteenth of all; it does not lag behind a falling loss."""
+    """Running mean over the neighbours on both sides, a fifteenth of all; it does not lag behind a falling
+    loss."""
     reach, index = len(values) // 30, np.arange(len(values))
     sums = np.concatenate([[0.0], np.cumsum(values)])
     first, end = np.maximum(index - reach, 0), np.minimum(index + reach + 1, len(values))

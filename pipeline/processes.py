@@ -1,7 +1,7 @@
-"""The processes of a run: who they are, what they share, what they agree on.
+"""The processes of a run: their ranks and devices, their shares of the data, their collectives.
 
-W processes are W / C groups of C neighbours (C = parallel.context). A group shares its readers; each of its processes has 1 / C of the time of
-every chunk.
+With C = parallel.context, W processes form W / C groups of C neighbours. A group shares its readers. Each
+process of a group has 1 / C of the time of every chunk.
 """
 
 import dataclasses
@@ -29,30 +29,30 @@ T = TypeVar("T")
 
 
 def world_size() -> int:
-    """Processes that the launcher started, known before any of them is connected."""
+    """Number of processes that the launcher started; known before they are connected."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def launcher_holds_store() -> bool:
-    """Whether the store that processes meet in is the launcher's, not rank 0's."""
+    """Whether the launcher, not rank 0, holds the store through which the processes find each other."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def uses_deepspeed() -> bool:
-    """Whether `accelerate launch` was told to use DeepSpeed."""
+    """Whether `accelerate launch` was configured to use DeepSpeed."""
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1", "yes")
 
 
 @dataclass(frozen=True)
 class ProcessLayout:
-    """Which readers and which piece of their chunks are this process's."""
+    """The readers of this process, and its piece of their chunks."""
 
     rank: int = 0
     num_processes: int = 1
     context: int = 1
-    """Processes that share a sequence."""
+    """Processes per sequence."""
     group: ContextGroup | None = None
-    """Those of this process; None where context is 1."""
+    """The processes that share this one's sequences; None if context is 1."""
 
     @property
     def context_rank(self) -> int:
@@ -65,7 +65,8 @@ class ProcessLayout:
         return range(first, first + per_group)
 
     def piece(self, chunk: Chunk) -> Chunk:
-        """This process's part of a chunk: [lanes, time / context]. `chunk.state` stays that of the whole."""
+        """This process's part of a chunk: [lanes, time / context]. `chunk.state` remains that of the whole
+        chunk."""
         if self.context == 1:
             return chunk
         length = chunk.input_ids.shape[1] // self.context
@@ -78,7 +79,7 @@ class ProcessLayout:
 
 
 def build_layout(accelerator: Accelerator, context: int, timeout: timedelta) -> ProcessLayout:
-    """The layout, its process groups made. Called by all processes alike."""
+    """Create the layout and its process groups. Collective: all processes must call it."""
     rank, num_processes = accelerator.process_index, accelerator.num_processes
     if context == 1:
         return ProcessLayout(rank, num_processes)
@@ -92,12 +93,13 @@ def build_layout(accelerator: Accelerator, context: int, timeout: timedelta) -> 
 
 
 def local_device(name: str, key: str = "train.device") -> torch.device:
-    """This process's device, of a name as in `machine.resolve_device`: of several accelerators, that of its number on the machine.
+    """This process's device, by a name as in `machine.resolve_device`. With several accelerators, LOCAL_RANK
+    picks one.
 
-    Processes cannot send each other what is on MPS, so several of them take the CPU instead where the name is `auto`.
+    Processes cannot exchange tensors on MPS, so with several processes `auto` gives the CPU there.
 
     Raises:
-        UserError: under `key`, if there is no such device here, or several processes cannot work on it.
+        UserError: under `key`, if the device does not exist or several processes cannot work on it.
     """
     device = resolve_device(name, key)
     if device.type == "mps" and world_size() > 1:
@@ -110,34 +112,35 @@ def local_device(name: str, key: str = "train.device") -> torch.device:
 
 
 def connect(timeout: timedelta, device: torch.device) -> Accelerator:
-    """Connect the processes: gloo on CPUs, nccl on GPUs. Precision is ours (`engine.autocast`), whatever the launcher says.
+    """Connect the processes: gloo on CPUs, nccl on GPUs.
+
+    Mixed precision is always off in Accelerate, because `engine.autocast` applies the recipe's.
 
     Args:
-        timeout: after which a collective that nobody answers fails.
-        device: this process's (`local_device`).
+        timeout: after which an unanswered collective fails.
+        device: of this process (`local_device`).
     """
     on_cpu, deepspeed = device.type == "cpu", uses_deepspeed()
     if on_cpu:
-        os.environ["ACCELERATE_TORCH_DEVICE"] = (
-            "cpu"  # where DeepSpeed is on, Accelerate takes a GPU if the machine has one
-        )
-        os.environ["DS_ACCELERATOR"] = (
-            "cpu"  # Accelerate imports DeepSpeed where it is installed, and that guesses aloud
-        )
+        # With DeepSpeed, Accelerate would take a GPU if the machine has one.
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+        # Accelerate imports DeepSpeed if it is installed, which guesses its device with a message.
+        os.environ["DS_ACCELERATOR"] = "cpu"
         if (threads := share_of_threads(os.environ, num_cores())) is not None:
             torch.set_num_threads(threads)
     if world_size() > 1:
         _init_process_group(device, timeout)
     if deepspeed and on_cpu:
-        os.environ.pop("ACCELERATE_USE_CPU", None)  # with it, DeepSpeed would be left out in silence
+        os.environ.pop("ACCELERATE_USE_CPU", None)  # with it, Accelerate silently ignores DeepSpeed
         PartialState(backend="gloo")
         accelerator = Accelerator(mixed_precision="no")
     else:
-        # Left to itself, a plain Accelerator() on CPUs would see one process in each of several, and train separate models.
+        # Without cpu=True, several processes on CPUs would each see one process and train separate models.
         accelerator = Accelerator(cpu=on_cpu, mixed_precision="no")
     if accelerator.num_processes != world_size():
+        connected = accelerator.num_processes
         raise RuntimeError(
-            f"The launcher started {world_size()} processes, but Accelerate connected {accelerator.num_processes}."
+            f"The launcher started {world_size()} processes, but Accelerate connected {connected}."
         )
     if deepspeed != (accelerator.state.deepspeed_plugin is not None):
         raise RuntimeError("The launcher asks for DeepSpeed, but Accelerate left it out.")
@@ -145,11 +148,12 @@ def connect(timeout: timedelta, device: torch.device) -> Accelerator:
 
 
 def _init_process_group(device: torch.device, timeout: timedelta) -> None:
-    """Make the process group, which Accelerate then uses.
+    """Create the process group that Accelerate then uses.
 
-    A store that the launcher holds may outlive a restart of its processes (it does with torchrun's static rendezvous, Accelerate's default),
-    and so do the addresses of the dead ones in it: each attempt has a corner of its own. One that rank 0 holds is new each time; it must not
-    be divided, since the launchers of several machines count their attempts apart.
+    A store that the launcher holds can outlive a restart of its processes (torchrun's static rendezvous,
+    Accelerate's default), and with it the addresses of dead processes. So each attempt uses its own prefix. A
+    store that rank 0 holds is new at each attempt, and needs none: launchers of several machines count
+    attempts separately, so their prefixes would differ.
     """
     rank, size = (int(os.environ.get(name, "0")) for name in ("RANK", "WORLD_SIZE"))
     if device.type != "cpu":
@@ -160,12 +164,14 @@ def _init_process_group(device: torch.device, timeout: timedelta) -> None:
     store = torch.distributed.TCPStore(host, port, size, is_master, timeout=timeout, wait_for_workers=False)  # pyright: ignore
     if launcher_holds_store():
         store = c10d.PrefixStore(f"minrnn/attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-    setattr(c10d, "default_pg_nccl_timeout", timeout)  # noqa: B010 - private to type checkers; of the groups that DeepSpeed makes itself
+    # For groups that DeepSpeed creates itself.
+    setattr(c10d, "default_pg_nccl_timeout", timeout)  # noqa: B010 - private to type checkers
     torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
 
 def check_wrapped(accelerator: Accelerator, model: nn.Module) -> None:
-    """Several processes with a model that is not wrapped would train apart, in silence."""
+    """Check that Accelerate wrapped the model. Without that, several processes would silently train separate
+    models."""
     if accelerator.num_processes > 1 and model is accelerator.unwrap_model(model):
         raise RuntimeError(
             "Accelerate did not wrap the model for several processes; gradients would not be shared."
@@ -175,10 +181,13 @@ def check_wrapped(accelerator: Accelerator, model: nn.Module) -> None:
 def run_on_all_ranks(
     accelerator: Accelerator, function: Callable[[], T]
 ) -> tuple[T | None, list[tuple[str, str]]]:
-    """The function's result, and what the user must mend: in whichever process it raised UserError, all hear of it.
+    """Call a function in every process, and exchange the errors.
 
-    Raises:
-        StorageError: in every process, where a file system of one of them failed. The others would wait for it.
+    Returns:
+        This process's result (None if it failed), and the UserErrors of all processes.
+
+    Raises: StorageError: in every process, if a file system failed in one of them. The others would otherwise
+        wait for it.
     """
     result, errors, failures = None, [], []
     try:
@@ -190,10 +199,10 @@ def run_on_all_ranks(
         failures = [
             f"rank {accelerator.process_index} on {socket.gethostname()}: {error}" if several else str(error)
         ]
-    everywhere = all_gather_objects(accelerator, [(errors, failures)])
-    if failures := [failure for _, failures in everywhere for failure in failures]:
+    of_ranks = all_gather_objects(accelerator, [(errors, failures)])
+    if failures := [failure for _, failures in of_ranks for failure in failures]:
         raise StorageError("; ".join(failures))
-    return result, list(dict.fromkeys(problem for errors, _ in everywhere for problem in errors))
+    return result, list(dict.fromkeys(error for errors, _ in of_ranks for error in errors))
 
 
 def all_reduce_sum(accelerator: Accelerator, values: list[float]) -> list[float]:
@@ -209,7 +218,7 @@ def all_reduce_sum(accelerator: Accelerator, values: list[float]) -> list[float]
 
 
 def all_reduce_max(accelerator: Accelerator, value: int) -> int:
-    """The largest of all processes' values."""
+    """The maximum of a value over all processes."""
     if accelerator.num_processes == 1:
         return value
     tensor = torch.tensor(value, device=accelerator.device)
@@ -218,16 +227,15 @@ def all_reduce_max(accelerator: Accelerator, value: int) -> int:
 
 
 def broadcast_from_main(accelerator: Accelerator, value: T) -> T:
-    """The main process's value, everywhere."""
+    """The main process's value, in every process."""
     return broadcast_object_list([value])[0] if accelerator.num_processes > 1 else value
 
 
 def run_on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
-    """What the function returns in the main process, which alone calls it; everywhere.
+    """Call a function in the main process only; returns its result in every process.
 
-    Raises:
-        UserError, StorageError: in every process, where the main one met a user's mistake or a disk's error: the others
-            would wait for it.
+    Raises: UserError, StorageError: in every process, if the function raised it or an OSError in the main
+        process. The others would otherwise wait for the result.
     """
     result: Any = None
     error: Exception | None = None
@@ -245,7 +253,7 @@ def run_on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
 
 
 def all_gather_objects(accelerator: Accelerator, values: list[Any]) -> list[Any]:
-    """All processes' values, in order of rank, everywhere."""
+    """The values of all processes in order of rank, in every process."""
     return gather_object(values) if accelerator.num_processes > 1 else values
 
 

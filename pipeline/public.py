@@ -1,7 +1,8 @@
 """What a run may say of itself to others: no credentials, no paths of this machine.
 
-`without_credentials` is for this machine (config.yaml, messages): a URI loses user, password and query, and keeps its place.
-`public_config` is for what is published (model card, MLflow, results files): a local path is its last part, too.
+`without_credentials` is for this machine (config.yaml, messages): a URI loses user, password and query, and
+keeps its place. `public_config` is for what is published (model card, MLflow, results files): a local path is
+its last part, too.
 """
 
 import re
@@ -18,8 +19,9 @@ PROSE = ("prompts",)  # settings that hold text for the model: a slash in them i
 def without_credentials(value: str) -> str:
     """A URI without user, password, query and fragment; any other text as it is.
 
-    Passwords may hold `/`, `?` and `@` as they are, which the grammar of URIs does not allow and databases' clients do: where it is not clear
-    what is password and what is not, nothing but the scheme remains. The query of a SQLite database holds options of this machine and stays.
+    Passwords may hold `/`, `?` and `@` as they are, which the grammar of URIs does not allow and databases'
+    clients do: where it is not clear what is password and what is not, nothing but the scheme remains. The
+    query of a SQLite database holds options of this machine and stays.
     """
     match = _SCHEME.match(value)
     if match is None:
@@ -38,14 +40,16 @@ def without_credentials(value: str) -> str:
 
 
 def text_without_credentials(text: str, *uris: str) -> str:
-    """A message in which every URI is without credentials; `uris` are replaced as they stand, whatever characters they hold."""
+    """A message in which every URI is without credentials; `uris` are replaced as they stand, whatever
+    characters they hold."""
     for uri in filter(None, uris):
         text = text.replace(uri, without_credentials(uri))
     return _URI_IN_TEXT.sub(lambda match: without_credentials(match[0]), text)
 
 
 def public_value(value: str) -> str:
-    """A URI without credentials, a local path by its last part, any other text (a hub id, a relative path) as it is."""
+    """A URI without credentials, a local path by its last part, any other text (a hub id, a relative path) as
+    it is."""
     if match := _SCHEME.match(value):
         uri = without_credentials(value)
         local = match[0].removesuffix("://").split("+")[0] in _LOCAL_SCHEMES

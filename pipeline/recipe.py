@@ -1,4 +1,4 @@
-"""A recipe from its file and the command line: every mistake found at once, each on a line of its own."""
+"""A recipe, read from its file and the command line. All errors are reported at once, one per line."""
 
 import collections
 import dataclasses
@@ -18,8 +18,8 @@ from ..common.names import did_you_mean, nearest_names
 from .config import SECTIONS, Recipe, docstring_of
 from .public import config_without_credentials
 
-# What may change when a run goes on: where it lives, how long it is, how it reports. Everything else decides the losses; parallel.context does
-# so with dropout alone (`free_on_resume`).
+# Settings that may change on resume, because they do not affect the losses. parallel.context affects them
+# only with dropout (`free_on_resume`).
 FREE_ON_RESUME = {
     *(
         "run.dir",
@@ -46,22 +46,26 @@ FREE_ON_RESUME = {
         "train.sample_tokens",
     ),
 }
-FIXED_ON_RESUME = ("model.", "batch.", "data.", "run.seed")  # positions and states would mean something else
+# Never, since positions and states would be of something else.
+FIXED_ON_RESUME = ("model.", "batch.", "data.", "run.seed")
 
 USAGE = """usage: minrnn train --config RECIPE [--section.field VALUE ...]
-       accelerate launch [--num_processes N ...] -m minrnn.pipeline.train --config RECIPE [--section.field VALUE ...]
+       accelerate launch [--num_processes N ...] -m minrnn.pipeline.train --config RECIPE [...]
 
-Train a minimal RNN language model. RECIPE is a YAML file, or the name of one that comes with minrnn ({recipes}).
-The same command goes on after any interruption. Examples:
+Train a minimal RNN language model. RECIPE is a YAML file or the name of a recipe that comes with minrnn:
+{recipes}.
+
+The same command resumes a run that was interrupted. Examples:
 
   minrnn train --config quickstart
   minrnn train --config quickstart --run.dir runs/wide --model.hidden_size 384 --optim.lr 2e-3
 
-A setting that is text takes VALUE as it is typed; null is for those that may be left out. Lists and mappings are written as in
-YAML: --run.change '[optim.lr, optim.clip]' --train.prompts '["def ", "class "]' --data.task '{{length: 64}}'
+The VALUE of a text setting is taken literally. null stands for no value, in settings that allow it. Lists and
+mappings are written as in YAML:
+--run.change '[optim.lr, optim.clip]' --train.prompts '["def ", "class "]' --data.task '{{length: 64}}'
 """
 WIDTH = 110  # of lines of the help
-NULL = ("null", "none")  # on the command line, of settings that may be None
+NULL = ("null", "none")  # on the command line, for settings that may be None
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -88,7 +92,11 @@ def _wrap(text: str, indent: int) -> str:
 
 
 def parse_arguments(argv: list[str]) -> tuple[str | None, dict[str, str]]:
-    """`--config RECIPE` and the overrides by key, from `--key value` and `--key=value`."""
+    """RECIPE of `--config RECIPE`, and the overrides by key, from `--key value` and `--key=value`.
+
+    Raises:
+        UserError: words that are no option, and options without a value.
+    """
     config, overrides, errors = None, {}, []
     words = collections.deque(argv)
     while words:
@@ -99,13 +107,8 @@ def parse_arguments(argv: list[str]) -> tuple[str | None, dict[str, str]]:
         key, equals, value = word.removeprefix("--").partition("=")
         if not equals:
             if not words or _is_option(words[0]):
-                errors.append(
-                    (
-                        key,
-                        "lacks a value"
-                        + (f" (if {words[0]} is meant to be it: --{key}={words[0]})" if words else ""),
-                    )
-                )
+                hint = f" (if {words[0]} is meant to be it: --{key}={words[0]})" if words else ""
+                errors.append((key, f"lacks a value{hint}"))
                 continue
             value = words.popleft()
         if key == "config":
@@ -122,11 +125,9 @@ def _load_yaml(name: str) -> dict[str, Any]:
     try:
         loaded = yaml.safe_load(path.read_text())
     except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise UserError(
-            "--config",
-            f"cannot read {name}: {reason}; recipes that come with minrnn: {', '.join(shipped_recipes())}",
-        ) from None
+        reason, shipped = error.strerror or type(error).__name__, ", ".join(shipped_recipes())
+        message = f"cannot read {name}: {reason}; recipes that come with minrnn: {shipped}"
+        raise UserError("--config", message) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError("--config", f"{name} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(loaded or {}, dict):
@@ -141,12 +142,12 @@ def _known_keys() -> list[str]:
 
 
 def _is_option(word: str) -> bool:
-    """Whether a word of the command line begins a setting, rather than being the value of one."""
+    """Whether a word of the command line is an option, not a value."""
     return word.startswith("--") and word.removeprefix("--").partition("=")[0] in ("config", *_known_keys())
 
 
 def _unknown(key: str) -> tuple[str, str]:
-    """The problem of an unknown key, with the nearest known one."""
+    """The error of an unknown key, with the most similar known key."""
     known = _known_keys()
     near = nearest_names(key, known)
     if not near:  # the field may be right and the section wrong
@@ -164,19 +165,22 @@ def _message(error: Any) -> str:
 
 
 def _unchangeable(key: str) -> str | None:
-    """Why a setting cannot be named in run.change, if it cannot."""
+    """Why run.change cannot name a setting, or None."""
     if key not in _known_keys():
         return ": ".join(_unknown(key))
     if key.startswith(FIXED_ON_RESUME):
-        return f"{key} cannot change within a run; start another with its own run.dir (model.init_from takes the weights along)"
+        return (
+            f"{key} cannot change within a run; start another with its own run.dir "
+            "(model.init_from takes the weights along)"
+        )
     return None
 
 
 def build_recipe(values: dict[str, Any]) -> Recipe:
-    """A recipe from nested values.
+    """A recipe from nested values, section -> field -> value.
 
     Raises:
-        UserError: everything that is wrong.
+        UserError: all errors.
     """
     errors: dict[str, str] = {}
     sections = {}
@@ -184,21 +188,20 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
         hint = did_you_mean(nearest_names(section, SECTIONS), otherwise=f"there are {', '.join(SECTIONS)}")
         errors[section] = f"unknown section ({hint})"
     for section, cls in SECTIONS.items():
-        given = values.get(section)
+        fields = values.get(section)
         try:
-            built = sections[section] = cls.model_validate({} if given is None else given)
-            errors |= {f"{section}.{name}": problem for name, problem in built.errors().items()}
-        except ValidationError as error:
-            for one in error.errors():
-                key = ".".join([section, *map(str, one["loc"][:1])])
-                if one["type"] == "extra_forbidden":
-                    key, problem = _unknown(key)
+            built = sections[section] = cls.model_validate({} if fields is None else fields)
+            errors |= {f"{section}.{name}": message for name, message in built.errors().items()}
+        except ValidationError as invalid:
+            for error in invalid.errors():
+                key = ".".join([section, *map(str, error["loc"][:1])])
+                if error["type"] == "extra_forbidden":
+                    key, message = _unknown(key)
                 else:
-                    problem = _message(one)
-                errors.setdefault(key, problem)
-    if "run" in sections and (
-        refused := [problem for key in sections["run"].change if (problem := _unchangeable(key))]
-    ):
+                    message = _message(error)
+                errors.setdefault(key, message)
+    changes = sections["run"].change if "run" in sections else []
+    if refused := [reason for key in changes if (reason := _unchangeable(key))]:
         errors["run.change"] = "; ".join(refused)
     if errors:
         raise UserError.from_list(errors.items())
@@ -206,10 +209,10 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
 
 
 def read_recipe(argv: list[str]) -> Recipe:
-    """The recipe that a command line names, overrides applied.
+    """The recipe that a command line names, with its overrides.
 
     Raises:
-        UserError: everything that is wrong with it.
+        UserError: all errors.
     """
     config, overrides = parse_arguments(argv)
     values = _load_yaml(config) if config else {}
@@ -234,10 +237,10 @@ def read_recipe(argv: list[str]) -> Recipe:
 
 
 def _value(text: str, annotation: Any) -> Any:
-    """A word of the command line, as a field of this type takes it.
+    """A word of the command line, converted for a field of this type.
 
-    Text stays as it is typed: YAML would make a number of `123`, a date of `2024-01-01`, a comment of what follows ` #`, and another folder of
-    each. Everything else, and what is not of the field's type, pydantic reads or refuses.
+    Text is taken literally, since YAML would read `123` as a number, `2024-01-01` as a date and ` #` as the
+    start of a comment. Pydantic checks the result.
     """
     kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
     if NoneType in kinds and text.lower() in NULL:
@@ -247,7 +250,7 @@ def _value(text: str, annotation: Any) -> Any:
     try:
         for kind in kinds:
             if get_origin(kind) is list:
-                items = yaml.load(text, yaml.BaseLoader)  # leaves every scalar as it is written
+                items = yaml.load(text, yaml.BaseLoader)  # keeps every scalar as text
                 (item_type,) = get_args(kind)
                 return (
                     [_value(item, item_type) if isinstance(item, str) else item for item in items]
@@ -263,7 +266,7 @@ def _value(text: str, annotation: Any) -> Any:
 
 
 def resolved(recipe: Recipe) -> dict[str, Any]:
-    """Everything the recipe says, defaults included and credentials left out: what config.yaml holds."""
+    """All settings with their values, defaults included, credentials removed: the content of config.yaml."""
     values = {name: getattr(recipe, name).model_dump(mode="json") for name in SECTIONS}
     values["model"] = {
         "preset": recipe.model.preset,
@@ -281,16 +284,18 @@ def flatten(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def schedule_steps_of(saved: dict[str, Any]) -> int:
-    """Steps of the learning rate's schedule of a run whose resolved recipe was saved. Older runs had no other than train.steps."""
+    """Length of a saved run's learning rate schedule. Old runs have no schedule_steps; theirs is
+    train.steps."""
     return saved["optim"].get("schedule_steps") or saved["train"]["steps"]
 
 
 def settled(recipe: Recipe, saved: dict[str, Any]) -> Recipe:
-    """The recipe with what it leaves to the run: `optim.schedule_steps`, and `train.precision` where that is auto, as the
-    run began with, unless run.change names them.
+    """The recipe with the settings that a run keeps from its start, unless run.change names them.
+
+    These are `optim.schedule_steps` where it is null, and `train.precision` where it is auto.
 
     Args:
-        saved: the resolved recipe of the checkpoint to go on from; empty for a run that begins.
+        saved: the resolved recipe of the checkpoint to resume from; empty for a new run.
     """
     steps = recipe.optim.schedule_steps
     if steps is None:
@@ -307,18 +312,21 @@ def settled(recipe: Recipe, saved: dict[str, Any]) -> Recipe:
 
 
 def free_on_resume(saved: dict[str, Any]) -> set[str]:
-    """Settings that do not decide the losses of a run."""
-    fixed = (
-        {"parallel.context"} if saved["model"].get("dropout") else set()
-    )  # each process of a context draws masks of its own
+    """Settings that do not affect the losses of a run, by its saved recipe."""
+    # With dropout, each process of a context group draws its own masks.
+    fixed = {"parallel.context"} if saved["model"].get("dropout") else set()
     return FREE_ON_RESUME - fixed
 
 
 def check_unchanged(saved: dict[str, Any], recipe: Recipe, folder: str) -> None:
-    """A run goes on with the settings it was started with; train.precision auto stands for any.
+    """Check that a run resumes with the settings it was started with. train.precision auto matches any
+    precision.
+
+    Args:
+        folder: of the run, for messages.
 
     Raises:
-        UserError: each setting that differs, is not free to, and was not named in run.change.
+        UserError: each setting that differs, affects the losses and is not named in run.change.
     """
     old = flatten(saved) | {"optim.schedule_steps": schedule_steps_of(saved)}
     new = flatten(resolved(settled(recipe, saved)))
@@ -329,12 +337,13 @@ def check_unchanged(saved: dict[str, Any], recipe: Recipe, folder: str) -> None:
         if key in old and old[key] != new[key] and key not in allowed and not key.startswith("tracking.")
     ]
 
-    def problem(key: str) -> str:
-        why = " (with model.dropout it decides which values are dropped)" if key == "parallel.context" else ""
+    def message(key: str) -> str:
+        dropout = " (with model.dropout it decides which values are dropped)"
+        reason = dropout if key == "parallel.context" else ""
         advice = "set it back, or name another run.dir"
         if not key.startswith(FIXED_ON_RESUME):
             advice += f", or accept the change with --run.change [{key}]"
-        return f"is {new[key]!r}, but the run in {folder} was started with {old[key]!r}{why}; {advice}"
+        return f"is {new[key]!r}, but the run in {folder} was started with {old[key]!r}{reason}; {advice}"
 
     if different:
-        raise UserError.from_list((key, problem(key)) for key in different)
+        raise UserError.from_list((key, message(key)) for key in different)

@@ -1,14 +1,16 @@
 """Errors that a restart does not cure are not met again and again.
 
-An elastic launcher (torchrun, accelerate launch --max_restarts) starts all processes anew, whatever the status they ended with.
-So each process leaves a note of the error that ended it in the launcher's folder, next to where torchrun keeps its own:
+An elastic launcher (torchrun, accelerate launch --max_restarts) starts all processes anew, whatever the
+status they ended with. So each process leaves a note of the error that ended it in the launcher's folder,
+next to where torchrun keeps its own:
 
     LOGS/RUN/minrnn-error-LOCAL_RANK.json     {"status", "error", "is_final"}
     LOGS/RUN/attempt_N/LOCAL_RANK/error.json  torchrun's (TORCHELASTIC_ERROR_FILE)
 
-An error is final if it came before the processes were connected, since nothing but the command and its files decides it then; or
-if the start before ended with the same one at the same step: a NaN that comes back, a setting that does not fit the run. After a
-final error a process that is started again leaves at once, with the same status, before it imports or reads anything.
+An error is final if it came before the processes were connected, since nothing but the command and its files
+decides it then; or if the start before ended with the same one at the same step: a NaN that comes back, a
+setting that does not fit the run. After a final error a process that is started again leaves at once, with
+the same status, before it imports or reads anything.
 """
 
 import json
@@ -19,7 +21,8 @@ from typing import Any
 
 
 def leave_if_final() -> None:
-    """End the process as it ended before, if the launcher starts it again after an error that would only come back."""
+    """End the process as it ended before, if the launcher starts it again after an error that would only come
+    back."""
     note = _read()
     if note.get("is_final"):
         if os.environ.get("RANK") == "0":

@@ -1,11 +1,13 @@
-"""Checkpoints are written beside the training, without giving up a guarantee.
+"""Writing checkpoints in a thread, during training.
 
-    training's thread:  snapshot (copies in main memory) ........ next steps .......................... wait, before the next snapshot
-    the writing one:             own files -> all have theirs? -> manifest, rename, remove old -> all know
+    training thread:  snapshot (copies in main memory) -> next steps ................. -> join, before the
+    next
+    saver thread:     own files -> all ranks done? -> manifest, rename, remove old -> all ranks know
 
-What processes must agree on while they write goes through a gloo group of its own, which nothing else uses, so it cannot
-cross the training's collectives. Where the disk is full, what is needed least gives way (`checkpoint.make_room`), and the
-checkpoint is written again. One that could not be written leaves the newest valid one as it is.
+The saver threads of all processes communicate through a gloo group of their own, so they cannot interfere
+with the training's collectives. If the disk is full, the least useful checkpoint is removed
+(`checkpoint.make_room`) and the new one is written again. A failed save leaves the newest valid checkpoint
+unchanged.
 """
 
 import contextlib
@@ -29,15 +31,15 @@ from .engine import Engine
 from .processes import ProcessLayout
 
 Files = dict[str, Callable[[Path], object]]
-"""What this process writes: by name, a function that does it."""
+"""Files that this process writes: a function for each name."""
 
 
 def snapshot(
     engine: Engine, readers: dict[int, ReaderState], layout: ProcessLayout, config: dict[str, Any]
 ) -> Files:
-    """This process's files of a checkpoint, from copies that further training does not touch. Called by all processes alike.
+    """This process's files of a checkpoint, from copies that training does not change. Collective.
 
-    The first process of a group writes its readers, the very first the weights, the very last the moments.
+    The first process of each context group writes its readers, rank 0 the weights, the last rank the moments.
     """
     files: Files = {}
     for index, reader in readers.items() if layout.context_rank == 0 else ():
@@ -58,14 +60,11 @@ def snapshot(
 class Saver:
     """Writes one checkpoint after another. All methods are called by all processes alike.
 
-    Args:
-        folder: `checkpoints/` of the run.
-        keep: newest checkpoints that stay.
-        in_background: write in a thread; otherwise `start` returns when all is written.
-        newest: step of the newest valid checkpoint, if any.
-        timeout: how long processes wait for each other.
-        warn: hears which checkpoint gave way to a new one.
-        before_publishing: called by the first process when all files are written; what it raises fails the checkpoint.
+    Args: folder: `checkpoints/` of the run. keep: newest checkpoints that stay. in_background: write in a
+        thread; otherwise `start` returns when all is written. newest: step of the newest valid checkpoint, if
+        any. timeout: how long processes wait for each other. warn: hears which checkpoint gave way to a new
+        one. before_publishing: called by the first process when all files are written; what it raises fails
+        the checkpoint.
     """
 
     def __init__(
@@ -134,7 +133,8 @@ class Saver:
         return failures
 
     def _try(self, step: int, files: Files, info: dict[str, Any]) -> tuple[list[str], bool]:
-        """Write the checkpoint once; returns what went wrong in whichever process, and whether the disk is full."""
+        """Write the checkpoint once; returns what went wrong in whichever process, and whether the disk is
+        full."""
         final = self.folder / checkpoint_name(step)
         building = self.folder / f".{checkpoint_name(step)}.building"
         if self.rank == 0:

@@ -268,7 +268,7 @@ def _output_paths(recipe: Recipe) -> tuple[str, ...]:
     They are its folder and its own names there, MLflow's database if that is a file, and the artifacts that
     MLflow puts beside it.
     """
-    folder, database = Path(recipe.run.dir), sqlite_file(absolute_uri(recipe.tracking.place() or ""))
+    folder, database = Path(recipe.run.dir), sqlite_file(absolute_uri(recipe.tracking.resolved_uri() or ""))
     paths = [folder, *(folder / name for name in (*FILES, *FOLDERS))]
     if database is not None:
         paths.append(Path("mlruns"))

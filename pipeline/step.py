@@ -1,7 +1,7 @@
 """One training step: forward and backward for each reader of this process, then one update.
 
-The loss of a step is one mean over all scored tokens of the global batch, whatever the number of readers, processes and
-accumulations.
+The loss of a step is one mean over all scored tokens of the global batch, whatever the number of readers,
+processes and accumulations.
 """
 
 import hashlib
@@ -55,7 +55,8 @@ def take_step(run: Run, step: int, batch: list[Chunk], num_scored: float) -> dic
 
 
 def _forward_backward(run: Run, step: int, batch: list[Chunk], num_scored: float) -> list[float]:
-    """Add the gradients of all chunks and move their readers on; returns each chunk's share of the step's loss."""
+    """Add the gradients of all chunks and move their readers on; returns each chunk's share of the step's
+    loss."""
     recipe, accelerator, engine = run.recipe, run.accelerator, run.engine
     losses = []
     for i, chunk in enumerate(batch):
@@ -84,8 +85,8 @@ def _forward_backward(run: Run, step: int, batch: list[Chunk], num_scored: float
 def _seed(seed: int, step: int, reader: int, context_rank: int) -> None:
     """Seed dropout by (seed, step, reader, context rank).
 
-    So a checkpoint saves no random state, and the masks are the same for any number of processes, unless processes share
-    sequences.
+    So a checkpoint saves no random state, and the masks are the same for any number of processes, unless
+    processes share sequences.
     """
     part = f"/{context_rank}" if context_rank else ""
     digest = hashlib.blake2b(f"{seed}/{step}/{reader}{part}".encode(), digest_size=7).digest()
@@ -120,7 +121,8 @@ def _skip(run: Run, step: int, batch: list[Chunk], losses: list[float], reason: 
 
 
 def _stop_non_finite(run: Run, step: int, batch: list[Chunk], losses: list[float], reason: str) -> None:
-    """Raise NonFiniteError with the readers and documents whose loss is not finite. Nothing of this step is saved."""
+    """Raise NonFiniteError with the readers and documents whose loss is not finite. Nothing of this step is
+    saved."""
     local = [
         f"reader {chunk.reader}: {', '.join(sorted({name for lane in chunk.documents for name in lane}))}"
         for chunk, loss in zip(batch, losses, strict=True)

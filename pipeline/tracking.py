@@ -1,16 +1,17 @@
 """MLflow as a mirror of metrics.jsonl. A thread sends what the MLflow run lacks; training never waits for it.
 
-    metrics.jsonl -> whole lines behind those that were sent -> metrics whose step the MLflow run does not have -> log_batch
+    metrics.jsonl -> whole lines behind those that were sent -> metrics whose step the MLflow run does not
+    have -> log_batch
 
-metrics.jsonl is the truth. At every connection the run is asked for the last step of each of its metrics. The steps of
-a metric rise from line to line and are sent in that order, so the run has all steps up to its last and none after it:
-nothing is missing and nothing twice, also after a kill -9 between a request and its answer, and after a resume that cut
-metrics.jsonl back. A request that fails leads to a new connection, after a pause that grows. What is not sent when the
-process leaves is sent by the next start.
+metrics.jsonl is the truth. At every connection the run is asked for the last step of each of its metrics. The
+steps of a metric rise from line to line and are sent in that order, so the run has all steps up to its last
+and none after it: nothing is missing and nothing twice, also after a kill -9 between a request and its
+answer, and after a resume that cut metrics.jsonl back. A request that fails leads to a new connection, after
+a pause that grows. What is not sent when the process leaves is sent by the next start.
 
-mlflow.json, in the run's folder, says where the MLflow run is: `uri` (absolute, without credentials), `recipe_uri` (as
-the recipe wrote it), `run_id`, and `finished_step` once everything up to this step, the artifacts and the end of the run
-are there.
+mlflow.json, in the run's folder, says where the MLflow run is: `uri` (absolute, without credentials),
+`recipe_uri` (as the recipe wrote it), `run_id`, and `finished_step` once everything up to this step, the
+artifacts and the end of the run are there.
 """
 
 import json
@@ -97,7 +98,8 @@ class Tracker:
         self._wake.set()
 
     def close(self, status: str) -> None:
-        """Send what is left, the artifacts of a finished run included, and end the MLflow run as FINISHED, KILLED or FAILED.
+        """Send what is left, the artifacts of a finished run included, and end the MLflow run as FINISHED,
+        KILLED or FAILED.
 
         Waits at most `ANSWER_SECONDS` for one answer.
         """
@@ -195,7 +197,8 @@ class Tracker:
         return note if note is not None and _is_about(note, self.uri) else None
 
     def _run_of(self, note: dict[str, Any], client: Any) -> Any:
-        """The MLflow run that a note names; None where it was deleted, or holds other steps than this training will take."""
+        """The MLflow run that a note names; None where it was deleted, or holds other steps than this
+        training will take."""
         from mlflow.exceptions import MlflowException
 
         run_id, run = note["run_id"], None
@@ -304,7 +307,7 @@ class Tracker:
 
 def tracker_of(folder: Path, recipe: Recipe, warn: Callable[[str], object]) -> Tracker | None:
     """The tracker of a run; None where the recipe wants none."""
-    uri, experiment = recipe.tracking.place(), recipe.tracking.experiment
+    uri, experiment = recipe.tracking.resolved_uri(), recipe.tracking.experiment
     return (
         None
         if uri is None
@@ -321,7 +324,7 @@ def send_missed(folder: Path, recipe: Recipe, step: int, warn: Callable[[str], o
     if (
         note is not None
         and note.get("finished_step") == step
-        and _is_about(note, recipe.tracking.place() or "")
+        and _is_about(note, recipe.tracking.resolved_uri() or "")
     ):
         return
     if (tracker := tracker_of(folder, recipe, warn)) is not None:
@@ -347,7 +350,8 @@ def read_note(folder: Path) -> dict[str, Any] | None:
 
 
 def uri_of(note: dict[str, Any]) -> str:
-    """Where a note's MLflow run is, with the credentials of MLFLOW_TRACKING_URI where that names the same place."""
+    """Where a note's MLflow run is, with the credentials of MLFLOW_TRACKING_URI where that names the same
+    place."""
     given = os.environ.get("MLFLOW_TRACKING_URI", "")
     return given if given and without_credentials(given) == without_credentials(note["uri"]) else note["uri"]
 
@@ -365,7 +369,8 @@ def _is_about(note: dict[str, Any], uri: str) -> bool:
 
 
 def _place(uri: str, note: dict[str, Any] | None) -> str:
-    """Where a relative database is: where the run began, if it still is there, or else below the working directory."""
+    """Where a relative database is: where the run began, if it still is there, or else below the working
+    directory."""
     if note is not None and (database := sqlite_file(note["uri"])) is not None and database.exists():
         return absolute_uri(note["uri"])
     return absolute_uri(uri)
@@ -390,7 +395,8 @@ def absolute_uri(uri: str) -> str:
 
 
 def open_client(uri: str) -> Any:
-    """An `MlflowClient` that prints nothing, and that gives a request up after a minute instead of four: what calls it tries again."""
+    """An `MlflowClient` that prints nothing, and that gives a request up after a minute instead of four: what
+    calls it tries again."""
     defaults = {
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
@@ -412,7 +418,8 @@ def open_client(uri: str) -> Any:
 def prepare_sqlite(path: Path) -> None:
     """Create an MLflow database whole or not at all.
 
-    Its first start migrates the schema step by step: a kill on the way leaves a file that never opens again, and two first
+    Its first start migrates the schema step by step: a kill on the way leaves a file that never opens again,
+    and two first
     starts at once crash. So it is made under a lock, under another name, and renamed.
     """
     if path.exists():

@@ -1,4 +1,5 @@
-"""`python -m minrnn.pipeline.train --config RECIPE [--section.field VALUE ...]`, alone or under `accelerate launch`."""
+"""`python -m minrnn.pipeline.train --config RECIPE [--section.field VALUE ...]`, alone or under `accelerate
+launch`."""
 
 import os
 import sys

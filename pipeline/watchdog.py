@@ -1,11 +1,16 @@
-"""When a process hangs, the others wait for it in some collective, which says nothing. The watchdog says who it is, and ends the wait.
+"""A watchdog that names the process that hangs, and ends the others instead of letting them wait in a
+collective.
 
-Every process has a thread that writes down in the store, now and then, that it lives (a beat), whether it moves (a count), and which
-phase it has come to (another count, the same on all processes where they are equally far). Where nobody has moved for `timeout` seconds,
-someone hangs: who does not beat (it is stopped, or its machine is gone), or else who is phases behind. They are named, and the process ends
-with status 75, so that an elastic launcher starts all anew from the newest checkpoint. It ends too where the store has not answered for so
-long: who holds it, the launcher or rank 0, hangs or is gone, and whoever comes to start the run again is to find nobody in its folder. A
-store that is stopped answers nothing and raises nothing, so a second thread looks at the clock.
+A thread of every process writes a heartbeat to the store: a counter that shows that the process lives (beat),
+a counter that shows progress (moves), and the number of its phase, which is the same in all processes that
+are equally far. If no process has moved for `timeout` seconds, one hangs: one whose beat has stopped (its
+process is stopped or its machine is gone), or else one that is in an earlier phase than others. The watchdog
+names it and exits with status 75, so that an elastic launcher restarts all processes from the newest
+checkpoint.
+
+It also exits if the store has not answered for `timeout` seconds, because then the process that holds it, the
+launcher or rank 0, hangs or is gone, and a new start of the run must find the folder unlocked. A stopped
+store neither answers nor raises, so a second thread watches the time.
 """
 
 import os
@@ -23,69 +28,76 @@ from ..common.output import write_at_once
 from .processes import launcher_holds_store
 
 EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h
-SET_UP_SECONDS = (
-    30.0  # that a phase of the set-up may take longer than `timeout`: a step says nothing about it
-)
+SET_UP_SECONDS = 30.0  # added to `timeout` during the set-up, which can take longer than any step
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What a process last wrote."""
+class Heartbeat:
+    """What a process last wrote to the store."""
 
     rank: int
     host: str
     beat: int
     moves: int
     phase: int
-    doing: str
+    activity: str
 
 
-def suspects(before: list[Seen], now: list[Seen]) -> list[Seen]:
-    """Who hangs, of processes of which none moved between two looks: those that do not beat, or else those furthest behind."""
-    if silent := [seen for seen, old in zip(now, before, strict=True) if seen.beat == old.beat]:
+def suspects(before: list[Heartbeat], now: list[Heartbeat]) -> list[Heartbeat]:
+    """The processes that may hang, if none moved between two snapshots: those without a beat, else those
+    furthest behind."""
+    if silent := [
+        heartbeat for heartbeat, old in zip(now, before, strict=True) if heartbeat.beat == old.beat
+    ]:
         return silent
-    furthest = min(seen.phase for seen in now)
-    return [seen for seen in now if seen.phase == furthest]
+    furthest = min(heartbeat.phase for heartbeat in now)
+    return [heartbeat for heartbeat in now if heartbeat.phase == furthest]
 
 
 class Watchdog:
-    """A context in which hanging ends after `timeout` seconds. Does nothing for a single process.
+    """A context that ends the process if all processes are stuck for `timeout` seconds. Does nothing for a
+    single process.
 
     Args:
-        timeout: seconds for the longest thing between two moves.
-        store: where the processes meet; None for a single one.
+        timeout: must exceed the longest time between two moves.
+        store: through which the processes are connected; None for a single one.
     """
 
     def __init__(self, rank: int, num_processes: int, timeout: float, store: Any):
         self.rank, self.num_processes, self.timeout = rank, num_processes, timeout
         self._period = min(max(timeout / 5, 0.1), 15.0)
-        self._beat, self._moves, self._phase, self._doing, self._slack = 0, 0, 0, "starting", SET_UP_SECONDS
-        self._ended, self._look_is_wanted = threading.Event(), threading.Event()
-        self._looks: list[list[Seen]] = []
-        self._answered, self._why = time.monotonic(), "no answer"
+        self._beat, self._moves, self._phase, self._activity, self._extra_seconds = (
+            0,
+            0,
+            0,
+            "starting",
+            SET_UP_SECONDS,
+        )
+        self._ended, self._wants_snapshots = threading.Event(), threading.Event()
+        self._snapshots: list[list[Heartbeat]] = []
+        self._answered_at, self._last_error = time.monotonic(), "no answer"
         self._threads: list[threading.Thread] = []
         self._store = None if store is None else c10d.PrefixStore("minrnn/watchdog", store)
         if store is not None:
             self._write()
             self._threads = [
-                threading.Thread(target=target, daemon=True) for target in (self._talk, self._watch)
+                threading.Thread(target=target, daemon=True) for target in (self._exchange, self._watch)
             ]
 
     @classmethod
     def of(cls, accelerator: Accelerator, timeout: float) -> "Watchdog":
-        """That of a connected process, over a connection of its own."""
-        store: Any = (
-            c10d._get_default_store() if accelerator.num_processes > 1 else None
-        )  # the only way to it
+        """The watchdog of a connected process, with its own connection to the store."""
+        # torch has no public access to the store.
+        store: Any = c10d._get_default_store() if accelerator.num_processes > 1 else None
         return cls(accelerator.process_index, accelerator.num_processes, timeout, store and store.clone())
 
     def enter(self, phase: str, is_set_up: bool = False) -> None:
-        """The process has come to a phase that all processes come to."""
-        self._slack = SET_UP_SECONDS if is_set_up else 0.0
-        self._phase, self._moves, self._doing = self._phase + 1, self._moves + 1, phase
+        """The process enters a phase, which every process enters in its turn."""
+        self._extra_seconds = SET_UP_SECONDS if is_set_up else 0.0
+        self._phase, self._moves, self._activity = self._phase + 1, self._moves + 1, phase
 
     def move(self) -> None:
-        """It moves within the phase."""
+        """The process makes progress within its phase."""
         self._moves += 1
 
     def __enter__(self) -> "Watchdog":
@@ -97,7 +109,7 @@ class Watchdog:
         self.stop()
 
     def stop(self) -> None:
-        """Watch no more: from here on each process leaves when it has done its own."""
+        """Stop watching: from here on, processes exit one by one."""
         self._ended.set()
         for thread in self._threads:
             thread.join(5.0)
@@ -106,65 +118,70 @@ class Watchdog:
         assert self._store is not None
         self._beat += 1
         self._store.set(
-            str(self.rank), f"{self._beat}|{self._moves}|{self._phase}|{socket.gethostname()}|{self._doing}"
+            str(self.rank),
+            f"{self._beat}|{self._moves}|{self._phase}|{socket.gethostname()}|{self._activity}",
         )
 
-    def _look(self) -> list[Seen]:
+    def _read_heartbeats(self) -> list[Heartbeat]:
         assert self._store is not None
-        seen = []
+        heartbeats = []
         for rank in range(self.num_processes):
             if not self._store.check([str(rank)]):
-                seen.append(Seen(rank, "a host unknown", 0, 0, 0, "has not come so far"))
+                heartbeats.append(Heartbeat(rank, "a host unknown", 0, 0, 0, "has not come so far"))
                 continue
-            beat, moves, phase, host, doing = self._store.get(str(rank)).decode().split("|", 4)
-            seen.append(Seen(rank, host, int(beat), int(moves), int(phase), doing))
-        return seen
+            beat, moves, phase, host, activity = self._store.get(str(rank)).decode().split("|", 4)
+            heartbeats.append(Heartbeat(rank, host, int(beat), int(moves), int(phase), activity))
+        return heartbeats
 
-    def _talk(self) -> None:
-        """All that is said to the store: here an answer may never come."""
+    def _exchange(self) -> None:
+        """The thread that talks to the store. A call may never return."""
         assert self._store is not None
         while not self._ended.wait(self._period):
             try:
                 self._write()
-                self._store.add(f"answers/{self.rank}", 1)  # unlike `set`, it waits for one
-                if self._look_is_wanted.is_set():
-                    self._looks.append(self._look())
-                self._answered = time.monotonic()
+                self._store.add(f"answers/{self.rank}", 1)  # unlike `set`, this waits for an answer
+                if self._wants_snapshots.is_set():
+                    self._snapshots.append(self._read_heartbeats())
+                self._answered_at = time.monotonic()
             except (RuntimeError, torch.distributed.DistError) as error:
-                self._why = str(error).splitlines()[0]
+                self._last_error = str(error).splitlines()[0]
 
     def _watch(self) -> None:
+        """The thread that exits if the store does not answer or no process moves."""
         moves, since = self._moves, time.monotonic()
         while not self._ended.wait(self._period):
-            now, limit = time.monotonic(), self.timeout + self._slack
-            if now - self._answered > limit:
-                holder = "the launcher" if launcher_holds_store() else "rank 0"
-                host = os.environ.get("MASTER_ADDR", "its host")
-                self._leave(
-                    f"the store has not answered for {limit:.0f} seconds ({self._why}); {holder} on {host}, which holds it, hangs or is gone"
-                )
+            now, limit = time.monotonic(), self.timeout + self._extra_seconds
+            if now - self._answered_at > limit:
+                self._exit_without_store(limit)
             if self._moves != moves:
                 moves, since = self._moves, now
-                self._forget_looks()
-            elif now - since > limit and len(self._looks) >= 3:  # the first and the last are two beats apart
-                before, after = self._looks[0], self._looks[-1]
-                if any(seen.moves != old.moves for seen, old in zip(after, before, strict=True)):
-                    since = now  # it is its turn
-                    self._forget_looks()
+                self._discard_snapshots()
+            elif now - since > limit and len(self._snapshots) >= 3:  # first and last are two beats apart
+                before, after = self._snapshots[0], self._snapshots[-1]
+                if any(new.moves != old.moves for new, old in zip(after, before, strict=True)):
+                    since = now  # another process moves; this one waits for it
+                    self._discard_snapshots()
                 else:
-                    names = "; ".join(
-                        f"rank {seen.rank} on {seen.host} ({seen.doing})" for seen in suspects(before, after)
-                    )
-                    self._leave(f"nothing has moved for {limit:.0f} seconds; waiting for {names}")
+                    ranks = (f"rank {x.rank} on {x.host} ({x.activity})" for x in suspects(before, after))
+                    self._exit(f"nothing has moved for {limit:.0f} seconds; waiting for {'; '.join(ranks)}")
             elif now - since > limit - 3 * self._period:
-                self._look_is_wanted.set()
+                self._wants_snapshots.set()
 
-    def _forget_looks(self) -> None:
-        self._look_is_wanted.clear()
-        self._looks = []
+    def _discard_snapshots(self) -> None:
+        self._wants_snapshots.clear()
+        self._snapshots = []
 
-    def _leave(self, why: str) -> None:
+    def _exit_without_store(self, seconds: float) -> None:
+        holder = "the launcher" if launcher_holds_store() else "rank 0"
+        host = os.environ.get("MASTER_ADDR", "its host")
+        self._exit(
+            f"the store has not answered for {seconds:.0f} seconds ({self._last_error}); "
+            f"{holder} on {host}, which holds it, hangs or is gone"
+        )
+
+    def _exit(self, reason: str) -> None:
         write_at_once(
-            f"error: training: rank {self.rank}: {why}. Leaving; the newest checkpoint is as it was (train.peer_timeout).\n"
+            f"error: training: rank {self.rank}: {reason}. "
+            "Leaving; the newest checkpoint is as it was (train.peer_timeout).\n"
         )
         os._exit(EXIT_STATUS)

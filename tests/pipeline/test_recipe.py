@@ -370,7 +370,7 @@ def test_the_environment_says_where_to_track_if_the_recipe_does_not(
     if environment is not None:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", environment)
     recipe = read_recipe(typed)
-    assert recipe.tracking.place() == place
+    assert recipe.tracking.resolved_uri() == place
     again = build_recipe(yaml.safe_load(yaml.safe_dump(resolved(recipe))))
     assert again.tracking.uri == recipe.tracking.uri, (
         "what config.yaml says means the same wherever it is used"

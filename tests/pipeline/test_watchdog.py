@@ -19,20 +19,21 @@ from minrnn.common.errors import NonFiniteError, UserError
 from minrnn.data import byte_tokenizer
 from minrnn.models import MinRNNCache
 from minrnn.pipeline import loop
-from minrnn.pipeline.watchdog import EXIT_STATUS, Seen, suspects
+from minrnn.pipeline.watchdog import EXIT_STATUS, Heartbeat, suspects
 
 Run = Callable[[Values], Path]
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 3)), min_size=2, max_size=8))
 def test_the_silent_are_named_or_else_those_furthest_behind(processes):
-    before = [Seen(rank, "host", 1, 9, mark, "") for rank, (_, mark) in enumerate(processes)]
+    before = [Heartbeat(rank, "host", 1, 9, mark, "") for rank, (_, mark) in enumerate(processes)]
     now = [
-        Seen(rank, "host", 1 if silent else 2, 9, mark, "") for rank, (silent, mark) in enumerate(processes)
+        Heartbeat(rank, "host", 1 if silent else 2, 9, mark, "")
+        for rank, (silent, mark) in enumerate(processes)
     ]
     silent = [rank for rank, (is_silent, _) in enumerate(processes) if is_silent]
     behind = [rank for rank, (_, mark) in enumerate(processes) if mark == min(mark for _, mark in processes)]
-    assert [seen.rank for seen in suspects(before, now)] == (silent or behind)
+    assert [heartbeat.rank for heartbeat in suspects(before, now)] == (silent or behind)
 
 
 STORE = """
