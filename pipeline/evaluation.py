@@ -1,5 +1,5 @@
-"""Validation: held-out documents from their first byte to their last, the state carried as in training; of a
-synthetic task, fixed examples."""
+"""Validation, on held-out documents read whole with the state carried as in training, or on the fixed
+examples of a synthetic task."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -34,10 +34,10 @@ PIECE = 8  # positions of a task's chunk that each process of a context group ha
 def validation_sets(
     recipe: Recipe, corpus: CorpusSpec, encoder: Encoder, readers: Iterable[int]
 ) -> Sequence[ValidationSet] | Sequence[TaskValidation]:
-    """The shares of these readers.
+    """The validation sets of these readers.
 
     Raises:
-        UserError: no such corpus, or nothing in it; under data.validation if that was named.
+        UserError: the corpus does not exist or is empty; under data.validation if that names it.
     """
     data, batch = recipe.data, recipe.batch
     if (task := recipe.synthetic_task()) is not None:
@@ -85,13 +85,13 @@ def validate(
     in_lockstep: bool = False,
     after_chunk: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Mean loss in nats per token and bits per byte over all documents of all processes' sets, and their
-    tokens.
+    """Mean loss in nats per token, bits per byte, and the number of tokens, over the sets of all processes.
 
-    Of a synthetic task: the loss and the accuracy with lengths as in training, and the accuracy by length.
+    For a synthetic task: loss and accuracy at the lengths of training, and accuracy by length.
 
-    Args: layout: where processes share sequences. in_lockstep: a forward pass needs all processes, so those
-        that have read all their documents go on in vain until all have. after_chunk: called after each chunk.
+    Args: layout: this process's part of each sequence; by default all of it. in_lockstep: a forward pass
+        needs all processes. Those that have read all their documents then repeat empty passes until all have.
+        after_chunk: called after each chunk.
     """
     layout = layout or ProcessLayout()
     if examples := [part for part in sets if isinstance(part, TaskValidation)]:
@@ -141,9 +141,10 @@ def _validate_task(
     layout: ProcessLayout,
     after_chunk: Callable[[], None],
 ) -> dict[str, Any]:
-    """Processes have equally many chunks, so those whose forward passes need each other stay together."""
+    """Validate on a synthetic task. All processes have the same number of chunks, so forward passes that are
+    collective match."""
     task, lengths = sets[0].task, sets[0].lengths
-    sums = np.zeros((len(lengths), 3))  # right, scored, nats
+    sums = np.zeros((len(lengths), 3))  # correct, scored, nats
     model.eval()
     for part in sets:
         for length, chunk in part.chunks():
@@ -164,8 +165,10 @@ def _validate_task(
 
 
 def _score(model: nn.Module, chunk: Chunk, accelerator: Accelerator) -> tuple[float, float, float]:
-    """How many answers are right, how many there are, and their loss in nats. Only columns with an answer get
-    logits."""
+    """The number of correct answers, of all answers, and their loss in nats.
+
+    Logits are computed only for columns that contain an answer.
+    """
     scored = chunk.shift_labels != IGNORED
     columns = np.flatnonzero(scored.any(0))
     output = model(
@@ -176,16 +179,13 @@ def _score(model: nn.Module, chunk: Chunk, accelerator: Accelerator) -> tuple[fl
     )
     logits = output.logits[to_device(scored[:, columns], accelerator)]  # [answers, vocab_size]
     answers = to_device(chunk.shift_labels[scored], accelerator)
-    num_right = float((logits.argmax(-1) == answers).sum())
-    return (
-        num_right,
-        len(answers),
-        float(nn.functional.cross_entropy(at_least_fp32(logits), answers, reduction="sum")),
-    )
+    num_correct = float((logits.argmax(-1) == answers).sum())
+    nats = float(nn.functional.cross_entropy(at_least_fp32(logits), answers, reduction="sum"))
+    return num_correct, len(answers), nats
 
 
 def validation_summary(result: dict[str, Any]) -> str:
-    """What a validation found, in a few words."""
+    """A validation's result in a few words."""
     if "accuracy" not in result:
         return f"{result['bits_per_byte']:.4f} bits/byte"
     by_length = "".join(f", {accuracy:.3f} at {length}" for length, accuracy in result["by_length"].items())

@@ -1,4 +1,4 @@
-"""A run's folder: who may write in it, and where to go on."""
+"""A run's folder: its lock, and the checkpoint to resume from."""
 
 import os
 from dataclasses import dataclass
@@ -23,35 +23,34 @@ from .recipe import check_unchanged, resolved
 
 @dataclass
 class RunFolder:
-    """An opened folder, locked until it is closed or the process ends."""
+    """A run's folder, locked until it is closed or the process ends."""
 
     path: Path
     checkpoint: Path | None
-    """Where to go on, or None to begin."""
+    """The checkpoint to resume from; None for a new run."""
     manifest: dict[str, Any]
-    """Of the checkpoint; empty without one."""
+    """The checkpoint's manifest; empty without one."""
     saved: dict[str, Any]
-    """Resolved recipe of the checkpoint; empty without one."""
+    """The checkpoint's resolved recipe; empty without one."""
     is_finished: bool
-    """Whether what follows the last step is there: exported model, samples, artifacts."""
+    """Whether everything after the last step is done: exported model, samples, artifacts."""
     lock: IO[str] | None
     metrics: MetricsFile
     _config: str = ""
 
     def begin(self, recipe: Recipe) -> None:
-        """Everything is ready: cut the metrics to the checkpoint's step and write down the settings that hold
-        from here on."""
+        """Cut the metrics to the checkpoint's step and write config.yaml. Called when everything else is set
+        up."""
         if num_cut := cut_metrics(self.metrics.path, self.manifest.get("step", 0)):
             warn(f"{num_cut} lines of {self.metrics.path} came after the checkpoint; they are written again")
         self._config = yaml.safe_dump(resolved(recipe), sort_keys=False)
         replace(self.path / "config.yaml", self._config)
 
     def mark_finished(self, step: int) -> None:
-        """Note that what follows the last step is there. What a kill before this leaves undone is done at the
-        next start.
+        """Record that everything after the last step is done. Until then, the next start repeats it.
 
         Raises:
-            StorageError: this could not be written.
+            StorageError: the record could not be written.
         """
         try:
             replace(self.path / ".finished", str(step))
@@ -59,10 +58,10 @@ class RunFolder:
             raise StorageError(f"The end of the run could not be noted ({error}); start it again.") from error
 
     def restore(self) -> None:
-        """Make the folder again, with its lock and settings, if it was removed while the run goes on.
+        """Create the folder, lock and config.yaml again if they were removed during the run.
 
         Raises:
-            UserError: another run has taken its place.
+            UserError: another run uses the folder now.
         """
         if self.lock is None or _is_lock_of(self.lock, self.path):
             return
@@ -72,63 +71,60 @@ class RunFolder:
             self.lock.close()
             self.lock = lock
             replace(self.path / "config.yaml", self._config)
-        except OSError:  # what is written next says why
+        except OSError:  # the next write reports it
             return
         if was_removed:
             warn(
-                f"{self.path} was removed while the run goes on; it is made again, without the metrics and checkpoints that were in it"
+                f"{self.path} was removed while the run goes on; it is made again, "
+                "without the metrics and checkpoints that were in it"
             )
 
     def close(self) -> None:
-        """Let others write there."""
+        """Release the lock."""
         if self.lock is not None:
             self.lock.close()
 
 
 def open_folder(recipe: Recipe, accelerator: Accelerator) -> RunFolder:
-    """Create or reopen `run.dir`; all processes agree on the checkpoint to go on from.
+    """Create or reopen `run.dir`. All processes agree on the checkpoint to resume from.
 
-    Raises: UserError: the folder is of no use or not a run's, another run is writing there, run.resume does
-        not allow what is there, or the run was
-            started with other settings.
-        StorageError: a checkpoint cannot be read now, and might be in order.
+    Raises: UserError: the folder cannot be used or is not a run's, another run is using it, run.resume does
+        not allow its content, or the run was started with other settings. StorageError: a checkpoint cannot
+        be read now, but may be valid.
     """
     path = Path(recipe.run.dir)
     folder = RunFolder(path, None, {}, {}, False, None, MetricsFile(path / "metrics.jsonl", warn))
     try:
-        found, folder.is_finished = run_on_main(accelerator, lambda: _take(folder, recipe))
+        resume_point, folder.is_finished = run_on_main(accelerator, lambda: _lock_and_check(folder, recipe))
     except BaseException:
         folder.close()
         raise
-    folder.checkpoint, folder.manifest, folder.saved = found or (None, {}, {})
+    folder.checkpoint, folder.manifest, folder.saved = resume_point or (None, {}, {})
     return folder
 
 
-Found = tuple[Path, dict[str, Any], dict[str, Any]]
+ResumePoint = tuple[Path, dict[str, Any], dict[str, Any]]
 """A checkpoint, its manifest and its resolved recipe."""
 
 
-def _take(folder: RunFolder, recipe: Recipe) -> tuple[Found | None, bool]:
-    """Lock the folder; returns where to go on, if anywhere, and whether the run is finished."""
+def _lock_and_check(folder: RunFolder, recipe: Recipe) -> tuple[ResumePoint | None, bool]:
+    """Lock the folder; returns where to resume, if anywhere, and whether the run is finished."""
     path = folder.path
     try:
         if errors := folder_errors(path):
-            raise UserError.from_list(("run.dir", problem) for problem in errors)
+            raise UserError.from_list(("run.dir", message) for message in errors)
         folder.lock = _lock(path)
         recover_export(path / "model")
-        found = _where_to_go_on(path, recipe)
-        is_finished = (
-            found is not None
-            and found[1]["step"] >= recipe.train.steps
-            and _is_finished(path, found[1]["step"])
-        )
+        resume_point = _resume_point(path, recipe)
+        step = resume_point[1]["step"] if resume_point is not None else 0
+        is_finished = resume_point is not None and step >= recipe.train.steps and _is_finished(path, step)
         if not is_finished:
             check_export((path / "model").resolve(), "run.dir")
     except StorageError:
         raise
     except OSError as error:
         raise UserError("run.dir", f"cannot use {path}: {error.strerror}") from None
-    return found, is_finished
+    return resume_point, is_finished
 
 
 def _lock(path: Path) -> IO[str]:
@@ -147,8 +143,7 @@ def _lock(path: Path) -> IO[str]:
 
 
 def _is_lock_of(file: IO[str], path: Path) -> bool:
-    """Whether the folder still holds the file that was locked; a file system that gives no answer does not
-    say otherwise."""
+    """Whether the folder still contains the file that was locked. True if the file system does not answer."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path / ".lock"))
     except (FileNotFoundError, NotADirectoryError):
@@ -158,15 +153,14 @@ def _is_lock_of(file: IO[str], path: Path) -> bool:
 
 
 def recover_export(folder: Path) -> None:
-    """Give an exported model its name back, if the export that was to replace it was killed between its
-    renames."""
+    """Rename an exported model back, if an older version's export was killed between its two renames."""
     replaced = folder.with_name(f".{folder.name}.replaced")
     if os.path.lexists(replaced) and not os.path.lexists(folder):
         os.rename(replaced, folder)
 
 
 def _is_finished(path: Path, step: int) -> bool:
-    """Whether what follows the last step was done at this step, and the model is still there."""
+    """Whether everything after the last step was done at this step, and the model still exists."""
     note, model = path / ".finished", path / "model"
     return (
         note.exists()
@@ -176,25 +170,23 @@ def _is_finished(path: Path, step: int) -> bool:
     )
 
 
-def _where_to_go_on(path: Path, recipe: Recipe) -> Found | None:
+def _resume_point(path: Path, recipe: Recipe) -> ResumePoint | None:
+    """Where to resume, as run.resume says; None for a new run."""
     folder, resume = path / "checkpoints", recipe.run.resume
     if resume == "never":
-        if steps_in(folder):
-            raise UserError(
-                "run.resume",
-                f"never, but {path} already holds {steps_in(folder)[0].name}; remove the folder or name another run.dir",
-            )
+        if checkpoints := steps_in(folder):
+            message = f"never, but {path} already holds {checkpoints[0].name}"
+            raise UserError("run.resume", f"{message}; remove the folder or name another run.dir")
         return None
-    found = newest_valid(folder, warn, rename_invalid=True)
-    if found is not None:
-        saved = yaml.safe_load(read(found[0] / "config.yaml", Path.read_text))
+    newest = newest_valid(folder, warn, rename_invalid=True)
+    if newest is not None:
+        checkpoint, manifest = newest
+        saved = yaml.safe_load(read(checkpoint / "config.yaml", Path.read_text))
         check_unchanged(saved, recipe, str(path))
-        return *found, saved
+        return checkpoint, manifest, saved
     if resume == "must":
         raise UserError("run.resume", f"must, but {path} holds no valid checkpoint")
-    if broken := steps_in(folder):
-        raise UserError(
-            "run.dir",
-            f"none of the {len(broken)} checkpoints in {folder} is valid (see above); remove them to begin anew",
-        )
+    if invalid := steps_in(folder):
+        message = f"none of the {len(invalid)} checkpoints in {folder} is valid (see above)"
+        raise UserError("run.dir", f"{message}; remove them to begin anew")
     return None

@@ -1,8 +1,9 @@
-"""What the launcher and the recipe both say: told before any process is connected, all at once.
+"""Checks of the launcher's environment against the recipe, before any process is connected.
 
-The recipe decides what both could: batch, clipping, precision, optimizer. What the launcher leaves open
-("auto", or not said) is filled from
-it; what it says differently is a mistake.
+Some settings exist in both: batch, clipping, precision, optimizer. The recipe decides. A setting that the
+launcher
+leaves open ("auto" or missing) is filled in from the recipe; a different value is an error. All errors are
+reported at once.
 """
 
 import ipaddress
@@ -24,152 +25,138 @@ from .machine import device_name, supports
 from .processes import all_gather_objects, launcher_holds_store, local_device, uses_deepspeed, world_size
 from .recipe import flatten, resolved
 
-Problem = tuple[str, str]
+Errors = list[tuple[str, str]]
 
 
 def check_launch(recipe: Recipe) -> None:
-    """Raises UserError with everything that does not fit together."""
-    device, here = _this_device(recipe)
-    errors = engine_errors(device.type, world_size())
-    errors += [
-        *_layout_errors(recipe),
-        *_precision_errors(recipe),
-        *(_deepspeed_errors(recipe) if uses_deepspeed() else []),
-    ]
+    """Check everything that this process can see without the others.
+
+    Raises:
+        UserError: all errors.
+    """
+    device, device_errors = _this_device(recipe)
+    errors = engine_errors(device.type, world_size()) + _layout_errors(recipe) + _precision_errors(recipe)
+    if uses_deepspeed():
+        errors += _deepspeed_errors(recipe)
     rank, local_rank = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK"))
-    if here and local_rank == "0" != rank:  # rank 0, which tells the others, cannot know of them
-        print(*(f"error: {key}: {problem}" for key, problem in here), sep="\n", file=sys.stderr)
-    if errors or here:
-        raise UserError.from_list([*errors, *here])
+    if device_errors and local_rank == "0" != rank:  # rank 0, which prints errors, cannot see these
+        print(*(f"error: {key}: {message}" for key, message in device_errors), sep="\n", file=sys.stderr)
+    if errors or device_errors:
+        raise UserError.from_list([*errors, *device_errors])
 
 
 def check_same_recipe(recipe: Recipe, accelerator: Accelerator) -> None:
-    """Each process has read the recipe from its own machine: they must be the same. Called by all processes
-    alike.
+    """Check that all processes read the same recipe, since each reads it from its own machine. Collective.
 
     Raises:
-        UserError: in every process, each setting that differs and where.
+        UserError: in every process, each setting that differs, and on which rank.
     """
     recipes = all_gather_objects(accelerator, [flatten(resolved(recipe))])
-    errors = []
+    errors: dict[str, str] = {}
     for rank, other in enumerate(recipes[1:], start=1):
         for key in recipes[0].keys() | other.keys():
             first, second = recipes[0].get(key), other.get(key)
             if first != second:
-                errors.append(
-                    (
-                        key,
-                        f"is {first!r} on rank 0, but {second!r} on rank {rank}; give all machines the same recipe",
-                    )
+                message = (
+                    f"is {first!r} on rank 0, but {second!r} on rank {rank}; give all machines the same "
+                    "recipe"
                 )
+                errors.setdefault(key, message)
     if errors:
-        raise UserError.from_list(
-            {key: (key, problem) for key, problem in sorted(errors, reverse=True)}.values()
-        )
+        raise UserError.from_list(sorted(errors.items()))
 
 
-def _layout_errors(recipe: Recipe) -> list[Problem]:
+def _layout_errors(recipe: Recipe) -> Errors:
+    """Whether processes, context groups, readers and chunks divide."""
     world, context, batch = world_size(), recipe.parallel.context, recipe.batch
-    errors = []
+    errors: Errors = []
     if world % context:
-        errors.append(
-            (
-                "parallel.context",
-                f"{context} processes to a sequence do not divide the {world} that were started",
-            )
-        )
-    elif batch.readers % (world // context):
-        groups = world // context
+        message = f"{context} processes to a sequence do not divide the {world} that were started"
+        errors.append(("parallel.context", message))
+    elif batch.readers % (groups := world // context):
         sharing = f"{groups} groups of {context} processes" if context > 1 else f"{world} processes"
-        fitting = [n * context for n in range(1, batch.readers + 1) if batch.readers % n == 0]
-        advice = f"use {fitting} processes or more readers"
-        errors.append(
-            ("batch.readers", f"{batch.readers} readers cannot be shared evenly by {sharing}; {advice}")
-        )
+        possible = [n * context for n in range(1, batch.readers + 1) if batch.readers % n == 0]
+        message = f"{batch.readers} readers cannot be shared evenly by {sharing}"
+        errors.append(("batch.readers", f"{message}; use {possible} processes or more readers"))
     reach = recipe.model_fields_resolved()["conv_kernel"] - 1
     if context > 1 and (batch.chunk % context or batch.chunk // context < reach):
-        at_least = (
-            f" and leave each at least the {reach} tokens that the convolution looks back"
-            if reach > 1
-            else ""
-        )
-        errors.append(
-            (
-                "batch.chunk",
-                f"{batch.chunk} tokens must divide by the {context} processes of parallel.context{at_least}",
-            )
-        )
+        message = f"{batch.chunk} tokens must divide by the {context} processes of parallel.context"
+        if reach > 1:
+            message += f" and leave each at least the {reach} tokens that the convolution looks back"
+        errors.append(("batch.chunk", message))
     return errors
 
 
-def _machine_errors(device: torch.device) -> list[Problem]:
-    """What is wrong with this machine's part of the launch."""
-    said = {
-        name: int(os.environ.get(name, "0"))
+def _machine_errors(device: torch.device) -> Errors:
+    """Errors of this machine's part of the launch."""
+    local_size, num_machines, max_restarts = (
+        int(os.environ.get(name, "0"))
         for name in ("LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "TORCHELASTIC_MAX_RESTARTS")
-    }
-    errors = []
-    if device.type != "cpu" and said["LOCAL_WORLD_SIZE"] > (devices := torch.accelerator.device_count()):
-        started = f"started {said['LOCAL_WORLD_SIZE']} processes on a machine with {devices} GPUs"
-        errors.append(("launcher", f"{started}; lower --num_processes, or use train.device cpu"))
-    if said["GROUP_WORLD_SIZE"] > 1 and said["TORCHELASTIC_MAX_RESTARTS"] > 0 and launcher_holds_store():
-        advice = "use rdzv_backend c10d and set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on all of them, or max_restarts 0"
-        errors.append(
-            ("launcher", f"machines that restart their processes could meet in different places; {advice}")
+    )
+    errors: Errors = []
+    if device.type != "cpu" and local_size > (num_devices := torch.accelerator.device_count()):
+        message = f"started {local_size} processes on a machine with {num_devices} GPUs"
+        errors.append(("launcher", f"{message}; lower --num_processes, or use train.device cpu"))
+    if num_machines > 1 and max_restarts > 0 and launcher_holds_store():
+        message = (
+            "machines that restart their processes could meet in different places; use rdzv_backend c10d "
+            "and set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on all of them, or max_restarts 0"
         )
-    if said["GROUP_WORLD_SIZE"] > 1 and not _is_loopback(os.environ["MASTER_ADDR"]):
+        errors.append(("launcher", message))
+    if num_machines > 1 and not _is_loopback(os.environ["MASTER_ADDR"]):
+        configured = os.environ.get("GLOO_SOCKET_IFNAME")
         interfaces = [name for _, name in socket.if_nameindex()]
-        errors += _interface_errors(
-            os.environ.get("GLOO_SOCKET_IFNAME"), interfaces, _is_loopback(socket.gethostname())
-        )
+        errors += _interface_errors(configured, interfaces, _is_loopback(socket.gethostname()))
     return errors
 
 
 def _is_loopback(host: str) -> bool:
-    """Whether a name leads nowhere but to this machine itself."""
+    """Whether a name leads to this machine only."""
     try:
         addresses = [information[4][0] for information in socket.getaddrinfo(host, None)]
-    except OSError:  # gloo takes the loopback interface then
+    except OSError:  # gloo uses the loopback interface then
         return True
     return all(ipaddress.ip_address(str(address).split("%")[0]).is_loopback for address in addresses)
 
 
-def _interface_errors(wanted: str | None, interfaces: list[str], name_is_loopback: bool) -> list[Problem]:
-    """Why the processes of other machines could not reach those of this one over gloo, which takes the host's
-    name or GLOO_SOCKET_IFNAME."""
+def _interface_errors(configured: str | None, interfaces: list[str], name_is_loopback: bool) -> Errors:
+    """Whether the processes of other machines can reach this machine over gloo.
+
+    Args:
+        configured: GLOO_SOCKET_IFNAME; without it, gloo uses the interface of the host's name.
+        interfaces: of this machine.
+        name_is_loopback: whether the host's name leads to the loopback interface.
+    """
     host = socket.gethostname()
-    advice = f"set GLOO_SOCKET_IFNAME to the interface that the machines share ({host} has {', '.join(interfaces)})"
-    if wanted is None:
-        reason = f"the name {host} leads to {host} itself (127.0.0.1), so the processes of other machines cannot reach it"
-        return [("launcher", f"{reason}; {advice}")] if name_is_loopback else []
-    missing = [name for name in wanted.split(",") if name not in interfaces]
-    return (
-        [
-            (
-                "launcher",
-                f"GLOO_SOCKET_IFNAME says {wanted}, but {host} has no {' and no '.join(missing)}; {advice}",
-            )
-        ]
-        if missing
-        else []
+    advice = (
+        f"set GLOO_SOCKET_IFNAME to the interface that the machines share ({host} has "
+        f"{', '.join(interfaces)})"
     )
-
-
-def _precision_errors(recipe: Recipe) -> list[Problem]:
-    """The launcher leaves the precision to the recipe, or says the same."""
-    theirs, ours = os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), recipe.train.precision
-    if theirs in ("no", "", ours):
-        return []
-    return [
-        (
-            "train.precision",
-            f"is {ours}, but the launcher's mixed_precision is {theirs}; leave it 'no' there, the recipe decides",
+    if configured is None:
+        reason = (
+            f"the name {host} leads to {host} itself (127.0.0.1), so the processes of other machines cannot "
+            "reach it"
         )
-    ]
+        return [("launcher", f"{reason}; {advice}")] if name_is_loopback else []
+    if unknown := [name for name in configured.split(",") if name not in interfaces]:
+        reason = f"GLOO_SOCKET_IFNAME says {configured}, but {host} has no {' and no '.join(unknown)}"
+        return [("launcher", f"{reason}; {advice}")]
+    return []
 
 
-def _this_device(recipe: Recipe) -> tuple[torch.device, list[Problem]]:
-    """This process's device, and what it and its machine cannot do."""
+def _precision_errors(recipe: Recipe) -> Errors:
+    """Whether the launcher's mixed precision is off or the recipe's."""
+    launcher, own = os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), recipe.train.precision
+    if launcher in ("no", "", own):
+        return []
+    message = (
+        f"is {own}, but the launcher's mixed_precision is {launcher}; leave it 'no' there, the recipe decides"
+    )
+    return [("train.precision", message)]
+
+
+def _this_device(recipe: Recipe) -> tuple[torch.device, Errors]:
+    """This process's device, and errors of the device and its machine."""
     try:
         device = local_device(recipe.train.device)
     except UserError as error:
@@ -177,13 +164,13 @@ def _this_device(recipe: Recipe) -> tuple[torch.device, list[Problem]]:
     if errors := _machine_errors(device):
         return device, errors
     if recipe.train.precision in DTYPES and not supports(device, recipe.train.precision):
-        unsupported = f"{device_name(device)} does not support {recipe.train.precision}"
-        return device, [("train.precision", f"{unsupported}; use train.precision auto")]
+        message = f"{device_name(device)} does not support {recipe.train.precision}"
+        return device, [("train.precision", f"{message}; use train.precision auto")]
     return device, []
 
 
 def deepspeed_values(recipe: Recipe) -> dict[str, Any]:
-    """What the recipe says in DeepSpeed's words."""
+    """The recipe's batch and clipping as keys of a DeepSpeed configuration."""
     accumulation = recipe.batch.readers * recipe.parallel.context // world_size()
     return {
         "train_micro_batch_size_per_gpu": recipe.batch.lanes,
@@ -193,42 +180,46 @@ def deepspeed_values(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _deepspeed_errors(recipe: Recipe) -> list[Problem]:
-    errors = []
+def _deepspeed_errors(recipe: Recipe) -> Errors:
+    errors: Errors = []
     if recipe.train.precision == "fp64":
         errors.append(("train.precision", "fp64 is for DDP: DeepSpeed keeps its weights and moments in fp32"))
     if recipe.train.skip_spikes is not None:
-        errors.append(
-            (
-                "train.skip_spikes",
-                "is for DDP: DeepSpeed's ZeRO has shared out a batch's gradient before its loss is known",
-            )
-        )
+        message = "is for DDP: DeepSpeed's ZeRO has shared out a batch's gradient before its loss is known"
+        errors.append(("train.skip_spikes", message))
     file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if file == "none":
         clip = os.environ.get("ACCELERATE_GRADIENT_CLIPPING", "none")
-        said: dict[str, Any] = {} if clip in ("none", "auto") else {"gradient_clipping": float(clip)}
-        where = "the launcher"
-    else:
-        try:
-            said, where = json.loads(Path(file).read_text()), file
-        except (OSError, ValueError) as error:
-            return [*errors, ("deepspeed", f"cannot read {file}: {error}")]
-        errors += deepspeed_key_errors(said, where)
-    for key, ours in deepspeed_values(recipe).items():
-        theirs = said.get(key, "auto")
-        if theirs != "auto" and float(theirs) != ours:
-            errors.append(
-                (
-                    f"deepspeed.{key}",
-                    f"is {theirs} in {where}, but the recipe makes it {ours}; say auto there, or change the recipe",
-                )
+        config: dict[str, Any] = {} if clip in ("none", "auto") else {"gradient_clipping": float(clip)}
+        return errors + _config_errors(recipe, config, "the launcher")
+    try:
+        config = json.loads(Path(file).read_text())
+    except (OSError, ValueError) as error:
+        return [*errors, ("deepspeed", f"cannot read {file}: {error}")]
+    return errors + deepspeed_key_errors(config, file) + _config_errors(recipe, config, file)
+
+
+def _config_errors(recipe: Recipe, config: dict[str, Any], source: str) -> Errors:
+    """Values of a DeepSpeed configuration that differ from the recipe.
+
+    Args:
+        source: of the configuration, for messages.
+    """
+    errors: Errors = []
+    for key, own in deepspeed_values(recipe).items():
+        value = config.get(key, "auto")
+        if value != "auto" and float(value) != own:
+            message = f"is {value} in {source}, but the recipe makes it {own}"
+            errors.append((f"deepspeed.{key}", f"{message}; say auto there, or change the recipe"))
+    for key in ("optimizer", "scheduler"):
+        if key in config:
+            message = f"{source} has one of its own, but the recipe's optim section decides; remove it"
+            errors.append((f"deepspeed.{key}", message))
+    for key in ("bf16", "fp16"):
+        if config.get(key, {}).get("enabled") is True:
+            message = (
+                f"is enabled in {source}; remove it: train.precision decides (bf16 is autocast over fp32 "
+                "weights)"
             )
-    own = f"{where} has one of its own, but the recipe's optim section decides; remove it"
-    enabled = (
-        f"is enabled in {where}; remove it: train.precision decides (bf16 is autocast over fp32 weights)"
-    )
-    errors += [(f"deepspeed.{key}", own) for key in ("optimizer", "scheduler") if key in said]
-    return errors + [
-        (f"deepspeed.{key}", enabled) for key in ("bf16", "fp16") if said.get(key, {}).get("enabled") is True
-    ]
+            errors.append((f"deepspeed.{key}", message))
+    return errors

@@ -1,8 +1,8 @@
-"""Which of the launcher's engines minrnn works with. Others are refused before anyone connects.
+"""The launcher's engines that minrnn supports. Others are refused before the processes are connected.
 
-Accelerate takes an engine from its configuration file, from options and from the environment, and would wrap
-the model in it in silence: one that minrnn does not know trains replicas that drift apart, and saves the
-shards of one of them.
+Accelerate takes an engine from its configuration file, from options and from the environment, and silently
+wraps the model in it. With an engine that minrnn does not know, the replicas would diverge, and only one of
+the shards would be saved.
 """
 
 import os
@@ -13,7 +13,7 @@ from accelerate.utils import DistributedType, is_torch_xla_available
 
 from ..common.errors import UserError
 
-Problem = tuple[str, str]
+Errors = list[tuple[str, str]]
 ENGINES = "one process, DDP on CPUs or CUDA/ROCm GPUs, and DeepSpeed ZeRO 0 to 3"
 SUPPORTED = {
     DistributedType.NO,
@@ -21,7 +21,7 @@ SUPPORTED = {
     DistributedType.MULTI_GPU,
     DistributedType.DEEPSPEED,
 }
-DEVICES = {"cpu", "cuda", "mps"}  # MPS for one process only: train.device sees to that
+DEVICES = {"cpu", "cuda", "mps"}  # MPS for one process only (processes.local_device)
 
 # Keys of a DeepSpeed configuration that were tried, or only report. What they may say is `launch_checks`'s
 # and DeepSpeed's matter.
@@ -62,34 +62,36 @@ ZERO_VARIANTS = {  # of zero_optimization, with the values that switch them off
 }
 
 
-def engine_errors(device_type: str, num_processes: int) -> list[Problem]:
-    """What the launcher asks for that does not exist here; a line for each, with what to change.
+def engine_errors(device_type: str, num_processes: int) -> Errors:
+    """An error for each feature that the launcher requests and minrnn does not support.
 
     Args:
         device_type: of this process's device, as torch names it.
     """
     return [
-        ("launcher", f"asks for {what}; minrnn has {ENGINES}: {advice}")
-        for what, advice in _refused(device_type, num_processes)
+        ("launcher", f"asks for {feature}; minrnn has {ENGINES}: {advice}")
+        for feature, advice in _unsupported(device_type, num_processes)
     ]
 
 
 def check_engine(distributed_type: DistributedType) -> None:
-    """Stop where Accelerate made something else of the launcher's environment, in a way that `engine_errors`
-    does not know.
+    """Check the engine that Accelerate has connected, in case `engine_errors` missed a feature.
 
     Raises:
-        UserError: the engine is not one of ours.
+        UserError: the engine is not supported.
     """
     if distributed_type not in SUPPORTED:
-        raise UserError(
-            "launcher",
-            f"connected as {distributed_type.value}; minrnn has {ENGINES}: change the launcher's configuration",
-        )
+        message = f"connected as {distributed_type.value}; minrnn has {ENGINES}"
+        raise UserError("launcher", f"{message}: change the launcher's configuration")
 
 
-def deepspeed_key_errors(config: dict[str, Any], where: str) -> list[Problem]:
-    """Parts of a DeepSpeed configuration that change the engine into one that was never tried."""
+def deepspeed_key_errors(config: dict[str, Any], source: str) -> Errors:
+    """An error for each key of a DeepSpeed configuration that changes the engine into one that was not
+    tested.
+
+    Args:
+        source: of the configuration, for messages.
+    """
     keys = [key for key in config if key not in DEEPSPEED_KEYS]
     zero = config.get("zero_optimization", {})
     keys += [
@@ -98,21 +100,16 @@ def deepspeed_key_errors(config: dict[str, Any], where: str) -> list[Problem]:
     for part in ("offload_optimizer", "offload_param"):
         device = (zero.get(part) or {}).get("device", "none")
         keys += [f"zero_optimization.{part}.device"] if device not in ("none", "cpu", "auto", None) else []
-    return [
-        (
-            f"deepspeed.{key}",
-            f"is set in {where}, but was not tried with minrnn (it has {ENGINES}); remove it",
-        )
-        for key in keys
-    ]
+    message = f"is set in {source}, but was not tried with minrnn (it has {ENGINES}); remove it"
+    return [(f"deepspeed.{key}", message) for key in keys]
 
 
 def _is_on(name: str) -> bool:
     return os.environ.get(name, "false").lower() in ("true", "1", "yes", "on", "y", "t")
 
 
-def _refused(device_type: str, num_processes: int) -> Iterator[tuple[str, str]]:
-    """(what is asked for, what to do instead)."""
+def _unsupported(device_type: str, num_processes: int) -> Iterator[tuple[str, str]]:
+    """(requested feature, what to do instead)."""
     sharding = "launch/accelerate/zero3.yaml shards weights, gradients and moments alike"
     if _is_on("ACCELERATE_USE_FSDP"):
         yield "FSDP", f"take it out of the launcher's configuration; {sharding}"
