@@ -45,7 +45,8 @@ from .processes import ProcessLayout
 from .recipe import settled
 from .run import Progress, Run, RunData, RunOutput
 from .saving import Saver
-from .tracking import SQLITE_SUFFIXES, absolute_uri, sqlite_file, tracker_of
+from .tracking import tracker_of
+from .tracking_store import SQLITE_SUFFIXES, absolute_uri, sqlite_file
 from .watchdog import Watchdog
 
 

@@ -23,7 +23,7 @@ from ...common.output import warn
 from ...pipeline.options import add_device, add_dtype, add_trust
 from ...pipeline.processes import run_on_all_ranks
 from ...pipeline.public import public_config, public_value
-from ...pipeline.tracking import error_line, open_client, read_note, sqlite_file, uri_of
+from ...pipeline.tracking_store import error_line, open_client, read_note, sqlite_file, uri_of
 from ..output import default_out, out_errors, run_of
 
 DESCRIPTION = """Evaluate a model on tasks of lm-eval. Texts of any length are read whole; what requests have in common is read once.

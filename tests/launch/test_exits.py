@@ -16,7 +16,7 @@ from minrnn.launch.cli import main
 from minrnn.models import MinRNNConfig, MinRNNForCausalLM
 from minrnn.pipeline.export import export_model
 from minrnn.pipeline.recipe import build_recipe, parse_arguments, read_recipe, resolved
-from minrnn.pipeline.tracking import absolute_uri
+from minrnn.pipeline.tracking_store import absolute_uri
 
 
 def run(arguments: list[str], expected_lines: int = 0, stderr_too: bool = False) -> tuple[int, str]:

@@ -21,7 +21,8 @@ from mlflow import MlflowClient
 
 from minrnn.evals.harness.command import track
 from minrnn.pipeline import tracking
-from minrnn.pipeline.tracking import Tracker, prepare_sqlite, read_note
+from minrnn.pipeline.tracking import Tracker
+from minrnn.pipeline.tracking_store import prepare_sqlite, read_note
 
 Run = Callable[[Values], Path]
 SECRET = "s3cret"
@@ -216,7 +217,7 @@ def test_leaving_does_not_wait_for_who_does_not_answer(
     kind: str, uri: str, folder: Path, tmp_path: Path, silent_server: str, monkeypatch
 ):
     monkeypatch.setattr(tracking, "ANSWER_SECONDS", 0.5)
-    monkeypatch.setattr(tracking, "LEAVING_SECONDS", 600.0)
+    monkeypatch.setattr(tracking, "CLOSE_SECONDS", 600.0)
     place = {"silent": silent_server, "refused": f"http://me:{SECRET}@127.0.0.1:9", "locked": uri}[kind]
     database = sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None)
     database.execute("BEGIN EXCLUSIVE")
