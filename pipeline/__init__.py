@@ -1,2 +1,1 @@
-"""One training step after another: config, loop, optimizer, checkpoint, tracking, export. Nothing is imported
-here, so that --help is quick."""
+"""Training: recipe, loop, optimizer, checkpoints, tracking, export. Imports nothing, to keep --help fast."""

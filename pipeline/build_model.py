@@ -12,7 +12,7 @@ from ..models.recompute import checkpointing_options
 from . import checkpoint
 from .config import Recipe
 from .folder import RunFolder
-from .machine import compile_problem
+from .machine import compile_error
 
 SHAPE_FIELDS = (
     "hidden_size",
@@ -59,7 +59,7 @@ def build_model(
 
 
 def _compile_blocks(model: MinRNNForCausalLM, device: torch.device) -> None:
-    if (reason := compile_problem(device)) is not None:
+    if (reason := compile_error(device)) is not None:
         warn(
             f"train.compile: torch.compile cannot run on {device.type}: {reason}; "
             "blocks run as they are, slower"

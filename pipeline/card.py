@@ -1,4 +1,4 @@
-"""The model card of an export: its README.md."""
+"""The model card of an export, README.md."""
 
 import re
 from typing import Any
@@ -16,7 +16,8 @@ tags: [minrnn, {cell}]
 
 # {name}
 
-A minimal recurrent language model ({cell}, {parameters:,} parameters), pretrained with `minrnn` on `{corpus}`: {tokens:,} tokens{score}.
+A minimal recurrent language model ({cell}, {parameters:,} parameters), \
+pretrained with `minrnn` on `{corpus}`: {tokens:,} tokens{score}.
 Its state has a fixed size, so time and memory per token do not grow with the context.
 
 ```python
@@ -36,7 +37,13 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=200, do_sample=Tr
 
 
 def card(name: str, cell: str, parameters: int, tokens: int, score: str, config: dict[str, Any]) -> str:
-    """The text for a model, with what may be published of its resolved recipe."""
+    """The text of a model card.
+
+    Args:
+        tokens: number of tokens that the model was trained on.
+        score: a validation result, as a clause for the first sentence.
+        config: the resolved recipe; what must not be published is removed.
+    """
     published = public_config(config)
     corpus = published["data"]["corpus"]
     sections = {section: fields for section, fields in published.items() if section != "tracking"}
@@ -47,7 +54,7 @@ def card(name: str, cell: str, parameters: int, tokens: int, score: str, config:
 
 
 def is_card(text: str) -> bool:
-    """Whether a text is a card as `card` makes it, for some model: then nobody has written in it since."""
+    """Whether a text is exactly what `card` makes for some model, without changes by hand."""
     pattern = re.sub(r"\\\{config\\\}", lambda _: r"(?:(?!```)[\s\S])*", re.escape(CARD))
     pattern = re.sub(r"\\\{[\w:,]+\\\}", ".*", pattern)
     return re.fullmatch(pattern, text) is not None

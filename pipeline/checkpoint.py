@@ -193,11 +193,14 @@ def newest_valid(
 ) -> tuple[Path, dict[str, Any]] | None:
     """The newest valid checkpoint and its manifest, or None.
 
-    Args: warn: called with a message for each invalid one. rename_invalid: rename invalid ones, once a valid
-        one is found. Only for a process that holds the run's lock.
+    Args:
+        warn: called with a message for each invalid one.
+        rename_invalid: rename invalid ones, once a valid one is found. Only for a process that holds the
+            run's lock.
 
-    Raises: StorageError: the disk does not answer. Resuming from an older checkpoint would then lose the
-        newer ones.
+    Raises:
+        StorageError: the disk does not answer. Resuming from an older checkpoint would then lose the newer
+            ones.
     """
     invalid = []
     for path in steps_in(folder):

@@ -89,8 +89,10 @@ def validate(
 
     For a synthetic task: loss and accuracy at the lengths of training, and accuracy by length.
 
-    Args: layout: this process's part of each sequence; by default all of it. in_lockstep: a forward pass
-        needs all processes. Those that have read all their documents then repeat empty passes until all have.
+    Args:
+        layout: this process's part of each sequence; by default all of it.
+        in_lockstep: a forward pass needs all processes. Those that have read all their documents then repeat
+            empty passes until all have.
         after_chunk: called after each chunk.
     """
     layout = layout or ProcessLayout()

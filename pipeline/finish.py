@@ -18,9 +18,9 @@ from .run import Run
 def finish(run: Run) -> None:
     """Export the model from the last checkpoint and write samples.txt, in the main process.
 
-    Raises: UserError, StorageError: in every process, if a line of metrics.jsonl or the export could not be
-        written; the
-            same command tries again.
+    Raises:
+        UserError, StorageError: in every process, if a line of metrics.jsonl or the export could not be
+            written. The same command tries again.
     """
     run.watchdog.enter("exporting")
     processes.run_on_main(run.accelerator, lambda: _export(run))
@@ -51,7 +51,10 @@ def _sync_metrics(run: Run) -> None:
     try:
         metrics.sync()
     except OSError as error:
-        message = f"the last lines of {metrics.path} could not be written ({error.strerror}); the same command tries again"
+        message = (
+            f"the last lines of {metrics.path} could not be written ({error.strerror}); the same command "
+            "tries again"
+        )
         raise StorageError(error.errno, message) from None
 
 

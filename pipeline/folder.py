@@ -88,9 +88,10 @@ class RunFolder:
 def open_folder(recipe: Recipe, accelerator: Accelerator) -> RunFolder:
     """Create or reopen `run.dir`. All processes agree on the checkpoint to resume from.
 
-    Raises: UserError: the folder cannot be used or is not a run's, another run is using it, run.resume does
-        not allow its content, or the run was started with other settings. StorageError: a checkpoint cannot
-        be read now, but may be valid.
+    Raises:
+        UserError: the folder cannot be used or is not a run's, another run is using it, run.resume does not
+            allow its content, or the run was started with other settings.
+        StorageError: a checkpoint cannot be read now, but may be valid.
     """
     path = Path(recipe.run.dir)
     folder = RunFolder(path, None, {}, {}, False, None, MetricsFile(path / "metrics.jsonl", warn))

@@ -1,6 +1,6 @@
-"""How long a run still takes, in a line of the log after its first steps.
+"""The remaining time of a run, estimated once after its first steps.
 
-steps after the first (which compiles) -> seconds per step -> steps and validations that are left -> "about 3
+steps after the first (which compiles) -> seconds per step x remaining steps and validations -> "about 3
 min to go"
 """
 
@@ -10,12 +10,12 @@ from collections.abc import Callable
 from .config import Recipe
 from .run import Run
 
-FORWARD_SHARE = 1 / 3  # of a training step's work: a validation has no backward pass, which takes two thirds
+FORWARD_SHARE = 1 / 3  # of a training step's work; validation has no backward pass
 UNITS = ((1.0, "s"), (60.0, "min"), (3600.0, "h"), (86400.0, "days"))
 
 
 class Forecast:
-    """Says once how long the rest of a run takes, at the first log line that has a whole step before it."""
+    """Reports the remaining time once, at the first log line after at least two steps."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
@@ -23,7 +23,7 @@ class Forecast:
         self._is_said = False
 
     def after_step(self, run: Run, is_logged: bool) -> None:
-        """To be called after each step, before it is saved and validated."""
+        """Call this after each step, before saving and validating."""
         if self._is_said:
             return
         if self._start is None:
@@ -35,24 +35,24 @@ class Forecast:
         self._is_said = True
         seconds_per_step = (self._clock() - start) / (run.step - first)
         batch = run.recipe.batch
-        positions = sum(part.num_positions for part in run.data.validation) / (
-            max(len(run.data.readers), 1) * batch.lanes * batch.chunk
-        )
+        step_positions = max(len(run.data.readers), 1) * batch.lanes * batch.chunk
+        validation_positions = sum(part.num_positions for part in run.data.validation)
+        validation_steps = FORWARD_SHARE * validation_positions / step_positions
         steps, validations = run.recipe.train.steps - run.step, validations_left(run.recipe, run.step)
-        seconds = seconds_per_step * (steps + validations * positions * FORWARD_SHARE)
+        seconds = seconds_per_step * (steps + validations * validation_steps)
         run.report(
             f"step {run.step}: {in_words(seconds)} to go ({steps} steps, validation {validations} times)"
         )
 
 
 def validations_left(recipe: Recipe, step: int) -> int:
-    """How often a run that has just taken this step is still validated, at its end included."""
+    """How many validations a run still has after this step, including the last."""
     steps, every = recipe.train.steps, recipe.train.eval_every
     due = set() if every is None else set(range(-(-step // every) * every, steps + 1, every))
     return len(due | {steps})
 
 
 def in_words(seconds: float) -> str:
-    """`about 3 min`: in the largest unit of which there are at least 1.5."""
+    """`about 3 min`, in the largest unit of which there are at least 1.5."""
     size, unit = next(((size, unit) for size, unit in reversed(UNITS) if seconds >= 1.5 * size), UNITS[0])
     return f"about {max(1, round(seconds / size))} {unit}"

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM, SIGHUP and SIGUSR1: finish the step, save, leave. A second Ctrl-C leaves at once."""
+"""Signals that stop a run: finish the step, save, exit. A second Ctrl-C exits at once."""
 
 import os
 import signal
@@ -14,10 +14,10 @@ SIGNALS = [
 
 
 class Interrupt:
-    """A context in which SIGNALS are noted instead of obeyed; the loop asks `requested` between steps.
+    """A context in which SIGNALS are recorded; the loop checks `requested` between steps.
 
-    A signal that the caller had set to be ignored stays so (`nohup` does that to SIGHUP); not SIGINT, which
-    shells ignore in background jobs.
+    Signals that the caller ignores stay ignored (`nohup` ignores SIGHUP), except SIGINT, which shells ignore
+    in background jobs.
     """
 
     def __init__(self) -> None:
@@ -30,9 +30,8 @@ class Interrupt:
             write_at_once("\nLeaving at once; the last checkpoint is untouched.\n")
             os._exit(128 + number)
         self.requested = number
-        write_at_once(
-            f"\n{signal.Signals(number).name}: saving after this step, then leaving (Ctrl-C once more leaves at once).\n"
-        )
+        name = signal.Signals(number).name
+        write_at_once(f"\n{name}: saving after this step, then leaving (Ctrl-C once more leaves at once).\n")
 
     def __enter__(self) -> "Interrupt":
         for number in SIGNALS:
@@ -46,7 +45,7 @@ class Interrupt:
 
 
 def leave(number: int, message: str, is_main: bool) -> None:
-    """End the process as one that a signal ended, but in peace."""
+    """Exit with the status of a process that this signal ended."""
     if is_main:
         print(message, file=sys.stderr)
     raise SystemExit(128 + number)

@@ -1,4 +1,4 @@
-"""What the machine can do: its devices, what they compute in and how fast, its cores and its allocator."""
+"""The machine: its devices, their precisions and rates, its cores, its memory allocator."""
 
 import ctypes
 import os
@@ -11,22 +11,22 @@ import torch
 from ..common.errors import UserError
 from ..models.dtypes import DTYPES
 
-CHOICES = ("fp32", "bf16")  # that `auto` takes one of
-GAIN = (
-    1.2  # bf16, which has fewer digits, is chosen if it is so many times faster: more than measurements vary
+CHOICES = ("fp32", "bf16")  # that `auto` chooses from
+MIN_SPEEDUP = (
+    1.2  # of bf16 over fp32, to choose it although it is less precise; above the noise of measurements
 )
-SLOW = 3.0  # times slower than another precision: worth a warning
+SLOW = 3.0  # times slower than another precision, to warn
 
 
 # --- Devices
 
 
 def resolve_device(name: str, key: str = "--device") -> torch.device:
-    """The device of this name: cpu, cuda, mps, xpu, or one of several as cuda:1; auto is the accelerator, if
+    """The device of this name: cpu, cuda, mps, xpu, or cuda:1 for one of several. auto is the accelerator, if
     there is one.
 
     Raises:
-        UserError: under `key`, if there is no such device here.
+        UserError: under `key`, if there is no such device.
     """
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if name == "auto":
@@ -37,23 +37,23 @@ def resolve_device(name: str, key: str = "--device") -> torch.device:
         raise UserError(
             key, f"{name!r} is no device; use auto, cpu, cuda, mps, xpu, or cuda:1 for one of several"
         ) from None
-    here = ["cpu"] + ([] if accelerator is None else [accelerator.type])
-    if device.type not in here:
-        raise UserError(key, f"there is no {device.type} device here; use {' or '.join(here)}, or auto")
+    types = ["cpu"] + ([] if accelerator is None else [accelerator.type])
+    if device.type not in types:
+        raise UserError(key, f"there is no {device.type} device here; use {' or '.join(types)}, or auto")
     if device.type != "cpu" and (device.index or 0) >= (count := torch.accelerator.device_count()):
         raise UserError(key, f"there is no {name} here; the last is {device.type}:{count - 1}")
     return device
 
 
 def device_name(device: torch.device) -> str:
-    """What the device is called in messages: its type, and its maker's name where torch knows that."""
+    """The device's name for messages: its type, and the model where torch knows it."""
     if device.type == "cuda":
         return f"cuda ({torch.cuda.get_device_name(device)})"
     return f"xpu ({torch.xpu.get_device_name(device)})" if device.type == "xpu" else device.type
 
 
 def supports(device: torch.device, precision: str) -> bool:
-    """Whether the device computes in this precision itself. A CPU computes in any, if slowly."""
+    """Whether the device computes in this precision without emulation. A CPU supports every precision."""
     if precision == "bf16" and device.type == "cuda":
         with torch.cuda.device(device):
             return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -61,15 +61,15 @@ def supports(device: torch.device, precision: str) -> bool:
         return torch.backends.mps.is_macos_or_newer(14, 0)
     if precision == "bf16" and device.type == "xpu":
         return torch.xpu.is_bf16_supported(including_emulation=False)
-    return precision != "fp64" or device.type in ("cpu", "cuda")  # MPS has none at all, and many an XPU
+    return precision != "fp64" or device.type in ("cpu", "cuda")  # MPS and many XPUs have no fp64
 
 
 # --- Precision
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, trials: int = 3) -> float:
-    """Floating-point operations per second of a plain square matrix product, the best of some trials: the
-    ceiling of a training step."""
+    """Rate of square matrix products in FLOP/s, the best of some trials: an upper limit of a training step's
+    rate."""
     size, seconds = _size_to_measure(device, dtype)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     _product_seconds(a, b, 1)
@@ -78,21 +78,21 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, trials: int = 3) -> fl
 
 
 def _size_to_measure(device: torch.device, dtype: torch.dtype) -> tuple[int, float]:
-    """The size of a product that fills the device, or takes about a tenth of a second before, and its
-    seconds.
+    """The size of a product that fills the device, or of one that takes about a tenth of a second, and its
+    time.
 
-    A CPU without bf16 units needs seconds for what others do in milliseconds. The products run in one thread,
-    since several that wait for each other on a busy machine say nothing about its speed.
+    A CPU without bf16 units needs seconds for products that take others milliseconds. The products run in one
+    thread, because several threads on a busy machine wait for each other.
     """
-    num_threads, largest = torch.get_num_threads(), 1024 if device.type == "cpu" else 8192
-    size = largest // 8
+    num_threads, max_size = torch.get_num_threads(), 1024 if device.type == "cpu" else 8192
+    size = max_size // 8
     torch.set_num_threads(1)
     try:
         while True:
             a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
             _product_seconds(a, b, 1)
             seconds = _product_seconds(a, b, 1)
-            if size == largest or 8 * seconds > 0.1:
+            if size == max_size or 8 * seconds > 0.1:
                 return size, seconds
             size *= 2
     finally:
@@ -119,51 +119,52 @@ def measure_rates(device: torch.device, precisions: Iterable[str]) -> dict[str, 
 
 @dataclass(frozen=True)
 class PrecisionChoice:
-    """What is computed in, and why."""
+    """The precision to compute in."""
 
     precision: str
     reason: str = ""
-    """Why it is not what was asked for, in words; empty if it is."""
+    """Why it differs from the requested one; empty if it does not."""
     warning: str = ""
-    """That it is slow here; empty if it is not."""
+    """A warning if it is slow on this device; else empty."""
 
 
 def choose_precision(
-    asked: str, saved: str | None, rates: Mapping[str, float], device: str, key: str = "train.precision"
+    requested: str, saved: str | None, rates: Mapping[str, float], device: str, key: str = "train.precision"
 ) -> PrecisionChoice:
-    """The precision to compute in.
+    """Choose the precision to compute in.
 
-    What was asked for is taken. `auto` is what was saved, if anything was, and else the faster of fp32 and
-    bf16 (fp32 where they are close).
+    A requested precision is used. `auto` gives the saved one if there is one, else the faster of fp32 and
+    bf16 (fp32 if they are close).
 
     Args:
-        asked: auto, fp32, bf16 or fp64.
-        saved: what a run began with; None for one that begins.
-        rates: of matrix products, in FLOP/s, of each precision that the device supports.
+        requested: auto, fp32, bf16 or fp64.
+        saved: the precision of a resumed run; None for a new run.
+        rates: of matrix products, in FLOP/s, for each precision that the device supports.
         device: its name, for messages.
         key: the setting, for messages.
 
     Raises:
-        UserError: the device does not support what was asked for or saved.
+        UserError: the device does not support the requested or saved precision.
     """
-    if asked == "auto" and saved is None:
+    if requested == "auto" and saved is None:
         if "bf16" not in rates:
             return PrecisionChoice("fp32", f"chosen, since {device} does not support bf16")
-        best, other = CHOICES[::-1] if rates["bf16"] > GAIN * rates["fp32"] else CHOICES
+        best, other = CHOICES[::-1] if rates["bf16"] > MIN_SPEEDUP * rates["fp32"] else CHOICES
         return PrecisionChoice(
             best, f"chosen: {_gflops(rates[best])} against {_gflops(rates[other])} in {other}"
         )
-    precision = saved if asked == "auto" and saved is not None else asked
-    way_out = f"{key} auto" if asked != "auto" else f"{key} fp32 and run.change [{key}]"
+    precision = saved if requested == "auto" and saved is not None else requested
+    advice = f"{key} auto" if requested != "auto" else f"{key} fp32 and run.change [{key}]"
     if precision not in rates:
-        began = "" if asked != "auto" else ", which the run began in"
-        raise UserError(key, f"{device} does not support {precision}{began}; use {way_out}")
+        origin = "" if requested != "auto" else ", which the run began in"
+        raise UserError(key, f"{device} does not support {precision}{origin}; use {advice}")
     fastest = max(rates, key=rates.__getitem__)
-    warning, times = "", rates[fastest] / rates[precision]
-    if times > SLOW:
-        both = f"matrix products reach {_gflops(rates[precision])} in {precision} here, and {_gflops(rates[fastest])} in {fastest}"
-        warning = f"{key}: {both}, {times:.0f} times as much; {way_out} is faster"
-    return PrecisionChoice(precision, "as the run began" if asked == "auto" else "", warning)
+    warning, ratio = "", rates[fastest] / rates[precision]
+    if ratio > SLOW:
+        own = f"matrix products reach {_gflops(rates[precision])} in {precision} here"
+        best = f"{_gflops(rates[fastest])} in {fastest}"
+        warning = f"{key}: {own}, and {best}, {ratio:.0f} times as much; {advice} is faster"
+    return PrecisionChoice(precision, "as the run began" if requested == "auto" else "", warning)
 
 
 def _gflops(rate: float) -> str:
@@ -171,7 +172,7 @@ def _gflops(rate: float) -> str:
 
 
 def training_flops_per_token(num_parameters: int) -> int:
-    """6 per parameter: two for the forward product, four for the two backward ones."""
+    """6 per parameter: 2 for the forward product, 4 for the two backward products."""
     return 6 * num_parameters
 
 
@@ -184,10 +185,10 @@ def num_cores() -> int:
 
 
 def share_of_threads(environment: Mapping[str, str], cores: int) -> int | None:
-    """Threads of a process that a launcher started; None to leave them as they are.
+    """Threads of a process that a launcher started; None to leave the number unchanged.
 
-    torchrun and Accelerate set OMP_NUM_THREADS to 1 where the user set nothing, so a 1 from them means each
-    process's share of the cores.
+    torchrun and Accelerate set OMP_NUM_THREADS to 1 if the user did not set it. So a 1 from them is replaced
+    by the process's share of the cores.
     """
     launched = "LOCAL_RANK" in environment or "ACCELERATE_MIXED_PRECISION" in environment
     if not launched or environment.get("OMP_NUM_THREADS", "1") != "1":
@@ -195,24 +196,25 @@ def share_of_threads(environment: Mapping[str, str], cores: int) -> int | None:
     return max(1, cores // int(environment.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def compile_problem(device: torch.device) -> str | None:
-    """Why torch.compile cannot run on a device, in one line: no compiler, no Triton, an old GPU. None where
-    it can.
+def compile_error(device: torch.device) -> str | None:
+    """Why torch.compile cannot run on a device, in one line (no compiler, no Triton, an old GPU); None if it
+    can.
 
-    Found out by compiling the smallest function: its own error would come in the first step.
+    It compiles the smallest function, because the error would otherwise appear in the first step.
     """
     try:
         torch.compile(lambda x: torch.sin(x) + 1)(torch.ones(8, device=device))
-    except Exception as error:  # torch's own, the compiler's, Triton's, the file system's
+    except Exception as error:  # of torch, the compiler, Triton, the file system
         return (str(error).strip().splitlines() or [type(error).__name__])[0]
     return None
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep freed memory instead of giving it back to the kernel.
+    """Make glibc keep freed memory instead of returning it to the kernel.
 
-    A training step frees and takes the same large tensors again and again. By default each goes through mmap,
-    and its pages are faulted in anew every time, which on a virtual machine costs more than the arithmetic.
+    A training step frees and allocates the same large tensors again and again. By default glibc allocates
+    each with mmap, and its pages are faulted in every time, which on a virtual machine costs more than the
+    arithmetic.
     """
     m_mmap_max, m_trim_threshold = -4, -1  # <malloc.h>
     try:

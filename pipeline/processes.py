@@ -186,8 +186,9 @@ def run_on_all_ranks(
     Returns:
         This process's result (None if it failed), and the UserErrors of all processes.
 
-    Raises: StorageError: in every process, if a file system failed in one of them. The others would otherwise
-        wait for it.
+    Raises:
+        StorageError: in every process, if a file system failed in one of them. The others would otherwise
+            wait for it.
     """
     result, errors, failures = None, [], []
     try:
@@ -234,8 +235,9 @@ def broadcast_from_main(accelerator: Accelerator, value: T) -> T:
 def run_on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
     """Call a function in the main process only; returns its result in every process.
 
-    Raises: UserError, StorageError: in every process, if the function raised it or an OSError in the main
-        process. The others would otherwise wait for the result.
+    Raises:
+        UserError, StorageError: in every process, if the function raised it or an OSError in the main
+            process. The others would otherwise wait for the result.
     """
     result: Any = None
     error: Exception | None = None

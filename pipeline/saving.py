@@ -58,13 +58,17 @@ def snapshot(
 
 
 class Saver:
-    """Writes one checkpoint after another. All methods are called by all processes alike.
+    """Writes checkpoints in a thread.
 
-    Args: folder: `checkpoints/` of the run. keep: newest checkpoints that stay. in_background: write in a
-        thread; otherwise `start` returns when all is written. newest: step of the newest valid checkpoint, if
-        any. timeout: how long processes wait for each other. warn: hears which checkpoint gave way to a new
-        one. before_publishing: called by the first process when all files are written; what it raises fails
-        the checkpoint.
+    Args:
+        folder: `checkpoints/` of the run.
+        keep: number of newest checkpoints to keep.
+        in_background: write during training; otherwise `start` returns when everything is written.
+        newest: step of the newest valid checkpoint, if any.
+        timeout: how long processes wait for each other.
+        warn: called with a message when a checkpoint is removed to make room.
+        before_publishing: called by the first process when all files are written; if it raises, the
+            checkpoint fails.
     """
 
     def __init__(
@@ -94,11 +98,11 @@ class Saver:
         self._failures: list[str] = []
 
     def start(self, step: int, files: Files, info: dict[str, Any]) -> None:
-        """Begin to write the checkpoint of a step; the one before must have been waited for.
+        """Start to write the checkpoint of a step. `join` must have been called for the one before.
 
         Args:
             files: from `snapshot`.
-            info: goes into the manifest (tokens so far, versions).
+            info: more fields for the manifest.
         """
         assert self._thread is None
         self._thread = threading.Thread(target=self._run, args=(step, files, info), name="saver", daemon=True)
@@ -107,7 +111,7 @@ class Saver:
             self._thread.join()
 
     def join(self, timeout: float | None = None) -> list[str]:
-        """Until nothing is being written: what went wrong, in whichever process; empty if all is well."""
+        """Wait until nothing is being written; returns the failures of all processes."""
         if self._thread is not None:
             self._thread.join(timeout)
             self._thread = None
@@ -117,7 +121,7 @@ class Saver:
     def _run(self, step: int, files: Files, info: dict[str, Any]) -> None:
         try:
             self._failures = self._write(step, files, info)
-        except BaseException as error:  # a process that died: the training's own collectives tell of it too
+        except BaseException as error:  # a process that died; the training's collectives fail too
             self._failures = [f"{type(error).__name__}: {error} (rank {self.rank})"]
         if not self._failures:
             self.newest = step
@@ -128,19 +132,16 @@ class Saver:
             if not is_full or not self._gather(self.rank == 0 and self._make_room())[0]:
                 break
         if self.rank == 0 and not failures:
-            with contextlib.suppress(OSError):  # what cannot be removed now is tried again after the next
+            with contextlib.suppress(OSError):  # tried again after the next checkpoint
                 checkpoint.remove_old(self.folder, self.keep, step)
         return failures
 
     def _try(self, step: int, files: Files, info: dict[str, Any]) -> tuple[list[str], bool]:
-        """Write the checkpoint once; returns what went wrong in whichever process, and whether the disk is
-        full."""
+        """Write the checkpoint once; returns the failures of all processes, and whether a disk is full."""
         final = self.folder / checkpoint_name(step)
         building = self.folder / f".{checkpoint_name(step)}.building"
         if self.rank == 0:
-            with contextlib.suppress(
-                OSError
-            ):  # then no file can be written either, and that is told by every process
+            with contextlib.suppress(OSError):  # then no file can be written either, which is reported below
                 checkpoint.remove_leftovers(self.folder)
                 make_folder(self.folder)
                 building.mkdir()
@@ -150,8 +151,8 @@ class Saver:
         try:
             for name, write in files.items():
                 entries.update([checkpoint.write_file(building / name, write)])
-        except Exception as error:  # safetensors raises its own for a full disk
-            failure = self._described(error)
+        except Exception as error:  # safetensors raises its own errors for a full disk
+            failure = self._failure(error)
         parts = self._gather((entries, failure))
         failures = [failure for _, failure in parts if failure]
         if self.rank == 0:
@@ -164,15 +165,15 @@ class Saver:
                     }
                     self.before_publishing()
                     checkpoint.publish(building, final, manifest)
-                except Exception as error:  # the others wait to hear of it
-                    failures.append(self._described(error))
+                except Exception as error:  # the other processes wait for the result
+                    failures.append(self._failure(error))
             if failures:
                 shutil.rmtree(building, ignore_errors=True)  # a full disk needs the room
         failures = self._gather(failures)[0]
         return [text for text, _ in failures], any(is_full for _, is_full in failures)
 
-    def _described(self, error: Exception) -> tuple[str, bool]:
-        """What went wrong, and whether it is that the disk is full."""
+    def _failure(self, error: Exception) -> tuple[str, bool]:
+        """An error as a message, and whether the disk is full."""
         failure = system_error(error)
         return (
             f"{type(error).__name__}: {error} (rank {self.rank})",
@@ -180,7 +181,7 @@ class Saver:
         )
 
     def _make_room(self) -> bool:
-        """Whether something could be removed to write the checkpoint again."""
+        """Remove a checkpoint so that the new one can be written again; returns whether one was removed."""
         try:
             removed = checkpoint.make_room(self.folder, self.newest)
         except OSError:

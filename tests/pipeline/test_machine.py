@@ -151,8 +151,8 @@ def test_a_compiler_that_is_missing_is_a_reason_in_one_line(monkeypatch, tmp_pat
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/nonexistent/compiler",))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch._dynamo.reset()
-    problem = machine.compile_problem(torch.device("cpu"))
+    problem = machine.compile_error(torch.device("cpu"))
     assert problem is not None
     assert "No working C++ compiler" in problem
     assert "\n" not in problem
-    assert machine.compile_problem(torch.device("meta")) is None
+    assert machine.compile_error(torch.device("meta")) is None
