@@ -1,13 +1,15 @@
-"""Files on disks that fail: written whole or not at all, read again where an error may pass."""
+"""Files on disks that fail: written whole or not at all, and read again after errors that may pass."""
 
 import errno
 import hashlib
+import json
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 
@@ -15,7 +17,7 @@ from .errors import StorageError
 
 T = TypeVar("T")
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
-RETRY_AFTER = (0.5, 2.0, 8.0)  # seconds: a file server that is started anew, a path that fails over
+RETRY_AFTER = (0.5, 2.0, 8.0)  # seconds: the time that a file server or a path takes to fail over
 
 
 def user_path(text: str) -> Path:
@@ -24,7 +26,7 @@ def user_path(text: str) -> Path:
 
 
 def sync(path: Path) -> None:
-    """To the disk. Some file systems cannot sync folders: there the names are as safe as they make them."""
+    """Flush a file or a folder to the disk. Folders are skipped on file systems that cannot sync them."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -35,13 +37,26 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path to write; it then replaces `path`, which holds the old or the new content at any time."""
     unfinished = path.with_name(f".{path.name}.part")
-    unfinished.write_text(text)
+    yield unfinished
     sync(unfinished)
     os.replace(unfinished, path)
     sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file's text atomically."""
+    with atomic_write(path) as unfinished:
+        unfinished.write_text(text)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a file by `value` as indented JSON, atomically. Its folder is made if there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def sha256_of(path: Path) -> str:
@@ -51,7 +66,7 @@ def sha256_of(path: Path) -> str:
 
 
 def make_folder(path: Path) -> None:
-    """Create a folder and those above it that are missing, to the disk."""
+    """Create a folder and its missing parents, and sync each."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:
@@ -59,20 +74,20 @@ def make_folder(path: Path) -> None:
 
 
 def system_error(error: Exception) -> OSError | None:
-    """The system's error behind an exception, if there is one. That of safetensors has the number in its text only."""
+    """The OSError behind an exception, or None. Exceptions of safetensors (0.8) have its number in their text only."""
     if isinstance(error, OSError):
         return error
     number = re.search(r"\(os error (\d+)\)", str(error)) if isinstance(error, SafetensorError) else None
     return OSError(int(number[1]), os.strerror(int(number[1]))) if number else None
 
 
-def read(path: Path, function: Callable[[Path], T]) -> T:
-    """What `function(path)` returns. It is called again after errors that may pass: EIO, ESTALE, ETIMEDOUT say nothing about the file.
+def read_with_retries(path: Path, function: Callable[[Path], T]) -> T:
+    """Return `function(path)`. It is called again after EIO, ESTALE and the like, which say nothing about the file.
 
     Raises:
-        FileNotFoundError: there is none, or a folder.
-        StorageError: the error stayed.
-        Others: what the function raises about the content.
+        FileNotFoundError: there is no such file, or it is a folder.
+        StorageError: the last retry failed, too.
+        Others: errors of the function about the content.
     """
     for wait in (*RETRY_AFTER, None):
         try:
@@ -85,8 +100,7 @@ def read(path: Path, function: Callable[[Path], T]) -> T:
                 raise
             if wait is None:
                 tried = f"tried {len(RETRY_AFTER) + 1} times over {sum(RETRY_AFTER):.0f} seconds"
-                raise StorageError(
-                    failure.errno, f"{path} cannot be read: {failure.strerror} ({tried})"
-                ) from error
+                message = f"{path} cannot be read: {failure.strerror} ({tried})"
+                raise StorageError(failure.errno, message) from error
             time.sleep(wait)
     raise AssertionError("the last try returns or raises")

@@ -29,7 +29,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..common.files import read, sha256_of, sync
+from ..common.files import read_with_retries, sha256_of, sync
 from ..models import MinRNNCache
 
 MANIFEST = "manifest.json"
@@ -160,7 +160,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         StorageError: a file cannot be read now, which says nothing about the checkpoint.
     """
     try:
-        text = read(path / MANIFEST, Path.read_text)
+        text = read_with_retries(path / MANIFEST, Path.read_text)
         manifest = json.loads(text)
         fields = {key: value for key, value in manifest.items() if key != "sha256"}
         is_sealed = "format" in manifest or "sha256" in manifest  # since format 2
@@ -176,7 +176,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path / MANIFEST} is missing or damaged ({type(error).__name__})") from None
     for name, size, sha256 in files:
         try:
-            actual_size, digest = read(path / name, lambda file: (file.stat().st_size, sha256_of(file)))
+            actual_size, digest = read_with_retries(
+                path / name, lambda file: (file.stat().st_size, sha256_of(file))
+            )
         except FileNotFoundError:
             raise ValueError(f"{path / name} is missing") from None
         if actual_size != size:
@@ -223,7 +225,7 @@ def load_parameters(path: Path, model: nn.Module) -> None:
     Raises:
         ValueError: names or shapes differ from the model's.
     """
-    saved, own = read(path / "model.safetensors", load_file), dict(model.named_parameters())
+    saved, own = read_with_retries(path / "model.safetensors", load_file), dict(model.named_parameters())
     if saved.keys() != own.keys():
         raise ValueError(f"{path} holds another model: {sorted(saved.keys() ^ own.keys())[:4]} differ")
     with torch.no_grad():
@@ -236,7 +238,7 @@ def load_parameters(path: Path, model: nn.Module) -> None:
 
 def read_moments(path: Path) -> dict[str, Tensor]:
     """The optimizer's state: `exp_avg.NAME`, `exp_avg_sq.NAME`, `step.NAME`."""
-    return read(path / "optimizer.safetensors", load_file)
+    return read_with_retries(path / "optimizer.safetensors", load_file)
 
 
 def load_moments(saved: dict[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -253,8 +255,8 @@ def load_moments(saved: dict[str, Tensor], model: nn.Module, optimizer: torch.op
 
 def load_reader(path: Path, index: int, num_layers: int, device: torch.device) -> ReaderState:
     """Load one reader's position and carried state."""
-    position = json.loads(read(path / f"reader-{index:04d}.json", Path.read_text))
-    carried = read(path / f"reader-{index:04d}.safetensors", load_file)
+    position = json.loads(read_with_retries(path / f"reader-{index:04d}.json", Path.read_text))
+    carried = read_with_retries(path / f"reader-{index:04d}.safetensors", load_file)
     return ReaderState(
         position, MinRNNCache(num_layers).load_state_dict(carried, device) if carried else None
     )

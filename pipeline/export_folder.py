@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.errors import UserError
-from ..common.files import make_folder, replace, sha256_of, sync
+from ..common.files import make_folder, sha256_of, sync, write_text
 from .card import NAME as CARD
 from .card import is_card
 
@@ -110,7 +110,7 @@ def write_export(folder: Path, write: Callable[[Path], object], key: str, force:
         for name in sorted({*hashes, *before})
     }
     both[CONFIG] = sorted({*both[CONFIG], hashlib.sha256(pointing.encode()).hexdigest()})
-    replace(folder / LIST, json.dumps({"files": both}, indent=1))
+    write_text(folder / LIST, json.dumps({"files": both}, indent=1))
     for name in own:
         if name not in (CONFIG, WEIGHTS):
             os.replace(staged / name, folder / name)
@@ -120,12 +120,14 @@ def write_export(folder: Path, write: Callable[[Path], object], key: str, force:
         sync(folder)
         os.replace(staged / CONFIG, folder / CONFIG)
     else:
-        replace(folder / CONFIG, pointing)
+        write_text(folder / CONFIG, pointing)
         _complete(folder)
     sync(folder)
     for name in before.keys() - hashes.keys():
         (folder / name).unlink()
-    replace(folder / LIST, json.dumps({"files": {name: [value] for name, value in hashes.items()}}, indent=1))
+    write_text(
+        folder / LIST, json.dumps({"files": {name: [value] for name, value in hashes.items()}}, indent=1)
+    )
     shutil.rmtree(staged, ignore_errors=True)
     sync(folder)
     return not keeps_card

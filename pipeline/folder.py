@@ -9,7 +9,7 @@ import yaml
 from accelerate import Accelerator
 
 from ..common.errors import StorageError, UserError
-from ..common.files import make_folder, read, replace
+from ..common.files import make_folder, read_with_retries, write_text
 from ..common.locks import lock
 from ..common.output import warn
 from .checkpoint import newest_valid, steps_in
@@ -44,7 +44,7 @@ class RunFolder:
         if num_cut := cut_metrics(self.metrics.path, self.manifest.get("step", 0)):
             warn(f"{num_cut} lines of {self.metrics.path} came after the checkpoint; they are written again")
         self._config = yaml.safe_dump(resolved(recipe), sort_keys=False)
-        replace(self.path / "config.yaml", self._config)
+        write_text(self.path / "config.yaml", self._config)
 
     def mark_finished(self, step: int) -> None:
         """Record that everything after the last step is done. Until then, the next start repeats it.
@@ -53,7 +53,7 @@ class RunFolder:
             StorageError: the record could not be written.
         """
         try:
-            replace(self.path / ".finished", str(step))
+            write_text(self.path / ".finished", str(step))
         except OSError as error:
             raise StorageError(f"The end of the run could not be noted ({error}); start it again.") from error
 
@@ -70,7 +70,7 @@ class RunFolder:
             lock = _lock(self.path)
             self.lock.close()
             self.lock = lock
-            replace(self.path / "config.yaml", self._config)
+            write_text(self.path / "config.yaml", self._config)
         except OSError:  # the next write reports it
             return
         if was_removed:
@@ -182,7 +182,7 @@ def _resume_point(path: Path, recipe: Recipe) -> ResumePoint | None:
     newest = newest_valid(folder, warn, rename_invalid=True)
     if newest is not None:
         checkpoint, manifest = newest
-        saved = yaml.safe_load(read(checkpoint / "config.yaml", Path.read_text))
+        saved = yaml.safe_load(read_with_retries(checkpoint / "config.yaml", Path.read_text))
         check_unchanged(saved, recipe, str(path))
         return checkpoint, manifest, saved
     if resume == "must":

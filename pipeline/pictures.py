@@ -1,11 +1,11 @@
 """loss.png and accuracy_by_length.png: what metrics.jsonl says, drawn."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..common.files import atomic_write
 from .metrics import History
 
 NUM_POINTS = 4000  # of a curve: more than the picture has columns
@@ -90,10 +90,9 @@ def _empty_figure() -> tuple[Any, Any]:
 
 
 def save_figure(figure: Any, picture: Path) -> None:
-    """Whole or not at all."""
-    unfinished = picture.with_suffix(".part.png")
-    figure.savefig(unfinished, dpi=120)
-    os.replace(unfinished, picture)
+    """Write the figure as PNG, atomically."""
+    with atomic_write(picture) as unfinished:
+        figure.savefig(unfinished, dpi=120, format="png")
 
 
 def _spread(count: int, limit: int) -> np.ndarray:

@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from ..common.files import replace
+from ..common.files import write_text
 from .config import Recipe
 from .public import public_config, without_credentials
 from .recipe import flatten, resolved
@@ -173,7 +173,7 @@ class Tracker:
             "recipe_uri": without_credentials(self.uri),
             "run_id": self._run_id,
         }
-        replace(self.folder / NOTE, json.dumps(content))
+        write_text(self.folder / NOTE, json.dumps(content))
         self._send_parameters(client, run.data.params)
         if run.info.status != "RUNNING":
             self._call(client.update_run, self._run_id, status="RUNNING")
@@ -293,7 +293,7 @@ class Tracker:
                 if (self.folder / name).exists():
                     self._call(self._client.log_artifact, self._run_id, str(self.folder / name))
             note = {**(read_note(self.folder) or {}), "finished_step": self._step}
-            replace(self.folder / NOTE, json.dumps(note))
+            write_text(self.folder / NOTE, json.dumps(note))
         self._complete = True
 
 

@@ -6,7 +6,6 @@ Each row is one contender at one point, with every round's seconds, or with the 
 every section, so that a run that is cut off leaves what it had. No host names, no paths.
 """
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ...common.files import replace
+from ...common.files import write_json
 from ...pipeline.public import public_config
 from ..record import command_line, commit, machine, versions
 
@@ -57,8 +56,7 @@ class Record:
 
     def write(self) -> None:
         """Replace the file by what is known now."""
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        replace(self.out, json.dumps(self.data, indent=1) + "\n")
+        write_json(self.out, self.data)
 
     def finish(self, draw: Callable[[Any, list[dict[str, Any]]], None]) -> None:
         """Write the file and the plot; `draw(figure, rows)` fills the latter."""

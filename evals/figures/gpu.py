@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from ...common.errors import UserError
-from ...common.files import replace, user_path
+from ...common.files import user_path, write_json
 from ...common.output import warn
 from ..bench.agreement import run_checks
 from ..bench.command import run_bench
@@ -113,7 +113,7 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def _write(path: Path, value: Any) -> None:
-    replace(path, json.dumps(value, indent=1) + "\n")
+    write_json(path, value)
 
 
 def _checks(device: torch.device, tiny: bool, out: Path) -> None:

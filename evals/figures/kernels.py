@@ -17,7 +17,6 @@ a launch on aligned tensors gets. Four numbers say whether a scan can be bound b
 
 import argparse
 import itertools
-import json
 import re
 import subprocess
 import tempfile
@@ -30,7 +29,7 @@ import torch
 from torch import Tensor
 
 from ...common.errors import UserError
-from ...common.files import user_path
+from ...common.files import user_path, write_json
 from ...models import cell_scan_triton, scan_triton
 from ...models.tiles_triton import Launch
 from ..output import RESULTS
@@ -257,7 +256,6 @@ def main(argv: list[str]) -> None:
             line += f"  {row['bytes_read']:5.1f} + {row['bytes_written']:4.1f} {row['bytes_in_flight']:10}"
             line += f" {row['instructions_per_element']:10.1f} {row['issue']:6.2f} {row['special']:6.2f}"
         print(line, flush=True)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     report = {
         "command": command_line("minrnn figures kernels", argv),
         "commit": commit(),
@@ -267,4 +265,4 @@ def main(argv: list[str]) -> None:
         "issue_rate": ISSUE_RATE,
         "kernels": rows,
     }
-    arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    write_json(arguments.out, report)

@@ -14,7 +14,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 
-from ...common.files import user_path
+from ...common.files import user_path, write_json
 from ...data import Encoder, load_tokenizer
 from ...models import MinRNNForCausalLM
 from ...pipeline.evaluation import validate, validation_sets
@@ -72,6 +72,6 @@ def main(argv: list[str]) -> None:
     )
     arguments = parser.parse_args(argv)
     out = RESULTS / "quickstart.json"
-    out.write_text(json.dumps(measured(arguments.run), indent=1) + "\n")
+    write_json(out, measured(arguments.run))
     shutil.copyfile(arguments.run / "loss.png", REPOSITORY / "docs" / "quickstart.png")
     print(out.read_text())

@@ -17,7 +17,7 @@ from typing import Any
 
 from ...common.checks import option_minimum_errors
 from ...common.errors import UserError
-from ...common.files import replace, user_path
+from ...common.files import user_path, write_text
 from ...common.names import did_you_mean, nearest_names
 from ...common.output import warn
 from ...pipeline.options import add_device, add_dtype, add_trust
@@ -350,7 +350,9 @@ def _evaluate(arguments: argparse.Namespace) -> list[str]:
     def keep(whole: Results, part: Results) -> None:
         finished.update(whole)
         out.parent.mkdir(parents=True, exist_ok=True)
-        replace(out, json.dumps(whole, indent=2, default=utils.handle_non_serializable, ensure_ascii=False))
+        write_text(
+            out, json.dumps(whole, indent=2, default=utils.handle_non_serializable, ensure_ascii=False)
+        )
         if run is not None:
             track(run, part)
 

@@ -6,7 +6,6 @@ The file is written anew behind each part, so that what was measured stays.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from ...common.errors import UserError
-from ...common.files import replace
+from ...common.files import write_json
 from ...models import MinRNNForCausalLM
 from ...pipeline.pictures import save_figure
 from ..memory import current_memory, peak_memory, release_memory, reset_peak_memory, synchronize
@@ -196,8 +195,7 @@ def measure(
 
 def write(result: dict[str, Any], out: Path) -> None:
     """The file, whole or not at all."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    replace(out, json.dumps(result, indent=1) + "\n")
+    write_json(out, result)
 
 
 def _number(value: float | None, form: str = ".4f") -> str:

@@ -8,14 +8,13 @@ What a byte costs is the same at any length if the last column stays what it was
 
 import argparse
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Sequence
 from typing import Any
 
 from ...common.errors import UserError
-from ...common.files import replace
+from ...common.files import write_json
 from ...data.tokenizer import num_bytes
 from ..output import default_out, table
 from . import documents
@@ -139,6 +138,5 @@ def main(argv: Sequence[str]) -> None:
     result = {**head, "bytes": {"read": num_bytes(text), "asked_for": arguments.bytes}}
     result |= measure(MinRNNLM(model, tokenizer, piece=arguments.piece), text)
     out = arguments.out or default_out(arguments.model, "rolling")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    replace(out, json.dumps(result, indent=1) + "\n")
+    write_json(out, result)
     print(tables(result), f"\n{out} written", sep="\n")

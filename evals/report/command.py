@@ -10,7 +10,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from ...common.errors import UserError
-from ...common.files import replace, user_path
+from ...common.files import user_path, write_text
 from ...common.output import warn
 from ..output import RESULTS
 from . import lm_eval, others, pictures, quality
@@ -237,8 +237,8 @@ def main(argv: list[str]) -> None:
     except OSError as error:
         raise UserError("--out", f"cannot make {out} ({error.strerror})") from None
     markdown, num_missing = make(sources, unreadable, out)
-    replace(out / "report.md", markdown)
-    replace(out / "report.html", to_html(markdown, TITLE, out))
+    write_text(out / "report.md", markdown)
+    write_text(out / "report.html", to_html(markdown, TITLE, out))
     print(
         f"{out / 'report.md'} and {out / 'report.html'}: {len(sources)} sources, {num_missing} published experiments not run"
     )

@@ -20,7 +20,7 @@ from pydantic import BaseModel, Field
 from safetensors import SafetensorError, safe_open
 
 from ...common.errors import UserError
-from ...common.files import replace, user_path
+from ...common.files import user_path, write_json
 from ...common.names import did_you_mean, nearest_names
 from ...common.output import warn
 from ...pipeline.config import SECTIONS
@@ -356,8 +356,7 @@ def main(argv: list[str]) -> None:
         near = nearest_names(arguments.name, published().experiments, cutoff=0.75)
         hint = f" ({did_you_mean(near)})" if near else ""
         warn(f"--as: nothing is published as {arguments.name}{hint}; the report will show it by itself")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    replace(out, json.dumps(results.model_dump(), indent=1) + "\n")
+    write_json(out, results.model_dump())
     for entry in results.entries:
         steps = ", ".join(
             f"{seed.seed} ({seed.steps:,} of {seed.steps_asked:,} steps)" for seed in entry.seeds
