@@ -1,4 +1,4 @@
-"""Where results go (beside the run, or in evals/results/), and tables of them as text."""
+"""Results of commands: where they are written (beside the run, or in evals/results/), and tables as text."""
 
 import tempfile
 import time
@@ -9,8 +9,8 @@ from typing import Any
 RESULTS = Path(__file__).resolve().parent / "results"  # in a checkout; a wheel has none
 
 
-def run_of(model: str) -> Path | None:
-    """The folder of the run whose model this is: the run itself, or its model/."""
+def run_folder(model: str) -> Path | None:
+    """The folder of the run that a model path belongs to: the path itself, or the parent of its model/."""
     path = Path(model)
     for folder in (path, path.resolve().parent) if path.resolve().name == "model" else (path,):
         if (folder / "config.yaml").exists() and (folder / "model" / "config.json").exists():
@@ -19,7 +19,10 @@ def run_of(model: str) -> Path | None:
 
 
 def out_errors(out: Path | None) -> list[tuple[str, str]]:
-    """What is wrong with a JSON file that is to be written at the end of long work, found before it begins; its folder is made."""
+    """Errors in the path of a JSON file, found before long work that ends by writing it.
+
+    Its folder is created.
+    """
     if out is None:
         return []
     if out.suffix != ".json":
@@ -34,12 +37,11 @@ def out_errors(out: Path | None) -> list[tuple[str, str]]:
         return [("--out", f"cannot write {out} ({error.strerror})")]
 
 
-def default_out(model: str, what: str) -> Path:
-    """Where results go unless it is said: among those of the model's run, or in evals/results/ without a run."""
-    run = run_of(model)
-    return (
-        Path("evals", "results") if run is None else run / "evals"
-    ) / f"{what}-{time.strftime('%Y%m%dT%H%M%S')}.json"
+def default_out(model: str, kind: str) -> Path:
+    """The default path of results: in the folder of the model's run, or in evals/results/ without a run."""
+    run = run_folder(model)
+    folder = Path("evals", "results") if run is None else run / "evals"
+    return folder / f"{kind}-{time.strftime('%Y%m%dT%H%M%S')}.json"
 
 
 def table(

@@ -1,6 +1,8 @@
-"""`minrnn eval`: tasks of lm-eval, one after the other; what is finished is on disk before the next begins.
+"""`minrnn eval`: evaluates tasks of lm-eval one after another; finished results are on disk before the next
+task begins.
 
-names -> tasks, data loaded -> for each: simple_evaluate -> merged into one file of lm-eval's own format -> the run's MLflow
+names -> tasks with their data -> for each: simple_evaluate -> merged into one file in lm-eval's format -> the
+run's MLflow
 """
 
 import argparse
@@ -24,14 +26,17 @@ from ...pipeline.options import add_device, add_dtype, add_trust
 from ...pipeline.processes import run_on_all_ranks
 from ...pipeline.public import public_config, public_value
 from ...pipeline.tracking_store import error_line, open_client, read_note, sqlite_file, uri_of
-from ..output import default_out, out_errors, run_of
+from ..output import default_out, out_errors, run_folder
 
-DESCRIPTION = """Evaluate a model on tasks of lm-eval. Texts of any length are read whole; what requests have in common is read once.
+DESCRIPTION = """Evaluate a model on tasks of lm-eval. Texts of any length are read whole.
+A prefix that requests share is read once.
 Several processes share the requests: accelerate launch -m minrnn.launch.cli eval MODEL --tasks ..."""
 EXAMPLES = """examples:
   minrnn eval runs/quickstart --tasks lambada_openai,hellaswag
-  minrnn eval runs/quickstart --tasks wikitext --rolling-window 2048     state carried through each document, and reset every 2048 tokens
-  minrnn eval my-model --tasks my_task --include-path my-tasks --limit 100 --out results.json"""
+  minrnn eval my-model --tasks my_task --include-path my-tasks --limit 100 --out results.json
+  minrnn eval runs/quickstart --tasks wikitext --rolling-window 2048
+      with the state carried through each document, and with the state reset every 2048 tokens"""
+# Fields of lm-eval's results that are dictionaries by task.
 MERGED = (
     "results",
     "groups",
@@ -41,7 +46,7 @@ MERGED = (
     "n-shot",
     "higher_is_better",
     "n-samples",
-)  # by task
+)
 Results = dict[str, Any]  # what lm-eval's simple_evaluate returns
 
 
@@ -72,9 +77,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--rolling-window",
         type=int,
-        help="perplexities also with the state reset every so many tokens, as NAME_window_SIZE",
+        help="also measure perplexities with the state reset every so many tokens, as NAME_window_SIZE",
     )
-    size = "rows at once (default: %(default)s); auto is 32, since memory does not grow with the lengths"
+    size = "rows at once (default: %(default)s); auto is 32, since memory does not grow with the length"
     parser.add_argument("--batch-size", type=_batch_size, default=32, metavar="N", help=size)
     add_device(parser)
     add_trust(parser)
@@ -83,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         "--bootstrap-iters",
         type=int,
         default=100_000,
-        help="for standard errors; 0: none (default: %(default)s)",
+        help="bootstrap iterations for standard errors; 0: no standard errors (default: %(default)s)",
     )
     parser.add_argument(
         "--out",
@@ -94,12 +99,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _batch_size(text: str) -> int | str:
-    """A number, or lm-eval's auto and auto:N, which `MinRNNLM` reads."""
+    """Parse a number, or lm-eval's auto and auto:N, which `MinRNNLM` accepts."""
     return text if text.partition(":")[0] == "auto" else int(text)
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    """Raise all that is wrong with the arguments by themselves."""
+    """Check the arguments by themselves.
+
+    Raises:
+        UserError: all errors in them.
+    """
     errors = option_minimum_errors(arguments, num_fewshot=0, rolling_window=1, bootstrap_iters=0)
     if isinstance(arguments.batch_size, int):
         errors += option_minimum_errors(arguments, batch_size=1)
@@ -118,17 +127,17 @@ def _check(arguments: argparse.Namespace) -> None:
 
 @functools.cache
 def task_manager(include_path: Path | None) -> Any:
-    """lm-eval's index of tasks, made once: lm-eval reads thousands of files for it, which takes seconds."""
+    """lm-eval's index of tasks, cached: lm-eval reads thousands of files to make it, which takes seconds."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=include_path)
 
 
 def task_names(manager: Any, text: str) -> list[str]:
-    """Names behind `--tasks`, patterns resolved.
+    """The task names that `--tasks` lists, with patterns expanded.
 
     Raises:
-        UserError: unknown names, each with those nearest to it.
+        UserError: unknown names, each with suggestions.
     """
     names, errors = [], []
     for word in dict.fromkeys(word.strip() for word in text.split(",") if word.strip()):
@@ -146,28 +155,29 @@ def task_names(manager: Any, text: str) -> list[str]:
 
 
 def load_tasks(manager: Any, names: list[str]) -> dict[str, list[Any]]:
-    """lm-eval's tasks or group of each name, with their data.
+    """lm-eval's tasks or group for each name, with their data.
 
     Raises:
-        UserError: data that cannot be had; all of them, before anything is computed.
+        UserError: the tasks that cannot be loaded, all of them, before any computation.
     """
     loaded, errors = {}, []
     for name in names:
         try:
-            found = manager.load([name])
+            task_objects = manager.load([name])
         except Exception as error:  # the hub's client, datasets and a task's own code each raise their own
             lines = str(error).strip().splitlines() or [""]
-            offline = "; its data come from the network" if _is_network(error) else ""
+            offline = "; its data are downloaded from the network" if _is_network(error) else ""
             errors.append(("--tasks", f"cannot load {name}: {type(error).__name__}: {lines[0]}{offline}"))
             continue
-        loaded[name] = [found["groups"][name]] if name in found["groups"] else list(found["tasks"].values())
+            groups, tasks = task_objects["groups"], task_objects["tasks"]
+            loaded[name] = [groups[name]] if name in groups else list(tasks.values())
     if errors:
         raise UserError.from_list(errors)
     return loaded
 
 
 def _is_network(error: BaseException | None) -> bool:
-    """Whether an error comes from a connection that could not be made."""
+    """Whether an error was caused by a failed connection."""
     while error is not None:
         if (
             isinstance(error, ConnectionError)
@@ -179,17 +189,17 @@ def _is_network(error: BaseException | None) -> bool:
     return False
 
 
-def merge(whole: Results, part: Results) -> Results:
-    """The results of one more task."""
-    merged = {**whole, **{key: value for key, value in part.items() if key != "samples"}}
+def merge(results: Results, new: Results) -> Results:
+    """Add the results of one more task."""
+    merged = {**results, **{key: value for key, value in new.items() if key != "samples"}}
     for key in MERGED:
-        if key in whole or key in part:
-            merged[key] = {**whole.get(key, {}), **part.get(key, {})}
+        if key in results or key in new:
+            merged[key] = {**results.get(key, {}), **new.get(key, {})}
     return merged
 
 
-def _windowed(results: Results, window: int) -> Results:
-    """Results of tasks that were read in windows, under names of their own."""
+def _rename_windowed(results: Results, window: int) -> Results:
+    """Results of tasks that were read in windows, under their own names."""
     renamed = dict(results)
     for key in MERGED:
         if key in results:
@@ -199,10 +209,12 @@ def _windowed(results: Results, window: int) -> Results:
     return renamed
 
 
-def units_of(
+def evaluation_units(
     tasks: dict[str, list[Any]], manager: Any, window: int | None
 ) -> dict[str, tuple[list[Any], int | None]]:
-    """What is evaluated in one go, by a name for messages: (tasks or a group, None), and of each the perplexities in windows if asked for."""
+    """What is evaluated in one call, by name for messages: (tasks or a group, None), and perplexities in
+    windows apart.
+    """
     units: dict[str, tuple[list[Any], int | None]] = {}
     for name, objects in tasks.items():
         units[name] = objects, None
@@ -219,12 +231,12 @@ def units_of(
 def evaluate(
     lm: Any, objects: list[Any], window: int | None, manager: Any, arguments: argparse.Namespace
 ) -> Results | None:
-    """Tasks or a group; None but on the main process."""
+    """Evaluate tasks or a group; None except on the main process."""
     from lm_eval import evaluator
 
     simple_evaluate: Any = evaluator.simple_evaluate  # its decorator hides its parameters from type checkers
     lm.rolling_window = window
-    found = simple_evaluate(
+    results = simple_evaluate(
         lm,
         tasks=objects,
         num_fewshot=arguments.num_fewshot,
@@ -235,22 +247,28 @@ def evaluate(
         log_samples=False,
         task_manager=manager,
     )
-    if found is None:
+    if results is None:
         return None
-    for config in found["configs"].values():
+    for config in results["configs"].values():
         config |= public_config(
             {key: config[key] for key in ("dataset_path", "dataset_kwargs", "metadata") if key in config}
         )
         if config.get("output_type") == "loglikelihood_rolling":
             config["metadata"] = {**(config.get("metadata") or {}), "rolling": lm.rolling}
-    found["config"].pop("rolling")
-    name = public_value(str(run_of(arguments.model) or arguments.model))
-    found["config"] |= {"model": name, "model_args": {"pretrained": name, "dtype": arguments.dtype}}
-    return found if window is None else _windowed(found, window)
+    results["config"].pop("rolling")
+    name = public_value(str(run_folder(arguments.model) or arguments.model))
+    results["config"] |= {"model": name, "model_args": {"pretrained": name, "dtype": arguments.dtype}}
+    return results if window is None else _rename_windowed(results, window)
+
+
+def _metric_name(task: str, key: str) -> str:
+    """The name in MLflow of an lm-eval metric such as "acc,none": eval/TASK/METRIC."""
+    parts = (task, *key.removesuffix(",none").split(","))
+    return "/".join(["eval", *(re.sub(r"[^\w. /-]", "_", part) for part in parts)])
 
 
 def track(run: Path, results: Results) -> None:
-    """Metrics of some tasks to the run's MLflow, as eval/TASK/METRIC; a failure is said, and nothing else."""
+    """Send metrics to the run's MLflow, as eval/TASK/METRIC. A failure is only a warning."""
     uri = ""
     try:
         note = read_note(run)
@@ -264,65 +282,53 @@ def track(run: Path, results: Results) -> None:
         finished, now = run / ".finished", round(time.time() * 1000)
         step = int(finished.read_text()) if finished.exists() else 0
         metrics = [
-            Metric(
-                "/".join(
-                    [
-                        "eval",
-                        *(
-                            re.sub(r"[^\w. /-]", "_", part)
-                            for part in (task, *key.removesuffix(",none").split(","))
-                        ),
-                    ]
-                ),
-                value,
-                now,
-                step,
-            )
+            Metric(_metric_name(task, key), value, now, step)
             for task, values in results["results"].items()
             for key, value in values.items()
             if "," in key and isinstance(value, int | float)
         ]
         open_client(uri).log_batch(note["run_id"], metrics=metrics)
-    except Exception as error:  # every store raises its own; the results are on disk
+    except Exception as error:  # each store raises its own errors; the results are on disk
         warn(f"tracking: the metrics did not reach MLflow ({error_line(error, uri)}); the file has them all")
 
 
 def evaluate_all(
     units: Iterable[str],
-    one: Callable[[str], Results | None],
-    keep: Callable[[Results, Results], None],
-    alone: bool,
+    evaluate_unit: Callable[[str], Results | None],
+    save: Callable[[Results, Results], None],
+    is_alone: bool,
 ) -> list[str]:
-    """Each unit, whatever becomes of the others.
+    """Evaluate each unit; a failure does not stop the others.
 
     Args:
-        one: evaluates a unit; None but on the main process.
-        keep: is given all results so far, and those of the unit that just ended; if it fails, so has the unit, on disk.
-        alone: this is the only process. Otherwise a failure is the end, since the others would wait for this one.
+        evaluate_unit: returns the unit's results; None except on the main process.
+        save: gets all results so far and those of the new unit. If it raises, the unit counts as failed.
+        is_alone: whether this is the only process. Otherwise a failure ends the evaluation, since the other
+            processes would wait for this one.
 
     Returns:
-        A line for each unit that failed.
+        One line per failed unit.
     """
-    whole: Results = {}
+    results: Results = {}
     failures = []
     for name in units:
         try:
-            part = one(name)
-            if part is not None:
-                whole = merge(whole, part)
-                keep(whole, part)
-        except Exception as error:  # a task is code of others
+            new = evaluate_unit(name)
+            if new is not None:
+                results = merge(results, new)
+                save(results, new)
+        except Exception as error:  # tasks run foreign code
             logging.getLogger(__name__).debug("%s failed", name, exc_info=True)
             failures.append(
                 f"error: {name}: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
             )
-            if not alone:
+            if not is_alone:
                 break
     return failures
 
 
 def _evaluate(arguments: argparse.Namespace) -> list[str]:
-    """Evaluate, print the table, leave the file; a line for each task that failed."""
+    """Evaluate, print the table, write the file; returns one line per failed task."""
     import transformers
     from lm_eval import utils
 
@@ -331,13 +337,14 @@ def _evaluate(arguments: argparse.Namespace) -> list[str]:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     manager = task_manager(arguments.include_path)
-    names, run = task_names(manager, arguments.tasks), run_of(arguments.model)
-    where = {
-        "device": arguments.device,
-        "dtype": arguments.dtype,
-        "trust_remote_code": arguments.trust_remote_code,
-    }
-    lm = MinRNNLM(arguments.model, batch_size=arguments.batch_size, **where)
+    names, run = task_names(manager, arguments.tasks), run_folder(arguments.model)
+    lm = MinRNNLM(
+        arguments.model,
+        batch_size=arguments.batch_size,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        trust_remote_code=arguments.trust_remote_code,
+    )
     if lm.accelerator is None:
         tasks = load_tasks(manager, names)
     else:
@@ -347,18 +354,20 @@ def _evaluate(arguments: argparse.Namespace) -> list[str]:
     out = arguments.out or default_out(arguments.model, "lm-eval")
     finished: Results = {}
 
-    def keep(whole: Results, part: Results) -> None:
-        finished.update(whole)
+    def save(results: Results, new: Results) -> None:
+        finished.update(results)
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_text(
-            out, json.dumps(whole, indent=2, default=utils.handle_non_serializable, ensure_ascii=False)
-        )
+        text = json.dumps(results, indent=2, default=utils.handle_non_serializable, ensure_ascii=False)
+        write_text(out, text)
         if run is not None:
-            track(run, part)
+            track(run, new)
 
-    units = units_of(tasks, manager, arguments.rolling_window)
+    units = evaluation_units(tasks, manager, arguments.rolling_window)
     failures = evaluate_all(
-        units, lambda unit: evaluate(lm, *units[unit], manager, arguments), keep, lm.world_size == 1
+        units,
+        lambda unit: evaluate(lm, *units[unit], manager, arguments),
+        save,
+        is_alone=lm.world_size == 1,
     )
     if finished:
         make_table: Any = utils.make_table
@@ -368,12 +377,12 @@ def _evaluate(arguments: argparse.Namespace) -> list[str]:
 
 
 def main(argv: list[str]) -> None:
-    """`minrnn eval ...`
+    """Run `minrnn eval`.
 
     Raises:
-        UserError: arguments, model or tasks that cannot be used.
-        SystemExit: 1, when a task failed; 2, in all processes of a machine but its first, where that one raises UserError: they have the
-            same to say, unless it is about their own device.
+        UserError: arguments, model or tasks are unusable.
+        SystemExit: 1 if a task failed. 2 in all processes of a machine but the first where that one raises
+            UserError: their message would be the same, unless it is about their own device.
     """
     arguments = _parser().parse_args(argv)
     try:

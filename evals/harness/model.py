@@ -1,14 +1,16 @@
-"""Our models in lm-eval, as what they are: a state that is read into once and gone on from as often as one likes.
+"""Recurrent models in lm-eval: contexts are read once, and every continuation starts from a saved state.
 
-    contexts -> what many of them share, once -> the rest of each, in batches -> logits and states -> each continuation from its context's state
+    contexts -> shared prefixes, read once -> the rest of each, in batches
+      -> logits and states -> continuations
 
-Nothing is ever cut off, since nothing grows with the length: a text of any length goes through in pieces of `piece` tokens. A document is
-scored as it was trained on, behind <bos>, and its perplexity (`loglikelihood_rolling`) with the state carried through all of it, or, to compare
-with what is reported for other models, in windows that each begin anew.
+Nothing is truncated, since memory does not grow with the length: a text of any length is read in pieces of
+`piece` tokens. A document begins with <bos>, as in training. Its perplexity (`loglikelihood_rolling`) is
+measured with the state carried through the whole document, or, for comparison with published numbers, in
+windows without a carried state.
 
-lm-eval (0.4.13) finds models in its own table only, so the name `minrnn` is known where this module was imported:
+lm-eval (0.4.13) has a fixed table of models, so importing this module registers the name `minrnn`:
 
-    minrnn eval MODEL --tasks a,b                                    (command.py)
+    minrnn eval MODEL --tasks a,b                                      command.py
     minrnn lm-eval --model minrnn --model_args pretrained=MODEL ...    every option of lm_eval
 """
 
@@ -40,28 +42,26 @@ from ...models.decoding import TokenStep
 from ...models.modeling_minrnn import PREFILL
 from ...pipeline.loading import place, read_model, weights_dtype
 from ...pipeline.processes import broadcast_from_main, connect, local_device, run_on_all_ranks, world_size
-from .likelihood import Score, batches, read, read_contexts, score, select_rows
+from .likelihood import Score, make_batches, read_contexts, read_rows, score_continuations, select_rows
 
 DEFAULT_BATCH = 32
-Request = tuple[
-    tuple[str, str] | None, list[int], list[int]
-]  # text (None: not a request of its own), context, continuation
+# text (None if it is not a request by itself), context, continuation
+Request = tuple[tuple[str, str] | None, list[int], list[int]]
 
 
 def _sampling(kwargs: dict[str, Any]) -> LogitsProcessorList | None:
-    """What a task's generation_kwargs make of the logits before a token is drawn; None: the likeliest is taken.
+    """The logits processors for a task's generation_kwargs; None for greedy decoding.
 
     Raises:
-        ValueError: settings that are not known here.
+        ValueError: unknown settings.
     """
     options = dict(kwargs)
     do_sample, temperature = options.pop("do_sample"), float(options.pop("temperature", 0.0) or 1.0)
     top_k, top_p = int(options.pop("top_k", 0) or 0), float(options.pop("top_p", 1.0) or 1.0)
     unknown = sorted(options.keys() - {"until", "max_gen_toks"})
     if unknown:
-        raise ValueError(
-            f"generation_kwargs: {', '.join(unknown)} not known here, only until, max_gen_toks, do_sample, temperature, top_k, top_p."
-        )
+        known = "until, max_gen_toks, do_sample, temperature, top_k, top_p"
+        raise ValueError(f"generation_kwargs: {', '.join(unknown)} not known here, only {known}.")
     if not do_sample:
         return None
     warpers: list[Any] = [TemperatureLogitsWarper(temperature)] if temperature != 1 else []
@@ -71,23 +71,24 @@ def _sampling(kwargs: dict[str, Any]) -> LogitsProcessorList | None:
 
 
 class MinRNNLM(TemplateLM):
-    """lm-eval's view of a model.
+    """lm-eval's interface to a model.
 
     Args:
-        pretrained: A model in eval mode, or the export, hub id or run to load.
-        tokenizer: Of a model that is given.
-        batch_size: Rows at once; "auto" is 32, since memory does not depend on the lengths.
-        max_batch_size: lm_eval's; not used.
-        device: Of the model: auto (the accelerator, if there is one), cpu, cuda, mps, xpu; None is auto.
-        dtype: Of the weights: auto (as they are stored, see `loading.weights_dtype`), fp32, bf16, fp64.
-        piece: Tokens read at once, over all rows.
-        rolling_window: `loglikelihood_rolling` in windows of so many tokens with the state reset; None: carried through the document.
-        max_gen_toks: Tokens to write where a task says nothing.
-        trust_remote_code: Run the code that the tokenizer brings along.
+        pretrained: a model in eval mode, or the export, hub id or run to load.
+        tokenizer: required if `pretrained` is a model.
+        batch_size: rows at once; "auto" is 32, since memory does not depend on the length.
+        max_batch_size: passed by lm_eval; not used.
+        device: auto (the accelerator, if there is one), cpu, cuda, mps, xpu; None is auto.
+        dtype: of the weights: auto (as stored, see `loading.weights_dtype`), fp32, bf16, fp64.
+        piece: tokens read at once, over all rows.
+        rolling_window: `loglikelihood_rolling` reads windows of this many tokens with the state reset; None:
+            the state is carried through the document.
+        max_gen_toks: maximum of new tokens for tasks that set none.
+        trust_remote_code: run code that the tokenizer brings along.
 
     Raises:
-        UserError: a model that cannot be loaded.
-        ValueError: a size that is no number of at least 1.
+        UserError: the model cannot be loaded.
+        ValueError: a size is not an integer of at least 1.
     """
 
     def __init__(
@@ -118,23 +119,20 @@ class MinRNNLM(TemplateLM):
             target = local_device(device or "auto", "--device")
             pretrained, tokenizer = read_model(pretrained, trust_remote_code)
             if world_size() > 1:
-                self.accelerator = connect(timedelta(weeks=1), target)  # the fastest waits for the slowest
+                # the timeout is long, since fast processes wait for slow ones
+                self.accelerator = connect(timedelta(weeks=1), target)
                 self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
             place(pretrained, self._decide_dtype(pretrained.dtype, dtype, target), target)
         self.model, self.tokenizer, self._device = pretrained, tokenizer, pretrained.device
         self.config, self._has_template = self.model.config, False
-        self.batch_size, self.piece, self.rolling_window, self.max_gen_toks = (
-            int(batch_size),
-            piece,
-            rolling_window,
-            max_gen_toks,
-        )
+        self.batch_size, self.piece = int(batch_size), piece
+        self.rolling_window, self.max_gen_toks = rolling_window, max_gen_toks
 
-    def _decide_dtype(self, stored: torch.dtype, asked: str, device: torch.device) -> torch.dtype:
-        """The same in all processes: the first one's."""
+    def _decide_dtype(self, stored: torch.dtype, requested: str, device: torch.device) -> torch.dtype:
+        """The dtype of the weights: the main process decides for all."""
         if self.accelerator is None:
-            return weights_dtype(stored, asked, device)
-        dtype, errors = run_on_all_ranks(self.accelerator, lambda: weights_dtype(stored, asked, device))
+            return weights_dtype(stored, requested, device)
+        dtype, errors = run_on_all_ranks(self.accelerator, lambda: weights_dtype(stored, requested, device))
         if errors or dtype is None:
             raise UserError.from_list(errors)
         return broadcast_from_main(self.accelerator, dtype)
@@ -146,25 +144,23 @@ class MinRNNLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """The token that a document begins with: the context of an empty context."""
+        """The token that begins a document; an empty context is replaced by it."""
         return self.tokenizer.bos_token_id
 
     @property
     def tokenizer_name(self) -> str:
-        """Names the tokenizer in caches."""
+        """The tokenizer's name in caches."""
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     @property
     def rolling(self) -> str:
-        """How `loglikelihood_rolling` reads a document, in words."""
-        return (
-            "state carried through the document"
-            if self.rolling_window is None
-            else f"windows of {self.rolling_window} tokens, state reset"
-        )
+        """How `loglikelihood_rolling` reads a document, as a text for the results."""
+        if self.rolling_window is None:
+            return "state carried through the document"
+        return f"windows of {self.rolling_window} tokens, state reset"
 
     def get_model_info(self) -> dict[str, Any]:
-        """For the results."""
+        """Information for the results file."""
         return {
             "model_num_parameters": self.model.num_parameters(),
             "model_dtype": str(self.model.dtype),
@@ -172,24 +168,21 @@ class MinRNNLM(TemplateLM):
         }
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Tokens as training reads a text, behind <bos> unless `add_special_tokens` is False."""
-        if self._has_template:  # whose special tokens are tokens, its <bos> among them
+        """Encode as training does, with <bos> unless `add_special_tokens` is False."""
+        if self._has_template:  # special tokens in the text are tokens, including <bos>
             ids = self.tokenizer.encode(string, add_special_tokens=False, split_special_tokens=False)
-            return (
-                ids
-                if add_special_tokens is False or ids[:1] == [self.prefix_token_id]
-                else [self.prefix_token_id, *ids]
-            )
+            has_bos = add_special_tokens is False or ids[:1] == [self.prefix_token_id]
+            return ids if has_bos else [self.prefix_token_id, *ids]
         return prompt_tokens(self.tokenizer, string)[0 if add_special_tokens is not False else 1 :]
 
     def tok_decode(self, tokens: list[int]) -> str:
-        """Text without special tokens."""
+        """Decode without special tokens."""
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """By the tokenizer's template; from then on names of special tokens are read as tokens."""
+        """Apply the tokenizer's template. From then on names of special tokens are encoded as tokens."""
         self._has_template = True
         return self.tokenizer.apply_chat_template(
             chat_history,
@@ -215,7 +208,7 @@ class MinRNNLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[Score]:
-        """Each context is read once, and what several begin with once for all of them."""
+        """Read each context once, and a prefix that several share once for all of them."""
         lengths = [len(continuation) for _, _, continuation in requests]
         by_context: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for number, (_, context, _) in enumerate(requests):
@@ -226,16 +219,16 @@ class MinRNNLM(TemplateLM):
         progress = tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="loglikelihood")
         for batch, logits, cache in read_contexts(self.model, contexts, self.batch_size, self.piece):
             row_of = {number: row for row, context in enumerate(batch) for number in members[context]}
-            for part in batches(list(row_of), lengths, self.batch_size):
+            for part in make_batches(list(row_of), lengths, self.batch_size):
                 rows = [row_of[number] for number in part]
-                found = score(
+                part_scores = score_continuations(
                     self.model,
                     logits[rows],
                     select_rows(cache, rows),
                     [requests[number][2] for number in part],
                     self.piece,
                 )
-                for number, value in zip(part, found, strict=True):
+                for number, value in zip(part, part_scores, strict=True):
                     scores[number] = value
                     if (text := requests[number][0]) is not None:
                         self.cache_hook.add_partial("loglikelihood", text, value)
@@ -244,7 +237,7 @@ class MinRNNLM(TemplateLM):
         return scores
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole documents behind <bos>, in nats: see `rolling`."""
+        """Log-likelihoods of whole documents after <bos>, in nats; `rolling` says how they are read."""
         windows: list[Request] = []
         owners: list[int] = []
         for number, request in enumerate(requests):
@@ -266,7 +259,9 @@ class MinRNNLM(TemplateLM):
         return values
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continuations up to the first stop string, <eos> or `max_gen_toks` tokens; requests of equal settings share batches."""
+        """Generate up to the first stop string, <eos> or `max_gen_toks` tokens; requests with equal settings
+        share batches.
+        """
         arguments: list[Any] = [request.args for request in requests]
         by_settings: dict[str, list[int]] = defaultdict(list)
         for number, (_, settings) in enumerate(arguments):
@@ -276,10 +271,9 @@ class MinRNNLM(TemplateLM):
         progress = tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="generate_until")
         for members in by_settings.values():
             kwargs: dict[str, Any] = {**normalize_gen_kwargs(arguments[members[0]][1], self.max_gen_toks)}
-            for batch in batches(members, [len(context) for context in contexts], self.batch_size):
-                for number, tokens in zip(
-                    batch, self._generate([contexts[number] for number in batch], kwargs), strict=True
-                ):
+            for batch in make_batches(members, [len(context) for context in contexts], self.batch_size):
+                rows = self._generate([contexts[number] for number in batch], kwargs)
+                for number, tokens in zip(batch, rows, strict=True):
                     texts[number] = postprocess_generated_text(self.tok_decode(tokens), kwargs["until"], None)
                     self.cache_hook.add_partial("generate_until", arguments[number], texts[number])
                 progress.update(len(batch))
@@ -288,13 +282,15 @@ class MinRNNLM(TemplateLM):
 
     @torch.no_grad()
     def _generate(self, contexts: list[list[int]], kwargs: dict[str, Any]) -> list[list[int]]:
-        """New tokens of each row, <eos> left out. A stop string ends its row where its last byte is written."""
+        """New tokens of each row without <eos>.
+
+        A row ends where the last byte of a stop string is written.
+        """
         warp: Any = _sampling(kwargs)
         stops = [stop for stop in kwargs["until"] if stop]
-        tail = (
-            max((len(stop.encode()) for stop in stops), default=0) + 4
-        )  # a token spells at least a byte; some decoders drop a first space
-        logits, cache = read(self.model, contexts, None, self.piece)
+        # in tokens: each decodes to at least one byte; some decoders drop a leading space
+        tail = max((len(stop.encode()) for stop in stops), default=0) + 4
+        logits, cache = read_rows(self.model, contexts, None, self.piece)
         step = TokenStep(self.model, cache)
         rows: list[list[int]] = [[] for _ in contexts]
         unfinished = set(range(len(rows)))
@@ -320,12 +316,16 @@ class MinRNNLM(TemplateLM):
         return rows
 
 
-register_model("minrnn")(MinRNNLM)  # as a decorator it would hide the class from type checkers
+register_model("minrnn")(MinRNNLM)  # not used as a decorator, which would hide the class from type checkers
 
 
 def main(argv: list[str]) -> None:
-    """`minrnn lm-eval ...`: the command `lm_eval`, which knows `--model minrnn` here."""
+    """Run `minrnn lm-eval`: lm-eval's own command, with the model name `minrnn` registered.
+
+    Raises:
+        UserError: the model cannot be loaded.
+    """
     from lm_eval.__main__ import cli_evaluate
 
-    sys.argv = ["minrnn lm-eval", *argv]  # the only place where lm-eval (0.4.13) reads arguments
+    sys.argv = ["minrnn lm-eval", *argv]  # lm-eval (0.4.13) reads arguments only there
     cli_evaluate()

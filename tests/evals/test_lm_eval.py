@@ -1,4 +1,6 @@
-"""lm-eval reads our models right: its own way, and ours, which reads what is shared once and cuts nothing off."""
+"""`MinRNNLM` gives the same results as lm-eval's own class, reads shared prefixes once and truncates
+nothing.
+"""
 
 from typing import Any
 
@@ -11,7 +13,7 @@ from lm_eval.models.huggingface import HFLM
 from torch import nn
 
 from minrnn.data import byte_tokenizer
-from minrnn.evals.harness.likelihood import by_prefix, read_contexts
+from minrnn.evals.harness.likelihood import group_by_prefix, read_contexts
 from minrnn.evals.harness.model import MinRNNLM
 from minrnn.models import MinRNNConfig, MinRNNForCausalLM
 
@@ -21,7 +23,7 @@ TEXTS = st.text("ab \ncé", max_size=12)
 
 
 def tiny_model(dtype: torch.dtype = torch.float64) -> MinRNNForCausalLM:
-    """Untied, so that it says more than its last token; ends a text now and then."""
+    """Untied embeddings, so predictions depend on more than the last token; sometimes ends a text."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 24, "tie_word_embeddings": False}
     tokens = {f"{name}_token_id": getattr(TOKENIZER, f"{name}_token_id") for name in ("bos", "eos", "pad")}
@@ -35,7 +37,7 @@ def requests(kind: Any, *arguments: tuple) -> list[Instance]:
 
 
 def forward_score(model: MinRNNForCausalLM, tokens: list[int], num_scored: int) -> tuple[float, bool]:
-    """Of the last tokens of a text, by one forward pass over all of it."""
+    """Log-likelihood of the last tokens of a text, from one forward pass over all of it."""
     with torch.no_grad():
         logits = model(torch.tensor([tokens[:-1]])).logits[0, -num_scored:]
     targets = torch.tensor(tokens[-num_scored:])
@@ -55,12 +57,15 @@ def encode(text: str) -> list[int]:
     piece=st.integers(1, 9),
 )
 def test_log_likelihoods_are_those_of_one_forward_pass(dtype, tolerance, pairs, size, piece):
-    """Whatever shares batches, beginnings and pieces; an empty context is the beginning of a document."""
+    """However requests share batches, prefixes and pieces.
+
+    An empty context is the beginning of a document.
+    """
     model = tiny_model(dtype)
-    found = MinRNNLM(model, TOKENIZER, batch_size=size, piece=piece).loglikelihood(
+    scores = MinRNNLM(model, TOKENIZER, batch_size=size, piece=piece).loglikelihood(
         requests("loglikelihood", *pairs), disable_tqdm=True
     )
-    for (context, continuation), (value, is_greedy) in zip(pairs, found, strict=True):
+    for (context, continuation), (value, is_greedy) in zip(pairs, scores, strict=True):
         num_scored = len(encode(context + continuation)) - len(encode(context.rstrip()))
         expected, greedy = forward_score(model, [BOS, *encode(context + continuation)], num_scored)
         assert value == pytest.approx(expected, rel=tolerance)
@@ -80,11 +85,11 @@ def test_short_requests_score_as_with_hf():
     factory: Any = HFLM
     hf = factory(pretrained=model, tokenizer=TOKENIZER, batch_size=2)
     expected = hf.loglikelihood(requests("loglikelihood", *pairs), disable_tqdm=True)
-    found = MinRNNLM(model, TOKENIZER, batch_size=3).loglikelihood(
+    scores = MinRNNLM(model, TOKENIZER, batch_size=3).loglikelihood(
         requests("loglikelihood", *pairs), disable_tqdm=True
     )
     for (context, continuation), (value, is_greedy), (hf_value, hf_greedy) in zip(
-        pairs, found, expected, strict=True
+        pairs, scores, expected, strict=True
     ):
         tokens = [BOS, *encode(context + continuation)]
         if context == context.rstrip():
@@ -96,7 +101,7 @@ def test_short_requests_score_as_with_hf():
 
 
 def count_tokens(model: MinRNNForCausalLM, monkeypatch) -> list[int]:
-    """Real tokens of each forward pass from now on."""
+    """The number of non-padding tokens of each forward pass from now on."""
     counted, forward = [], model.forward
 
     def counting(*arguments, attention_mask, **kwargs):
@@ -107,7 +112,7 @@ def count_tokens(model: MinRNNForCausalLM, monkeypatch) -> list[int]:
     return counted
 
 
-def test_what_is_shared_is_read_once(monkeypatch):
+def test_shared_prefixes_are_read_once(monkeypatch):
     model = tiny_model()
     counted = count_tokens(model, monkeypatch)
     lm = MinRNNLM(model, TOKENIZER, batch_size=4)
@@ -132,10 +137,10 @@ def test_what_is_shared_is_read_once(monkeypatch):
     contexts=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=9), max_size=8, unique_by=tuple),
     size=st.integers(1, 4),
 )
-def test_contexts_go_on_behind_what_they_share(contexts, size):
-    families = by_prefix(contexts)
-    assert sorted(number for members in families.values() for number in members) == list(range(len(contexts)))
-    for prefix, members in families.items():
+def test_contexts_are_read_after_their_shared_prefixes(contexts, size):
+    groups = group_by_prefix(contexts)
+    assert sorted(number for members in groups.values() for number in members) == list(range(len(contexts)))
+    for prefix, members in groups.items():
         assert not prefix or len(members) > 1
         for number in members:
             assert tuple(contexts[number][: len(prefix)]) == prefix
@@ -152,7 +157,10 @@ def test_contexts_go_on_behind_what_they_share(contexts, size):
 
 @pytest.mark.parametrize("size", [1, 3])
 def test_a_document_is_read_whole_or_in_windows(size: int, monkeypatch):
-    """The state is carried through it, in pieces, and every token is read once; windows are forward passes of their own."""
+    """Whole: the state is carried through it in pieces, and every token is read once.
+
+    Windows are separate forward passes.
+    """
     model, window = tiny_model(), 16
     documents = ["A document of some length. " * 5, "short", "", "0123456789abcdef", "0123456789abcdefg"]
     whole = [forward_score(model, [BOS, *encode(text)], len(text))[0] if text else 0.0 for text in documents]
@@ -179,36 +187,37 @@ def test_a_document_is_read_whole_or_in_windows(size: int, monkeypatch):
 CONTEXTS = ["The state", "", "a much longer context than the others", "def main"]
 
 
-def generated(model: Any, contexts: list[str], **kwargs: Any) -> list[str]:
-    """By transformers."""
+def generate_with_transformers(model: Any, contexts: list[str], **kwargs: Any) -> list[str]:
+    """Text generated by transformers."""
     inputs = TOKENIZER(contexts, return_tensors="pt", padding=True, return_token_type_ids=False)
     ids = model.generate(**inputs, pad_token_id=TOKENIZER.pad_token_id, **kwargs)
     return TOKENIZER.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("size", [1, 3, 4])
-def test_greedy_text_is_what_generate_writes(size: int):
+def test_greedy_text_equals_that_of_generate(size: int):
     model = tiny_model()
     lm = MinRNNLM(model, TOKENIZER, batch_size=size, piece=6)
     settings = {"until": [], "max_gen_toks": 20}
-    found = lm.generate_until(
+    scores = lm.generate_until(
         requests("generate_until", *((context, settings) for context in CONTEXTS)), disable_tqdm=True
     )
-    assert found == generated(model, CONTEXTS, max_new_tokens=20, do_sample=False)
+    assert scores == generate_with_transformers(model, CONTEXTS, max_new_tokens=20, do_sample=False)
 
 
-def test_sampled_text_is_what_generate_draws():
+def test_sampled_text_equals_that_of_generate():
     model = tiny_model()
     contexts = sorted(CONTEXTS, key=lambda context: -len(context))  # the order of a batch
     sampling = {"do_sample": True, "temperature": 0.7, "top_k": 50, "top_p": 0.9}
     settings = {"until": ["\0"], "max_gen_toks": 20, **sampling}
     torch.manual_seed(1)
-    found = MinRNNLM(model, TOKENIZER, batch_size=4).generate_until(
+    scores = MinRNNLM(model, TOKENIZER, batch_size=4).generate_until(
         requests("generate_until", *((context, settings) for context in contexts)), disable_tqdm=True
     )
     torch.manual_seed(1)
-    assert found == [
-        text.split("\0")[0] for text in generated(model, contexts, max_new_tokens=20, **sampling)
+    assert scores == [
+        text.split("\0")[0]
+        for text in generate_with_transformers(model, contexts, max_new_tokens=20, **sampling)
     ]
 
 
@@ -220,16 +229,16 @@ def test_a_stop_string_ends_a_text_and_is_not_part_of_it(monkeypatch):
     )
     stop = whole[5:7]
     counted = []
-    step = lm.tok_decode
-    monkeypatch.setattr(lm, "tok_decode", lambda tokens: counted.append(tokens) or step(tokens))
-    (found,) = lm.generate_until(
+    decode = lm.tok_decode
+    monkeypatch.setattr(lm, "tok_decode", lambda tokens: counted.append(tokens) or decode(tokens))
+    (scores,) = lm.generate_until(
         requests("generate_until", ("def", {"until": ["never", stop], "max_gen_toks": 30})), disable_tqdm=True
     )
-    assert found == whole.split(stop)[0]
+    assert scores == whole.split(stop)[0]
     assert len(counted) < 30
 
 
-def test_settings_that_are_not_known_are_refused():
+def test_unknown_settings_are_refused():
     with pytest.raises(ValueError, match="num_beams not known here"):
         MinRNNLM(tiny_model(), TOKENIZER).generate_until(
             requests("generate_until", ("a", {"until": [], "num_beams": 2})), disable_tqdm=True

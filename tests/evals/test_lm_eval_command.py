@@ -26,13 +26,13 @@ TASKS = Path(__file__).parent / "lm_eval_tasks"
 REPOSITORY = Path(__file__).parents[2]
 TOKENIZER = byte_tokenizer()
 BOS = TOKENIZER.bos_token_id
-pytestmark = pytest.mark.xdist_group("launcher")  # one after the other: launchers take the same port
-MINE = ["--include-path", str(TASKS), "--bootstrap-iters", "0", "--device", "cpu"]
+pytestmark = pytest.mark.xdist_group("launcher")  # one at a time: launchers use the same port
+OPTIONS = ["--include-path", str(TASKS), "--bootstrap-iters", "0", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
 def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small random model, untied, in a run's folder that tracks."""
+    """A small random model with untied embeddings, in the folder of a run with tracking."""
     run = tmp_path_factory.mktemp("runs") / "tiny"
     run.mkdir()
     torch.manual_seed(0)
@@ -50,13 +50,13 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def data_beside_the_tasks(tmp_path: Path, monkeypatch):
+def relative_task_files(tmp_path: Path, monkeypatch):
     """The tasks name their files relative to their own folder."""
     monkeypatch.chdir(TASKS)
     monkeypatch.setattr(datasets_config, "HF_DATASETS_CACHE", tmp_path / "datasets")
 
 
-def lines(name: str) -> list[dict[str, Any]]:
+def read_lines(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (TASKS / name).read_text().splitlines()]
 
 
@@ -65,13 +65,13 @@ def log_likelihood(model: MinRNNForCausalLM, context: str, continuation: str) ->
     with torch.no_grad():
         logs = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
     first = 1 + len(context.encode())
-    return sum(logs[place - 1, tokens[place]].item() for place in range(first, len(tokens)))
+    return sum(logs[position - 1, tokens[position]].item() for position in range(first, len(tokens)))
 
 
 def expected_scores(export: Path) -> dict[str, float]:
-    """By forward passes alone."""
+    """Computed with forward passes only."""
     model = MinRNNForCausalLM.from_pretrained(export).eval()
-    questions, documents = lines("questions.jsonl"), lines("documents.jsonl")
+    questions, documents = read_lines("questions.jsonl"), read_lines("documents.jsonl")
     chosen, answers = [], []
     for question in questions:
         values = [log_likelihood(model, question["question"], choice) for choice in question["choices"]]
@@ -94,15 +94,17 @@ def check_scores(results: dict[str, Any], export: Path) -> None:
     )
 
 
-def test_results_are_whole_and_in_the_run(export: Path, tmp_path: Path, capsys):
-    """Right scores, a file in the run's folder, metrics in its MLflow run; perplexities in windows beside those of the carried state."""
+def test_results_are_complete_and_saved_with_the_run(export: Path, tmp_path: Path, capsys):
+    """Correct scores, a file in the run's folder, and metrics in its MLflow run, for carried states and for
+    windows.
+    """
     main(
         [
             "eval",
             str(export.parent),
             "--tasks",
             "tiny_choice,tiny_completion,tiny_document",
-            *MINE,
+            *OPTIONS,
             "--rolling-window",
             "16",
         ]
@@ -132,12 +134,12 @@ def test_results_are_whole_and_in_the_run(export: Path, tmp_path: Path, capsys):
     assert client.get_metric_history(note["run_id"], "eval/tiny_document_window_16/bits_per_byte")
 
 
-def test_a_task_that_fails_takes_no_other_with_it(export: Path, tmp_path: Path, capsys):
+def test_a_failing_task_does_not_stop_the_others(export: Path, tmp_path: Path, capsys):
     out = tmp_path / "deep" / "results.json"
-    options = [*MINE, "--batch-size", "auto", "--limit", "2", "--out", str(out)]
-    with pytest.raises(SystemExit) as left:
+    options = [*OPTIONS, "--batch-size", "auto", "--limit", "2", "--out", str(out)]
+    with pytest.raises(SystemExit) as exit_:
         main(["eval", str(export), "--tasks", "tiny_choice,tiny_broken,tiny_writing", *options])
-    assert left.value.code == 1
+    assert exit_.value.code == 1
     assert capsys.readouterr().err.splitlines()[-1] == "error: tiny_broken: RuntimeError: this task is broken"
     found = json.loads(out.read_text())
     assert found["results"].keys() == found["n-samples"].keys() == {"tiny_choice", "tiny_writing"}
@@ -145,21 +147,19 @@ def test_a_task_that_fails_takes_no_other_with_it(export: Path, tmp_path: Path, 
     assert found["config"]["batch_size"] == 32
 
 
-def test_a_file_that_cannot_be_written_is_told_before_anything_is_computed(
-    export: Path, tmp_path: Path, capsys
-):
+def test_an_unwritable_file_is_reported_before_any_computation(export: Path, tmp_path: Path, capsys):
     (tmp_path / "file").write_text("")
     out = tmp_path / "file" / "results.json"
-    for command in (["eval", str(export), "--tasks", "tiny_choice", *MINE], ["long-context", str(export)]):
-        check_mistake(
+    for command in (["eval", str(export), "--tasks", "tiny_choice", *OPTIONS], ["long-context", str(export)]):
+        check_user_error(
             [*command, "--out", str(out)], [f"error: --out: cannot write {out} (File exists)"], capsys
         )
-        check_mistake(
+        check_user_error(
             [*command, "--out", str(tmp_path)], [f"error: --out: {tmp_path} must end in .json"], capsys
         )
 
 
-def test_a_perplexity_outlives_a_failure_of_its_windows(export: Path, tmp_path: Path, capsys, monkeypatch):
+def test_a_perplexity_is_kept_if_its_windows_fail(export: Path, tmp_path: Path, capsys, monkeypatch):
     out, original = tmp_path / "results.json", evaluator.simple_evaluate
 
     def simple_evaluate(lm, **kwargs):
@@ -168,21 +168,21 @@ def test_a_perplexity_outlives_a_failure_of_its_windows(export: Path, tmp_path: 
         return original(lm, **kwargs)
 
     monkeypatch.setattr(evaluator, "simple_evaluate", simple_evaluate)
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exit_:
         main(
             [
                 "eval",
                 str(export),
                 "--tasks",
                 "tiny_document",
-                *MINE,
+                *OPTIONS,
                 "--rolling-window",
                 "20",
                 "--out",
                 str(out),
             ]
         )
-    assert left.value.code == 1
+    assert exit_.value.code == 1
     assert (
         capsys.readouterr().err.splitlines()[-1]
         == "error: tiny_document, in windows of 20: RuntimeError: no room for windows"
@@ -190,8 +190,8 @@ def test_a_perplexity_outlives_a_failure_of_its_windows(export: Path, tmp_path: 
     assert json.loads(out.read_text())["results"].keys() == {"tiny_document"}
 
 
-def test_what_is_finished_is_kept_before_the_next_begins(export: Path, tmp_path: Path, monkeypatch):
-    """Whatever ends the second task."""
+def test_finished_tasks_are_saved_before_the_next_begins(export: Path, tmp_path: Path, monkeypatch):
+    """Even if the second task is interrupted."""
     out, original = tmp_path / "results.json", evaluator.simple_evaluate
 
     def simple_evaluate(lm, tasks, **kwargs):
@@ -200,14 +200,14 @@ def test_what_is_finished_is_kept_before_the_next_begins(export: Path, tmp_path:
         return original(lm, tasks=tasks, **kwargs)
 
     monkeypatch.setattr(evaluator, "simple_evaluate", simple_evaluate)
-    with pytest.raises(SystemExit) as left:
-        main(["eval", str(export), "--tasks", "tiny_choice,tiny_writing", *MINE, "--out", str(out)])
-    assert left.value.code == 130
+    with pytest.raises(SystemExit) as exit_:
+        main(["eval", str(export), "--tasks", "tiny_choice,tiny_writing", *OPTIONS, "--out", str(out)])
+    assert exit_.value.code == 130
     assert json.loads(out.read_text())["results"].keys() == {"tiny_choice"}
 
 
 def broken_export(export: Path, folder: Path, fault: str) -> Path:
-    """A copy of which something is not as it should be."""
+    """A copy of the export with a fault."""
     model = MinRNNForCausalLM.from_pretrained(export)
     model.save_pretrained(folder)
     if fault == "tokenizer":
@@ -228,79 +228,82 @@ def broken_export(export: Path, folder: Path, fault: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("fault", "told"),
+    ("fault", "expected_error"),
     [
         ("tokenizer", "has no tokenizer"),
-        ("another model", "is a gpt2 model; lm_eval --model hf evaluates it"),
+        ("another model", "is a gpt2 model; lm_eval --model hf_results evaluates it"),
         ("another version", "was exported by another version of minrnn (missing model.layers.2."),
         ("a newer version", "was exported by another version of minrnn (unknown setting gate_delay)"),
         ("a task's words", "the tokenizer of "),
         ("other sizes", "cannot load"),
     ],
 )
-def test_models_that_cannot_be_used(export: Path, tmp_path: Path, capsys, fault: str, told: str):
+def test_unusable_models_are_refused(export: Path, tmp_path: Path, capsys, fault: str, expected_error: str):
     model = broken_export(export, tmp_path / "model", fault)
-    check_mistake(
-        ["eval", str(model), "--tasks", "tiny_choice", *MINE],
-        [f"error: MODEL: {told}"],
+    check_user_error(
+        ["eval", str(model), "--tasks", "tiny_choice", *OPTIONS],
+        [f"error: MODEL: {expected_error}"],
         capsys,
         str(model) + " ",
     )
 
 
-def check_mistake(arguments: list[str], told: list[str], capsys, left_out: str = "") -> None:
-    with pytest.raises(SystemExit) as left:
+def check_user_error(arguments: list[str], expected_error: list[str], capsys, removed: str = "") -> None:
+    with pytest.raises(SystemExit) as exit_:
         main(arguments)
-    assert left.value.code == 2
+    assert exit_.value.code == 2
     found = [
         line
-        for line in capsys.readouterr().err.replace(left_out, "").splitlines()
+        for line in capsys.readouterr().err.replace(removed, "").splitlines()
         if line.startswith("error: ")
     ]
-    assert [line[: len(start)] for line, start in zip(found, told, strict=True)] == told
+    assert [line[: len(start)] for line, start in zip(found, expected_error, strict=True)] == expected_error
 
 
-def test_mistakes_cost_a_line_each(export: Path, tmp_path: Path, capsys, monkeypatch):
+def test_each_user_error_is_one_line(export: Path, tmp_path: Path, capsys, monkeypatch):
     monkeypatch.setattr(datasets_config, "HF_HUB_OFFLINE", True)
     model = str(export)
-    check_mistake(
-        ["eval", model, "--tasks", "tiny_chioce,lambada_opnai", *MINE],
+    check_user_error(
+        ["eval", model, "--tasks", "tiny_chioce,lambada_opnai", *OPTIONS],
         [
             "error: --tasks: there is no 'tiny_chioce' (did you mean tiny_choice",
             "error: --tasks: there is no 'lambada_opnai' (did you mean lambada_openai",
         ],
         capsys,
     )
-    check_mistake(
-        ["eval", model, "--tasks", "tiny_remote", *MINE],
+    check_user_error(
+        ["eval", model, "--tasks", "tiny_remote", *OPTIONS],
         ["error: --tasks: cannot load tiny_remote: "],
         capsys,
     )
-    check_mistake(
+    check_user_error(
         ["eval", model, "--tasks", "x", "--limit", "1.5", "--batch-size", "0"],
         ["error: --batch-size:", "error: --limit:"],
         capsys,
     )
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    check_mistake(
-        ["eval", str(tmp_path / "run"), "--tasks", "tiny_choice", *MINE], ["error: MODEL: the run "], capsys
+    check_user_error(
+        ["eval", str(tmp_path / "run"), "--tasks", "tiny_choice", *OPTIONS],
+        ["error: MODEL: the run "],
+        capsys,
     )
 
 
 @pytest.mark.parametrize("task", ["tiny_choice", "tiny_completion", "tiny_document", "tiny_writing"])
-def test_lm_evals_own_class_says_the_same(export: Path, task: str):
-    """`--model hf` on the same export, every sample: left-padded generation and empty contexts included.
+def test_lm_evals_own_class_gives_the_same_results(export: Path, task: str):
+    """Compared with `--model hf` for every sample, including left-padded generation and empty contexts.
 
-    lm-eval scores <bos> as a document's first token where the tokenizer writes it, unless it is told not to.
+    lm-eval scores <bos> as a document's first token if the tokenizer writes it, unless add_bos_token is
+    False.
     """
     manager = TaskManager(include_path=TASKS, include_defaults=False)
     bos = {"add_bos_token": False} if task == "tiny_document" else {}
     factory: Any = evaluator.simple_evaluate
     options = {"tasks": [task], "task_manager": manager, "bootstrap_iters": 0, "device": "cpu"}
-    hf = factory("hf", model_args={"pretrained": str(export), **bos}, batch_size=3, **options)
-    ours = factory(MinRNNLM(str(export), batch_size=2, device="cpu"), **options)
-    assert hf["max_length"] == MinRNNConfig().max_position_embeddings
-    for sample, expected in zip(ours["samples"][task], hf["samples"][task], strict=True):
+    hf_results = factory("hf", model_args={"pretrained": str(export), **bos}, batch_size=3, **options)
+    results = factory(MinRNNLM(str(export), batch_size=2, device="cpu"), **options)
+    assert hf_results["max_length"] == MinRNNConfig().max_position_embeddings
+    for sample, expected in zip(results["samples"][task], hf_results["samples"][task], strict=True):
         assert sample["arguments"] == expected["arguments"]
         for values, expected_values in zip(sample["resps"], expected["resps"], strict=True):
             if task == "tiny_writing":
@@ -313,7 +316,7 @@ def test_lm_evals_own_class_says_the_same(export: Path, task: str):
 
 
 def launch(*command: str, home: Path) -> str:
-    """Standard output of a command, offline; it must end well."""
+    """Standard output of a command run offline; it must succeed."""
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(home),
@@ -337,8 +340,8 @@ def launch(*command: str, home: Path) -> str:
     ("module", "arguments"),
     [("lm_eval", "hf trust_remote_code=True"), ("minrnn.launch.cli lm-eval", "minrnn piece=100")],
 )
-def test_the_stock_command(export: Path, tmp_path: Path, module: str, arguments: str):
-    """As typed, in a process of its own: with the code that the export carries, or with our class."""
+def test_lm_evals_own_command(export: Path, tmp_path: Path, module: str, arguments: str):
+    """In a process of its own, with the export's own code or with our class."""
     model, extra = arguments.split()
     options = [
         "--include_path",
@@ -366,8 +369,8 @@ def test_the_stock_command(export: Path, tmp_path: Path, module: str, arguments:
 
 
 @pytest.mark.slow
-def test_the_stock_command_finds_its_batch_size(export: Path, tmp_path: Path):
-    """At the length that an export says: 64 rows of it, five times."""
+def test_lm_evals_own_command_finds_its_batch_size(export: Path, tmp_path: Path):
+    """For the length that the export states: 64 rows of it, five times."""
     options = ["--include_path", str(TASKS), "--device", "cpu", "--batch_size", "auto", "--limit", "2"]
     command = [
         "lm_eval",
@@ -397,7 +400,7 @@ def test_two_processes_give_the_results_of_one(export: Path, tmp_path: Path):
             str(export),
             "--tasks",
             names,
-            *MINE,
+            *OPTIONS,
             "--out",
             str(out),
             home=tmp_path / name,
