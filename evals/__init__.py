@@ -1,1 +1,1 @@
-"""How good and how fast: what this project measures of itself and of its peers. Results are JSON files in results/."""
+"""Evaluation and benchmarks of the project and its peers. Results are JSON files in results/."""

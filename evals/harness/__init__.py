@@ -1,1 +1,1 @@
-"""Our models in lm-eval: `minrnn eval`."""
+"""lm-eval with recurrent models: `minrnn eval` and `minrnn lm-eval`."""

@@ -169,8 +169,8 @@ def load_tasks(manager: Any, names: list[str]) -> dict[str, list[Any]]:
             offline = "; its data are downloaded from the network" if _is_network(error) else ""
             errors.append(("--tasks", f"cannot load {name}: {type(error).__name__}: {lines[0]}{offline}"))
             continue
-            groups, tasks = task_objects["groups"], task_objects["tasks"]
-            loaded[name] = [groups[name]] if name in groups else list(tasks.values())
+        groups, tasks = task_objects["groups"], task_objects["tasks"]
+        loaded[name] = [groups[name]] if name in groups else list(tasks.values())
     if errors:
         raise UserError.from_list(errors)
     return loaded

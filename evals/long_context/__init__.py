@@ -1,1 +1,1 @@
-"""One long document: `minrnn long-context`, and the same through lm-eval."""
+"""Measurements on one long document: `minrnn long-context`, and `minrnn rolling` through lm-eval."""

@@ -1,4 +1,6 @@
-"""One long document and a model: what `minrnn long-context` and `rolling` begin with, and what they write down of both."""
+"""The document and the model of `minrnn long-context` and `minrnn rolling`: arguments, loading, head of the
+results.
+"""
 
 import argparse
 import itertools
@@ -27,23 +29,23 @@ from ...pipeline.public import public_value
 from ..output import out_errors
 from ..record import command_line, commit, machine, versions
 
-NONE = "none"  # --join: documents as they are
-SHORTEST = 256  # tokens of a document that something can be said about
-NUM_NAMES = 10_000  # of documents, kept to find those nearest to a name that none has
+NONE = "none"  # for --join: documents as they are
+SHORTEST = 256  # tokens that a document must have
+NUM_NAMES = 10_000  # names of documents that are kept for suggestions
 
 
 @dataclass
 class LongDocument:
-    """A text and where it comes from."""
+    """A text and its origin."""
 
     corpus: str
     name: str
     text: str
     num_documents: int
-    """In the corpus, joined."""
+    """Number of documents in the corpus, after joining."""
 
-    def described(self) -> dict[str, Any]:
-        """For the results."""
+    def summary(self) -> dict[str, Any]:
+        """The description for the results."""
         return {
             "corpus": public_value(self.corpus),
             "name": self.name,
@@ -53,7 +55,7 @@ class LongDocument:
 
 
 def make_parser(command: str, description: str, examples: str) -> argparse.ArgumentParser:
-    """With the arguments that both commands have: the model, the document, and where they are computed."""
+    """A parser with the arguments that both commands share: model, document, device, output."""
     parser = argparse.ArgumentParser(
         command,
         description=description,
@@ -81,13 +83,13 @@ def make_parser(command: str, description: str, examples: str) -> argparse.Argum
     )
     parser.add_argument(
         "--document",
-        help="part of the document's name (default: the longest of all; of several, the longest of them)",
+        help="part of the document's name; the longest match is taken (default: the longest document)",
     )
     parser.add_argument(
         "--piece",
         type=int,
         default=8192,
-        help="tokens of a forward pass, over all rows (default: %(default)s)",
+        help="tokens per forward pass, over all rows (default: %(default)s)",
     )
     add_device(parser)
     add_trust(parser)
@@ -101,7 +103,7 @@ def make_parser(command: str, description: str, examples: str) -> argparse.Argum
 
 
 def argument_errors(arguments: argparse.Namespace, counts: Sequence[str]) -> list[tuple[str, str]]:
-    """What is wrong with arguments that both commands have, and with these counts."""
+    """Errors in the arguments that both commands share, and in these counts."""
     minimums = dict.fromkeys(("piece", *counts), 1)
     return option_minimum_errors(arguments, **minimums) + out_errors(arguments.out)
 
@@ -110,40 +112,42 @@ def _open(arguments: argparse.Namespace) -> Source:
     join = None if arguments.join == NONE else arguments.join
     spec = CorpusSpec(arguments.corpus, text_field=arguments.text_field, skip_broken=True, join=join)
     source = open_source(spec, "validation" if arguments.corpus == PYTHON_STDLIB else "all")
-    return (
-        join_documents(source, PACKAGE)
-        if arguments.join is None and isinstance(source, TextFiles)
-        else source
-    )
+    if arguments.join is None and isinstance(source, TextFiles):
+        return join_documents(source, PACKAGE)
+    return source
 
 
-def _longest(records: Iterable[Document], wanted: str) -> tuple[Document | None, list[str], int, int]:
-    """The longest document whose name holds `wanted`, names of documents, and how many there are, whole and broken. One is held at a time."""
+def _longest(candidates: Iterable[Document], name_part: str) -> tuple[Document | None, list[str], int, int]:
+    """The longest document whose name contains `name_part`, names of documents, number of documents and of
+    broken ones.
+
+    One document is in memory at a time.
+    """
     longest, size, names, num_documents, num_skipped = None, -1, [], 0, 0
-    for record in records:
-        num_skipped += record.num_skipped
-        if record.text is None:
+    for document in candidates:
+        num_skipped += document.num_skipped
+        if document.text is None:
             continue
         num_documents += 1
         if len(names) < NUM_NAMES:
-            names.append(record.name)
-        if wanted in record.name and len(record.text) > size:
-            longest, size = record, len(record.text)
+            names.append(document.name)
+        if name_part in document.name and len(document.text) > size:
+            longest, size = document, len(document.text)
     return longest, names, num_documents, num_skipped
 
 
 def find_document(arguments: argparse.Namespace) -> LongDocument:
-    """The document that the arguments name; all of the corpus is read to find the longest.
+    """The document that the arguments select. The whole corpus is read to find the longest.
 
     Raises:
-        UserError: no such corpus or way of joining, or no document of that name (with those nearest to it).
+        UserError: the corpus, the way of joining or the document does not exist (with suggestions).
     """
     try:
         source = _open(arguments)
-        records = itertools.chain.from_iterable(
+        documents = itertools.chain.from_iterable(
             source.read(shard, Position()) for shard in range(source.num_shards)
         )
-        longest, names, num_documents, num_skipped = _longest(records, arguments.document or "")
+        longest, names, num_documents, num_skipped = _longest(documents, arguments.document or "")
     except UserError as error:
         options = {"data.corpus": "--corpus", "data.join": "--join", "data.text_field": "--text-field"}
         raise UserError.from_list(
@@ -166,19 +170,17 @@ def find_document(arguments: argparse.Namespace) -> LongDocument:
     return LongDocument(arguments.corpus, longest.name, longest.text, num_documents)
 
 
-def encoder_of(tokenizer: Any) -> Encoder:
-    """Text to `<bos> text <eos>`, as in training."""
-    return Encoder.from_tokenizer(
-        tokenizer,
-        BYTES if fingerprint(tokenizer) == fingerprint(byte_tokenizer()) else tokenizer.name_or_path,
-    )
+def document_encoder(tokenizer: Any) -> Encoder:
+    """Encodes `<bos> text <eos>`, as in training."""
+    is_bytes = fingerprint(tokenizer) == fingerprint(byte_tokenizer())
+    return Encoder.from_tokenizer(tokenizer, BYTES if is_bytes else tokenizer.name_or_path)
 
 
-def tokens_of(document: LongDocument, encoder: Encoder, limit: int | None = None) -> np.ndarray:
-    """`<bos> text <eos>`, int32 [1 + n], the first n scored tokens of it at most `limit`.
+def document_tokens(document: LongDocument, encoder: Encoder, limit: int | None = None) -> np.ndarray:
+    """`<bos> text <eos>`, int32 [1 + n], truncated to n = `limit` scored tokens.
 
     Raises:
-        UserError: too short a document.
+        UserError: the document is too short.
     """
     tokens = encoder(document.text)
     if limit is not None:
@@ -186,16 +188,17 @@ def tokens_of(document: LongDocument, encoder: Encoder, limit: int | None = None
     if len(tokens) <= SHORTEST:
         raise UserError(
             "--document",
-            f"{document.name} gives {len(tokens) - 1} tokens; nothing can be said about fewer than {SHORTEST}",
+            f"{document.name} gives {len(tokens) - 1} tokens; "
+            f"nothing can be said about fewer than {SHORTEST}",
         )
     return tokens
 
 
 def load_model(arguments: argparse.Namespace) -> tuple[MinRNNForCausalLM, Any]:
-    """Model, on its device, and tokenizer.
+    """Load the model, on its device, and the tokenizer.
 
     Raises:
-        UserError: they cannot be loaded, or there is no such device.
+        UserError: they cannot be loaded, or the device does not exist.
     """
     import transformers
 
@@ -204,10 +207,10 @@ def load_model(arguments: argparse.Namespace) -> tuple[MinRNNForCausalLM, Any]:
     return load(arguments.model, arguments.dtype, arguments.device, arguments.trust_remote_code)
 
 
-def what_was_run(
+def result_header(
     command: str, argv: Sequence[str], model: MinRNNForCausalLM, document: LongDocument
 ) -> dict[str, Any]:
-    """The head of the results: what was typed, by which code, on what, with which model and document."""
+    """The head of the results: command, code, machine, model and document."""
     config = {name: getattr(model.config, name) for name in MinRNNConfig.__annotations__}
     device: torch.device = model.device
     return {
@@ -221,5 +224,5 @@ def what_was_run(
             "dtype": str(model.dtype).removeprefix("torch."),
             "config": config,
         },
-        "document": document.described(),
+        "document": document.summary(),
     }

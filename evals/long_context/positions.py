@@ -1,13 +1,16 @@
-"""Loss at each position of a long document, with the state carried through it or cut, and how far back a model looks.
+"""Loss at each position of a long document, with the state carried or reset, and how far back a model looks.
 
-    tokens <bos> t1 .. tn -> token_nats -> nats [rows, n] -> buckets (mean, error, bits per byte; carried minus cut, paired)
-                                                         -> memory_curve (the same targets, read from so many tokens before them)
+    tokens <bos> t1 .. tn -> token_nats -> nats [rows, n]
+      -> bucket_losses (mean, error, bits per byte; paired difference carried minus cut)
+      -> memory_curve (the loss of the same targets after different numbers of tokens)
 
-The document goes through the model in pieces, so memory does not grow with its length; what is kept is a number per token. A cut is a
-document's start in the middle of it: the scan keeps nothing and the convolution reaches nothing of what was before, as in a window of its own.
+The document is read in pieces, so memory does not grow with its length; one number per token is kept. A cut
+is a document start within the document: neither the scan nor the convolution sees anything before it, as in a
+separate window.
 
-Neighbours are alike (a page is hard or easy as a whole), so standard errors are those of means of blocks of BLOCK tokens, and what is compared
-is compared token by token: the difference does not vary with the text as the losses do.
+Neighbouring tokens are correlated (a page is hard or easy as a whole), so standard errors are those of the
+means of blocks of BLOCK tokens. Comparisons are made token by token, since the difference varies less with
+the text than the losses.
 """
 
 import itertools
@@ -26,13 +29,15 @@ from ...models.dtypes import at_least_fp32
 from ..harness.likelihood import NUM_LOGITS
 
 BLOCK = 512  # tokens whose mean is one observation
-MIN_BLOCKS = 4  # fewer say nothing about their spread
-FIRST_BUCKET = 64  # positions of the first bucket; each of the others ends at twice where it begins
+MIN_BLOCKS = 4  # no standard error from fewer
+FIRST_BUCKET = 64  # positions of the first bucket; each further bucket doubles the position
 NUM_TARGETS = 32  # tokens scored before each anchor
 
 
 def pieces(length: int, size: int) -> Iterator[tuple[int, int]]:
-    """Where the pieces of a document begin and end: at most `size` tokens each, and one ends at each power of two from there on."""
+    """Begin and end of the pieces of a document: at most `size` tokens each, with an end at each power of two
+    from `size` on.
+    """
     first = 0
     while first < length:
         last = min(first + size, length)
@@ -43,13 +48,16 @@ def pieces(length: int, size: int) -> Iterator[tuple[int, int]]:
 
 
 def _nats(model: MinRNNForCausalLM, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Negative log-likelihood of targets [rows, time] under hidden states [rows, time, width]; few logits are held at once."""
+    """Negative log-likelihood of targets [rows, time] under hidden states [rows, time, width], with few
+    logits in memory.
+    """
     step = max(1, NUM_LOGITS // (model.config.vocab_size * len(hidden)))
-    found = []
-    for some, after in zip(hidden.split(step, 1), targets.split(step, 1), strict=True):
-        logits = at_least_fp32(model.lm_head(some))
-        found.append(F.cross_entropy(logits.flatten(0, 1), after.flatten(), reduction="none").view_as(after))
-    return torch.cat(found, 1)
+    nats = []
+    for part, part_targets in zip(hidden.split(step, 1), targets.split(step, 1), strict=True):
+        logits = at_least_fp32(model.lm_head(part)).flatten(0, 1)
+        losses = F.cross_entropy(logits, part_targets.flatten(), reduction="none")
+        nats.append(losses.view_as(part_targets))
+    return torch.cat(nats, 1)
 
 
 @torch.no_grad()
@@ -58,16 +66,16 @@ def token_nats(
     tokens: np.ndarray,
     cuts: Sequence[int | None] = (None,),
     piece: int = 8192,
-    moved: Callable[[int], object] = lambda position: None,
+    on_progress: Callable[[int], object] = lambda position: None,
 ) -> np.ndarray:
     """Negative log-likelihood of each token but the first, in nats.
 
     Args:
-        model: In eval mode.
-        tokens: <bos> and what follows, int [1 + n].
-        cuts: For each row, the state is reset before every so many tokens; None: it is carried through.
-        piece: Tokens of a forward pass, over all rows.
-        moved: Called with 0 before, and behind each piece with the position where it ends, when that is computed.
+        model: in eval mode.
+        tokens: <bos> and the following tokens, int [1 + n].
+        cuts: one row each: the state is reset every so many tokens; None: it is carried through.
+        piece: tokens per forward pass, over all rows.
+        on_progress: called with 0 at the start, and with the end position of each piece when it is computed.
 
     Returns:
         fp64 [len(cuts), n].
@@ -75,7 +83,7 @@ def token_nats(
     length = len(tokens) - 1
     nats = np.full((len(cuts), length), np.nan)
     cache = MinRNNCache(model.config.num_hidden_layers)
-    moved(0)
+    on_progress(0)
     for first, last in pieces(length, max(1, piece // len(cuts))):
         part = torch.as_tensor(tokens[first : last + 1], dtype=torch.long, device=model.device).expand(
             len(cuts), -1
@@ -91,12 +99,12 @@ def token_nats(
             document_starts=torch.as_tensor(starts, device=model.device) if starts.any() else None,
         )
         nats[:, first:last] = _nats(model, output.last_hidden_state, part[:, 1:]).cpu().numpy()
-        moved(last)
+        on_progress(last)
     return nats
 
 
 def mean_and_error(values: np.ndarray) -> tuple[float, float | None]:
-    """Mean of [n] neighbours and its standard error, from blocks; None for too few blocks."""
+    """Mean of [n] neighbouring values and its standard error from blocks; None for too few blocks."""
     num_blocks = len(values) // BLOCK
     if num_blocks < MIN_BLOCKS:
         return float(values.mean()), None
@@ -113,15 +121,15 @@ def bucket_edges(length: int) -> list[int]:
     return [*edges, length]
 
 
-def buckets(
+def bucket_losses(
     carried: np.ndarray, cut: dict[int, np.ndarray], num_bytes: Callable[[int], int], edges: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """Losses from edge to edge.
+    """Losses between consecutive edges.
 
     Args:
         carried: nats [n].
-        cut: nats [n] by the number of tokens after which the state is reset.
-        num_bytes: bytes of text that the first so many scored tokens spell.
+        cut: nats [n], by the number of tokens after which the state is reset.
+        num_bytes: bytes of text of the first so many scored tokens.
         edges: positions, rising.
     """
     rows = []
@@ -155,13 +163,17 @@ def buckets(
 
 
 def byte_counter(encoder: Encoder, tokens: np.ndarray) -> Callable[[int], int]:
-    """Bytes of text that the first so many scored tokens of `<bos> text [<eos>]` spell; an <eos> spells none."""
+    """A function from a number of scored tokens of `<bos> text [<eos>]` to their bytes of text; <eos> counts
+    none.
+    """
     text = tokens[1:-1] if tokens[-1] == encoder.eos else tokens[1:]
     return lambda count: encoder.num_bytes(text[:count])
 
 
 def memory_contexts(length: int, num_anchors: int, budget: int) -> list[int]:
-    """1, 2, 4, ... tokens before the targets: at most half of the document, and all of them within the budget of tokens read."""
+    """1, 2, 4, ... tokens before the targets: at most half of the document, within the budget of tokens to
+    read.
+    """
     contexts, context, work = [], 1, 0
     while context <= length // 2 and work + num_anchors * (context + NUM_TARGETS) <= budget:
         contexts.append(context)
@@ -171,8 +183,10 @@ def memory_contexts(length: int, num_anchors: int, budget: int) -> list[int]:
 
 
 @torch.no_grad()
-def _nats_behind(model: MinRNNForCausalLM, rows: np.ndarray, piece: int) -> np.ndarray:
-    """Nats of the last NUM_TARGETS tokens of each row [rows, context + NUM_TARGETS], read from an empty state."""
+def _target_nats(model: MinRNNForCausalLM, rows: np.ndarray, piece: int) -> np.ndarray:
+    """Nats of the last NUM_TARGETS tokens of each row [rows, context + NUM_TARGETS], read from an empty
+    state.
+    """
     tokens = torch.as_tensor(rows, dtype=torch.long, device=model.device)
     cache = MinRNNCache(model.config.num_hidden_layers)
     context, scored = tokens[:, : -NUM_TARGETS - 1], tokens[:, -NUM_TARGETS - 1 :]
@@ -191,32 +205,32 @@ def memory_curve(
     budget: int = 4_000_000,
     tolerance: float = 0.01,
     piece: int = 8192,
-    moved: Callable[[int], object] = lambda count: None,
+    on_progress: Callable[[int], object] = lambda count: None,
 ) -> dict[str, Any]:
-    """How much of what came before a model has any use for.
+    """Measure how much of the preceding context a model uses.
 
-    The targets are the NUM_TARGETS tokens before each of `num_anchors` places, spread evenly over the document. Their mean loss is taken when
-    exactly c tokens before the targets are read, from an empty state, for c = 1, 2, 4, ...; the same targets each time. The effective memory
-    length is the smallest c whose mean loss is at most `tolerance` nats above the loss with all the context.
+    The targets are the NUM_TARGETS tokens before each of `num_anchors` positions, spread evenly over the
+    document. Their mean loss is measured after reading exactly c tokens before them from an empty state, for
+    c = 1, 2, 4, ...; the targets are the same each time. The effective memory length is the smallest c whose
+    mean loss is at most `tolerance` nats above the loss with all the context.
 
     Args:
-        model: In eval mode.
-        tokens: <bos> and what follows, int [1 + n].
-        carried: Nats of each token but the first, the state carried [n].
-        num_anchors: At most; fewer where targets would overlap.
-        budget: Tokens read in all, at most.
-        tolerance: In nats.
-        piece: Tokens of a forward pass, over all rows.
-        moved: Called with the number of tokens behind each forward pass.
+        model: in eval mode.
+        tokens: <bos> and the following tokens, int [1 + n].
+        carried: nats of each token but the first with the state carried [n].
+        num_anchors: maximum; fewer if targets would overlap.
+        budget: maximum of tokens to read.
+        tolerance: in nats.
+        piece: tokens per forward pass, over all rows.
+        on_progress: called with the number of tokens of each forward pass.
     """
     contexts = memory_contexts(len(tokens) - NUM_TARGETS, num_anchors, budget)
-    assert contexts, "a budget below a context of one token"
+    assert contexts, "the budget does not allow a context of one token"
     longest = contexts[-1]
     num_anchors = min(num_anchors, (len(tokens) - longest) // NUM_TARGETS)
-    anchors = (
-        np.linspace(longest + NUM_TARGETS, len(tokens), num_anchors).round().astype(int)
-    )  # the targets end before these
-    whole = carried[anchors[:, None] - 1 - NUM_TARGETS + np.arange(NUM_TARGETS)].mean(1)  # [anchors]
+    # the targets end before these
+    anchors = np.linspace(longest + NUM_TARGETS, len(tokens), num_anchors).round().astype(int)
+    all_context = carried[anchors[:, None] - 1 - NUM_TARGETS + np.arange(NUM_TARGETS)].mean(1)  # [anchors]
     curve = []
     for context in contexts:
         width = context + NUM_TARGETS
@@ -224,9 +238,9 @@ def memory_curve(
         size = max(1, piece // width)
         nats = []
         for first in range(0, num_anchors, size):
-            nats.append(_nats_behind(model, rows[first : first + size], piece).mean(1))
-            moved(rows[first : first + size].size)
-        difference = np.concatenate(nats) - whole
+            nats.append(_target_nats(model, rows[first : first + size], piece).mean(1))
+            on_progress(rows[first : first + size].size)
+        difference = np.concatenate(nats) - all_context
         error = float(difference.std(ddof=1) / math.sqrt(num_anchors)) if num_anchors > 1 else None
         curve.append(
             {
@@ -246,6 +260,6 @@ def memory_curve(
         "anchors": num_anchors,
         "targets_per_anchor": NUM_TARGETS,
         "tokens_read": sum(num_anchors * (context + NUM_TARGETS) for context in contexts),
-        "nats_with_all": float(whole.mean()),
+        "nats_with_all": float(all_context.mean()),
         "curve": curve,
     }

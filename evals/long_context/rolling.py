@@ -1,9 +1,10 @@
-"""`minrnn rolling`: lm-eval's own measure of a text, on one text that is a million bytes long.
+"""`minrnn rolling`: lm-eval's loglikelihood_rolling on one text of a million bytes.
 
-document -> its first 1/16, 1/8, 1/4, 1/2, all of it -> MinRNNLM.loglikelihood_rolling, state carried -> bits per byte, seconds
-                                       all of it     -> the same in windows of 2048 tokens, state reset
+document -> its first 1/16, 1/8, 1/4, 1/2, all of it -> loglikelihood_rolling, state carried -> bits per byte,
+seconds
+            all of it -> the same in windows of 2048 tokens, state reset
 
-What a byte costs is the same at any length if the last column stays what it was.
+If the time per byte is the same in all rows, the cost of a byte does not depend on the length.
 """
 
 import argparse
@@ -20,35 +21,38 @@ from ..output import default_out, table
 from . import documents
 
 DESCRIPTION = (
-    "Bits per byte and seconds of ever longer beginnings of one document, "
-    "through lm-eval's loglikelihood_rolling with our model class."
+    "Bits per byte and seconds for growing prefixes of one document, "
+    "measured with lm-eval's loglikelihood_rolling and our model class."
 )
 EXAMPLES = """examples:
   minrnn rolling runs/quickstart
   minrnn rolling my-model --corpus "lib/sympy/**/*.py" --document polys --bytes 4000000"""
 FRACTIONS = (16, 8, 4, 2, 1)
-WINDOW = 2048  # tokens: how perplexities are mostly reported
+WINDOW = 2048  # tokens: the usual window of published perplexities
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = documents.make_parser("minrnn rolling", DESCRIPTION, EXAMPLES)
     parser.add_argument(
-        "--bytes", type=int, default=1_000_000, help="of the document, from its start (default: %(default)s)"
+        "--bytes",
+        type=int,
+        default=1_000_000,
+        help="bytes to read from the document's start (default: %(default)s)",
     )
     return parser
 
 
-def beginning(text: str, size: int) -> str:
-    """The text's first bytes, `size` at most, whole characters."""
+def text_prefix(text: str, size: int) -> str:
+    """At most the first `size` bytes of a text, without a partial character."""
     return text.encode()[:size].decode(errors="ignore")
 
 
-def score(lm: Any, text: str, window: int | None) -> dict[str, Any]:
-    """Log-likelihood of a text behind <bos>, without its end, and what that took.
+def score_rolling(lm: Any, text: str, window: int | None) -> dict[str, Any]:
+    """Log-likelihood of a text after <bos>, without <eos>, and the time it takes.
 
     Args:
-        lm: A MinRNNLM.
-        window: Tokens after which the state is reset; None: carried.
+        lm: a MinRNNLM.
+        window: tokens after which the state is reset; None: carried.
     """
     from lm_eval.api.instance import Instance
 
@@ -72,15 +76,18 @@ def score(lm: Any, text: str, window: int | None) -> dict[str, Any]:
 
 
 def measure(lm: Any, text: str) -> dict[str, Any]:
-    """Every beginning of the text with the state carried, and all of it in windows; a first reading, of the shortest, is not counted."""
+    """Score every prefix with the state carried, and the whole text in windows.
+
+    A first reading, of the shortest, is not counted.
+    """
     from tqdm import tqdm
 
-    parts = [beginning(text, num_bytes(text) // fraction) for fraction in FRACTIONS]
-    score(lm, parts[0], None)
+    parts = [text_prefix(text, num_bytes(text) // fraction) for fraction in FRACTIONS]
+    score_rolling(lm, parts[0], None)
     rows = []
     for fraction, part in zip(tqdm([*FRACTIONS, None], desc="readings"), [*parts, text], strict=True):
         name = "all, in windows" if fraction is None else "all" if fraction == 1 else f"1/{fraction}"
-        rows.append({"part": name, **score(lm, part, WINDOW if fraction is None else None)})
+        rows.append({"part": name, **score_rolling(lm, part, WINDOW if fraction is None else None)})
     whole, windows = rows[-2], rows[-1]
     return {
         "rows": rows,
@@ -90,7 +97,7 @@ def measure(lm: Any, text: str) -> dict[str, Any]:
 
 
 def tables(result: dict[str, Any]) -> str:
-    """What was found, to be read on a terminal."""
+    """The results as text."""
     columns: dict[str, Any] = {
         "read": lambda row: row["part"],
         "bytes": lambda row: f"{row['bytes']:,}",
@@ -98,13 +105,11 @@ def tables(result: dict[str, Any]) -> str:
         "seconds": lambda row: f"{row['seconds']:.2f}",
         "µs/token": lambda row: f"{1e6 * row['seconds_per_token']:.2f}",
     }
+    name = result["document"]["name"]
+    title = f"{name}: loglikelihood_rolling, state carried; last row: windows of {WINDOW} tokens"
     return "\n".join(
         [
-            table(
-                result["rows"],
-                columns,
-                f"{result['document']['name']}: loglikelihood_rolling, state carried; last: windows of {WINDOW} tokens",
-            ),
+            table(result["rows"], columns, title),
             f"\ncarried minus windows: {result['carried_minus_windows_bits_per_byte']:+.4f} bits per byte",
             f"time per byte, all to 1/{FRACTIONS[0]}: {result['time_per_byte_whole_over_first']:.2f}",
         ]
@@ -112,10 +117,10 @@ def tables(result: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Measure, print, write.
+    """Run `minrnn rolling`.
 
     Raises:
-        UserError: arguments, a model or a document that cannot be used, or lm-eval is missing.
+        UserError: the arguments, the model or the document are unusable, or lm-eval is missing.
     """
     arguments = _parser().parse_args(argv)
     if errors := documents.argument_errors(arguments, ("bytes",)):
@@ -130,11 +135,10 @@ def main(argv: Sequence[str]) -> None:
         ) from None
     model, tokenizer = documents.load_model(arguments)
     document = documents.find_document(arguments)
-    text = beginning(document.text, arguments.bytes)
-    documents.tokens_of(
-        dataclasses.replace(document, text=text), documents.encoder_of(tokenizer)
-    )  # long enough?
-    head = documents.what_was_run("minrnn rolling", argv, model, document)
+    text = text_prefix(document.text, arguments.bytes)
+    # checks the length
+    documents.document_tokens(dataclasses.replace(document, text=text), documents.document_encoder(tokenizer))
+    head = documents.result_header("minrnn rolling", argv, model, document)
     result = {**head, "bytes": {"read": num_bytes(text), "asked_for": arguments.bytes}}
     result |= measure(MinRNNLM(model, tokenizer, piece=arguments.piece), text)
     out = arguments.out or default_out(arguments.model, "rolling")

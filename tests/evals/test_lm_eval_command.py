@@ -231,7 +231,7 @@ def broken_export(export: Path, folder: Path, fault: str) -> Path:
     ("fault", "expected_error"),
     [
         ("tokenizer", "has no tokenizer"),
-        ("another model", "is a gpt2 model; lm_eval --model hf_results evaluates it"),
+        ("another model", "is a gpt2 model; lm_eval --model hf evaluates it"),
         ("another version", "was exported by another version of minrnn (missing model.layers.2."),
         ("a newer version", "was exported by another version of minrnn (unknown setting gate_delay)"),
         ("a task's words", "the tokenizer of "),
@@ -248,7 +248,7 @@ def test_unusable_models_are_refused(export: Path, tmp_path: Path, capsys, fault
     )
 
 
-def check_user_error(arguments: list[str], expected_error: list[str], capsys, removed: str = "") -> None:
+def check_user_error(arguments: list[str], expected: list[str], capsys, removed: str = "") -> None:
     with pytest.raises(SystemExit) as exit_:
         main(arguments)
     assert exit_.value.code == 2
@@ -257,7 +257,7 @@ def check_user_error(arguments: list[str], expected_error: list[str], capsys, re
         for line in capsys.readouterr().err.replace(removed, "").splitlines()
         if line.startswith("error: ")
     ]
-    assert [line[: len(start)] for line, start in zip(found, expected_error, strict=True)] == expected_error
+    assert [line[: len(start)] for line, start in zip(found, expected, strict=True)] == expected
 
 
 def test_each_user_error_is_one_line(export: Path, tmp_path: Path, capsys, monkeypatch):

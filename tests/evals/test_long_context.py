@@ -1,4 +1,6 @@
-"""What is measured on a long document is what forward passes say; and it is found, or refused, by its name."""
+"""Losses on a long document equal those of plain forward passes; documents are found by name, errors are
+reported.
+"""
 
 import itertools
 import json
@@ -15,12 +17,12 @@ from torch import nn
 
 from minrnn.data import byte_tokenizer
 from minrnn.evals.long_context import rolling
-from minrnn.evals.long_context.documents import encoder_of
+from minrnn.evals.long_context.documents import document_encoder
 from minrnn.evals.long_context.positions import (
     BLOCK,
     NUM_TARGETS,
     bucket_edges,
-    buckets,
+    bucket_losses,
     byte_counter,
     mean_and_error,
     memory_contexts,
@@ -34,7 +36,7 @@ from minrnn.pipeline.export import export_model
 from minrnn.pipeline.recipe import build_recipe, resolved
 
 TOKENIZER = byte_tokenizer()
-ENCODER = encoder_of(TOKENIZER)
+ENCODER = document_encoder(TOKENIZER)
 LETTERS = np.random.default_rng(0).choice(list("ab c\né"), 700)
 TEXT = "".join(LETTERS)
 TOKENS = ENCODER(TEXT)
@@ -59,7 +61,7 @@ MODEL = tiny_model()
 
 @torch.no_grad()
 def forward_nats(model: MinRNNForCausalLM, tokens: np.ndarray) -> np.ndarray:
-    """Of each token but the first, by one forward pass."""
+    """Nats of each token but the first, from one forward pass."""
     ids = torch.tensor(tokens[None].astype(np.int64))
     logs = model(ids[:, :-1]).logits.log_softmax(-1)
     return -logs.gather(2, ids[:, 1:, None])[0, :, 0].numpy()
@@ -67,11 +69,11 @@ def forward_nats(model: MinRNNForCausalLM, tokens: np.ndarray) -> np.ndarray:
 
 @given(length=st.integers(1, 3000), size=st.integers(1, 700))
 def test_pieces_cover_a_document_and_end_at_powers_of_two(length: int, size: int):
-    found = list(pieces(length, size))
-    assert [first for first, _ in found] == [0, *(last for _, last in found[:-1])]
-    assert found[-1][1] == length
-    assert all(0 < last - first <= size for first, last in found)
-    ends = {last for _, last in found}
+    spans = list(pieces(length, size))
+    assert [first for first, _ in spans] == [0, *(last for _, last in spans[:-1])]
+    assert spans[-1][1] == length
+    assert all(0 < last - first <= size for first, last in spans)
+    ends = {last for _, last in spans}
     assert all(2**power in ends for power in range(12) if size <= 2**power <= length)
 
 
@@ -80,13 +82,13 @@ def test_pieces_cover_a_document_and_end_at_powers_of_two(length: int, size: int
     piece=st.integers(1, 900),
     cuts=st.lists(st.sampled_from([None, 7, 64, 100, 5000]), min_size=1, max_size=3),
 )
-def test_carried_is_one_forward_pass_and_cut_is_separate_windows(piece: int, cuts: list[int | None]):
-    moved: list[int] = []
-    found = token_nats(MODEL, TOKENS, cuts, piece=max(piece, 20), moved=moved.append)
-    assert found.shape == (len(cuts), len(TOKENS) - 1)
-    assert moved[0] == 0
-    assert moved[-1] == len(TOKENS) - 1
-    for cut, nats in zip(cuts, found, strict=True):
+def test_carried_equals_one_forward_pass_and_cut_equals_separate_windows(piece: int, cuts: list[int | None]):
+    positions: list[int] = []
+    result = token_nats(MODEL, TOKENS, cuts, piece=max(piece, 20), on_progress=positions.append)
+    assert result.shape == (len(cuts), len(TOKENS) - 1)
+    assert positions[0] == 0
+    assert positions[-1] == len(TOKENS) - 1
+    for cut, nats in zip(cuts, result, strict=True):
         size = cut or len(TOKENS)
         expected = [
             forward_nats(MODEL, TOKENS[first : first + size + 1]) for first in range(0, len(TOKENS) - 1, size)
@@ -94,7 +96,7 @@ def test_carried_is_one_forward_pass_and_cut_is_separate_windows(piece: int, cut
         np.testing.assert_allclose(nats, np.concatenate(expected), rtol=1e-9, atol=1e-9)
 
 
-def test_few_logits_at_once_change_nothing(monkeypatch):
+def test_the_limit_of_logits_does_not_change_the_result(monkeypatch):
     whole = token_nats(MODEL, TOKENS)
     monkeypatch.setattr("minrnn.evals.long_context.positions.NUM_LOGITS", 264 * 50)
     np.testing.assert_allclose(token_nats(MODEL, TOKENS), whole, rtol=1e-12)
@@ -107,8 +109,8 @@ def test_buckets_add_up_to_the_whole(num_tokens: int, seed: int):
     text = "".join(rng.choice(list("abé漢"), num_tokens))
     tokens = ENCODER(text)[: num_tokens + 1]
     num_bytes = byte_counter(ENCODER, tokens)
-    rows = buckets(carried, cut, num_bytes, bucket_edges(num_tokens))
-    (whole,) = buckets(carried, cut, num_bytes, [0, num_tokens])
+    rows = bucket_losses(carried, cut, num_bytes, bucket_edges(num_tokens))
+    (whole,) = bucket_losses(carried, cut, num_bytes, [0, num_tokens])
     assert all(row["to"] == following["from"] for row, following in itertools.pairwise(rows))
     for key in ("tokens", "bytes"):
         assert sum(row[key] for row in rows) == whole[key]
@@ -120,13 +122,13 @@ def test_buckets_add_up_to_the_whole(num_tokens: int, seed: int):
     assert whole["carried"]["bits_per_byte"] == pytest.approx(carried.sum() / num_tokens / np.log(2))
 
 
-def test_an_end_of_text_spells_no_byte():
+def test_eos_counts_no_byte():
     assert byte_counter(ENCODER, TOKENS)(len(TOKENS) - 1) == len(TEXT.encode())
     assert byte_counter(ENCODER, TOKENS[:-1])(len(TOKENS) - 2) == len(TEXT.encode())
 
 
-def test_errors_know_that_neighbours_are_alike():
-    """Blocks that are each of one value: as many observations as blocks, not as tokens."""
+def test_standard_errors_account_for_correlated_neighbours():
+    """If every block has one value, there are as many observations as blocks."""
     values = np.random.default_rng(0).standard_normal(64)
     mean, error = mean_and_error(np.repeat(values, BLOCK))
     assert (mean, error) == (pytest.approx(values.mean()), pytest.approx(values.std(ddof=1) / 8))
@@ -134,7 +136,7 @@ def test_errors_know_that_neighbours_are_alike():
 
 
 def forgetful_model(conv_kernel: int) -> MinRNNForCausalLM:
-    """One layer whose decay is zero: it sees what the convolution reaches."""
+    """One layer with zero decay: it only sees what the convolution reaches."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 24, "tie_word_embeddings": False}
     model = MinRNNForCausalLM(
@@ -150,11 +152,11 @@ def forgetful_model(conv_kernel: int) -> MinRNNForCausalLM:
 
 @pytest.mark.parametrize("conv_kernel", [2, 4, 8])
 @pytest.mark.parametrize("piece", [40, 8192])
-def test_a_memory_of_known_length_is_found(conv_kernel: int, piece: int):
+def test_a_known_memory_length_is_measured(conv_kernel: int, piece: int):
     model = forgetful_model(conv_kernel)
     (carried,) = token_nats(model, TOKENS)
-    moved: list[int] = []
-    found = memory_curve(
+    positions: list[int] = []
+    result = memory_curve(
         model,
         TOKENS,
         carried,
@@ -162,29 +164,29 @@ def test_a_memory_of_known_length_is_found(conv_kernel: int, piece: int):
         budget=100_000,
         tolerance=1e-9,
         piece=piece,
-        moved=moved.append,
+        on_progress=positions.append,
     )
-    above = {row["context"]: row["above_all"] for row in found["curve"]}
+    above = {row["context"]: row["above_all"] for row in result["curve"]}
     assert list(above) == [1, 2, 4, 8, 16, 32, 64, 128, 256]
     for context, difference in above.items():
         assert (abs(difference) < 1e-9) == (context >= conv_kernel)
-    assert above[found["effective_memory_length"]] <= 1e-9
-    assert found["effective_memory_length"] <= conv_kernel
-    assert sum(moved) == found["tokens_read"] <= 100_000
+    assert above[result["effective_memory_length"]] <= 1e-9
+    assert result["effective_memory_length"] <= conv_kernel
+    assert sum(positions) == result["tokens_read"] <= 100_000
 
 
-def test_a_memory_that_no_context_reaches():
+def test_a_memory_longer_than_every_context():
     (carried,) = token_nats(MODEL, TOKENS)
-    found = memory_curve(MODEL, TOKENS, carried - 1, num_anchors=5, budget=2000)
-    assert found["effective_memory_length"] is None
-    assert len(found["curve"]) < 9
+    result = memory_curve(MODEL, TOKENS, carried - 1, num_anchors=5, budget=2000)
+    assert result["effective_memory_length"] is None
+    assert len(result["curve"]) < 9
 
 
-def test_targets_behind_so_many_tokens_are_those_of_a_forward_pass():
+def test_losses_after_a_context_equal_those_of_a_forward_pass():
     (carried,) = token_nats(MODEL, TOKENS)
-    found = memory_curve(MODEL, TOKENS, carried, num_anchors=2, budget=100_000, piece=7)
-    longest = found["curve"][-1]["context"]
-    for row in found["curve"]:
+    result = memory_curve(MODEL, TOKENS, carried, num_anchors=2, budget=100_000, piece=7)
+    longest = result["curve"][-1]["context"]
+    for row in result["curve"]:
         expected = []
         for anchor in (longest + NUM_TARGETS, len(TOKENS)):
             part = TOKENS[anchor - NUM_TARGETS - row["context"] : anchor]
@@ -202,7 +204,7 @@ def test_contexts_keep_to_the_document_and_the_budget(length: int, num_anchors: 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with an export, and texts beside it."""
+    """The folder of a run with an export, beside a folder of texts."""
     folder = tmp_path_factory.mktemp("long")
     (folder / "run").mkdir()
     (folder / "run" / "config.yaml").write_text("")
@@ -226,7 +228,7 @@ def errors(capsys, *argv: str) -> str:
     return capsys.readouterr().err
 
 
-def test_the_command_leaves_file_picture_and_tables(run: Path, capsys):
+def test_the_command_writes_file_figure_and_tables(run: Path, capsys):
     texts = str(run.parent / "texts")
     main(
         [
@@ -246,10 +248,10 @@ def test_the_command_leaves_file_picture_and_tables(run: Path, capsys):
     )
     (file,) = (run / "evals").glob("long-context-*.json")
     assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    found = json.loads(file.read_text())
-    assert found["document"]["name"] == "beta/ (5 files)"
+    result = json.loads(file.read_text())
+    assert result["document"]["name"] == "beta/ (5 files)"
     whole = "".join(f"# {number}\n{TEXT}" + "\n" * (number < 4) for number in range(5))
-    assert found["tokens"] == {
+    assert result["tokens"] == {
         "read": len(whole.encode()) + 1,
         "asked_for": 2**20,
         "whole_document": True,
@@ -258,32 +260,32 @@ def test_the_command_leaves_file_picture_and_tables(run: Path, capsys):
     expected = forward_nats(
         MinRNNForCausalLM.from_pretrained(run / "model", dtype=torch.float64).eval(), ENCODER(whole)
     )
-    assert found["overall"]["carried"]["bits_per_byte"] == pytest.approx(
+    assert result["overall"]["carried"]["bits_per_byte"] == pytest.approx(
         expected.sum() / len(whole.encode()) / np.log(2), rel=1e-5
     )
-    assert list(found["overall"]["cut"]) == ["64", "1000"]
-    assert [row["tokens"] for row in found["stages"]] == [
+    assert list(result["overall"]["cut"]) == ["64", "1000"]
+    assert [row["tokens"] for row in result["stages"]] == [
         128,
         256,
         512,
         1024,
         2048,
         4096,
-        found["tokens"]["read"],
+        result["tokens"]["read"],
     ]
-    assert {"command", "commit", "machine", "versions", "model", "buckets", "memory"} <= found.keys()
+    assert {"command", "commit", "machine", "versions", "model", "buckets", "memory"} <= result.keys()
     out = capsys.readouterr().out
     assert "all of it (--tokens asks for 1,048,576)" in out
     assert "a cut every 100,000 tokens would leave it whole" in out
     assert "effective memory length" in out
 
 
-def test_mistakes_are_told(run: Path, tmp_path: Path, capsys):
+def test_user_errors_are_reported(run: Path, tmp_path: Path, capsys):
     texts = str(run.parent / "texts")
-    told = errors(
+    messages = errors(
         capsys, str(run), "--cuts", "64,x", "--tokens", "0", "--out", "here.txt", "--tolerance", "-1"
     )
-    assert [line.split(":")[1].strip() for line in told.splitlines()] == [
+    assert [line.split(":")[1].strip() for line in messages.splitlines()] == [
         "--tokens",
         "--out",
         "--cuts",
@@ -296,20 +298,23 @@ def test_mistakes_are_told(run: Path, tmp_path: Path, capsys):
     assert f"error: --corpus: there is no file, folder or match for {missing}" in errors(
         capsys, str(run), "--corpus", str(missing)
     )
-    told = errors(capsys, str(run), "--corpus", texts, "--document", "betta")
-    assert "error: --document: no document's name holds 'betta' (did you mean 'beta/ (5 files)'?)" in told
+    messages = errors(capsys, str(run), "--corpus", texts, "--document", "betta")
+    assert "error: --document: no document's name holds 'betta' (did you mean 'beta/ (5 files)'?)" in messages
     assert "error: --join: " in errors(capsys, str(run), "--corpus", texts, "--join", "book_id")
     (tmp_path / "short.txt").write_text("short")
     assert "nothing can be said about fewer than 256" in errors(
         capsys, str(run), "--corpus", str(tmp_path / "short.txt")
     )
     (tmp_path / "unfinished" / "checkpoints").mkdir(parents=True)
-    told = errors(capsys, str(tmp_path / "unfinished"), "--corpus", texts)
-    assert f"error: MODEL: the run {tmp_path / 'unfinished'} has no model/ yet; minrnn export" in told
+    messages = errors(capsys, str(tmp_path / "unfinished"), "--corpus", texts)
+    assert f"error: MODEL: the run {tmp_path / 'unfinished'} has no model/ yet; minrnn export" in messages
 
 
-def test_lm_eval_says_the_same_of_the_document(run: Path, monkeypatch, capsys):
-    """Carried: the nats of the text's tokens, the state carried; in windows: those with it cut, as the last of them is a whole one."""
+def test_lm_eval_gives_the_same_losses(run: Path, monkeypatch, capsys):
+    """Carried: the nats with the state carried.
+
+    In windows: the nats with the state reset, since the last window is complete.
+    """
     texts, out = str(run.parent / "texts"), run.parent / "rolling.json"
     monkeypatch.setattr(rolling, "WINDOW", 100)
     rolling.main(
@@ -329,16 +334,16 @@ def test_lm_eval_says_the_same_of_the_document(run: Path, monkeypatch, capsys):
             str(out),
         ]
     )
-    found = json.loads(out.read_text())
-    assert [row["part"] for row in found["rows"]] == ["1/16", "1/8", "1/4", "1/2", "all", "all, in windows"]
+    result = json.loads(out.read_text())
+    assert [row["part"] for row in result["rows"]] == ["1/16", "1/8", "1/4", "1/2", "all", "all, in windows"]
     model = MinRNNForCausalLM.from_pretrained(run / "model", dtype=torch.float64).eval()
     text = f"# 0\n{TEXT}\n# 1\n{TEXT}".encode()[:1000].decode(errors="ignore")
     assert len(text.encode()) == 1000, "a whole number of windows"
     carried, cut = token_nats(model, ENCODER(text)[:-1], (None, 100))
-    for row in found["rows"][:-1]:
+    for row in result["rows"][:-1]:
         assert row["tokens"] == row["bytes"]
         assert row["nats"] == pytest.approx(carried[: row["tokens"]].sum(), rel=1e-6)
-    assert found["rows"][-1]["nats"] == pytest.approx(cut.sum(), rel=1e-6)
+    assert result["rows"][-1]["nats"] == pytest.approx(cut.sum(), rel=1e-6)
     difference = (carried.sum() - cut.sum()) / 1000 / np.log(2)
-    assert found["carried_minus_windows_bits_per_byte"] == pytest.approx(difference, abs=1e-6)
+    assert result["carried_minus_windows_bits_per_byte"] == pytest.approx(difference, abs=1e-6)
     assert "carried minus windows: " in capsys.readouterr().out
