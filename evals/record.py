@@ -1,4 +1,7 @@
-"""What every results file says about its making: command, commit, machine, versions. No host names, no paths."""
+"""What every results file says about its making: command, commit, machine, versions.
+
+No host names, no paths.
+"""
 
 import importlib.metadata
 import os
@@ -106,8 +109,9 @@ _WRITTEN_BY_EVALS = (":(exclude,top)evals/results", ":(exclude,top)docs/quicksta
 def commit() -> str | None:
     """The checkout's commit; None outside a checkout.
 
-    A `+` behind it marks a checkout whose files differ from that commit, changed or new (results of earlier measurements aside): what was
-    measured cannot be found again. No such record is committed (tests/evals/test_results.py).
+    A `+` behind it marks a checkout whose files differ from that commit, changed or new (results of earlier
+    measurements aside): what was measured cannot be found again. No such record is committed
+    (tests/evals/test_results.py).
     """
     git = ["git", "-C", str(Path(__file__).parent)]
     try:

@@ -1,4 +1,4 @@
-"""`minrnn figures NAME ...`: the measurements behind this repository's own figures, and the README's tables of them."""
+"""`minrnn figures NAME ...`: the measurements of this repository, and the README's tables made from them."""
 
 import argparse
 import importlib
@@ -6,14 +6,14 @@ import importlib
 FIGURES = {
     "speed": "print the README's tables of speed, from the committed results",
     "quality": "print the README's tables of quality, from the committed results",
-    "quickstart": "record what the main job reached, after `make train`",
+    "quickstart": "record the result of the quickstart run, after `make train`",
     "kernels": "compile the Triton kernels and record registers, spills and instructions (no GPU needed)",
     "gpu": "run every check and measurement that needs a GPU, within a time limit",
 }
 
 
 def main(argv: list[str]) -> None:
-    """Run one of FIGURES with the arguments behind its name.
+    """Run the figure of that name with the remaining arguments.
 
     Raises:
         UserError: from the figure's own arguments.

@@ -7,10 +7,11 @@
     layers      whole layers at equal width, cuDNN's GRU and LSTM too        bench/scan.py
     generate    decoding after contexts up to 1,048,576, with CUDA graphs    bench/generate.py
 
-A machine with torch, triton, transformers, numpy, matplotlib and tqdm is enough. minrnn need not be installed:
-`PYTHONPATH=CHECKOUT python -m minrnn.launch.cli figures gpu`. Each section has a share of the time that is left
-and writes DIR/SECTION.json as it goes, so that whatever cuts it off, what was measured is there; DIR/gpu.json
-says how each ended. Decoding comes last: a failed capture of a CUDA graph may leave the process unusable.
+A machine with torch, triton, transformers, numpy, matplotlib and tqdm is enough. minrnn need not be
+installed: `PYTHONPATH=CHECKOUT python -m minrnn.launch.cli figures gpu`. Each section has a share of the time
+that is left and writes DIR/SECTION.json as it goes, so that whatever cuts it off, what was measured is there;
+DIR/gpu.json says how each ended. Decoding comes last: a failed capture of a CUDA graph may leave the process
+unusable.
 """
 
 import argparse
@@ -89,7 +90,10 @@ TINY: dict[str, tuple[str, ...]] = {
 
 
 class OutOfTime(BaseException):
-    """A section's time is up. No Exception, since a contender that fails is a row in a table and this is not one."""
+    """A section's time is up.
+
+    No Exception, since a contender that fails is a row in a table and this is not one.
+    """
 
 
 @contextmanager

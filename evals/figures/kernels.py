@@ -1,13 +1,18 @@
-"""What the Triton kernels compile to: registers, spills, shared memory and instructions, read from the machine code. Needs no GPU.
+"""What the Triton kernels compile to: registers, spills, shared memory and instructions, read from the
+machine code. Needs no GPU.
 
     minrnn figures kernels      ->  a table, and evals/results/triton-kernels.json
 
-Launches are planned as for a real call, on tensors without memory; their kernels are compiled for sm_80 and sm_90 with the specialisations that
-a launch on aligned tensors gets. Four numbers say whether a scan can be bound by memory, as it should be:
+Launches are planned as for a real call, on tensors without memory; their kernels are compiled for sm_80 and
+sm_90 with the specialisations that a launch on aligned tensors gets. Four numbers say whether a scan can be
+bound by memory, as it should be:
 
-- registers a thread: 128 let two programs of 8 warps share a multiprocessor, so that one computes while the other waits;
-- bytes in flight: what a program asks for before it waits. Two programs on each of 132 multiprocessors at 4.3 TB/s and 0.8 us want 13 KB each;
-- issue: an H200 issues about 2.9e13 thread instructions a second (132 x 4 x 32 at 1.7 GHz), and 4.3e12 / n elements of n bytes arrive in one;
+- registers a thread: 128 let two programs of 8 warps share a multiprocessor, so that one computes while the
+  other waits;
+- bytes in flight: what a program asks for before it waits. Two programs on each of 132 multiprocessors at 4.3
+  TB/s and 0.8 us want 13 KB each;
+- issue: an H200 issues about 2.9e13 thread instructions a second (132 x 4 x 32 at 1.7 GHz), and 4.3e12 / n
+  elements of n bytes arrive in one;
   this is the fraction of the first that the loop spends on the second;
 - special: the same for special functions (exp2, reciprocal), which run at an eighth of the rate.
 """
@@ -108,7 +113,9 @@ def cell_launches(
 
 
 def all_launches() -> Iterator[tuple[str, Launch]]:
-    """Every variant that training launches: dtypes, cells, candidates, output gate, boundaries, one pass and two; and a token of decoding."""
+    """Every variant that training launches: dtypes, cells, candidates, output gate, boundaries, one pass and
+    two; and a token of decoding.
+    """
     dtypes = (torch.bfloat16, torch.float32)
     for dtype, num_chunks in itertools.product(dtypes, (1, NUM_CHUNKS)):
         yield from general_launches(dtype, num_chunks)
@@ -127,7 +134,9 @@ def all_launches() -> Iterator[tuple[str, Launch]]:
 
 
 def compile_launch(launch: Launch, architecture: int) -> dict[str, Any]:
-    """Machine code of a launch's kernel for sm_`architecture`, specialised as a launch on tensors aligned to 16 bytes would be."""
+    """Machine code of a launch's kernel for sm_`architecture`, specialised as a launch on tensors aligned to
+    16 bytes would be.
+    """
     signature, constants, attributes = {}, dict(launch.constants), {}
     for position, name in enumerate(launch.kernel.arg_names):
         value = launch.arguments.get(name)
@@ -147,7 +156,9 @@ def compile_launch(launch: Launch, architecture: int) -> dict[str, Any]:
 
 
 def read_machine_code(cubin: bytes, tail: int) -> dict[str, Any]:
-    """Registers a thread, bytes of spills, and the instructions by kind of the largest loop but `tail`: the masked one is not what counts."""
+    """Registers a thread, bytes of spills, and the instructions by kind of the largest loop but `tail`: the
+    masked one is not what counts.
+    """
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -165,7 +176,9 @@ def read_machine_code(cubin: bytes, tail: int) -> dict[str, Any]:
 
 
 def loops(listing: str) -> list[list[str]]:
-    """Instructions between each backward branch and its target, the longest first; one empty loop where there is none."""
+    """Instructions between each backward branch and its target, the longest first; one empty loop where there
+    is none.
+    """
     instructions, labels = [], {}
     for line in map(str.strip, listing.splitlines()):
         if label := re.match(r"(\.L_x_\d+):", line):

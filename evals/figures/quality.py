@@ -1,6 +1,6 @@
-"""The README's figures of quality, from the committed results: `minrnn figures quality` prints them.
+"""`minrnn figures quality`: prints the README's tables of quality, from the committed results.
 
-`tests/launch/test_readme.py` asks that the README holds them word for word.
+`tests/launch/test_readme.py` compares them with the README.
 """
 
 import argparse
@@ -19,21 +19,22 @@ def _load(name: str) -> dict[str, Any]:
 
 
 def _runs() -> Iterator[tuple[str, Results]]:
-    """File name and content of each results file of runs."""
+    """Name and content of each results file of runs."""
     for path in sorted(RESULTS.glob("runs-*.json")):
         yield path.name, Results.model_validate_json(path.read_text())
 
 
 def _steps(entry: Entry) -> str:
-    done, asked = entry.seeds[0].steps, entry.seeds[0].steps_asked
-    return f"{done:,}" if done == asked else f"{done:,} of {asked:,}"
+    done, planned = entry.seeds[0].steps, entry.seeds[0].steps_asked
+    return f"{done:,}" if done == planned else f"{done:,} of {planned:,}"
 
 
 def shakespeare_lines() -> list[str]:
-    """Best held-out loss beside the published one, of each cell."""
+    """Best held-out loss of each cell beside the published one."""
     experiment = published().experiments["shakespeare"]
     lines = [
-        "| Shakespeare, test loss (nats per character) | published | ours | steps | published steps | seeds |",
+        "| Shakespeare, test loss (nats per character) | published | ours | steps | published steps | seeds "
+        "|",
         "|---|---|---|---|---|---|",
     ]
     rows = {row.match.get("cell"): row for row in experiment.rows if row.match}
@@ -44,70 +45,77 @@ def shakespeare_lines() -> list[str]:
             best = sum(losses) / len(losses)
             steps = f"{_steps(entry)} | {experiment.setup['train.steps']:,}"
             lines.append(
-                f"| {row.model} | {row.value} | [{best:.3f}](evals/results/{name}) | {steps} | {len(losses)} |"
+                f"| {row.model} | {row.value} | [{best:.3f}](evals/results/{name}) | {steps} | {len(losses)} "
+                "|"
             )
     return lines
 
 
 def formal_lines() -> list[str]:
-    """Accuracies of the formal languages, with lengths as in training and beyond."""
+    """Accuracies of the formal languages, at training lengths and at longer ones."""
     lines = [
         "| formal language | cell | lengths 1 to 40 | 40 to 256 | published, 40 to 256 | steps |",
         "|---|---|---|---|---|---|",
     ]
     for name, results in _runs():
         experiment = published().experiments[results.experiment]
-        for entry in (
-            results.entries if experiment.group == "formal" or results.experiment == "parity" else []
-        ):
+        is_formal = experiment.group == "formal" or results.experiment == "parity"
+        for entry in results.entries if is_formal else []:
             cell = entry.config["model"]["cell"]
             (seed,) = entry.seeds
-            inside, beyond = (METRICS[metric].of(seed) for metric in ("accuracy_scaled", "longer_scaled"))
-            theirs = next((row.value for row in experiment.rows if row.match == {"cell": cell}), None)
-            shown = "-" if theirs is None else f"{theirs} %"
+            short, long = (METRICS[metric].value_of(seed) for metric in ("accuracy_scaled", "longer_scaled"))
+            published_value = next(
+                (row.value for row in experiment.rows if row.match == {"cell": cell}), None
+            )
+            published_cell = "-" if published_value is None else f"{published_value} %"
             lines.append(
-                f"| [{experiment.title}](evals/results/{name}) | {cell} | {inside:.0f} % | {beyond:.0f} % | {shown} | {_steps(entry)} |"
+                f"| [{experiment.title}](evals/results/{name}) | {cell} | {short:.0f} % | {long:.0f} % | "
+                f"{published_cell} | {_steps(entry)} |"
             )
     return lines
 
 
 def long_context_line() -> str:
-    """Carried against cut, over a document of a million tokens."""
-    found = _load("long-context-cpu")
-    overall = found["overall"]
+    """Loss with the state carried and reset, on a document of a million tokens."""
+    result = _load("long-context-cpu")
+    overall, memory = result["overall"], result["memory"]
     cuts = ", ".join(
-        f"{cut['bits_per_byte']:.4f} cut every {int(length):,}" for length, cut in overall["cut"].items()
+        f"{cut['bits_per_byte']:.4f} with the state reset every {int(length):,}"
+        for length, cut in overall["cut"].items()
     )
-    shortest = min(overall["cut"], key=int)
-    difference, error = (
-        overall["cut"][shortest]["carried_minus_cut"],
-        overall["cut"][shortest]["carried_minus_cut_error"],
-    )
+    shortest = overall["cut"][min(overall["cut"], key=int)]
     return (
         f"One document of {overall['tokens']:,} tokens ([file](evals/results/long-context-cpu.json)): "
-        f"{overall['carried']['bits_per_byte']:.4f} bits per byte with the state carried, {cuts} tokens; {difference:+.4f} ± {error:.4f} nats "
-        f"between the first two. {found['memory']['effective_memory_length']:,} tokens before a token are worth all but "
-        f"{found['memory']['tolerance']:g} nats of everything before it."
+        f"{overall['carried']['bits_per_byte']:.4f} bits per byte with the state carried, {cuts} tokens. "
+        f"The first two differ by {shortest['carried_minus_cut']:+.4f} ± "
+        f"{shortest['carried_minus_cut_error']:.4f} nats per token. With "
+        f"{memory['effective_memory_length']:,} "
+        f"tokens of context the loss is within {memory['tolerance']:g} nats of that with the whole context."
     )
 
 
 def rolling_line() -> str:
-    """The same through lm-eval."""
-    found = _load("rolling-cpu")
-    whole, windows = found["rows"][-2:]
+    """Loss of the same model through lm-eval."""
+    result = _load("rolling-cpu")
+    whole, windows = result["rows"][-2:]
     return (
-        f"Through lm-eval, {whole['bytes']:,} bytes ([file](evals/results/rolling-cpu.json)): {whole['bits_per_byte']:.4f} bits per byte "
-        f"with the state carried, {windows['bits_per_byte']:.4f} in windows of {windows['window']:,}, in {whole['seconds']:.0f} seconds; "
-        f"a byte takes {found['time_per_byte_whole_over_first']:.2f} of the time that it takes in the first sixteenth alone."
+        f"Through lm-eval, on {whole['bytes']:,} bytes ([file](evals/results/rolling-cpu.json)): "
+        f"{whole['bits_per_byte']:.4f} bits per byte with the state carried, {windows['bits_per_byte']:.4f} "
+        "in "
+        f"windows of {windows['window']:,}, in {whole['seconds']:.0f} seconds. A byte takes "
+        f"{result['time_per_byte_whole_over_first']:.2f} of the time that a byte of the first sixteenth "
+        "takes."
     )
 
 
 def text() -> str:
     """The README's section."""
     formal = (
-        "Formal languages, accuracy scaled so that a guess has 0 %: two default blocks of width 128 and 1,500 steps of 128 strings, one seed, "
-        "beside the published 500,000 steps. Most are learned at the lengths of training; at greater ones they are not yet. Decays in (-1, 1) "
-        "learn Parity at all lengths."
+        "Formal languages: accuracy, scaled so that guessing gives 0 %. Two default blocks of width 128 and "
+        "1,500 steps of 128 strings, one seed; the published numbers are from 500,000 steps. Most languages "
+        "are "
+        "learned at the training lengths, but not yet at greater ones. Decays in (-1, 1) learn Parity at all "
+        "lengths."
     )
     blocks = [
         "\n".join(shakespeare_lines()),
@@ -120,7 +128,7 @@ def text() -> str:
 
 
 def main(argv: list[str]) -> None:
-    """Print it."""
+    """Print the tables."""
     description = "Print the README's tables of quality."
     argparse.ArgumentParser("minrnn figures quality", description=description).parse_args(argv)
     print(text())

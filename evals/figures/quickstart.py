@@ -1,7 +1,8 @@
-"""What the main job reached, from its run folder: `minrnn figures quickstart`, after `make train`.
+"""`minrnn figures quickstart`: records the result of the quickstart run, after `make train`.
 
-Writes evals/results/quickstart.json (speed and validation from metrics.jsonl, and a validation on every held-out module, not only the subset
-that the run scores) and copies the curve to docs/quickstart.png. The README's figures come from there.
+Writes evals/results/quickstart.json: speed and validation from metrics.jsonl, and a validation on every
+held-out module (the run itself scores a subset). Copies the loss curve to docs/quickstart.png. The README's
+numbers come from there.
 """
 
 import argparse
@@ -27,15 +28,15 @@ from ..report.runs import training_seconds
 REPOSITORY = RESULTS.parents[1]
 
 
-def measured(run: Path) -> dict:
-    """The figures of a finished run."""
+def measure(run: Path) -> dict:
+    """The results of a finished run."""
     values = yaml.safe_load((run / "config.yaml").read_text())
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     train, validations = (
         [line for line in lines if line["kind"] == kind] for kind in ("train", "validation")
     )
     seconds = training_seconds(train, validations)
-    assert seconds is not None, "every line of a run says how fast it was"
+    assert seconds is not None, "every line of a run has its speed"
     model = MinRNNForCausalLM.from_pretrained(run / "model", trust_remote_code=False)
     values["data"]["validation_tokens"] = None
     recipe = build_recipe(values)
@@ -60,9 +61,9 @@ def measured(run: Path) -> dict:
 
 
 def main(argv: list[str]) -> None:
-    """Write the results file and the picture."""
+    """Write the results file and copy the picture."""
     parser = argparse.ArgumentParser(
-        "minrnn figures quickstart", description="Record what the main job reached."
+        "minrnn figures quickstart", description="Record the result of the quickstart run."
     )
     parser.add_argument(
         "--run",
@@ -72,6 +73,6 @@ def main(argv: list[str]) -> None:
     )
     arguments = parser.parse_args(argv)
     out = RESULTS / "quickstart.json"
-    write_json(out, measured(arguments.run))
+    write_json(out, measure(arguments.run))
     shutil.copyfile(arguments.run / "loss.png", REPOSITORY / "docs" / "quickstart.png")
     print(out.read_text())

@@ -1,6 +1,6 @@
-"""`minrnn figures speed` prints the README's tables of speed, from the committed results.
+"""`minrnn figures speed`: prints the README's tables of speed, from the committed results.
 
-`tests/launch/test_readme.py` compares them with the README word for word.
+`tests/launch/test_readme.py` compares them with the README.
 """
 
 import argparse
@@ -21,7 +21,7 @@ soak_line = partial(speed.soak_line, RESULTS / "soak.json", link="evals/results/
 
 
 def main(argv: list[str]) -> None:
-    """Print them."""
+    """Print the tables."""
     argparse.ArgumentParser(
         "minrnn figures speed", description="Print the README's tables of speed."
     ).parse_args(argv)

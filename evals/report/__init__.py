@@ -1,6 +1,7 @@
 """`minrnn report`: all results on one page.
 
-    PATHs -> sources.gather -> compare (seeds pooled, published rows beside them) -> quality, others (Markdown), pictures -> page (HTML)
+    PATHs -> sources.gather_sources -> compare (seeds pooled, published rows beside them)
+      -> quality_tables, others (Markdown), pictures -> page (HTML)
 
-command.py is the entry.
+The entry point is command.py.
 """

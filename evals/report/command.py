@@ -1,4 +1,4 @@
-"""`minrnn report`: one page from results files and runs, as Markdown and as one HTML file."""
+"""`minrnn report`: one page from results files and runs, in Markdown and as a single HTML file."""
 
 import argparse
 import importlib.util
@@ -13,25 +13,27 @@ from ...common.errors import UserError
 from ...common.files import user_path, write_text
 from ...common.output import warn
 from ..output import RESULTS
-from . import lm_eval, others, pictures, quality
+from . import lm_eval, others, pictures, quality_tables
 from .compare import METRICS, pool
 from .page import NOT_RUN, code, link, table, text, to_html
 from .published import published
-from .quality import Quality
-from .sources import Source, gather
+from .quality_tables import Quality
+from .sources import ResultSource, gather_sources
 
-DESCRIPTION = """One page from results: ours beside published numbers, learning curves, speed, and what was not run.
-Writes report.md, report.html (one file, pictures inside) and pictures/ into --out."""
+DESCRIPTION = """Make one page of results: ours beside published numbers, learning curves, speed, and what was
+not run. Writes report.md, report.html (a single file, pictures included) and pictures/ into --out."""
 EXAMPLES = """examples:
-  minrnn report                                         the results that come with minrnn
-  minrnn report evals/results runs                      and every run below runs/
+  minrnn report                                         the repository's own results
+  minrnn report evals/results runs                      these and every run below runs/
   minrnn report runs/quickstart results.json --out page
-  minrnn results runs/bucket-0 runs/bucket-1 --as bucket-sort      runs into a results file, seeds together"""
+  minrnn results runs/bucket-0 runs/bucket-1 --as bucket-sort      make a results file of runs"""
 TITLE = "minrnn: results"
-LEGEND = """Ours: mean over seeds ± half the width of a 95 % t-interval; a single seed has no interval. Published: as in the source;
-*reported* where it was seen second-hand. Difference: ours less the published. Steps: done, and of how many where a run stopped earlier or still
-goes on. Each number of ours leads to the file that it comes from."""
-PERCENT_GROUPS = ("formal", "lra", "recall")  # experiments of one unit, which have a table side by side
+LEGEND = """Ours: mean over seeds ± half the width of a 95 % t-interval; a single seed has no interval.
+Published: as in the source; *reported* if taken from a secondary source. Difference: ours minus published.
+Steps: done, and of how many if a run stopped earlier or is in progress. Each of our numbers links to its
+file."""
+# groups whose experiments share a unit, so one table compares them
+PERCENT_GROUPS = ("formal", "lra", "recall")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -56,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _own_results() -> list[Path]:
-    """minrnn's own results, which a checkout has and a wheel has not."""
+    """The repository's own results, which a wheel does not contain."""
     if not RESULTS.is_dir():
         raise UserError(
             "PATH",
@@ -65,132 +67,141 @@ def _own_results() -> list[Path]:
     return [RESULTS]
 
 
-def check(source: Source) -> None:
-    """Make what the report shows of one file.
+def check(source: ResultSource) -> None:
+    """Render what the report shows of a file.
 
     Raises:
-        KeyError, TypeError, ValueError, ...: the file lacks it.
+        KeyError, TypeError, ValueError, ...: the file lacks something.
     """
     if source.kind == "runs":
         pooled, _ = pool([source])
         _quality_blocks(Quality(pooled, []))
     elif source.kind == "lm-eval":
-        lm_eval.lines(source)
+        lm_eval.scores_table(source)
     elif source.kind == "long-context":
-        others.long_context_lines(source)
+        others.long_context_blocks(source)
     elif source.kind == "bench":
         others.speed_section([source])
     elif source.kind == "soak":
         others.soak_line(source)
     elif source.kind == "quickstart":
         others.quickstart_row([source])
+    elif source.kind == "transformers":
+        others.transformers_line(source)
     else:
         others.kernels_line(source)
 
 
-def _quality_blocks(found: Quality) -> list[str]:
-    """By group, then what nothing is published about."""
+def _quality_blocks(quality: Quality) -> list[str]:
+    """Published experiments by group, then experiments without a published number."""
     blocks = []
-    for key, group in found.published.groups.items():
+    experiments = quality.published.experiments
+    for key, group in quality.published.groups.items():
         blocks += [f"### {text(group.title)}", text(group.note)]
-        names = [name for name, experiment in found.published.experiments.items() if experiment.group == key]
+        names = [name for name, experiment in experiments.items() if experiment.group == key]
         if key in PERCENT_GROUPS:
-            blocks.append(quality.overview(key, found))
-            names = [name for name in names if found.pooled.get(name)]
+            blocks.append(quality_tables.overview(key, quality))
+            names = [name for name in names if quality.pooled.get(name)]
         for name in names:
-            title = found.published.experiments[name].title
-            blocks += [
-                *([f"#### {text(title)}"] if key in PERCENT_GROUPS or len(names) > 1 else []),
-                quality.details(name, found),
-            ]
-    for name in found.own():
+            if key in PERCENT_GROUPS or len(names) > 1:
+                blocks.append(f"#### {text(experiments[name].title)}")
+            blocks.append(quality_tables.experiment_blocks(name, quality))
+    for name in quality.unpublished():
         blocks += [
             f"### {text(name)}",
-            "Nothing is published that this stands beside.",
-            quality.own_details(name, found.pooled[name]),
+            "There is no published number for this experiment.",
+            quality_tables.unpublished_table(quality.pooled[name]),
         ]
     return blocks
 
 
-def _picture(name: str, what: str, out: Path) -> Path:
-    return out / "pictures" / f"{re.sub(r'[^A-Za-z0-9.-]+', '-', name)}-{what}.png"
+def _picture_path(name: str, kind: str, out: Path) -> Path:
+    return out / "pictures" / f"{re.sub(r'[^A-Za-z0-9.-]+', '-', name)}-{kind}.png"
 
 
 def _image(alt: str, picture: Path, out: Path) -> str:
     return f"![{text(alt)}]({picture.relative_to(out).as_posix()})"
 
 
-def _curve_blocks(found: Quality, out: Path) -> tuple[list[str], list[str]]:
-    """Accuracies by length, and learning curves; pictures are drawn."""
+def _curve_blocks(quality: Quality, out: Path) -> tuple[list[str], list[str]]:
+    """Accuracies by length, and learning curves; draws the pictures."""
     lengths, curves = [], []
-    for name, pooled in found.pooled.items():
-        title = found.published.experiments[name].title if name in found.published.experiments else name
-        if (of_lengths := quality.by_length(pooled)) is not None:
-            picture = _picture(name, "by-length", out)
+    for name, pooled in quality.pooled.items():
+        experiment = quality.published.experiments.get(name)
+        title = experiment.title if experiment else name
+        if (length_table := quality_tables.accuracy_by_length_table(pooled)) is not None:
+            picture = _picture_path(name, "by-length", out)
             pictures.accuracy_by_length(pooled, picture)
             lengths += [
                 f"### {text(title)} by length",
-                of_lengths,
+                length_table,
                 _image(f"accuracy by length: {title}", picture, out),
             ]
-        picture = _picture(name, "curves", out)
+        picture = _picture_path(name, "curves", out)
         pictures.learning_curves(pooled, picture)
         curves += [f"### Learning curves of {text(title)}", _image(f"learning curves: {title}", picture, out)]
     return lengths, curves
 
 
-def _other_files(sources: Sequence[Source], out: Path) -> list[str]:
-    """lm-eval's files and long contexts."""
+def _other_files(sources: Sequence[ResultSource], out: Path) -> list[str]:
+    """Results of lm-eval, and of long contexts."""
     blocks = ["## Language model evaluation"]
-    for source in (found := [source for source in sources if source.kind == "lm-eval"]):
-        blocks += [f"From {link(text(source.name), source.name)}:", lm_eval.lines(source)]
-    blocks += ["## Long context"] if found else [f"lm-eval: {NOT_RUN}.", "## Long context"]
-    for source in (found := [source for source in sources if source.kind == "long-context"]):
-        blocks += [f"From {link(text(source.name), source.name)}:", others.long_context_lines(source)]
+    for source in (lm_eval_files := [source for source in sources if source.kind == "lm-eval"]):
+        blocks += [f"From {link(text(source.name), source.name)}:", lm_eval.scores_table(source)]
+    blocks += ["## Long context"] if lm_eval_files else [f"lm-eval: {NOT_RUN}.", "## Long context"]
+    for source in (long_contexts := [source for source in sources if source.kind == "long-context"]):
+        blocks += [f"From {link(text(source.name), source.name)}:", others.long_context_blocks(source)]
         if (picture := others.picture_beside(source)) is not None:
-            copy = _picture(source.name.removesuffix(".json"), "long-context", out)
+            copy = _picture_path(source.name.removesuffix(".json"), "long-context", out)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(picture, copy)
             blocks.append(_image(f"long context: {source.name}", copy, out))
-    return blocks if found else [*blocks, f"Loss by position, and memory: {NOT_RUN}."]
+    return blocks if long_contexts else [*blocks, f"Loss by position, and memory: {NOT_RUN}."]
 
 
-def _missing_blocks(found: Quality) -> list[str]:
-    experiments = found.published.experiments
+def _missing_blocks(quality: Quality) -> list[str]:
+    experiments = quality.published.experiments
     lines = []
-    for name in found.missing():
+    for name in quality.missing():
         experiment = experiments[name]
         unit = METRICS[experiment.metric].title if experiment.metric else "for reference"
-        started = (
-            "; runs at another task, or without a validation yet, are above" if found.pooled.get(name) else ""
-        )
-        lines.append(f"- {code(name)}: {text(experiment.title)} ({unit}): {NOT_RUN}{started}")
+        has_runs = bool(quality.pooled.get(name))
+        note = "; above are runs of another task, or without a validation so far" * has_runs
+        lines.append(f"- {code(name)}: {text(experiment.title)} ({unit}): {NOT_RUN}{note}")
     return ["## Not run", "\n".join(lines) or "Nothing is missing."]
 
 
-def _source_blocks(sources: Sequence[Source], out: Path) -> list[str]:
-    """What each number leads to."""
+def _source_blocks(sources: Sequence[ResultSource], out: Path) -> list[str]:
+    """The origin of the numbers: file, command, commit and machine."""
     blocks = ["## Sources"]
     for source in sources:
         path = Path(os.path.relpath(source.path.resolve(), out.resolve())).as_posix()
-        where = f"[{text(source.name)}]({quote(path)})"
+        file_link = f"[{text(source.name)}]({quote(path)})"
         lines = [
-            f"- file: {where}",
+            f"- file: {file_link}",
             f"- command: {code(source.command)}",
             f"- commit: {code(source.commit)}",
             f"- machine: {text(source.machine)}",
         ]
         blocks += [f"### {text(source.name)}", "\n".join(lines)]
     rows = [[text(key), text(source)] for key, source in published().sources.items()]
-    return [*blocks, f"### {quality.PUBLISHED}", table(["name", "source"], rows)]
+    return [*blocks, f"### {quality_tables.PUBLISHED}", table(["name", "source"], rows)]
 
 
-def make(sources: Sequence[Source], unreadable: Sequence[tuple[Path, str]], out: Path) -> tuple[str, int]:
-    """The page as Markdown, with its pictures in `out`; and how many published experiments were not run."""
+def make(
+    sources: Sequence[ResultSource], unreadable: Sequence[tuple[Path, str]], out: Path
+) -> tuple[str, int]:
+    """The page in Markdown, with its pictures in `out`, and the number of published experiments that were not
+    run.
+    """
     pooled, notes = pool(sources)
-    found = Quality(pooled, [source for source in sources if source.kind == "lm-eval"])
-    headline = [*quality.headline_rows(found), others.quickstart_row(sources), others.speed_headline(sources)]
-    lengths, curves = _curve_blocks(found, out)
+    quality = Quality(pooled, [source for source in sources if source.kind == "lm-eval"])
+    headline = [
+        *quality_tables.headline_rows(quality),
+        others.quickstart_row(sources),
+        others.speed_headline(sources),
+    ]
+    lengths, curves = _curve_blocks(quality, out)
     kernels = [others.kernels_line(source) for source in sources if source.kind == "kernels"] or [
         f"GPU kernels, compiled: {NOT_RUN}."
     ]
@@ -200,25 +211,26 @@ def make(sources: Sequence[Source], unreadable: Sequence[tuple[Path, str]], out:
         "## In short",
         table(["what", "model", "published", "ours", "difference", "seeds", "steps", "set-up"], headline),
     ]
-    blocks += ["## Quality", *_quality_blocks(found), *(text(note) for note in notes)]
+    blocks += ["## Quality", *_quality_blocks(quality), *(text(note) for note in notes)]
     blocks += ["## Accuracy by length", *(lengths or [f"Tasks with test lengths: {NOT_RUN}."])]
     blocks += ["## Learning curves", *(curves or [f"Runs: {NOT_RUN}."])]
     blocks += _other_files(sources, out)
     blocks += ["## Speed", others.speed_section(sources), *kernels]
-    blocks += ["## Endurance", others.soak_section(sources), *_missing_blocks(found)]
+    blocks += ["## Tests of transformers", others.transformers_section(sources)]
+    blocks += ["## Endurance", others.soak_section(sources), *_missing_blocks(quality)]
     if unreadable:
         blocks += [
             "## Could not be read",
-            "\n".join(f"- {code(path.name)} {text(why)}" for path, why in unreadable),
+            "\n".join(f"- {code(path.name)} {text(reason)}" for path, reason in unreadable),
         ]
-    return "\n\n".join([*blocks, *_source_blocks(sources, out)]) + "\n", len(found.missing())
+    return "\n\n".join([*blocks, *_source_blocks(sources, out)]) + "\n", len(quality.missing())
 
 
 def main(argv: list[str]) -> None:
-    """`minrnn report ...`
+    """Run `minrnn report`.
 
     Raises:
-        UserError: a path that was named and cannot be read.
+        UserError: a path that was named cannot be read.
     """
     arguments = _parser().parse_args(argv)
     out: Path = arguments.out
@@ -229,9 +241,9 @@ def main(argv: list[str]) -> None:
             )
     if out.exists() and not out.is_dir():
         raise UserError("--out", f"{out} is a file; name a folder")
-    sources, unreadable = gather(arguments.paths or _own_results(), check)
-    for path, why in unreadable:
-        warn(f"{path} {why}")
+    sources, unreadable = gather_sources(arguments.paths or _own_results(), check)
+    for path, reason in unreadable:
+        warn(f"{path} {reason}")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -240,5 +252,6 @@ def main(argv: list[str]) -> None:
     write_text(out / "report.md", markdown)
     write_text(out / "report.html", to_html(markdown, TITLE, out))
     print(
-        f"{out / 'report.md'} and {out / 'report.html'}: {len(sources)} sources, {num_missing} published experiments not run"
+        f"{out / 'report.md'} and {out / 'report.html'}: {len(sources)} sources, "
+        f"{num_missing} published experiments not run"
     )

@@ -1,4 +1,6 @@
-"""Our runs beside published numbers: seeds pooled from all files, a mean with an interval, and the settings that differ."""
+"""Compares our runs with published numbers: pools seeds over all files, computes intervals, lists settings
+that differ.
+"""
 
 import json
 import math
@@ -8,44 +10,44 @@ from typing import Any
 
 from .published import Experiment, MetricName, Row, published
 from .runs import Seed, settings
-from .sources import Source
+from .sources import ResultSource
 
 CONFIDENCE = 0.95
 CELLS = {"mingru": "minGRU", "minlstm": "minLSTM"}
-TOLERANCE = {"parameters": 0.25, "tokens": 0.05}  # relative; published sizes are round numbers
+TOLERANCE = {"parameters": 0.25, "tokens": 0.05}  # relative; published sizes are rounded
 
 
 @dataclass(frozen=True)
 class Metric:
-    """What is read from a run."""
+    """A number that is read from a run."""
 
     title: str
-    of: Callable[[Seed], float | None]
-    """In the unit of the published numbers; None where the run has no such number (yet)."""
+    value_of: Callable[[Seed], float | None]
+    """Returns the number in the unit of the published ones; None if the run has none (yet)."""
     percent: bool
 
 
 def _final(name: str) -> Callable[[Seed], float | None]:
-    def of(seed: Seed) -> float | None:
+    def value_of(seed: Seed) -> float | None:
         value = getattr(seed.final, name, None)
         return None if value is None else 100 * value
 
-    return of
+    return value_of
 
 
 def _best(name: str) -> Callable[[Seed], float | None]:
     return lambda seed: getattr(seed.best, name, None)
 
 
-def _longer(seed: Seed) -> float | None:
-    """Mean accuracy over test lengths, which weigh alike."""
+def _test_length_accuracy(seed: Seed) -> float | None:
+    """Mean accuracy over test lengths, with equal weights."""
     if seed.final is None or not seed.final.by_length:
         return None
     return 100 * sum(seed.final.by_length.values()) / len(seed.final.by_length)
 
 
-def _longer_scaled(seed: Seed) -> float | None:
-    accuracy = _longer(seed)
+def _test_length_accuracy_scaled(seed: Seed) -> float | None:
+    accuracy = _test_length_accuracy(seed)
     if accuracy is None or seed.final is None or seed.final.chance is None:
         return None
     return 100 * (accuracy / 100 - seed.final.chance) / (1 - seed.final.chance)
@@ -57,17 +59,18 @@ METRICS: dict[MetricName, Metric] = {
     "bits_per_byte": Metric("best held-out bits per byte", _best("bits_per_byte"), False),
     "accuracy": Metric("accuracy, %", _final("accuracy"), True),
     "accuracy_scaled": Metric("accuracy scaled, %", _final("accuracy_scaled"), True),
-    "longer": Metric("accuracy at test lengths, %", _longer, True),
-    "longer_scaled": Metric("accuracy at test lengths scaled, %", _longer_scaled, True),
+    "longer": Metric("accuracy at test lengths, %", _test_length_accuracy, True),
+    "longer_scaled": Metric("accuracy at test lengths scaled, %", _test_length_accuracy_scaled, True),
     "lm_eval": Metric("lm-eval, %", lambda seed: None, True),
 }
-BESIDE: dict[MetricName, list[MetricName]] = {
+# Further metrics in the table of a metric.
+SECONDARY_METRICS: dict[MetricName, list[MetricName]] = {
     "best_loss": ["bits_per_byte"],
     "bits_per_byte": ["best_loss"],
     "accuracy": ["accuracy_scaled"],
     "longer": ["accuracy"],
     "longer_scaled": ["longer", "accuracy"],
-}  # what stands beside a metric in the same table
+}
 
 
 @dataclass(frozen=True)
@@ -75,16 +78,16 @@ class Estimate:
     """A mean over seeds."""
 
     mean: float
-    half: float | None
-    """Half the width of the t-interval; None with one seed."""
+    half_width: float | None
+    """Half the width of the t-interval; None for a single seed."""
     count: int
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """The mean and its two-sided t-interval: t(n - 1) s / sqrt(n), with s of n - 1 degrees of freedom.
+    """Mean and two-sided t-interval: t(n - 1) s / sqrt(n), where s is the sample standard deviation.
 
     Args:
-        values: one of each seed, at least one.
+        values: one per seed, at least one.
     """
     count = len(values)
     mean = math.fsum(values) / count
@@ -93,46 +96,49 @@ def estimate(values: Sequence[float]) -> Estimate:
     from scipy import stats
 
     deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1))
-    return Estimate(
-        mean, float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * deviation / math.sqrt(count), count
-    )
+    quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1))
+    return Estimate(mean, quantile * deviation / math.sqrt(count), count)
 
 
 @dataclass
-class Pooled:
-    """Runs that differ in their seed only, from all sources."""
+class PooledRuns:
+    """Runs of all sources that differ only in their seed."""
 
     label: str
     config: dict[str, dict[str, Any]]
-    runs: list[tuple[Seed, Source]]
+    runs: list[tuple[Seed, ResultSource]]
     task: str = ""
-    """In what its task differs from the published one, which makes its numbers others; empty: the same."""
+    """How its task differs from the published one, so that numbers do not compare; empty if it is the
+    same.
+    """
 
     @property
     def seeds(self) -> list[Seed]:
         return [seed for seed, _ in self.runs]
 
     @property
-    def sources(self) -> list[Source]:
+    def sources(self) -> list[ResultSource]:
         return list({source.path: source for _, source in self.runs}.values())
 
     def value(self, metric: MetricName) -> Estimate | None:
-        """None where no seed has the number."""
-        values = [value for seed in self.seeds if (value := METRICS[metric].of(seed)) is not None]
+        """Mean over the seeds that have the number; None if none has."""
+        values = [value for seed in self.seeds if (value := METRICS[metric].value_of(seed)) is not None]
         return estimate(values) if values else None
 
 
-def pool(sources: Sequence[Source]) -> tuple[dict[str, list[Pooled]], list[str]]:
-    """The runs of all sources by experiment, and a sentence for each that was found twice: the longer one counts."""
-    found: dict[str, dict[str, Pooled]] = {}
+def pool(sources: Sequence[ResultSource]) -> tuple[dict[str, list[PooledRuns]], list[str]]:
+    """The runs of all sources by experiment, and a note for each run that occurs twice: the longer one
+    counts.
+    """
+    by_experiment: dict[str, dict[str, PooledRuns]] = {}
     notes = []
     for source in sources:
         if source.results is None:
             continue
-        group = found.setdefault(source.results.experiment, {})
+        group = by_experiment.setdefault(source.results.experiment, {})
         for entry in source.results.entries:
             pooled = group.setdefault(
-                json.dumps(settings(entry.config), sort_keys=True), Pooled("", entry.config, [])
+                json.dumps(settings(entry.config), sort_keys=True), PooledRuns("", entry.config, [])
             )
             for seed in entry.seeds:
                 twin = next((i for i, other in enumerate(pooled.seeds) if other.seed == seed.seed), None)
@@ -140,37 +146,41 @@ def pool(sources: Sequence[Source]) -> tuple[dict[str, list[Pooled]], list[str]]
                     pooled.runs.append((seed, source))
                     continue
                 shorter, longer = sorted([pooled.runs[twin], (seed, source)], key=lambda run: run[0].steps)
-                if seed.steps == longer[0].steps == shorter[0].steps:  # the first that was found stays
+                if seed.steps == longer[0].steps == shorter[0].steps:  # the first one stays
                     shorter, longer = (seed, source), pooled.runs[twin]
                 pooled.runs[twin] = longer
-                names = f"{longer[1].name} ({longer[0].steps:,} steps) and {shorter[1].name} ({shorter[0].steps:,})"
-                notes.append(
-                    f"{source.results.experiment}: seed {seed.seed} of the same settings is in {names}; the first of these counts."
+                names = (
+                    f"{longer[1].name} ({longer[0].steps:,} steps) and "
+                    f"{shorter[1].name} ({shorter[0].steps:,})"
                 )
-    for name, group in found.items():
+                notes.append(
+                    f"{source.results.experiment}: seed {seed.seed} of the same settings is in {names}; "
+                    "the first of these counts."
+                )
+    for name, group in by_experiment.items():
         for pooled in group.values():
-            pooled.task = _other_task(published().experiments.get(name), pooled)
+            pooled.task = _task_difference(published().experiments.get(name), pooled)
         _label(list(group.values()))
         for pooled in group.values():
             pooled.runs.sort(key=lambda run: run[0].seed)
-    return {name: list(group.values()) for name, group in found.items()}, notes
+    return {name: list(group.values()) for name, group in by_experiment.items()}, notes
 
 
-def _other_task(experiment: Experiment | None, pooled: Pooled) -> str:
+def _task_difference(experiment: Experiment | None, pooled: PooledRuns) -> str:
     if experiment is None:
         return ""
-    ours, wanted = _settings(pooled), _setup(experiment)
-    keys = [key for key in wanted if key in ("data.corpus", *TOLERANCE) or key.startswith("data.task.")]
-    keys = [key for key in keys if ours.get(key) is not None and not _same(key, ours[key], wanted[key])]
-    return ", ".join(f"{key.rpartition('.')[2]} {_short(ours[key])}" for key in keys)
+    ours, theirs = _settings(pooled), _published_setup(experiment)
+    keys = [key for key in theirs if key in ("data.corpus", *TOLERANCE) or key.startswith("data.task.")]
+    keys = [key for key in keys if ours.get(key) is not None and not _is_equal(key, ours[key], theirs[key])]
+    return ", ".join(f"{key.rpartition('.')[2]} {_format(ours[key])}" for key in keys)
 
 
-def _setup(experiment: Experiment) -> dict[str, Any]:
+def _published_setup(experiment: Experiment) -> dict[str, Any]:
     return experiment.setup | ({"data.corpus": experiment.corpora[0]} if experiment.corpora else {})
 
 
-def _settings(pooled: Pooled) -> dict[str, Any]:
-    """All that a published set-up may name."""
+def _settings(pooled: PooledRuns) -> dict[str, Any]:
+    """All settings and sizes that a published set-up may name."""
     data, batch = pooled.config["data"], pooled.config["batch"]
     ours = settings(pooled.config) | {
         f"data.task.{key}": value for key, value in (data.get("task") or {}).items()
@@ -179,8 +189,10 @@ def _settings(pooled: Pooled) -> dict[str, Any]:
     return ours | sizes | {"sequences_per_step": batch["readers"] * batch["lanes"]}
 
 
-def _label(group: Sequence[Pooled]) -> None:
-    """Cell, preset, layers, and another task than the published; and of those that are alike so far, the settings in which they differ."""
+def _label(group: Sequence[PooledRuns]) -> None:
+    """Set the labels of a group: cell, preset, layers, a differing task; for equal labels the settings that
+    differ.
+    """
     for pooled in group:
         model = pooled.config["model"]
         name = model.get("family") or CELLS.get(model.get("cell", ""), model.get("cell", "model"))
@@ -189,29 +201,25 @@ def _label(group: Sequence[Pooled]) -> None:
         pooled.label = f"{name}{preset}" + (f", {layers} layer{'s' if layers != 1 else ''}" if layers else "")
         pooled.label += f", {pooled.task}" if pooled.task else ""
     for label in {pooled.label for pooled in group}:
-        alike = [pooled for pooled in group if pooled.label == label]
-        flat = [settings(pooled.config) for pooled in alike]
+        same = [pooled for pooled in group if pooled.label == label]
+        flat = [settings(pooled.config) for pooled in same]
         keys = [
             key
-            for key in dict.fromkeys(key for one in flat for key in one)
-            if any(one.get(key) != flat[0].get(key) for one in flat)
+            for key in dict.fromkeys(key for config in flat for key in config)
+            if any(config.get(key) != flat[0].get(key) for config in flat)
         ]
-        for pooled, one in zip(alike, flat, strict=True):
-            pooled.label = ", ".join([label, *(f"{key} {_short(one.get(key))}" for key in keys)])
+        for pooled, config in zip(same, flat, strict=True):
+            pooled.label = ", ".join([label, *(f"{key} {_format(config.get(key))}" for key in keys)])
 
 
-def _short(value: Any) -> str:
-    return (
-        f"{value:,}"
-        if isinstance(value, int) and not isinstance(value, bool)
-        else f"{value:g}"
-        if isinstance(value, float)
-        else str(value)
-    )
+def _format(value: Any) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def matches(pooled: Pooled, row: Row) -> bool:
-    """Whether this is the row's counterpart: such a model, at the published task."""
+def matches(pooled: PooledRuns, row: Row) -> bool:
+    """Whether runs are the counterpart of a published row: the same kind of model, at the published task."""
     return (
         not pooled.task
         and row.match is not None
@@ -219,33 +227,40 @@ def matches(pooled: Pooled, row: Row) -> bool:
     )
 
 
-def lines(experiment: Experiment, pooled: Sequence[Pooled]) -> list[tuple[Row | None, Pooled | None]]:
-    """Each published row with each counterpart of ours (None: not run), then ours without a published one."""
-    paired = [(row, [one for one in pooled if matches(one, row)]) for row in experiment.rows]
-    alone = [one for one in pooled if not any(matches(one, row) for row in experiment.rows)]
-    found: list[tuple[Row | None, Pooled | None]] = [
-        (row, one) for row, ours in paired for one in (ours or [None])
-    ]
-    return found + [(None, one) for one in alone]
+def pair_rows(
+    experiment: Experiment, pooled: Sequence[PooledRuns]
+) -> list[tuple[Row | None, PooledRuns | None]]:
+    """Each published row with each of our counterparts (None: not run), then our runs without a published
+    row.
+    """
+    pairs: list[tuple[Row | None, PooledRuns | None]] = []
+    for row in experiment.rows:
+        counterparts = [runs for runs in pooled if matches(runs, row)]
+        pairs += [(row, runs) for runs in (counterparts or [None])]
+    unmatched = [runs for runs in pooled if not any(matches(runs, row) for row in experiment.rows)]
+    return pairs + [(None, runs) for runs in unmatched]
 
 
-def differences(experiment: Experiment, pooled: Pooled) -> list[str]:
-    """Settings that are not as published, each with both values; of a task, an option that is not set has the published value."""
+def differences(experiment: Experiment, pooled: PooledRuns) -> list[str]:
+    """Settings that differ from the published ones, with both values.
+
+    A task's unset options have the published values.
+    """
     ours = _settings(pooled)
     return [
-        f"{key} {_short(ours[key])} (published {_short(value)})"
-        for key, value in _setup(experiment).items()
-        if key in ours and ours[key] is not None and not _same(key, ours[key], value)
+        f"{key} {_format(ours[key])} (published {_format(value)})"
+        for key, value in _published_setup(experiment).items()
+        if key in ours and ours[key] is not None and not _is_equal(key, ours[key], value)
     ]
 
 
-def _same(key: str, ours: Any, theirs: Any) -> bool:
+def _is_equal(key: str, ours: Any, theirs: Any) -> bool:
     return abs(ours - theirs) <= TOLERANCE[key] * theirs if key in TOLERANCE else ours == theirs
 
 
-def own_metric(pooled: Sequence[Pooled]) -> MetricName:
-    """Of an experiment that nothing is published about."""
-    final = next((seed.final for one in pooled for seed in one.seeds if seed.final), None)
+def unpublished_metric(pooled: Sequence[PooledRuns]) -> MetricName:
+    """The metric of an experiment without published numbers."""
+    final = next((seed.final for runs in pooled for seed in runs.seeds if seed.final), None)
     if final is None or final.accuracy is None:
         return "best_loss" if final is None or final.bits_per_byte is None else "bits_per_byte"
     return "accuracy"

@@ -1,7 +1,7 @@
-"""Markdown, and one HTML file made from it.
+"""Markdown, and the single HTML file made from it.
 
-Links inside a page go to its headings under the names that GitHub gives them, so that they hold in the Markdown and in the HTML alike. The
-HTML has its pictures inside, and no script.
+Links within the page lead to its headings by the anchors that GitHub gives them, so they work in Markdown and
+in HTML. The HTML includes its pictures and has no scripts.
 """
 
 import base64
@@ -12,15 +12,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # imported where a page is made: the extra `eval` has it
+if TYPE_CHECKING:  # imported only where a page is made: the extra `eval` installs it
     from markdown_it.token import Token
 
 NOT_RUN = "not run"
 STYLE = """
-:root { color-scheme: light dark; --ink: #1a1a1a; --paper: #fff; --line: #d5d5d5; --shade: #f4f4f4; --link: #0550ae; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --paper: #161616; --line: #444; --shade: #222; --link: #79b8ff; } }
+:root { color-scheme: light dark; --ink: #1a1a1a; --paper: #fff; --line: #d5d5d5; --shade: #f4f4f4;
+  --link: #0550ae; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --paper: #161616; --line: #444; --shade: #222;
+  --link: #79b8ff; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 72rem; padding: 1rem; color: var(--ink); background: var(--paper); font: 1rem/1.5 system-ui, sans-serif; }
+body { margin: 0 auto; max-width: 72rem; padding: 1rem; color: var(--ink); background: var(--paper);
+  font: 1rem/1.5 system-ui, sans-serif; }
 h1, h2, h3 { line-height: 1.2; margin: 2em 0 .5em; }
 h1 { margin-top: .5em; }
 h2 { border-bottom: 1px solid var(--line); padding-bottom: .2em; }
@@ -37,36 +40,36 @@ code { background: var(--shade); padding: .1em .3em; border-radius: 3px; font-si
 
 
 def text(value: object) -> str:
-    """Words of a file as Markdown that shows just them, in a table's cell too."""
+    """Escape a text for Markdown, also within a table cell."""
     return re.sub(r"([\\`*_\[\]<>|!#&~])", r"\\\1", " ".join(str(value).split()))
 
 
 def code(value: object) -> str:
-    """Words of a file as code, in a table's cell too."""
+    """A text as code in Markdown, also within a table cell."""
     return "`" + " ".join(str(value).split()).replace("`", "'").replace("|", "\\|") + "`"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Cells are Markdown."""
+    """A Markdown table; cells are Markdown."""
     assert all(len(row) == len(header) for row in rows)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, ["---"] * len(header), *rows])
 
 
 def slug(heading: str) -> str:
-    """What GitHub calls a heading that has no Markdown in it."""
+    """GitHub's anchor for a heading without Markdown."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
 def link(words: str, heading: str) -> str:
-    """To a heading of the same page; `words` are Markdown."""
+    """A link to a heading of the same page; `words` are Markdown."""
     return f"[{words}](#{slug(heading)})"
 
 
 def to_html(markdown: str, title: str, folder: Path) -> str:
-    """One page that needs no other file.
+    """A single HTML page without external files.
 
     Args:
-        markdown: pictures are named relative to `folder`.
+        markdown: names pictures relative to `folder`.
     """
     from markdown_it import MarkdownIt
 
@@ -79,12 +82,16 @@ def to_html(markdown: str, title: str, folder: Path) -> str:
         for child in token.children or []:
             if child.type == "image":
                 _embed(child, folder)
-    body = parser.renderer.render(tokens, parser.options, {})
-    body = body.replace("<table>", '<div class="scroll"><table>').replace(
-        "</table>", "</table></div>"
-    )  # text has its < escaped
-    head = f'<meta charset="utf-8">\n<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{html.escape(title)}</title>'
-    return f'<!DOCTYPE html>\n<html lang="en">\n<head>\n{head}\n<style>{STYLE}</style>\n</head>\n<body>\n{body}</body>\n</html>\n'
+    body = parser.renderer.render(tokens, parser.options, {})  # escapes each < of the text
+    body = body.replace("<table>", '<div class="scroll"><table>').replace("</table>", "</table></div>")
+    head = (
+        '<meta charset="utf-8">\n<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{html.escape(title)}</title>"
+    )
+    return (
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n{head}\n<style>{STYLE}</style>\n</head>\n'
+        f"<body>\n{body}</body>\n</html>\n"
+    )
 
 
 def _embed(image: "Token", folder: Path) -> None:

@@ -1,13 +1,13 @@
-"""Learning curves and accuracies by length."""
+"""Draws learning curves and accuracies by length."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .compare import Pooled
+from .compare import PooledRuns
 from .runs import Seed
 
-COLOURS = [f"C{i}" for i in range(10)]
+COLORS = [f"C{i}" for i in range(10)]
 
 
 def _figure(columns: int) -> tuple[Any, list[Any]]:
@@ -24,19 +24,22 @@ def _save(figure: Any, picture: Path) -> None:
     figure.savefig(picture, dpi=110)
 
 
-def learning_curves(pooled: Sequence[Pooled], picture: Path) -> None:
-    """Training loss (thin) and held-out loss (dots) over steps, every seed; of tasks the accuracy beside it."""
+def learning_curves(pooled: Sequence[PooledRuns], picture: Path) -> None:
+    """Training loss (thin lines) and held-out loss (dots) by step for every seed; for tasks also accuracy."""
     with_accuracy = any(
-        accuracy is not None for one in pooled for seed in one.seeds for *_, accuracy in seed.curve.validation
+        accuracy is not None
+        for runs in pooled
+        for seed in runs.seeds
+        for *_, accuracy in seed.curve.validation
     )
     figure, axes = _figure(2 if with_accuracy else 1)
-    for i, one in enumerate(pooled):
-        colour = COLOURS[i % len(COLOURS)]
-        for j, seed in enumerate(one.seeds):
+    for i, runs in enumerate(pooled):
+        color = COLORS[i % len(COLORS)]
+        for j, seed in enumerate(runs.seeds):
             label = (
-                f"{one.label} ({len(one.runs)} seed{'s' if len(one.runs) > 1 else ''})" if j == 0 else None
+                f"{runs.label} ({len(runs.runs)} seed{'s' if len(runs.runs) > 1 else ''})" if j == 0 else None
             )
-            _draw_losses(axes[0], seed, colour, label)
+            _draw_losses(axes[0], seed, color, label)
             if with_accuracy:
                 points = [
                     (step, accuracy) for step, _, accuracy in seed.curve.validation if accuracy is not None
@@ -45,7 +48,7 @@ def learning_curves(pooled: Sequence[Pooled], picture: Path) -> None:
                     [step for step, _ in points],
                     [100 * accuracy for _, accuracy in points],
                     "o-",
-                    color=colour,
+                    color=color,
                     markersize=3,
                     label=label,
                 )
@@ -59,35 +62,35 @@ def learning_curves(pooled: Sequence[Pooled], picture: Path) -> None:
     _save(figure, picture)
 
 
-def _draw_losses(ax: Any, seed: Seed, colour: str, label: str | None) -> None:
-    ax.plot(*zip(*seed.curve.train, strict=True), color=colour, alpha=0.5, linewidth=0.9, label=label)
+def _draw_losses(ax: Any, seed: Seed, color: str, label: str | None) -> None:
+    ax.plot(*zip(*seed.curve.train, strict=True), color=color, alpha=0.5, linewidth=0.9, label=label)
     if seed.curve.validation:
         ax.plot(
             [step for step, *_ in seed.curve.validation],
             [loss for _, loss, _ in seed.curve.validation],
             "o",
-            color=colour,
+            color=color,
             markersize=4,
         )
 
 
-def _loss_range(pooled: Sequence[Pooled]) -> tuple[float, float]:
-    """All but the first steps of training, where the loss falls from what a guess has."""
-    curves = [[loss for _, loss in seed.curve.train] for one in pooled for seed in one.seeds]
+def _loss_range(pooled: Sequence[PooledRuns]) -> tuple[float, float]:
+    """The range without the first steps of training, in which the loss falls from that of a guess."""
+    curves = [[loss for _, loss in seed.curve.train] for runs in pooled for seed in runs.seeds]
     losses = [loss for curve in curves for loss in curve]
-    validated = [loss for one in pooled for seed in one.seeds for _, loss, _ in seed.curve.validation]
+    validated = [loss for runs in pooled for seed in runs.seeds for _, loss, _ in seed.curve.validation]
     later = [loss for curve in curves for loss in curve[len(curve) // 20 :]]
     lowest, highest = min(losses + validated), max(later + validated)
     margin = 0.05 * (highest - lowest) or 0.1
     return lowest - margin, highest + margin
 
 
-def accuracy_by_length(pooled: Sequence[Pooled], picture: Path) -> None:
-    """A line for each seed at its last validation, over test lengths, with what a guess has."""
+def accuracy_by_length(pooled: Sequence[PooledRuns], picture: Path) -> None:
+    """Accuracy at each test length at the last validation, runs line per seed, and the level of guessing."""
     figure, (ax,) = _figure(1)
     chances = set()
-    for i, one in enumerate(pooled):
-        for j, seed in enumerate(seed for seed in one.seeds if seed.final and seed.final.by_length):
+    for i, runs in enumerate(pooled):
+        for j, seed in enumerate(seed for seed in runs.seeds if seed.final and seed.final.by_length):
             assert seed.final is not None
             points = sorted(
                 (int(length), 100 * accuracy) for length, accuracy in (seed.final.by_length or {}).items()
@@ -95,13 +98,13 @@ def accuracy_by_length(pooled: Sequence[Pooled], picture: Path) -> None:
             ax.plot(
                 *zip(*points, strict=True),
                 "o-",
-                color=COLOURS[i % len(COLOURS)],
+                color=COLORS[i % len(COLORS)],
                 markersize=4,
-                label=one.label if j == 0 else None,
+                label=runs.label if j == 0 else None,
             )
             chances.add(seed.final.chance)
     for chance in sorted(chance for chance in chances if chance is not None):
-        ax.axhline(100 * chance, color="tab:gray", linestyle="--", label="a guess")
+        ax.axhline(100 * chance, color="tab:gray", linestyle="--", label="chance")
     ax.set_xscale("log", base=2)
     ax.set(xlabel="length", ylabel="accuracy (%)", ylim=(-2, 102))
     ax.grid(alpha=0.3)

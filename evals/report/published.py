@@ -1,4 +1,4 @@
-"""Published numbers, from published.yaml, and the measures by which ours stand beside them."""
+"""Published numbers from published.yaml, and the names of the metrics that compare with them."""
 
 import functools
 from importlib import resources
@@ -24,36 +24,38 @@ class _Strict(BaseModel):
 
 
 class Row(_Strict):
-    """A model's published number."""
+    """The published number of one model."""
 
     model: str
     value: int | float | None
-    """Percent or nats, as the experiment's metric says, with the decimals of the source; None where it has no number (`note` says what)."""
+    """Percent or nats, as the experiment's metric says, with the decimals of the source; None if there is no
+    number (see `note`).
+    """
     match: dict[str, Any] | None = None
-    """Fields of a run's model section that make it this row's counterpart; None: we have none."""
+    """Fields of a run's model section that identify our counterpart; None: we have none."""
     source: str
     """A key of `sources`."""
     reported: bool = False
-    """Seen second-hand, not in the source itself."""
+    """Taken from a secondary source."""
     note: str = ""
 
 
 class LmEval(_Strict):
-    """Where lm-eval's files have an experiment's number."""
+    """The task and metric in lm-eval's files that hold an experiment's number."""
 
     task: str
     metric: str
 
 
 class Experiment(_Strict):
-    """What was measured, how, and what came out."""
+    """A published experiment: metric, set-up and numbers."""
 
     group: str
     title: str
     metric: MetricName | None
-    """None: for reference, nothing of ours compares."""
+    """None: for reference only, no result of ours compares."""
     corpora: list[str] = []
-    """What `data.corpus` may be, the published variant first; empty: anything."""
+    """Allowed values of `data.corpus`, the published variant first; empty: any."""
     setup: dict[str, Any] = {}
     """Published settings: keys of a recipe, or sequences_per_step, parameters, tokens."""
     lm_eval: LmEval | None = None
@@ -62,14 +64,14 @@ class Experiment(_Strict):
 
 
 class Group(_Strict):
-    """Experiments that share a section."""
+    """A group of experiments that share a section."""
 
     title: str
     note: str
 
 
 class Published(_Strict):
-    """All of published.yaml."""
+    """The content of published.yaml."""
 
     sources: dict[str, str]
     groups: dict[str, Group]
@@ -90,6 +92,6 @@ class Published(_Strict):
 
 @functools.cache
 def published() -> Published:
-    """The numbers that come with the package."""
+    """The published numbers that come with the package."""
     text = resources.files("minrnn.evals.report").joinpath("published.yaml").read_text()
     return Published.model_validate(yaml.safe_load(text))

@@ -1,8 +1,12 @@
-"""One results file from run folders: `minrnn results RUN [RUN ...] --as NAME --out evals/results/NAME.json`.
+"""Makes a results file from run folders: `minrnn results RUN [RUN ...] --as NAME --out
+evals/results/NAME.json`.
 
-    config.yaml, metrics.jsonl of each run -> a `Seed` each -> runs that differ in run.seed only: one `Entry` -> `Results`, a JSON file
+    config.yaml, metrics.jsonl of each run -> one `Seed` each
+      -> runs that differ only in run.seed: one `Entry`
+      -> `Results`, a JSON file
 
-A run may be finished, stopped, or still going: what its metrics hold counts, and the file says how many of its steps that are.
+A run may be finished, stopped or in progress: the file holds what its metrics contain, and how many of its
+steps that is.
 """
 
 import argparse
@@ -31,21 +35,21 @@ from .published import published
 
 CURVE_POINTS = 100
 KEPT_SECTIONS = ("model", "data", "batch", "optim", "train")
-# Settings that say how a run is run and reported, not what it computes.
-WITHOUT_EFFECT = {
-    *(
-        "data.workers",
-        "train.log_every",
-        "train.save_every",
-        "train.keep_checkpoints",
-        "train.save_in_background",
-    ),
-    *("train.peer_timeout", "train.prompts", "train.sample_tokens"),
+# Settings that change how a run is executed and reported, not what it computes.
+IGNORED_SETTINGS = {
+    "data.workers",
+    "train.keep_checkpoints",
+    "train.log_every",
+    "train.peer_timeout",
+    "train.prompts",
+    "train.sample_tokens",
+    "train.save_every",
+    "train.save_in_background",
 }
 
 
 class Validation(BaseModel):
-    """A validation line of metrics.jsonl: of text with bits_per_byte, of a task with the rest."""
+    """A validation line of metrics.jsonl: bits_per_byte for text, the remaining fields for tasks."""
 
     step: int
     tokens: int
@@ -58,29 +62,29 @@ class Validation(BaseModel):
 
 
 class Curve(BaseModel):
-    """At most CURVE_POINTS points each."""
+    """Curves of at most CURVE_POINTS points each."""
 
     train: list[tuple[int, float]] = Field(min_length=1)
-    """(step, mean loss in nats since the point before)"""
+    """(step, mean training loss in nats since the previous point)"""
     validation: list[tuple[int, float, float | None]]
-    """(step, loss in nats, accuracy of a task)"""
+    """(step, validation loss in nats, accuracy of a task)"""
 
 
 class Seed(BaseModel):
     """One run."""
 
     run: str
-    """Name of its folder."""
+    """Name of the run's folder."""
     seed: int
     steps: int
     steps_asked: int
     tokens: int
     parameters: int | None
-    """None where no checkpoint was left."""
+    """None if there is no checkpoint to read it from."""
     training_seconds: float | None
-    """With validations, without the start; None where the lines do not say."""
+    """Including validations, without start-up; None if the lines lack times."""
     not_finite: int
-    """Lines whose loss was no number; they count nowhere else."""
+    """Number of lines with a loss that is not finite; other fields ignore these lines."""
     best: Validation | None
     """The validation with the lowest loss."""
     final: Validation | None
@@ -88,7 +92,7 @@ class Seed(BaseModel):
 
 
 class Entry(BaseModel):
-    """Runs that differ in run.seed only."""
+    """Runs that differ only in run.seed."""
 
     config: dict[str, dict[str, Any]]
     """The sections KEPT_SECTIONS of the resolved recipe."""
@@ -100,7 +104,7 @@ class Results(BaseModel):
 
     kind: Literal["runs"] = "runs"
     experiment: str
-    """A key of published.yaml, or a name of one's own."""
+    """A key of published.yaml, or any other name."""
     command: str
     commit: str | None
     time: str
@@ -110,12 +114,12 @@ class Results(BaseModel):
 
 
 def is_run(path: Path) -> bool:
-    """Whether this is the folder of a run."""
+    """Whether a path is the folder of a run."""
     return (path / "config.yaml").is_file() and (path / "metrics.jsonl").is_file()
 
 
 def training_seconds(train: Sequence[dict[str, Any]], validations: Sequence[dict[str, Any]]) -> float | None:
-    """Of steps and validations, from their lines; None where a line does not say."""
+    """Duration of steps and validations, from their lines; None if a line lacks its time."""
     if not all(line.get("tokens_per_second") for line in train) or not all(
         "seconds" in line for line in validations
     ):
@@ -129,21 +133,22 @@ def training_seconds(train: Sequence[dict[str, Any]], validations: Sequence[dict
 
 
 def num_parameters(run: Path) -> int | None:
-    """From the newest weights that the run left, if any can be read (a run that goes on may just be removing them)."""
-    found = sorted(run.glob("checkpoints/step-*/model.safetensors"))[-1:] or list(
-        run.glob("model/model.safetensors")
-    )
-    if not found:
+    """Read from the newest weights of the run; None if there are none (a running run may be removing
+    them).
+    """
+    checkpoints = sorted(run.glob("checkpoints/step-*/model.safetensors"))[-1:]
+    weights = checkpoints or list(run.glob("model/model.safetensors"))
+    if not weights:
         return None
     try:
-        with safe_open(str(found[0]), "pt") as file:
-            return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 - it is no dict
+        with safe_open(str(weights[0]), "pt") as file:
+            return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 - not a dict
     except (OSError, SafetensorError):
         return None
 
 
-def _thinned(lines: Sequence[dict[str, Any]]) -> list[tuple[int, float]]:
-    """(step, loss) at no more than CURVE_POINTS steps; each loss is the mean since the point before."""
+def _thin_out(lines: Sequence[dict[str, Any]]) -> list[tuple[int, float]]:
+    """(step, loss) at no more than CURVE_POINTS steps; each loss is the mean since the previous point."""
     size = max(1, math.ceil(len(lines) / CURVE_POINTS))
     groups = [lines[i : i + size] for i in range(0, len(lines), size)]
     return [
@@ -151,106 +156,104 @@ def _thinned(lines: Sequence[dict[str, Any]]) -> list[tuple[int, float]]:
     ]
 
 
-def _spread(validations: Sequence[Validation]) -> list[tuple[int, float, float | None]]:
-    """At most CURVE_POINTS of them, first and last included."""
+def _sample_evenly(validations: Sequence[Validation]) -> list[tuple[int, float, float | None]]:
+    """At most CURVE_POINTS validations, including the first and the last."""
     count = min(len(validations), CURVE_POINTS)
     picked = [validations[round(i * (len(validations) - 1) / max(count - 1, 1))] for i in range(count)]
     return [(line.step, round(line.loss, 5), line.accuracy) for line in picked]
 
 
-def read_run(run: Path) -> tuple[dict[str, dict[str, Any]], Seed]:
-    """The settings of a run, and what it reached.
+def _read_config(run: Path) -> tuple[dict[str, dict[str, Any]], int, int]:
+    """The kept sections of a run's config.yaml, its seed and its number of steps.
 
     Raises:
-        UserError: no folder of a run, or nothing in it yet.
+        UserError: the file is not one that a run writes.
+    """
+    try:
+        values = yaml.safe_load((run / "config.yaml").read_text())
+        config = {name: public_config(values[name]) for name in KEPT_SECTIONS}
+        seed, steps = values["run"]["seed"], values["train"]["steps"]
+        for key in ("data.corpus", "batch.readers", "batch.lanes"):
+            section, name = key.split(".")
+            if name not in config[section]:
+                raise KeyError(key)
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UserError(str(run), f"config.yaml is not what a run writes ({reason})") from None
+    return config, seed, steps
+
+
+def read_run(run: Path) -> tuple[dict[str, dict[str, Any]], Seed]:
+    """The settings of a run, and its results so far.
+
+    Raises:
+        UserError: the path is not a run's folder, or the run has no step yet.
     """
     if not is_run(run):
         raise UserError(
             str(run), "is no run: config.yaml or metrics.jsonl is missing; name the folder that run.dir said"
         )
+    config, seed, steps = _read_config(run)
     try:
-        values = yaml.safe_load((run / "config.yaml").read_text())
-        config = {name: public_config(values[name]) for name in KEPT_SECTIONS}
-        seed, steps_asked = values["run"]["seed"], values["train"]["steps"]
-        if missing := [
-            key
-            for key in ("data.corpus", "batch.readers", "batch.lanes")
-            if key.split(".")[1] not in config[key.split(".")[0]]
-        ]:
-            raise KeyError(missing[0])
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
-        told = (
-            f"config.yaml is not what a run writes ({type(error).__name__}: {' '.join(str(error).split())})"
-        )
-        raise UserError(str(run), told) from None
-    try:
-        lines = [
-            line
-            for line in read_metrics(run / "metrics.jsonl")
-            if line.get("kind") in ("train", "validation")
-        ]
-        finite = [
-            line
-            for line in lines
-            if isinstance(line.get("loss"), float | int) and math.isfinite(line["loss"])
-        ]
-        train = [line for line in finite if line["kind"] == "train"]
-        validation_lines = [line for line in finite if line["kind"] == "validation"]
-        validations = [Validation(**line) for line in validation_lines]
-        reached = (
-            _seed(run, seed, steps_asked, lines, train, validation_lines, validations) if train else None
-        )
+        result = _read_seed(run, seed, steps)
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        told = f"metrics.jsonl is not what a run writes ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
-        raise UserError(str(run), told) from None
-    if reached is None:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(str(run), f"metrics.jsonl is not what a run writes ({reason})") from None
+    if result is None:
         raise UserError(
             str(run), "metrics.jsonl holds no step yet; wait for the first, or leave this run out"
         )
-    return config, reached
+    return config, result
 
 
-def _seed(
-    run: Path,
-    seed: int,
-    steps_asked: int,
-    lines: list[dict[str, Any]],
-    train: list[dict[str, Any]],
-    validation_lines: list[dict[str, Any]],
-    validations: list[Validation],
-) -> Seed:
+def _read_seed(run: Path, seed: int, steps: int) -> Seed | None:
+    """The results in a run's metrics.jsonl; None before its first step."""
+    lines = [
+        line for line in read_metrics(run / "metrics.jsonl") if line.get("kind") in ("train", "validation")
+    ]
+    finite = [
+        line for line in lines if isinstance(line.get("loss"), float | int) and math.isfinite(line["loss"])
+    ]
+    train = [line for line in finite if line["kind"] == "train"]
+    validation_lines = [line for line in finite if line["kind"] == "validation"]
+    validations = [Validation(**line) for line in validation_lines]
+    if not train:
+        return None
     seconds = training_seconds(train, validation_lines)
     return Seed(
         run=run.resolve().name,
         seed=seed,
         steps=train[-1]["step"],
-        steps_asked=steps_asked,
+        steps_asked=steps,
         tokens=train[-1]["tokens"],
         parameters=num_parameters(run),
         training_seconds=None if seconds is None else round(seconds, 1),
         not_finite=len(lines) - len(train) - len(validation_lines),
         best=min(validations, key=lambda line: line.loss, default=None),
         final=validations[-1] if validations else None,
-        curve=Curve(train=_thinned(train), validation=_spread(validations)),
+        curve=Curve(train=_thin_out(train), validation=_sample_evenly(validations)),
     )
 
 
 def settings(config: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """{"optim.lr": ...}: what two runs have in common that differ in their seed only. A setting newer than a run has its default."""
+    """{"optim.lr": ...}: the settings that are equal in runs that differ only in their seed.
+
+    Settings that are newer than a run have their defaults.
+    """
     flat = {
         f"{section}.{name}": value for section, fields in config.items() for name, value in fields.items()
     }
     for section in config:
         for name, field in SECTIONS[section].model_fields.items():
             flat.setdefault(f"{section}.{name}", field.get_default(call_default_factory=True))
-    return {key: value for key, value in flat.items() if key not in WITHOUT_EFFECT}
+    return {key: value for key, value in flat.items() if key not in IGNORED_SETTINGS}
 
 
-def entries_of(runs: Sequence[Path]) -> list[Entry]:
-    """The runs, those that differ in their seed only together.
+def group_runs(runs: Sequence[Path]) -> list[Entry]:
+    """Read runs, and group those that differ only in their seed.
 
     Raises:
-        UserError: every run that cannot be read, or that has the settings and the seed of another.
+        UserError: every run that cannot be read, or that has the settings and the seed of another run.
     """
     entries: dict[str, Entry] = {}
     errors = []
@@ -276,73 +279,72 @@ def entries_of(runs: Sequence[Path]) -> list[Entry]:
 
 
 def check_corpora(name: str, entries: Sequence[Entry], key: str) -> None:
-    """Runs of another task have no place under the name of a published one.
+    """Check that runs listed under a published name have its task.
 
     Raises:
-        UserError: under `key`, for each such run, or where nothing of ours compares.
+        UserError: under `key`, each run of another task; or the published experiment takes no runs.
     """
     experiment = published().experiments.get(name)
     if experiment is None:
         return
     if experiment.metric in (None, "lm_eval"):
-        told = "lm-eval's files are read as they are" if experiment.metric else "it is for reference only"
-        raise UserError(key, f"{name} takes no runs ({told}); choose another name")
+        reason = "lm-eval's files are read as they are" if experiment.metric else "it is for reference only"
+        raise UserError(key, f"{name} takes no runs ({reason}); choose another name")
     wrong = [(entry, entry.config["data"]["corpus"]) for entry in entries if experiment.corpora]
     wrong = [(entry.seeds[0].run, corpus) for entry, corpus in wrong if corpus not in experiment.corpora]
     if wrong:
-        wanted = " or ".join(experiment.corpora)
+        corpora = " or ".join(experiment.corpora)
         raise UserError.from_list(
             (
-                (key, f"{name} is about {wanted}, but {run} has {corpus}; choose another name")
+                (key, f"{name} is about {corpora}, but {run} has {corpus}; choose another name")
                 for run, corpus in wrong
             )
         )
 
 
 def collect(runs: Sequence[Path], name: str, command: str) -> Results:
-    """Everything a results file holds.
+    """Make the content of a results file.
 
     Raises:
-        UserError: runs that cannot be read, or that are not about the named experiment.
+        UserError: runs cannot be read, or do not belong to the experiment.
     """
-    entries = entries_of(runs)
+    entries = group_runs(runs)
     check_corpora(name, entries, "--as")
-    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    where = machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return Results(
         experiment=name,
         command=command,
         commit=commit(),
-        time=now,
-        machine=where,
+        time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        machine=machine(device),
         versions=versions(),
         entries=entries,
     )
 
 
 def main(argv: list[str]) -> None:
-    """`minrnn results ...`
+    """Run `minrnn results`.
 
     Raises:
-        UserError: runs that cannot be read, or do not fit the name.
+        UserError: runs cannot be read, or do not belong to the named experiment.
     """
     parser = argparse.ArgumentParser(
         "minrnn results",
-        description="One results file from folders of runs, for minrnn report.",
+        description="Make a results file from folders of runs, for minrnn report.",
     )
     parser.add_argument(
         "runs",
         type=user_path,
         nargs="+",
         metavar="RUN",
-        help="folders of runs; those that differ in run.seed only are one entry",
+        help="folders of runs; runs that differ only in run.seed become one entry",
     )
     parser.add_argument(
         "--as",
         dest="name",
         required=True,
         metavar="NAME",
-        help=f"one of {', '.join(published().experiments)}; or a name of its own",
+        help=f"one of {', '.join(published().experiments)}; or any other name",
     )
     parser.add_argument("--out", type=user_path, help="JSON file to write (default: evals/results/NAME.json)")
     arguments = parser.parse_args(argv)

@@ -1,4 +1,7 @@
-"""What a report is made of: results files, and folders of runs, each read once and recognized by what it holds."""
+"""The inputs of a report: results files and folders of runs.
+
+Each is read once; the content determines its kind.
+"""
 
 import json
 from collections.abc import Callable, Sequence
@@ -12,14 +15,15 @@ from ...common.errors import UserError
 from .published import published
 from .runs import Entry, Results, is_run, read_run
 
-Kind = Literal["runs", "lm-eval", "long-context", "bench", "soak", "quickstart", "kernels"]
-# Files that bear no kind, by fields that only they have.
+Kind = Literal["runs", "lm-eval", "long-context", "bench", "soak", "quickstart", "kernels", "transformers"]
+# Kinds of files without a field `kind`, by fields that only they have.
 FIELDS: tuple[tuple[Kind, set[str]], ...] = (
     ("bench", {"bench", "rows"}),
     ("lm-eval", {"results", "configs", "versions"}),
     ("soak", {"faults", "kills", "steps_repeated", "checkpoints_refused", "problems"}),
     ("quickstart", {"validation_subset", "validation_all_held_out_modules", "training_seconds"}),
     ("kernels", {"kernels", "issue_rate"}),
+    ("transformers", {"models", "versions", "command"}),  # the library's own tests
     ("long-context", {"overall", "buckets"}),  # loss by position
     ("long-context", {"rows", "carried_minus_windows_bits_per_byte"}),  # one long document through lm-eval
 )
@@ -27,19 +31,19 @@ MADE_BY = "minrnn results, minrnn eval, minrnn long-context and minrnn bench wri
 NOT_RECORDED = "not recorded"
 
 
-class Unreadable(ValueError):
-    """A file that no section can show; the message says why, and what to do."""
+class UnreadableError(ValueError):
+    """A file that cannot be shown; the message says why and what to do."""
 
 
 @dataclass
-class Source:
-    """A results file, or a run."""
+class ResultSource:
+    """A results file or a run."""
 
     path: Path
     kind: Kind
     data: dict[str, Any]
     results: Results | None = None
-    """Of kind `runs`."""
+    """For kind `runs`."""
     name: str = field(default="")
     """Unique among the report's sources."""
 
@@ -55,166 +59,170 @@ class Source:
 
     @property
     def machine(self) -> str:
-        found = self.data.get("machine")
-        if not isinstance(found, dict) or not found:
+        machine = self.data.get("machine")
+        if not isinstance(machine, dict) or not machine:
             return NOT_RECORDED
-        gpu = found.get("gpu")
+        gpu = machine.get("gpu")
         if isinstance(gpu, dict):
             return str(gpu.get("name", gpu))
-        return f"{found.get('cpu', 'CPU')}, {found.get('threads', '?')} threads"
+        return f"{machine.get('cpu', 'CPU')}, {machine.get('threads', '?')} threads"
 
 
-def kind_of(data: Any) -> Kind:
-    """What a file holds.
+def detect_kind(data: Any) -> Kind:
+    """The kind of a file's content.
 
     Raises:
-        Unreadable: nothing that is known.
+        UnreadableError: the content is of no known kind.
     """
     if not isinstance(data, dict):
-        raise Unreadable(f"holds no results ({type(data).__name__} instead of an object); {MADE_BY}")
+        raise UnreadableError(f"holds no results ({type(data).__name__} instead of an object); {MADE_BY}")
     if "kind" in data:
         if data["kind"] in ("runs", "long-context"):
             return data["kind"]
-        raise Unreadable(f"is of the unknown kind {data['kind']!r}; {MADE_BY}")
+        raise UnreadableError(f"is of the unknown kind {data['kind']!r}; {MADE_BY}")
     for kind, keys in FIELDS:
         if keys <= data.keys():
             return kind
-    raise Unreadable(
-        f"holds no results that are known (its fields: {', '.join(map(str, list(data)[:6])) or 'none'}); {MADE_BY}"
-    )
+    fields = ", ".join(map(str, list(data)[:6])) or "none"
+    raise UnreadableError(f"holds no results that are known (its fields: {fields}); {MADE_BY}")
 
 
-def read_file(path: Path, check: Callable[[Source], object]) -> Source:
-    """A results file.
+def read_file(path: Path, check: Callable[[ResultSource], object]) -> ResultSource:
+    """Read a results file.
 
     Args:
-        check: makes all of it that a report shows, so that what is broken is found here.
+        check: renders all that a report shows of it, so that incomplete files are found here.
 
     Raises:
-        Unreadable: no JSON, cut short, of an unknown kind, or without what its kind has.
+        UnreadableError: the file is not JSON, is truncated, is of an unknown kind, or lacks fields of its
+            kind.
     """
-    if not path.is_file():  # reading a pipe would wait for who writes into it
-        raise Unreadable("is no regular file; name a results file, a folder of them, or a run's folder")
+    if not path.is_file():  # reading a pipe would block
+        raise UnreadableError("is no regular file; name a results file, a folder of them, or a run's folder")
     try:
         data = json.loads(path.read_text())
     except RecursionError:
-        raise Unreadable("is nested too deep for results; leave it out") from None
+        raise UnreadableError("is nested too deep for results; leave it out") from None
     except OSError as error:
-        raise Unreadable(f"cannot be read ({error.strerror})") from None
+        raise UnreadableError(f"cannot be read ({error.strerror})") from None
     except ValueError as error:  # no JSON, or no UTF-8
-        raise Unreadable(f"is no JSON, or cut short ({error}); write it again, or leave it out") from None
-    source = Source(path, kind_of(data), data)
+        raise UnreadableError(
+            f"is no JSON, or cut short ({error}); write it again, or leave it out"
+        ) from None
+    source = ResultSource(path, detect_kind(data), data)
     try:
         if source.kind == "runs":
             source.results = Results.model_validate(data)
         check(source)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise Unreadable(
-            f"lacks what a file of runs has ({place}: {first['msg']}); write it again with minrnn results"
+        field_path = ".".join(map(str, first["loc"]))
+        raise UnreadableError(
+            f"lacks what a file of runs has ({field_path}: {first['msg']}); "
+            "write it again with minrnn results"
         ) from None
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError) as error:
-        raise Unreadable(
-            f"lacks what a file of kind {source.kind} has ({type(error).__name__}: {error}); write it again, or leave it out"
+        reason = f"{type(error).__name__}: {error}"
+        raise UnreadableError(
+            f"lacks what a file of kind {source.kind} has ({reason}); write it again, or leave it out"
         ) from None
     return source
 
 
-def run_source(path: Path) -> Source:
-    """A run's folder, under the published experiment about its corpus, or its corpus' name.
+def run_source(path: Path) -> ResultSource:
+    """Read a run's folder; its experiment is the published one about its corpus, or the corpus's name.
 
     Raises:
-        UserError: nothing there yet.
+        UserError: the run has no step yet.
     """
     config, seed = read_run(path)
     corpus = config["data"]["corpus"]
     matching = [name for name, experiment in published().experiments.items() if corpus in experiment.corpora]
     entries = [Entry(config=config, seeds=[seed])]
-    told = {
+    header = {
         "command": f"(read from the run's folder {path.name})",
         "commit": None,
         "time": "",
         "machine": {},
         "versions": {},
     }
-    results = Results(experiment=matching[0] if matching else corpus, entries=entries, **told)
-    return Source(path, "runs", told, results)
+    results = Results(experiment=matching[0] if matching else corpus, entries=entries, **header)
+    return ResultSource(path, "runs", header, results)
 
 
-def _runs_in(folder: Path) -> list[Path]:
-    """Folders of runs below a folder, hidden ones left out; nothing inside a run is another."""
-    found: list[Path] = []
+def _find_runs(folder: Path) -> list[Path]:
+    """Folders of runs below a folder, without hidden folders; runs do not contain runs."""
+    runs: list[Path] = []
     for child in sorted(folder.iterdir()):
         if child.is_dir() and not child.name.startswith("."):
-            found += [child] if is_run(child) else _runs_in(child)
-    return found
+            runs += [child] if is_run(child) else _find_runs(child)
+    return runs
 
 
-def _of_run(run: Path) -> list[Path]:
-    """A run, and what was evaluated on it."""
+def _run_paths(run: Path) -> list[Path]:
+    """A run, and its evaluation files."""
     return [run, *sorted(run.glob("evals/*.json"))]
 
 
 def _scan(folder: Path) -> list[Path]:
-    """What a folder holds: its JSON files, and the runs below it."""
+    """The JSON files of a folder, and the runs below it with their evaluation files."""
     files = [path for path in sorted(folder.glob("*.json")) if not path.name.startswith(".")]
-    return files + [path for run in _runs_in(folder) for path in _of_run(run)]
+    return files + [path for run in _find_runs(folder) for path in _run_paths(run)]
 
 
-def gather(
-    paths: Sequence[Path], check: Callable[[Source], object]
-) -> tuple[list[Source], list[tuple[Path, str]]]:
-    """Everything behind the paths.
+def gather_sources(
+    paths: Sequence[Path], check: Callable[[ResultSource], object]
+) -> tuple[list[ResultSource], list[tuple[Path, str]]]:
+    """Read all sources at the paths.
 
     Args:
         paths: results files, folders of them, folders of runs, folders of such folders.
         check: see `read_file`.
 
     Returns:
-        What could be read, each once; and what was found in a folder and could not, with the reason.
+        The readable sources, each once; and the files found in a folder that cannot be read, with the reason.
 
     Raises:
-        UserError: each path that was named and is not there, is empty or cannot be read.
+        UserError: every named path that does not exist, is empty or cannot be read.
     """
-    wanted: dict[Path, tuple[Path, bool]] = {}  # resolved path -> as it was found, was it named
+    candidates: dict[Path, tuple[Path, bool]] = {}  # resolved path -> (path, whether it was named)
     errors: list[tuple[str, str]] = []
     for path in paths:
-        found: list[Path] = []
+        children: list[Path] = []
         if not path.exists():
             errors.append(
                 (str(path), "is not there; name a results file, a folder of them, or a run's folder")
             )
         elif not path.is_dir() or is_run(path):
-            wanted[path.resolve()] = (path, True)
-            found = _of_run(path)[1:] if path.is_dir() else []
+            candidates[path.resolve()] = (path, True)
+            children = _run_paths(path)[1:] if path.is_dir() else []
         else:
             try:
-                if not (found := _scan(path)):
+                if not (children := _scan(path)):
                     errors.append((str(path), "holds neither results files (*.json) nor runs"))
             except OSError as error:
                 errors.append((str(path), f"cannot be read ({error.filename}: {error.strerror})"))
-        for child in found:
-            wanted.setdefault(child.resolve(), (child, False))
-    sources: list[Source] = []
+        for child in children:
+            candidates.setdefault(child.resolve(), (child, False))
+    sources: list[ResultSource] = []
     unreadable: list[tuple[Path, str]] = []
-    for path, named in wanted.values():
+    for path, is_named in candidates.values():
         try:
             sources.append(run_source(path) if path.is_dir() else read_file(path, check))
-        except (Unreadable, UserError) as error:
-            told = error.errors[0][1] if isinstance(error, UserError) else str(error)
-            if named:
-                errors.append((str(path), told))
+        except (UnreadableError, UserError) as error:
+            reason = error.errors[0][1] if isinstance(error, UserError) else str(error)
+            if is_named:
+                errors.append((str(path), reason))
             else:
-                unreadable.append((path, told))
+                unreadable.append((path, reason))
     if errors:
         raise UserError.from_list(errors)
-    _name(sources)
+    _set_names(sources)
     return sources, unreadable
 
 
-def _name(sources: Sequence[Source]) -> None:
-    """Each by the shortest end of its path that no other has."""
+def _set_names(sources: Sequence[ResultSource]) -> None:
+    """Name each source by the shortest end of its path that is unique."""
     for source in sources:
         parts = source.path.resolve().parts
         ends = (parts[-length:] for length in range(1, len(parts) + 1))

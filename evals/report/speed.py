@@ -1,4 +1,4 @@
-"""Results of benches and of the soak, as tables and sentences in Markdown."""
+"""Results of benchmarks and of the soak test, as tables and sentences in Markdown."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ def _line(*cells: str) -> str:
 
 
 def _rows(rows: list[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]:
-    """Rows with these values, those that ran."""
+    """The rows that ran and have these values."""
     return [
         row
         for row in rows
@@ -36,7 +36,7 @@ def _rows(rows: list[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]:
 
 
 def scan_lines(source: Path, dtype: str = "fp32") -> list[str]:
-    """Rates of the general scan as fractions of torch.add's in the same run."""
+    """Rates of the scan, as fractions of the rate of torch.add in the same run."""
     rows = [row for row in _rows(_load(source), section="scan", dtype=dtype) if not row.get("sweep")]
     points = list(dict.fromkeys((tuple(row["shape"]), row["direction"]) for row in rows))
     table = {(row["contender"], tuple(row["shape"]), row["direction"]): row["of_torch.add"] for row in rows}
@@ -49,7 +49,7 @@ def scan_lines(source: Path, dtype: str = "fp32") -> list[str]:
 
 
 def train_lines(source: Path) -> list[str]:
-    """Tokens a second of training by length."""
+    """Training rates in tokens per second, by length."""
     rows = _rows(_load(source), section="train")
     lengths = sorted({row["length"] for row in rows})
     table = {(row["contender"], row["length"]): row for row in rows}
@@ -71,7 +71,7 @@ def train_lines(source: Path) -> list[str]:
 
 
 def generate_lines(source: Path) -> list[str]:
-    """Milliseconds a token after contexts."""
+    """Milliseconds per token after a context."""
     rows = _rows(_load(source), section="generate", batch=1)
     contexts = sorted({row["context"] for row in rows})
     table = {(row["contender"], row["context"]): row for row in rows}
@@ -89,18 +89,21 @@ def generate_lines(source: Path) -> list[str]:
 
 
 def contexts_line(source: Path) -> str:
-    """Ours after all contexts, measured in one rotation."""
+    """Time and memory of our decoding after the shortest and the longest context, measured in one
+    rotation.
+    """
     rows = _rows(_load(source), section="contexts", batch=1)
     first, last = (pick(rows, key=lambda row: row["context"]) for pick in (min, max))
     return (
-        f"In one rotation of its own, minrnn's token after {last['context']:,} (all of them read) takes {last['of_shortest']:.2f} of the time "
-        f"after {first['context']:,}, and {last['peak_bytes'] / 1e6:.0f} MB of memory, weights included, against "
+        f"Measured in one rotation, a token of minrnn after a context of {last['context']:,} tokens takes "
+        f"{last['of_shortest']:.2f} of the time of a token after {first['context']:,}, and "
+        f"{last['peak_bytes'] / 1e6:.0f} MB of memory (weights included) instead of "
         f"{first['peak_bytes'] / 1e6:.0f} MB."
     )
 
 
 def stream_line(source: Path, rows: Path) -> str:
-    """Training on long rows and on one long document."""
+    """Training rate on one long document, and on long rows."""
     (row,) = _rows(_load(source), section="stream")
     rates = {
         (row["contender"], row["length"]): row["tokens_per_second"]
@@ -108,29 +111,38 @@ def stream_line(source: Path, rows: Path) -> str:
     }
     longest = max(length for _, length in rates)
     return (
-        f"One document of {row['tokens_read']:,} tokens, read {row['chunk']:,} at a time with the state carried, trains at "
-        f"{row['tokens_per_second']:,.0f} tokens/s in {row['peak_bytes'] / 1e9:.1f} GB. Rows of {longest:,} tokens train at "
-        f"{rates['minrnn-chunked', longest] / rates['minrnn', 512]:.2f} of the rate of rows of 512 in such pieces, and at "
-        f"{rates['minrnn', longest] / rates['minrnn', 512]:.2f} whole."
+        f"Training on one document of {row['tokens_read']:,} tokens, read {row['chunk']:,} at a time with "
+        "the "
+        f"state carried, runs at {row['tokens_per_second']:,.0f} tokens/s in {row['peak_bytes'] / 1e9:.1f} "
+        "GB. "
+        f"Rows of {longest:,} tokens train at {rates['minrnn-chunked', longest] / rates['minrnn', 512]:.2f} "
+        "of "
+        f"the rate of rows of 512 if they are read in such pieces, and at "
+        f"{rates['minrnn', longest] / rates['minrnn', 512]:.2f} if they are read whole."
     )
 
 
 def loop_line(source: Path, link: str) -> str:
-    """What the loop adds to its steps; `link` is where a reader finds the file."""
+    """The overhead of the training loop over its steps; `link` leads to the file."""
     (row,) = _rows(_load(source), section="loop", contender="loop")
     return (
-        f"At the quickstart's size, the loop with its data, logging, tracking and a checkpoint every {row['steps']} steps takes "
-        f"{100 * row['overhead']:+.1f} % of the time of the steps alone ([file]({link}))."
+        f"At the size of the quickstart, the loop with data, logging, tracking and a checkpoint every "
+        f"{row['steps']} steps takes {100 * row['overhead']:+.1f} % of the time of the steps alone "
+        f"([file]({link}))."
     )
 
 
 def soak_line(source: Path, link: str) -> str:
-    """What a run survived; `link` is where a reader finds the file."""
+    """The faults and the result of the soak test; `link` leads to the file."""
     soak = json.loads(source.read_text())
     faults = ", ".join(f"{count} x {name}" for name, count in soak["faults"].items())
+    differences = len(soak["problems"])
+    result = "every loss is equal to the bit and every step is there once"
     return (
-        f"In a soak of {soak['steps']:,} steps on two processes ([file]({link})), {soak['kills']} times `kill -9` among its "
-        f"faults ({faults}), {soak['steps_repeated']:,} steps were taken again, {soak['checkpoints_refused']} broken checkpoints refused, and "
-        f"{len(soak['problems'])} things differed from an undisturbed run"
-        + ("." if soak["problems"] else ": every loss is equal to the bit, every step is there once.")
+        f"In a soak test of {soak['steps']:,} steps on two processes ([file]({link})) with {soak['kills']} "
+        "times "
+        f"`kill -9` among its faults ({faults}), {soak['steps_repeated']:,} steps were repeated and "
+        f"{soak['checkpoints_refused']} damaged checkpoints refused. "
+        f"{differences} differences from an undisturbed run were found"
+        + ("." if differences else f": {result}.")
     )

@@ -1,4 +1,4 @@
-"""Made runs and results files, and the page of them, for the tests of `minrnn report`."""
+"""Synthetic runs and results files, and their report, for the tests of `minrnn report`."""
 
 import json
 import math
@@ -20,10 +20,11 @@ Numbers = list[float] | None
 def make_run(
     folder: Path, recipe: str, seed: int, accuracies: Numbers = None, losses: Numbers = None, **changes: Any
 ) -> Path:
-    """The folder of a run of a shipped recipe, with a validation every 10 steps; its last line is cut short.
+    """Make the folder of a run of a shipped recipe, with a validation every 10 steps and a truncated last
+    line.
 
     Args:
-        accuracies: of each validation of a task; at length 128 it is half of that.
+        accuracies: of each validation of a task; half of that at length 128.
         losses: of each validation of text.
         changes: section__field=value.
     """
@@ -87,7 +88,7 @@ def report(*paths: Path, out: Path) -> str:
 
 
 def rows(markdown: str, first: str) -> list[list[str]]:
-    """The rows of tables whose first cell begins so, links replaced by their words."""
+    """The rows of tables whose first cell begins with `first`, with links replaced by their words."""
     bare = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", markdown)
     cells = [
         [cell.strip() for cell in line.strip("|").split(" | ")]
@@ -98,6 +99,6 @@ def rows(markdown: str, first: str) -> list[list[str]]:
 
 
 def section(markdown: str, title: str) -> str:
-    """From a heading to the next of its level or above."""
+    """The text from a heading to the next heading of its level or above."""
     level = title.split(" ")[0]
     return re.split(rf"\n#{{1,{len(level)}}} ", markdown.split(f"\n{title}\n")[1])[0]

@@ -137,9 +137,9 @@ def test_results_are_complete_and_saved_with_the_run(export: Path, tmp_path: Pat
 def test_a_failing_task_does_not_stop_the_others(export: Path, tmp_path: Path, capsys):
     out = tmp_path / "deep" / "results.json"
     options = [*OPTIONS, "--batch-size", "auto", "--limit", "2", "--out", str(out)]
-    with pytest.raises(SystemExit) as exit_:
+    with pytest.raises(SystemExit) as raised:
         main(["eval", str(export), "--tasks", "tiny_choice,tiny_broken,tiny_writing", *options])
-    assert exit_.value.code == 1
+    assert raised.value.code == 1
     assert capsys.readouterr().err.splitlines()[-1] == "error: tiny_broken: RuntimeError: this task is broken"
     found = json.loads(out.read_text())
     assert found["results"].keys() == found["n-samples"].keys() == {"tiny_choice", "tiny_writing"}
@@ -168,7 +168,7 @@ def test_a_perplexity_is_kept_if_its_windows_fail(export: Path, tmp_path: Path, 
         return original(lm, **kwargs)
 
     monkeypatch.setattr(evaluator, "simple_evaluate", simple_evaluate)
-    with pytest.raises(SystemExit) as exit_:
+    with pytest.raises(SystemExit) as raised:
         main(
             [
                 "eval",
@@ -182,7 +182,7 @@ def test_a_perplexity_is_kept_if_its_windows_fail(export: Path, tmp_path: Path, 
                 str(out),
             ]
         )
-    assert exit_.value.code == 1
+    assert raised.value.code == 1
     assert (
         capsys.readouterr().err.splitlines()[-1]
         == "error: tiny_document, in windows of 20: RuntimeError: no room for windows"
@@ -200,9 +200,9 @@ def test_finished_tasks_are_saved_before_the_next_begins(export: Path, tmp_path:
         return original(lm, tasks=tasks, **kwargs)
 
     monkeypatch.setattr(evaluator, "simple_evaluate", simple_evaluate)
-    with pytest.raises(SystemExit) as exit_:
+    with pytest.raises(SystemExit) as raised:
         main(["eval", str(export), "--tasks", "tiny_choice,tiny_writing", *OPTIONS, "--out", str(out)])
-    assert exit_.value.code == 130
+    assert raised.value.code == 130
     assert json.loads(out.read_text())["results"].keys() == {"tiny_choice"}
 
 
@@ -249,9 +249,9 @@ def test_unusable_models_are_refused(export: Path, tmp_path: Path, capsys, fault
 
 
 def check_user_error(arguments: list[str], expected: list[str], capsys, removed: str = "") -> None:
-    with pytest.raises(SystemExit) as exit_:
+    with pytest.raises(SystemExit) as raised:
         main(arguments)
-    assert exit_.value.code == 2
+    assert raised.value.code == 2
     found = [
         line
         for line in capsys.readouterr().err.replace(removed, "").splitlines()

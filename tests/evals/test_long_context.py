@@ -222,9 +222,9 @@ def test_lm_eval_is_not_needed():
 
 
 def errors(capsys, *argv: str) -> str:
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as raised:
         main(["long-context", *argv])
-    assert ended.value.code == 2
+    assert raised.value.code == 2
     return capsys.readouterr().err
 
 

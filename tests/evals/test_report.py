@@ -1,4 +1,4 @@
-"""Runs -> results files -> one page: the right numbers, what is missing, what is broken."""
+"""The report: correct numbers, missing experiments, and files that cannot be read."""
 
 import base64
 import html.parser
@@ -28,28 +28,35 @@ def results(tmp_path: Path) -> Path:
 
 
 @given(st.lists(st.floats(-100, 100), min_size=2, max_size=8))
-def test_the_interval_is_that_of_scipy(values: list[float]):
-    found = estimate(values)
-    assert found.half is not None
+def test_the_interval_equals_that_of_scipy(values: list[float]):
+    interval = estimate(values)
+    assert interval.half_width is not None
     error = float(stats.sem(values)) if max(values) > min(values) else 0.0
-    assert found.half == pytest.approx(error * stats.t.ppf(0.975, len(values) - 1), rel=1e-6, abs=1e-9)
-    assert found.mean == pytest.approx(sum(values) / len(values), abs=1e-9)
+    assert interval.half_width == pytest.approx(
+        error * stats.t.ppf(0.975, len(values) - 1), rel=1e-6, abs=1e-9
+    )
+    assert interval.mean == pytest.approx(sum(values) / len(values), abs=1e-9)
 
 
 def test_the_interval_of_three_seeds_by_hand_and_none_of_one():
-    assert estimate([3.0]).half is None
-    found = estimate([1.0, 2.0, 3.0])  # s = 1, t(2) = 4.3027
-    assert (found.mean, found.half) == (2.0, pytest.approx(4.302653 / math.sqrt(3), rel=1e-6))
+    assert estimate([3.0]).half_width is None
+    interval = estimate([1.0, 2.0, 3.0])  # s = 1, t(2) = 4.3027
+    assert (interval.mean, interval.half_width) == (2.0, pytest.approx(4.302653 / math.sqrt(3), rel=1e-6))
 
 
-def test_numbers_stand_beside_the_published_ones(results: Path, tmp_path: Path):
+def test_our_numbers_stand_beside_published_ones(results: Path, tmp_path: Path):
     markdown = report(results, out=tmp_path / "out")
-    found = estimate(
+    interval = estimate(
         [100 * (0.75 * accuracy - 0.1) / 0.9 for accuracy in (0.9, 0.95, 0.98)]
     )  # mean of all and half, scaled
-    assert found.half is not None
+    assert interval.half_width is not None
     (row,) = rows(section(markdown, "#### Bucket Sort"), "minLSTM (paper), 2 layers (beside minLSTM)")
-    assert row[1:5] == ["94", "minrnn", f"{found.mean:.1f} ± {found.half:.1f}", f"{found.mean - 94:+.1f}"]
+    assert row[1:5] == [
+        "94",
+        "minrnn",
+        f"{interval.mean:.1f} ± {interval.half_width:.1f}",
+        f"{interval.mean - 94:+.1f}",
+    ]
     assert row[7:9] == ["3", "20"]
     assert "differs in train.steps 20 (published 500,000)" in section(markdown, "#### Bucket Sort")
     assert rows(markdown, "Bucket Sort")[0][3] == row[3]
@@ -60,7 +67,7 @@ def test_numbers_stand_beside_the_published_ones(results: Path, tmp_path: Path):
     assert [cell.split(" ")[0] for cell in lengths[1:]] == ["94.3", "47.2"]
 
 
-def test_what_is_missing_is_not_run(results: Path, tmp_path: Path):
+def test_missing_results_are_marked_as_not_run(results: Path, tmp_path: Path):
     markdown = report(results, out=tmp_path / "out")
     assert rows(section(markdown, "### Shakespeare, character by character"), "minLSTM")[0][3] == "not run"
     missing = set(
@@ -99,7 +106,7 @@ def test_other_test_lengths_and_other_texts_are_other_tasks(results: Path, tmp_p
     assert "--as: shakespeare is about input.txt, but code has python-stdlib" in capsys.readouterr().err
 
 
-def test_the_folder_of_a_published_recipe_goes_where_its_corpus_belongs(tmp_path: Path):
+def test_a_runs_experiment_is_chosen_by_its_corpus(tmp_path: Path):
     markdown = report(make_run(tmp_path / "run", "shakespeare-paper", 0, losses=[1.5]), out=tmp_path / "out")
     assert rows(markdown, "Shakespeare")[0][3] == "1.500"
 
@@ -136,7 +143,7 @@ def test_seeds_of_several_files_are_one_mean(results: Path, tmp_path: Path):
     assert "seed 0 of the same settings is in text.json (30 steps) and more.json (10)" in markdown
 
 
-def test_a_run_that_nothing_is_published_about_has_its_own_table(tmp_path: Path):
+def test_a_run_without_a_published_experiment_has_a_table(tmp_path: Path):
     runs_folder = tmp_path / "runs"
     make_run(runs_folder / "sweep" / "quick", "quickstart", 3, losses=[1.5, 1.4])
     markdown = report(runs_folder, out=tmp_path / "out")
@@ -194,16 +201,16 @@ def test_files_of_long_contexts_with_their_picture(results: Path, tmp_path: Path
     picture = next((tmp_path / "first" / "pictures").glob("*.png")).read_bytes()
     path.with_suffix(".png").write_bytes(picture)
     markdown = report(path, out=tmp_path / "out")
-    found = {row[0]: row[1] for row in rows(section(markdown, "## Long context"), "")}
+    measures = {row[0]: row[1] for row in rows(section(markdown, "## Long context"), "")}
     assert (
-        found.items()
+        measures.items()
         >= {
             "overall carried bits per byte": "1.2500",
             "overall cut 2048 bits per byte": "1.5000",
             "memory effective memory length": "longer than measured",
         }.items()
     )
-    assert not any("config" in name or "tolerance" in name for name in found)
+    assert not any("config" in name or "tolerance" in name for name in measures)
     assert (tmp_path / "out" / "pictures" / "long-long-context.png").read_bytes() == picture
 
 
@@ -262,15 +269,15 @@ def test_broken_files_that_are_named_are_errors_all_at_once(tmp_path: Path, caps
         str(tmp_path / "none"),
         str(tmp_path / "nowhere"),
     ]
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as raised:
         main(["report", *paths, "--out", str(tmp_path / "out")])
-    assert left.value.code == 2
-    told = capsys.readouterr().err
+    assert raised.value.code == 2
+    messages = capsys.readouterr().err
     for name, (_, reason) in BROKEN.items():
-        assert f"error: {tmp_path / f'{name}.json'}: {reason}" in told
-    assert f"{tmp_path / 'none'}: holds neither results files (*.json) nor runs" in told
-    assert f"{tmp_path / 'nowhere'}: is not there" in told
-    assert len(told.splitlines()) == len(paths)
+        assert f"error: {tmp_path / f'{name}.json'}: {reason}" in messages
+    assert f"{tmp_path / 'none'}: holds neither results files (*.json) nor runs" in messages
+    assert f"{tmp_path / 'nowhere'}: is not there" in messages
+    assert len(messages.splitlines()) == len(paths)
     assert not (tmp_path / "out").exists()
 
 
@@ -278,15 +285,15 @@ def test_broken_files_in_a_folder_are_listed_and_the_rest_is_reported(results: P
     for name, (content, _) in BROKEN.items():
         (results / f"{name}.json").write_text(content)
     markdown = report(results, out=tmp_path / "out")
-    told, listed = capsys.readouterr().err, section(markdown, "## Could not be read")
+    messages, listed = capsys.readouterr().err, section(markdown, "## Could not be read")
     for name, (_, reason) in BROKEN.items():
         assert f"- `{name}.json` {page.text(reason)}" in listed
-        assert f"{name}.json {reason}" in told
+        assert f"{name}.json {reason}" in messages
     assert rows(markdown, "Shakespeare")[0][3] == "1.600"
 
 
-def test_what_is_not_a_result_is_neither_waited_for_nor_a_traceback(tmp_path: Path, capsys):
-    """Pipes that nobody writes into, and folders whose config.yaml and metrics.jsonl are of another program."""
+def test_pipes_and_foreign_files_are_refused(tmp_path: Path, capsys):
+    """Pipes without a writer, and folders whose config.yaml and metrics.jsonl are from another program."""
     os.mkfifo(tmp_path / "pipe.json")
     foreign = (
         "[1, 2]",
@@ -308,23 +315,23 @@ def test_what_is_not_a_result_is_neither_waited_for_nor_a_traceback(tmp_path: Pa
     (other / "config.yaml").write_text("name: someone's\n")
     (other / "metrics.jsonl").write_text('{"epoch": 1}\n')
     paths = [tmp_path / "pipe.json", *own, other]
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as raised:
         main(["report", *map(str, paths), "--out", str(tmp_path / "out")])
-    assert left.value.code == 2
-    told = capsys.readouterr().err.splitlines()
-    assert len(told) == len(paths)
+    assert raised.value.code == 2
+    messages = capsys.readouterr().err.splitlines()
+    assert len(messages) == len(paths)
     assert (
-        f"error: {tmp_path / 'pipe.json'}: is no regular file; name a results file, a folder of them, or a run's folder"
-        in told
+        f"error: {tmp_path / 'pipe.json'}: is no regular file; name a results file, a folder of them, or a "
+        "run's folder" in messages
     )
-    assert all(line.startswith("error: ") and "Traceback" not in line for line in told)
+    assert all(line.startswith("error: ") and "Traceback" not in line for line in messages)
     make_run(tmp_path / "runs" / "whole", "shakespeare-paper", 0, losses=[1.5])
     listed = section(report(tmp_path / "runs", out=tmp_path / "out"), "## Could not be read")
     assert len([line for line in listed.splitlines() if line.startswith("- ")]) == len(own) + 1
 
 
 class Page(html.parser.HTMLParser):
-    """Checks that tags are closed in order, and keeps what a test asks for."""
+    """Checks that tags are closed in order, and records ids, links, images and tables."""
 
     def __init__(self, content: str):
         super().__init__()
@@ -338,10 +345,10 @@ class Page(html.parser.HTMLParser):
         assert not self.open
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        found = {key: value or "" for key, value in attrs}
-        self.ids += [found["id"]] if "id" in found else []
-        self.links += [found["href"]] if tag == "a" else []
-        self.images += [found["src"]] if tag == "img" else []
+        values = {key: value or "" for key, value in attrs}
+        self.ids += [values["id"]] if "id" in values else []
+        self.links += [values["href"]] if tag == "a" else []
+        self.images += [values["src"]] if tag == "img" else []
         if tag == "table":
             assert self.open[-1] == "div"
             self.widths.append([])
@@ -359,23 +366,23 @@ class Page(html.parser.HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_the_html_is_one_well_formed_file(results: Path, tmp_path: Path):
+def test_the_html_is_a_single_well_formed_file(results: Path, tmp_path: Path):
     make_run(tmp_path / "a<b>_c|d", "quickstart", 0, losses=[2.0, 1.5], data__corpus="text/<i>`x`|*y*.jsonl")
     markdown = report(results, tmp_path / "a<b>_c|d", out=tmp_path / "out")
     content = (tmp_path / "out" / "report.html").read_text()
-    found = Page(content)
+    html_page = Page(content)
     tables = markdown.count("\n| --- ") + markdown.count("\n|---")
-    assert len(found.widths) == tables
-    assert all(len(set(widths)) == 1 and len(widths) > 1 for widths in found.widths)
+    assert len(html_page.widths) == tables
+    assert all(len(set(widths)) == 1 and len(widths) > 1 for widths in html_page.widths)
     pictures = re.findall(r"^!\[.*\]\((.*)\)$", markdown, flags=re.MULTILINE)
-    assert len(found.images) == len(pictures) == 4
-    for source, picture in zip(found.images, pictures, strict=True):
+    assert len(html_page.images) == len(pictures) == 4
+    for source, picture in zip(html_page.images, pictures, strict=True):
         kind, _, encoded = source.partition(",")
         assert kind == "data:image/png;base64"
         assert base64.b64decode(encoded) == (tmp_path / "out" / picture).read_bytes()
-    inner = {link.removeprefix("#") for link in found.links if link.startswith("#")}
-    assert {"published", "bucketjson"} <= inner <= set(found.ids)
-    assert len(found.ids) == len(set(found.ids))
+    inner = {link.removeprefix("#") for link in html_page.links if link.startswith("#")}
+    assert {"published", "bucketjson"} <= inner <= set(html_page.ids)
+    assert len(html_page.ids) == len(set(html_page.ids))
     assert "<i>" not in content
     assert "text/&lt;i&gt;`x`|*y*.jsonl" in content
 
@@ -402,7 +409,7 @@ def test_the_shipped_results_make_a_report(tmp_path: Path):
     Page((tmp_path / "report.html").read_text())
 
 
-def test_published_numbers_are_in_their_units():
+def test_published_numbers_have_their_units():
     known = {*runs.settings(resolved(build_recipe({}))), "sequences_per_step", "parameters", "tokens"}
     for name, experiment in published().experiments.items():
         percent = experiment.metric is not None and METRICS[experiment.metric].percent

@@ -1,4 +1,4 @@
-"""Run folders into a results file: what it holds, which seeds belong together, what is refused."""
+"""Results files from run folders: content, pooling of seeds, and errors."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ def results(tmp_path: Path) -> Path:
     return make_results(tmp_path)
 
 
-def test_a_results_file_says_what_was_run(results: Path):
+def test_a_results_file_holds_the_runs(results: Path):
     data = json.loads((results / "bucket.json").read_text())
     (entry,) = data["entries"]
     assert [seed["seed"] for seed in entry["seeds"]] == [0, 1, 2]
@@ -35,7 +35,7 @@ def test_a_results_file_says_what_was_run(results: Path):
     assert text["config"]["data"]["corpus"] == "input.txt"
 
 
-def test_long_curves_are_thinned(tmp_path: Path):
+def test_long_curves_are_thinned_out(tmp_path: Path):
     folder = make_run(tmp_path / "run", "shakespeare-paper", 0, losses=[5.0 / (i + 1) for i in range(1234)])
     _, seed = runs.read_run(folder)
     for points in (seed.curve.train, seed.curve.validation):
@@ -45,32 +45,32 @@ def test_long_curves_are_thinned(tmp_path: Path):
     assert seed.curve.validation[0][0] == 10
 
 
-def test_settings_that_do_not_change_the_result_do_not_part_seeds(tmp_path: Path):
+def test_seeds_are_pooled_despite_settings_without_effect(tmp_path: Path):
     corpus: dict[str, Any] = {"data__corpus": "synthetic/parity", "accuracies": [0.5]}
     first = make_run(tmp_path / "a", "synthetic-formal", 0, **corpus)
     second = make_run(tmp_path / "b", "synthetic-formal", 1, train__log_every=7, **corpus)
     other = make_run(tmp_path / "c", "synthetic-formal", 1, optim__lr=0.1, **corpus)
-    assert [[seed.run for seed in entry.seeds] for entry in runs.entries_of([first, second, other])] == [
+    assert [[seed.run for seed in entry.seeds] for entry in runs.group_runs([first, second, other])] == [
         ["a", "b"],
         ["c"],
     ]
     again = make_run(tmp_path / "d", "synthetic-formal", 1, **corpus)
     with pytest.raises(UserError, match=r"has the settings and the seed \(1\) of b"):
-        runs.entries_of([first, second, again])
+        runs.group_runs([first, second, again])
 
 
-def test_a_setting_that_is_newer_than_a_run_parts_no_seeds(tmp_path: Path):
+def test_seeds_are_pooled_despite_settings_newer_than_a_run(tmp_path: Path):
     folders = [
         make_run(tmp_path / f"run-{seed}", "shakespeare-paper", seed, losses=[1.5 + seed]) for seed in (0, 1)
     ]
     values = yaml.safe_load((folders[0] / "config.yaml").read_text())
     del values["data"]["join"], values["train"]["skip_spikes"]
     (folders[0] / "config.yaml").write_text(yaml.safe_dump(values))
-    (entry,) = runs.entries_of(folders)
+    (entry,) = runs.group_runs(folders)
     assert [seed.seed for seed in entry.seeds] == [0, 1]
 
 
-def test_mistakes_of_the_collector_are_a_line_each(tmp_path: Path, capsys):
+def test_each_user_error_of_results_is_one_line(tmp_path: Path, capsys):
     parity = make_run(tmp_path / "parity", "synthetic-formal", 0, [0.5], data__corpus="synthetic/parity")
     empty = make_run(tmp_path / "empty", "synthetic-formal", 0, [], data__corpus="synthetic/parity")
     broken = make_run(tmp_path / "broken", "synthetic-formal", 0, [0.5], data__corpus="synthetic/parity")
@@ -86,10 +86,10 @@ def test_mistakes_of_the_collector_are_a_line_each(tmp_path: Path, capsys):
         ("parity", str(tmp_path)): f"error: {tmp_path}: is no run",
     }
     for (name, folder), expected in cases.items():
-        with pytest.raises(SystemExit) as left:
+        with pytest.raises(SystemExit) as raised:
             main(["results", folder, "--as", name, "--out", str(tmp_path / "out.json")])
-        assert left.value.code == 2
-        assert expected in (told := capsys.readouterr().err)
-        assert len(told.splitlines()) == 1
+        assert raised.value.code == 2
+        assert expected in (messages := capsys.readouterr().err)
+        assert len(messages.splitlines()) == 1
     runs.main([str(parity), "--as", "partiy", "--out", str(tmp_path / "out.json")])
     assert "nothing is published as partiy (did you mean parity?)" in capsys.readouterr().err
