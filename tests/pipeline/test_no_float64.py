@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minrnn.evals.harness.likelihood import read_rows, score_continuations
-from minrnn.evals.long_context.positions import _nats_behind, token_nats
+from minrnn.evals.long_context.positions import _target_nats, token_nats
 from minrnn.models import MinRNNConfig, MinRNNForCausalLM
 
 
@@ -43,7 +43,7 @@ def test_evaluations_make_none():
     tokens = np.arange(80) % 200
     with NoFloat64():
         nats = token_nats(model, tokens, [None, 16], piece=32)
-        behind = _nats_behind(model, tokens[None, :64], 32)
+        behind = _target_nats(model, tokens[None, :64], 32)
         scores = score_continuations(model, *read_rows(model, [[1, 2], [3]]), [[4, 5, 6], [7]])
     assert nats.dtype == behind.dtype == np.float64
     assert all(np.isfinite(value) for value, _ in scores)
