@@ -32,11 +32,11 @@ class UserError(ValueError):
 
 
 class NonFiniteError(RuntimeError):
-    """The loss or the gradient is not a number any more."""
+    """The loss or the gradient is NaN or infinite."""
 
 
 class StorageError(OSError):
-    """A disk that does not take or give what it should. Another try later may succeed, and what is stored may be in order."""
+    """Reading or writing failed. A later retry may succeed, and the stored data may be intact."""
 
     def __str__(self) -> str:
         return str(self.args[-1])

@@ -1,4 +1,4 @@
-"""Locks on files, where the system and the file system have them."""
+"""Exclusive locks on files."""
 
 import errno
 from typing import IO
@@ -12,13 +12,16 @@ _NO_LOCKS_HERE = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, e
 
 
 def lock(file: IO[str], wait: bool) -> str | None:
-    """Lock an open file until it is closed or the process ends; returns None, or why there are no locks, in words.
+    """Lock an open file until it is closed or the process ends.
 
     Args:
-        wait: until whoever holds the lock gives it up.
+        wait: wait until the lock is free.
+
+    Returns:
+        None, or the reason why the file system or the system has no locks.
 
     Raises:
-        BlockingIOError: another process holds it, and `wait` is False.
+        BlockingIOError: another process holds the lock, and `wait` is False.
     """
     if fcntl is None:
         return "this system has no file locks"

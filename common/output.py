@@ -1,7 +1,9 @@
-"""Output is not worth a run: a full disk, a closed pipe or a closed descriptor behind stdout or stderr raises nothing.
+"""Output that cannot stop a run, and the exit status of commands.
 
-Python raises where a write fails, opens its next file on a descriptor that was closed before the start (so that messages of libraries end up
-in it), and leaves with status 120 where the last flush fails. A run calls `secure_output` first, and its data workers do.
+A write to stdout or stderr can fail: the disk is full, or the pipe or the descriptor is closed. Python then
+raises an exception, or exits with status 120 at the last flush. And it opens its next file on a descriptor that
+was closed before the start, so that messages of libraries end up in that file. Runs and their data workers call
+`secure_output` first, which prevents all three.
 """
 
 import contextlib
@@ -11,9 +13,11 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from .errors import NonFiniteError, StorageError, UserError
+
 
 class UnfailingStream:
-    """A text stream that drops what cannot be written; everything else is the stream's own."""
+    """A wrapper of a text stream that drops what cannot be written."""
 
     def __init__(self, stream: Any):
         self._stream = stream
@@ -22,7 +26,7 @@ class UnfailingStream:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Write what can be written; characters that the encoding lacks are escaped."""
+        """Write, and ignore errors. Characters that the encoding lacks are escaped."""
         with contextlib.suppress(OSError, ValueError):
             try:
                 self._stream.write(text)
@@ -32,26 +36,26 @@ class UnfailingStream:
         return len(text)
 
     def writelines(self, lines: Any) -> None:
-        """Write each."""
+        """Write each line."""
         for line in lines:
             self.write(line)
 
     def flush(self) -> None:
-        """Flush, or try again with the next write."""
+        """Flush, and ignore errors: the next write tries again."""
         with contextlib.suppress(OSError, ValueError):
             self._stream.flush()
 
 
 def secure_output() -> None:
-    """From here on writing to stdout and stderr raises nothing, and descriptors 0 to 2 are open."""
+    """Make writes to stdout and stderr raise nothing, and open descriptors 0 to 2 if they are closed."""
     names = ("stdin", "stdout", "stderr")
-    closed = [
-        number for number, name in enumerate(names) if getattr(sys, name) is None
-    ]  # when Python started
+    # Python sets a stream to None if its descriptor was closed at the start.
+    closed = [number for number, name in enumerate(names) if getattr(sys, name) is None]
     for number in closed:
         _open_descriptor(number)
     for number in closed:
-        stream = open(os.devnull, "r" if number == 0 else "w", encoding="utf-8")  # noqa: SIM115 - lasts as long as the process
+        mode = "r" if number == 0 else "w"
+        stream = open(os.devnull, mode, encoding="utf-8")  # noqa: SIM115 - open until the process ends
         setattr(sys, names[number], stream)
     for name in names[1:]:
         stream: Any = getattr(sys, name)
@@ -61,9 +65,9 @@ def secure_output() -> None:
 
 @contextlib.contextmanager
 def conventional_exit() -> Iterator[None]:
-    """Within, Ctrl-C ends the program with status 130, and a pipe behind stdout or stderr that is closed with 141, without a traceback.
+    """Exit with status 130 on Ctrl-C, and with 141 when the reader of stdout or stderr is gone, without a traceback.
 
-    What is still in Python's buffers is written here, since an error at the end of the interpreter would be one more traceback.
+    Python's buffers are flushed here, because an error at the interpreter's own flush prints a traceback.
     """
     try:
         try:
@@ -79,15 +83,28 @@ def conventional_exit() -> Iterator[None]:
         raise SystemExit(141) from None
 
 
+@contextlib.contextmanager
+def exit_on_error(command: str) -> Iterator[None]:
+    """Print a UserError and exit with status 2; print a StorageError or NonFiniteError and exit with status 1."""
+    try:
+        yield
+    except UserError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
+    except (StorageError, NonFiniteError) as error:
+        print(f"error: {command}: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
 def _flush_output() -> None:
-    """Write what is buffered; BrokenPipeError if nobody reads it."""
+    """Flush stdout and stderr; raises BrokenPipeError if the reader is gone."""
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.flush()
 
 
 def _is_closed() -> bool:
-    """Whether nobody reads stdout, or stderr, any more. A buffer whose flush failed is empty, so another flush does not say."""
+    """Whether the reader of stdout or stderr is gone. Another flush would not tell: a failed one empties the buffer."""
     poll = select.poll()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):
@@ -96,7 +113,7 @@ def _is_closed() -> bool:
 
 
 def _discard_output() -> None:
-    """Nothing that is written from here on can fail."""
+    """Send all later output to /dev/null."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):
             stream.flush()
@@ -107,7 +124,7 @@ def _discard_output() -> None:
 
 
 def _open_descriptor(number: int) -> None:
-    """Put /dev/null there, unless something else has been opened on it since."""
+    """Open /dev/null as this descriptor, unless it is open."""
     try:
         os.fstat(number)
     except OSError:
@@ -120,13 +137,13 @@ def _open_descriptor(number: int) -> None:
 
 
 def warn(message: str) -> None:
-    """One line on standard error, above a progress bar if there is one."""
-    from tqdm import tqdm  # here, since who secures the output does so before importing anything
+    """Print one line to stderr, above a progress bar if there is one."""
+    from tqdm import tqdm  # not at the top: secure_output runs before other imports
 
     tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
 def write_at_once(message: str) -> None:
-    """Write to stderr past Python's buffers, which a signal may have met in the middle of a write."""
+    """Write to stderr without Python's buffers, which a signal handler may interrupt in the middle of a write."""
     with contextlib.suppress(OSError, ValueError):
         os.write(sys.stderr.fileno(), message.encode(errors="backslashreplace"))

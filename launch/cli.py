@@ -5,10 +5,10 @@ import importlib
 import sys
 from types import ModuleType
 
-from ..common.errors import StorageError, UserError
+from ..common.errors import UserError
 from ..common.files import user_path
 from ..common.names import did_you_mean, nearest_names
-from ..common.output import conventional_exit
+from ..common.output import conventional_exit, exit_on_error
 from ..pipeline.options import add_trust
 
 USAGE = """usage: minrnn COMMAND ...
@@ -103,7 +103,7 @@ def _command_module(command: str) -> ModuleType:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run a command; a user's mistakes end with status 2 and a line for each, Ctrl-C with 130, a closed pipe with 141."""
+    """Run a command. The exit status is 2 after a UserError, 130 after Ctrl-C, 141 after a closed pipe."""
     with conventional_exit():
         _dispatch(sys.argv[1:] if argv is None else argv)
 
@@ -118,7 +118,7 @@ def _dispatch(argv: list[str]) -> None:
 
         train(rest)
         return
-    try:
+    with exit_on_error(command):
         if command == "export":
             _export(rest)
         elif command in MODULES:
@@ -127,12 +127,6 @@ def _dispatch(argv: list[str]) -> None:
             near = nearest_names(command, ("train", "export", *MODULES))
             hint = did_you_mean(near, otherwise="minrnn --help lists them")
             raise UserError(command, f"unknown command ({hint})")
-    except UserError as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(2) from None
-    except StorageError as error:
-        print(f"error: {command}: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
 
 
 if __name__ == "__main__":

@@ -4,12 +4,12 @@ launch`."""
 import os
 import sys
 
-from ..common.output import conventional_exit, secure_output
+from ..common.output import conventional_exit, exit_on_error, secure_output
 from .restarts import leave_if_final, note_error
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Read the recipe, train. A user's mistakes end it with status 2 and a line for each."""
+    """Read the recipe and train. The exit status is 2 after a UserError, 1 after a failure of training."""
     secure_output()  # before a library can open a file on a descriptor that is closed
     leave_if_final()
     from ..common.errors import NonFiniteError, StorageError, UserError
@@ -19,23 +19,23 @@ def main(argv: list[str] | None = None) -> None:
     if "--help" in argv or "-h" in argv:
         print(help_text())
         return
-    try:
-        recipe = read_recipe(argv)
-        from .loop import train
+    with exit_on_error("training"):
+        try:
+            recipe = read_recipe(argv)
+            from .loop import train
 
-        train(recipe)
-    except (UserError, NonFiniteError, StorageError) as error:
-        status = 2 if isinstance(error, UserError) else 1
-        note_error(error, status)
-        is_main = os.environ.get("RANK", "0") == "0"
-        if is_main or (
-            isinstance(error, StorageError) and error.errno is not None
-        ):  # reading can fail in one process alone
-            print(error if isinstance(error, UserError) else f"error: training: {error}", file=sys.stderr)
-        raise SystemExit(status) from None
-    except KeyboardInterrupt:
-        print("Interrupted outside the training loop; what was saved stays as it is.", file=sys.stderr)
-        raise SystemExit(130) from None
+            train(recipe)
+        except (UserError, NonFiniteError, StorageError) as error:
+            status = 2 if isinstance(error, UserError) else 1
+            note_error(error, status)
+            # All processes have the same error, except where one alone cannot read a file.
+            is_of_one = isinstance(error, StorageError) and error.errno is not None
+            if os.environ.get("RANK", "0") == "0" or is_of_one:
+                raise
+            raise SystemExit(status) from None
+        except KeyboardInterrupt:
+            print("Interrupted outside the training loop; what was saved stays as it is.", file=sys.stderr)
+            raise SystemExit(130) from None
 
 
 if __name__ == "__main__":
