@@ -159,7 +159,7 @@ def widths(precision: str) -> tuple[int, int]:
 
 def activation_bytes(model: Model, precision: str, recompute: str) -> int:
     """What a block keeps of a token for its backward pass: models/recompute.py, for any block and precision."""
-    from ..models.cell_scan import FUSED_CELLS
+    from ..models.cell_spec import FUSED_CELLS
 
     w, c = widths(precision)
     has_mlp, has_conv, gate = model.intermediate > 0, model.kernel > 1, int(model.gated_mlp)

@@ -1,4 +1,4 @@
-"""What is trained, exported and loaded back. Importing it makes `AutoModelForCausalLM` and its kin know the model type `minrnn`."""
+"""The models. Importing this package registers the model type `minrnn` with transformers' Auto classes."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 

@@ -1,12 +1,13 @@
-"""Batches as other libraries make them: where documents start in a row without padding, and what may be passed at all.
+"""Batches as other libraries make them: packed documents, padding, labels, unknown keyword arguments.
 
-Data collators say in one of three ways that a row holds several documents, and some in all of them:
+Data collators pass one or several of these for rows that hold several documents:
 
-    position_ids   [batch, time]   0 1 2 3 0 1 0 1 2      0 at each document's first token
-    seq_idx        [batch, time]   0 0 0 0 1 1 2 2 2      another number for each document
-    cu_seq_lens_q  [documents + 1]  0 4 6 9               where they begin and end in batch * time tokens
+    position_ids   [batch, time]    0 1 2 3 0 1 0 1 2     0 at the first token of each document
+    seq_idx        [batch, time]    0 0 0 0 1 1 2 2 2     a different number for each document
+    cu_seq_lens_q  [documents + 1]  0 4 6 9               the edges of documents in batch * time tokens
 
-Each becomes `document_starts`. Where two of them, or the state that goes on, contradict each other, no reading is right: an error.
+Each is converted to `document_starts`. If two of them contradict each other, or contradict the state that the
+batch continues, the batch is refused.
 """
 
 import difflib
@@ -23,7 +24,7 @@ from transformers.utils.import_utils import is_tracing
 from .loss import IGNORE_INDEX
 
 PACKING = ("position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-# What transformers passes by itself, and says nothing to a recurrent model, or is read by its decorators.
+# What transformers passes by itself and a recurrent model does not need, or what its decorators read.
 WITHOUT_EFFECT = (
     "output_attentions",
     "output_hidden_states",
@@ -35,37 +36,39 @@ WITHOUT_EFFECT = (
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Whether one may look into a tensor: not while tracing (compile, export, fake tensors), nor on the meta device."""
+    """Whether a tensor's values can be read: not while tracing (compile, export, fake tensors), nor on meta."""
     return not tensor.is_meta and not is_tracing(tensor)
 
 
-def check_names(function: Callable, arguments: dict[str, Any]) -> None:
-    """Refuse keyword arguments of `function` that nobody reads.
+def check_keyword_arguments(function: Callable, arguments: dict[str, Any]) -> None:
+    """Refuse keyword arguments that `function` does not read.
 
     Raises:
-        TypeError: a name that is not known, with the nearest one that is.
+        TypeError: an unknown name; the message suggests the nearest known one.
         ValueError: is_causal=False.
     """
     for name in arguments:
         if name not in (*PACKING, *WITHOUT_EFFECT, "is_causal"):
-            near = difflib.get_close_matches(name, [*inspect.signature(function).parameters, *PACKING], n=1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
+            known = [*inspect.signature(function).parameters, *PACKING]
+            matches = difflib.get_close_matches(name, known, n=1)
+            hint = f" (did you mean {matches[0]}?)" if matches else ""
             raise TypeError(f"{function.__qualname__}() got an unexpected keyword argument {name!r}{hint}.")
     if arguments.get("is_causal") is False:
         raise ValueError("is_causal=False: a recurrent model reads from left to right only.")
 
 
-def packing_order(attention_mask: Tensor | None, time: int) -> Tensor | None:
-    """Indices [B, T] that bring each row's real tokens to the left, in order; None if nothing is padded.
+def left_align_order(attention_mask: Tensor | None, time: int) -> Tensor | None:
+    """Indices [B, T] that move each row's real tokens to the left, in order; None without padding.
 
-    A mask whose values cannot be looked at is taken to have padding, and to be 0 and 1.
-    `attention_mask` [B, >= T] is 1 for real tokens; only its last T columns belong to this call (generate() passes the whole past).
+    A mask whose values cannot be read is assumed to be 0 and 1, with padding. `attention_mask` [B, >= T] is 1
+    for real tokens; only its last T columns belong to this call (generate() passes a mask of the whole text).
     """
     if attention_mask is None:
         return None
     if attention_mask.ndim != 2 or attention_mask.shape[1] < time:
         raise ValueError(
-            f"attention_mask must be [batch, time] with at least {time} columns, but is {tuple(attention_mask.shape)}."
+            f"attention_mask must be [batch, time] with at least {time} columns, "
+            f"but is {tuple(attention_mask.shape)}."
         )
     mask = attention_mask[:, attention_mask.shape[1] - time :]
     if has_values(mask) and bool((mask == 1).all()):
@@ -77,168 +80,189 @@ def packing_order(attention_mask: Tensor | None, time: int) -> Tensor | None:
     return torch.argsort(mask == 0, dim=1, stable=True)
 
 
-def starts_of_packing(
+def document_starts_from_packing(
     packing: dict[str, Any],
     document_starts: Tensor | None,
     attention_mask: Tensor | None,
     shape: tuple[int, int],
-    goes_on: bool,
+    continues: bool,
 ) -> Tensor | None:
-    """Where documents start, from whatever says so.
+    """Where documents start, from all arguments that say so.
 
     Args:
         packing: Values by the names in `PACKING`.
-        document_starts: bool [batch, time]; what the others say must agree with it.
+        document_starts: bool [batch, time]; the other arguments must agree with it.
         attention_mask: [batch, >= time]; the last `time` columns belong to this batch.
         shape: (batch, time).
-        goes_on: A state comes with the batch, so its first tokens may belong to a document that has begun before.
+        continues: The batch comes with a state, so its first tokens may belong to a document that began
+            earlier.
 
     Returns:
-        bool [batch, time], or None where no document starts behind the first token.
+        bool [batch, time], or None if no document starts behind the first token.
 
     Raises:
         ValueError: shapes that do not fit, or contradictions.
     """
-    time = shape[1]
-    order, past = packing_order(attention_mask, time), None
-    mask = (
-        None
-        if order is None or attention_mask is None
-        else attention_mask[:, attention_mask.shape[1] - time :] != 0
-    )
-    if attention_mask is not None and attention_mask.shape[1] > time:
-        past = attention_mask[:, : attention_mask.shape[1] - time] != 0
-
-    def real_first(name: str) -> Tensor | None:
-        if (values := packing.get(name)) is None:
-            return None
-        if values.ndim != 2 or values.shape[1] != time or values.shape[0] not in (1, shape[0]):
-            raise ValueError(f"{name} must be [batch, time] = {shape}, but is {tuple(values.shape)}.")
-        return values.expand(shape) if order is None else values.expand(shape).gather(1, order)
-
-    # What each source says, in the order of real tokens, padding behind them.
-    claims, jumps = {}, None
-    if document_starts is not None:
-        claims["document_starts"] = document_starts if order is None else document_starts.gather(1, order)
-    if (positions := real_first("position_ids")) is not None:
-        claims["position_ids"] = positions == 0
-        jumps = F.pad((positions[:, 1:] != positions[:, :-1] + 1) & (positions[:, 1:] != 0), (1, 0))[:, :time]
-    if (numbers := real_first("seq_idx")) is not None:
-        claims["seq_idx"] = F.pad(numbers[:, 1:] != numbers[:, :-1], (1, 0))[:, :time]
-    if any(packing.get(name) is not None for name in PACKING[2:]):
-        if order is not None:
-            raise ValueError(
-                "cu_seq_lens_q divides rows without padding, but attention_mask has padding: pass one of them."
-            )
-        claims["cu_seq_lens_q"] = _starts_of_lengths(packing, shape)
-
+    order = left_align_order(attention_mask, shape[1])
+    claims = _claims(packing, document_starts, order, shape)
     starts = next(iter(claims.values()))
     if has_values(starts):
-        real = torch.ones_like(starts) if mask is None or order is None else mask.gather(1, order)
-        if jumps is not None:
-            _refuse_where(jumps & real, "position_ids neither go on by 1 nor restart at 0")
-        _refuse_contradictions(claims, real, past, goes_on)
+        real, past = _real_tokens(attention_mask, order, starts)
+        if (positions := _left_aligned(packing, "position_ids", order, shape)) is not None:
+            jumps = (positions[:, 1:] != positions[:, :-1] + 1) & (positions[:, 1:] != 0)
+            jumps = F.pad(jumps, (1, 0))[:, : shape[1]]
+            _raise_where(jumps & real, "position_ids neither go on by 1 nor restart at 0")
+        _check_agreement(claims, real, past, continues)
         if document_starts is None and not (starts & real)[:, 1:].any():
             return None
     return starts if order is None else torch.zeros_like(starts).scatter(1, order, starts)
 
 
-def _refuse_where(where: Tensor, message: str) -> None:
-    if where.any():
-        row, column = (int(index) for index in where.nonzero()[0])
+def _claims(
+    packing: dict[str, Any], document_starts: Tensor | None, order: Tensor | None, shape: tuple[int, int]
+) -> dict[str, Tensor]:
+    """Document starts according to each argument, bool [batch, time], real tokens on the left."""
+    claims: dict[str, Tensor] = {}
+    if document_starts is not None:
+        claims["document_starts"] = document_starts if order is None else document_starts.gather(1, order)
+    if (positions := _left_aligned(packing, "position_ids", order, shape)) is not None:
+        claims["position_ids"] = positions == 0
+    if (numbers := _left_aligned(packing, "seq_idx", order, shape)) is not None:
+        claims["seq_idx"] = F.pad(numbers[:, 1:] != numbers[:, :-1], (1, 0))[:, : shape[1]]
+    if any(packing.get(name) is not None for name in PACKING[2:]):
+        if order is not None:
+            raise ValueError(
+                "cu_seq_lens_q divides rows without padding, but attention_mask has padding: pass one of them."
+            )
+        claims["cu_seq_lens_q"] = _starts_from_cu_seq_lens(packing, shape)
+    return claims
+
+
+def _left_aligned(
+    packing: dict[str, Any], name: str, order: Tensor | None, shape: tuple[int, int]
+) -> Tensor | None:
+    if (values := packing.get(name)) is None:
+        return None
+    if values.ndim != 2 or values.shape[1] != shape[1] or values.shape[0] not in (1, shape[0]):
+        raise ValueError(f"{name} must be [batch, time] = {shape}, but is {tuple(values.shape)}.")
+    return values.expand(shape) if order is None else values.expand(shape).gather(1, order)
+
+
+def _real_tokens(
+    attention_mask: Tensor | None, order: Tensor | None, starts: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Real tokens of this batch, left-aligned bool [batch, time], and of the text before it, None without such text."""
+    if attention_mask is None:
+        return torch.ones_like(starts), None
+    time = starts.shape[1]
+    mask, num_past = attention_mask != 0, attention_mask.shape[1] - time
+    real = torch.ones_like(starts) if order is None else mask[:, num_past:].gather(1, order)
+    return real, mask[:, :num_past] if num_past else None
+
+
+def _raise_where(condition: Tensor, message: str) -> None:
+    if condition.any():
+        row, column = (int(index) for index in condition.nonzero()[0])
         raise ValueError(f"{message}: row {row}, token {column} (padding not counted).")
 
 
-def _refuse_contradictions(
-    claims: dict[str, Tensor], real: Tensor, past: Tensor | None, goes_on: bool
-) -> None:
-    """All must say the same of all tokens but the first, and of the first nothing that a state or `document_starts` contradicts."""
+def _check_agreement(claims: dict[str, Tensor], real: Tensor, past: Tensor | None, continues: bool) -> None:
+    """All claims must agree on every token but the first. On the first, none may contradict the state or
+    `document_starts`."""
     (first, starts), *others = claims.items()
     for name, claim in others:
-        _refuse_where(
-            F.pad((claim != starts)[:, 1:], (1, 0)) & real,
-            f"{first} and {name} put documents' starts at different places",
-        )
-    if not goes_on or not real.shape[1]:
+        difference = F.pad((claim != starts)[:, 1:], (1, 0))
+        _raise_where(difference & real, f"{first} and {name} put documents' starts at different places")
+    if not continues or not real.shape[1]:
         return
-    in_document = (
-        real[:, 0] if past is None else real[:, 0] & past.any(1)
-    )  # a row that was padding until now begins here
+    # A row that was all padding until now may begin here.
+    in_document = real[:, 0] if past is None else real[:, 0] & past.any(1)
     for name in claims.keys() & {"position_ids", "cu_seq_lens_q"}:
-        begins = claims[name][:, 0] if "document_starts" not in claims else claims[name][:, 0] & ~starts[:, 0]
-        message = f"{name} begins a document, but past_key_values goes on with one (True in document_starts ends it)"
-        _refuse_where((begins & in_document).unsqueeze(1), message)
+        begins = claims[name][:, 0]
+        if "document_starts" in claims:
+            begins = begins & ~starts[:, 0]
+        message = (
+            f"{name} begins a document, but past_key_values goes on with one "
+            "(True in document_starts ends it)"
+        )
+        _raise_where((begins & in_document).unsqueeze(1), message)
 
 
-def _starts_of_lengths(packing: dict[str, Any], shape: tuple[int, int]) -> Tensor:
-    """bool [batch, time] from the sums of lengths, after checking all that comes with them."""
+def _starts_from_cu_seq_lens(packing: dict[str, Any], shape: tuple[int, int]) -> Tensor:
+    """bool [batch, time] from the cumulated lengths."""
     edges, keys = (packing.get(f"cu_seq_lens_{kind}") for kind in "qk")
     edges = keys if edges is None else edges
     if edges is None:
         raise ValueError("max_length_q and max_length_k say nothing without cu_seq_lens_q.")
-    (batch, time), num_tokens = shape, shape[0] * shape[1]
     if has_values(edges):
-        values = edges.tolist()
-        lengths = [end - begin for begin, end in itertools.pairwise(values)]
-        if edges.ndim != 1 or not lengths or values[0] != 0 or values[-1] != num_tokens or min(lengths) < 0:
-            raise ValueError(
-                f"cu_seq_lens_q must rise from 0 to batch * time = {num_tokens}, but is {values}."
-            )
-        if keys is not None and keys.tolist() != values:
-            raise ValueError("cu_seq_lens_k must be cu_seq_lens_q: a recurrent model reads each token once.")
-        if missing := set(range(0, num_tokens, time or 1)) - set(values):
-            raise ValueError(
-                f"cu_seq_lens_q must divide the batch's rows of {time} tokens, but has no edge at {min(missing)}."
-            )
-        for name in ("max_length_q", "max_length_k"):
-            if packing.get(name) is not None and packing[name] < max(lengths):
-                raise ValueError(
-                    f"{name} is {int(packing[name])}, but cu_seq_lens_q holds a document of {max(lengths)} tokens."
-                )
-    edges = edges[:-1].long()
-    flat = torch.zeros(
-        num_tokens + 1, dtype=torch.bool, device=edges.device
-    )  # one more, for empty documents at the end
-    return flat.index_fill(0, edges, True)[:-1].view(batch, time)
+        _check_cu_seq_lens(edges, keys, packing, shape)
+    num_tokens, edges = shape[0] * shape[1], edges[:-1].long()
+    # One element more than tokens, for empty documents at the end.
+    flat = torch.zeros(num_tokens + 1, dtype=torch.bool, device=edges.device)
+    return flat.index_fill(0, edges, True)[:-1].view(shape)
 
 
-def shift_labels_of(
+def _check_cu_seq_lens(
+    edges: Tensor, keys: Tensor | None, packing: dict[str, Any], shape: tuple[int, int]
+) -> None:
+    (_, time), num_tokens, values = shape, shape[0] * shape[1], edges.tolist()
+    lengths = [end - begin for begin, end in itertools.pairwise(values)]
+    if edges.ndim != 1 or not lengths or values[0] != 0 or values[-1] != num_tokens or min(lengths) < 0:
+        raise ValueError(f"cu_seq_lens_q must rise from 0 to batch * time = {num_tokens}, but is {values}.")
+    if keys is not None and keys.tolist() != values:
+        raise ValueError("cu_seq_lens_k must be cu_seq_lens_q: a recurrent model reads each token once.")
+    if missing := set(range(0, num_tokens, time or 1)) - set(values):
+        raise ValueError(
+            f"cu_seq_lens_q must divide the batch's rows of {time} tokens, but has no edge at {min(missing)}."
+        )
+    for name in ("max_length_q", "max_length_k"):
+        if packing.get(name) is not None and packing[name] < max(lengths):
+            raise ValueError(
+                f"{name} is {int(packing[name])}, "
+                f"but cu_seq_lens_q holds a document of {max(lengths)} tokens."
+            )
+
+
+def shifted_labels(
     labels: Tensor, attention_mask: Tensor | None, document_starts: Tensor | None, is_counted: bool
 ) -> Tensor:
-    """Targets [batch, time] of labels [batch, time]: -100 where a pad would predict, or the document before.
+    """Targets [batch, time] of labels [batch, time]: IGNORE_INDEX for tokens that follow padding or another document.
 
     Args:
-        is_counted: The caller divides the loss by a number of labels that he has counted himself.
+        is_counted: The caller divides the loss by a number of labels that it has counted itself.
 
     Raises:
-        ValueError: a label that is counted, but predicted by nothing: the loss would be too small, and change with the padding.
+        ValueError: a counted label that nothing predicts. The loss would be too small and depend on the
+            padding.
     """
-    targets, alone = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX), None
+    targets, unpredicted = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX), None
     if attention_mask is not None:
-        alone = attention_mask[:, attention_mask.shape[1] - labels.shape[1] :] == 0
+        unpredicted = attention_mask[:, attention_mask.shape[1] - labels.shape[1] :] == 0
     if document_starts is not None:
-        begins = F.pad(document_starts[:, 1:], (0, 1))
-        alone = begins if alone is None else begins | alone
-    if alone is None:
+        is_last = F.pad(document_starts[:, 1:], (0, 1))
+        unpredicted = is_last if unpredicted is None else is_last | unpredicted
+    if unpredicted is None:
         return targets
-    if is_counted and has_values(targets) and bool(((targets != IGNORE_INDEX) & alone).any()):
-        raise ValueError(_COUNTED.format("the labels"))
-    return targets.masked_fill(alone, IGNORE_INDEX)
+    if is_counted and has_values(targets) and bool(((targets != IGNORE_INDEX) & unpredicted).any()):
+        raise ValueError(_COUNTED_LABEL_ERROR.format("the labels"))
+    return targets.masked_fill(unpredicted, IGNORE_INDEX)
 
 
-def check_counted(attention_mask: Tensor | None) -> None:
-    """Refuse padding before real tokens where a caller takes the logits, shifts and counts labels himself (label smoothing in Trainer).
+def check_padding_of_counted_labels(attention_mask: Tensor | None) -> None:
+    """Refuse padding before real tokens where the caller takes the logits, then shifts and counts the labels itself.
+
+    Trainer does so with label smoothing.
 
     Raises:
-        ValueError: as in `shift_labels_of`.
+        ValueError: as in `shifted_labels`.
     """
     if attention_mask is None or not has_values(attention_mask):
         return
     if bool(((attention_mask[:, 1:] != 0) & (attention_mask[:, :-1] == 0)).any()):
-        raise ValueError(_COUNTED.format("labels outside of the model"))
+        raise ValueError(_COUNTED_LABEL_ERROR.format("labels outside of the model"))
 
 
-_COUNTED = (
-    "num_items_in_batch counts a document's first token among {}, but nothing predicts it behind padding or another document: "
-    "set its label to -100, or pad on the right (tokenizer.padding_side = 'right')."
+_COUNTED_LABEL_ERROR = (
+    "num_items_in_batch counts a document's first token among {}, but nothing predicts it behind padding or "
+    "another document: set its label to -100, or pad on the right (tokenizer.padding_side = 'right')."
 )

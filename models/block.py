@@ -6,54 +6,28 @@
 Two kinds of boundary inside a batch are exact in the scan and in the convolution alike:
 
 - `document_starts`: the decay is zero there (the input is kept) and no conv tap reaches across;
-- padding, which the model has moved to the right of each row, where nothing real can see it. In the recurrence a pad is
-  (a, b) = (1, 0); the conv state is taken where the row ends.
+- padding, which the model has moved to the right of each row, where nothing real can see it. In the
+  recurrence a pad is (a, b) = (1, 0); the conv state is taken where the row ends.
 
 Shapes: B batch, T time, H hidden_size, R recurrent_size, K conv_kernel.
 """
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .boundaries import Boundaries
 from .cell_scan import cell_scan, one_token
+from .cell_spec import CellSpec
 from .cells import CELLS
 from .configuration_minrnn import MinRNNConfig
 from .context_parallel import ContextGroup, context_cell_scan, context_conv
-from .conv import causal_conv, conv_one_token, next_conv_state, reach_within_document
+from .conv import causal_conv, conv_one_token, next_conv_state
 from .layers import RMSNorm, swiglu
 from .numba_support import is_token_step
 
 State = tuple[Tensor | None, Tensor | None]  # recurrent [B, R] fp32, conv inputs [B, K-1, H]
-
-
-@dataclass(frozen=True)
-class Boundaries:
-    """Where rows hold something else than one running text; computed once, used by every block."""
-
-    document_starts: Tensor | None  # bool [B, T]
-    lengths: Tensor | None  # [B], real tokens of each row; padding is on the right
-    reach: Tensor | None  # [B, T], how many tokens back the convolution may look
-
-    @classmethod
-    def of(cls, document_starts: Tensor | None, lengths: Tensor | None, kernel: int) -> "Boundaries":
-        if document_starts is not None and lengths is not None:
-            document_starts = document_starts & (
-                torch.arange(document_starts.shape[1], device=lengths.device) < lengths.unsqueeze(1)
-            )
-        return cls(
-            document_starts,
-            lengths,
-            None if document_starts is None else reach_within_document(document_starts, kernel),
-        )
-
-    def to(self, device: torch.device | str | int) -> "Boundaries":
-        """The same on a device: the blocks of a model may lie on several (`device_map`)."""
-        tensors = self.document_starts, self.lengths, self.reach
-        return Boundaries(*(None if tensor is None else tensor.to(device) for tensor in tensors))
 
 
 class MinRNNMixer(nn.Module):
@@ -63,19 +37,16 @@ class MinRNNMixer(nn.Module):
         super().__init__()
         self.cell = CELLS[config.cell]
         self.backend = config.scan_backend
-        self.options = {
-            "cell": config.cell,
-            "activation": config.candidate_activation,
-            "output_gate": config.output_gate,
-        }
+        self.spec = CellSpec(config.cell, config.candidate_activation, config.output_gate)
         self.memory_length = config.memory_length
         self.context_group: ContextGroup | None = None  # see `use_context_parallel`
         self.kernel = max(config.conv_kernel, 1)
-        num_projections = self.cell.num_gates + 1 + int(config.output_gate)
         self.conv_weight = (
             nn.Parameter(torch.empty(config.hidden_size, self.kernel)) if self.kernel > 1 else None
         )
-        self.in_proj = nn.Linear(config.hidden_size, num_projections * config.recurrent_size, bias=False)
+        self.in_proj = nn.Linear(
+            config.hidden_size, self.spec.num_projections * config.recurrent_size, bias=False
+        )
         self.gate_bias = nn.Parameter(torch.empty(self.cell.num_gates, config.recurrent_size))
         self.out_proj = nn.Linear(config.recurrent_size, config.hidden_size, bias=False)
 
@@ -97,9 +68,13 @@ class MinRNNMixer(nn.Module):
             next_conv = next_conv_state(x, conv, self.kernel, boundaries.document_starts, boundaries.lengths)
             x = causal_conv(x, self.conv_weight, conv, boundaries.reach, self.backend)
         y, recurrent = cell_scan(
-            self.in_proj(x), self.gate_bias, recurrent, **self.options,
-            document_starts=boundaries.document_starts, lengths=boundaries.lengths, backend=self.backend,
-        )  # fmt: skip
+            self.in_proj(x),
+            self.gate_bias,
+            recurrent,
+            spec=self.spec,
+            boundaries=boundaries,
+            backend=self.backend,
+        )
         return self.out_proj(y), (recurrent, next_conv)
 
     def one_token(self, x: Tensor, state: State) -> tuple[Tensor, State]:
@@ -107,7 +82,7 @@ class MinRNNMixer(nn.Module):
         recurrent, conv = state
         if self.conv_weight is not None:
             x, conv = conv_one_token(x, self.conv_weight, conv)
-        y, recurrent = one_token(self.in_proj(x), self.gate_bias, recurrent, **self.options)
+        y, recurrent = one_token(self.in_proj(x), self.gate_bias, recurrent, self.spec)
         return self.out_proj(y), (recurrent, conv)
 
     def one_slice(
@@ -125,9 +100,9 @@ class MinRNNMixer(nn.Module):
             self.in_proj(x),
             self.gate_bias,
             recurrent,
-            boundaries.document_starts,
-            group,
-            **self.options,
+            spec=self.spec,
+            boundaries=boundaries,
+            group=group,
             backend=self.backend,
         )
         return self.out_proj(y), (recurrent, conv)
@@ -169,8 +144,8 @@ class MinRNNBlock(GradientCheckpointingLayer):
         )
         self.mlp = MinRNNMLP(config) if config.intermediate_size else None
         self.dropout = nn.Dropout(config.dropout)
-        # What is added to the residual stream shrinks with the number of additions; _init_weights reads it (it never sees a module that has no
-        # parameters of its own, such as this one).
+        # What is added to the residual stream shrinks with the number of additions; _init_weights reads it
+        # (it never sees a module that has no parameters of its own, such as this one).
         scale = (config.num_hidden_layers * (1 if self.mlp is None else 2)) ** -0.5
         self.mixer.out_proj.residual_scale = scale
         if self.mlp is not None:

@@ -1,8 +1,8 @@
-"""The state of a whole model, as the `Cache` that transformers hands around.
+"""The state of a whole model, as a transformers `Cache`.
 
-One object serves three purposes: `generate()` carries it from token to token, training carries it from chunk to chunk, a checkpoint stores it.
-Its size does not depend on how much has been read: per layer the recurrent state [batch, width] in fp32 and the last conv inputs
-[batch, kernel-1, hidden].
+One object serves three purposes: `generate()` carries it from token to token, training carries it from chunk
+to chunk, and a checkpoint stores it. Its size does not depend on the number of tokens read: per layer, the
+recurrent state [batch, width] in fp32 and the last conv inputs [batch, kernel-1, hidden].
 """
 
 from typing import Any
@@ -13,13 +13,13 @@ from transformers.cache_utils import Cache, LinearAttentionLayer
 
 
 class MinRNNLayerCache(LinearAttentionLayer):
-    """One layer's state. Tensors are replaced, not copied into, so a gradient may flow through them."""
+    """One layer's state. Tensors are replaced, not overwritten, so gradients can flow through them."""
 
     is_compileable = False  # generate() would build an attention mask for a compileable cache
 
     def __init__(self) -> None:
         super().__init__()
-        self.num_tokens: int | None = 0  # read so far; None where a saved state does not say it
+        self.num_tokens: int | None = 0  # read so far; None if a saved state lacks it
 
     @property
     def recurrent(self) -> Tensor | None:
@@ -28,7 +28,7 @@ class MinRNNLayerCache(LinearAttentionLayer):
 
     @property
     def conv(self) -> Tensor | None:
-        """Inputs of the convolution, [batch, kernel-1, hidden]; None before the first token or without a convolution."""
+        """Last inputs of the convolution, [batch, kernel-1, hidden]; None before the first token or without a convolution."""
         return self.conv_states[0]
 
     def replace(self, recurrent: Tensor | None, conv: Tensor | None, num_tokens: int) -> None:
@@ -48,7 +48,7 @@ class MinRNNLayerCache(LinearAttentionLayer):
     def get_seq_length(self) -> int:
         if self.num_tokens is None:
             raise ValueError(
-                "This state was saved without its number of tokens, so where it stands in a text is not known."
+                "This state was saved without its number of tokens, so its position in a text is not known."
             )
         return self.num_tokens
 
@@ -58,13 +58,15 @@ class MinRNNLayerCache(LinearAttentionLayer):
 
     def activate_past_recording(self) -> None:
         raise RuntimeError(
-            "A recurrent state keeps no record of earlier tokens to go back to: keep a copy.deepcopy of an earlier state."
+            "A recurrent state keeps no record of earlier tokens to go back to: "
+            "keep a copy.deepcopy of an earlier state."
         )
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove != 0:
             raise RuntimeError(
-                f"A recurrent state cannot be cropped ({tokens_to_remove} tokens): keep a copy.deepcopy of an earlier state."
+                f"A recurrent state cannot be cropped ({tokens_to_remove} tokens): "
+                "keep a copy.deepcopy of an earlier state."
             )
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -74,9 +76,7 @@ class MinRNNLayerCache(LinearAttentionLayer):
         self.map(lambda tensor: tensor[indices])
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.map(
-            lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device))
-        )  # wherever a loaded state is now
+        self.map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
 
 class MinRNNCache(Cache):
@@ -99,21 +99,21 @@ class MinRNNCache(Cache):
         return self.get_seq_length(layer_idx) + query_length, 0
 
     def detach_(self) -> "MinRNNCache":
-        """Cut the gradient here, in place: what is carried from chunk to chunk."""
+        """Detach all tensors in place, as training does between chunks."""
         for layer in self.layers:
             layer.map(Tensor.detach)
         return self
 
     def zero_non_finite_rows_(self) -> None:
-        """Begin anew, in place, in rows whose state holds NaN or infinity in any layer."""
+        """Set the state to 0, in place, in rows where any layer's state holds NaN or infinity."""
         states = [
             tensor for layer in self.layers for tensor in (layer.recurrent, layer.conv) if tensor is not None
         ]
         if not states:
             return
-        broken = torch.stack([~tensor.flatten(1).isfinite().all(1) for tensor in states]).any(0)
+        is_broken = torch.stack([~tensor.flatten(1).isfinite().all(1) for tensor in states]).any(0)
         for layer in self.layers:
-            layer.map(lambda tensor: tensor.masked_fill(broken.view(-1, *[1] * (tensor.ndim - 1)), 0))
+            layer.map(lambda tensor: tensor.masked_fill(is_broken.view(-1, *[1] * (tensor.ndim - 1)), 0))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Contiguous CPU tensors by name, `num_tokens` among them; empty before the first token."""
@@ -129,17 +129,18 @@ class MinRNNCache(Cache):
         return state | {"num_tokens": torch.tensor(num_tokens)} if state and num_tokens is not None else state
 
     def load_state_dict(self, state: dict[str, Tensor], device: torch.device | str = "cpu") -> "MinRNNCache":
-        """The inverse of `state_dict`. States saved without `num_tokens` load, too, but generate() does not go on from them.
+        """The inverse of `state_dict`. States saved without `num_tokens` load too, but generate() cannot continue them.
 
         Raises:
-            ValueError: tensors of layers that this state does not have, or none for a layer of it.
+            ValueError: tensors for layers that this state does not have, or a layer without tensors.
         """
         layers = {f"layers.{i}.recurrent" for i in range(len(self.layers))}
         known = layers | {f"layers.{i}.conv" for i in range(len(self.layers))} | {"num_tokens"}
-        if state and (unfit := sorted(state.keys() - known | layers - state.keys())):
-            names = ", ".join(unfit[:4])
+        if state and (unmatched := sorted(state.keys() - known | layers - state.keys())):
+            names = ", ".join(unmatched[:4])
             raise ValueError(
-                f"The saved state is not one of {len(self.layers)} layers: {names} is missing, or should not be there."
+                f"The saved state is not one of {len(self.layers)} layers: "
+                f"{names} is missing, or should not be there."
             )
         num_tokens = int(state["num_tokens"]) if "num_tokens" in state else None
         for i, layer in enumerate(self.layers):
@@ -154,10 +155,10 @@ class MinRNNCache(Cache):
 def check_state(
     state: Any, num_layers: int, recurrent_shape: tuple[int, ...], conv_shape: tuple[int, ...] | None
 ) -> None:
-    """Refuse a state that a model cannot go on from.
+    """Refuse a state that does not belong to this model and batch.
 
     Args:
-        state: What came as `past_key_values`.
+        state: The `past_key_values` argument.
         num_layers: The model's layers.
         recurrent_shape: [batch, width] of a layer.
         conv_shape: [batch, kernel-1, hidden] of a layer; None without a convolution.
@@ -166,11 +167,9 @@ def check_state(
         ValueError: another library's cache, or one of another model or batch.
     """
     layers = getattr(state, "layers", None)
-    if (
-        layers is None
-        or not all(hasattr(layer, "recurrent") for layer in layers)
-        or not hasattr(state, "detach_")
-    ):  # a copy's class passes
+    # Checked by attributes: the state may be of a remote-code copy's class.
+    has_layers = layers is not None and all(hasattr(layer, "recurrent") for layer in layers)
+    if not has_layers or not hasattr(state, "detach_"):
         raise ValueError(
             f"past_key_values must be a MinRNNCache, or None to begin a text, but is a {type(state).__name__}."
         )
@@ -192,10 +191,10 @@ def check_state(
                     "batch_select_indices and batch_repeat_interleave choose and repeat rows."
                 )
             raise ValueError(
-                f"past_key_values is the state of another model: {kind} of layer {i} is {actual or 'missing'}, but should be {shape or 'none'}."
+                f"past_key_values is the state of another model: {kind} of layer {i} is "
+                f"{actual or 'missing'}, but should be {shape or 'none'}."
             )
 
 
-torch.serialization.add_safe_globals(
-    [MinRNNCache, MinRNNLayerCache]
-)  # torch.load reads a state as it reads tensors
+# So that torch.load(weights_only=True) reads a state.
+torch.serialization.add_safe_globals([MinRNNCache, MinRNNLayerCache])

@@ -1,11 +1,12 @@
 """Cell and scan in one pass on the CPU: pre-activations in, outputs out, decay and input never in memory.
 
-One task walks through one row of the batch, token after token. A token's projections lie side by side in memory, [gates | candidate | output
-gate], so each row is read from end to end; the carried state stays in cache. The backward pass goes from the last token to the first, computes
-the gates again, and writes the gradient of all projections as one tensor.
+One task walks through one row of the batch, token after token. A token's projections lie side by side in
+memory, [gates | candidate | output gate], so each row is read from end to end; the carried state stays in
+cache. The backward pass goes from the last token to the first, computes the gates again, and writes the
+gradient of all projections as one tensor.
 
-For each cell, candidate activation and output gate there is a kernel of its own, compiled when it is first used and kept on disk: the choice is
-a constant in its inner loop, which then vectorises.
+For each cell, candidate activation and output gate there is a kernel of its own, compiled when it is first
+used and kept on disk: the choice is a constant in its inner loop, which then vectorises.
 """
 
 # pyright: reportPossiblyUnboundVariable=false
@@ -16,6 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .cell_spec import CellInputs, CellSpec
 from .numba_support import as_numpy, is_available, run_tasks, stripe_width
 
 _CELL_CODES = {"mingru": 0, "minlstm": 1}
@@ -117,7 +119,8 @@ def _forward_kernel(cell: int, activation: int, gated: bool) -> Callable:
     def forward(projected, bias, h0, starts, lengths, y, h, h_last, decay, stripe, first, last):
         """projected [B, T, P*R], bias [G, R], h0 [B, R], starts [B, T] or [0, 0], lengths [B] -> y, h [B, T, R], h_last, decay [B, R].
 
-        Without an output gate h is not written, and without a wish for it (where it is [0, 0]) neither is decay.
+        Without an output gate h is not written, and without a wish for it (where it is [0, 0]) neither is
+        decay.
         """
         time, width = y.shape[1], y.shape[2]
         num_stripes = (width + stripe - 1) // stripe
@@ -237,82 +240,51 @@ def _backward_kernel(cell: int, activation: int, gated: bool) -> Callable:
     return backward
 
 
-def _boundaries(
-    document_starts: Tensor | None, lengths: Tensor | None, batch: int, time: int
-) -> tuple[Tensor, Tensor]:
-    """Arrays that the kernels always get: no starts are an empty array, no padding is lengths of `time`."""
-    starts = (
-        torch.empty(0, 0, dtype=torch.bool, device="cpu")
-        if document_starts is None
-        else document_starts.contiguous()
-    )
-    return starts, torch.full((batch,), time, device="cpu") if lengths is None else lengths.to(
-        torch.int64
-    ).contiguous()
+def _boundary_arrays(inputs: CellInputs) -> tuple[Tensor, Tensor]:
+    """(document starts, lengths) as the kernels take them: an empty array, and `time` in each row, where not given."""
+    batch, time, _ = inputs.shape
+    starts, lengths = inputs.boundaries.document_starts, inputs.boundaries.lengths
+    starts = torch.empty(0, 0, dtype=torch.bool, device="cpu") if starts is None else starts.contiguous()
+    if lengths is None:
+        return starts, torch.full((batch,), time, device="cpu")
+    return starts, lengths.to(torch.int64).contiguous()
 
 
 def forward(
-    projected: Tensor,
-    gate_bias: Tensor,
-    h0: Tensor,
-    document_starts: Tensor | None,
-    lengths: Tensor | None,
-    cell: str,
-    activation: str,
-    output_gate: bool,
-    want_decay: bool = False,
+    inputs: CellInputs, spec: CellSpec, return_decay: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `cell_scan.cell_scan`; fp32 and bf16. Returns y, h (empty without an output gate: y is h), h_last, decay (empty unless wanted)."""
-    (batch, time, _), width = projected.shape, gate_bias.shape[1]
+    """See `cell_scan.cell_scan`; fp32 and bf16.
+
+    Returns:
+        y; h, empty without an output gate, where it equals y; h_last; decay, empty without `return_decay`.
+    """
+    batch, time, width = inputs.shape
+    projected, h0 = inputs.projected, inputs.h0
     y = projected.new_empty(batch, time, width)
-    h = torch.empty_like(y) if output_gate else y.new_empty(0, 0, 0)
+    h = torch.empty_like(y) if spec.output_gate else y.new_empty(0, 0, 0)
     h_last = torch.empty_like(h0, dtype=torch.float32, memory_format=torch.contiguous_format)
-    decay = h_last.new_ones(h0.shape if want_decay else (0, 0))
+    decay = h_last.new_ones(h0.shape if return_decay else (0, 0))
+    tensors = (projected.contiguous(), inputs.gate_bias.float().contiguous(), h0.float().contiguous())
+    arrays = tuple(map(as_numpy, (*tensors, *_boundary_arrays(inputs), y, h, h_last, decay)))
     stripe = stripe_width(batch, width)
-    boundaries = _boundaries(document_starts, lengths, batch, time)
-    tensors = (
-        projected.contiguous(),
-        gate_bias.float().contiguous(),
-        h0.float().contiguous(),
-        *boundaries,
-        y,
-        h,
-        h_last,
-        decay,
-    )
-    kernel_function = _forward_kernel(_CELL_CODES[cell], _ACTIVATION_CODES[activation], output_gate)
-    run_tasks(kernel_function, (*map(as_numpy, tensors), stripe), batch * -(-width // stripe))
-    return y, h if output_gate else h.view(0), h_last, decay if want_decay else decay.view(0)
+    run_tasks(_kernel_of(_forward_kernel, spec), (*arrays, stripe), batch * -(-width // stripe))
+    return y, h if spec.output_gate else h.view(0), h_last, decay if return_decay else decay.view(0)
 
 
 def backward(
-    projected: Tensor,
-    gate_bias: Tensor,
-    h0: Tensor,
-    document_starts: Tensor | None,
-    lengths: Tensor | None,
-    h: Tensor,
-    grad_y: Tensor,
-    grad_last: Tensor,
-    cell: str,
-    activation: str,
-    output_gate: bool,
+    inputs: CellInputs, spec: CellSpec, h: Tensor, grad_y: Tensor, grad_last: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `forward`: d_projected, d_gate_bias (fp32), dh0 (fp32). `h` is the saved one, y without an output gate."""
-    (batch, time, _), width = projected.shape, gate_bias.shape[1]
-    projected, total = projected.contiguous(), grad_last.to(torch.float32, copy=True).contiguous()
-    d_projected, d_bias = torch.empty_like(projected), total.new_zeros(batch, *gate_bias.shape)
-    stripe = stripe_width(batch, width)
-    boundaries = _boundaries(document_starts, lengths, batch, time)
-    inputs = (
-        projected,
-        gate_bias.float().contiguous(),
-        h0.to(h.dtype).contiguous(),
-        *boundaries,
-        h.contiguous(),
-        grad_y.contiguous(),
-    )
-    kernel_function = _backward_kernel(_CELL_CODES[cell], _ACTIVATION_CODES[activation], output_gate)
-    arrays = tuple(map(as_numpy, (*inputs, total, d_projected, d_bias)))
-    run_tasks(kernel_function, (*arrays, stripe), batch * -(-width // stripe))
-    return d_projected, d_bias.sum(0), total
+    """Gradients of `forward`: d_projected, d_gate_bias (fp32), dh0 (fp32). `h` is y without an output gate."""
+    batch, _, width = inputs.shape
+    projected, gate_bias = inputs.projected.contiguous(), inputs.gate_bias.float().contiguous()
+    carry = grad_last.to(torch.float32, copy=True).contiguous()
+    d_projected, d_bias = torch.empty_like(projected), carry.new_zeros(batch, *gate_bias.shape)
+    tensors = (projected, gate_bias, inputs.h0.to(h.dtype).contiguous(), *_boundary_arrays(inputs))
+    tensors += (h.contiguous(), grad_y.contiguous(), carry, d_projected, d_bias)
+    arrays, stripe = tuple(map(as_numpy, tensors)), stripe_width(batch, width)
+    run_tasks(_kernel_of(_backward_kernel, spec), (*arrays, stripe), batch * -(-width // stripe))
+    return d_projected, d_bias.sum(0), carry
+
+
+def _kernel_of(make: Callable[[int, int, bool], Callable], spec: CellSpec) -> Callable:
+    return make(_CELL_CODES[spec.cell], _ACTIVATION_CODES[spec.activation], spec.output_gate)

@@ -3,18 +3,19 @@
     projected [batch, time, P * width]  =  gate (minLSTM: forget, input) | candidate u | output gate o (if there is one), side by side
     (a, b) = cell(gates + gate_bias, c(u))        h_t = a_t h_{t-1} + b_t        y = h silu(o), or h
 
-How time and channels are spread over the chip is told in `tiles_triton`, the formulas of the cells in `cells_triton`.
+How time and channels are spread over the chip is told in `tiles_triton`, the formulas of the cells in
+`cells_triton`.
 
-Bytes an element of [batch, time, width] in bf16, minGRU without an output gate: forward 6 (reads k, u, writes h), backward 12 (reads k, u, h,
-g, writes dk, du). With one: 10 (also reads o, writes y) and 16 (also reads o, writes do). Where time is cut, a second pass reads 4 more (6 in
-the backward pass with an output gate).
+Bytes an element of [batch, time, width] in bf16, minGRU without an output gate: forward 6 (reads k, u, writes
+h), backward 12 (reads k, u, h, g, writes dk, du). With one: 10 (also reads o, writes y) and 16 (also reads o,
+writes do). Where time is cut, a second pass reads 4 more (6 in the backward pass with an output gate).
 
 With G_t the whole gradient at h_t and s_t = a_t G_t what it hands to t - 1 (nothing, at a document start),
 
     d(gates) = a z G_t (c(u) - h_{t-1}) * slopes        du = z c'(u) G_t        do = g_t h_t silu'(o)
 
-Padding, at and behind a row's length, and what a tile reads behind the end of time, is not a case of its own: the gates are loaded as
-infinities for which (a, b) = (1, 0) comes out.
+Padding, at and behind a row's length, and what a tile reads behind the end of time, is not a case of its own:
+the gates are loaded as infinities for which (a, b) = (1, 0) comes out.
 """
 
 # pyright: reportOptionalMemberAccess=false, reportInvalidTypeForm=false, reportAssignmentType=false
@@ -23,9 +24,12 @@ infinities for which (a, b) = (1, 0) comes out.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from .cell_spec import CellInputs, CellSpec
 from .cells_triton import coefficients, factors, gradients, silu
 from .tiles_triton import (
     Launch,
@@ -113,7 +117,8 @@ def forward_kernel(
 ):  # fmt: skip
     """One chunk of one row and block of channels; each of `entering`, `starts`, `lengths`, (`y`, `h`), `final` and `decay` may be None.
 
-    projected: rows of the batch projected_row elements apart, tokens STEP; y, h [batch, time, WIDTH]; the others [batch, chunks, WIDTH].
+    projected: rows of the batch projected_row elements apart, tokens STEP; y, h [batch, time, WIDTH]; the
+    others [batch, chunks, WIDTH].
     """
     candidate_place: tl.constexpr = WIDTH * (2 if CELL == "minlstm" else 1)
     c_other: tl.constexpr = float("-inf") if ACTIVATION == "g" else 0.0  # where c is 0
@@ -178,7 +183,8 @@ def backward_kernel(
 ):  # fmt: skip
     """The same from late to early, on s_t. Without `d_projected`, only the pair of the chunk is computed, from the gates and the gradient.
 
-    d_projected: contiguous, laid out as `projected`; d_gate_bias: each program's sum, [batch, chunks, gates, WIDTH].
+    d_projected: contiguous, laid out as `projected`; d_gate_bias: each program's sum, [batch, chunks, gates,
+    WIDTH].
     """
     num_gates: tl.constexpr = 2 if CELL == "minlstm" else 1
     candidate_place: tl.constexpr = WIDTH * num_gates
@@ -289,7 +295,8 @@ def backward_kernel(
 def choose_tile(time: int, itemsize: int, cell: str, output_gate: bool, backward: bool) -> Tile:
     """The largest tile, for operands of `itemsize` bytes, whose registers let two programs share a multiprocessor: 128 a thread with 8 lanes.
 
-    More is alive in a backward pass: 123 registers with 8 x 8 rows for the minGRU alone, 140 to 220 otherwise, hence 4 lanes.
+    More is alive in a backward pass: 123 registers with 8 x 8 rows for the minGRU alone, 140 to 220
+    otherwise, hence 4 lanes.
     """
     if time == 1:  # a token of decoding
         return Tile(lanes=1, rows=1, channels=64)
@@ -304,178 +311,107 @@ def _as_flags(document_starts: Tensor | None) -> Tensor | None:
     return None if document_starts is None else document_starts.contiguous().view(torch.uint8)
 
 
+def _constants(spec: CellSpec, lengths: Tensor | None) -> dict[str, Any]:
+    """Compile-time constants of both kernels."""
+    constants = {"CELL": spec.cell, "ACTIVATION": spec.activation, "OUTPUT_GATE": spec.output_gate}
+    return constants | {"TAIL": int(lengths is not None)}
+
+
 def forward_launches(
-    projected: Tensor,
-    gate_bias: Tensor,
-    h0: Tensor,
-    document_starts: Tensor | None,
-    lengths: Tensor | None,
-    cell: str,
-    activation: str,
-    output_gate: bool,
-    want_decay: bool,
+    inputs: CellInputs,
+    spec: CellSpec,
+    *,
+    return_decay: bool,
     tile: Tile | None = None,
     num_chunks: int | None = None,
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], list[Launch]]:
-    """The outputs of `forward`, empty, and what fills them. A tile or a number of chunks can be forced, for tests and tuning."""
-    batch, time, _ = projected.shape
-    width = gate_bias.shape[1]
-    projected, gate_bias = with_contiguous_channels(projected), gate_bias.float().contiguous()
-    tile = tile or choose_tile(time, projected.itemsize, cell, output_gate, backward=False)
+    """The outputs of `forward`, not yet computed, and the launches that compute them.
+
+    Tests and tuning can force a tile and a number of chunks.
+    """
+    batch, time, width = inputs.shape
+    projected, gate_bias = with_contiguous_channels(inputs.projected), inputs.gate_bias.float().contiguous()
+    tile = tile or choose_tile(time, projected.itemsize, spec.cell, spec.output_gate, backward=False)
     chunks = plan_chunks(batch, time, width, tile, num_multiprocessors(projected.device), num_chunks)
     y = projected.new_empty(batch, time, width)
-    h = torch.empty_like(y) if output_gate else y.new_empty(0)
-    h_last = torch.empty_like(h0, dtype=torch.float32, memory_format=torch.contiguous_format)
-    decay = torch.empty_like(h_last) if want_decay else h_last.new_empty(0)
-    flags = _as_flags(document_starts)
+    h = torch.empty_like(y) if spec.output_gate else y.new_empty(0)
+    h_last = torch.empty_like(inputs.h0, dtype=torch.float32, memory_format=torch.contiguous_format)
+    decay = torch.empty_like(h_last) if return_decay else h_last.new_empty(0)
+    flags, lengths = _as_flags(inputs.boundaries.document_starts), inputs.boundaries.lengths
+    constants = {"STEP": projected.stride(1)} | _constants(spec, lengths)
 
     def launch(entering: Tensor | None, final: Tensor | None, decay: Tensor | None, write: bool) -> Launch:
-        arguments = {
-            "projected": projected,
-            "gate_bias": gate_bias,
-            "entering": entering,
-            "starts": flags,
-            "lengths": lengths,
-        }
-        arguments |= {
-            "y": y if write else None,
-            "h": h if write and output_gate else None,
-            "final": final,
-            "decay": decay,
-        }
-        arguments |= {"projected_row": projected.stride(0)}
-        constants = {
-            "STEP": projected.stride(1),
-            "CELL": cell,
-            "ACTIVATION": activation,
-            "OUTPUT_GATE": output_gate,
-            "TAIL": int(lengths is not None),
-        }
+        arguments = {"projected": projected, "gate_bias": gate_bias, "entering": entering}
+        arguments |= {"starts": flags, "lengths": lengths}
+        arguments |= {"y": y if write else None, "h": h if write and spec.output_gate else None}
+        arguments |= {"final": final, "decay": decay, "projected_row": projected.stride(0)}
         return cut_launch(forward_kernel, arguments, constants, (batch, time, width), tile, chunks)
 
+    initial, decay_or_none = inputs.h0.float().contiguous(), decay if return_decay else None
     launches = pass_launches(
-        launch,
-        chunks,
-        h0.float().contiguous(),
-        h_last,
-        decay if want_decay else None,
-        reverse=False,
-        resets=flags is not None,
+        launch, chunks, initial, h_last, decay_or_none, reverse=False, resets=flags is not None
     )
     return (y, h, h_last, decay), launches
 
 
 def backward_launches(
-    projected: Tensor,
-    gate_bias: Tensor,
-    h0: Tensor,
-    document_starts: Tensor | None,
-    lengths: Tensor | None,
+    inputs: CellInputs,
+    spec: CellSpec,
+    *,
     h: Tensor,
     grad_y: Tensor,
     grad_last: Tensor,
-    cell: str,
-    activation: str,
-    output_gate: bool,
     tile: Tile | None = None,
     num_chunks: int | None = None,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], list[Launch]]:
-    """As `forward_launches`, for `backward`; the gradient of the gate bias is still in pieces, [batch, chunks, gates, width]."""
-    batch, time, _ = projected.shape
-    width = gate_bias.shape[1]
-    projected, h, grad_y = (
-        with_contiguous_channels(projected),
-        with_contiguous_channels(h),
-        with_contiguous_channels(grad_y),
-    )
-    gate_bias, h0 = gate_bias.float().contiguous(), h0.float().contiguous()
-    tile = tile or choose_tile(time, projected.itemsize, cell, output_gate, backward=True)
+    """As `forward_launches`, for `backward`; the gradient of the gate bias is one sum per chunk, [batch, chunks, gates, width]."""
+    batch, time, width = inputs.shape
+    projected, h, grad_y = map(with_contiguous_channels, (inputs.projected, h, grad_y))
+    gate_bias, h0 = inputs.gate_bias.float().contiguous(), inputs.h0.float().contiguous()
+    tile = tile or choose_tile(time, projected.itemsize, spec.cell, spec.output_gate, backward=True)
     chunks = plan_chunks(batch, time, width, tile, num_multiprocessors(projected.device), num_chunks)
     d_projected = torch.empty_like(projected, memory_format=torch.contiguous_format)
     d_gate_bias, dh0 = gate_bias.new_empty(batch, chunks.number, *gate_bias.shape), torch.empty_like(h0)
-    flags = _as_flags(document_starts)
+    flags, lengths = _as_flags(inputs.boundaries.document_starts), inputs.boundaries.lengths
+    constants = {"STEP": projected.stride(1), "H_STEP": h.stride(1), "GRAD_STEP": grad_y.stride(1)}
+    constants |= _constants(spec, lengths)
 
     def launch(entering: Tensor | None, final: Tensor | None, decay: Tensor | None, write: bool) -> Launch:
-        arguments = {
-            "projected": projected,
-            "gate_bias": gate_bias,
-            "h0": h0,
-            "starts": flags,
-            "lengths": lengths,
-            "h": h,
-            "grad_y": grad_y,
-        }
+        arguments = {"projected": projected, "gate_bias": gate_bias, "h0": h0, "h": h, "grad_y": grad_y}
+        arguments |= {"starts": flags, "lengths": lengths}
         arguments |= {"entering": entering, "final": final, "decay": decay}
-        arguments |= {
-            "d_projected": d_projected if write else None,
-            "d_gate_bias": d_gate_bias if write else None,
-        }
+        outputs = (d_projected, d_gate_bias) if write else (None, None)
+        arguments |= dict(zip(("d_projected", "d_gate_bias"), outputs, strict=True))
         arguments |= {
             "projected_row": projected.stride(0),
             "h_row": h.stride(0),
             "grad_row": grad_y.stride(0),
         }
-        constants = {"STEP": projected.stride(1), "H_STEP": h.stride(1), "GRAD_STEP": grad_y.stride(1)}
-        constants |= {
-            "CELL": cell,
-            "ACTIVATION": activation,
-            "OUTPUT_GATE": output_gate,
-            "TAIL": int(lengths is not None),
-        }
         return cut_launch(backward_kernel, arguments, constants, (batch, time, width), tile, chunks)
 
-    launches = pass_launches(
-        launch, chunks, grad_last.float().contiguous(), dh0, None, reverse=True, resets=flags is not None
-    )
+    initial = grad_last.float().contiguous()
+    launches = pass_launches(launch, chunks, initial, dh0, None, reverse=True, resets=flags is not None)
     return (d_projected, d_gate_bias, dh0), launches
 
 
 def forward(
-    projected: Tensor,
-    gate_bias: Tensor,
-    h0: Tensor,
-    document_starts: Tensor | None,
-    lengths: Tensor | None,
-    cell: str,
-    activation: str,
-    output_gate: bool,
-    want_decay: bool = False,
+    inputs: CellInputs, spec: CellSpec, return_decay: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `cell_scan.cell_scan`: (y, h, h_last, decay); h is empty without an output gate (y is h), and decay if it is not wanted."""
-    outputs, launches = forward_launches(
-        projected, gate_bias, h0, document_starts, lengths, cell, activation, output_gate, want_decay
-    )
+    """See `cell_scan.cell_scan`.
+
+    Returns:
+        y; h, empty without an output gate, where it equals y; h_last; decay, empty without `return_decay`.
+    """
+    outputs, launches = forward_launches(inputs, spec, return_decay=return_decay)
     run_all(launches)
     return outputs
 
 
 def backward(
-    projected: Tensor,
-    gate_bias: Tensor,
-    h0: Tensor,
-    document_starts: Tensor | None,
-    lengths: Tensor | None,
-    h: Tensor,
-    grad_y: Tensor,
-    grad_last: Tensor,
-    cell: str,
-    activation: str,
-    output_gate: bool,
+    inputs: CellInputs, spec: CellSpec, h: Tensor, grad_y: Tensor, grad_last: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `cell_scan`: (d_projected, d_gate_bias, dh0)."""
-    outputs, launches = backward_launches(
-        projected,
-        gate_bias,
-        h0,
-        document_starts,
-        lengths,
-        h,
-        grad_y,
-        grad_last,
-        cell,
-        activation,
-        output_gate,
-    )
+    """Gradients of `forward`: d_projected, d_gate_bias (fp32), dh0 (fp32). `h` is y without an output gate."""
+    outputs, launches = backward_launches(inputs, spec, h=h, grad_y=grad_y, grad_last=grad_last)
     run_all(launches)
     d_projected, d_gate_bias, dh0 = outputs
     return d_projected, d_gate_bias.sum((0, 1)), dh0

@@ -1,21 +1,21 @@
-"""The cells: what a minimal RNN computes from its input before anything recurs.
+"""The cells: formulas for the coefficients (a, b) of h_t = a_t * h_{t-1} + b_t.
 
-A cell is a few projections of x and a formula that turns them into the coefficients (a, b) of h_t = a_t * h_{t-1} + b_t. No gate sees h_{t-1};
-that is what makes the recurrence linear, and the whole sequence one scan.
+A cell turns a few projections of the input x into decay a and input b. No gate depends on h_{t-1}, so the
+recurrence is linear and the whole sequence is one scan.
 
     minGRU    a = 1 - z,      b = z * c(u)            z = sigmoid(k)
     minLSTM   a = f / (f+i),  b = i / (f+i) * c(u)    f = sigmoid(p), i = sigmoid(q)
 
-with pre-activations k, p, q, u = W x and c the candidate activation. Source: Feng et al., arXiv 2410.01201, sections 3.1 and 3.2; minGRU with
-c = tanh is GILR of Martin & Cundy (ICLR 2018).
+with pre-activations k, p, q, u = W x and c the candidate activation. Source: Feng et al., arXiv 2410.01201,
+sections 3.1 and 3.2; minGRU with c = tanh is GILR of Martin & Cundy (ICLR 2018).
 
-Each cell has a variant whose decays lie in (-1, 1), `NAME_signed`: 2 a - 1 in place of a, b as before. A state that can change its sign at
-every token can count modulo 2, which decays in (0, 1) cannot (Grazzi et al., "Unlocking State-Tracking in Linear RNNs Through Negative
-Eigenvalues", arXiv 2411.12537).
+Each cell has a variant with decays in (-1, 1), `NAME_signed`: 2 a - 1 in place of a, the same b. A state that
+can change its sign at every token can count modulo 2, which decays in (0, 1) cannot (Grazzi et al.,
+"Unlocking State-Tracking in Linear RNNs Through Negative Eigenvalues", arXiv 2411.12537).
 
-Numerics: a is computed in fp32 whatever the dtype of the projections, since bfloat16 has no number between 0.996 and 1: it cannot hold a memory
-longer than 256 tokens. Each factor is a sigmoid of its own, a = sigmoid(-k) and z = sigmoid(k), never one minus the other: the difference loses
-the digits of whichever is small.
+Numerics: a is computed in fp32 whatever the dtype of the projections. bfloat16 has no number between 0.996
+and 1, so it cannot represent a memory longer than 256 tokens. Each factor is a sigmoid of its own, a =
+sigmoid(-k) and z = sigmoid(k): the difference 1 - z would lose the digits of the smaller one.
 """
 
 from collections.abc import Callable
@@ -49,7 +49,8 @@ def mingru(k: Tensor, u: Tensor, activation: str) -> tuple[Tensor, Tensor]:
 def minlstm(p: Tensor, q: Tensor, u: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """Coefficients of the minLSTM: p (forget), q (input), u [batch, time, width] -> a (at least fp32), b (dtype of u).
 
-    a = f / (f + i) = sigmoid(-d) with d = log(i / f) = softplus(-p) - softplus(-q), which neither overflows nor divides.
+    a = f / (f + i) = sigmoid(-d) with d = log(i / f) = softplus(-p) - softplus(-q), which neither overflows
+    nor divides.
     """
     d = F.softplus(-at_least_fp32(p)) - F.softplus(-at_least_fp32(q))
     return torch.sigmoid(-d), (torch.sigmoid(d) * candidate(at_least_fp32(u), activation)).to(u.dtype)
@@ -57,14 +58,14 @@ def minlstm(p: Tensor, q: Tensor, u: Tensor, activation: str) -> tuple[Tensor, T
 
 @dataclass(frozen=True)
 class Cell:
-    """One entry of the registry."""
+    """An entry of `CELLS`."""
 
     num_gates: int
-    """Projections that are gates; one more, the candidate, follows them."""
+    """Number of gate projections; the candidate's projection follows them."""
     coefficients: Callable[..., tuple[Tensor, Tensor]]
     """(gate, ..., candidate pre-activation, activation name) -> (a, b)."""
     gate_bias: Callable[[Tensor], Tensor]
-    """Memory lengths [width], in tokens -> gate biases [num_gates, width] with 1 / (1 - a) equal to them where the input says nothing."""
+    """Memory lengths [width] in tokens -> gate biases [num_gates, width] with 1 / (1 - a) equal to them at zero input."""
 
 
 def _mingru_bias(memory: Tensor) -> Tensor:

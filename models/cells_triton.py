@@ -1,13 +1,15 @@
 """The cells inside a kernel: pre-activations to coefficients and their derivatives, in fp32.
 
-The same functions as `cells`, written for the GPU. What costs there is special functions (exp2, reciprocal: an eighth of the rate of a
-multiply-add), so each sigmoid pair shares its exponential, and nothing is computed by cases where a clamp does:
+The same functions as `cells`, written for the GPU. What costs there is special functions (exp2, reciprocal:
+an eighth of the rate of a multiply-add), so each sigmoid pair shares its exponential, and nothing is computed
+by cases where a clamp does:
 
     minGRU     t = e^k                       a = 1 / (1 + t)    z = t / (1 + t)
     minLSTM    P = 1 + e^-p,  Q = 1 + e^-q   a = Q / (P + Q)    z = P / (P + Q)        since f = 1 / P, i = 1 / Q
 
-Neither factor is one minus the other. Exponents are clamped to 120 (in octaves), where the other side is 0 to within 1e-36; in the minLSTM both
-are first shifted together if both are large, which leaves the ratio as it is. NaN passes through every clamp. Derivatives:
+Neither factor is one minus the other. Exponents are clamped to 120 (in octaves), where the other side is 0 to
+within 1e-36; in the minLSTM both are first shifted together if both are large, which leaves the ratio as it
+is. NaN passes through every clamp. Derivatives:
 
     minGRU     da/dk = -a z    dz/dk = a z
     minLSTM    with d = log(i / f):  da/dd = -a z    dz/dd = a z    dd/dp = -sigmoid(-p)    dd/dq = sigmoid(-q)
@@ -110,7 +112,8 @@ def minlstm_factors(p, q):
 def factors(k, q, k_bias, q_bias, CELL: tl.constexpr):
     """(a, z, dk, dq): both coefficients' factors, and what the gradient a z (dz - da) has to be multiplied by for each gate.
 
-    k: the first gate's pre-activation (minLSTM: p), without its bias; q: the minLSTM's second. The biases are in octaves already.
+    k: the first gate's pre-activation (minLSTM: p), without its bias; q: the minLSTM's second. The biases are
+    in octaves already.
     """
     tl.static_assert(CELL == "mingru" or CELL == "minlstm")
     k = k.to(tl.float32) * 1.4426950408889634 + k_bias

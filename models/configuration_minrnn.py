@@ -10,9 +10,10 @@ from transformers.activations import ACT2FN
 from .cells import CANDIDATE_ACTIVATIONS, CELLS
 from .scan import BACKENDS
 
-# The block as published (Feng et al., arXiv 2410.01201): norm, causal conv of width 4, cell with the positive candidate g, down-projection;
-# norm, MLP. The default block differs where our ablations say so (ARCHITECTURE.md): identity candidate, output gate, gated MLP, weights drawn
-# with the standard deviation of their fan-in, decays spread over memory lengths.
+# The block as published (Feng et al., arXiv 2410.01201): norm, causal conv of width 4, cell with the positive
+# candidate g, down-projection; norm, MLP. The default block differs where our ablations say so
+# (ARCHITECTURE.md): identity candidate, output gate, gated MLP, weights drawn with the standard deviation of
+# their fan-in, decays spread over memory lengths.
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": {
@@ -33,22 +34,24 @@ class MinRNNConfig(PreTrainedConfig):
         vocab_size: Number of rows of the embedding; at least the tokenizer's, usually rounded up.
         hidden_size: Width of the residual stream.
         num_hidden_layers: Number of blocks.
-        cell: Name of the recurrent cell: `"mingru"` or `"minlstm"` with decays in (0, 1), `"mingru_signed"` or `"minlstm_signed"` in (-1, 1).
+        cell: Name of the recurrent cell: `"mingru"` or `"minlstm"` with decays in (0, 1), `"mingru_signed"`
+            or `"minlstm_signed"` in (-1, 1).
         expansion_factor: Recurrent width / hidden_size (the paper's alpha).
-        candidate_activation: Activation of the candidate: `"g"` (x + 0.5 for x >= 0, else sigmoid), `"none"`, `"tanh"` or `"silu"`.
+        candidate_activation: Activation of the candidate: `"g"` (x + 0.5 for x >= 0, else sigmoid), `"none"`,
+            `"tanh"` or `"silu"`.
         output_gate: Multiply the cell's output by silu of one more projection.
         conv_kernel: Width of the causal depthwise convolution before the cell; 0 or 1 for none.
         intermediate_size: Width of the MLP; 0 for none.
         hidden_act: Activation of the MLP.
         gated_mlp: MLP as down(act(gate) * up) (as in Llama) instead of down(act(up)).
-        memory_length: Before training, the channels' memory lengths 1 / (1 - a) are spread log-uniformly from 2 to this many tokens; 2
-            starts every gate half open.
+        memory_length: Before training, the channels' memory lengths 1 / (1 - a) are spread log-uniformly from
+            2 to this many tokens; 2 starts every gate half open.
         initializer_range: Standard deviation of the weights; `None` for fan_in ** -0.5.
         dropout: Probability of dropping an element of a block's output, in training.
         rms_norm_eps: Epsilon of the RMS norms.
         tie_word_embeddings: Use the embedding as output projection.
-        max_position_embeddings: The longest input that harnesses should send. The recurrence itself has no limit; harnesses try out
-            batches of this length and cut texts to it.
+        max_position_embeddings: The longest input that harnesses should send. The recurrence itself has no
+            limit; harnesses try out batches of this length and cut texts to it.
         scan_backend: Backend of the scan (see `scan.linear_scan`); `None` for the fastest on the device.
         use_cache: Return the state, so that the sequence can go on.
         bos_token_id: First token of every document.

@@ -1,9 +1,9 @@
-"""The causal depthwise convolution, cut as exactly as the scan.
+"""The causal depthwise convolution, which can be cut exactly like the scan.
 
     y_t = sum_j weight_j * x_{t-j},    j = 0 .. min(K-1, reach_t)
 
-Tap j reads j tokens back. At a cut, the last K-1 inputs are the state. A tap that would reach across a document start reads nothing: `reach`
-says how far back each token may look, so that packed documents are convolved as if each stood alone.
+Tap j reads j tokens back. The state at a cut is the last K-1 inputs. `reach` limits how far back each token
+may read, so that no tap reads across a document start and packed documents are convolved like separate ones.
 """
 
 import torch
@@ -12,16 +12,6 @@ from torch import Tensor
 from .layers_numba import conv_backward, conv_forward
 from .numba_support import serves
 from .operators import define
-
-
-def reach_within_document(document_starts: Tensor, kernel: int) -> Tensor:
-    """How many tokens back each token may look, at most kernel-1: bool [batch, time] -> int64 [batch, time].
-
-    What came before the first token counts as the same document until one starts.
-    """
-    positions = torch.arange(document_starts.shape[1], device=document_starts.device)
-    newest_start = torch.where(document_starts, positions, -kernel).cummax(1).values
-    return (positions - newest_start).clamp(max=kernel - 1)
 
 
 def _conv(x: Tensor, weight: Tensor, state: Tensor, reach: Tensor | None) -> Tensor:
@@ -84,8 +74,8 @@ def causal_conv(
     Args:
         x: [batch, time, width].
         weight: [width, kernel]; the last column belongs to the current token.
-        state: the kernel-1 inputs before x, [batch, kernel-1, width]; zeros when not given.
-        reach: result of `reach_within_document`, or None if no document starts here.
+        state: the kernel-1 inputs before x, [batch, kernel-1, width]; zeros if None.
+        reach: result of `boundaries.reach_within_document`, or None if no document starts here.
         backend: as in `scan.linear_scan`; "numba" (and None on the CPU) is one kernel.
 
     Returns:
@@ -131,7 +121,10 @@ def conv_gradients(
 
 
 def conv_one_token(x: Tensor, weight: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`causal_conv` and `next_conv_state` of one token: x [batch, 1, width], state [batch, kernel-1, width] -> y, the state after it."""
+    """`causal_conv` and `next_conv_state` of one token.
+
+    x [batch, 1, width], state [batch, kernel-1, width] -> y, the next state.
+    """
     if state is None:
         state = x.new_zeros(x.shape[0], weight.shape[1] - 1, x.shape[2])
     extended = torch.cat([state.to(x.dtype), x], dim=1)
@@ -145,13 +138,13 @@ def next_conv_state(
     document_starts: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> Tensor:
-    """What the convolution hands over at a cut: the last kernel-1 inputs of each row, zero where they belong to a document that has ended.
+    """The convolution's state at a cut: the last kernel-1 inputs of each row, 0 where they belong to an earlier document.
 
     Args:
         x: [batch, time, width].
         state: the kernel-1 inputs before x, or None.
         document_starts: bool [batch, time], or None if no document starts here.
-        lengths: [batch], the number of real tokens of each row where rows are padded on the right, or None if none is.
+        lengths: [batch], real tokens of each row (padding is on the right), or None without padding.
 
     Returns:
         [batch, kernel-1, width].
@@ -164,16 +157,14 @@ def next_conv_state(
         return extended[:, time:].clone()
     if lengths is None:
         lengths = torch.full((batch,), time, device=x.device)
-    index = lengths.unsqueeze(1) + torch.arange(
-        kernel - 1, device=x.device
-    )  # into extended: [batch, kernel-1]
+    # [batch, kernel-1], into `extended`
+    index = lengths.unsqueeze(1) + torch.arange(kernel - 1, device=x.device)
     last = extended.gather(1, index.unsqueeze(-1).expand(-1, -1, width))
     if document_starts is None:
         return last
     positions = torch.arange(time, device=x.device)
-    newest_start = (
-        torch.where(document_starts, positions, -kernel).amax(1)
-        if time
-        else lengths.new_full((batch,), -kernel)
-    )
+    if time:
+        newest_start = torch.where(document_starts, positions, -kernel).amax(1)
+    else:
+        newest_start = lengths.new_full((batch,), -kernel)
     return last.masked_fill((index - (kernel - 1) < newest_start.unsqueeze(1)).unsqueeze(-1), 0)

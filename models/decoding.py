@@ -1,17 +1,19 @@
-"""Decoding by hand: a prompt of any length into a state, and one token after another at the cost of reading weights and state once.
+"""Decoding in a loop of your own: read a prompt into a state, then one token at a time.
 
-    logits, cache = prefill(model, input_ids)            in pieces, through the parallel scan: memory does not grow with the prompt
+    logits, cache = prefill(model, input_ids)     in pieces, by the parallel scan; memory does not grow with the prompt
     step = TokenStep(model, cache)
-    logits = step(tokens)                                 [batch] -> [batch, vocab_size], as often as you like
+    logits = step(tokens)                         [batch] -> [batch, vocab_size], again and again
 
-`generate()` works as for every transformers model and does the same; here nothing stands between the tokens. On a GPU a step is one CUDA
-graph: the launches of some hundred small kernels, which would take longer than their work, are replayed as one.
+Each token reads the weights and the state once. `generate()` does the same with more overhead per token. On a
+GPU a step is one CUDA graph: it replays some hundred small kernels, whose separate launches would take longer
+than their work.
 """
 
 import torch
 from torch import Tensor
 
-from .block import Boundaries, State
+from .block import State
+from .boundaries import NO_BOUNDARIES
 from .cache import MinRNNCache
 from .modeling_minrnn import PREFILL, MinRNNForCausalLM
 
@@ -25,21 +27,23 @@ def prefill(
     Args:
         model: In eval mode.
         input_ids: [batch, time], at least one token, on any device (a long prompt may stay on the CPU).
-        cache: State to go on from; updated in place.
+        cache: State to continue from; updated in place.
         piece: Tokens read at once.
 
     Returns:
         Logits of the token after the prompt [batch, vocab_size], and the state.
 
     Raises:
-        ValueError: no tokens, or a piece of none.
+        ValueError: no tokens, or a piece of no tokens.
     """
     if input_ids.ndim != 2 or input_ids.shape[1] == 0 or piece < 1:
         shape = tuple(input_ids.shape)
         raise ValueError(
-            f"prefill takes input_ids [batch, time] and a piece of at least 1 token each, but got {shape}, {piece}."
+            "prefill takes input_ids [batch, time] and a piece of at least 1 token each, "
+            f"but got {shape}, {piece}."
         )
-    cache, logits = MinRNNCache(model.config.num_hidden_layers) if cache is None else cache, None
+    cache = MinRNNCache(model.config.num_hidden_layers) if cache is None else cache
+    logits = None
     for ids in input_ids.split(piece, dim=1):
         logits = model(
             input_ids=ids.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1
@@ -55,12 +59,12 @@ def _clone(tensor: Tensor | None) -> Tensor | None:
 class TokenStep:
     """One token through the model.
 
-    The state lives in tensors of its own, so that a graph can find it again; `cache` hands out a copy.
+    The state is held in tensors of fixed addresses, as a CUDA graph needs; `cache` returns a copy.
 
     Args:
         model: In eval mode.
         cache: The state after the prompt (`prefill`); it is copied.
-        graph: Replay a CUDA graph; by default where the whole model is on one GPU.
+        graph: Replay a CUDA graph; by default if the whole model is on one GPU.
 
     Raises:
         ValueError: a cache that has read nothing, or a graph of a model that is not on one GPU.
@@ -74,10 +78,9 @@ class TokenStep:
         devices = {parameter.device for parameter in model.parameters()}
         is_on_one_gpu = len(devices) == 1 and model.device.type == "cuda"
         if graph and not is_on_one_gpu:
-            places = ", ".join(sorted(map(str, devices)))
-            way_out = "use graph=False or none"
+            names = ", ".join(sorted(map(str, devices)))
             raise ValueError(
-                f"A CUDA graph needs a model on one GPU, but this one is on {places}: {way_out}."
+                f"A CUDA graph needs a model on one GPU, but this one is on {names}: use graph=False or none."
             )
         self.model, self.num_tokens = model, cache.get_seq_length()
         self.states: list[State] = [(_clone(layer.recurrent), _clone(layer.conv)) for layer in cache.layers]
@@ -90,7 +93,7 @@ class TokenStep:
 
     @property
     def cache(self) -> MinRNNCache:
-        """The state after the last token, as a cache of its own."""
+        """A copy of the state after the last token."""
         cache = MinRNNCache(len(self.states))
         for layer, (recurrent, conv) in zip(cache.layers, self.states, strict=True):
             layer.replace(_clone(recurrent), _clone(conv), num_tokens=self.num_tokens)
@@ -98,11 +101,11 @@ class TokenStep:
 
     @torch.no_grad()
     def _forward(self) -> Tensor:
-        """`self.tokens` through the model; the states are overwritten."""
+        """The logits of `self.tokens`; overwrites the states."""
         model = self.model.model
         x = model.embed_tokens(self.tokens)
         for block, state in zip(model.layers, self.states, strict=True):
-            x, *after = block(x, *state, Boundaries(None, None, None))
+            x, *after = block(x, *state, NO_BOUNDARIES)
             for old, new in zip(state, after, strict=True):
                 if old is not None and new is not None:
                     old.copy_(new)
@@ -114,14 +117,12 @@ class TokenStep:
         with torch.cuda.device(self.tokens.device):
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(
-                stream
-            ):  # warm up: libraries allocate on their first calls, a graph may not
-                for _ in range(3):
+            with torch.cuda.stream(stream):
+                for _ in range(3):  # warm up: libraries allocate on their first calls, a graph may not
                     self._forward()
             torch.cuda.current_stream().wait_stream(stream)
             self.graph = torch.cuda.CUDAGraph()
-            # Not torch.cuda.graph's own stream, which stays on the device of the process's first graph.
+            # Not torch.cuda.graph's default stream, which stays on the device of the process's first graph.
             with torch.cuda.graph(self.graph, stream=stream):
                 self.logits = self._forward()
         for state, saved in zip(self.states, before, strict=True):
@@ -130,7 +131,10 @@ class TokenStep:
                     tensor.copy_(value)
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """The next token of each row, int64 [batch] -> logits of the one after it, [batch, vocab_size]; a graph's next call overwrites them."""
+        """The next token of each row, int64 [batch] -> logits of the token after it, [batch, vocab_size].
+
+        With a graph, the next call overwrites the logits.
+        """
         self.tokens.copy_(tokens.view_as(self.tokens))
         self.num_tokens += 1
         if self.graph is None:

@@ -1,4 +1,4 @@
-"""What `generate()` needs to know of a state instead of keys and values: where it comes from, and what cannot be done with it."""
+"""`generate()` with a recurrent state in place of keys and values: how it is created, and what it cannot do."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from transformers import GenerationMixin
 
 from .cache import MinRNNCache
 
-PREFILL = 8192  # tokens of a prompt that are read at once, unless said
+PREFILL = 8192  # tokens of a prompt that are read at once by default
 
 
 class StateGenerationMixin(GenerationMixin):
@@ -16,10 +16,11 @@ class StateGenerationMixin(GenerationMixin):
     config: Any
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> bool:
-        """generate() starts from our own kind of state unless it was given one or told to use none.
+        """Create a `MinRNNCache`, unless a state is passed or `use_cache` is False.
 
         Raises:
-            ValueError: a kind of cache that only keys and values have, or the part of an assistant, which has to go back.
+            ValueError: a cache implementation for keys and values, or use as an assistant, which must be
+                rewound.
         """
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(
@@ -32,15 +33,15 @@ class StateGenerationMixin(GenerationMixin):
             )
         if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = MinRNNCache(self.config.num_hidden_layers)
-        return False  # like the base method, whose result nobody reads
+        return False  # like the base method; the result is not used
 
     def _prefill(self, input_ids: Tensor, generation_config, model_kwargs: dict[str, Any], *args, **kwargs):
-        """A long prompt is read in pieces, so that memory does not grow with it; `prefill_chunk_size` says how long they are.
+        """Read a long prompt in pieces of `prefill_chunk_size` tokens, so that memory does not grow with it.
 
         Raises:
-            ValueError: a state that has read the whole text, or more.
+            ValueError: a state that has already read the whole text or more.
         """
-        check_text_goes_on(input_ids, generation_config, model_kwargs)
+        check_text_continues_state(input_ids, generation_config, model_kwargs)
         if (
             input_ids.shape[1] > PREFILL
             and generation_config.use_cache is not False
@@ -50,18 +51,20 @@ class StateGenerationMixin(GenerationMixin):
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def init_continuous_batching(self, *args, **kwargs):
-        """Raises ValueError: continuous batching is made of pages of keys and values."""
+        """Raises ValueError: continuous batching stores keys and values in pages."""
         raise ValueError(
             "Continuous batching (generate_batch, cache_implementation='paged') is a way to store keys and values, "
             "but this model has a state of fixed size: use generate() with a padded batch."
         )
 
 
-def check_text_goes_on(input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any]) -> None:
-    """Refuse a text that ends where its state is, or before: generate() would read some of it again.
+def check_text_continues_state(
+    input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any]
+) -> None:
+    """Refuse a text that has no tokens beyond those that its state has read: generate() would read some again.
 
-    The text is whole, the state's own tokens included, unless `attention_mask` is longer. (Without padding, generate() keeps the mask's
-    length only.)
+    The text includes the tokens that the state has read, unless `attention_mask` is longer than the text.
+    (Without padding, generate() keeps only the mask's length.)
 
     Raises:
         ValueError: naming both lengths.
@@ -74,6 +77,6 @@ def check_text_goes_on(input_ids: Tensor, generation_config: Any, model_kwargs: 
     mask_length = getattr(generation_config, "_mask_length", text.shape[1]) if mask is None else mask.shape[1]
     if num_read and text.shape[1] <= num_read and (embeds is not None or mask_length == text.shape[1]):
         raise ValueError(
-            f"past_key_values has read {num_read} tokens, but the text has {text.shape[1]}: pass the whole text and what is new, "
-            "or only what is new with an attention_mask for all of it."
+            f"past_key_values has read {num_read} tokens, but the text has {text.shape[1]}: "
+            "pass the whole text and what is new, or only what is new with an attention_mask for all of it."
         )

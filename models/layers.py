@@ -1,7 +1,8 @@
-"""What surrounds the scan in a block: RMS norm, gated activation.
+"""RMS norm and gated activation.
 
-Each is defined in plain torch, which is also what `torch.compile` fuses on a GPU. On the CPU, where eager torch makes a pass over memory for
-every operation, fp32 and bf16 go through one kernel each (`layers_numba.py`), as one differentiable operator.
+Each is defined in plain torch, which `torch.compile` fuses on a GPU. On the CPU, eager torch passes over
+memory once per operation, so fp32 and bf16 use one kernel each (`layers_numba.py`), as one differentiable
+operator.
 """
 
 import math
@@ -17,7 +18,7 @@ from .operators import define
 
 
 def _num_rows(x: Tensor) -> int:
-    """Rows of x [..., width]. Not by `Size.numel`, which fixes a length that a tracer keeps open."""
+    """Rows of x [..., width]. `Size.numel` would make a dynamic length static while tracing."""
     return math.prod(x.shape[:-1])
 
 
@@ -86,8 +87,9 @@ _swiglu_op = define("swiglu", _swiglu, _swiglu_fake, _differentiate_swiglu, _sav
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; in fp32 inside, out in the dtype that the matrix product after it takes.
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension.
 
+    Computed in fp32 and returned in the dtype of the matrix product that follows (`compute_dtype`).
     Zhang & Sennrich, "Root Mean Square Layer Normalization", NeurIPS 2019.
 
     Args:
@@ -119,7 +121,10 @@ class RMSNorm(nn.Module):
 
 
 def swiglu(x: Tensor, backend: str | None = None) -> Tensor:
-    """silu(gate) * up for x = gate | up: [..., 2 I] -> [..., I]. Shazeer, "GLU Variants Improve Transformer", arXiv 2002.05202."""
+    """silu(gate) * up for x = gate | up: [..., 2 I] -> [..., I].
+
+    Shazeer, "GLU Variants Improve Transformer", arXiv 2002.05202.
+    """
     if x.shape[-1] % 2:
         raise ValueError(
             f"swiglu takes gate and up side by side, [..., 2 * width], but got {tuple(x.shape)}."

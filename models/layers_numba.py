@@ -1,7 +1,7 @@
-"""What surrounds the scan in a block, in one pass each on the CPU: RMS norm, causal convolution, gated activation.
+"""RMS norm, causal convolution and gated activation on the CPU, in one pass over memory each.
 
-Tasks are blocks of ROWS consecutive tokens, whatever the number of threads, and gradients of weights are summed per block first; so results do
-not depend on that number either.
+Tasks are blocks of ROWS consecutive tokens, and gradients of weights are first summed within a block. So
+results do not depend on the number of threads.
 """
 
 # pyright: reportPossiblyUnboundVariable=false
@@ -31,7 +31,7 @@ if is_available():
 
     @reduction
     def _dot(x, y, scale):
-        """sum of x * y * scale over three rows, added up in lanes."""
+        """sum of x * y * scale over three rows, in any order (vectorised)."""
         total = ZERO
         for d in range(x.size):
             total += load_input(x, d) * load_input(y, d) * load_input(scale, d)
@@ -89,9 +89,8 @@ if is_available():
         accumulator = np.empty(width, np.float32)
         for task in range(first, last):
             row, start = task // row_blocks, (task % row_blocks) * rows
-            for t in range(
-                start - (taps - 1) if start == 0 else start, min(start + rows, time)
-            ):  # the state's inputs are tokens -(K-1) .. -1
+            begin = 1 - taps if start == 0 else start  # the state's inputs are tokens -(K-1) .. -1
+            for t in range(begin, min(start + rows, time)):
                 accumulator[:] = ZERO
                 for j in range(taps):
                     if 0 <= t + j < time and (reach.size == 0 or reach[row, t + j] >= j):

@@ -1,14 +1,15 @@
 """Next-token loss from hidden states, a block of tokens at a time.
 
-Logits of a long sequence over a large vocabulary are the largest tensor of a training step: 65,536 tokens x 50,000 symbols in fp32 are 13 GB,
-and their gradient as much again. Here each block of tokens is projected, scored and differentiated before the next: with p = softmax(logits),
+The logits of a long sequence over a large vocabulary are the largest tensor of a training step: 65,536 tokens
+x 50,000 symbols in fp32 are 13 GB, and their gradient is as large. Here each block of tokens is projected,
+scored and differentiated before the next: with p = softmax(logits),
 
     loss = sum over scored tokens of  logsumexp(logits) - logits[target]
     d logits = p - onehot(target)        d hidden = d logits @ W        d W = sum over blocks of  d logits^T @ hidden
 
-so that what is kept for the backward pass is d hidden and d W: three matrix products, as without it, and nothing is computed twice. Sums are
-fp32 (fp64 in fp64), whatever the products are in. torch's own chunked `linear_cross_entropy` (2.13) returns the loss in bf16 under autocast,
-off by 1 %.
+The backward pass needs only d hidden and d W. This takes three matrix products, as the usual way does, and
+nothing is computed twice. Sums are in fp32 (fp64 in fp64), whatever the dtype of the products. torch's own
+chunked `linear_cross_entropy` (2.13) returns the loss in bf16 under autocast, with an error of 1 %.
 """
 
 import torch
@@ -28,9 +29,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dtype = compute_dtype(hidden)
         cast_hidden, cast_weight = hidden.to(dtype), weight.to(dtype)
         loss = scale.new_zeros(())
-        differentiated = any(ctx.needs_input_grad[:2])
-        grad_hidden = torch.empty_like(cast_hidden) if differentiated else None
-        grad_weight = torch.zeros_like(weight, dtype=scale.dtype) if differentiated else None
+        needs_grad = any(ctx.needs_input_grad[:2])
+        grad_hidden = torch.empty_like(cast_hidden) if needs_grad else None
+        grad_weight = torch.zeros_like(weight, dtype=scale.dtype) if needs_grad else None
         hidden_blocks, target_blocks = cast_hidden.split(block), targets.split(block)
         grad_blocks = (None,) * len(hidden_blocks) if grad_hidden is None else grad_hidden.split(block)
         for rows, labels, grad_rows in zip(hidden_blocks, target_blocks, grad_blocks, strict=True):
@@ -94,9 +95,9 @@ def linear_cross_entropy(
 
 
 def next_token_loss(logits: Tensor, targets: Tensor, num_items: int | float | Tensor | None = None) -> Tensor:
-    """The same from logits [..., vocab_size] that are there anyway.
+    """The same from logits [..., vocab_size].
 
-    transformers' own ForCausalLMLoss, but that it does not round fp64 to fp32.
+    As transformers' ForCausalLMLoss, which however rounds fp64 to fp32.
     """
     logits, targets = at_least_fp32(logits).flatten(0, -2), targets.to(logits.device).flatten()
     if num_items is None:
@@ -105,16 +106,16 @@ def next_token_loss(logits: Tensor, targets: Tensor, num_items: int | float | Te
     return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum") / count
 
 
-def loss_of_any_head(
+def loss_of_module_head(
     head: nn.Module,
     hidden: Tensor,
     targets: Tensor,
     num_items: int | float | Tensor | None = None,
     block: int = 1024,
 ) -> Tensor:
-    """`linear_cross_entropy` for a head that is more than a matrix, such as one with an adapter.
+    """`linear_cross_entropy` for a head that is not just a matrix, such as one with an adapter.
 
-    Logits of `block` tokens are held at once, and computed again for the backward pass.
+    Logits of `block` tokens are held at once and recomputed in the backward pass.
 
     Args:
         head: [..., hidden_size] -> logits [..., vocab_size].
@@ -122,18 +123,19 @@ def loss_of_any_head(
     """
     rows, labels = hidden.flatten(0, -2), targets.to(hidden.device).flatten()
 
-    def summed(rows: Tensor, labels: Tensor) -> Tensor:
+    def summed_loss(rows: Tensor, labels: Tensor) -> Tensor:
         return next_token_loss(head(rows), labels, num_items=1)
 
     parts = zip(rows.split(block), labels.split(block), strict=True)
-    losses = [checkpoint(summed, part, targets, use_reentrant=False) for part, targets in parts]
+    losses = [checkpoint(summed_loss, part, targets, use_reentrant=False) for part, targets in parts]
     return torch.stack(losses).sum() / ((labels != IGNORE_INDEX).sum() if num_items is None else num_items)
 
 
 class LMHead(nn.Linear):
-    """Hidden states to logits, or straight to the loss.
+    """Hidden states to logits, or directly to the loss.
 
-    The loss is computed inside the module, since engines that shard parameters (ZeRO-3) gather them around a module's forward.
+    The loss is computed inside the module because engines that shard parameters (ZeRO-3) gather them around a
+    module's forward.
     """
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -2,9 +2,9 @@
 
     input_ids -> embedding -> blocks -> norm -> logits
 
-The state of a block (block.py) is (h, last conv inputs); it enters with `past_key_values` and leaves the same way, so a sequence may be cut
-anywhere. Documents may start anywhere in a row (`document_starts`), and padding may be on either side: rows are first packed to the left, so
-that padding is always on the right, where nothing real can see it.
+The state of a block (block.py) is (h, last conv inputs). It enters with `past_key_values` and is returned the
+same way, so a sequence can be cut anywhere. Documents may start anywhere in a row (`document_starts`), and
+padding may be on either side: real tokens are first moved to the left, so that no real token follows padding.
 
 Shapes: B batch, T time, H hidden_size.
 """
@@ -22,18 +22,26 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from .batches import PACKING, check_counted, check_names, packing_order, shift_labels_of, starts_of_packing
-from .block import Boundaries, MinRNNBlock, MinRNNMixer
+from .batches import (
+    PACKING,
+    check_keyword_arguments,
+    check_padding_of_counted_labels,
+    document_starts_from_packing,
+    left_align_order,
+    shifted_labels,
+)
+from .block import MinRNNBlock, MinRNNMixer
+from .boundaries import Boundaries
 from .cache import MinRNNCache, check_state
 from .configuration_minrnn import MinRNNConfig
 from .context_parallel import ContextGroup
 from .generation import PREFILL, StateGenerationMixin
 from .layers import RMSNorm
-from .loss import LMHead, loss_of_any_head, next_token_loss
+from .loss import LMHead, loss_of_module_head, next_token_loss
 
 
 class MinRNNPreTrainedModel(PreTrainedModel):
-    """Initialisation and what transformers needs to know."""
+    """Initialisation, and the class attributes that transformers reads."""
 
     config: MinRNNConfig
     config_class = MinRNNConfig
@@ -45,7 +53,7 @@ class MinRNNPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {"hidden_states": MinRNNBlock}
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """As everywhere in transformers; the folder's code also serves `AutoModel`, which transformers itself would not note."""
+        """As in transformers. Also writes the `auto_map` entry of `AutoModel`, which transformers leaves out."""
         if self._auto_class is not None:
             self.config.auto_map = {
                 **(getattr(self.config, "auto_map", None) or {}),
@@ -55,7 +63,10 @@ class MinRNNPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Every projection keeps the variance of its input; what is added to the residual stream shrinks with the number of additions."""
+        """Every projection keeps the variance of its input.
+
+        Projections into the residual stream are scaled down by the number of additions to it.
+        """
         std = self.config.initializer_range
         if isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=std or self.config.hidden_size**-0.5)
@@ -103,19 +114,20 @@ class MinRNNModel(MinRNNPreTrainedModel):
         """As `MinRNNForCausalLM.forward`, up to the last hidden state [B, T, H]."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("MinRNNModel takes exactly one of input_ids and inputs_embeds.")
-        # transformers' own defaults switch the cache off under gradient checkpointing, where keys and values would be written twice; our
-        # blocks return their state instead of writing it, and training carries it from chunk to chunk.
+        # transformers switches the cache off under gradient checkpointing, where keys and values would be
+        # written twice. These blocks return their state, and training carries it from chunk to chunk, so it
+        # stays on.
         use_cache = self.config.use_cache if use_cache is None else use_cache
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         time = x.shape[1]
-        check_names(type(self).forward, kwargs)
-        document_starts = self.read_boundaries(
+        check_keyword_arguments(type(self).forward, kwargs)
+        document_starts = self.resolve_document_starts(
             x.shape[:2], attention_mask, past_key_values, document_starts, kwargs
         )
         if use_cache and past_key_values is None:
             past_key_values = MinRNNCache(self.config.num_hidden_layers)
 
-        order = packing_order(attention_mask, time)
+        order = left_align_order(attention_mask, time)
         lengths = None
         if order is not None:
             assert attention_mask is not None
@@ -140,15 +152,18 @@ class MinRNNModel(MinRNNPreTrainedModel):
             last_hidden_state=x, past_key_values=past_key_values if use_cache else None
         )
 
-    def read_boundaries(
+    def resolve_document_starts(
         self,
         shape: tuple[int, ...],
         attention_mask: Tensor | None,
         state: MinRNNCache | None,
         document_starts: Tensor | None,
-        others: dict[str, Any],
+        kwargs: dict[str, Any],
     ) -> Tensor | None:
-        """Check what comes with a batch, and take from `others` all that says where documents start: bool `shape`, or None.
+        """Check the mask, the state and the document starts of a batch, and remove the `PACKING` arguments from `kwargs`.
+
+        Returns:
+            Document starts, bool `shape`, from all arguments that give them; None without any.
 
         Raises:
             ValueError: shapes that do not fit the batch, a state of another model or batch, contradictions.
@@ -162,7 +177,7 @@ class MinRNNModel(MinRNNPreTrainedModel):
             config, taps = self.config, self.config.conv_kernel - 1
             conv_shape = (batch, taps, config.hidden_size) if taps > 0 else None
             check_state(state, config.num_hidden_layers, (batch, config.recurrent_size), conv_shape)
-        goes_on = state is not None and state.layers[0].recurrent is not None
+        continues = state is not None and state.layers[0].recurrent is not None
         num_read = 0 if state is None else state.layers[0].num_tokens
         if (
             attention_mask is not None
@@ -170,13 +185,15 @@ class MinRNNModel(MinRNNPreTrainedModel):
             and attention_mask.shape[-1] not in (time, num_read + time)
         ):
             raise ValueError(
-                f"attention_mask must be [batch, {time}], or [batch, {num_read + time}] with what past_key_values has read, "
-                f"but is {tuple(attention_mask.shape)}."
+                f"attention_mask must be [batch, {time}], or [batch, {num_read + time}] "
+                f"with what past_key_values has read, but is {tuple(attention_mask.shape)}."
             )
-        packing = {name: others.pop(name) for name in PACKING if name in others}
+        packing = {name: kwargs.pop(name) for name in PACKING if name in kwargs}
         if all(value is None for value in packing.values()):
             return document_starts
-        return starts_of_packing(packing, document_starts, attention_mask, (batch, time), goes_on)
+        return document_starts_from_packing(
+            packing, document_starts, attention_mask, (batch, time), continues
+        )
 
 
 class MinRNNForCausalLM(MinRNNPreTrainedModel, StateGenerationMixin):
@@ -197,9 +214,8 @@ class MinRNNForCausalLM(MinRNNPreTrainedModel, StateGenerationMixin):
         if not isinstance(new_embeddings, LMHead):  # a resized vocabulary comes as a plain nn.Linear
             head = LMHead(new_embeddings.in_features, new_embeddings.out_features, bias=False, device="meta")
             head.weight = new_embeddings.weight
-            head.__dict__["_is_hf_initialized"] = getattr(
-                new_embeddings, "_is_hf_initialized", False
-            )  # else post_init draws it again
+            # Without this flag post_init would draw the weights again.
+            head.__dict__["_is_hf_initialized"] = getattr(new_embeddings, "_is_hf_initialized", False)
             new_embeddings = head
         self.lm_head = new_embeddings
 
@@ -223,32 +239,37 @@ class MinRNNForCausalLM(MinRNNPreTrainedModel, StateGenerationMixin):
 
         Args:
             input_ids: [batch, time].
-            attention_mask: [batch, time] or longer (the last `time` columns count); 0 is padding, on either side. Real tokens get the logits
-                they would get without it; logits at padding mean nothing.
-            past_key_values: State to go on from. It is updated in place when `use_cache`.
+            attention_mask: [batch, time] or longer (the last `time` columns count); 0 is padding, on either
+                side. Padding does not change the logits of real tokens; logits at padding are undefined.
+            past_key_values: State to continue from. It is updated in place when `use_cache`.
             inputs_embeds: [batch, time, hidden_size] instead of input_ids.
-            labels: [batch, time], the input_ids themselves (-100 where nothing is scored): shifted inside, as everywhere in transformers. A
-                target at a document start is masked, and one that a pad would predict; where `num_items_in_batch` may have counted it,
-                it must be -100.
+            labels: [batch, time], the input_ids themselves (-100 where nothing is scored), shifted inside as
+                everywhere in transformers. The first label of a document, and one behind padding, is not
+                scored; if `num_items_in_batch` may have counted it, it must be -100.
             use_cache: Return the state after the last token.
-            document_starts: bool [batch, time], True where a new document begins: nothing before it is seen from there on.
-            shift_labels: [batch, time], targets that are already shifted (made before a sequence was cut); used instead of labels.
-            num_items_in_batch: Number of scored tokens to divide the summed loss by; by default those of this call.
+            document_starts: bool [batch, time], True where a new document begins: the state before it is
+                dropped.
+            shift_labels: [batch, time], targets that are already shifted (made before a sequence was cut);
+                used instead of labels.
+            num_items_in_batch: Number of scored tokens to divide the summed loss by; by default those of this
+                call.
             logits_to_keep: Compute logits for the last n positions (0: all), or for these positions.
-            skip_logits: Compute the loss without ever holding the logits (see `loss.linear_cross_entropy`), and return none. Needs targets.
-            kwargs: `position_ids`, `seq_idx`, `cu_seq_lens_q`: other ways to say `document_starts` (see batches.py); and what transformers
-                passes to every model (`output_hidden_states`, `return_dict`, ...).
+            skip_logits: Compute the loss without holding all logits (see `loss.linear_cross_entropy`), and
+                return no logits. Needs targets.
+            kwargs: `position_ids`, `seq_idx`, `cu_seq_lens_q`: other forms of `document_starts` (see
+                batches.py); and what transformers passes to every model (`output_hidden_states`,
+                `return_dict`, ...).
 
         Returns:
             `loss` (scalar, nats per scored token), `logits` [batch, time, vocab_size], `past_key_values`.
 
         Raises:
-            TypeError: a keyword argument that nobody reads.
+            TypeError: an unknown keyword argument.
             ValueError: shapes that do not fit, contradictions, or a state of another model or batch.
         """
-        check_names(type(self).forward, kwargs)
-        if labels is not None:  # else the model itself reads them
-            document_starts = self.model.read_boundaries(
+        check_keyword_arguments(type(self).forward, kwargs)
+        if labels is not None:  # otherwise self.model resolves them
+            document_starts = self.model.resolve_document_starts(
                 labels.shape, attention_mask, past_key_values, document_starts, kwargs
             )
         outputs: BaseModelOutputWithPast = self.model(
@@ -263,23 +284,23 @@ class MinRNNForCausalLM(MinRNNPreTrainedModel, StateGenerationMixin):
         hidden = outputs.last_hidden_state
         assert hidden is not None
         if labels is not None and shift_labels is None:
-            shift_labels = shift_labels_of(
+            shift_labels = shifted_labels(
                 labels, attention_mask, document_starts, is_counted=num_items_in_batch is not None
             )
         elif shift_labels is None and num_items_in_batch is not None:
-            check_counted(attention_mask)
+            check_padding_of_counted_labels(attention_mask)
         loss = logits = None
         if skip_logits:
             if shift_labels is None:
                 raise ValueError("skip_logits leaves nothing to return without labels or shift_labels.")
             if isinstance(self.lm_head, LMHead):
                 loss = self.lm_head(hidden, shift_labels, num_items_in_batch)
-            else:  # wrapped by an adapter (LoRA), which knows nothing of targets
-                loss = loss_of_any_head(self.lm_head, hidden, shift_labels, num_items_in_batch)
+            else:  # wrapped by an adapter (LoRA), whose forward takes no targets
+                loss = loss_of_module_head(self.lm_head, hidden, shift_labels, num_items_in_batch)
         else:
             is_count = isinstance(logits_to_keep, int)
-            kept = slice(-logits_to_keep, None) if is_count else logits_to_keep.to(hidden.device)
-            logits = self.lm_head(hidden[:, kept])
+            positions = slice(-logits_to_keep, None) if is_count else logits_to_keep.to(hidden.device)
+            logits = self.lm_head(hidden[:, positions])
             if shift_labels is not None:
                 loss = next_token_loss(logits, shift_labels, num_items_in_batch)
         return CausalLMOutputWithPast(
@@ -290,7 +311,7 @@ class MinRNNForCausalLM(MinRNNPreTrainedModel, StateGenerationMixin):
         )
 
 
-# Trainer shifts the labels of a smoothed loss for the classes in this table only, and has no other way to know.
+# With label smoothing, Trainer shifts the labels only for the classes in this table.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["minrnn"] = MinRNNForCausalLM.__name__
 
 __all__ = ["PREFILL", "MinRNNForCausalLM", "MinRNNModel", "MinRNNPreTrainedModel"]

@@ -1,12 +1,15 @@
 """What every numba kernel here is built from: typed access to memory, an exponential that vectorises, threads.
 
-numba has no bfloat16: such arrays come in as their bits (uint16), are widened in registers, and are rounded to nearest even on the way out.
+numba has no bfloat16: such arrays come in as their bits (uint16), are widened in registers, and are rounded
+to nearest even on the way out.
 
-Kernels touch memory through four intrinsics, which tell LLVM what Python cannot: inputs are never written, and outputs and carried state do not
-overlap them. Without that, a loop over six arrays needs so many overlap checks at run time that LLVM gives up and leaves it scalar.
+Kernels touch memory through four intrinsics, which tell LLVM what Python cannot: inputs are never written,
+and outputs and carried state do not overlap them. Without that, a loop over six arrays needs so many overlap
+checks at run time that LLVM gives up and leaves it scalar.
 
-Arithmetic is as it is written, one rounding an operation, and `multiply_add` where one rounding for two is wanted. Were that left to the
-compiler (fastmath's "contract"), it would round vectors and what is left over of a row differently, and the number of threads would show.
+Arithmetic is as it is written, one rounding an operation, and `multiply_add` where one rounding for two is
+wanted. Were that left to the compiler (fastmath's "contract"), it would round vectors and what is left over
+of a row differently, and the number of threads would show.
 
 Kernels run on plain Python threads without the GIL, as many as torch uses: numba's own thread pool may
 neither be forked nor entered twice. A forked child starts threads of its own, and computes on one thread
@@ -135,7 +138,8 @@ if numba is not None:
 
         return store
 
-    # load(array, i) -> float and store(array, i, float), for contiguous 1-d arrays. `state` is read and written by the same loop.
+    # load(array, i) -> float and store(array, i, float), for contiguous 1-d arrays. `state` is read and
+    # written by the same loop.
     load_input = _load_intrinsic("input")
     load_state = _load_intrinsic("state")
     store_state = _store_intrinsic("state", "input", "output")
@@ -251,8 +255,8 @@ def run_tasks(kernel_function, arguments: tuple, num_tasks: int) -> None:
 def stripe_width(batch: int, width: int) -> int:
     """Channels that one task walks through time with: all of them, unless many threads would have nothing to do.
 
-    A whole row after another is one run through memory, which the hardware reads ahead; half rows are read at a third of that rate, so that two
-    threads with half rows are slower than one with whole ones.
+    A whole row after another is one run through memory, which the hardware reads ahead; half rows are read at
+    a third of that rate, so that two threads with half rows are slower than one with whole ones.
     """
     threads_per_row = torch.get_num_threads() // max(batch, 1)
     return max(1, -(-width // threads_per_row)) if threads_per_row >= 4 else max(1, width)

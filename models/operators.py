@@ -1,8 +1,9 @@
 """Our custom operators: how they are named, and made once.
 
-A process may hold this package and remote-code copies of other versions of it. A second operator of the same name would silently replace the
-first, for models that exist already too. So an operator's namespace holds a hash of the source it is made of: the file that defines it and all
-that this file imports from beside it. (Not of all that lies there: remote code arrives file by file, the configuration's before the model's.)
+A process may hold this package and remote-code copies of other versions of it. A second operator of the same
+name would silently replace the first, for models that exist already too. So an operator's namespace holds a
+hash of the source it is made of: the file that defines it and all that this file imports from beside it. (Not
+of all that lies there: remote code arrives file by file, the configuration's before the model's.)
 """
 
 import functools
@@ -41,9 +42,10 @@ def define(
 ) -> Callable[..., Any]:
     """Make `function` the operator `minrnn_HASH::name`, and return what calls it.
 
-    Where another copy of this very source in the process has made it, that one is called, since to make it again
-    would destroy the other's. Called with forward-mode tangents (`torch.func.jvp`), it raises NotImplementedError:
-    torch would drop them where an operator has a backward formula alone, and the derivative would be 0.
+    Where another copy of this very source in the process has made it, that one is called, since to make it
+    again would destroy the other's. Called with forward-mode tangents (`torch.func.jvp`), it raises
+    NotImplementedError: torch would drop them where an operator has a backward formula alone, and the
+    derivative would be 0.
 
     Args:
         fake: gives empty outputs of the right shapes and dtypes.

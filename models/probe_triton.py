@@ -1,8 +1,9 @@
 """Whether the Triton kernels can run on a device: found out by running one, before anything depends on it.
 
-A GPU and the package do not suffice. Triton builds its launcher with a C compiler, keeps what it compiles in a folder
-that must be writable, and no longer knows every GPU, or every number format on it. All of that shows in the smallest
-kernel, which is run once for each process, device and number format, when the first scan there asks for a backend.
+A GPU and the package do not suffice. Triton builds its launcher with a C compiler, keeps what it compiles in
+a folder that must be writable, and no longer knows every GPU, or every number format on it. All of that shows
+in the smallest kernel, which is run once for each process, device and number format, when the first scan
+there asks for a backend.
 """
 
 # pyright: reportOptionalMemberAccess=false, reportInvalidTypeForm=false, reportAttributeAccessIssue=false

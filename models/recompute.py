@@ -1,13 +1,14 @@
 """What a block keeps for its backward pass: nothing, what is dear to compute, or everything.
 
-Bytes per token and layer in bf16 autocast (fp32 residual stream; H hidden_size, R recurrent_size, P projections, I intermediate_size; with the
-convolution and a gated MLP):
+Bytes per token and layer in bf16 autocast (fp32 residual stream; H hidden_size, R recurrent_size, P
+projections, I intermediate_size; with the convolution and a gated MLP):
 
     none        14 H + 2 P R + 4 R + 6 I     inputs of every operation
     selective    8 H + 2 P R + 4 R + 4 I     results of matrix products and scans; norms, convolution and gates are computed again
     full         4 H                         the block's input; everything is computed again
 
-These are the fused cells. A cell that is composed (the signed ones; in fp64, all) keeps the decay and what it is computed from, too:
+These are the fused cells. A cell that is composed (the signed ones; in fp64, all) keeps the decay and what it
+is computed from, too:
 
     none        + 18 R, signed minLSTM + 26 R        fp32 a, 1 - a and the candidate; of minLSTM, both gates
     selective    - 2 R                               y is computed again

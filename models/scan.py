@@ -2,19 +2,21 @@
 
     linear_scan(a, b, h0) -> (h, h_last)        h_last is the h0 of whatever comes next
 
-Everything this project promises about cuts rests on this one function. It is a `torch` custom operator for each backend, so `torch.compile`
-sees one opaque node, autograd sees one formula, and autocast sees nothing (a cast of the carried state to bf16 would lose it).
+All exact cuts in this project rest on this function. Each backend is a `torch` custom operator:
+`torch.compile` sees one opaque node, autograd one formula, and autocast does not change the dtypes (bf16
+would lose the carried state).
 
-Mathematics. With g_t the gradient that reaches h_t from outside and G_t the whole of it,
+Mathematics. With g_t the gradient that reaches h_t through the outputs and G_t its total gradient,
 
     G_t = g_t + a_{t+1} * G_{t+1}        (G_T also receives the gradient of h_last)
     db_t = G_t        da_t = G_t * h_{t-1}        dh0 = a_1 * G_1
 
-so the backward pass is the same recurrence, run from the end. Every backend implements both directions; this file holds the dispatch, the
-autograd rule, and the reference: a plain loop over time that every other backend is tested against.
+so the backward pass is the same recurrence, run from the end. Every backend implements both directions. This
+file holds the dispatch, the autograd rule, and the reference: a plain loop over time that the other backends
+are tested against.
 
-Memory traffic of the general form, in elements of [batch, time, width]: forward reads a, b and writes h; backward reads a, h, g and writes da,
-db. Nothing else is saved.
+Memory traffic in elements of [batch, time, width]: forward reads a, b and writes h; backward reads a, h, g
+and writes da, db. Nothing else is saved.
 """
 
 from collections.abc import Callable
@@ -40,31 +42,31 @@ BACKENDS = ("reference", "torch", "numba", "triton")
 
 
 def reference_forward(
-    a: Tensor, b: Tensor, h0: Tensor, want_decay: bool = False
+    a: Tensor, b: Tensor, h0: Tensor, return_decay: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The recurrence as it is written, one token after another."""
+    """The recurrence as defined, one token after another."""
     dtype = accumulate_dtype(a, b)
     h, carry = torch.empty_like(b, memory_format=torch.contiguous_format), h0.to(dtype, copy=True)
     for t in range(b.shape[1]):
         carry = a[:, t].to(dtype) * carry + b[:, t].to(dtype)
         h[:, t] = carry
-    return h, carry, a.prod(1, dtype=dtype) if want_decay else carry.new_empty(0)
+    return h, carry, a.prod(1, dtype=dtype) if return_decay else carry.new_empty(0)
 
 
 def reference_backward(
     a: Tensor, h: Tensor, h0: Tensor, grad_h: Tensor, grad_last: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The derivative as it is written, from the last token to the first."""
+    """The derivative as defined, from the last token to the first."""
     dtype = accumulate_dtype(a, h)
     da = torch.empty_like(a, memory_format=torch.contiguous_format)
     db = torch.empty_like(h, memory_format=torch.contiguous_format)
-    total = grad_last.to(dtype, copy=True)
+    carry = grad_last.to(dtype, copy=True)
     for t in range(h.shape[1] - 1, -1, -1):
-        total = total + grad_h[:, t].to(dtype)
+        carry = carry + grad_h[:, t].to(dtype)
         previous = h[:, t - 1] if t > 0 else h0
-        db[:, t], da[:, t] = total, total * previous.to(dtype)
-        total = total * a[:, t].to(dtype)
-    return da, db, total
+        db[:, t], da[:, t] = carry, carry * previous.to(dtype)
+        carry = carry * a[:, t].to(dtype)
+    return da, db, carry
 
 
 def _register(
@@ -72,16 +74,16 @@ def _register(
 ) -> Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor, Tensor]]:
     """Make a backend's two functions one differentiable operator, `minrnn_HASH::linear_scan_NAME`."""
 
-    def scan(a: Tensor, b: Tensor, h0: Tensor, want_decay: bool) -> tuple[Tensor, Tensor, Tensor]:
-        h, h_last, decay = forward(a, b, h0, want_decay)
+    def scan(a: Tensor, b: Tensor, h0: Tensor, return_decay: bool) -> tuple[Tensor, Tensor, Tensor]:
+        h, h_last, decay = forward(a, b, h0, return_decay)
         return h.contiguous(), h_last.contiguous(), decay.contiguous()
 
-    def fake(a: Tensor, b: Tensor, h0: Tensor, want_decay: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def fake(a: Tensor, b: Tensor, h0: Tensor, return_decay: bool) -> tuple[Tensor, Tensor, Tensor]:
         h_last = h0.new_empty(h0.shape, dtype=accumulate_dtype(a, b))
         return (
             torch.empty_like(b, memory_format=torch.contiguous_format),
             h_last,
-            h_last.new_empty(h0.shape if want_decay else 0),
+            h_last.new_empty(h0.shape if return_decay else 0),
         )
 
     def scan_backward(
@@ -129,9 +131,10 @@ _SCANS = {
 
 @torch.compiler.assume_constant_result
 def default_backend(device: torch.device, dtype: torch.dtype) -> str:
-    """The fastest backend that runs on tensors of `dtype` on `device`; one line says so where that is not its own.
+    """The fastest backend that runs on tensors of `dtype` on `device`.
 
-    A tracer takes the answer for a constant and does not look inside, where a kernel may be tried out.
+    Logs a warning if the device's own kernels cannot run. A tracer treats the result as a constant and does
+    not trace the function, which may run a kernel.
     """
     if device.type == "cpu":
         kernels, problem = "numba", numba_problem()
@@ -149,7 +152,7 @@ def default_backend(device: torch.device, dtype: torch.dtype) -> str:
 
 @torch.compiler.assume_constant_result
 def check_backend(backend: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Raises ValueError where `backend` is none, or cannot run on tensors of `dtype` on `device`."""
+    """Raises ValueError if `backend` does not exist, or cannot run on tensors of `dtype` on `device`."""
     if backend not in BACKENDS:
         choice = f"choose one of {', '.join(BACKENDS)}, or none for the fastest here"
         raise ValueError(f"There is no scan backend {backend!r}; {choice}.")
@@ -165,18 +168,20 @@ def check_backend(backend: str, device: torch.device, dtype: torch.dtype) -> Non
 
 
 def check_one_device(tensors: dict[str, Tensor | None], device: torch.device) -> None:
-    """Raises ValueError where a tensor is elsewhere."""
+    """Raises ValueError if a tensor is on another device."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != device:
             raise ValueError(
-                f"The scan takes tensors on one device, but {name} is on {tensor.device} and the others on {device}."
+                f"The scan takes tensors on one device, "
+                f"but {name} is on {tensor.device} and the others on {device}."
             )
 
 
 def _check(a: Tensor, b: Tensor, h0: Tensor | None, backend: str) -> None:
     if a.ndim != 3 or a.shape != b.shape:
         raise ValueError(
-            f"linear_scan takes a and b of one shape [batch, time, width], but got {tuple(a.shape)} and {tuple(b.shape)}."
+            "linear_scan takes a and b of one shape [batch, time, width], "
+            f"but got {tuple(a.shape)} and {tuple(b.shape)}."
         )
     state_shape = (b.shape[0], b.shape[2])
     if h0 is not None and tuple(h0.shape) != state_shape:
@@ -198,18 +203,20 @@ def linear_scan(
     Args:
         a: decay, [batch, time, width], any floating dtype. Any value is allowed; |a| <= 1 keeps h bounded.
         b: input, same shape; may have another dtype than a.
-        h0: state before the first token, [batch, width]; zeros when not given. Keep it in fp32, as `h_last` is.
-        backend: "reference" (a loop), "torch" (any device), "numba" (CPU), "triton" (GPU), or None for the fastest on this device.
+        h0: state before the first token, [batch, width]; zeros if None. Keep it in fp32, as `h_last` is.
+        backend: "reference" (a loop), "torch" (any device), "numba" (CPU), "triton" (GPU), or None for the
+            fastest on this device.
 
     Returns:
-        h [batch, time, width] in b's dtype, and h_last [batch, width] in fp32 (fp64 if a or b is): the state after the last token, not rounded
-        to b's dtype, so that a sequence cut in two gives what the whole gives. With time = 0, h_last is h0.
+        h [batch, time, width] in b's dtype, and h_last [batch, width] in fp32 (fp64 if a or b is): the state
+        after the last token. It is not rounded to b's dtype, so a sequence that is cut in two gives the same
+        result as the whole sequence. With time = 0, h_last is h0.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or a backend that cannot run here.
 
-    Source: Martin & Cundy, "Parallelizing Linear Recurrent Neural Nets Over Sequence Length", ICLR 2018; Feng et al., "Were RNNs All We
-    Needed?", arXiv 2410.01201, section 3.
+    Source: Martin & Cundy, "Parallelizing Linear Recurrent Neural Nets Over Sequence Length", ICLR 2018; Feng
+    et al., "Were RNNs All We Needed?", arXiv 2410.01201, section 3.
     """
     h, h_last, _ = _scan(a, b, h0, False, backend)
     return h, h_last
@@ -218,19 +225,19 @@ def linear_scan(
 def linear_scan_with_decay(
     a: Tensor, b: Tensor, h0: Tensor | None = None, *, backend: str | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`linear_scan`, and the product of all decays, [batch, width] in the state's dtype: h_last = decay * h0 + (h_last from h0 = 0).
+    """`linear_scan`, and the product of all decays, [batch, width] in the state's dtype.
 
-    No gradient flows through the product.
+    h_last = decay * h0 + (h_last from h0 = 0). No gradient flows through the product.
     """
     h, h_last, decay = _scan(a, b, h0, True, backend)
     return h, h_last, decay.detach()
 
 
 def _scan(
-    a: Tensor, b: Tensor, h0: Tensor | None, want_decay: bool, backend: str | None
+    a: Tensor, b: Tensor, h0: Tensor | None, return_decay: bool, backend: str | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     backend = backend or default_backend(b.device, b.dtype)
     _check(a, b, h0, backend)
     if h0 is None:
         h0 = b.new_zeros(b.shape[0], b.shape[2], dtype=accumulate_dtype(a, b))
-    return _SCANS[backend](a, b, h0, want_decay)
+    return _SCANS[backend](a, b, h0, return_decay)

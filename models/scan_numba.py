@@ -1,8 +1,9 @@
 """The scan on the CPU: one pass over memory, compiled by numba.
 
-Each task is one row of the batch (and, where threads outnumber rows, one stripe of channels). It walks through time with the carried state in
-cache, so every element of a, b and h crosses the memory bus once, and it walks straight through memory: the backward pass, which goes from the
-last token to the first, takes the channels of each row from last to first as well. Read in jumps (rows backwards, channels forwards), the same
+Each task is one row of the batch (or one stripe of its channels, if there are more threads than rows). It
+reads the tokens in order with the carried state in cache, so every element of a, b and h crosses the memory
+bus once. It reads memory sequentially: the backward pass goes from the last token to the first, and through
+the channels of each token from last to first as well. With tokens backwards but channels forwards, the same
 bytes take twice as long. Channels are independent, so the result does not depend on the number of threads.
 """
 
@@ -35,14 +36,17 @@ if is_available():
                     store_output(h_t, d, value)
 
     @kernel
-    def _backward_kernel(a, h, h0, grad_h, total, da, db, stripe, first, last):
-        """da, db [batch, time, width] for the tasks first..last; `total` [batch, width] holds dh_last and becomes dh0."""
+    def _backward_kernel(a, h, h0, grad_h, state, da, db, stripe, first, last):
+        """da, db [batch, time, width] for the tasks first..last.
+
+        `state` [batch, width] holds the gradient of h_last and is overwritten with dh0.
+        """
         time, width = h.shape[1], h.shape[2]
         num_stripes = (width + stripe - 1) // stripe
         for task in range(first, last):
             row, low = task // num_stripes, (task % num_stripes) * stripe
             high = min(low + stripe, width)
-            carry = total[row, low:high]
+            carry = state[row, low:high]
             for t in range(time - 1, -1, -1):
                 a_t, g_t, da_t, db_t = (
                     a[row, t, low:high],
@@ -66,11 +70,11 @@ if is_available():
 
 
 def _native(tensor: Tensor) -> Tensor:
-    """Contiguous, and in a dtype the kernels know: fp16 goes through fp32."""
+    """Contiguous, and in a dtype that the kernels support: fp16 becomes fp32."""
     return (tensor.float() if tensor.dtype == torch.float16 else tensor).contiguous()
 
 
-def forward(a: Tensor, b: Tensor, h0: Tensor, want_decay: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def forward(a: Tensor, b: Tensor, h0: Tensor, return_decay: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """See `scan.linear_scan`."""
     batch, _, width = b.shape
     dtype, b_dtype = accumulate_dtype(a, b), b.dtype
@@ -79,7 +83,7 @@ def forward(a: Tensor, b: Tensor, h0: Tensor, want_decay: bool = False) -> tuple
     stripe = stripe_width(batch, width)
     arrays = tuple(map(as_numpy, (a, b, h0.to(dtype).contiguous(), h, h_last)))
     run_tasks(_forward_kernel, (*arrays, stripe), batch * -(-width // stripe))
-    decay = a.prod(1, dtype=dtype) if want_decay else h_last.new_empty(0)
+    decay = a.prod(1, dtype=dtype) if return_decay else h_last.new_empty(0)
     return h.to(b_dtype), h_last, decay
 
 
@@ -90,8 +94,8 @@ def backward(
     batch, _, width = h.shape
     dtype, a_dtype, h_dtype = accumulate_dtype(a, h), a.dtype, h.dtype
     a, h = _native(a), _native(h)
-    da, db, total = torch.empty_like(a), torch.empty_like(h), grad_last.to(dtype, copy=True).contiguous()
+    da, db, carry = torch.empty_like(a), torch.empty_like(h), grad_last.to(dtype, copy=True).contiguous()
     stripe = stripe_width(batch, width)
-    arrays = tuple(map(as_numpy, (a, h, h0.to(dtype).contiguous(), _native(grad_h), total, da, db)))
+    arrays = tuple(map(as_numpy, (a, h, h0.to(dtype).contiguous(), _native(grad_h), carry, da, db)))
     run_tasks(_backward_kernel, (*arrays, stripe), batch * -(-width // stripe))
-    return da.to(a_dtype), db.to(h_dtype), total
+    return da.to(a_dtype), db.to(h_dtype), carry

@@ -1,14 +1,14 @@
-"""The scan in plain torch: any device, parallel in time, any sign, no logarithm.
+"""The scan in plain torch: any device, parallel in time, decays of any sign, no logarithms.
 
-The sequence is folded into about sqrt(T) blocks of about sqrt(T) tokens. Two short loops then do the work of one long one, each step over whole
-planes of [batch, blocks, width] or [batch, width]:
+The sequence is folded into about sqrt(T) blocks of about sqrt(T) tokens. Two short loops replace one long
+loop; their steps work on [batch, blocks, width] and on [batch, width]:
 
     1. inside all blocks at once     local_t = a_t * local_{t-1} + b_t,    decay_t = a_t * decay_{t-1}     (from local = 0, decay = 1)
     2. from block to block           carry_{k+1} = decay_last,k * carry_k + local_last,k                   (from carry = h0)
-    3. together                      h_t = local_t + decay_t * carry_k
+    3. all tokens at once            h_t = local_t + decay_t * carry_k
 
-Decays are products of the a themselves, so nothing overflows for |a| <= 1, and rounding adds up over two loops of sqrt(T)
-steps instead of over a sum that grows with T, as in log space.
+Decays are products of the a, so nothing overflows for |a| <= 1. Rounding errors add up over two loops of
+sqrt(T) steps; in log space they would grow with a sum over T tokens.
 """
 
 import math
@@ -38,10 +38,10 @@ def _scan(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
     return local.addcmul_(decay, carry.unsqueeze(2)).view(batch, num_blocks * block, width)[:, :time]
 
 
-def forward(a: Tensor, b: Tensor, h0: Tensor, want_decay: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def forward(a: Tensor, b: Tensor, h0: Tensor, return_decay: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """See `scan.linear_scan`."""
     dtype = accumulate_dtype(a, b)
-    decay = a.prod(1, dtype=dtype) if want_decay else h0.new_empty(0, dtype=dtype)
+    decay = a.prod(1, dtype=dtype) if return_decay else h0.new_empty(0, dtype=dtype)
     if b.shape[1] == 0:
         return torch.empty_like(b, memory_format=torch.contiguous_format), h0.to(dtype, copy=True), decay
     h = _scan(a.to(dtype), b.to(dtype), h0.to(dtype))
@@ -51,7 +51,7 @@ def forward(a: Tensor, b: Tensor, h0: Tensor, want_decay: bool = False) -> tuple
 def backward(
     a: Tensor, h: Tensor, h0: Tensor, grad_h: Tensor, grad_last: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `scan`: the total gradient is the same scan, run backwards over decays shifted by one."""
+    """See `scan`: the total gradient is the same scan, from the end, over decays shifted by one."""
     dtype = accumulate_dtype(a, h)
     if h.shape[1] == 0:
         return torch.empty_like(a), torch.empty_like(h), grad_last.to(dtype, copy=True)

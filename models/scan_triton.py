@@ -1,12 +1,14 @@
 """The scan on the GPU: h_t = a_t h_{t-1} + b_t in one pass over memory, or in two where batch x width is too small for the chip.
 
-How time and channels are spread over the chip is told in `tiles_triton`. Here are the two kernels, forward and backward, and their launches:
+How time and channels are spread over the chip is told in `tiles_triton`. Here are the two kernels, forward
+and backward, and their launches:
 
     one pass                    "whole"    from h0 straight to h, h_last
     summaries, scan, replay     "summary"  (A, H) of each chunk;  `combine_kernel`;  "replay"  from the state that enters each chunk to h
 
-Elements of [batch, time, width] moved: forward reads a, b and writes h; backward reads a, h, g and writes da, db. The summaries read two more
-(a, b; a, g). Arithmetic and carry are fp32, or fp64 if an operand is; everything is widened in registers and rounded once, on the way out.
+Elements of [batch, time, width] moved: forward reads a, b and writes h; backward reads a, h, g and writes da,
+db. The summaries read two more (a, b; a, g). Arithmetic and carry are fp32, or fp64 if an operand is;
+everything is widened in registers and rounded once, on the way out.
 """
 
 # pyright: reportOptionalMemberAccess=false, reportInvalidTypeForm=false, reportAssignmentType=false
@@ -48,7 +50,8 @@ def forward_kernel(
 ):  # fmt: skip
     """One chunk of one row and block of channels; each of `entering`, `h`, `final` and `decay` may be None.
 
-    a, b: rows of the batch a_row and b_row elements apart, tokens A_STEP and B_STEP; h is contiguous; the others are [batch, chunks, WIDTH].
+    a, b: rows of the batch a_row and b_row elements apart, tokens A_STEP and B_STEP; h is contiguous; the
+    others are [batch, chunks, WIDTH].
     """
     row, first, last, lane, channel, live, state_place = coordinates(
         time, chunk_length, num_chunks, WIDTH, LANES, CHANNELS

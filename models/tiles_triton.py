@@ -5,15 +5,17 @@
     lanes      a warp each: a lane scans `rows` consecutive tokens of its own, two channels a thread, without a word to the others
     chunks     where batch x width is too small for the chip, time is cut too, and each chunk is a program
 
-A tile is read in one burst, before anything is computed from it or stored: `rows` independent loads a thread for each operand, at constant
-offsets (strides are compile-time constants: in registers they take a quarter more instructions and twice the registers). So 16 to 64 KB are in
-flight a program, while a second program on the same multiprocessor computes; Little's law asks for about 3 MB on an H200, or 25 KB a
-multiprocessor. Tiles could also be fetched ahead through shared memory (`stages` = 2), which waits less and computes more.
+A tile is read in one burst, before anything is computed from it or stored: `rows` independent loads a thread
+for each operand, at constant offsets (strides are compile-time constants: in registers they take a quarter
+more instructions and twice the registers). So 16 to 64 KB are in flight a program, while a second program on
+the same multiprocessor computes; Little's law asks for about 3 MB on an H200, or 25 KB a multiprocessor.
+Tiles could also be fetched ahead through shared memory (`stages` = 2), which waits less and computes more.
 
-Inside a tile each lane scans its tokens from 0, which gives its pair (A, H): the product of the decays and the state it adds. The pairs are
-joined across lanes in order, h -> A h + H, and each lane scans once more from the state that enters it. The second pass costs one multiply-add
-an element and gives the very numbers of the loop from there on. A scan of a whole tile by associative_scan would combine pairs at every token,
-through shuffles and shared memory.
+Inside a tile each lane scans its tokens from 0, which gives its pair (A, H): the product of the decays and
+the state it adds. The pairs are joined across lanes in order, h -> A h + H, and each lane scans once more
+from the state that enters it. The second pass costs one multiply-add an element and gives the very numbers of
+the loop from there on. A scan of a whole tile by associative_scan would combine pairs at every token, through
+shuffles and shared memory.
 
 Instructions per element of the minGRU's forward pass, as compiled for sm_90
 (`minrnn figures kernels`; an H200 has time for 40 at its bandwidth):
@@ -21,15 +23,18 @@ Instructions per element of the minGRU's forward pass, as compiled for sm_90
     lanes, one burst             18      lanes, strides in registers          23
     lanes, fetched ahead         23      associative_scan over the tile       51 at best
 
-Chunks are joined the same way, by three kernels: the first reads the coefficients and writes a pair for each chunk; `combine_kernel` runs
-over the chunks and writes the state that enters each; the third is the kernel of the one-pass case, started from there. All orders are
-fixed and nothing is atomic: the same shapes on the same kind of machine give the same bits.
+Chunks are joined the same way, by three kernels: the first reads the coefficients and writes a pair for each
+chunk; `combine_kernel` runs over the chunks and writes the state that enters each; the third is the kernel of
+the one-pass case, started from there. All orders are fixed and nothing is atomic: the same shapes on the same
+kind of machine give the same bits.
 
-A document start drops the state. It must be selected away, since 0 * inf is NaN, so a stretch of time that holds a start is marked by the
-product A = -1, which decays in [0, 1] cannot reach; a pair so marked ignores what comes before it.
+A document start drops the state. It must be selected away, since 0 * inf is NaN, so a stretch of time that
+holds a start is marked by the product A = -1, which decays in [0, 1] cannot reach; a pair so marked ignores
+what comes before it.
 
-The backward pass is the same scan from the end: with s_t = a_t G_t, what t hands to t - 1, s_t = a_t s_{t+1} + a_t g_t and G_t = g_t + s_{t+1}.
-Here "first", "entering" and "after" mean the order of processing, which is then from late to early.
+The backward pass is the same scan from the end: with s_t = a_t G_t, what t hands to t - 1, s_t = a_t s_{t+1}
++ a_t g_t and G_t = g_t + s_{t+1}. Here "first", "entering" and "after" mean the order of processing, which is
+then from late to early.
 """
 
 # pyright: reportOptionalMemberAccess=false, reportInvalidTypeForm=false, reportAttributeAccessIssue=false
@@ -93,7 +98,8 @@ def plan_chunks(
 ) -> Chunks:
     """One chunk where rows and channel blocks occupy the chip, else as many as make four waves of two programs a multiprocessor.
 
-    Cutting time costs a second reading: a forward pass moves 10 bytes for 6. So one pass is right as long as it reaches 3/5 of the chip.
+    Cutting time costs a second reading: a forward pass moves 10 bytes for 6. So one pass is right as long as
+    it reaches 3/5 of the chip.
 
     Args:
         number: as many chunks instead (fewer where time is too short for them); for tests and tuning.
@@ -120,8 +126,9 @@ class Launch:
     def options(self) -> dict[str, Any]:
         """How to compile.
 
-        One step of the recurrence is one multiply-add, whatever this version of Triton does by default. And the assembler is told the registers
-        that it may use while two programs fit on a multiprocessor: otherwise it saves some where there is no need, by waiting between loads.
+        One step of the recurrence is one multiply-add, whatever this version of Triton does by default. And
+        the assembler is told the registers that it may use while two programs fit on a multiprocessor:
+        otherwise it saves some where there is no need, by waiting between loads.
         """
         return {
             "num_warps": self.num_warps,
@@ -153,8 +160,9 @@ def coordinates(
 ):
     """Where a program works.
 
-    Returns (row of the batch; first token of the chunk; the one behind its last; lane [LANES, 1]; channel [1, CHANNELS]; whether there is such
-    a channel; place of the chunk's state in a tensor [batch, chunks, WIDTH]).
+    Returns (row of the batch; first token of the chunk; the one behind its last; lane [LANES, 1]; channel [1,
+    CHANNELS]; whether there is such a channel; place of the chunk's state in a tensor [batch, chunks,
+    WIDTH]).
 
     What is multiplied by a row or a token is int64: tensors may have more than 2^31 elements.
     """
@@ -312,8 +320,9 @@ def scan_tile(
         lane: 0 .. LANES - 1, [LANES, 1].
 
     Returns:
-        Tuple of ROWS + 1 states [LANES, CHANNELS]: the one entering each row, and the last; the state after the tile [1, CHANNELS]; the
-        product of all decays of the tile [1, CHANNELS], -1 where the state was dropped.
+        Tuple of ROWS + 1 states [LANES, CHANNELS]: the one entering each row, and the last; the state after
+        the tile [1, CHANNELS]; the product of all decays of the tile [1, CHANNELS], -1 where the state was
+        dropped.
     """
     state = tl.where(lane == 0, carry, 0.0) + tl.zeros((LANES, CHANNELS), carry.dtype)
     product = tl.full((LANES, CHANNELS), 1.0, carry.dtype)
@@ -350,8 +359,8 @@ def combine_kernel(
 ):  # fmt: skip
     """The joints between chunks: from pairs [batch, chunks, width] and the initial state to the state entering each chunk, and the final one.
 
-    Reads ROWS chunks at once, since nothing but the latency of memory costs here. REVERSE takes the last chunk first. `decay`, if it is there,
-    becomes the product over all of time.
+    Reads ROWS chunks at once, since nothing but the latency of memory costs here. REVERSE takes the last
+    chunk first. `decay`, if it is there, becomes the product over all of time.
     """
     num_blocks: tl.constexpr = (WIDTH + CHANNELS - 1) // CHANNELS
     row = (tl.program_id(0) // num_blocks).to(tl.int64)
@@ -419,8 +428,8 @@ def pass_launches(
     """One pass, or the three of summaries, joints and replay.
 
     Args:
-        launch: (entering, final, decay, write) -> a kernel over all chunks, that starts from `entering` (0 if None), fills `final` and
-            `decay` where they are not None, and with `write` the outputs over time.
+        launch: (entering, final, decay, write) -> a kernel over all chunks, that starts from `entering` (0 if
+            None), fills `final` and `decay` where they are not None, and with `write` the outputs over time.
         initial: the state before everything, [batch, width].
         final, decay: [batch, width], filled with the state after everything and the product of decays.
     """

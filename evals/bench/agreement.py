@@ -6,6 +6,7 @@ Both the general scan and the fused cell are checked over odd shapes, dtypes, st
 document starts and padding; twice for the same bits; and once past 2^31 elements, where 32-bit offsets would wrap around.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...models.cell_scan import FUSED_CELLS, cell_scan
+from ...models.boundaries import Boundaries
+from ...models.cell_scan import cell_scan
+from ...models.cell_spec import FUSED_CELLS, CellSpec
 from ...models.cells import CANDIDATE_ACTIVATIONS, CELLS
 from ...models.scan import default_backend, linear_scan
 from ..memory import release_memory
@@ -116,16 +119,10 @@ def check_cell(
     starts = (positions % 37 == 11).expand(batch, time).contiguous()
     lengths = time - torch.arange(batch, device=device) % max(time // 2, 1)
     kept = positions < lengths.unsqueeze(1)
+    spec, boundaries = CellSpec(cell, activation, gate), Boundaries(starts, lengths)
 
     def run(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
-        options = {
-            "cell": cell,
-            "activation": activation,
-            "output_gate": gate,
-            "document_starts": starts,
-            "lengths": lengths,
-        }
-        return lambda projected, bias, h0: cell_scan(projected, bias, h0, **options, backend=backend)
+        return functools.partial(cell_scan, spec=spec, boundaries=boundaries, backend=backend)
 
     found, again = (_results(run(backend), (projected, bias, h0), kept, 4) for _ in range(2))
     exact = _results(run("torch"), (projected.double(), bias.double(), h0.double()), kept, 4)

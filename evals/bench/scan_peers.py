@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...models.cell_scan import cell_scan
+from ...models.cell_spec import CellSpec
 from ...models.cells import mingru
 from ...models.scan import linear_scan
 from .measure import peer_module, require_cuda
@@ -120,7 +121,7 @@ def log_space_mingru(k: Tensor, u: Tensor) -> Tensor:
 def fused_mingru(projected: Tensor) -> Tensor:
     """Our fused cell: k and u as one tensor of twice the width."""
     bias = projected.new_zeros(1, projected.shape[-1] // 2, dtype=torch.float32)
-    return cell_scan(projected, bias, cell="mingru", activation="g", output_gate=False)[0]
+    return cell_scan(projected, bias, spec=CellSpec("mingru", activation="g"))[0]
 
 
 def _halves(

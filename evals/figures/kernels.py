@@ -36,6 +36,8 @@ from torch import Tensor
 from ...common.errors import UserError
 from ...common.files import user_path, write_json
 from ...models import cell_scan_triton, scan_triton
+from ...models.boundaries import Boundaries
+from ...models.cell_spec import CellInputs, CellSpec
 from ...models.tiles_triton import Launch
 from ..output import RESULTS
 from ..record import command_line, commit, versions
@@ -100,14 +102,13 @@ def cell_launches(
     gate_bias, state, h = empty(num_gates, WIDTH), empty(BATCH, WIDTH), empty(BATCH, time, WIDTH, dtype=dtype)
     starts = empty(BATCH, time, dtype=torch.bool) if boundaries else None
     lengths = empty(BATCH, dtype=torch.int64) if boundaries else None
-    kind = (cell, activation, output_gate)
+    spec = CellSpec(cell, activation, output_gate)
+    inputs = CellInputs(projected, gate_bias, state, Boundaries(starts, lengths))
     name = f"{cell} {activation}{' gated' if output_gate else ''}{' boundaries' if boundaries else ''} {{}} {str(dtype).removeprefix('torch.')}"
-    forward = cell_scan_triton.forward_launches(
-        projected, gate_bias, state, starts, lengths, *kind, False, num_chunks=num_chunks
-    )
+    forward = cell_scan_triton.forward_launches(inputs, spec, return_decay=False, num_chunks=num_chunks)
     yield from named(forward[1], name.format("forward"))
     backward = cell_scan_triton.backward_launches(
-        projected, gate_bias, state, starts, lengths, h, h, state, *kind, num_chunks=num_chunks
+        inputs, spec, h=h, grad_y=h, grad_last=state, num_chunks=num_chunks
     )
     yield from named(backward[1], name.format("backward"))
 

@@ -1,41 +1,43 @@
 """cell_scan as a torch operator: opcheck, torch.compile, the meta device, what is kept on disk, and what it refuses."""
 
+import dataclasses
 import re
 from typing import Any
 
 import pytest
 import torch
-from cell_scan_problems import DEFAULT, boundaries, few, problem, variant
+from cell_scan_cases import DEFAULT, few_cases, random_boundaries, random_inputs
 from helpers import assert_close, generator
 from torch import Tensor
 
 import minrnn.models.cell_scan as cell_scan_module
 import minrnn.models.cell_scan_numba as kernels
-from minrnn.models.block import Boundaries, MinRNNBlock
+from minrnn.models.block import MinRNNBlock
+from minrnn.models.boundaries import Boundaries
 from minrnn.models.cell_scan import cell_scan, cell_scan_with_decay
+from minrnn.models.cell_spec import CellSpec
 from minrnn.models.configuration_minrnn import MinRNNConfig
 from minrnn.models.operators import namespace
-
-UNGATED = variant("mingru", "none", False)
 
 
 def operator(name: str):
     return getattr(getattr(torch.ops, namespace(cell_scan_module.__file__)), name).default
 
 
-@few
+@few_cases
 @pytest.mark.parametrize("time", [0, 6])
 @pytest.mark.parametrize("plain", [True, False])
-def test_opcheck(options, dtype, time, plain):
+def test_opcheck(spec, dtype, time, plain):
     """Schema, fake tensors, autograd registration, dynamic shapes; outputs alias no input."""
-    arguments = problem(13, options, dtype, 2, time, 5)
+    arguments = random_inputs(13, spec, dtype, (2, time, 5))
     for tensor in arguments:
         tensor.requires_grad_()
-    where = boundaries(13, 2, time, not plain, not plain).values()
+    boundaries = random_boundaries(13, 2, time, not plain, not plain)
+    where, options = (boundaries.document_starts, boundaries.lengths), dataclasses.astuple(spec)
     tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-6
     torch.library.opcheck(
         operator("cell_scan_numba"),
-        (*arguments, *where, *options.values(), not plain),
+        (*arguments, *where, *options, not plain),
         atol=tolerance,
         rtol=tolerance,
     )
@@ -49,7 +51,7 @@ def test_opcheck(options, dtype, time, plain):
         h,
         torch.randn_like(h),
         grad_last,
-        *options.values(),
+        *options,
     )
     torch.library.opcheck(
         operator("cell_scan_backward_numba"),
@@ -87,8 +89,10 @@ def test_a_compiled_block_is_the_same(autocast, backend):
 
 
 def test_the_meta_device_gets_shapes():
-    projected, gate_bias, h0 = (tensor.to("meta") for tensor in problem(14, DEFAULT, torch.bfloat16, 2, 5, 3))
-    y, h_last, decay = cell_scan_with_decay(projected, gate_bias, h0, **DEFAULT)
+    projected, gate_bias, h0 = (
+        tensor.to("meta") for tensor in random_inputs(14, DEFAULT, torch.bfloat16, (2, 5, 3))
+    )
+    y, h_last, decay = cell_scan_with_decay(projected, gate_bias, h0, spec=DEFAULT)
     assert (y.shape, y.dtype, h_last.shape, h_last.dtype, decay.shape) == (
         (2, 5, 3),
         torch.bfloat16,
@@ -107,11 +111,17 @@ def test_kernels_capture_numbers_alone():
         )
 
 
-def refused(message: str, **changed: Any) -> None:
-    projected, gate_bias, h0 = problem(15, UNGATED, torch.float32, 2, 3, 4)
-    arguments = {"projected": projected, "gate_bias": gate_bias, "h0": h0, **UNGATED} | changed
+def refused(message: str, **changes: Any) -> None:
+    """cell_scan raises `message` when these arguments, fields of the spec or boundaries are changed."""
+    spec = {"cell": "mingru", "activation": "none", "output_gate": False}
+    projected, gate_bias, h0 = random_inputs(15, CellSpec(**spec), torch.float32, (2, 3, 4))
+    arguments = {"projected": projected, "gate_bias": gate_bias, "h0": h0, "backend": None}
+    boundaries = {"document_starts": None, "lengths": None}
+    for group in (spec, arguments, boundaries):
+        group |= {name: changes.pop(name) for name in group.keys() & changes.keys()}
+    assert not changes
     with pytest.raises(ValueError, match=re.escape(message)):
-        cell_scan(**arguments)
+        cell_scan(**arguments, spec=CellSpec(**spec), boundaries=Boundaries(**boundaries))
 
 
 def test_shapes_that_do_not_fit_are_refused():

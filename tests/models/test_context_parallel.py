@@ -1,6 +1,7 @@
 """What slices tell each other is enough to know everything: states, and gradients, folded from summaries, without any process."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from minrnn.models.boundaries import Boundaries, reach_within_document
 from minrnn.models.cell_scan import cell_scan, scan_gradients, scan_without_graph, summarize
-from minrnn.models.cells import CELLS
+from minrnn.models.cell_spec import CellInputs, CellSpec
 from minrnn.models.context_parallel import ContextGroup, fold, use_context_parallel
-from minrnn.models.conv import causal_conv, conv_gradients, reach_within_document
+from minrnn.models.conv import causal_conv, conv_gradients
 
 BATCH, TIME, WIDTH = 2, 20, 5
 edges_in = st.lists(st.integers(0, TIME), max_size=5).map(lambda cuts: [0, *sorted(cuts), TIME])
@@ -40,11 +42,11 @@ def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor
 @given(edges=edges_in, starts=starts_in)
 def test_folded_summaries_are_the_whole_scan(cell, backend, atol, edges, starts):
     dtype = torch.float32 if backend == "numba" else torch.float64
-    gated, num_gates, where = cell == "mingru", CELLS[cell].num_gates, mask_of(starts)
-    options = {"cell": cell, "activation": "none" if gated else "g", "output_gate": gated, "backend": backend}
+    where = mask_of(starts)
+    spec = CellSpec("mingru", "none", True) if cell == "mingru" else CellSpec(cell, "g", False)
     projected, gate_bias = (
-        normal(0, BATCH, TIME, (num_gates + 1 + gated) * WIDTH, dtype=dtype),
-        normal(1, num_gates, WIDTH, dtype=dtype),
+        normal(0, BATCH, TIME, spec.num_projections * WIDTH, dtype=dtype),
+        normal(1, spec.num_gates, WIDTH, dtype=dtype),
     )
     h0, grad_y, grad_last = (
         normal(2, BATCH, WIDTH, dtype=dtype),
@@ -52,25 +54,26 @@ def test_folded_summaries_are_the_whole_scan(cell, backend, atol, edges, starts)
         normal(4, BATCH, WIDTH, dtype=dtype),
     )
     leaves = projected.requires_grad_(), gate_bias.requires_grad_(), h0.requires_grad_()
-    y, h_last = cell_scan(*leaves, document_starts=where, **options)
+    y, h_last = cell_scan(*leaves, spec=spec, boundaries=Boundaries(where), backend=backend)
     expected = torch.autograd.grad((y, h_last), leaves, (grad_y, grad_last))
 
     slices = [slice(low, high) for low, high in itertools.pairwise(edges) if low < high]
-    inputs = [(projected[:, here], gate_bias, None if where is None else where[:, here]) for here in slices]
-    decays, lasts = torch.stack([torch.stack(summarize(*own, **options)) for own in inputs]).unbind(1)
+    inputs = [
+        CellInputs(projected[:, here], gate_bias, h0, Boundaries(None if where is None else where[:, here]))
+        for here in slices
+    ]
+    decays, lasts = torch.stack([torch.stack(summarize(own, spec, backend)) for own in inputs]).unbind(1)
     states = fold(decays, lasts, h0.detach())
     scanned = [
-        scan_without_graph(*own[:2], state, own[2], **options)
+        scan_without_graph(replace(own, h0=state), spec, backend)
         for own, state in zip(inputs, states, strict=False)
     ]
     assert_close(torch.cat([y for y, _ in scanned], dim=1), y, atol=atol, what="y")
     assert_close(states[-1], h_last, atol=atol, what="h_last")
 
     def gradients(c: int, entering: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        own, starts_here = inputs[c][:2], inputs[c][2]
-        return scan_gradients(
-            *own, states[c], starts_here, scanned[c][1], grad_y[:, slices[c]], entering, **options
-        )
+        own, (_, h) = replace(inputs[c], h0=states[c]), scanned[c]
+        return scan_gradients(own, spec, backend, h=h, grad_y=grad_y[:, slices[c]], grad_last=entering)
 
     through_outputs = torch.stack([gradients(c, torch.zeros_like(grad_last))[2] for c in range(len(slices))])
     entering = fold(decays.flip(0), through_outputs.flip(0), grad_last)[::-1]

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from minrnn.models.conv import causal_conv, next_conv_state, reach_within_document
+from minrnn.models.boundaries import reach_within_document
+from minrnn.models.conv import causal_conv, next_conv_state
 
 KERNELS = st.integers(2, 7)
 

@@ -15,7 +15,7 @@ from helpers import new_model, random_ids
 from torch import Tensor
 
 from minrnn.models import MinRNNCache
-from minrnn.models.block import Boundaries
+from minrnn.models.boundaries import Boundaries
 from minrnn.models.decoding import TokenStep, prefill
 from minrnn.models.loss import next_token_loss
 from minrnn.models.tiles_triton import Launch

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from minrnn.models.conv import causal_conv, conv_one_token, next_conv_state, reach_within_document
+from minrnn.models.boundaries import reach_within_document
+from minrnn.models.conv import causal_conv, conv_one_token, next_conv_state
 from minrnn.models.layers import RMSNorm, swiglu
 from minrnn.models.layers_numba import ROWS
 from minrnn.models.numba_support import serves

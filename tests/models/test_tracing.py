@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 
 from minrnn.models import MinRNNCache
 from minrnn.models.cell_scan import cell_scan
+from minrnn.models.cell_spec import CellSpec
 from minrnn.models.conv import causal_conv
 from minrnn.models.layers import RMSNorm, swiglu
 from minrnn.models.loss import linear_cross_entropy
@@ -140,8 +141,8 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "norm": RMSNorm(6, 1e-6).requires_grad_(False),
     "swiglu": swiglu,
     "convolution": lambda x: causal_conv(x, torch.ones(6, 4)),
-    "cell": lambda x: cell_scan(x, torch.zeros(1, 3), cell="mingru")[0],
-    "composed cell": lambda x: cell_scan(x, torch.zeros(1, 3), cell="mingru_signed")[0],
+    "cell": lambda x: cell_scan(x, torch.zeros(1, 3), spec=CellSpec("mingru"))[0],
+    "composed cell": lambda x: cell_scan(x, torch.zeros(1, 3), spec=CellSpec("mingru_signed"))[0],
     "loss": lambda x: linear_cross_entropy(x, torch.ones(9, 6), torch.ones(2, 5, dtype=torch.long)),
     "reference scan": lambda x: linear_scan(x.sigmoid(), x, backend="reference")[0],
     "torch scan": lambda x: linear_scan(x.sigmoid(), x, backend="torch")[0],

@@ -11,7 +11,8 @@ from helpers import assert_close, generator
 from torch import Tensor
 
 from minrnn.models import cell_scan_triton, scan_triton
-from minrnn.models.cell_scan import FUSED_CELLS
+from minrnn.models.boundaries import NO_BOUNDARIES, Boundaries
+from minrnn.models.cell_spec import FUSED_CELLS, CellInputs, CellSpec
 from minrnn.models.cells import CELLS
 from minrnn.models.probe_triton import SIZE, run_probe
 from minrnn.models.tiles_triton import Tile, plan_chunks, run_all
@@ -36,7 +37,6 @@ needs_patience = pytest.mark.filterwarnings(
 Results = dict[str, Tensor]
 Problem = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # what goes in, and the gradients of what comes out
 Kind = tuple[str, str, bool]  # cell, candidate activation, output gate
-Boundaries = tuple[Tensor | None, Tensor | None]  # document starts, lengths
 
 
 def random(seed: int, *shape: int) -> Tensor:
@@ -238,35 +238,26 @@ def cell_problem(
 def boundaries_of(batch: int, time: int, starts: bool, padded: bool) -> Boundaries:
     """Documents that start anywhere, the first token and padding included; rows that end anywhere."""
     flags = torch.rand(batch, time, generator=generator(9)) < 0.3 if starts else None
-    return flags, (time - 3 - 2 * torch.arange(batch)).clamp(min=0) if padded else None
+    lengths = (time - 3 - 2 * torch.arange(batch)).clamp(min=0) if padded else None
+    return Boundaries(flags, lengths)
 
 
 def cell_scan(
     problem: Problem,
     kind: Kind,
-    boundaries: Boundaries = (None, None),
+    boundaries: Boundaries = NO_BOUNDARIES,
     num_chunks: int | None = 1,
     tile: Tile | None = TILE,
 ) -> Results:
     projected, gate_bias, h0, grad_y, grad_last = to_device(problem)
-    starts, lengths = (None if x is None else x.to(DEVICE) for x in boundaries)
+    inputs, spec = CellInputs(projected, gate_bias, h0, boundaries.to(DEVICE)), CellSpec(*kind)
     (y, h, h_last, decay), launches = cell_scan_triton.forward_launches(
-        projected, gate_bias, h0, starts, lengths, *kind, want_decay=True, tile=tile, num_chunks=num_chunks
+        inputs, spec, return_decay=True, tile=tile, num_chunks=num_chunks
     )
     run_all(launches)
-    saved = h if kind[2] else y
+    saved = h if spec.output_gate else y
     grads, launches = cell_scan_triton.backward_launches(
-        projected,
-        gate_bias,
-        h0,
-        starts,
-        lengths,
-        saved,
-        grad_y,
-        grad_last,
-        *kind,
-        tile=tile,
-        num_chunks=num_chunks,
+        inputs, spec, h=saved, grad_y=grad_y, grad_last=grad_last, tile=tile, num_chunks=num_chunks
     )
     run_all(launches)
     d_bias = grads[1].sum((0, 1))
@@ -281,10 +272,10 @@ def cell_scan(
     }
 
 
-def plain_cell_scan(problem: Problem, kind: Kind, boundaries: Boundaries = (None, None)) -> Results:
+def plain_cell_scan(problem: Problem, kind: Kind, boundaries: Boundaries = NO_BOUNDARIES) -> Results:
     """The cell's own formulas and the loop in fp64, differentiated by autograd."""
     cell, activation, output_gate = kind
-    starts, lengths = boundaries
+    starts, lengths = boundaries.document_starts, boundaries.lengths
     projected, gate_bias, h0 = (x.double().requires_grad_() for x in problem[:3])
     grad_y, grad_last = (x.double() for x in problem[3:])
     num_gates, width = gate_bias.shape
@@ -410,12 +401,12 @@ def test_documents_do_not_meet(poison, num_chunks):
     problem = cell_problem(44, 1, 13, 3, kind[0], kind[2])
     starts = torch.zeros(1, 13, dtype=torch.bool)
     starts[0, [4, 9]] = True
-    clean = cell_scan(problem, kind, (starts, None), num_chunks)
+    clean = cell_scan(problem, kind, Boundaries(starts), num_chunks)
     projected = problem[0].clone()
     projected[0, 4:7, 4] = projected[0, 4, 1] = (
         poison  # the candidate of channel 1, and its gate where the document starts
     )
-    dirty = cell_scan((projected, *problem[1:]), kind, (starts, None), num_chunks)
+    dirty = cell_scan((projected, *problem[1:]), kind, Boundaries(starts), num_chunks)
     assert not dirty["y"][0, 4:9, 1].isfinite().any()
     for part in (slice(0, 4), slice(9, 13)):
         assert torch.equal(clean["y"][:, part], dirty["y"][:, part])
@@ -433,10 +424,10 @@ def test_padding_is_not_read():
     kind = ("minlstm", "g", False)
     problem = cell_problem(45, 2, 9, 3, kind[0], kind[2])
     lengths = torch.tensor([5, 0])
-    clean = cell_scan(problem, kind, (None, lengths), 2)
+    clean = cell_scan(problem, kind, Boundaries(lengths=lengths), 2)
     projected = problem[0].clone()
     projected[0, 5:] = projected[1] = float("nan")
-    dirty = cell_scan((projected, *problem[1:]), kind, (None, lengths), 2)
+    dirty = cell_scan((projected, *problem[1:]), kind, Boundaries(lengths=lengths), 2)
     assert all(torch.equal(clean[name], dirty[name]) for name in clean)
     assert not clean["d_projected"][0, 5:].any()
     assert not clean["d_projected"][1].any()

@@ -1,0 +1,54 @@
+"""Boundaries inside a batch: where documents start, and where rows end.
+
+Both kinds are exact in the scan and in the convolution:
+
+- At a document start the carried state is dropped: the decay is 0, the input is kept, and no convolution tap
+  reaches across.
+- Padding is on the right of each row, from its length on. In the recurrence a padded token has (a, b) = (1,
+  0), so the state passes through. The convolution's state is taken where the row ends.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Boundaries:
+    """Where the state is cut in each row. Computed once per batch and used by every block."""
+
+    document_starts: Tensor | None = None
+    """bool [batch, time]: the state before such a token is dropped."""
+    lengths: Tensor | None = None
+    """int64 [batch], real tokens of each row; padding is on the right."""
+    reach: Tensor | None = None
+    """int64 [batch, time], how many tokens back the convolution may read; None where no document starts."""
+
+    @classmethod
+    def of(cls, document_starts: Tensor | None, lengths: Tensor | None, kernel: int) -> "Boundaries":
+        """The boundaries of a batch, with `reach` for a convolution of width `kernel`. Starts in padding are ignored."""
+        if document_starts is None:
+            return cls(lengths=lengths)
+        if lengths is not None:
+            positions = torch.arange(document_starts.shape[1], device=lengths.device)
+            document_starts = document_starts & (positions < lengths.unsqueeze(1))
+        return cls(document_starts, lengths, reach_within_document(document_starts, kernel))
+
+    def to(self, device: torch.device | str | int) -> "Boundaries":
+        """The same on a device: the blocks of a model may be on several devices (`device_map`)."""
+        tensors = self.document_starts, self.lengths, self.reach
+        return Boundaries(*(None if tensor is None else tensor.to(device) for tensor in tensors))
+
+
+NO_BOUNDARIES = Boundaries()
+
+
+def reach_within_document(document_starts: Tensor, kernel: int) -> Tensor:
+    """How many tokens back each token may read, at most kernel-1: bool [batch, time] -> int64 [batch, time].
+
+    Tokens before the first one count as the same document until a document starts.
+    """
+    positions = torch.arange(document_starts.shape[1], device=document_starts.device)
+    newest_start = torch.where(document_starts, positions, -kernel).cummax(1).values
+    return (positions - newest_start).clamp(max=kernel - 1)

@@ -1,0 +1,107 @@
+"""The arguments of a cell scan, grouped: `CellSpec` says what is computed, `CellInputs` holds the tensors."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .boundaries import NO_BOUNDARIES, Boundaries
+from .cells import CANDIDATE_ACTIVATIONS, CELLS
+
+FUSED_CELLS = ("mingru", "minlstm")
+FUSED_DTYPES = {
+    "numba": (torch.float32, torch.bfloat16),
+    "triton": (torch.float32, torch.bfloat16, torch.float16),
+}
+
+
+@dataclass(frozen=True)
+class CellSpec:
+    """What a cell scan computes.
+
+    Raises:
+        ValueError: a cell or an activation that does not exist.
+    """
+
+    cell: str
+    """One of `cells.CELLS`."""
+    activation: str = "none"
+    """Candidate activation, one of `cells.CANDIDATE_ACTIVATIONS`."""
+    output_gate: bool = False
+    """Multiply h by silu of the last projection."""
+
+    def __post_init__(self) -> None:
+        for kind, name, choices in (
+            ("cell", self.cell, tuple(CELLS)),
+            ("candidate activation", self.activation, CANDIDATE_ACTIVATIONS),
+        ):
+            if name not in choices:
+                raise ValueError(f"There is no {kind} {name!r}; choose one of {', '.join(choices)}.")
+
+    @property
+    def num_gates(self) -> int:
+        return CELLS[self.cell].num_gates
+
+    @property
+    def num_projections(self) -> int:
+        """Gates, candidate and output gate."""
+        return self.num_gates + 1 + int(self.output_gate)
+
+    def is_fused(self, dtype: torch.dtype, backend: str) -> bool:
+        """Whether a backend has one kernel for this; otherwise the scan is composed of its parts."""
+        return self.cell in FUSED_CELLS and dtype in FUSED_DTYPES.get(backend, ())
+
+    def coefficients(self, projections: tuple[Tensor, ...], gate_bias: Tensor) -> tuple[Tensor, Tensor]:
+        """(a, b), each [batch, time, width], from the projections side by side and the gates' biases."""
+        gates = (projections[i] + gate_bias[i] for i in range(self.num_gates))
+        return CELLS[self.cell].coefficients(*gates, projections[self.num_gates], self.activation)
+
+
+@dataclass(frozen=True)
+class CellInputs:
+    """The tensors that a cell scan reads."""
+
+    projected: Tensor
+    """[batch, time, num_projections * width]: gates, candidate, output gate side by side."""
+    gate_bias: Tensor
+    """[num_gates, width], added to the gates in fp32."""
+    h0: Tensor
+    """State before the first token, [batch, width]."""
+    boundaries: Boundaries = NO_BOUNDARIES
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(batch, time, width) of the outputs."""
+        batch, time, _ = self.projected.shape
+        return batch, time, self.gate_bias.shape[1]
+
+
+def zero_state(projected: Tensor, gate_bias: Tensor) -> Tensor:
+    """[batch, width] in the state's dtype."""
+    dtype = torch.promote_types(projected.dtype, torch.float32)
+    return projected.new_zeros(projected.shape[0], gate_bias.shape[1], dtype=dtype)
+
+
+def check_shapes(
+    spec: CellSpec, projected: Tensor, gate_bias: Tensor, h0: Tensor | None, boundaries: Boundaries
+) -> None:
+    """Raises ValueError where shapes do not fit each other, or document starts are not bool."""
+    width, num_projections = gate_bias.shape[-1], spec.num_projections
+    fits = gate_bias.shape == (spec.num_gates, width) and projected.ndim == 3
+    if not fits or projected.shape[2] != num_projections * width:
+        raise ValueError(
+            f"cell_scan takes projected [batch, time, {num_projections} * width] and gate_bias "
+            f"[{spec.num_gates}, width] for {spec.cell!r}{' with an output gate' if spec.output_gate else ''}, "
+            f"but got {tuple(projected.shape)} and {tuple(gate_bias.shape)}."
+        )
+    batch, time, _ = projected.shape
+    for name, tensor, shape in (
+        ("h0", h0, (batch, width)),
+        ("document_starts", boundaries.document_starts, (batch, time)),
+        ("lengths", boundaries.lengths, (batch,)),
+    ):
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"cell_scan takes {name} of shape {shape}, but got {tuple(tensor.shape)}.")
+    starts = boundaries.document_starts
+    if starts is not None and starts.dtype != torch.bool:
+        raise ValueError(f"cell_scan takes document_starts as bool, but got {starts.dtype}.")
