@@ -1,13 +1,9 @@
-"""A block of the model, and the boundaries in a batch that it heeds.
+"""A block of the model: the mixer, which carries the state through time, and the MLP.
 
     block:  x + down(cell(conv(norm(x)))),   then   x + mlp(norm(x))
     cell:   projections -> (a, b) -> linear_scan -> h  [* silu(gate)]
 
-Two kinds of boundary inside a batch are exact in the scan and in the convolution alike:
-
-- `document_starts`: the decay is zero there (the input is kept) and no conv tap reaches across;
-- padding, which the model has moved to the right of each row, where nothing real can see it. In the
-  recurrence a pad is (a, b) = (1, 0); the conv state is taken where the row ends.
+Document starts and padding are described in boundaries.py.
 
 Shapes: B batch, T time, H hidden_size, R recurrent_size, K conv_kernel.
 """
@@ -31,7 +27,7 @@ State = tuple[Tensor | None, Tensor | None]  # recurrent [B, R] fp32, conv input
 
 
 class MinRNNMixer(nn.Module):
-    """conv -> projections -> scan -> gate -> down-projection: the half of a block that looks back in time."""
+    """conv -> projections -> scan -> gate -> down-projection: the half of a block that depends on earlier tokens."""
 
     def __init__(self, config: MinRNNConfig):
         super().__init__()
@@ -78,7 +74,7 @@ class MinRNNMixer(nn.Module):
         return self.out_proj(y), (recurrent, next_conv)
 
     def one_token(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        """The same for x [B, 1, H] that continues a text, in inference: weights and state are read once, and little else is done."""
+        """The same for one token x [B, 1, H] in inference, in plain operations with little overhead."""
         recurrent, conv = state
         if self.conv_weight is not None:
             x, conv = conv_one_token(x, self.conv_weight, conv)
@@ -88,10 +84,11 @@ class MinRNNMixer(nn.Module):
     def one_slice(
         self, x: Tensor, state: State, boundaries: Boundaries, group: ContextGroup
     ) -> tuple[Tensor, State]:
-        """The same for x [B, T, H] that is one process's slice of a longer text; both states are those around the whole text."""
+        """The same for one process's slice x [B, T, H] of a text; the states are those before and after the whole text."""
         if boundaries.lengths is not None:
             raise ValueError(
-                "A sequence that is cut between processes cannot be padded: pass no attention_mask, or use_context_parallel(model, None)."
+                "A sequence that is cut between processes cannot be padded: "
+                "pass no attention_mask, or use_context_parallel(model, None)."
             )
         recurrent, conv = state
         if self.conv_weight is not None:
@@ -131,7 +128,7 @@ class MinRNNMLP(nn.Module):
 
 
 class MinRNNBlock(GradientCheckpointingLayer):
-    """Mixer and MLP, each behind a norm and around a residual."""
+    """Mixer and MLP, each with a norm before it and a residual connection around it."""
 
     def __init__(self, config: MinRNNConfig):
         super().__init__()
@@ -144,8 +141,9 @@ class MinRNNBlock(GradientCheckpointingLayer):
         )
         self.mlp = MinRNNMLP(config) if config.intermediate_size else None
         self.dropout = nn.Dropout(config.dropout)
-        # What is added to the residual stream shrinks with the number of additions; _init_weights reads it
-        # (it never sees a module that has no parameters of its own, such as this one).
+        # Projections into the residual stream are scaled down by the number of additions. _init_weights reads
+        # the scale there, because transformers does not call it for a module without parameters of its own,
+        # such as this one.
         scale = (config.num_hidden_layers * (1 if self.mlp is None else 2)) ** -0.5
         self.mixer.out_proj.residual_scale = scale
         if self.mlp is not None:
@@ -154,7 +152,10 @@ class MinRNNBlock(GradientCheckpointingLayer):
     def forward(
         self, x: Tensor, recurrent: Tensor | None, conv: Tensor | None, boundaries: Boundaries
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """x [B, T, H] -> [B, T, H], and the state after it. Flat: reentrant checkpointing sees no gradient inside of a tuple."""
+        """x [B, T, H] -> [B, T, H], and the state after it.
+
+        The state is not a tuple, because reentrant checkpointing ignores gradients inside of tuples.
+        """
         mixed, (recurrent, conv) = self.mixer(self.mixer_norm(x), (recurrent, conv), boundaries)
         x = x + self.dropout(mixed)
         if self.mlp is not None and self.mlp_norm is not None:

@@ -166,10 +166,9 @@ def check_state(
     Raises:
         ValueError: another library's cache, or one of another model or batch.
     """
-    layers = getattr(state, "layers", None)
-    # Checked by attributes: the state may be of a remote-code copy's class.
-    has_layers = layers is not None and all(hasattr(layer, "recurrent") for layer in layers)
-    if not has_layers or not hasattr(state, "detach_"):
+    # Checked by attributes, since the state may be of a remote-code copy's class.
+    layers = getattr(state, "layers", [None])
+    if not hasattr(state, "detach_") or not all(hasattr(layer, "recurrent") for layer in layers):
         raise ValueError(
             f"past_key_values must be a MinRNNCache, or None to begin a text, but is a {type(state).__name__}."
         )

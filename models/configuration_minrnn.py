@@ -1,4 +1,4 @@
-"""What a minimal RNN language model is made of: sizes, cell, block, and the two presets."""
+"""Configuration of a minimal RNN language model, and the two presets."""
 
 import math
 from typing import Any
@@ -10,10 +10,10 @@ from transformers.activations import ACT2FN
 from .cells import CANDIDATE_ACTIVATIONS, CELLS
 from .scan import BACKENDS
 
-# The block as published (Feng et al., arXiv 2410.01201): norm, causal conv of width 4, cell with the positive
-# candidate g, down-projection; norm, MLP. The default block differs where our ablations say so
-# (ARCHITECTURE.md): identity candidate, output gate, gated MLP, weights drawn with the standard deviation of
-# their fan-in, decays spread over memory lengths.
+# "paper" is the block as published (Feng et al., arXiv 2410.01201): norm, causal conv of width 4, cell with
+# the positive candidate g, down-projection; norm, MLP. The default block differs where ablations favoured it
+# (ARCHITECTURE.md): identity candidate, output gate, gated MLP, weights drawn with a standard deviation of
+# fan_in ** -0.5, decays spread over memory lengths.
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": {

@@ -5,12 +5,12 @@
     XDG_CACHE_HOME/minrnn      or ~/.cache/minrnn
     TMPDIR/minrnn-UID          if nobody else can write to it
 
-The first of these that can be written to is used; with none, each process compiles its kernels again. numba
-itself looks at the first three and raises where none is writable. It also takes a kernel for up to date as
-long as the file that defines it is: a change in another file whose code was compiled into the kernel goes
-unnoticed. Here a kernel's name on disk holds a hash of all of its source, so versions lie side by side, and
-no process reads what another version wrote. What cannot be read or written is compiled, or not kept: the
-cache never ends a run.
+The first writable folder is used; without any, each process compiles its kernels again. numba itself tries
+the first three and raises if none is writable. numba also checks only the file that defines a kernel: it
+misses changes in other files whose code was compiled into the kernel. Here a kernel's file name contains a
+hash of all its source, so versions are stored side by side and no process reads the kernels of another
+version. A kernel that cannot be read is compiled again, and one that cannot be written is not stored: errors
+of the cache never stop a run.
 """
 
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportPossiblyUnboundVariable=false
@@ -39,9 +39,9 @@ logger: Any = logging.get_logger(__name__)
 
 
 def _private_temporary_folder() -> Path | None:
-    """A folder in the temporary one that nobody else can write to; None where there is none.
+    """A subfolder of the temporary folder that only this user can write to; None if it cannot be made.
 
-    What is loaded from it is executed.
+    Other users must not write to it, because kernels loaded from it are executed.
     """
     try:
         folder = Path(tempfile.gettempdir(), f"minrnn-{os.getuid()}" if hasattr(os, "getuid") else "minrnn")
@@ -55,8 +55,8 @@ def _private_temporary_folder() -> Path | None:
 
 
 def _candidates(source_folder: Path) -> Iterator[Path]:
-    """Folders for the kernels of the modules in a folder, the best first."""
-    # A name for each source folder, since a kernel on disk is bound to the name of its module.
+    """Folders for the kernels of the modules in a folder, in order of preference."""
+    # One name per source folder, because a kernel on disk is bound to the name of its module.
     name = _CacheLocator.get_suitable_cache_subpath(str(source_folder / "any.py"))
     if config.CACHE_DIR:
         yield Path(config.CACHE_DIR, name)
@@ -78,13 +78,13 @@ def _is_writable(folder: Path) -> bool:
 
 @functools.cache
 def cache_folder(source_folder: Path) -> Path | None:
-    """Where the kernels of the modules in a folder are kept; None where nothing can be written."""
+    """The folder for the kernels of the modules in a folder; None if no folder is writable."""
     absolute = (folder for folder in _candidates(source_folder) if folder.is_absolute())  # "~": no known home
     return next(filter(_is_writable, absolute), None)
 
 
 class _Locator(_CacheLocator):
-    """Tells numba where one function's kernels lie, and their names."""
+    """Tells numba the folder and the file names of one function's kernels."""
 
     def __init__(self, function: Callable, file: str, folder: Path):
         self._line, self._hash, self._folder = function.__code__.co_firstlineno, source_hash(file), folder
@@ -109,14 +109,14 @@ class _Files(CompileResultCacheImpl):
 
 
 class _KernelCache(FunctionCache):
-    """numba's cache of a function, but that no file in it can be in the way of running the function."""
+    """numba's cache of a function, in which file errors never stop the function from running."""
 
     _impl_class = _Files
 
     def load_overload(self, *arguments: Any) -> Any:
         try:
             return super().load_overload(*arguments)
-        except Exception:  # a file that was cut off or damaged makes pickle raise nearly anything
+        except Exception:  # pickle raises nearly any error for a damaged file
             self._attempt(self.flush)
             return None
 
@@ -128,12 +128,12 @@ class _KernelCache(FunctionCache):
         try:
             write(*arguments)
         except OSError as error:  # a full disk, a file system that became read-only
-            cost = "the next process compiles it again"
-            logger.warning_once(f"warning: a compiled kernel could not be kept: {error}; {cost}")
+            effect = "the next process compiles it again"
+            logger.warning_once(f"warning: a compiled kernel could not be kept: {error}; {effect}")
 
 
 def keep_on_disk(dispatcher: Any) -> Any:
-    """The function that numba compiles, with its kernels kept on disk where that is possible."""
+    """Make a numba dispatcher keep its kernels on disk, if a folder is writable."""
     function = dispatcher.py_func
     if cache_folder(Path(inspect.getfile(function)).resolve().parent) is None:
         problem = "no cache folder is writable: each process compiles its CPU kernels again"

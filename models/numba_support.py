@@ -1,20 +1,20 @@
-"""What every numba kernel here is built from: typed access to memory, an exponential that vectorises, threads.
+"""Building blocks of the numba kernels: typed memory access, a vectorisable exponential, threads.
 
-numba has no bfloat16: such arrays come in as their bits (uint16), are widened in registers, and are rounded
-to nearest even on the way out.
+numba has no bfloat16. Such arrays are passed as their bits (uint16), widened in registers, and rounded to
+nearest even when they are written.
 
-Kernels touch memory through four intrinsics, which tell LLVM what Python cannot: inputs are never written,
-and outputs and carried state do not overlap them. Without that, a loop over six arrays needs so many overlap
-checks at run time that LLVM gives up and leaves it scalar.
+Kernels access memory through four intrinsics, which tell LLVM that inputs are never written and that outputs
+and carried state do not overlap them. Without this, a loop over six arrays needs so many overlap checks at
+run time that LLVM leaves it scalar.
 
-Arithmetic is as it is written, one rounding an operation, and `multiply_add` where one rounding for two is
-wanted. Were that left to the compiler (fastmath's "contract"), it would round vectors and what is left over
-of a row differently, and the number of threads would show.
+Every operation is rounded once; `multiply_add` is one rounding for two operations. With fastmath's "contract"
+the compiler would round vectors and the remainder of a row differently, and results would depend on the
+number of threads.
 
-Kernels run on plain Python threads without the GIL, as many as torch uses: numba's own thread pool may
-neither be forked nor entered twice. A forked child starts threads of its own, and computes on one thread
-until it asks for more, as a worker of torch's DataLoader does: torch's own threads (OpenMP) do not survive
-a fork either, and the first operation that counts on them waits for ever.
+Kernels run on plain Python threads without the GIL, as many as torch uses, because numba's own thread pool
+supports neither forks nor concurrent calls. A forked child starts its own threads, and computes on one thread
+until it asks for more, as a worker of torch's DataLoader does: torch's threads (OpenMP) do not survive a fork
+either, and the first operation that needs them would hang.
 """
 
 # pyright: reportPossiblyUnboundVariable=false
@@ -33,7 +33,7 @@ from torch import Tensor
 
 from .kernel_cache import keep_on_disk
 
-try:  # optional: without numba, torch serves the CPU, and remote code loads all the same
+try:  # optional: without numba, the CPU uses torch, and remote code still loads
     import numba
     from llvmlite import ir
     from numba import types
@@ -48,7 +48,7 @@ except ImportError:
 
 
 def numba_problem() -> str | None:
-    """Why the numba kernels cannot be compiled; None where they can."""
+    """Why the numba kernels cannot be compiled; None if they can."""
     if numba is not None:
         return None
     return (
@@ -64,9 +64,10 @@ def is_available() -> bool:
 
 
 def serves(tensor: Tensor, backend: str | None) -> bool:
-    """Whether the numba kernels, which know only fp32 and bf16, should compute this [..., time, width].
+    """Whether the numba kernels compute this [..., time, width]: fp32 or bf16 on the CPU.
 
-    Not a single token of inference, unless asked for: there, to call an operator costs more than all it does.
+    By default they do not compute a single token of inference, where an operator call costs more than its
+    work.
     """
     runs_here = (
         is_available() and tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.bfloat16)
@@ -75,7 +76,7 @@ def serves(tensor: Tensor, backend: str | None) -> bool:
 
 
 def is_token_step(x: Tensor) -> bool:
-    """Whether x [..., time, width] is one token a row, and nobody will differentiate: a step of decoding."""
+    """Whether x [..., time, width] has one token per row and gradients are off: a decoding step."""
     return x.shape[-2:-1] == (1,) and not torch.is_grad_enabled()
 
 
@@ -150,17 +151,16 @@ if numba is not None:
     )
 
     def kernel(function: Callable, **options: Any) -> Any:
-        """Decorator: compile for each kind of arguments when they first come, and keep that on disk."""
+        """Decorator: compile for each combination of argument types at its first call, and keep the kernel on disk."""
         return keep_on_disk(compiled(function, **options))
 
-    reduction: Callable[..., Any] = functools.partial(
-        kernel, fastmath={"contract", "reassoc"}
-    )  # may add in any order, so in lanes
+    # May add in any order, so it can be vectorised.
+    reduction: Callable[..., Any] = functools.partial(kernel, fastmath={"contract", "reassoc"})
     inlined: Callable[..., Any] = functools.partial(numba.njit, error_model="numpy", forceinline=True)
 
     @intrinsic
     def multiply_add(typingctx, x, y, z):
-        """x * y + z, rounded once (on a machine that can: nearly all)."""
+        """x * y + z, rounded once (on machines with fused multiply-add)."""
         widest = typingctx.unify_types(x, y, z)
 
         def codegen(context, builder, signature, args):
@@ -204,7 +204,7 @@ if numba is not None:
 
     @inlined
     def exp(x):
-        """e^x in float32, to about one unit in the last place; flushed to e^-87.3 below and e^88.3 above (Cephes' polynomial)."""
+        """e^x in float32, to about one unit in the last place; clamped to e^-87.3 and e^88.3 (Cephes' polynomial)."""
         x = _LOWEST if x < _LOWEST else x  # written so that NaN passes
         x = _HIGHEST if x > _HIGHEST else x
         shifted = multiply_add(x, _LOG2_E, _SHIFT)
@@ -226,7 +226,7 @@ def _pool(num_threads: int) -> ThreadPoolExecutor:
 
 
 def _begin_forked_process() -> None:
-    """Threads stay behind in the parent: start from none, ours and torch's."""
+    """A forked process has no threads: forget the parent's pool, and set torch to one thread."""
     _pool.cache_clear()
     if torch.get_num_threads() > 1:
         torch.set_num_threads(1)
@@ -237,7 +237,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def run_tasks(kernel_function, arguments: tuple, num_tasks: int) -> None:
-    """Call `kernel_function(*arguments, first, last)` so that the tasks are spread evenly over torch's number of threads."""
+    """Call `kernel_function(*arguments, first, last)` on equal shares of the tasks, one for each of torch's threads."""
     num_threads = max(1, min(torch.get_num_threads(), num_tasks))
     if num_threads == 1:
         kernel_function(*arguments, 0, num_tasks)
@@ -253,10 +253,10 @@ def run_tasks(kernel_function, arguments: tuple, num_tasks: int) -> None:
 
 
 def stripe_width(batch: int, width: int) -> int:
-    """Channels that one task walks through time with: all of them, unless many threads would have nothing to do.
+    """Number of channels per task: all of them, unless many threads would be idle.
 
-    A whole row after another is one run through memory, which the hardware reads ahead; half rows are read at
-    a third of that rate, so that two threads with half rows are slower than one with whole ones.
+    Whole rows are contiguous in memory, and the hardware prefetches them. Half rows are read at a third of
+    that rate, so two threads with half rows are slower than one thread with whole rows.
     """
     threads_per_row = torch.get_num_threads() // max(batch, 1)
     return max(1, -(-width // threads_per_row)) if threads_per_row >= 4 else max(1, width)

@@ -1,9 +1,9 @@
-"""Our custom operators: how they are named, and made once.
+"""Custom torch operators, named by a hash of their source and registered once.
 
 A process may hold this package and remote-code copies of other versions of it. A second operator of the same
-name would silently replace the first, for models that exist already too. So an operator's namespace holds a
-hash of the source it is made of: the file that defines it and all that this file imports from beside it. (Not
-of all that lies there: remote code arrives file by file, the configuration's before the model's.)
+name would silently replace the first, also for existing models. So an operator's namespace contains a hash of
+its source: the file that defines it and all files of its folder that this file imports. (Not all files of the
+folder: remote code arrives file by file, the configuration's files before the model's.)
 """
 
 import functools
@@ -21,7 +21,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 @functools.cache
 def source_hash(module_file: str) -> str:
-    """12 hex digits: hash of a module's file and of all that it imports from its folder, directly or not."""
+    """12 hex digits: hash of a module's file and of all files of its folder that it imports, directly or indirectly."""
     sources = sorted(
         {Path(module_file), *map(Path, get_relative_import_files(module_file))}, key=lambda path: path.name
     )
@@ -40,16 +40,17 @@ def define(
     differentiate: Callable[..., Any] | None = None,
     save: Callable[..., None] | None = None,
 ) -> Callable[..., Any]:
-    """Make `function` the operator `minrnn_HASH::name`, and return what calls it.
+    """Register `function` as the operator `minrnn_HASH::name`, and return a function that calls it.
 
-    Where another copy of this very source in the process has made it, that one is called, since to make it
-    again would destroy the other's. Called with forward-mode tangents (`torch.func.jvp`), it raises
-    NotImplementedError: torch would drop them where an operator has a backward formula alone, and the
-    derivative would be 0.
+    If another copy of the same source in this process has registered the operator, that one is called:
+    registering it again would destroy it. A call with forward-mode tangents (`torch.func.jvp`) raises
+    NotImplementedError: torch drops tangents if an operator has only a backward formula, and the derivative
+    would be 0.
 
     Args:
-        fake: gives empty outputs of the right shapes and dtypes.
-        differentiate, save: backward formula and what it keeps, as in `torch.library.register_autograd`.
+        fake: returns empty outputs of the right shapes and dtypes.
+        differentiate, save: backward formula and set-up of its context, as in
+            `torch.library.register_autograd`.
     """
     space = namespace(inspect.getfile(function))
     operator = getattr(getattr(torch.ops, space), name, None)
