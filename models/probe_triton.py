@@ -67,6 +67,6 @@ def triton_problem(device: torch.device, dtype: torch.dtype) -> str | None:
             f"and the tensors are on {device}"
         )
     if torch.version.hip is not None:
-        return "they use instructions that only NVIDIA GPUs support"
+        return "they have instructions that only NVIDIA GPUs know"
     index = torch.cuda.current_device() if device.index is None else device.index
     return _failure(torch.device("cuda", index), dtype)
