@@ -28,7 +28,8 @@ def announce(run: Run, precision: PrecisionChoice) -> None:
     reason = f" ({precision.reason})" if precision.reason else ""
     begin = f"going on from step {run.step}" if run.step else "from the beginning"
     run.report(
-        f"{run.output.folder.path}: {model}, {step_size}, {device}, {sharing}{precision.precision}{reason}; {begin}"
+        f"{run.output.folder.path}: {model}, {step_size}, {device}, {sharing}{precision.precision}{reason}; "
+        f"{begin}"
     )
     saved = run.output.folder.saved
     if saved and (note := _learning_rate_note(recipe, saved, run.step)):

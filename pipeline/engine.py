@@ -154,8 +154,8 @@ class DeepSpeedEngine(Engine):
         return contextlib.nullcontext()
 
     def backward(self, loss: Tensor) -> None:
-        # Not the model's output itself: DeepSpeed 0.19 divides that tensor's gradient by the accumulation
-        # steps, whatever it is told.
+        # A copy, because DeepSpeed 0.19 divides the gradient of the model's output itself by the accumulation
+        # steps, even with scale_wrt_gas=False.
         self.model.backward(1.0 * loss, scale_wrt_gas=False)
 
     def update(self, lr: float) -> float:

@@ -1,4 +1,4 @@
-"""From a checkpoint to a model that loads anywhere, and a look at what it writes."""
+"""Export a checkpoint as a `transformers` model, and generate samples from it."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from . import card
 from .checkpoint import checkpoint_name, load_parameters, newest_valid, read_manifest
 from .export_folder import check_export, write_export
 
-NO_SHARDS = "100TB"  # one file of weights, whatever its size
+NO_SHARDS = "100TB"  # max_shard_size, so that the weights are one file
 
 
 def export_model(
@@ -30,22 +30,21 @@ def export_model(
     key: str = "run.dir",
     force: bool = False,
 ) -> bool:
-    """Write weights, configuration, the modeling code, tokenizer and a model card
-    (`export_folder.write_export`).
+    """Write weights, configuration, modeling code, tokenizer and model card (`export_folder.write_export`).
 
     Args:
-        folder: is made, or holds an export whose files are replaced; other files in it stay.
+        folder: is created, or holds an export whose files are replaced; other files in it stay.
         config: the resolved recipe.
-        tokens: tokens trained on.
-        score: how good it is, for the card.
-        key: the setting that names the folder.
-        force: replace files that no export wrote.
+        tokens: number of tokens that the model was trained on.
+        score: a validation result for the card.
+        key: the setting that names the folder, for messages.
+        force: also replace files that no export wrote.
 
     Returns:
-        Whether the card was written; one that was changed by hand is kept.
+        Whether the card was written. A card that was changed by hand is kept.
 
-    Raises: UserError: files in the folder that are to be replaced were not written by an export, or were
-        changed since.
+    Raises:
+        UserError: a file to replace was not written by an export, or was changed since.
     """
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
@@ -64,7 +63,7 @@ def export_model(
 
 
 def model_config(fields: dict[str, Any], tokenizer: Any, vocab_size: int) -> MinRNNConfig:
-    """The configuration of a run's model: the recipe's fields and the tokenizer's tokens."""
+    """The configuration of a run's model, from the recipe's fields and the tokenizer's special tokens."""
     return MinRNNConfig(
         **fields,
         vocab_size=vocab_size,
@@ -84,19 +83,19 @@ def export_run(
 ) -> Path:
     """Export a checkpoint of a run, the newest valid one or that of `step`; returns the checkpoint.
 
-    Args: trust_remote_code: run the code that the tokenizer brings along; what the run's own config.yaml says
-        of it does not count.
+    Args:
+        trust_remote_code: run the code that the tokenizer contains, whatever the run's config.yaml says.
 
-    Raises: UserError: no run, no such checkpoint, or one that was changed; a folder that holds something else
-        (see `export_model`).
+    Raises:
+        UserError: there is no such run or valid checkpoint, or as `export_model`.
     """
     folder, out = run / "checkpoints", out.resolve()
     check_export(out, "--out", force)
     if step is None:
-        found = newest_valid(folder, warn)
-        if found is None:
+        newest = newest_valid(folder, warn)
+        if newest is None:
             raise UserError("RUN", f"{run} holds no valid checkpoint")
-        path, manifest = found
+        path, manifest = newest
     else:
         path = folder / checkpoint_name(step)
         try:
@@ -111,14 +110,17 @@ def export_run(
 
 
 def kept_card(folder: Path) -> str:
-    """What to say of a card that was kept."""
-    return f"{folder / card.NAME} is not as an export wrote it and is kept; remove it and export again for a new model card"
+    """The warning about a card that was kept."""
+    return (
+        f"{folder / card.NAME} is not as an export wrote it and is kept; "
+        "remove it and export again for a new model card"
+    )
 
 
 def load_checkpoint(
     path: Path, vocab_size: int, dtype: str, trust_remote_code: bool = False
 ) -> tuple[MinRNNForCausalLM, Any, dict[str, Any]]:
-    """The model of a checkpoint, its tokenizer and the resolved recipe."""
+    """The model of a checkpoint, its tokenizer and its resolved recipe."""
     config = yaml.safe_load((path / "config.yaml").read_text())
     tokenizer = run_tokenizer(
         config["data"]["corpus"], config["data"]["tokenizer"], config["data"].get("task"), trust_remote_code
@@ -134,18 +136,17 @@ def load_checkpoint(
 def sample(
     model: PreTrainedModel, tokenizer: Any, prompts: list[str], num_tokens: int, seed: int
 ) -> list[str]:
-    """A continuation of each prompt, prompt included, drawn at temperature 0.8; leaves the global random
-    state as it was."""
+    """A continuation of each prompt, prompt included, sampled at temperature 0.8. The global random state is
+    unchanged."""
     inputs = prompt_batch(tokenizer, prompts).to(model.device)
     was_training = model.training
     model.eval()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         generate: Any = model.generate
-        drawn = {"do_sample": True, "temperature": 0.8, "top_k": 0, "pad_token_id": tokenizer.pad_token_id}
-        ids = generate(
-            **inputs, max_new_tokens=num_tokens, synced_gpus=False, **drawn
-        )  # ZeRO-3 or not, this process is alone with it
+        options = {"do_sample": True, "temperature": 0.8, "top_k": 0, "pad_token_id": tokenizer.pad_token_id}
+        # synced_gpus: also under ZeRO-3, only this process generates.
+        ids = generate(**inputs, max_new_tokens=num_tokens, synced_gpus=False, **options)
     model.train(was_training)
     length = inputs["input_ids"].shape[1]
     return [
@@ -155,6 +156,6 @@ def sample(
 
 
 def _text(tokenizer: Any, prompt: list[int], new: list[int]) -> str:
-    """What was written behind a prompt."""
+    """The text of new tokens that follow a prompt."""
     stream = TextStream(tokenizer, prompt)
     return stream.write(new) + stream.end()

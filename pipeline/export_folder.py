@@ -1,17 +1,19 @@
-"""The folder of an export: its own files are replaced, one by one; everything else in it stays as it is.
+"""The folder of an export. An export replaces its own files, one by one, and leaves all others unchanged.
 
-    .minrnn-export.new/    the new files, on the disk before any other is touched
-    .minrnn-export.json    {"files": {name: [SHA-256, ...]}}: what exports wrote here; old and new, while files are replaced
+    .minrnn-export.new/    the new files, synced to disk before any other file is changed
+    .minrnn-export.json    {"files": {name: [SHA-256, ...]}}: files that exports wrote here; during the
+                           replacement, with old and new hashes
 
-Weights and configuration belong together, and two names cannot be exchanged at once. Where the configuration
+Weights and configuration must match, but two files cannot be replaced at once. So if the configuration
 changes, it names the new weights in `.minrnn-export.new/` (transformers reads `transformers_weights`) until
-they have their own name:
+they have their final name:
 
-    config.json -> new, with transformers_weights;  model.safetensors -> new;  config.json -> new;
-    .minrnn-export.new/ goes
+    config.json -> new, with transformers_weights
+    model.safetensors -> new
+    config.json -> new
+    .minrnn-export.new/ -> removed
 
-So whenever an export is cut off, the folder holds a model that loads, and the next export knows every file as
-its own.
+So an export that is killed leaves a model that loads, and the next export recognizes every file as its own.
 """
 
 import contextlib
@@ -33,15 +35,16 @@ CONFIG, WEIGHTS, POINTER = "config.json", "model.safetensors", "transformers_wei
 
 
 def check_export(folder: Path, key: str, force: bool = False, names: Iterable[str] = ()) -> None:
-    """Whether an export may be written to a folder.
+    """Check that an export may be written to a folder.
 
     Args:
         key: the setting that names the folder, for messages.
-        force: replace files that no export wrote.
-        names: of the files to write, beyond those that are there.
+        force: also replace files that no export wrote.
+        names: files to write, in addition to those that exist.
 
     Raises:
-        UserError: it holds no export but something else, or a file to replace is not as an export wrote it.
+        UserError: the folder holds other files but no export, or a file to replace was changed since an
+            export wrote it.
     """
     if not folder.exists():
         return
@@ -60,10 +63,10 @@ def check_export(folder: Path, key: str, force: bool = False, names: Iterable[st
     foreign = sorted(name for name in every if not _is_own(folder / name, written or {}))
     if foreign and not force:
         verb = "is" if len(foreign) == 1 else "are"
-        told = (
+        message = (
             f"{', '.join(foreign)} in {folder} {verb} not as an export wrote it; move it away{_or_force(key)}"
         )
-        raise UserError(key, told)
+        raise UserError(key, message)
 
 
 def _or_force(key: str) -> str:
@@ -74,14 +77,43 @@ def write_export(folder: Path, write: Callable[[Path], object], key: str, force:
     """Write an export; returns whether the card was written (one that was changed by hand is kept).
 
     Args:
-        write: writes the files, config.json and model.safetensors among them, to a folder that is empty.
+        write: writes the files, config.json and model.safetensors among them, to an empty folder.
         key, force: as in `check_export`.
 
     Raises:
-        UserError: as `check_export` does; nothing was changed.
+        UserError: as `check_export`; nothing was changed.
     """
     make_folder(folder)
     _complete(folder)
+    staged = folder / STAGED
+    names = _stage(folder, write, key, force)
+    written = _written(folder, names) or {}
+    keeps_card = (folder / CARD).exists() and not _is_own(folder / CARD, written)
+    own = [name for name in names if not (name == CARD and keeps_card)]
+    hashes = {name: sha256_of(staged / name) for name in own}
+    old_hashes = {
+        name: sha256_of(folder / name)
+        for name in {*own, *written}
+        if (folder / name).is_file() and (name != CARD or not keeps_card)
+    }
+    pointing = _pointing(staged)
+    both = {
+        name: {files[name] for files in (hashes, old_hashes) if name in files}
+        for name in sorted({*hashes, *old_hashes})
+    }
+    both[CONFIG].add(hashlib.sha256(pointing.encode()).hexdigest())
+    _write_list(folder, {name: sorted(values) for name, values in both.items()})
+    _replace_files(folder, own, pointing)
+    for name in old_hashes.keys() - hashes.keys():
+        (folder / name).unlink()
+    _write_list(folder, {name: [value] for name, value in hashes.items()})
+    shutil.rmtree(staged, ignore_errors=True)
+    sync(folder)
+    return not keeps_card
+
+
+def _stage(folder: Path, write: Callable[[Path], object], key: str, force: bool) -> list[str]:
+    """Write the new files to the staging folder and sync them; returns their names."""
     staged = folder / STAGED
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir()
@@ -92,26 +124,20 @@ def write_export(folder: Path, write: Callable[[Path], object], key: str, force:
         for name in names:
             sync(staged / name)
         sync(staged)
-    except BaseException:  # a full disk needs the room
+    except BaseException:  # a full disk needs the space
         shutil.rmtree(staged, ignore_errors=True)
         raise
-    written = _written(folder, names) or {}
-    keeps_card = (folder / CARD).exists() and not _is_own(folder / CARD, written)
-    own = [name for name in names if not (name == CARD and keeps_card)]
-    hashes = {name: sha256_of(staged / name) for name in own}
-    before = {
-        name: sha256_of(folder / name)
-        for name in {*own, *written}
-        if (folder / name).is_file() and (name != CARD or not keeps_card)
-    }
-    pointing = _pointing(staged)
-    both = {
-        name: sorted({hashes.get(name, ""), before.get(name, "")} - {""})
-        for name in sorted({*hashes, *before})
-    }
-    both[CONFIG] = sorted({*both[CONFIG], hashlib.sha256(pointing.encode()).hexdigest()})
-    write_text(folder / LIST, json.dumps({"files": both}, indent=1))
-    for name in own:
+    return names
+
+
+def _write_list(folder: Path, files: dict[str, list[str]]) -> None:
+    write_text(folder / LIST, json.dumps({"files": files}, indent=1))
+
+
+def _replace_files(folder: Path, names: list[str], pointing: str) -> None:
+    """Move the staged files to their names, weights and configuration as the module describes."""
+    staged = folder / STAGED
+    for name in names:
         if name not in (CONFIG, WEIGHTS):
             os.replace(staged / name, folder / name)
     sync(folder)
@@ -123,24 +149,17 @@ def write_export(folder: Path, write: Callable[[Path], object], key: str, force:
         write_text(folder / CONFIG, pointing)
         _complete(folder)
     sync(folder)
-    for name in before.keys() - hashes.keys():
-        (folder / name).unlink()
-    write_text(
-        folder / LIST, json.dumps({"files": {name: [value] for name, value in hashes.items()}}, indent=1)
-    )
-    shutil.rmtree(staged, ignore_errors=True)
-    sync(folder)
-    return not keeps_card
 
 
 def _pointing(staged: Path) -> str:
-    """The new configuration, with the new weights by the name that they have for the time being."""
+    """The new config.json, with the staged path of the new weights."""
     config = json.loads((staged / CONFIG).read_text())
     return json.dumps({**config, POINTER: f"{STAGED}/{WEIGHTS}"}, indent=2, sort_keys=True) + "\n"
 
 
 def _complete(folder: Path) -> None:
-    """Where config.json names weights in `.minrnn-export.new/`: give both their own names."""
+    """Give configuration and weights their final names, if config.json names weights in
+    `.minrnn-export.new/`."""
     if _config(folder).get(POINTER) != f"{STAGED}/{WEIGHTS}":
         return
     weights, link = folder / STAGED / WEIGHTS, folder / f".{WEIGHTS}.part"
@@ -164,10 +183,10 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _written(folder: Path, names: Iterable[str]) -> dict[str, list[str]] | None:
-    """SHA-256 by name of what exports wrote here; None where there was none.
+    """Hashes by name of the files that exports wrote here; None if there was no export.
 
-    An export of before there were lists is known by its config.json: files of the names that exports write
-    are its own, the README only if it still is a card.
+    Old exports have no list and are recognized by config.json. Files with names that exports write are then
+    theirs, the README only if it is an unchanged card.
     """
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         files = json.loads((folder / LIST).read_text())["files"]
@@ -189,5 +208,5 @@ def _written(folder: Path, names: Iterable[str]) -> dict[str, list[str]] | None:
 
 
 def _is_own(path: Path, written: dict[str, list[str]]) -> bool:
-    """Whether a file is as an export wrote it, or is not there."""
+    """Whether a file is unchanged since an export wrote it, or does not exist."""
     return not path.exists() or (path.is_file() and sha256_of(path) in written.get(path.name, []))

@@ -20,11 +20,11 @@ class Forecast:
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
         self._start: tuple[int, float] | None = None
-        self._is_said = False
+        self._is_done = False
 
     def after_step(self, run: Run, is_logged: bool) -> None:
         """Call this after each step, before saving and validating."""
-        if self._is_said:
+        if self._is_done:
             return
         if self._start is None:
             self._start = (run.step, self._clock())
@@ -32,7 +32,7 @@ class Forecast:
         if not is_logged:
             return
         first, start = self._start
-        self._is_said = True
+        self._is_done = True
         seconds_per_step = (self._clock() - start) / (run.step - first)
         batch = run.recipe.batch
         step_positions = max(len(run.data.readers), 1) * batch.lanes * batch.chunk

@@ -22,7 +22,7 @@ class Interrupt:
 
     def __init__(self) -> None:
         self.requested: int | None = None
-        """The signal that came, if one did."""
+        """The signal that was received, if any."""
         self._previous: dict[int, object] = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

@@ -1,5 +1,4 @@
-"""metrics.jsonl is the truth about a run: one JSON object a line, in the order of the steps, each step
-once."""
+"""metrics.jsonl, the source of truth about a run: one JSON object per line, each step once and in order."""
 
 import contextlib
 import json
@@ -13,11 +12,11 @@ from typing import Any, BinaryIO
 
 from ..common.files import sync
 
-_BLOCK = 1 << 16  # bytes read at a time, from the end
+_BLOCK = 1 << 16  # bytes that are read at a time, from the end
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-    """A line's object; None for a line that a crash has cut."""
+    """A line's object; None for a line that a crash has truncated."""
     try:
         entry = json.loads(line)
     except ValueError:
@@ -26,7 +25,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole lines."""
+    """The objects of all whole lines."""
     if not path.exists():
         return []
     with path.open("rb") as file:
@@ -34,10 +33,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def cut_metrics(path: Path, step: int) -> int:
-    """Remove, in one atomic step, what was written after `step`: it will be written again. Returns how many
-    lines that were.
+    """Remove, atomically, the lines after `step`; returns their number.
 
-    Only what is removed is read, so a file of a million lines takes no longer than a short one.
+    Only the removed part is read, so the size of the file does not matter.
     """
     if not path.exists():
         return 0
@@ -52,7 +50,7 @@ def cut_metrics(path: Path, step: int) -> int:
             num_cut, keep = num_cut + (entry is not None), offset
         if keep < size:
             file.truncate(keep)
-        if not last.endswith(b"\n"):  # all of the line but its end
+        if not last.endswith(b"\n"):  # only the line's end is missing
             file.seek(keep)
             file.write(b"\n")
     sync(path)
@@ -60,14 +58,14 @@ def cut_metrics(path: Path, step: int) -> int:
 
 
 def _lines_from_the_end(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """The last line first, each with its offset."""
+    """Each line with its offset, the last line first."""
     start, rest = file.seek(0, os.SEEK_END), b""
     while start > 0:
         end, start = start, max(start - _BLOCK, 0)
         file.seek(start)
         block = file.read(end - start) + rest
         lines = block.splitlines(keepends=True)
-        rest = lines.pop(0) if start > 0 else b""  # its beginning may be in the block before
+        rest = lines.pop(0) if start > 0 else b""  # it may begin in the previous block
         offset = start + len(block)
         for line in reversed(lines):
             offset -= len(line)
@@ -75,30 +73,29 @@ def _lines_from_the_end(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
 
 
 def _strict(value: Any) -> Any:
-    """The value as JSON has it: null for what is not finite."""
+    """The value as strict JSON: null for numbers that are not finite."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return {key: _strict(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 class History:
-    """What the pictures show of a metrics.jsonl. It is read on as the file grows, never again from its
-    beginning."""
+    """What the pictures need from metrics.jsonl. Each line is read once, also while the file grows."""
 
     def __init__(self, path: Path):
         self.path = path
-        self._forget()
+        self._reset()
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self._offset = 0
         self.tokens, self.losses = array("d"), array("d")
         """Of the training lines with a finite loss."""
         self.validations: list[dict[str, Any]] = []
 
     def update(self) -> "History":
-        """Read what has been written since."""
+        """Read the lines that are new since the last call."""
         if not self.path.exists() or self.path.stat().st_size < self._offset:
-            self._forget()
+            self._reset()
         if self.path.exists():
             with self.path.open("rb") as file:
                 file.seek(self._offset)
@@ -120,11 +117,11 @@ class History:
 
 
 class MetricsFile:
-    """metrics.jsonl, one line after another, visible at once. Lines that a full disk does not take are kept
-    until it does.
+    """Appends lines to metrics.jsonl, each visible at once. Lines that cannot be written are kept and tried
+    again.
 
-    A checkpoint must not outlive the lines before it: it counts only after `sync`, which the thread that
-    saves may call.
+    A checkpoint is valid only with all lines before it, so `sync` is called before it is published, possibly
+    by the saver's thread.
     """
 
     def __init__(self, path: Path, warn: Callable[[str], object]):
@@ -136,7 +133,7 @@ class MetricsFile:
         self._lock = threading.Lock()
 
     def append(self, entry: dict[str, Any]) -> None:
-        """One more line."""
+        """Append a line."""
         with self._lock:
             was_waiting = bool(self._waiting)
             self._waiting.append(json.dumps(_strict(entry), allow_nan=False) + "\n")
@@ -149,10 +146,10 @@ class MetricsFile:
                     )
 
     def _write(self) -> None:
-        """Write the lines that wait, all or none.
+        """Write all pending lines, or none.
 
         Raises:
-            OSError: they go on waiting.
+            OSError: the lines stay pending.
         """
         if not self._waiting:
             return
@@ -165,29 +162,28 @@ class MetricsFile:
                 file.write("".join(self._waiting))
         except OSError:
             self._whole = size
-            with contextlib.suppress(OSError):  # then the next write begins with it
+            with contextlib.suppress(OSError):  # otherwise the next write truncates it
                 os.truncate(self.path, size)
             raise
         self._waiting, self._whole = [], None
 
     def sync(self) -> None:
-        """Write all lines to the disk.
+        """Write all lines and sync them to the disk.
 
         Raises:
-            OSError: they are not there.
+            OSError: some could not be written.
         """
         with self._lock:
             self._write()
         if self.path.exists():
             sync(self.path)
-            sync(self.path.parent)  # its name, too
+            sync(self.path.parent)  # for its name
 
     def close(self) -> None:
-        """Write what waits, or say that it could not be written."""
+        """Write the pending lines, or warn that they are lost."""
         with self._lock:
             try:
                 self._write()
             except OSError as error:
-                self.warn(
-                    f"{len(self._waiting)} lines of {self.path} are lost ({error.strerror}); no checkpoint covers them"
-                )
+                lost = f"{len(self._waiting)} lines of {self.path} are lost ({error.strerror})"
+                self.warn(f"{lost}; no checkpoint covers them")

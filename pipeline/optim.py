@@ -1,4 +1,4 @@
-"""AdamW and its learning rate."""
+"""AdamW and the learning rate."""
 
 import math
 
@@ -7,19 +7,17 @@ from torch import nn
 
 from .config import OptimSection
 
-# Decay pulls towards zero: a gate to half open, a norm to silence, an embedding to nothing while its token is
-# rare.
+# Decay to zero would half-open a gate, silence a norm, and erase the embedding of a rare token.
 WITHOUT_DECAY = ("embed_tokens", "in_proj", "gate_bias", "conv_weight", "norm")
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies: matrices that are neither gates, norms, biases, convolutions nor
-    embeddings."""
+    """Whether weight decay applies to a parameter."""
     return parameter.ndim >= 2 and not any(part in name for part in WITHOUT_DECAY)
 
 
 def build_optimizer(model: nn.Module, config: OptimSection) -> torch.optim.AdamW:
-    """AdamW over two groups, with and without decay. The learning rate is set before each step
+    """AdamW with two groups, with and without decay. The loop sets the learning rate before each step
     (`learning_rate`)."""
     named = list(model.named_parameters())
     groups = [
@@ -36,15 +34,16 @@ def build_optimizer(model: nn.Module, config: OptimSection) -> torch.optim.AdamW
 
 
 def learning_rate(config: OptimSection, step: int, num_steps: int) -> float:
-    """Learning rate of step 1, 2, ... of a schedule of `num_steps`; later steps have that of the last.
+    """The learning rate of a step, counted from 1, in a schedule of `num_steps`. Later steps have the last
+    step's rate.
 
     All schedules rise linearly over `warmup_steps`. `wsd` (warmup, stable, decay: Hu et al., arXiv
-    2404.06395) falls linearly over its last part, `cosine` from the end of the warmup on. Both would reach
-    `final_lr_fraction` one step after the last: a step at a rate of 0 would be computed for nothing.
+    2404.06395) falls linearly over its last part, `cosine` from the end of the warmup. Both would reach
+    `final_lr_fraction` one step after the last, so no step has a rate of 0.
     """
     step = min(step, num_steps)
     warmup = min(1.0, step / config.warmup_steps) if config.warmup_steps else 1.0
-    progress = 0.0  # of the fall
+    progress = 0.0  # of the decay
     if config.schedule == "wsd":
         length = config.decay_fraction * num_steps
         progress = max(0.0, (step - (num_steps - length)) / (length + 1))

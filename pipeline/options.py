@@ -1,4 +1,4 @@
-"""Options that several commands share, so that each means the same everywhere."""
+"""Command-line options that several commands share."""
 
 import argparse
 
@@ -6,13 +6,16 @@ DTYPES = ("auto", "fp32", "bf16", "fp64")
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    """`--device`: what `machine.resolve_device` reads."""
-    text = "auto, cpu, cuda, mps or xpu; cuda:1 is the second of several (default: %(default)s, the accelerator if there is one)"
+    """Add `--device` (see `machine.resolve_device`)."""
+    text = (
+        "auto, cpu, cuda, mps or xpu; cuda:1 is the second of several (default: %(default)s, the "
+        "accelerator if there is one)"
+    )
     parser.add_argument("--device", default="auto", metavar="DEVICE", help=text)
 
 
 def add_trust(parser: argparse.ArgumentParser) -> None:
-    """`--trust-remote-code`: what `loading.load` reads."""
+    """Add `--trust-remote-code` (see `loading.load`)."""
     parser.add_argument(
         "--trust-remote-code",
         action="store_true",
@@ -21,6 +24,9 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
 
 
 def add_dtype(parser: argparse.ArgumentParser) -> None:
-    """`--dtype` of a loaded model: what `loading.load` reads."""
-    text = "of the weights; auto: as stored, but fp32 for bf16 weights where the device multiplies fp32 faster (default: %(default)s)"
+    """Add `--dtype` of a loaded model (see `loading.load`)."""
+    text = (
+        "of the weights; auto: as stored, but fp32 for bf16 weights where the device multiplies fp32 "
+        "faster (default: %(default)s)"
+    )
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help=text)

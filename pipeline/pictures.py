@@ -1,4 +1,4 @@
-"""loss.png and accuracy_by_length.png: what metrics.jsonl says, drawn."""
+"""loss.png and accuracy_by_length.png, drawn from metrics.jsonl."""
 
 from pathlib import Path
 from typing import Any
@@ -8,18 +8,16 @@ import numpy as np
 from ..common.files import atomic_write
 from .metrics import History
 
-NUM_POINTS = 4000  # of a curve: more than the picture has columns
+NUM_POINTS = 4000  # of a curve; the picture has fewer columns
 NUM_NOTES = 12
 
 
 def draw_loss(history: History, picture: Path, title: str) -> None:
-    """Training loss (thin: every logged step, thick: smoothed) and validation loss over tokens, with bits per
-    byte (or accuracy) at those."""
+    """Draw training loss (thin: every logged step, thick: smoothed) and validation loss (with bits per byte
+    or accuracy) over tokens."""
     validations = history.validations
-    tokens, losses = (
-        np.array(history.tokens),
-        np.array(history.losses),
-    )  # copies: an array.array with a view cannot grow
+    # Copies, because an array.array cannot grow while a view of it exists.
+    tokens, losses = np.array(history.tokens), np.array(history.losses)
     figure, axes = _empty_figure()
     if len(losses):
         axes.plot(*_extremes(tokens, losses), color="tab:blue", alpha=0.3, linewidth=0.8)
@@ -43,7 +41,7 @@ def draw_loss(history: History, picture: Path, title: str) -> None:
                 if "bits_per_byte" in entry
                 else f"accuracy {entry['accuracy']:.3f}"
             )
-            side = "right" if entry is validations[-1] else "center"  # the last stands at the edge
+            side = "right" if entry is validations[-1] else "center"  # the last point is at the edge
             axes.annotate(
                 note,
                 (entry["tokens"], entry["loss"]),
@@ -60,7 +58,8 @@ def draw_loss(history: History, picture: Path, title: str) -> None:
 
 
 def draw_accuracy(history: History, picture: Path, title: str) -> None:
-    """Accuracy over test lengths: validations (thin) and the last, with what a guess has."""
+    """Draw accuracy over test length, for all validations (thin) and the last, and the accuracy of
+    guessing."""
     validations = [entry for entry in history.validations if entry.get("by_length")]
     figure, axes = _empty_figure()
     for entry in (validations[i] for i in _spread(len(validations), 100)):
@@ -96,12 +95,13 @@ def save_figure(figure: Any, picture: Path) -> None:
 
 
 def _spread(count: int, limit: int) -> np.ndarray:
-    """All indices of `count` things, or `limit` of them, evenly, the first and the last among them."""
+    """`limit` evenly spaced indices of `count` items, including the first and the last; all if there are
+    fewer."""
     return np.linspace(0, count - 1, min(count, limit)).round().astype(int)
 
 
 def _extremes(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A long curve by the least and the greatest of each of its pieces, which look as the curve does."""
+    """Reduce a long curve to the minimum and maximum of each segment, which look the same in a picture."""
     if len(y) <= NUM_POINTS:
         return x, y
     starts = np.arange(NUM_POINTS // 2) * len(y) // (NUM_POINTS // 2)
@@ -110,8 +110,7 @@ def _extremes(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _smoothed(values: np.ndarray) -> np.ndarray:
-    """Running mean over the neighbours on both sides, a fifteenth of all; it does not lag behind a falling
-    loss."""
+    """Centered running mean over a fifteenth of all values, so that it does not lag behind a falling loss."""
     reach, index = len(values) // 30, np.arange(len(values))
     sums = np.concatenate([[0.0], np.cumsum(values)])
     first, end = np.maximum(index - reach, 0), np.minimum(index + reach + 1, len(values))

@@ -1,8 +1,8 @@
-"""What a run may say of itself to others: no credentials, no paths of this machine.
+"""Recipes without credentials, and without paths of this machine.
 
-`without_credentials` is for this machine (config.yaml, messages): a URI loses user, password and query, and
-keeps its place. `public_config` is for what is published (model card, MLflow, results files): a local path is
-its last part, too.
+`without_credentials` is for this machine (config.yaml, messages): it removes user, password and query from a
+URI. `public_config` is for publication (model card, MLflow, results files): it also reduces local paths to
+their last part.
 """
 
 import re
@@ -13,15 +13,15 @@ from typing import Any
 _SCHEME = re.compile(r"[A-Za-z][\w+.-]*://")
 _URI_IN_TEXT = re.compile(_SCHEME.pattern + r"[^\s\"'<>]+")
 _LOCAL_SCHEMES = ("sqlite", "file")
-PROSE = ("prompts",)  # settings that hold text for the model: a slash in them is no path
+PROSE = ("prompts",)  # settings that hold text, in which a slash does not mean a path
 
 
 def without_credentials(value: str) -> str:
-    """A URI without user, password, query and fragment; any other text as it is.
+    """A URI without user, password, query and fragment; any other text unchanged.
 
-    Passwords may hold `/`, `?` and `@` as they are, which the grammar of URIs does not allow and databases'
-    clients do: where it is not clear what is password and what is not, nothing but the scheme remains. The
-    query of a SQLite database holds options of this machine and stays.
+    Passwords may contain `/`, `?` and `@` unescaped: the grammar of URIs forbids it, but database clients
+    allow it. If it is ambiguous where the password ends, only the scheme remains. A SQLite URI has no
+    credentials and stays whole.
     """
     match = _SCHEME.match(value)
     if match is None:
@@ -40,16 +40,16 @@ def without_credentials(value: str) -> str:
 
 
 def text_without_credentials(text: str, *uris: str) -> str:
-    """A message in which every URI is without credentials; `uris` are replaced as they stand, whatever
-    characters they hold."""
+    """A message whose URIs have no credentials. `uris` are replaced literally, whatever characters they
+    contain."""
     for uri in filter(None, uris):
         text = text.replace(uri, without_credentials(uri))
     return _URI_IN_TEXT.sub(lambda match: without_credentials(match[0]), text)
 
 
 def public_value(value: str) -> str:
-    """A URI without credentials, a local path by its last part, any other text (a hub id, a relative path) as
-    it is."""
+    """A URI without credentials, the last part of a local path, or any other text (a hub id, a relative path)
+    unchanged."""
     if match := _SCHEME.match(value):
         uri = without_credentials(value)
         local = match[0].removesuffix("://").split("+")[0] in _LOCAL_SCHEMES
@@ -63,12 +63,12 @@ def public_value(value: str) -> str:
 
 
 def public_config(config: dict[str, Any]) -> dict[str, Any]:
-    """A resolved recipe, or a part of it, whose every text is a `public_value`."""
+    """A resolved recipe, or a part of it, with every text as a `public_value`."""
     return _each_text(config, public_value)
 
 
 def config_without_credentials(config: dict[str, Any]) -> dict[str, Any]:
-    """A resolved recipe whose every URI is `without_credentials`."""
+    """A resolved recipe with every URI as `without_credentials`."""
     return _each_text(config, without_credentials)
 
 

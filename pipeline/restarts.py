@@ -1,16 +1,15 @@
-"""Errors that a restart does not cure are not met again and again.
+"""Restarts by an elastic launcher, ended for errors that a restart does not fix.
 
-An elastic launcher (torchrun, accelerate launch --max_restarts) starts all processes anew, whatever the
-status they ended with. So each process leaves a note of the error that ended it in the launcher's folder,
-next to where torchrun keeps its own:
+An elastic launcher (torchrun, accelerate launch --max_restarts) restarts all processes after any exit status.
+So each process records the error that ended it in the launcher's folder, next to torchrun's own record:
 
     LOGS/RUN/minrnn-error-LOCAL_RANK.json     {"status", "error", "is_final"}
     LOGS/RUN/attempt_N/LOCAL_RANK/error.json  torchrun's (TORCHELASTIC_ERROR_FILE)
 
-An error is final if it came before the processes were connected, since nothing but the command and its files
-decides it then; or if the start before ended with the same one at the same step: a NaN that comes back, a
-setting that does not fit the run. After a final error a process that is started again leaves at once, with
-the same status, before it imports or reads anything.
+An error is final in two cases. It came before the processes were connected, so that only the command and its
+files caused it. Or the previous attempt ended with the same error at the same step, such as a NaN that comes
+back. After a final error, a restarted process exits at once with the same status, before it imports or reads
+anything.
 """
 
 import json
@@ -21,8 +20,7 @@ from typing import Any
 
 
 def leave_if_final() -> None:
-    """End the process as it ended before, if the launcher starts it again after an error that would only come
-    back."""
+    """Exit with the previous status, if the launcher restarted the process after a final error."""
     note = _read()
     if note.get("is_final"):
         if os.environ.get("RANK") == "0":
@@ -31,7 +29,7 @@ def leave_if_final() -> None:
 
 
 def note_error(error: Exception, status: int) -> None:
-    """Leave a note of the error that ends this process; does nothing without an elastic launcher."""
+    """Record the error that ends this process; does nothing without an elastic launcher."""
     path = _path()
     if path is None:
         return
@@ -39,7 +37,7 @@ def note_error(error: Exception, status: int) -> None:
     is_final = not _connected() or _read().get("error") == text
     try:
         path.write_text(json.dumps({"status": status, "error": text, "is_final": is_final}))
-    except OSError:  # then it is started again, for nothing
+    except OSError:  # then the launcher restarts the process in vain
         return
 
 
@@ -49,7 +47,7 @@ def _connected() -> bool:
 
 
 def _path() -> Path | None:
-    """Of this process's note. The folder is the launcher's own, the same at each of its starts."""
+    """The path of this process's record, in the launcher's folder, which is the same for all attempts."""
     file = Path(os.environ.get("TORCHELASTIC_ERROR_FILE", ""))
     attempt = file.parent.parent
     return (

@@ -1,5 +1,4 @@
-"""`python -m minrnn.pipeline.train --config RECIPE [--section.field VALUE ...]`, alone or under `accelerate
-launch`."""
+"""The command `minrnn train`, and the module that `accelerate launch -m minrnn.pipeline.train` runs."""
 
 import os
 import sys
@@ -10,7 +9,7 @@ from .restarts import leave_if_final, note_error
 
 def main(argv: list[str] | None = None) -> None:
     """Read the recipe and train. The exit status is 2 after a UserError, 1 after a failure of training."""
-    secure_output()  # before a library can open a file on a descriptor that is closed
+    secure_output()  # before a library opens a file on a closed standard descriptor
     leave_if_final()
     from ..common.errors import NonFiniteError, StorageError, UserError
     from .recipe import help_text, read_recipe

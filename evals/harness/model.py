@@ -40,7 +40,7 @@ from ...data.prompts import prompt_tokens
 from ...models import MinRNNForCausalLM
 from ...models.decoding import TokenStep
 from ...models.modeling_minrnn import PREFILL
-from ...pipeline.loading import place, read_model, weights_dtype
+from ...pipeline.loading import move_model, read_model, weights_dtype
 from ...pipeline.processes import broadcast_from_main, connect, local_device, run_on_all_ranks, world_size
 from .likelihood import Score, make_batches, read_contexts, read_rows, score_continuations, select_rows
 
@@ -122,7 +122,7 @@ class MinRNNLM(TemplateLM):
                 # the timeout is long, since fast processes wait for slow ones
                 self.accelerator = connect(timedelta(weeks=1), target)
                 self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-            place(pretrained, self._decide_dtype(pretrained.dtype, dtype, target), target)
+            move_model(pretrained, self._decide_dtype(pretrained.dtype, dtype, target), target)
         self.model, self.tokenizer, self._device = pretrained, tokenizer, pretrained.device
         self.config, self._has_template = self.model.config, False
         self.batch_size, self.piece = int(batch_size), piece
