@@ -1,1 +1,1 @@
-"""How a run is started: the command line and the recipes."""
+"""The command line, the plan of a run, recipes, and configurations for Accelerate and Slurm."""

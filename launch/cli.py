@@ -13,28 +13,33 @@ from ..pipeline.options import add_trust
 
 USAGE = """usage: minrnn COMMAND ...
 
-  train          pretrain a model from a recipe    minrnn train --config quickstart [--section.field VALUE ...]
-  generate       continue a prompt                 minrnn generate runs/quickstart/model --prompt "def main"
-  plan           memory, FLOPs and traffic of a    minrnn plan --config fineweb-1b --processes 16
-                 run before it is started
-  export         a run's checkpoint as a           minrnn export runs/quickstart --out my-model
-                 transformers model
-  eval           tasks of lm-eval                  minrnn eval runs/quickstart --tasks lambada_openai,hellaswag
-  long-context   loss by position on one long      minrnn long-context runs/quickstart --tokens 200000
-                 document, and how far back the
-                 model looks
-  bench          speed and memory beside the       minrnn bench train [--peers llama,mamba ...]
-                 peers'
-  report         all results on one page, beside   minrnn report [PATH ...] [--out DIR]
-                 published numbers
-  results        runs into one results file        minrnn results runs/0 runs/1 --as shakespeare
-  rolling        one long document through lm-eval minrnn rolling runs/quickstart
-  lm-eval        every option of the command       minrnn lm-eval --model minrnn --model_args pretrained=runs/quickstart ...
-                 lm_eval, with --model minrnn
-  figures        this repository's own figures, in minrnn figures speed
-                 a checkout
+  train         train a model from a recipe
+                    minrnn train --config quickstart [--section.field VALUE ...]
+  generate      continue a prompt
+                    minrnn generate runs/quickstart/model --prompt "def main"
+  plan          estimate memory, FLOPs and traffic of a run before it is started
+                    minrnn plan --config fineweb-1b --processes 16
+  export        write a run's checkpoint as a transformers model
+                    minrnn export runs/quickstart --out my-model
+  eval          run tasks of lm-eval
+                    minrnn eval runs/quickstart --tasks lambada_openai,hellaswag
+  long-context  measure the loss by position on one long document, and how far back the model looks
+                    minrnn long-context runs/quickstart --tokens 200000
+  bench         measure speed and memory of minrnn and its peers
+                    minrnn bench train [--peers llama,mamba ...]
+  report        put all results on one page, beside published numbers
+                    minrnn report [PATH ...] [--out DIR]
+  results       combine runs into one results file
+                    minrnn results runs/0 runs/1 --as shakespeare
+  rolling       score one long document through lm-eval
+                    minrnn rolling runs/quickstart
+  lm-eval       the command lm_eval with all its options, and with --model minrnn
+                    minrnn lm-eval --model minrnn --model_args pretrained=runs/quickstart ...
+  figures       make this repository's own figures (in a checkout only)
+                    minrnn figures speed
 
-`minrnn COMMAND --help` says more. Several processes: accelerate launch -m minrnn.pipeline.train --config RECIPE ...
+`minrnn COMMAND --help` lists the options of a command. To train with several processes:
+accelerate launch -m minrnn.pipeline.train --config RECIPE ...
 """
 
 MODULES = {
@@ -52,9 +57,8 @@ MODULES = {
 
 
 def _export(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        "minrnn export", description="Export a checkpoint of a run: weights, code, tokenizer, model card."
-    )
+    description = "Export a checkpoint of a run: weights, code, tokenizer, model card."
+    parser = argparse.ArgumentParser("minrnn export", description=description)
     parser.add_argument("run", type=user_path, metavar="RUN", help="folder of the run, e.g. runs/quickstart")
     parser.add_argument(
         "--out",
@@ -65,7 +69,7 @@ def _export(argv: list[str]) -> None:
     parser.add_argument(
         "--force",
         action="store_true",
-        help="write into a folder that holds other files, and replace those of an export's names",
+        help="write to a folder that holds other files, and replace those with an export's names",
     )
     parser.add_argument("--step", type=int, help="step of the checkpoint (default: the newest valid one)")
     parser.add_argument(
@@ -109,23 +113,23 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _dispatch(argv: list[str]) -> None:
-    command, rest = (argv[0], argv[1:]) if argv else ("--help", [])
+    command, arguments = (argv[0], argv[1:]) if argv else ("--help", [])
     if command in ("--help", "-h"):
         print(USAGE)
         return
     if command == "train":
         from ..pipeline.train import main as train
 
-        train(rest)
+        train(arguments)
         return
     with exit_on_error(command):
         if command == "export":
-            _export(rest)
+            _export(arguments)
         elif command in MODULES:
-            _command_module(command).main(rest)
+            _command_module(command).main(arguments)
         else:
-            near = nearest_names(command, ("train", "export", *MODULES))
-            hint = did_you_mean(near, otherwise="minrnn --help lists them")
+            similar = nearest_names(command, ("train", "export", *MODULES))
+            hint = did_you_mean(similar, otherwise="minrnn --help lists them")
             raise UserError(command, f"unknown command ({hint})")
 
 

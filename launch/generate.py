@@ -1,4 +1,5 @@
-"""`minrnn generate`: continue a prompt, printed as it comes. A prompt of any length is read in pieces of bounded memory."""
+"""`minrnn generate`: continue a prompt, printing tokens as they are generated. A prompt of any length is read
+in pieces of bounded memory."""
 
 import argparse
 import os
@@ -19,31 +20,34 @@ def _parser() -> argparse.ArgumentParser:
         "model",
         type=os.path.expanduser,
         metavar="MODEL",
-        help="a run's folder, an export, or a model of the hub",
+        help="a run's folder, an export, or a model on the hub",
     )
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", default="", help="text to continue (default: a new document)")
     source.add_argument(
-        "--prompt-file", type=user_path, help="file to continue, of any length; - for standard input"
+        "--prompt-file", type=user_path, help="file to continue, of any length; - is standard input"
     )
     parser.add_argument(
-        "--max-new-tokens", type=int, default=300, help="tokens to write (default: %(default)s)"
+        "--max-new-tokens", type=int, default=300, help="tokens to generate (default: %(default)s)"
     )
     parser.add_argument(
         "--temperature",
         type=float,
         default=0.8,
-        help="0 always takes the likeliest token (default: %(default)s)",
+        help="0 always takes the most likely token (default: %(default)s)",
     )
     parser.add_argument(
-        "--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this total probability"
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="sample from the most likely tokens of this total probability",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: %(default)s)")
     parser.add_argument(
         "--prefill",
         type=int,
         default=8192,
-        help="tokens of the prompt that are read at once (default: %(default)s)",
+        help="tokens of the prompt to read at once (default: %(default)s)",
     )
     add_device(parser)
     add_trust(parser)
@@ -77,10 +81,7 @@ def main(argv: list[str]) -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    loaded: Any = load(
-        arguments.model, arguments.dtype, arguments.device, arguments.trust_remote_code
-    )  # generate() is none of the class's for type checkers
-    model, tokenizer = loaded
+    model, tokenizer = load(arguments.model, arguments.dtype, arguments.device, arguments.trust_remote_code)
     ids = prompt_tokens(tokenizer, prompt)
     output = TextStream(tokenizer, ids)
     _print(prompt)
@@ -97,7 +98,7 @@ def _print(text: str) -> None:
 
 
 def _continue(model: Any, ids: list[int], arguments: argparse.Namespace) -> Iterator[int]:
-    """New tokens. `generate()` would draw the same ones, but copies the whole prompt for each."""
+    """New tokens. `generate()` would return the same ones, but copies the whole prompt for each."""
     import torch
     from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 

@@ -8,8 +8,8 @@ DTYPES = ("auto", "fp32", "bf16", "fp64")
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Add `--device` (see `machine.resolve_device`)."""
     text = (
-        "auto, cpu, cuda, mps or xpu; cuda:1 is the second of several (default: %(default)s, the "
-        "accelerator if there is one)"
+        "auto, cpu, cuda, mps or xpu; cuda:1 is the second of several (default: %(default)s, "
+        "the accelerator if there is one)"
     )
     parser.add_argument("--device", default="auto", metavar="DEVICE", help=text)
 
@@ -19,14 +19,15 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust-remote-code",
         action="store_true",
-        help="run the code that the tokenizer brings along; read it before",
+        help="run the code that the tokenizer contains; read it first",
     )
 
 
 def add_dtype(parser: argparse.ArgumentParser) -> None:
     """Add `--dtype` of a loaded model (see `loading.load`)."""
     text = (
-        "of the weights; auto: as stored, but fp32 for bf16 weights where the device multiplies fp32 "
-        "faster (default: %(default)s)"
+        "dtype of the weights; auto: as stored, but fp32 for bf16 weights if the device multiplies fp32 "
+        "faster "
+        "(default: %(default)s)"
     )
     parser.add_argument("--dtype", default="auto", choices=DTYPES, help=text)

@@ -149,10 +149,10 @@ def _is_option(word: str) -> bool:
 def _unknown(key: str) -> tuple[str, str]:
     """The error of an unknown key, with the most similar known key."""
     known = _known_keys()
-    near = nearest_names(key, known)
-    if not near:  # the field may be right and the section wrong
-        near = [other for other in known if other.split(".")[1] == key.rsplit(".", 1)[-1]][:1]
-    hint = did_you_mean(near, otherwise=f"sections: {', '.join(SECTIONS)}")
+    similar = nearest_names(key, known)
+    if not similar:  # the field may be right and the section wrong
+        similar = [other for other in known if other.split(".")[1] == key.rsplit(".", 1)[-1]][:1]
+    hint = did_you_mean(similar, otherwise=f"sections: {', '.join(SECTIONS)}")
     return key, f"unknown key ({hint})"
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
 from minrnn.common.errors import UserError
-from minrnn.launch import plan
+from minrnn.launch import estimates, plan
 from minrnn.launch.cli import main
 from minrnn.models import MinRNNConfig, MinRNNForCausalLM
 from minrnn.models.recompute import RECOMPUTE, checkpointing_options
@@ -32,11 +32,11 @@ MODELS = st.fixed_dictionaries(
 @given(MODELS, st.integers(16, 300))
 def test_parameters_are_those_of_the_real_model(fields: dict, vocab_size: int):
     recipe = build_recipe({"model": fields})
-    model = plan.measure(recipe, vocab_size)
+    model = estimates.measure(recipe, vocab_size)
     real = MinRNNForCausalLM(MinRNNConfig(**recipe.model_fields_resolved(), vocab_size=vocab_size))
     assert model.parameters == real.num_parameters()
     looked_up = 0 if model.tied else real.get_input_embeddings().weight.numel()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
-    assert plan.flops_per_token(model) == training_flops_per_token(real.num_parameters() - looked_up)
+    assert estimates.flops_per_token(model) == training_flops_per_token(real.num_parameters() - looked_up)
 
 
 @given(st.integers(1, 10**11), st.integers(1, 4096), st.sampled_from(["fp32", "bf16"]))
@@ -46,7 +46,7 @@ def test_sixteen_bytes_a_parameter_shared_as_the_stage_does(
     """Weights, gradients and two moments; everything that is shared adds up to one whole over the processes."""
 
     def states(engine: str) -> float:
-        parts = plan.engine_memory(num_parameters, processes, precision, engine)
+        parts = estimates.engine_memory(num_parameters, processes, precision, engine)
         return parts["weights"] + parts["gradients"] + parts["moments"]
 
     n, p = num_parameters, processes
@@ -55,8 +55,8 @@ def test_sixteen_bytes_a_parameter_shared_as_the_stage_does(
     assert states("ZeRO-2") == pytest.approx(4 * n + 12 * n / p)
     assert states("ZeRO-3") * p == pytest.approx(16 * n)
     for engine in ("ZeRO-1", "ZeRO-2", "ZeRO-3"):
-        assert plan.engine_memory(n, p, precision, engine)["own copy"] * p == pytest.approx(4 * n)
-    assert plan.engine_memory(n, p, "fp64", "DDP")["weights"] == 8 * n
+        assert estimates.engine_memory(n, p, precision, engine)["own copy"] * p == pytest.approx(4 * n)
+    assert estimates.engine_memory(n, p, "fp64", "DDP")["weights"] == 8 * n
 
 
 def kept_per_token(recipe: Recipe, recompute: str, layers: int) -> int:
@@ -111,13 +111,13 @@ def test_activations_are_what_the_blocks_keep(precision: str, fields: dict, reco
     recipe = build_recipe(
         {"model": {"hidden_size": 64, "intermediate_size": 128, **fields}, "train": {"precision": precision}}
     )
-    model = plan.measure(recipe, 16)
+    model = estimates.measure(recipe, 16)
     measured = (kept_per_token(recipe, recompute, 5) - kept_per_token(recipe, recompute, 2)) / 3
     if recompute == "none" and precision == "bf16":
         measured -= (
-            plan.working_memory(model, plan.workload_of(recipe, 1), precision)["bf16 copies"] / model.layers
+            estimates.working_memory(model, estimates.workload_of(recipe, 1), precision)["bf16 copies"] / model.layers
         )
-    assert measured / 512 == pytest.approx(plan.activation_bytes(model, precision, recompute), rel=0.04)
+    assert measured / 512 == pytest.approx(estimates.activation_bytes(model, precision, recompute), rel=0.04)
 
 
 @given(st.integers(1, 6), st.integers(0, 6), st.integers(0, 3), st.integers(1, 8))
@@ -127,17 +127,17 @@ def test_a_step_is_shared_out_whole_or_refused(readers: int, processes: int, con
     )
     if context > processes or processes - context > readers:
         with pytest.raises(UserError, match=r"parallel\.context|batch\.readers"):
-            plan.workload_of(recipe, 2**processes)
+            estimates.workload_of(recipe, 2**processes)
         return
-    workload = plan.workload_of(recipe, 2**processes)
+    workload = estimates.workload_of(recipe, 2**processes)
     assert workload.tokens * workload.readers * workload.processes == 2**readers * lanes * 64
 
 
 def test_the_billion_recipe_is_planned(capsys):
     recipe = read_recipe(["--config", "fineweb-1b"])
-    assert plan.measure(recipe, 50_264).parameters == pytest.approx(1.0e9, rel=0.05)
+    assert estimates.measure(recipe, 50_264).parameters == pytest.approx(1.0e9, rel=0.05)
     for processes in (8, 16, 32, 64):
-        plan.workload_of(recipe, processes)
+        estimates.workload_of(recipe, processes)
     main(
         [
             "plan",
