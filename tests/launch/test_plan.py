@@ -115,7 +115,8 @@ def test_activations_are_what_the_blocks_keep(precision: str, fields: dict, reco
     measured = (kept_per_token(recipe, recompute, 5) - kept_per_token(recipe, recompute, 2)) / 3
     if recompute == "none" and precision == "bf16":
         measured -= (
-            estimates.working_memory(model, estimates.workload_of(recipe, 1), precision)["bf16 copies"] / model.layers
+            estimates.working_memory(model, estimates.workload_of(recipe, 1), precision)["bf16 copies"]
+            / model.layers
         )
     assert measured / 512 == pytest.approx(estimates.activation_bytes(model, precision, recompute), rel=0.04)
 
