@@ -7,7 +7,7 @@ Error = tuple[str, str]
 
 
 def minimum_errors(key: str, value: float | None, minimum: float) -> list[Error]:
-    """The error of a value below its minimum, or infinite, or NaN; empty if there is none. None is no value."""
+    """The error of a value below its minimum, infinite or NaN; empty if there is none, or no value."""
     if value is None or minimum <= value < math.inf:
         return []
     kind = "" if math.isfinite(value) else "a number of "

@@ -5,7 +5,7 @@ from typing import Self
 
 
 class UserError(ValueError):
-    """The user gave something wrong, a setting or a file. Printed as `error: KEY: MESSAGE`, without a traceback.
+    """A wrong setting, argument or file of the user. Printed as `error: KEY: MESSAGE`, without a traceback.
 
     Args:
         key: the setting to change ("data.corpus").
@@ -18,7 +18,7 @@ class UserError(ValueError):
 
     @classmethod
     def from_list(cls, errors: Iterable[tuple[str, str]]) -> Self:
-        """One exception for several (key, message) pairs, at least one; each is printed on a line of its own."""
+        """One exception for one or more (key, message) pairs, printed one per line."""
         first, *others = errors
         error = cls(*first)
         error.errors += others

@@ -21,7 +21,7 @@ RETRY_AFTER = (0.5, 2.0, 8.0)  # seconds: the time that a file server or a path 
 
 
 def user_path(text: str) -> Path:
-    """A path as a user writes it. `~` is the home folder, also where no shell replaces it (`--out=~/results`)."""
+    """A path that a user typed. `~` is the home folder, also in `--out=~/x`, where no shell expands it."""
     return Path(os.path.expanduser(text))
 
 
@@ -39,7 +39,7 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write; it then replaces `path`, which holds the old or the new content at any time."""
+    """Yield a temporary path to write, which then replaces `path`. A kill leaves the old file or the new one."""
     unfinished = path.with_name(f".{path.name}.part")
     yield unfinished
     sync(unfinished)
@@ -74,7 +74,7 @@ def make_folder(path: Path) -> None:
 
 
 def system_error(error: Exception) -> OSError | None:
-    """The OSError behind an exception, or None. Exceptions of safetensors (0.8) have its number in their text only."""
+    """The OSError behind an exception, or None. safetensors (0.8) has its number in the message only."""
     if isinstance(error, OSError):
         return error
     number = re.search(r"\(os error (\d+)\)", str(error)) if isinstance(error, SafetensorError) else None
@@ -82,7 +82,7 @@ def system_error(error: Exception) -> OSError | None:
 
 
 def read_with_retries(path: Path, function: Callable[[Path], T]) -> T:
-    """Return `function(path)`. It is called again after EIO, ESTALE and the like, which say nothing about the file.
+    """Return `function(path)`. Retry after I/O errors such as EIO and ESTALE: the file may be intact.
 
     Raises:
         FileNotFoundError: there is no such file, or it is a folder.

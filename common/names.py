@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 
 def nearest_names(name: str, known: Iterable[str], count: int = 1, cutoff: float = 0.5) -> list[str]:
-    """The known names most similar to `name`, best first: at most `count`, of similarity `cutoff` (0 to 1) or more."""
+    """The known names most similar to `name`, best first: at most `count`, of at least `cutoff` (0 to 1)."""
     return difflib.get_close_matches(name, list(known), n=count, cutoff=cutoff)
 
 

@@ -1,9 +1,9 @@
 """Output that cannot stop a run, and the exit status of commands.
 
 A write to stdout or stderr can fail: the disk is full, or the pipe or the descriptor is closed. Python then
-raises an exception, or exits with status 120 at the last flush. And it opens its next file on a descriptor that
-was closed before the start, so that messages of libraries end up in that file. Runs and their data workers call
-`secure_output` first, which prevents all three.
+raises an exception, or exits with status 120 at the last flush. And it opens its next file on a descriptor
+that was closed before the start, so that messages of libraries end up in that file. Runs and their data
+workers call `secure_output` first, which prevents all three.
 """
 
 import contextlib
@@ -65,7 +65,7 @@ def secure_output() -> None:
 
 @contextlib.contextmanager
 def conventional_exit() -> Iterator[None]:
-    """Exit with status 130 on Ctrl-C, and with 141 when the reader of stdout or stderr is gone, without a traceback.
+    """Exit with status 130 on Ctrl-C and 141 when stdout or stderr has no reader, without a traceback.
 
     Python's buffers are flushed here, because an error at the interpreter's own flush prints a traceback.
     """
@@ -85,7 +85,7 @@ def conventional_exit() -> Iterator[None]:
 
 @contextlib.contextmanager
 def exit_on_error(command: str) -> Iterator[None]:
-    """Print a UserError and exit with status 2; print a StorageError or NonFiniteError and exit with status 1."""
+    """Print a UserError and exit with status 2; print a StorageError or NonFiniteError, status 1."""
     try:
         yield
     except UserError as error:
@@ -104,7 +104,7 @@ def _flush_output() -> None:
 
 
 def _is_closed() -> bool:
-    """Whether the reader of stdout or stderr is gone. Another flush would not tell: a failed one empties the buffer."""
+    """Whether stdout or stderr has no reader. A flush does not tell: a failed one empties the buffer."""
     poll = select.poll()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):
@@ -144,6 +144,6 @@ def warn(message: str) -> None:
 
 
 def write_at_once(message: str) -> None:
-    """Write to stderr without Python's buffers, which a signal handler may interrupt in the middle of a write."""
+    """Write to stderr without Python's buffers, in whose write a signal handler may be running."""
     with contextlib.suppress(OSError, ValueError):
         os.write(sys.stderr.fileno(), message.encode(errors="backslashreplace"))

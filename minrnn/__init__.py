@@ -1,6 +1,6 @@
 """Pretrain minimal recurrent language models (minGRU, minLSTM) with the Hugging Face stack.
 
-The names below are imported when they are first used, so that data workers load neither torch nor transformers.
+The names below are imported at their first use, so that data workers load neither torch nor transformers.
 """
 
 from importlib import import_module

@@ -12,7 +12,8 @@ REPOSITORY = Path(__file__).parents[2]
 LIGHT = """
 import sys
 import minrnn, minrnn.data.worker
-sys.exit(str({"torch", "transformers"} & set(sys.modules)) if {"torch", "transformers"} & set(sys.modules) else 0)
+loaded = {"torch", "transformers"} & set(sys.modules)
+sys.exit(str(loaded) if loaded else 0)
 """
 
 
