@@ -1,6 +1,6 @@
 # The project's commands. Each installs its dependencies first, if they are missing.
-#   make setup      a .venv with the core, versions pinned by constraints.txt (TORCH_INDEX=URL chooses a build of
-#                   torch, PYTHON=python3.12 a Python)
+#   make setup      a .venv with the core, versions pinned by constraints.txt (TORCH_INDEX=URL chooses a
+#                   build of torch, PYTHON=python3.12 a Python)
 #   make setup-X    the core and an extra: eval, bench, deepspeed; test for all of them and the test tools
 #   make train      the main job: three minutes of training on two cores, into runs/quickstart/
 #   make bench      minrnn bench with all peers (BENCH="train --lengths 512" for another than the scan)
@@ -16,8 +16,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-com
 	--constraint constraints.txt
 UNFINISHED := .venv/.unfinished
 
-# pip accepts a partly installed package as installed, and one build of torch for another. So the .venv is made
-# from nothing after an interrupted installation, and for another TORCH_INDEX.
+# pip accepts a partly installed package as installed, and one build of torch for another. So the .venv is
+# made from nothing after an interrupted installation, and for another TORCH_INDEX.
 RESTART := $(if $(wildcard $(UNFINISHED)),from-nothing)
 ifdef TORCH_INDEX
 ifneq ($(TORCH_INDEX),$(shell cat .venv/.torch-index 2> /dev/null))

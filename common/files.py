@@ -39,7 +39,7 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write, which then replaces `path`. A kill leaves the old file or the new one."""
+    """Yield a temporary path to write, which then replaces `path`. A kill leaves the old or the new file."""
     unfinished = path.with_name(f".{path.name}.part")
     yield unfinished
     sync(unfinished)
