@@ -4,14 +4,14 @@ from .corpus import CorpusSpec, DocumentStream, open_source
 from .fingerprint import check_corpus, corpus_fingerprint
 from .loader import ChunkLoader, ReaderSpec
 from .prompts import TextStream, prompt_batch, prompt_tokens, read_prompt
-from .reader import IGNORED, Chunk, DocumentReader, WindowReader, corpus_tokens
+from .reader import IGNORE_INDEX, Chunk, DocumentReader, WindowReader, corpus_tokens
 from .synthetic import Task, TaskValidation, build_task, is_synthetic, run_tokenizer
 from .tokenizer import BYTES, Encoder, byte_tokenizer, fingerprint, load_tokenizer, model_vocab_size
 from .validation import ValidationSet, document_validation, window_validation
 
 __all__ = [
     "BYTES",
-    "IGNORED",
+    "IGNORE_INDEX",
     "Chunk",
     "ChunkLoader",
     "CorpusSpec",

@@ -21,7 +21,7 @@ from .files import convert_read_errors
 from .sources import Document
 from .tokenizer import Encoder
 
-IGNORED = -100  # target of a position that is not scored, as everywhere in transformers
+IGNORE_INDEX = -100  # target of a position that is not scored, as everywhere in transformers
 
 
 @dataclass
@@ -42,13 +42,13 @@ class Chunk:
 
     @property
     def num_scored(self) -> int:
-        return int((self.shift_labels != IGNORED).sum())
+        return int((self.shift_labels != IGNORE_INDEX).sum())
 
 
 def empty_chunk(reader: int, lanes: int, time: int, pad: int = 0) -> Chunk:
     """A chunk of padding, to be filled in."""
     shape = (lanes, time)
-    ids, labels = np.full(shape, pad, np.int64), np.full(shape, IGNORED, np.int64)
+    ids, labels = np.full(shape, pad, np.int64), np.full(shape, IGNORE_INDEX, np.int64)
     return Chunk(reader, ids, labels, np.zeros(shape, bool), [[] for _ in range(lanes)], {})
 
 

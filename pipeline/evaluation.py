@@ -12,7 +12,7 @@ from torch import nn
 
 from ..common.errors import UserError
 from ..data import (
-    IGNORED,
+    IGNORE_INDEX,
     Chunk,
     CorpusSpec,
     Encoder,
@@ -171,7 +171,7 @@ def _score(model: nn.Module, chunk: Chunk, accelerator: Accelerator) -> tuple[fl
 
     Logits are computed only for columns that contain an answer.
     """
-    scored = chunk.shift_labels != IGNORED
+    scored = chunk.shift_labels != IGNORE_INDEX
     columns = np.flatnonzero(scored.any(0))
     output = model(
         input_ids=to_device(chunk.input_ids, accelerator),

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..reader import IGNORED
+from ..reader import IGNORE_INDEX
 
 SPECIAL_TOKENS = ("<bos>", "<eos>", "<pad>", "<unk>")
 
@@ -110,4 +110,4 @@ class Task(ABC):
 
 def unscored_labels(length: int) -> np.ndarray:
     """Labels of which none is scored, int64 [length]."""
-    return np.full(length, IGNORED, np.int64)
+    return np.full(length, IGNORE_INDEX, np.int64)

@@ -18,7 +18,7 @@ import pyarrow.parquet
 import zstandard
 from hypothesis import settings
 
-from minrnn.data import IGNORED, Chunk, CorpusSpec, DocumentStream, Encoder, open_source
+from minrnn.data import IGNORE_INDEX, Chunk, CorpusSpec, DocumentStream, Encoder, open_source
 from minrnn.data.corpus import Split, WindowAddress
 from minrnn.data.rows import Csv, JsonLines, Parquet
 from minrnn.data.sources import Document, HubDataset, Source, TextFiles
@@ -186,7 +186,7 @@ def read_back(chunks: Sequence[Chunk]) -> list[LaneText]:
     )
     assert ids.dtype == labels.dtype == np.int64
     assert starts.dtype == bool
-    assert (labels != IGNORED).all(), "every position of a stream is scored"
+    assert (labels != IGNORE_INDEX).all(), "every position of a stream is scored"
     lanes = []
     for row in range(len(ids)):
         assert starts[row, 0], "a stream begins with a document"

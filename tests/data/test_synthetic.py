@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minrnn.common.errors import UserError
-from minrnn.data import IGNORED
+from minrnn.data import IGNORE_INDEX
 from minrnn.data.synthetic import (
     IN_DISTRIBUTION,
     TASKS,
@@ -43,7 +43,7 @@ def drawn(name: str, seed: int, length: int, **options) -> tuple[list[int], list
 
 
 def last_answer(labels: list[int]) -> int:
-    assert all(label == IGNORED for label in labels[:-1])
+    assert all(label == IGNORE_INDEX for label in labels[:-1])
     return labels[-1]
 
 
@@ -95,7 +95,7 @@ def test_bucket_sort_sorts(seed: int, length: int, num_symbols: int):
     ids, labels = drawn(f"bucket-sort-{num_symbols}", seed, length)
     half = length // 2
     assert ids[half:] == [num_symbols] * half
-    assert labels[:half] == [IGNORED] * half
+    assert labels[:half] == [IGNORE_INDEX] * half
     counts = Counter(ids[:half])
     assert labels[half:] == [symbol for symbol in range(num_symbols) for _ in range(counts[symbol])]
 
@@ -127,7 +127,7 @@ def test_selective_copying_repeats_the_tokens_in_order(
     assert len(tokens) == num_tokens
     assert set(tokens) <= set(range(1, vocab_size - 1))
     assert ids[length:] == [vocab_size - 1] * num_tokens
-    assert labels == [IGNORED] * length + tokens
+    assert labels == [IGNORE_INDEX] * length + tokens
 
 
 @given(seeds, st.sampled_from([(16, 4), (24, 2)]))
@@ -138,7 +138,7 @@ def test_mqar_asks_each_key_once(seed: int, size: tuple[int, int]):
     assert len(ids) == length
     assert len(pairs) == len(set(pairs.values())) == num_pairs
     assert all(0 < key < 10 <= value < 20 for key, value in pairs.items())
-    scored = [i for i, label in enumerate(labels) if label != IGNORED]
+    scored = [i for i, label in enumerate(labels) if label != IGNORE_INDEX]
     assert {ids[i]: labels[i] for i in scored} == pairs
     assert len(scored) == num_pairs
     assert min(scored) >= 2 * num_pairs
@@ -161,7 +161,7 @@ def test_needle_asks_for_the_key_in_the_text(seed: int, extra: int, num_digits: 
     assert len(digits) == num_digits
     assert text.endswith(f"What is the pass key? The pass key is {digits}")
     assert len(ids) == length
-    assert [label for label in labels if label != IGNORED] == list(digits.encode())
+    assert [label for label in labels if label != IGNORE_INDEX] == list(digits.encode())
     assert labels[-num_digits:] == list(digits.encode())
 
 
@@ -174,7 +174,7 @@ def test_tokens_lie_in_the_vocabulary_and_lengths_in_their_range(name: str):
     generator, seen, answers = np.random.default_rng(0), set(), set()
     for _ in range(300):
         ids, labels = task.example(generator, task.draw_length(generator))
-        scored = labels[labels != IGNORED]
+        scored = labels[labels != IGNORE_INDEX]
         assert min(ids.min(), scored.min()) >= 0
         assert max(ids.max(), scored.max()) < len(task.symbols)
         seen.add(len(ids))
@@ -211,7 +211,7 @@ def test_a_reader_resumes_from_its_state(name: str):
 def test_a_chunk_holds_one_sequence_to_a_lane():
     chunk = TaskReader(build_task("synthetic/parity"), 0, 8, 50, seed=0).next_chunk()
     for ids, labels, starts in zip(chunk.input_ids, chunk.shift_labels, chunk.document_starts, strict=True):
-        (scored,) = np.flatnonzero(labels != IGNORED)
+        (scored,) = np.flatnonzero(labels != IGNORE_INDEX)
         assert (ids[: scored + 1] < 2).all()
         assert (ids[scored + 1 :] == 4).all()  # 0, 1, <bos>, <eos>, <pad>
         assert starts.tolist() == [True] + [False] * 49
@@ -224,7 +224,7 @@ def rows(name: str, num_readers: int, lanes: int) -> list[tuple[int, tuple[int, 
     for reader in range(num_readers):
         for length, chunk in TaskValidation(task, reader, num_readers, lanes, multiple=4).chunks():
             assert chunk.input_ids.shape[1] % 4 == 0
-            scored = chunk.shift_labels != IGNORED
+            scored = chunk.shift_labels != IGNORE_INDEX
             for ids, labels in zip(
                 chunk.input_ids[scored.any(1)], chunk.shift_labels[scored.any(1)], strict=True
             ):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from minrnn.common.errors import UserError
 from minrnn.data import (
-    IGNORED,
+    IGNORE_INDEX,
     CorpusSpec,
     DocumentStream,
     Encoder,
@@ -38,7 +38,7 @@ def lanes_of(validation: ValidationSet, num_lanes: int, size: int) -> list[list[
         assert time == size
         assert 0 < num_running <= num_before, "a prefix of the lanes, and it shrinks"
         for row in range(num_running):
-            scored = chunk.shift_labels[row] != IGNORED
+            scored = chunk.shift_labels[row] != IGNORE_INDEX
             count = int(scored.sum())
             assert count > 0, "a lane that has ended is not shown"
             assert scored[:count].all(), "padding is on the right"

@@ -12,7 +12,7 @@ from conftest import Values, losses, stop_at_step_7
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minrnn.common.errors import UserError
-from minrnn.data import IGNORED, TaskValidation, build_task
+from minrnn.data import IGNORE_INDEX, TaskValidation, build_task
 from minrnn.pipeline.export import export_run
 from minrnn.pipeline.recipe import build_recipe, read_recipe
 
@@ -42,7 +42,7 @@ def test_a_run_on_a_task_scores_its_answers(task_values: Values, run_recipe: Run
     for reader in range(2):
         for length, chunk in TaskValidation(task, reader, 2, 2).chunks():
             for ids, labels in zip(chunk.input_ids, chunk.shift_labels, strict=True):
-                (last,) = np.flatnonzero(labels != IGNORED)
+                (last,) = np.flatnonzero(labels != IGNORE_INDEX)
                 with torch.no_grad():
                     logits = model(torch.from_numpy(ids[None, : last + 1])).logits[0, -1].double()
                 right[length].append(int(logits.argmax()) == labels[last])
