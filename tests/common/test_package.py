@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -35,3 +36,6 @@ def test_each_folder_of_the_package_is_a_relative_link():
         path.name: str(path.readlink()) for path in (REPOSITORY / "minrnn").iterdir() if path.is_symlink()
     }
     assert links == {name: f"../{name}" for name in folders}
+    settings = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]
+    checked = {"minrnn/__init__.py", "tests", *(f"minrnn/{name}" for name in folders)}
+    assert set(settings["pyright"]["include"]) == checked
