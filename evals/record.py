@@ -1,7 +1,4 @@
-"""What every results file says about its making: command, commit, machine, versions.
-
-No host names, no paths.
-"""
+"""The origin that every results file records: command, commit, machine, versions. No host names, no paths."""
 
 import importlib.metadata
 import os
@@ -17,8 +14,9 @@ import torch
 from ..pipeline.machine import num_cores
 from ..pipeline.public import public_value
 
+# Features of x86 and of ARM CPUs.
 UNITS = (
-    *(
+    *[
         "avx",
         "avx2",
         "fma",
@@ -29,19 +27,19 @@ UNITS = (
         "amx_tile",
         "amx_bf16",
         "amx_fp16",
-    ),
-    *("asimd", "neon", "sve", "sve2", "bf16", "svebf16", "i8mm", "sme"),
+    ],
+    *["asimd", "neon", "sve", "sve2", "bf16", "svebf16", "i8mm", "sme"],
 )
 PACKAGES = (
-    *("torch", "triton", "transformers", "numpy", "numba", "datasets"),
-    *(
+    *["torch", "triton", "transformers", "numpy", "numba", "datasets"],
+    *[
         "minGRU-pytorch",
         "mambapy",
         "accelerated-scan",
         "flash-linear-attention",
         "mamba-ssm",
         "causal-conv1d",
-    ),
+    ],
 )
 
 
@@ -56,7 +54,7 @@ def _cpu_model() -> str:
 
 
 def cpu_units(flags: str) -> list[str]:
-    """Those of a CPU's features (a line of /proc/cpuinfo) that decide how fast it multiplies."""
+    """The features of a CPU (a line of /proc/cpuinfo) that determine its speed of multiplication."""
     present = set(flags.split())
     return [unit for unit in UNITS if unit in present]
 
@@ -70,48 +68,47 @@ def _cpu_flags() -> str:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What the bench ran on."""
-    found: dict[str, Any] = {
+    """The hardware of a measurement."""
+    hardware: dict[str, Any] = {
         "device": device.type,
         "cpu": _cpu_model(),
         "cpu_units": cpu_units(_cpu_flags()),
         "cores": num_cores(),
     }
     if limit := os.environ.get("ONEDNN_MAX_CPU_ISA"):
-        found["cpu_units_limit"] = limit  # of the library that multiplies
-    found |= {"threads": torch.get_num_threads(), "gpu": None}
+        hardware["cpu_units_limit"] = limit  # of oneDNN, torch's library for matrix products
+    hardware |= {"threads": torch.get_num_threads(), "gpu": None}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        found["gpu"] = {
+        hardware["gpu"] = {
             "name": properties.name,
             "memory_bytes": properties.total_memory,
             "multiprocessors": properties.multi_processor_count,
         }
-        found["gpu"]["cuda"] = torch.version.cuda
-    return found
+        hardware["gpu"]["cuda"] = torch.version.cuda
+    return hardware
 
 
 def versions() -> dict[str, str | None]:
-    """Of python and of every package that matters; None for one that is missing."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
+    """Versions of Python and of the relevant packages; None for a missing package."""
+    by_package: dict[str, str | None] = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            by_package[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found
+            by_package[package] = None
+    return by_package
 
 
-# What a measurement writes into the checkout: the second bench of a series is as clean as the first.
+# Files that measurements write into the checkout; they do not mark a commit as changed.
 _WRITTEN_BY_EVALS = (":(exclude,top)evals/results", ":(exclude,top)docs/quickstart.png")
 
 
 def commit() -> str | None:
     """The checkout's commit; None outside a checkout.
 
-    A `+` behind it marks a checkout whose files differ from that commit, changed or new (results of earlier
-    measurements aside): what was measured cannot be found again. No such record is committed
-    (tests/evals/test_results.py).
+    A trailing `+` marks a checkout with changed or new files (other than results), whose code cannot be found
+    again. Such records are not committed (tests/evals/test_results.py).
     """
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
@@ -126,7 +123,7 @@ def commit() -> str | None:
 
 
 def command_line(command: str, argv: Sequence[str]) -> str:
-    """What was typed, but for where the result went; local paths by their last part."""
+    """The command as typed, without --out; local paths are reduced to their last part."""
     kept, words = [], iter(argv)
     for word in words:
         if word == "--out":

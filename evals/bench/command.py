@@ -1,7 +1,7 @@
-"""`minrnn bench KIND`: arguments in, a bench's module run, its record written.
+"""`minrnn bench KIND`: parses arguments, runs the module of a benchmark, and writes its record.
 
-A kind is a module of this package with DESCRIPTION, EXAMPLES, PEERS, add_arguments, resolve, run and draw. What the user got wrong is collected
-in `Settings` and told at once, a line each.
+A kind is a module of this package with DESCRIPTION, EXAMPLES, PEERS, add_arguments, resolve, run and draw.
+`Settings` collects errors in the arguments, so that all are reported at once.
 """
 
 import argparse
@@ -17,32 +17,33 @@ from ...pipeline.options import add_device
 
 KINDS = {
     "scan": "the recurrence alone, and whole layers",
-    "train": "a training step: ours, Llama, Mamba, Mamba-2, xLSTM, minGRU-pytorch, GRU, LSTM, at equal parameters",
+    "train": "a training step: ours and seven peers, at equal numbers of parameters",
     "generate": "reading a context and decoding after it, from 1,024 to 1,048,576 tokens",
-    "data": "the data path, against what a training step consumes",
+    "data": "the data path, compared with the consumption of a training step",
 }
 USAGE = """usage: minrnn bench KIND [options]
 
-Measure ours and the peers in one run, in rotation, against the machine's own copy, torch.add and matrix product. Prints tables;
-writes evals/results/bench-KIND-DEVICE.json and .png. Peers come with: make setup-bench, or pip install 'minrnn[bench]'
+Measure ours and the peers in one run, in rotation, relative to the machine's own copy, torch.add and matrix
+product. Prints tables; writes evals/results/bench-KIND-DEVICE.json and .png.
+Install the peers with: make setup-bench, or pip install 'minrnn[bench]'
 
 {kinds}
 
-`minrnn bench KIND --help` says more."""
+`minrnn bench KIND --help` lists its options."""
 
 
 class Settings:
-    """Collects what is wrong with the arguments."""
+    """Collects errors in the arguments."""
 
     def __init__(self) -> None:
         self.errors: list[tuple[str, str]] = []
 
     def at_least(self, key: str, value: float, least: float) -> None:
-        """`value` is a number of things, or of seconds."""
+        """Check the minimum of a number."""
         self.errors += minimum_errors(key, value, least)
 
     def choices(self, key: str, text: str, allowed: Sequence[str]) -> tuple[str, ...]:
-        """Names separated by commas; `all` and `none` for all and none of those allowed."""
+        """Parse names separated by commas; `all` and `none` stand for all and none of the allowed ones."""
         if text in ("all", "none"):
             return tuple(allowed) if text == "all" else ()
         chosen = tuple(word.strip() for word in text.split(",") if word.strip())
@@ -54,18 +55,18 @@ class Settings:
         return chosen
 
     def check(self) -> None:
-        """Raise all that was found."""
+        """Raise UserError if there are errors."""
         if self.errors:
             raise UserError.from_list(self.errors)
 
 
 def parse_counts(settings: Settings, key: str, text: str) -> list[int]:
-    """Positive whole numbers separated by commas (1e6 and 65_536 are numbers too), or none."""
+    """Parse positive integers separated by commas (also written 1e6 or 65_536), or none."""
     return [number for word in _words(text) if (number := _count(settings, key, word))]
 
 
 def parse_shapes(settings: Settings, key: str, text: str) -> list[tuple[int, ...]]:
-    """BATCHxTIMExWIDTH separated by commas, or none."""
+    """Parse BATCHxTIMExWIDTH separated by commas, or none."""
     shapes = []
     for word in _words(text):
         sizes = word.lower().split("x")
@@ -81,7 +82,7 @@ def _words(text: str) -> list[str]:
 
 
 def _count(settings: Settings, key: str, word: str) -> int:
-    """The number, or 0 after noting what is wrong with it."""
+    """Parse a positive integer; 0 if it is invalid, which is recorded as an error."""
     try:
         number = float(word)
     except ValueError:
@@ -105,10 +106,12 @@ def _parser(kind: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--peers",
         default="all",
-        help="contenders beside ours, separated by commas; all or none (default: %(default)s)",
+        help="peers to measure beside ours, separated by commas; all or none (default: %(default)s)",
     )
     add_device(parser)
-    parser.add_argument("--threads", type=int, help="of torch on the CPU (default: as many as torch takes)")
+    parser.add_argument(
+        "--threads", type=int, help="threads of torch on the CPU (default: torch's own choice)"
+    )
     parser.add_argument(
         "--rounds", type=int, default=5, help="turns of each contender (default: %(default)s)"
     )
@@ -116,15 +119,17 @@ def _parser(kind: str) -> argparse.ArgumentParser:
         "--min-seconds",
         type=float,
         default=0.2,
-        help="work is repeated until a turn lasts so long (default: %(default)s)",
+        help="work is repeated until a turn takes this long (default: %(default)s)",
     )
     parser.add_argument(
         "--limit",
         type=float,
         default=120,
-        help="seconds after which a contender takes no further turn (default: %(default)s)",
+        help="seconds after which a contender gets no further turn (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of weights and inputs (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of weights and inputs (default: %(default)s)"
+    )
     parser.add_argument(
         "--out", type=user_path, help=f"JSON file to write (default: evals/results/bench-{kind}-DEVICE.json)"
     )
@@ -132,10 +137,10 @@ def _parser(kind: str) -> argparse.ArgumentParser:
 
 
 def parse(kind: str, argv: Sequence[str]) -> argparse.Namespace:
-    """Checked arguments of one bench.
+    """Parse and check the arguments of a benchmark.
 
     Raises:
-        UserError: everything that is wrong with them.
+        UserError: all errors in them.
     """
     import torch
 
@@ -167,32 +172,34 @@ def parse(kind: str, argv: Sequence[str]) -> argparse.Namespace:
 
 
 def run_bench(kind: str, argv: Sequence[str]) -> None:
-    """Run one bench: tables to standard output, the record to its file.
+    """Run a benchmark: prints tables and writes the record.
 
     Raises:
-        UserError: wrong arguments.
+        UserError: errors in the arguments.
     """
     import torch
 
     from ...pipeline.machine import keep_freed_memory
-    from .measure import settle_dtype
+    from .measure import resolve_dtype
     from .record import Record
 
     arguments = parse(kind, argv)
     module = importlib.import_module(f".{kind}", __package__)
-    keep_freed_memory()  # as training does: otherwise every new tensor's pages are faulted in anew, which takes longer than the arithmetic
+    # as training does: page faults of newly allocated tensors would take longer than the arithmetic
+    keep_freed_memory()
     torch.set_num_threads(arguments.threads)
     if "dtype" in arguments:
-        settle_dtype(arguments)
+        resolve_dtype(arguments)
     record = Record(kind, argv, vars(arguments), torch.device(arguments.device), arguments.out)
     module.run(arguments, record)
     record.finish(module.draw)
 
 
 def main(argv: Sequence[str]) -> None:
-    """`minrnn bench ...`"""
+    """Run `minrnn bench`."""
     if not argv or argv[0] in ("--help", "-h"):
-        print(USAGE.format(kinds="\n".join(f"  {kind:<10} {what}" for kind, what in KINDS.items())))
+        kinds = "\n".join(f"  {kind:<10} {description}" for kind, description in KINDS.items())
+        print(USAGE.format(kinds=kinds))
         return
     kind, *rest = argv
     if kind not in KINDS:

@@ -1,12 +1,12 @@
-"""`minrnn bench data`: whether training ever waits for its data.
+"""`minrnn bench data`: whether training waits for its data.
 
-    raw read           every file of the corpus read once, bytes a second        the ceiling: a byte is a token
-    minrnn             ChunkLoader, in this process or in worker processes       documents -> bytes -> lanes -> chunks, each with its position
-    datasets           IterableDataset -> map(tokenizer) -> map(group)           the usual recipe of transformers' run_clm, the same tokenizer
-    training step      what our model consumes, at --params                      the demand
+    raw read        reads every file of the corpus once: the upper limit, since a byte is a token
+    minrnn          ChunkLoader, in this process or in worker processes: documents to chunks with positions
+    datasets        IterableDataset -> map(tokenizer) -> map(group), as transformers' run_clm, same tokenizer
+    training step   the consumption of our model at --params: the demand
 
-All in tokens a second, on the interpreter's own standard library by default. A worker reads ahead while others have their turns, so what it has
-ready is taken before the clock starts.
+All rates are in tokens per second, by default on the interpreter's standard library. A worker reads ahead
+during the turns of others, so chunks that are ready are taken before the clock starts.
 """
 
 import argparse
@@ -21,12 +21,12 @@ from tqdm import tqdm
 
 from ..output import si, table
 from .command import Settings, parse_counts
-from .measure import Timing, Turn, Unavailable, reason_of, round_robin
+from .measure import Timing, Turn, Unavailable, failure_reason, round_robin
 from .record import Record
 from .train import TrainingWork, add_model_arguments, resolve_model
 
-DESCRIPTION = """Time the data path against the disk, against the `datasets` way of doing it, and against what a training step consumes.
-Prints a table, writes JSON and a plot."""
+DESCRIPTION = """Time the data path, compared with the disk, with the `datasets` library, and with the
+consumption of a training step. Prints a table, writes JSON and a plot."""
 EXAMPLES = """
   minrnn bench data
   minrnn bench data --corpus 'shards/*.jsonl' --lanes 16 --chunk 1024 --workers 0,1,2
@@ -36,7 +36,7 @@ TRAINING, RAW = "training step", "raw read"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What only this bench takes."""
+    """Add the options of this benchmark."""
     add_model_arguments(parser)
     parser.add_argument(
         "--corpus", default="python-stdlib", help="as a recipe's data.corpus (default: %(default)s)"
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def resolve(arguments: argparse.Namespace, settings: Settings) -> None:
-    """Parse the lists, in place."""
+    """Parse the lists in the arguments, in place."""
     resolve_model(arguments, settings)
     workers = [word.strip() for word in arguments.workers.split(",")]
     arguments.workers = [0] * ("0" in workers) + parse_counts(
@@ -64,7 +64,7 @@ def resolve(arguments: argparse.Namespace, settings: Settings) -> None:
 
 
 def run(arguments: argparse.Namespace, record: Record) -> None:
-    """One rotation of everyone."""
+    """Measure all contenders in one rotation."""
     num_tokens = arguments.lanes * arguments.chunk
     closers: list[Callable[[], None]] = []
     turns: dict[str, Turn] = {}
@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace, record: Record) -> None:
         try:
             turns[name] = make()
         except Exception as error:
-            failed[name] = reason_of(error)
+            failed[name] = failure_reason(error)
     try:
         with tqdm(total=arguments.rounds * len(turns), desc=f"data, {arguments.corpus}", leave=False) as bar:
             timings = round_robin(turns, arguments.rounds, arguments.limit, bar)
@@ -109,7 +109,7 @@ def run(arguments: argparse.Namespace, record: Record) -> None:
 
 
 def _raw_read(arguments: argparse.Namespace, num_tokens: int) -> Turn:
-    """Read every file; the seconds are those of as many bytes as a chunk has tokens."""
+    """Read every file; returns the seconds for as many bytes as a chunk has tokens."""
     from ...data.corpus import CorpusSpec, open_source
     from ...data.sources import TextFiles
 
@@ -129,7 +129,7 @@ def _raw_read(arguments: argparse.Namespace, num_tokens: int) -> Turn:
 def _loader_maker(
     arguments: argparse.Namespace, workers: int, closers: list[Callable[[], None]]
 ) -> Callable[[], Turn]:
-    """Our loader as training uses it."""
+    """A function that makes a turn of our loader, as training uses it."""
 
     def make() -> Turn:
         from ...data import BYTES, ChunkLoader, CorpusSpec, Encoder, ReaderSpec, byte_tokenizer
@@ -153,7 +153,7 @@ def _loader_maker(
 
 
 def _taking(items: Iterator[Any], num_steps: int) -> Turn:
-    """Take items; those that may lie ready are taken before the clock starts."""
+    """A turn that takes items; those that may be ready are taken before the clock starts."""
 
     def turn() -> dict[str, float]:
         for _ in itertools.islice(items, 8):
@@ -167,7 +167,9 @@ def _taking(items: Iterator[Any], num_steps: int) -> Turn:
 
 
 def _datasets(arguments: argparse.Namespace) -> Turn:
-    """Documents, tokenized and cut by two batched maps, as transformers' run_clm does it; then rows stacked into a chunk."""
+    """A turn of `datasets`: documents, tokenized and cut by two batched maps as in run_clm, then stacked to
+    chunks.
+    """
     from datasets import IterableDataset
 
     from ...data import CorpusSpec, byte_tokenizer, open_source
@@ -211,7 +213,7 @@ def _datasets(arguments: argparse.Namespace) -> Turn:
 
 
 def _training(arguments: argparse.Namespace) -> Turn:
-    """Steps of our default model on chunks of this size."""
+    """A turn of training steps of our default model, on chunks of this size."""
     names = ("params", "layers", "dtype", "device", "threads", "seed", "min_seconds", "compile")
     spec = {"family": "minrnn", **{name: getattr(arguments, name) for name in names}}
     work = TrainingWork(
@@ -231,7 +233,7 @@ def _table(rows: list[dict[str, Any]], title: str) -> str:
 
 
 def draw(figure: Any, rows: list[dict[str, Any]]) -> None:
-    """A bar for each."""
+    """Draw a bar for each contender."""
     axes = figure.subplots()
     axes.barh([row["contender"] for row in rows], [row["tokens_per_second"] for row in rows])
     axes.invert_yaxis()

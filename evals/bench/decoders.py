@@ -1,11 +1,11 @@
-"""How each family reads a context and goes on after it, token by token.
+"""Decoders: how each family reads a context and continues it token by token.
 
-    read(tokens)    [batch, time]; the state goes on through them        what this costs is the prefill
-    pretend(n)      a state as after n tokens, without reading them      only where its cost depends on n: attention
-    step(token)     [batch, 1] -> the likeliest next token [batch, 1]    the state moves on
+    read(tokens)        [batch, time]; advances the state; its cost is the prefill
+    set_fake_state(n)   a state as after n tokens; does something only if the cost depends on n (attention)
+    step(token)         [batch, 1] -> the most likely next token [batch, 1]; advances the state
 
-A recurrent state has one size and one cost, whatever was read. Keys and values grow with the context, but the cost of a step depends on their
-number alone, not on what they hold: Llama decodes from random ones.
+A recurrent state has a constant size and cost, whatever was read. Keys and values grow with the context, but
+the cost of a step depends only on their number, not on their content: Llama decodes from random ones.
 """
 
 from collections.abc import Callable
@@ -21,13 +21,13 @@ from .measure import Unavailable
 
 
 class Decoder:
-    """A recurrent language model.
+    """Decodes with a recurrent language model.
 
     Args:
         model: in evaluation mode.
-        forward: (tokens, state) -> (logits of the last position at least, state); the state of no tokens is None.
-        tensors: of a state, its tensors.
-        with_tensors: the state that has these tensors; None where steps write into the tensors that are there.
+        forward: (tokens, state) -> (logits of at least the last position, state); the initial state is None.
+        tensors: returns the tensors of a state.
+        with_tensors: returns the state with these tensors; None if steps update the tensors in place.
     """
 
     def __init__(
@@ -42,65 +42,63 @@ class Decoder:
         self._forward, self._tensors, self._with_tensors = forward, tensors, with_tensors
 
     def read(self, tokens: Tensor) -> None:
-        """Go on through these tokens."""
+        """Advance the state by these tokens."""
         _, self.state = self._forward(tokens, self.state)
 
-    def forget(self) -> None:
-        """Back to the state of no tokens."""
+    def reset(self) -> None:
+        """Return to the initial state."""
         self.state = None
 
-    def pretend(self, context: int) -> None:
-        """Any state will do: its cost does not depend on the context."""
+    def set_fake_state(self, context: int) -> None:
+        """Nothing to do for a recurrent state: its cost does not depend on the context."""
 
     def rewind(self) -> None:
-        """Before each turn: nothing to do, a recurrent state may run on for ever."""
+        """Called before each turn; nothing to do for a recurrent state, which may advance without limit."""
 
     def step(self, token: Tensor) -> Tensor:
-        """One token further."""
+        """Advance by one token; returns the most likely next one."""
         logits, self.state = self._forward(token, self.state)
         return logits[:, -1:].argmax(-1)
 
     def state_tensors(self) -> list[Tensor]:
-        """All that has to be kept between two tokens."""
+        """All tensors that are kept between two tokens."""
         return self._tensors(self.state)
 
-    def put(self, tensors: list[Tensor]) -> None:
-        """Make these tensors the state's own."""
+    def set_state_tensors(self, tensors: list[Tensor]) -> None:
+        """Replace the tensors of the state by these."""
         if self._with_tensors is not None:
             self.state = self._with_tensors(self.state, tensors)
 
     def state_bytes(self) -> int:
-        """Their size."""
+        """Size of the state."""
         return tensor_bytes(self.state_tensors())
 
 
 class LlamaDecoder(Decoder):
-    """Attention over a preallocated cache (appending would copy all keys and values at every step), as transformers' StaticCache."""
+    """Decodes with attention over a preallocated cache, transformers' StaticCache.
+
+    Appending would copy all keys and values at every step.
+    """
 
     def __init__(self, model: Any, batch: int, max_steps: int):
         super().__init__(model, lambda tokens, state: (tokens, state), lambda state: [])
         self.batch, self.max_steps, self.context = batch, max_steps, 0
 
     def read(self, tokens: Tensor) -> None:
-        """The whole context in one causal pass, keys and values kept: the fastest way to read it."""
+        """Read the whole context in one causal pass that keeps keys and values: the fastest way."""
         self.state = self.model(input_ids=tokens, use_cache=True, logits_to_keep=1).past_key_values
 
-    def pretend(self, context: int) -> None:
-        """Random keys and values for `context` tokens, and room for the turns."""
+    def set_fake_state(self, context: int) -> None:
+        """Set random keys and values for `context` tokens, with room for the turns."""
         config, weight = self.model.config, self.model.get_input_embeddings().weight
-        self.forget()
-        needed = (
-            2
-            * config.num_hidden_layers
-            * self.batch
-            * (context + self.max_steps)
-            * config.hidden_size
-            * weight.element_size()
-        )
+        self.reset()
+        per_layer = self.batch * (context + self.max_steps) * config.hidden_size * weight.element_size()
+        needed = 2 * config.num_hidden_layers * per_layer
         free = available_bytes(weight.device)
         if needed > 0.8 * free:
             raise Unavailable(
-                f"keys and values of {context:,} tokens need {si(needed, 'B')} of memory, {si(free, 'B')} are free"
+                f"keys and values of {context:,} tokens need {si(needed, 'B')} of memory, {si(free, 'B')} "
+                "are free"
             )
         self.context = context
         self.state = StaticCache(config=config, max_cache_len=context + self.max_steps)
@@ -112,7 +110,7 @@ class LlamaDecoder(Decoder):
         self.rewind()
 
     def rewind(self) -> None:
-        """Back to the end of the context, so that no turn sees more than another."""
+        """Return to the end of the context, so that every turn sees the same length."""
         if self.state is not None:
             for layer in self.state.layers:
                 layer.cumulative_length.fill_(self.context)
@@ -126,8 +124,8 @@ class LlamaDecoder(Decoder):
         return [tensor for layer in self.state.layers for tensor in (layer.keys, layer.values)]
 
 
-def decoder_of(family: str, model: Any, batch: int, max_steps: int) -> Decoder:
-    """The decoder of a family's model."""
+def make_decoder(family: str, model: Any, batch: int, max_steps: int) -> Decoder:
+    """The decoder for a family's model."""
     if family == "llama":
         return LlamaDecoder(model, batch, max_steps)
     if family.startswith("minrnn"):
@@ -172,7 +170,7 @@ def _minrnn_with_tensors(state: MinRNNCache, tensors: list[Tensor]) -> MinRNNCac
 
 
 def _cache_params_forward(model: Any) -> Callable[[Tensor, Any], tuple[Tensor, Any]]:
-    """Mamba, Mamba-2 and xLSTM of transformers."""
+    """The forward function of transformers' Mamba, Mamba-2 and xLSTM."""
 
     def forward(tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
         output = model(input_ids=tokens, cache_params=state, use_cache=True)

@@ -1,13 +1,14 @@
-"""`minrnn bench generate`: seconds a token and memory of decoding after a context, and the speed of reading it.
+"""`minrnn bench generate`: time and memory of decoding after a context, and the speed of reading it.
 
-    prefill   tokens a second while a context is read (at most --read tokens of it; ours in pieces of --prefill, the others as they like best)
-    decode    seconds of one step (a token for each row), after a context; the likeliest token is fed back
+    prefill   tokens per second while a context is read: at most --read tokens, ours in pieces of --prefill
+    decode    seconds of one step (one token per row) after a context; the most likely token is fed back
 
-Ours really reads every context up to --read-ours tokens (rows included); beyond that, and for the recurrent peers beyond --read, the state is
-the one after fewer tokens, which has the same size and the same cost. Llama decodes from random keys and values, as many as the context has
-tokens. `context_read` in a row says how many tokens were really read before decoding. Weights are in --dtype, without autocast (it would cast
-them anew at every step). Last, ours decodes after all contexts in one rotation (section "contexts"): rotations minutes apart differ by more
-than the contexts do.
+Ours reads every context of up to --read-ours tokens (all rows together). For longer ones, and for recurrent
+peers beyond --read, the state is one after fewer tokens, which has the same size and cost. Llama decodes from
+random keys and values, as many as the context has tokens. `context_read` in a row is the number of tokens
+that were read before decoding. Weights are in --dtype, without autocast (which would cast them at every
+step). Finally ours decodes after all contexts in one rotation (section "contexts"), since rotations that are
+minutes apart differ by more than the contexts do.
 """
 
 import argparse
@@ -23,18 +24,18 @@ from ...pipeline.machine import keep_freed_memory
 from ..memory import current_memory, peak_memory, release_memory, reset_peak_memory, synchronize, tensor_bytes
 from ..output import si, table
 from .command import Settings, parse_counts
-from .decoders import Decoder, decoder_of
-from .language_models import FAMILIES, OURS, Options, build, kernels_of
+from .decoders import Decoder, make_decoder
+from .language_models import FAMILIES, OURS, Options, build, kernel_names
 from .language_models import PEERS as PEERS
-from .measure import DTYPES, Stopwatch, always, ceiling_rows, default_ceilings
+from .measure import DTYPES, Stopwatch, ceiling_rows, default_ceilings, without_preparation
 from .record import Record
 from .train import add_model_arguments, resolve_model
-from .worker import contest
+from .worker import run_contest
 
-DESCRIPTION = """Time reading a context and decoding after it, ours and language models with as many parameters, and the memory it takes.
-Prints tables, writes JSON and a plot."""
+DESCRIPTION = """Time reading a context and decoding after it, for ours and for language models with as many
+parameters, and measure the memory. Prints tables, writes JSON and a plot."""
 EXAMPLES = """
-  minrnn bench generate                                           # contexts from 1,024 to 1,048,576 tokens, batches 1 and 16
+  minrnn bench generate                          # contexts from 1,024 to 1,048,576 tokens, batches 1 and 16
   minrnn bench generate --contexts 1024,16384 --batches 1 --peers llama
   minrnn bench generate --device cuda --dtype bf16 --params 350M --layers 24 --cuda-graphs
 """
@@ -42,7 +43,7 @@ GRAPH = " (CUDA graph)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What only this bench takes."""
+    """Add the options of this benchmark."""
     add_model_arguments(parser)
     parser.add_argument(
         "--contexts",
@@ -54,32 +55,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prefill",
         type=int,
         default=8192,
-        help="tokens (rows included) that ours reads at once (default: %(default)s)",
+        help="tokens, over all rows, that ours reads at once (default: %(default)s)",
     )
     parser.add_argument(
         "--read",
         type=int,
         default=16_384,
-        help="tokens (rows included) that a prefill is timed on (default: %(default)s)",
+        help="tokens, over all rows, on which a prefill is timed (default: %(default)s)",
     )
     parser.add_argument(
         "--read-ours",
         type=int,
         default=2**20,
-        help="contexts (rows included) that ours reads to the end (default: %(default)s)",
+        help="longest contexts, over all rows, that ours reads completely (default: %(default)s)",
     )
     parser.add_argument(
-        "--steps", type=int, default=16, help="tokens decoded in a turn, for each row (default: %(default)s)"
+        "--steps", type=int, default=16, help="tokens to decode in a turn, per row (default: %(default)s)"
     )
     parser.add_argument(
         "--cuda-graphs",
         action="store_true",
-        help="each contender also with its step captured in a CUDA graph",
+        help="measure each contender also with its step captured in a CUDA graph",
     )
 
 
 def resolve(arguments: argparse.Namespace, settings: Settings) -> None:
-    """Parse the lists, in place."""
+    """Parse the lists in the arguments, in place."""
     resolve_model(arguments, settings)
     arguments.contexts = parse_counts(settings, "--contexts", arguments.contexts)
     arguments.batches = parse_counts(settings, "--batches", arguments.batches)
@@ -93,7 +94,7 @@ def resolve(arguments: argparse.Namespace, settings: Settings) -> None:
 
 
 class DecodingWork:
-    """One model that has read a context and decodes; see `worker.Work`."""
+    """One model that reads a context and decodes; see `worker.Work`."""
 
     def __init__(self, spec: Mapping[str, Any]):
         torch.set_num_threads(spec["threads"])
@@ -104,7 +105,7 @@ class DecodingWork:
         model, size, count = build(spec["family"], spec["params"], options, self.device)
         model.to(DTYPES[spec["dtype"]]).eval()
         self.weights_bytes = tensor_bytes(model.parameters())
-        self.decoder = decoder_of(
+        self.decoder = make_decoder(
             spec["family"], torch.compile(model) if spec["compile"] else model, self.batch, self.steps + 8
         )
         self.token = torch.zeros(self.batch, 1, dtype=torch.long, device=self.device)
@@ -112,30 +113,29 @@ class DecodingWork:
             "parameters": count,
             "width": size[0],
             "fine": size[1],
-            "kernels": kernels_of(spec["family"], spec["compile"]),
+            "kernels": kernel_names(spec["family"], spec["compile"]),
         }
         with torch.inference_mode():
-            self.decoder.read(
-                self.token.expand(-1, 8)
-            )  # what libraries take once (compilers, thread pools) is nobody's memory
-            self.decoder.forget()
+            # memory that libraries allocate once (compilers, thread pools) is not counted
+            self.decoder.read(self.token.expand(-1, 8))
+            self.decoder.reset()
             release_memory(self.device)
             self.memory_before = current_memory(self.device) - self.weights_bytes
             self.info |= self._read(spec)
-            release_memory(self.device)  # what reading took is no part of decoding
-            self.decoder.pretend(spec["context"])
+            release_memory(self.device)  # memory of the prefill is not part of decoding
+            self.decoder.set_fake_state(spec["context"])
             self.info |= {"weights_bytes": self.weights_bytes, "state_bytes": self.decoder.state_bytes()}
             self.graph = capture(self.decoder, self.token) if spec["graph"] else None
 
     def _read(self, spec: Mapping[str, Any]) -> dict[str, Any]:
-        """Read the context, as far as it is read at all; tokens a second and peak memory."""
+        """Read the context up to the limit for this family; returns tokens per second and peak memory."""
         is_ours, rows, context = spec["family"] in OURS, self.batch, spec["context"]
-        whole = is_ours and rows * context <= spec["read_ours"]
-        length = context if whole else max(1, min(context, spec["read"] // rows))
+        is_complete = is_ours and rows * context <= spec["read_ours"]
+        length = context if is_complete else max(1, min(context, spec["read"] // rows))
         piece = max(1, min(length, spec["prefill"] // rows)) if is_ours else length
         tokens = torch.randint(256, (rows, piece), device=self.device)
-        self.decoder.read(tokens)  # warms up
-        self.decoder.forget()
+        self.decoder.read(tokens)  # warm-up
+        self.decoder.reset()
         reset_peak_memory(self.device)
         synchronize(self.device)
         start = time.perf_counter()
@@ -147,9 +147,11 @@ class DecodingWork:
         return {"context_read": length, "prefill_tokens_per_second": rate, "prefill_peak_bytes": peak}
 
     def turn(self) -> dict[str, float]:
-        """Seconds of a step, one token a row; and the peak of the memory, weights and state included."""
-        mine = self.weights_bytes + self.decoder.state_bytes()
-        others = current_memory(self.device) - self.memory_before - mine if self.device.type == "cuda" else 0
+        """Measure the seconds per step (one token per row) and the peak memory, including weights and
+        state.
+        """
+        own = self.weights_bytes + self.decoder.state_bytes()
+        others = current_memory(self.device) - self.memory_before - own if self.device.type == "cuda" else 0
         reset_peak_memory(self.device)
         with torch.inference_mode():
             self._decode(2)
@@ -172,21 +174,21 @@ class DecodingWork:
 
 
 def capture(decoder: Decoder, token: Tensor) -> torch.cuda.CUDAGraph:
-    """A graph of one step that reads and writes `token` and the state where they are now."""
+    """Capture one step as a graph that reads and writes `token` and the current state."""
 
     def step() -> None:
         before = decoder.state_tensors()
-        following = decoder.step(token)
+        next_token = decoder.step(token)
         for old, new in zip(before, decoder.state_tensors(), strict=True):
             if old is not new:
                 old.copy_(new)
-        decoder.put(before)
-        token.copy_(following)
+        decoder.set_state_tensors(before)
+        token.copy_(next_token)
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3):  # what is allocated or tuned on first use must not be captured
+        for _ in range(3):  # allocations and autotuning of the first use must not be captured
             step()
     torch.cuda.current_stream().wait_stream(stream)
     decoder.rewind()
@@ -197,7 +199,7 @@ def capture(decoder: Decoder, token: Tensor) -> torch.cuda.CUDAGraph:
 
 
 def build_work(spec: Mapping[str, Any]) -> DecodingWork:
-    """The contender that a spec describes."""
+    """Build the contender of a spec."""
     return DecodingWork(spec)
 
 
@@ -205,28 +207,22 @@ def build_work(spec: Mapping[str, Any]) -> DecodingWork:
 
 
 def run(arguments: argparse.Namespace, record: Record) -> None:
-    """Every batch and context; then ours after all contexts in turn."""
+    """Measure every batch and context, then ours after all contexts in one rotation."""
     for batch in arguments.batches:
         for context in arguments.contexts:
             rows, ceilings = measure_context(batch, context, arguments)
             record.data["ceilings"][f"batch {batch}, context {context}"] = ceilings
             record.add(rows)
-            print(
-                _table(
-                    rows,
-                    f"decoding {batch} row(s) after {context:,} tokens, {arguments.dtype} on {arguments.device}",
-                )
+            title = (
+                f"decoding {batch} row(s) after {context:,} tokens, {arguments.dtype} on {arguments.device}"
             )
+            print(_table(rows, title))
         if len(arguments.contexts) > 1:
             for family in arguments.cells:
                 rows = measure_contexts(family, batch, arguments)
                 record.add(rows)
-                print(
-                    _table(
-                        rows,
-                        f"decoding {batch} row(s), all contexts in turn, {arguments.dtype} on {arguments.device}",
-                    )
-                )
+                place = f"{arguments.dtype} on {arguments.device}"
+                print(_table(rows, f"decoding {batch} row(s), all contexts in one rotation, {place}"))
 
 
 def _spec(
@@ -250,7 +246,10 @@ def _spec(
 
 
 def measure_contexts(family: str, batch: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of one of ours after every context, measured in turn: `of_shortest` is the time by that after the shortest."""
+    """Rows of one of our families after every context, measured in one rotation.
+
+    `of_shortest` is the time relative to that after the shortest context.
+    """
     shortest = min(arguments.contexts)
     specs = {
         f"{family} after {context:,}": _spec(family, batch, context, arguments)
@@ -258,7 +257,7 @@ def measure_contexts(family: str, batch: int, arguments: argparse.Namespace) -> 
     }
     rounds = 4 * arguments.rounds
     with tqdm(total=rounds * len(specs), desc="generate, contexts in turn", leave=False) as bar:
-        timings, infos = contest(specs, rounds, arguments.limit, arguments.device == "cpu", {}, bar)
+        timings, infos = run_contest(specs, rounds, arguments.limit, arguments.device == "cpu", {}, bar)
     rows = [
         {
             "section": "contexts",
@@ -283,7 +282,7 @@ def measure_contexts(family: str, batch: int, arguments: argparse.Namespace) -> 
 def measure_context(
     batch: int, context: int, arguments: argparse.Namespace
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Rows of everyone after one context, and the ceilings of the same rotation."""
+    """Rows of all contenders after one context, and the ceilings of the same rotation."""
     device = torch.device(arguments.device)
     families = [*arguments.cells, *arguments.peers]
     specs = {family: _spec(family, batch, context, arguments) for family in families}
@@ -291,7 +290,7 @@ def measure_context(
         specs |= {family + GRAPH: _spec(family, batch, context, arguments, graph=True) for family in families}
     ceilings = default_ceilings(device, DTYPES[arguments.dtype], tiny=context <= 256)
     clocks = {
-        name: Stopwatch(always(ceiling.function), device, arguments.min_seconds)
+        name: Stopwatch(without_preparation(ceiling.function), device, arguments.min_seconds)
         for name, ceiling in ceilings.items()
     }
     with tqdm(
@@ -299,7 +298,9 @@ def measure_context(
         desc=f"generate, {batch} x {context}",
         leave=False,
     ) as bar:
-        timings, infos = contest(specs, arguments.rounds, arguments.limit, device.type == "cpu", clocks, bar)
+        timings, infos = run_contest(
+            specs, arguments.rounds, arguments.limit, device.type == "cpu", clocks, bar
+        )
     rows: list[dict[str, Any]] = []
     for name in specs:
         row = {
@@ -336,7 +337,7 @@ def _table(rows: list[dict[str, Any]], title: str) -> str:
 
 
 def draw(figure: Any, rows: list[dict[str, Any]]) -> None:
-    """Seconds a step and memory over contexts, a line for each contender at the first batch."""
+    """Draw time per step and memory by context, one line per contender, for the first batch size."""
     left, right = figure.subplots(1, 2)
     rows = [row for row in rows if row["section"] == "generate" and row["batch"] == rows[0]["batch"]]
     for name in dict.fromkeys(row["contender"] for row in rows):

@@ -1,8 +1,10 @@
-"""The language models that are compared: ours and the peers, each of a given number of parameters.
+"""The language models that are compared: ours and the peers, with a given number of parameters.
 
-All read the bytes' 264-token vocabulary and share the embedding with the head. A family has a dial in steps that suit the hardware (its width)
-and, where it has an MLP or the like, a fine one; `sized` turns the first until the second can meet the target, and prefers the setting nearest
-to what the family itself recommends. The number of layers is everybody's. Counting is done on the meta device: nothing is allocated.
+All read the byte tokenizer's vocabulary of 264 tokens and tie the head to the embedding. A family has a width
+in steps that suit the hardware and, if it has an MLP or the like, a second size with finer steps. `find_size`
+chooses the width so that the fine size can meet the target, and prefers the setting that is closest to the
+family's own recommendation. The number of layers is the same for all. Parameters are counted on the meta
+device, without allocation.
 """
 
 import importlib.metadata
@@ -21,40 +23,40 @@ from ...models import MinRNNConfig, MinRNNForCausalLM
 from .measure import Unavailable, peer_module
 
 VOCABULARY = 264
-TOLERANCE = 0.02  # how far from the target a number of parameters may be
-Size = tuple[int, int]  # width, and the fine dial (0 where there is none)
+TOLERANCE = 0.02  # relative difference from the target number of parameters
+Size = tuple[int, int]  # width, and the fine size (0 if there is none)
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a family has to know beside its size."""
+    """Options of a model other than its size."""
 
     num_layers: int
     compiled: bool = False
     decoding: bool = False
-    """For generation: xLSTM has another mode for it."""
+    """For generation; xLSTM has a mode for it."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """One kind of language model."""
+    """One family of language models."""
 
     title: str
     build: Callable[[Size, Options], nn.Module]
-    """Initialised on the current default device; Unavailable if a package is missing."""
+    """Initializes a model on the current default device; Unavailable if a package is missing."""
     step: int
-    """Widths are multiples of it."""
+    """Widths are multiples of this."""
     fine: Callable[[int], tuple[int, int, int, int]] | None
-    """Of a width: least, recommended and largest setting of the fine dial, and its step."""
+    """Returns minimum, recommendation, maximum and step of the fine size for a width."""
 
     def parameters(self, size: Size, options: Options) -> int:
-        """How many the model of this size has."""
+        """Number of parameters of the model of this size."""
         with torch.device("meta"):
             return sum(parameter.numel() for parameter in self.build(size, options).parameters())
 
 
 def _tied(model: Any) -> nn.Module:
-    """The model with its head sharing the embedding's weight (xLSTM in transformers does not do it itself)."""
+    """Tie the head of a model to its embedding (xLSTM in transformers does not do so itself)."""
     model.get_output_embeddings().weight = model.get_input_embeddings().weight
     return model
 
@@ -65,10 +67,9 @@ def _from_config(config: Any) -> nn.Module:
 
 
 def _common(size: Size, options: Options) -> dict[str, Any]:
-    """What all configurations of transformers are told."""
-    special = dict.fromkeys(
-        ("bos_token_id", "eos_token_id", "pad_token_id")
-    )  # their defaults lie beyond our vocabulary
+    """The settings that all configurations of transformers get."""
+    # the defaults of these lie outside our vocabulary
+    special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     return {
         "vocab_size": VOCABULARY,
         "hidden_size": size[0],
@@ -85,7 +86,9 @@ def _minrnn(cell: str) -> Callable[[Size, Options], nn.Module]:
 
 
 def _llama(size: Size, options: Options) -> nn.Module:
-    """Attention through torch's scaled_dot_product_attention; heads of 64 channels, as many for keys as for queries."""
+    """Llama with torch's scaled_dot_product_attention and heads of 64 channels, as many for keys as for
+    queries.
+    """
     fields: dict[str, Any] = _common(size, options) | {
         "intermediate_size": size[1],
         "num_attention_heads": max(1, size[0] // 64),
@@ -95,7 +98,9 @@ def _llama(size: Size, options: Options) -> nn.Module:
 
 
 def _mamba(size: Size, options: Options) -> nn.Module:
-    """The fast path: mamba-ssm's kernels where they are, else torch's associative scan if compiled, else mambapy's parallel scan."""
+    """Mamba on its fast path: mamba-ssm's kernels, else torch's associative scan if compiled, else mambapy's
+    parallel scan.
+    """
     if (
         importlib.util.find_spec("mamba_ssm") is None
         and not options.compiled
@@ -106,7 +111,9 @@ def _mamba(size: Size, options: Options) -> nn.Module:
 
 
 def _mamba2(size: Size, options: Options) -> nn.Module:
-    """State of size[1] for each of a head's 64 channels (32 where the width asks for it), one group."""
+    """Mamba-2 with a state of size[1] per channel, heads of 64 channels (32 if the width requires it), and
+    one group.
+    """
     head = 64 if size[0] % 32 == 0 else 32
     fields: dict[str, Any] = _common(size, options) | {"state_size": size[1], "n_groups": 1}
     return _from_config(Mamba2Config(**fields, head_dim=head, num_heads=2 * size[0] // head))
@@ -125,7 +132,7 @@ def _xlstm(size: Size, options: Options) -> nn.Module:
 
 
 def _mingru_pytorch(size: Size, options: Options) -> nn.Module:
-    """The package's own language model, its convolution off (it cannot decode with it)."""
+    """The package's own language model, without its convolution (with which it cannot decode)."""
     language_model = peer_module("minGRU_pytorch.minLM", "minGRU-pytorch").minLM
     fields: dict[str, Any] = {"num_tokens": VOCABULARY, "dim": size[0], "depth": options.num_layers}
     model = language_model(**fields, ff_mult=(size[1] + 0.5) / size[0])  # it truncates ff_mult * dim
@@ -134,7 +141,7 @@ def _mingru_pytorch(size: Size, options: Options) -> nn.Module:
 
 
 class TorchRNN(nn.Module):
-    """Embedding, a stack of nn.GRU or nn.LSTM layers, head."""
+    """Embedding, nn.GRU or nn.LSTM layers, and head."""
 
     def __init__(self, kind: type[nn.GRU] | type[nn.LSTM], width: int, num_layers: int):
         super().__init__()
@@ -151,7 +158,7 @@ class TorchRNN(nn.Module):
 
 
 def _mlp(ratio: float, step: int = 8) -> Callable[[int], tuple[int, int, int, int]]:
-    """A fine dial around `ratio` times the width."""
+    """The fine size of an MLP, around `ratio` times the width."""
     return lambda width: (
         step * int(0.5 * ratio * width / step),
         int(ratio * width),
@@ -176,34 +183,31 @@ PEERS = tuple(name for name in FAMILIES if name not in OURS)
 
 
 @cache
-def sized(family: str, target: int, num_layers: int) -> tuple[Size, int]:
-    """The size whose parameters come nearest to `target`, within TOLERANCE; and their number.
+def find_size(family: str, target: int, num_layers: int) -> tuple[Size, int]:
+    """The size whose number of parameters is closest to `target`, within TOLERANCE; and that number.
 
     Raises:
-        Unavailable: no size does, or the family cannot be built here.
+        Unavailable: there is no such size, or the family cannot be built here.
     """
-    found = _candidates(FAMILIES[family], target, Options(num_layers))
+    candidates = _candidates(FAMILIES[family], target, Options(num_layers))
 
     def rank(entry: tuple[Size, int, float]) -> tuple[bool, bool, bool, float]:
         (width, _), count, distance = entry
         error = abs(count - target) / target
-        return (
-            error > TOLERANCE,
-            width % 8 != 0,
-            error > TOLERANCE / 4,
-            distance,
-        )  # tensor cores want multiples of 8
+        # tensor cores need multiples of 8
+        return (error > TOLERANCE, width % 8 != 0, error > TOLERANCE / 4, distance)
 
-    size, count, _ = min(found, key=rank)
+    size, count, _ = min(candidates, key=rank)
     if abs(count - target) > TOLERANCE * target:
         raise Unavailable(
-            f"no {family} of {num_layers} layers has {target:,} parameters within {TOLERANCE:.0%}; the nearest has {count:,}"
+            f"no {family} of {num_layers} layers has {target:,} parameters within {TOLERANCE:.0%}; the "
+            f"nearest has {count:,}"
         )
     return size, count
 
 
 def _candidates(family: Family, target: int, options: Options) -> list[tuple[Size, int, float]]:
-    """Sizes near the target: (size, parameters, how far the setting is from the recommended one)."""
+    """Sizes near the target: (size, parameters, distance of the setting from the recommended one)."""
 
     def count(width: int, fine: int) -> int:
         return family.parameters((width, fine), options)
@@ -214,47 +218,49 @@ def _candidates(family: Family, target: int, options: Options) -> list[tuple[Siz
     low, high = 0, 1
     while count(high * family.step, bounds(high * family.step)[2]) < target:
         low, high = high, 2 * high
-    while high - low > 1:  # the smallest width that can reach the target
+    while high - low > 1:  # find the smallest width that can reach the target
         middle = (low + high) // 2
         reaches = count(middle * family.step, bounds(middle * family.step)[2]) >= target
         low, high = (low, middle) if reaches else (middle, high)
     first = high if family.fine is not None else max(1, high - 8)
-    found = []
+    candidates = []
     for width in range(first * family.step, (high + 9) * family.step, family.step):
-        least, recommended, largest, step = bounds(width)
-        smallest = count(width, least)
-        fine = least
+        minimum, recommended, maximum, step = bounds(width)
+        smallest = count(width, minimum)
+        fine = minimum
         if family.fine is not None:
-            slope = (count(width, largest) - smallest) / (
-                largest - least
-            )  # the number of parameters is affine in the fine dial
-            fine = min(max(step * round((target - smallest) / slope / step + least / step), least), largest)
+            # the number of parameters is affine in the fine size
+            slope = (count(width, maximum) - smallest) / (maximum - minimum)
+            steps = round((target - smallest) / slope / step + minimum / step)
+            fine = min(max(step * steps, minimum), maximum)
         number = count(width, fine)
         distance = abs(fine / recommended - 1) if recommended else abs(number / target - 1)
-        found.append(((width, fine), number, distance))
+        candidates.append(((width, fine), number, distance))
         if smallest > (1 + TOLERANCE) * target:
             break
-    return found
+    return candidates
 
 
 def build(family: str, target: int, options: Options, device: torch.device) -> tuple[nn.Module, Size, int]:
-    """A model of about `target` parameters on a device, its size and its number of parameters."""
-    size, count = sized(family, target, options.num_layers)
+    """Build a model with about `target` parameters on a device; also returns its size and its number of
+    parameters.
+    """
+    size, count = find_size(family, target, options.num_layers)
     with torch.device(device):
         model = FAMILIES[family].build(size, options)
     return model, size, count
 
 
-def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Logits [batch, time, vocabulary] of a peer, nothing cached."""
+def compute_logits(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Logits [batch, time, vocabulary] of a peer, without a cache."""
     if isinstance(model, transformers.PreTrainedModel):
         return model(input_ids=tokens, use_cache=False).logits
     output = model(tokens)
     return output[0] if isinstance(output, tuple) else output
 
 
-def kernels_of(family: str, compiled: bool) -> str:
-    """Which implementation of its recurrence a family runs with here."""
+def kernel_names(family: str, compiled: bool) -> str:
+    """The implementation of its recurrence that a family uses here."""
     if family in OURS:
         return "ours"
     if family in ("mamba", "mamba2"):

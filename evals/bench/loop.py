@@ -1,8 +1,9 @@
-"""What the training loop costs beyond its steps: a section of `minrnn bench train` (--loop).
+"""The overhead of the training loop: a section of `minrnn bench train` (--loop).
 
     step    a fixed batch through forward, backward, clipping and update, as often as a turn has steps
-    loop    as many steps of `pipeline.loop`, with everything that a run does beside them: data from its worker, metrics.jsonl and MLflow every
-            `log_every` steps, the progress bar, and one checkpoint, written to its end within the turn; no validation, which is not overhead
+    loop    as many steps of `pipeline.loop` with all that a run does besides: data from its worker,
+            metrics.jsonl and MLflow every `log_every` steps, the progress bar, and one checkpoint that is
+            completed within the turn; no validation
 
 Both are the quickstart's, each in a process of its own, in turn.
 """
@@ -26,13 +27,13 @@ from ...pipeline.run import Run
 from ...pipeline.set_up import collective_timeout, set_up
 from ...pipeline.watchdog import Watchdog
 from ..memory import peak_memory
-from .worker import contest
+from .worker import run_contest
 
 RECIPE = "quickstart"
 
 
 class AfterSteps(Interrupt):
-    """Asks the loop to leave when it has come to a step, as a signal would."""
+    """Requests the end of the loop at a given step, as a signal would."""
 
     def __init__(self, run: Run, step: int):
         self.run, self.step = run, step
@@ -43,7 +44,7 @@ class AfterSteps(Interrupt):
 
 
 class LoopWork:
-    """The quickstart under way in a folder of its own; see `worker.Work`."""
+    """The quickstart run in a temporary folder; see `worker.Work`."""
 
     def __init__(self, spec: Mapping[str, Any]):
         keep_freed_memory()
@@ -81,7 +82,7 @@ class LoopWork:
         self._bare_steps(5)
 
     def turn(self) -> dict[str, float]:
-        """Seconds of a step."""
+        """Measure the seconds per step."""
         start = time.perf_counter()
         if self.is_loop:
             loop.take_steps(self.run, AfterSteps(self.run, self.run.step + self.steps))
@@ -110,12 +111,12 @@ class LoopWork:
 
 
 def build_work(spec: Mapping[str, Any]) -> LoopWork:
-    """The contender that a spec describes."""
+    """Build the contender of a spec."""
     return LoopWork(spec)
 
 
 def measure_loop(arguments: Any) -> list[dict[str, Any]]:
-    """Two rows; the loop's says how much longer its step takes."""
+    """Two rows; that of the loop has its overhead over the bare step."""
     common = {
         "module": "loop",
         "loop": arguments.loop,
@@ -123,11 +124,11 @@ def measure_loop(arguments: Any) -> list[dict[str, Any]]:
     }
     specs = {name: {**common, "family": name} for name in ("step", "loop")}
     with tqdm(total=2 * arguments.rounds, desc="train, the loop", leave=False) as bar:
-        timings, infos = contest(specs, arguments.rounds, float("inf"), True, {}, bar)
+        timings, infos = run_contest(specs, arguments.rounds, float("inf"), True, {}, bar)
     rows = [
         {"section": "loop", "contender": name, **infos.get(name, {}), **timings[name].row()} for name in specs
     ]
-    bare, whole = (row.get("median_seconds") for row in rows)
-    if bare and whole:
-        rows[1]["overhead"] = whole / bare - 1
+    step_seconds, loop_seconds = (row.get("median_seconds") for row in rows)
+    if step_seconds and loop_seconds:
+        rows[1]["overhead"] = loop_seconds / step_seconds - 1
     return rows

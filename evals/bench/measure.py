@@ -1,10 +1,12 @@
-"""Turns in rotation, ceilings, memory, and why a contender cannot run.
+"""Rotation of turns, ceilings, and reasons why a contender cannot run.
 
-    contenders {name: turn}  --round_robin-->  {name: Timing}          a turn does the work some times and says the seconds for one
+    contenders {name: turn}  --round_robin-->  {name: Timing}
 
-Round after round each contender has one turn, so that whatever else the machine does slows everybody. The first turn warms up (compilation,
-autotuning, page faults) outside the clock. A contender that raises is out, with its reason; one that has used up its patience takes no more
-turns, and the number of its rounds shows that.
+A turn repeats the work and returns the seconds of one repetition.
+
+In each round every contender has one turn, so other load on the machine slows all of them. The first turn
+warms up (compilation, autotuning, page faults) outside the clock. A contender that raises is out, with its
+reason. One that has used up its time limit gets no more turns; the number of its rounds shows that.
 """
 
 import importlib
@@ -25,8 +27,8 @@ from ..memory import synchronize
 DTYPES = {name: ALL_DTYPES[name] for name in CHOICES}
 
 
-def settle_dtype(arguments: Any) -> None:
-    """Replace --dtype auto by the faster of fp32 and bf16 on the device; warn where another was asked for that is slow.
+def resolve_dtype(arguments: Any) -> None:
+    """Replace --dtype auto by the faster of fp32 and bf16 on the device; warn if a requested dtype is slow.
 
     Raises:
         UserError: the device does not support it.
@@ -43,11 +45,13 @@ def settle_dtype(arguments: Any) -> None:
 
 
 class Unavailable(Exception):
-    """A contender cannot run here; the message says why and, where there is one, the way out."""
+    """A contender cannot run here; the message says why and, if possible, what to do."""
 
 
 def peer_module(module: str, pip_name: str) -> Any:
-    """A module of a peer's package; Unavailable, with the command that helps, where the package is missing."""
+    """Import a module of a peer's package; if it is missing, Unavailable with the command that installs
+    it.
+    """
     package = module.partition(".")[0]
     if importlib.util.find_spec(package) is None:
         raise Unavailable(f"the package {package} is missing: pip install {pip_name}")
@@ -61,12 +65,12 @@ def require_cuda(device: torch.device) -> None:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an allocation failed, on whatever device."""
+    """Whether an allocation failed, on any device."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
-def reason_of(error: Exception) -> str:
-    """Why a contender is out, in a line."""
+def failure_reason(error: Exception) -> str:
+    """The reason why a contender is out, in one line."""
     if isinstance(error, Unavailable):
         return str(error)
     first_line = (str(error).strip().splitlines() or [""])[0][:300]
@@ -76,11 +80,12 @@ def reason_of(error: Exception) -> str:
 
 
 class Stopwatch:
-    """A function as a turn: warmed up, then called so often that the clock runs for about `min_seconds`.
+    """A turn that warms a function up, then calls it so often that the clock runs for about `min_seconds`.
 
     Args:
-        prepare: makes the function, inputs included; they live for one turn only, so that contenders need not fit into memory together.
-        device: what to wait for.
+        prepare: makes the function with its inputs, which exist for one turn only, so that contenders need
+            not fit into memory together.
+        device: to wait for.
         min_seconds: of one turn.
     """
 
@@ -92,7 +97,7 @@ class Stopwatch:
         function = self.prepare()
         warm = self._run(function, 1)
         if not self.repeats:
-            once = self._run(function, 1) if warm < 1 else warm  # a slow contender's first call says enough
+            once = self._run(function, 1) if warm < 1 else warm  # one call of a slow contender is enough
             self.repeats = max(1, min(1000, round(self.min_seconds / max(once, 1e-9))))
         return {"seconds": self._run(function, self.repeats) / self.repeats}
 
@@ -105,27 +110,27 @@ class Stopwatch:
         return time.perf_counter() - start
 
 
-def always(function: Callable[[], object]) -> Callable[[], Callable[[], object]]:
-    """For a `Stopwatch` whose function needs no preparation."""
+def without_preparation(function: Callable[[], object]) -> Callable[[], Callable[[], object]]:
+    """The `prepare` of a `Stopwatch` for a function that needs none."""
     return lambda: function
 
 
 @dataclass
 class Timing:
-    """What the rounds gave for one contender."""
+    """The measurements of one contender."""
 
     seconds: list[float] = field(default_factory=list)
     extra: dict[str, float] = field(default_factory=dict)
-    """Whatever else turns report (peak_bytes): the largest of all rounds."""
+    """Other values that turns report (peak_bytes): the maximum over all rounds."""
     reason: str | None = None
-    """Why there are no seconds."""
+    """Why there are no seconds, or None."""
 
     @property
     def median(self) -> float:
         return statistics.median(self.seconds)
 
     def row(self) -> dict[str, Any]:
-        """As it goes into the record."""
+        """The fields for the record."""
         if self.reason is not None:
             return {"reason": self.reason}
         return {"seconds": self.seconds, "median_seconds": self.median, **self.extra}
@@ -134,14 +139,14 @@ class Timing:
 Turn = Callable[[], Mapping[str, float]]
 
 
-def round_robin(turns: Mapping[str, Turn], rounds: int, patience: float, bar: Any) -> dict[str, Timing]:
-    """One turn each, round after round.
+def round_robin(turns: Mapping[str, Turn], rounds: int, limit: float, bar: Any) -> dict[str, Timing]:
+    """Give each contender one turn, round after round.
 
     Args:
-        turns: what to call; each returns {"seconds": of one unit of work, ...}.
-        rounds: turns of each contender, at most.
-        patience: a contender that has taken this many seconds takes no further turn (it always takes one).
-        bar: a tqdm bar, or None; it moves by one for each turn.
+        turns: each returns {"seconds": of one unit of work, ...}.
+        rounds: maximum number of turns of each contender.
+        limit: a contender that has used this many seconds gets no further turn (but always one).
+        bar: a tqdm bar, or None; it advances by one per turn.
     """
     timings = {name: Timing() for name in turns}
     spent = dict.fromkeys(turns, 0.0)
@@ -151,25 +156,23 @@ def round_robin(turns: Mapping[str, Turn], rounds: int, patience: float, bar: An
             if bar is not None:
                 bar.set_postfix_str(name, refresh=True)
                 bar.update()
-            if timing.reason is not None or (round_number and spent[name] > patience):
+            if timing.reason is not None or (round_number and spent[name] > limit):
                 continue
             start = time.perf_counter()
             try:
-                told = dict(turn())
-            except (
-                Exception
-            ) as error:  # whatever a peer raises, the others go on; the reason goes into the record
-                timing.reason = reason_of(error)
+                result = dict(turn())
+            except Exception as error:  # any error of a peer goes into the record; the others continue
+                timing.reason = failure_reason(error)
                 continue
             spent[name] += time.perf_counter() - start
-            timing.seconds.append(told.pop("seconds"))
-            timing.extra = {key: max(value, timing.extra.get(key, value)) for key, value in told.items()}
+            timing.seconds.append(result.pop("seconds"))
+            timing.extra = {key: max(value, timing.extra.get(key, value)) for key, value in result.items()}
     return timings
 
 
 @dataclass(frozen=True)
 class Ceiling:
-    """Something the machine does as fast as it can."""
+    """An operation that shows the maximum speed of the machine."""
 
     function: Callable[[], object]
     amount: float
@@ -180,7 +183,9 @@ class Ceiling:
 def ceilings(
     device: torch.device, dtype: torch.dtype, num_elements: int, matmul_size: int
 ) -> dict[str, Ceiling]:
-    """The machine's copy (2 tensors of traffic), addition (3; its result is newly allocated, as a peer's is) and matrix product."""
+    """The machine's copy (traffic of 2 tensors), addition (3; it allocates its result, as peers do) and
+    matrix product.
+    """
     x, y = (torch.ones(num_elements, device=device, dtype=dtype) for _ in range(2))
     m, n = (torch.ones(matmul_size, matmul_size, device=device, dtype=dtype) for _ in range(2))
     tensor_bytes = num_elements * dtype.itemsize
@@ -192,16 +197,15 @@ def ceilings(
 
 
 def default_ceilings(device: torch.device, dtype: torch.dtype, tiny: bool = False) -> dict[str, Ceiling]:
-    """`ceilings` at sizes that fill the machine, or that take no time."""
+    """`ceilings` at sizes that fill the machine, or at tiny ones."""
     if tiny:
         return ceilings(device, dtype, 2**16, 256)
-    return ceilings(
-        device, dtype, 2**24 if device.type == "cpu" else 2**28, 1024 if device.type == "cpu" else 8192
-    )
+    is_cpu = device.type == "cpu"
+    return ceilings(device, dtype, 2**24 if is_cpu else 2**28, 1024 if is_cpu else 8192)
 
 
 def ceiling_rows(measured: Mapping[str, Timing], of: Mapping[str, Ceiling]) -> dict[str, dict[str, Any]]:
-    """For the record: rate, unit and rounds of each ceiling."""
+    """Rate, unit and rounds of each ceiling, for the record."""
     rows = {}
     for name, ceiling in of.items():
         timing = measured[name]

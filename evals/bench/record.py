@@ -1,9 +1,10 @@
-"""What a bench leaves behind: a JSON file that says all that was run, a table, a plot.
+"""The record of a benchmark: a JSON file with all that was run, and a plot.
 
     {"bench", "command", "commit", "time", "machine", "versions", "config", "ceilings", "rows"}
 
-Each row is one contender at one point, with every round's seconds, or with the reason why it could not run. The file is written anew after
-every section, so that a run that is cut off leaves what it had. No host names, no paths.
+Each row is one contender at one setting, with the seconds of every round or the reason why it could not run.
+The file is rewritten after every section, so an interrupted benchmark keeps its results. It contains no host
+names and no paths.
 """
 
 import time
@@ -19,14 +20,14 @@ from ..record import command_line, commit, machine, versions
 
 
 class Record:
-    """The growing result of one bench.
+    """The growing result of one benchmark.
 
     Args:
         bench: its name.
         argv: its arguments, as typed.
         config: every setting, resolved.
-        device: what it runs on.
-        out: the JSON file; the plot goes beside it.
+        device: the device of the measurements.
+        out: the JSON file; the plot is written beside it.
     """
 
     def __init__(
@@ -50,16 +51,16 @@ class Record:
         return self.data["rows"]
 
     def add(self, rows: Sequence[dict[str, Any]]) -> None:
-        """More rows, on disk at once."""
+        """Add rows and write the file."""
         self.rows.extend(rows)
         self.write()
 
     def write(self) -> None:
-        """Replace the file by what is known now."""
+        """Write the file with everything known so far."""
         write_json(self.out, self.data)
 
     def finish(self, draw: Callable[[Any, list[dict[str, Any]]], None]) -> None:
-        """Write the file and the plot; `draw(figure, rows)` fills the latter."""
+        """Write the file and the plot, which `draw(figure, rows)` fills."""
         self.write()
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -67,11 +68,10 @@ class Record:
         figure = Figure(figsize=(11, 4.5), layout="constrained")
         draw(figure, [row for row in self.rows if "reason" not in row])
         machine = self.data["machine"]
-        where = (
+        hardware = (
             machine["gpu"]["name"] if machine["gpu"] else f"{machine['cpu']}, {machine['threads']} threads"
         )
-        figure.suptitle(
-            f"{self.data['command']}\n{where}, torch {self.data['versions']['torch']}", fontsize=8
-        )
+        torch_version = self.data["versions"]["torch"]
+        figure.suptitle(f"{self.data['command']}\n{hardware}, torch {torch_version}", fontsize=8)
         FigureCanvasAgg(figure).print_png(str(self.out.with_suffix(".png")))
         print(f"\n{self.out} and {self.out.with_suffix('.png').name} written")

@@ -1,12 +1,13 @@
-"""`minrnn bench scan`: how near the recurrence comes to the speed at which memory can be read.
+"""`minrnn bench scan`: how close the recurrence comes to the speed at which memory can be read.
 
-Ideal traffic, in tensors of [batch, time, width]; what a contender moves beyond it counts against it:
+Ideal traffic, in tensors of [batch, time, width]; any further traffic of a contender lowers its rate:
 
     scan    forward 3 (a, b, h)      forward and backward 8 (a, b, h;  a, h, g, da, db)
     cell    forward 3 (k, u, h)      forward and backward 9 (k, u, h;  k, u, h, g, dk, du)
 
-Reported are GB/s by these bytes and their ratio to `torch.add` (3 tensors, result newly allocated) and to a plain copy (2), on tensors of the
-same shape and dtype, in the same rotation. Whole layers at equal width (projections included) are reported in seconds.
+The results are GB/s of ideal traffic, and their ratio to `torch.add` (3 tensors, the result newly allocated)
+and to a plain copy (2), on tensors of the same shape and dtype, in the same rotation. Whole layers of equal
+width, projections included, are reported in seconds.
 """
 
 import argparse
@@ -25,15 +26,15 @@ from ..memory import available_bytes
 from ..output import si, table
 from .agreement import relative_error
 from .command import Settings, parse_counts, parse_shapes
-from .measure import DTYPES, Stopwatch, Timing, Unavailable, reason_of, round_robin
+from .measure import DTYPES, Stopwatch, Timing, Unavailable, failure_reason, round_robin
 from .record import Record
 from .scan_peers import CELL_PEERS, LAYER_PEERS, OUR_SCANS, SCAN_PEERS, ScanPeer
 
-DESCRIPTION = """Time h_t = a_t * h_{t-1} + b_t, alone and inside a layer, against the peers that compute it and against the machine's
-memory. Prints tables, writes JSON and a plot."""
+DESCRIPTION = """Time h_t = a_t * h_{t-1} + b_t, alone and inside a layer, compared with peers and with the
+machine's memory. Prints tables, writes JSON and a plot."""
 EXAMPLES = """
-  minrnn bench scan                                            # CPU: 8x1024x512 in fp32 and bf16, then lengths at 65,536 tokens
-  minrnn bench scan --peers mambapy,log-space --lengths none   # two peers, no sweep over lengths
+  minrnn bench scan                                           # two shapes, fp32 and bf16, many lengths
+  minrnn bench scan --peers mambapy,log-space --lengths none  # two peers, no sweep of lengths
   minrnn bench scan --device cuda --shapes 8x8192x2048,1x65536x2048 --dtypes bf16
 """
 PEERS = tuple(
@@ -49,7 +50,7 @@ Shape = tuple[int, int, int]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What only this bench takes."""
+    """Add the options of this benchmark."""
     parser.add_argument(
         "--shapes",
         default="8x1024x512,8x4096x1024",
@@ -60,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lengths",
         default=lengths,
-        help="sweep of the scan over these lengths, or none (default: %(default)s)",
+        help="lengths for a sweep of the scan, or none (default: %(default)s)",
     )
     parser.add_argument(
         "--tokens", type=int, default=65_536, help="batch x time in the sweep (default: %(default)s)"
@@ -71,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def resolve(arguments: argparse.Namespace, settings: Settings) -> None:
-    """Parse the lists, in place."""
+    """Parse the lists in the arguments, in place."""
     arguments.shapes = parse_shapes(settings, "--shapes", arguments.shapes)
     arguments.layers = parse_shapes(settings, "--layers", arguments.layers)
     arguments.lengths = parse_counts(settings, "--lengths", arguments.lengths)
@@ -87,14 +88,14 @@ def resolve(arguments: argparse.Namespace, settings: Settings) -> None:
 
 
 def run(arguments: argparse.Namespace, record: Record) -> None:
-    """All sections, one after the other, each on disk when it is done."""
+    """Measure all sections; each is written when it is done."""
     device = torch.device(arguments.device)
     for shape in arguments.shapes:
         for dtype in arguments.dtypes:
             for kind in ("scan", "cell"):
                 rows = measure_recurrence(kind, shape, dtype, device, arguments)
                 record.add(rows)
-                print(_table(rows, kind, f"{kind}, {_written(shape)} {dtype} on {device.type}"))
+                print(_table(rows, kind, f"{kind}, {_format_shape(shape)} {dtype} on {device.type}"))
     for length in arguments.lengths:
         shape = (max(1, arguments.tokens // length), length, arguments.shapes[0][2])
         rows = [
@@ -102,33 +103,28 @@ def run(arguments: argparse.Namespace, record: Record) -> None:
             for row in measure_recurrence("scan", shape, arguments.dtypes[0], device, arguments)
         ]
         record.add(rows)
-        print(
-            _table(
-                rows,
-                "scan",
-                f"scan at length {length:,}, {_written(shape)} {arguments.dtypes[0]} on {device.type}",
-            )
-        )
+        setting = f"{_format_shape(shape)} {arguments.dtypes[0]} on {device.type}"
+        print(_table(rows, "scan", f"scan at length {length:,}, {setting}"))
     for shape in arguments.layers:
         for dtype in arguments.dtypes:
             rows = measure_layers(shape, dtype, device, arguments)
             record.add(rows)
-            print(_table(rows, "layer", f"whole layer, {_written(shape)} {dtype} on {device.type}"))
+            print(_table(rows, "layer", f"whole layer, {_format_shape(shape)} {dtype} on {device.type}"))
 
 
-def _written(shape: Shape) -> str:
+def _format_shape(shape: Shape) -> str:
     return " x ".join(f"{size:,}" for size in shape)
 
 
-def _contenders(kind: str, wanted: tuple[str, ...]) -> dict[str, ScanPeer]:
-    everyone = {**OUR_SCANS, **SCAN_PEERS} if kind == "scan" else CELL_PEERS
-    return {name: peer for name, peer in everyone.items() if name.startswith("minrnn") or name in wanted}
+def _contenders(kind: str, peers: tuple[str, ...]) -> dict[str, ScanPeer]:
+    candidates = {**OUR_SCANS, **SCAN_PEERS} if kind == "scan" else CELL_PEERS
+    return {name: peer for name, peer in candidates.items() if name.startswith("minrnn") or name in peers}
 
 
 def scan_operands(
     kind: str, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int
 ) -> tuple[Tensor, ...]:
-    """What is scanned: a in (0.5, 1) and positive b, or a cell's projections [batch, time, 2 * width]."""
+    """The operands: a in (0.5, 1) and positive b; for a cell its projections [batch, time, 2 * width]."""
     generator = torch.Generator(device).manual_seed(seed)
     if kind == "cell":
         return (torch.randn(*shape[:2], 2 * shape[2], generator=generator, device=device).to(dtype),)
@@ -139,7 +135,9 @@ def scan_operands(
 def measure_recurrence(
     kind: str, shape: Shape, dtype_name: str, device: torch.device, arguments: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """Rows of the scan or of the cell at one shape: every contender, forward and with backward, and the memory ceilings between them."""
+    """Rows of the scan or the cell at one shape: every contender, forward and with backward, and the memory
+    ceilings.
+    """
     dtype = DTYPES[dtype_name]
     tensor_bytes = shape[0] * shape[1] * shape[2] * dtype.itemsize
     contenders = _contenders(kind, arguments.peers)
@@ -179,7 +177,7 @@ def measure_recurrence(
                 if name in errors:
                     row["relative_error"] = errors[name]
                 rows.append(row)
-            turns.clear()  # and with it the tensors that the next direction needs room for
+            turns.clear()  # frees the tensors, since the next direction needs the memory
     return rows
 
 
@@ -192,14 +190,17 @@ def _turns(
     device: torch.device,
     arguments: Any,
 ):
-    """Turns of everyone who can run, why the others cannot, and how far each is from the fp64 result."""
+    """Turns of the contenders that can run, reasons for the others, and errors relative to the fp64
+    result.
+    """
     elements = shape[0] * shape[1] * shape[2]
     turns: dict[str, Stopwatch] = {}
     failed: dict[str, str] = {}
     errors: dict[str, float] = {}
     free = available_bytes(device)
     if 4 * elements * dtype.itemsize > 0.9 * free:
-        reason = f"the tensors alone need {si(4 * elements * dtype.itemsize, 'B')} of memory, {si(free, 'B')} are free"
+        needed_text, free_text = si(4 * elements * dtype.itemsize, "B"), si(free, "B")
+        reason = f"the tensors alone need {needed_text} of memory, {free_text} are free"
         return turns, dict.fromkeys((*contenders, "copy", "torch.add"), reason), errors
     operands = scan_operands(kind, shape, dtype, device, arguments.seed)
     plain = (operands[0][..., : shape[2]], operands[-1][..., -shape[2] :])
@@ -207,17 +208,17 @@ def _turns(
     turns["torch.add"] = Stopwatch(lambda: _add(*plain), device, arguments.min_seconds)
     for name, peer in contenders.items():
         try:
-            needed = peer.held[direction != "forward"] * elements * 4
+            needed = peer.live_tensors[direction != "forward"] * elements * 4
             if needed > 0.9 * free:
                 raise Unavailable(f"needs about {si(needed, 'B')} of memory, {si(free, 'B')} are free")
             function = peer.load(device)
             if elements <= 2**23 and direction == "forward":
-                errors[name] = error_of(kind, peer, function, operands)
+                errors[name] = scan_error(kind, peer, function, operands)
             turns[name] = Stopwatch(
-                partial(work_of, function, peer, operands, direction), device, arguments.min_seconds
+                partial(recurrence_work, function, peer, operands, direction), device, arguments.min_seconds
             )
         except Exception as error:
-            failed[name] = reason_of(error)
+            failed[name] = failure_reason(error)
     return turns, failed, errors
 
 
@@ -231,10 +232,12 @@ def _add(x: Tensor, y: Tensor) -> Callable[[], object]:
     return lambda: torch.add(x, y)
 
 
-def work_of(
+def recurrence_work(
     function: Callable[..., Tensor], peer: ScanPeer, operands: tuple[Tensor, ...], direction: str
 ) -> Callable[[], Any]:
-    """The call to time: the forward without autograd, or the forward and the gradients of all inputs."""
+    """The call to time: the forward pass without autograd, or the forward pass and the gradients of all
+    inputs.
+    """
     inputs = peer.inputs(*operands)
     if direction == "forward":
         return torch.no_grad()(lambda: function(*inputs))
@@ -244,14 +247,14 @@ def work_of(
     return lambda: torch.autograd.grad(function(*leaves), leaves, gradient)
 
 
-def error_of(
+def scan_error(
     kind: str, peer: ScanPeer, function: Callable[..., Tensor], operands: tuple[Tensor, ...]
 ) -> float:
-    """Largest distance from the scan in fp64 on the same operands, over the largest |h|."""
-    exact_on = operands[0].device if supports(operands[0].device, "fp64") else torch.device("cpu")
-    a, b = _coefficients(kind, tuple(tensor.to(exact_on) for tensor in operands))
+    """Largest difference from the scan in fp64 on the same operands, relative to the largest |h|."""
+    device = operands[0].device if supports(operands[0].device, "fp64") else torch.device("cpu")
+    a, b = _coefficients(kind, tuple(tensor.to(device) for tensor in operands))
     with torch.no_grad():
-        output = peer.output(function(*peer.inputs(*operands))).to(exact_on)
+        output = peer.output(function(*peer.inputs(*operands))).to(device)
         return relative_error(output, linear_scan(a, b, backend="torch")[0])
 
 
@@ -270,19 +273,19 @@ def measure_layers(
     dtype, rows = DTYPES[dtype_name], []
     generator = torch.Generator(device).manual_seed(arguments.seed)
     x = torch.randn(shape, generator=generator, device=device).to(dtype)
-    wanted = {
+    makers = {
         name: make
         for name, make in LAYER_PEERS.items()
         if name.startswith("minrnn") or name in arguments.peers
     }
     with tqdm(
-        total=2 * arguments.rounds * len(wanted),
+        total=2 * arguments.rounds * len(makers),
         desc=f"layer {'x'.join(map(str, shape))} {dtype_name}",
         leave=False,
     ) as bar:
         for direction in ("forward", "forward+backward"):
             turns, failed = {}, {}
-            for name, make in wanted.items():
+            for name, make in makers.items():
                 try:
                     torch.manual_seed(arguments.seed)
                     layer = make(device, shape[2]).to(device, dtype)
@@ -290,7 +293,7 @@ def measure_layers(
                         partial(layer_work, layer, x, direction), device, arguments.min_seconds
                     )
                 except Exception as error:
-                    failed[name] = reason_of(error)
+                    failed[name] = failure_reason(error)
             timings = round_robin(turns, arguments.rounds, arguments.limit, bar)
             timings |= {name: Timing(reason=reason) for name, reason in failed.items()}
             for name, timing in timings.items():
@@ -309,7 +312,9 @@ def measure_layers(
 
 
 def layer_work(layer: nn.Module, x: Tensor, direction: str) -> Callable[[], Any]:
-    """The call to time: the forward without autograd, or the forward and the gradients of the input and of all parameters."""
+    """The call to time: the forward pass without autograd, or with the gradients of the input and all
+    parameters.
+    """
     if direction == "forward":
         return torch.no_grad()(lambda: layer(x))
     leaves = [x.detach().requires_grad_(), *layer.parameters()]
@@ -332,7 +337,7 @@ def _table(rows: list[dict[str, Any]], kind: str, title: str) -> str:
 
 
 def draw(figure: Any, rows: list[dict[str, Any]]) -> None:
-    """GB/s of every contender at the first shape, and over lengths."""
+    """Draw GB/s of every contender at the first shape, and by length."""
     left, right = figure.subplots(1, 2)
     scans = [row for row in rows if row["section"] == "scan" and "bytes_per_second" in row]
     headline = [
@@ -354,7 +359,7 @@ def draw(figure: Any, rows: list[dict[str, Any]]) -> None:
     left.invert_yaxis()
     left.set_xlabel("GB/s of ideal traffic")
     if headline:
-        left.set_title(f"{_written(tuple(headline[0]['shape']))} {headline[0]['dtype']}", fontsize=9)
+        left.set_title(f"{_format_shape(tuple(headline[0]['shape']))} {headline[0]['dtype']}", fontsize=9)
         left.legend()
     for name in names:
         points = sorted(

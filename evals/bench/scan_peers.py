@@ -1,8 +1,8 @@
-"""Who can compute h_t = a_t * h_{t-1} + b_t, or a whole layer around it.
+"""The contenders that compute h_t = a_t * h_{t-1} + b_t, or a whole layer around it.
 
-Each contender takes its own favourite form: accelerated-scan wants [batch, width, time], mambapy [batch, time, width, 1], the log-space scan
-and HGRN want log a. These are made before the clock starts, since a model that used the peer would produce them directly. b is positive,
-because the log-space scan can do nothing else.
+Each contender gets its preferred input: accelerated-scan [batch, width, time], mambapy [batch, time, width,
+1], the log-space scan and HGRN log a. These are made before the clock starts, since a model that uses the
+peer would produce them directly. b is positive, because the log-space scan requires it.
 
 The paper's log-space scan (Feng et al., arXiv 2410.01201, appendix B; Heinsen, arXiv 2311.06281) is
 
@@ -26,31 +26,37 @@ Inputs = tuple[Tensor, ...]
 
 
 def log_space_scan(log_a: Tensor, log_b: Tensor) -> Tensor:
-    """h from log a and log b, [batch, time, width]. In fp32 whatever the inputs are: a sum over time has no digits left in bf16."""
+    """h from log a and log b, [batch, time, width].
+
+    Computed in fp32, since a sum over time loses all digits in bf16.
+    """
     log_a, dtype = log_a.float(), log_b.dtype
-    total = log_a.cumsum(1)
-    return (total + (log_b.float() - total).logcumsumexp(1)).exp().to(dtype)
+    cumulative = log_a.cumsum(1)
+    return (cumulative + (log_b.float() - cumulative).logcumsumexp(1)).exp().to(dtype)
 
 
 @dataclass(frozen=True)
 class ScanPeer:
-    """One contender of the scan."""
+    """A contender of the scan."""
 
     load: Callable[[torch.device], Callable[..., Tensor]]
-    """The function to time, or Unavailable."""
+    """Returns the function to time, or raises Unavailable."""
     inputs: Callable[..., Inputs] = lambda *operands: operands
-    """From a, b [batch, time, width] (a cell's: the projections [batch, time, 2 * width]) to what it takes."""
+    """Converts a, b [batch, time, width] (for a cell: projections [batch, time, 2 * width]) to the function's
+    inputs.
+    """
     output: Callable[[Tensor], Tensor] = lambda h: h
-    """From what it gives to h [batch, time, width]."""
-    held: tuple[int, int] = (4, 7)
-    """Tensors of [batch, time, width], counted as fp32, that are alive at once (a and b too): forward, forward and backward."""
+    """Converts the function's output to h [batch, time, width]."""
+    live_tensors: tuple[int, int] = (4, 7)
+    """Number of tensors [batch, time, width], counted as fp32, that exist at once (including a and b):
+    forward, and with backward.
+    """
 
 
 def _ours(backend: str | None) -> Callable[[torch.device], Callable[..., Tensor]]:
     def load(device: torch.device) -> Callable[..., Tensor]:
-        linear_scan(
-            torch.ones(1, 1, 1, device=device), torch.ones(1, 1, 1, device=device), backend=backend
-        )  # tells at once what it lacks
+        one = torch.ones(1, 1, 1, device=device)
+        linear_scan(one, one, backend=backend)  # raises at once if something is missing
         return lambda a, b: linear_scan(a, b, backend=backend)[0]
 
     return load
@@ -84,10 +90,13 @@ def _logs(a: Tensor, b: Tensor) -> Inputs:
 
 
 SCAN_PEERS: dict[str, ScanPeer] = {
-    "log-space": ScanPeer(lambda device: log_space_scan, _logs, held=(9, 18)),
-    "minGRU-pytorch": ScanPeer(_mingru_pytorch, _logs, held=(9, 18)),
+    "log-space": ScanPeer(lambda device: log_space_scan, _logs, live_tensors=(9, 18)),
+    "minGRU-pytorch": ScanPeer(_mingru_pytorch, _logs, live_tensors=(9, 18)),
     "mambapy": ScanPeer(
-        _mambapy, lambda a, b: (a.unsqueeze(-1), b.unsqueeze(-1)), lambda h: h.squeeze(-1), held=(6, 12)
+        _mambapy,
+        lambda a, b: (a.unsqueeze(-1), b.unsqueeze(-1)),
+        lambda h: h.squeeze(-1),
+        live_tensors=(6, 12),
     ),
     "accelerated-scan": ScanPeer(
         _accelerated_scan,
@@ -95,11 +104,11 @@ SCAN_PEERS: dict[str, ScanPeer] = {
         lambda h: h.transpose(1, 2),
         (6, 10),
     ),
-    "fla-hgrn": ScanPeer(_hgrn, lambda a, b: (a.log(), b), held=(5, 9)),
+    "fla-hgrn": ScanPeer(_hgrn, lambda a, b: (a.log(), b), live_tensors=(5, 9)),
 }
 OUR_SCANS: dict[str, ScanPeer] = {
     "minrnn": ScanPeer(_ours(None)),
-    "minrnn-torch": ScanPeer(_ours("torch"), held=(9, 18)),
+    "minrnn-torch": ScanPeer(_ours("torch"), live_tensors=(9, 18)),
 }
 
 
@@ -107,7 +116,7 @@ OUR_SCANS: dict[str, ScanPeer] = {
 
 
 def unfused_mingru(k: Tensor, u: Tensor) -> Tensor:
-    """Our cell and scan, one after the other; candidate activation g."""
+    """Our cell and scan as separate operators; candidate activation g."""
     return linear_scan(*mingru(k, u, "g"))[0]
 
 
@@ -119,7 +128,7 @@ def log_space_mingru(k: Tensor, u: Tensor) -> Tensor:
 
 
 def fused_mingru(projected: Tensor) -> Tensor:
-    """Our fused cell: k and u as one tensor of twice the width."""
+    """Our fused cell, with k and u as one tensor of twice the width."""
     bias = projected.new_zeros(1, projected.shape[-1] // 2, dtype=torch.float32)
     return cell_scan(projected, bias, spec=CellSpec("mingru", activation="g"))[0]
 
@@ -132,8 +141,8 @@ def _halves(
 
 CELL_PEERS: dict[str, ScanPeer] = {
     "minrnn-fused": ScanPeer(lambda device: fused_mingru),
-    "minrnn-unfused": ScanPeer(_halves(unfused_mingru), held=(10, 18)),
-    "log-space": ScanPeer(_halves(log_space_mingru), held=(12, 24)),
+    "minrnn-unfused": ScanPeer(_halves(unfused_mingru), live_tensors=(10, 18)),
+    "log-space": ScanPeer(_halves(log_space_mingru), live_tensors=(12, 24)),
 }
 
 
@@ -141,7 +150,7 @@ CELL_PEERS: dict[str, ScanPeer] = {
 
 
 class MinGRULayer(nn.Module):
-    """A projection, then our cell: what nn.GRU is to a GRU.
+    """A projection and our cell: the counterpart of nn.GRU.
 
     Args:
         width: of x and of the state.

@@ -1,14 +1,18 @@
-"""`minrnn bench train`: tokens a second of whole training steps, and the memory they take.
+"""`minrnn bench train`: speed of whole training steps in tokens per second, and their memory.
 
-    step:  forward -> loss -> backward -> clip -> fused AdamW         bf16 autocast, weights in fp32, as pipeline/loop.py trains
+    step:  forward -> loss -> backward -> clip -> fused AdamW
 
-Everybody has the same number of parameters and layers, reads the same random bytes, and is scored by the same loss (ours takes its targets as
-shift_labels and carries its state from step to step, as training does). A step has a fixed number of tokens, split into rows of one length; a
-length past that is one row. There ours runs twice: whole, with the gradient through the whole row, as the peers do; and in chunks
-(`minrnn-chunked`) with the state carried and the gradient cut at the chunk, as our training does, which bounds the memory. The ratio to the
-machine's matrix product counts 6 floating-point operations per parameter and token, whoever it is.
+A step uses bf16 autocast and weights in fp32, as pipeline/loop.py does.
 
-`--stream N` trains ours on one document of at least N tokens, a step per chunk, the state carried from its first token to its last.
+All models have the same number of parameters and layers, read the same random bytes, and have the same loss
+(ours gets its targets as shift_labels and carries its state from step to step, as in training). A step has a
+fixed number of tokens, split into rows of one length; a greater length is one row. In that case ours runs
+twice: whole, with the gradient through the whole row, as the peers do; and in chunks (`minrnn-chunked`) with
+the state carried and the gradient cut at the chunk, as our training does, which bounds the memory. The ratio
+to the machine's matrix product counts 6 floating-point operations per parameter and token for every model.
+
+`--stream N` trains ours on one document of at least N tokens, one step per chunk, with the state carried
+throughout.
 """
 
 import argparse
@@ -26,21 +30,21 @@ from ...pipeline.machine import keep_freed_memory, training_flops_per_token
 from ..memory import current_memory, peak_memory, release_memory, reset_peak_memory, synchronize, tensor_bytes
 from ..output import si, table
 from .command import Settings, parse_counts
-from .language_models import FAMILIES, OURS, Options, build, kernels_of, logits_of, sized
+from .language_models import FAMILIES, OURS, Options, build, compute_logits, find_size, kernel_names
 from .language_models import PEERS as PEERS
 from .loop import measure_loop
-from .measure import DTYPES, Stopwatch, Unavailable, always, ceiling_rows, default_ceilings
+from .measure import DTYPES, Stopwatch, Unavailable, ceiling_rows, default_ceilings, without_preparation
 from .record import Record
-from .worker import contest
+from .worker import run_contest
 
-DESCRIPTION = """Time a whole training step of ours and of language models with as many parameters, over lengths, and the memory it takes.
-Prints tables, writes JSON and a plot."""
+DESCRIPTION = """Time a whole training step of ours and of language models with as many parameters, by length,
+and measure the memory. Prints tables, writes JSON and a plot."""
 EXAMPLES = """
-  minrnn bench train                                             # 10.7M parameters, 6 layers, 4096 tokens a step
+  minrnn bench train                                    # 10.7M parameters, 6 layers, 4096 tokens a step
   minrnn bench train --peers llama,lstm --lengths 512,4096
-  minrnn bench train --lengths none --stream 1000000             # ours on one document of a million tokens
-  minrnn bench train --lengths none --loop 100                   # what checkpoints, logging, tracking and data add to a step
-  minrnn bench train --device cuda --params 350M --layers 24 --tokens 65536 --lengths 512,2048,8192,65536 --compile
+  minrnn bench train --lengths none --stream 1000000    # ours on one document of a million tokens
+  minrnn bench train --lengths none --loop 100          # overhead of checkpoints, logging, tracking and data
+  minrnn bench train --device cuda --params 350M --layers 24 --tokens 65536 --lengths 512 --compile
 """
 CHUNKED = "minrnn-chunked"
 LOOP_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -51,23 +55,26 @@ LOOP_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Size of the models; `bench generate` takes the same."""
+    """Add the options on the models' size, which several benchmarks share."""
     parser.add_argument(
         "--params", default="10.7M", help="parameters of every model, within 2%% (default: %(default)s)"
     )
     parser.add_argument("--layers", type=int, default=6, help="layers of every model (default: %(default)s)")
     parser.add_argument(
-        "--cells", default="minrnn", help=f"which of ours: {','.join(OURS)} (default: %(default)s)"
+        "--cells", default="minrnn", help=f"which of our models: {','.join(OURS)} (default: %(default)s)"
     )
-    text = "of autocast in training, of weights and activations in decoding; auto: the faster here (default: %(default)s)"
+    text = (
+        "of autocast in training, of weights and activations in decoding; "
+        "auto: the faster here (default: %(default)s)"
+    )
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help=text)
     parser.add_argument(
-        "--compile", action="store_true", help="torch.compile for everyone, warmed up outside the clock"
+        "--compile", action="store_true", help="torch.compile for all models, warmed up outside the clock"
     )
 
 
 def resolve_model(arguments: argparse.Namespace, settings: Settings) -> None:
-    """Parse what `add_model_arguments` added, in place."""
+    """Parse the options of `add_model_arguments`, in place."""
     text = str(arguments.params)
     factor = {"k": 1e3, "M": 1e6, "G": 1e9}.get(text[-1:], 1)
     try:
@@ -81,13 +88,13 @@ def resolve_model(arguments: argparse.Namespace, settings: Settings) -> None:
     if not settings.errors:
         for family in arguments.cells:
             try:
-                sized(family, arguments.params, arguments.layers)
+                find_size(family, arguments.params, arguments.layers)
             except Unavailable as error:
                 settings.errors.append(("--params", f"{error}; change --params or --layers"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What only this bench takes."""
+    """Add the options of this benchmark."""
     add_model_arguments(parser)
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of a step (default: %(default)s)")
     parser.add_argument(
@@ -103,18 +110,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stream",
         type=int,
         default=0,
-        help="tokens of one document for ours to train on; 0 for none (default: %(default)s)",
+        help="tokens of one document that ours trains on; 0 for none (default: %(default)s)",
     )
     parser.add_argument(
         "--loop",
         type=int,
         default=0,
-        help="steps of the quickstart, bare and in the loop; 0 for none (default: %(default)s)",
+        help="steps of the quickstart, alone and in the training loop; 0 for none (default: %(default)s)",
     )
 
 
 def resolve(arguments: argparse.Namespace, settings: Settings) -> None:
-    """Parse the lists, in place."""
+    """Parse the lists in the arguments, in place."""
     resolve_model(arguments, settings)
     arguments.lengths = parse_counts(settings, "--lengths", arguments.lengths)
     for name in ("tokens", "chunk"):
@@ -129,23 +136,19 @@ def resolve(arguments: argparse.Namespace, settings: Settings) -> None:
 class TrainingWork:
     """One model that takes training steps; see `worker.Work`.
 
-    A turn takes one step outside the clock (its memory may have been given away in between), then so many that the clock runs for
-    `min_seconds`, and gives back the memory it does not hold for good.
+    A turn takes one step outside the clock (its memory may have been returned in between), then steps for
+    about `min_seconds`, and returns the memory that it does not keep.
     """
 
     def __init__(self, spec: Mapping[str, Any]):
         torch.set_num_threads(spec["threads"])
         keep_freed_memory()
-        self.device, self.dtype, self.min_seconds = (
-            torch.device(spec["device"]),
-            DTYPES[spec["dtype"]],
-            spec["min_seconds"],
-        )
+        self.device, self.dtype = torch.device(spec["device"]), DTYPES[spec["dtype"]]
+        self.min_seconds = spec["min_seconds"]
         self.batch, self.length, self.chunk = spec["batch"], spec["length"], spec["chunk"]
         self.is_ours = spec["family"] in OURS
-        if self.device.type == "cpu" and not spec.get(
-            "rehearsal"
-        ):  # what libraries take once (compilers, thread pools) is nobody's memory
+        if self.device.type == "cpu" and not spec.get("rehearsal"):
+            # memory that libraries allocate once (compilers, thread pools) is not counted
             TrainingWork({**spec, "rehearsal": True, "batch": 1, "length": min(64, self.length)}).step()
         release_memory(self.device)
         self.memory_before = current_memory(self.device)
@@ -163,11 +166,11 @@ class TrainingWork:
             "parameters": count,
             "width": size[0],
             "fine": size[1],
-            "kernels": kernels_of(spec["family"], spec["compile"]),
+            "kernels": kernel_names(spec["family"], spec["compile"]),
         }
 
     def step(self) -> None:
-        """Forward and backward over the row, in chunks if asked to; then the update."""
+        """Take one step: forward and backward over the row, perhaps in chunks, then the update."""
         self.optimizer.zero_grad()
         for start in range(0, self.length, self.chunk):
             piece = slice(start, start + self.chunk)
@@ -180,7 +183,7 @@ class TrainingWork:
         num_items = self.batch * self.length
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             if not self.is_ours:
-                return next_token_loss(logits_of(self.run_model, inputs), targets, num_items)
+                return next_token_loss(compute_logits(self.run_model, inputs), targets, num_items)
             options = {"past_key_values": self.state, "use_cache": True, "skip_logits": True}
             output = self.run_model(
                 input_ids=inputs, shift_labels=targets, num_items_in_batch=num_items, **options
@@ -189,35 +192,33 @@ class TrainingWork:
         return output.loss
 
     def turn(self) -> dict[str, float]:
-        """Seconds of a step, and the peak of its memory above what was there before the model."""
-        others = (
-            current_memory(self.device) - self.memory_before - self.resident_bytes()
-            if self.device.type == "cuda"
-            else 0
-        )
+        """Measure the seconds per step and the peak memory above that before the model was built."""
+        others = 0
+        if self.device.type == "cuda":
+            others = current_memory(self.device) - self.memory_before - self.resident_bytes()
         reset_peak_memory(self.device)
-        seconds = Stopwatch(always(self.step), self.device, self.min_seconds)()["seconds"]
+        step = without_preparation(self.step)
+        seconds = Stopwatch(step, self.device, self.min_seconds)()["seconds"]
         peak = peak_memory(self.device) - self.memory_before - others
         self.optimizer.zero_grad()
         release_memory(self.device)
         return {"seconds": seconds, "peak_bytes": peak}
 
     def resident_bytes(self) -> int:
-        """Weights, gradients, moments, data and state: what stays between turns."""
+        """Bytes of weights, gradients, moments, data and state, which stay between turns."""
         parameters = list(self.model.parameters())
         moments = [value for state in self.optimizer.state.values() for value in state.values()]
-        carried = (
-            []
-            if self.state is None
-            else [tensor for layer in self.state.layers for tensor in (layer.recurrent, layer.conv)]
-        )
+        layers = [] if self.state is None else self.state.layers
+        carried = [tensor for layer in layers for tensor in (layer.recurrent, layer.conv)]
         return tensor_bytes(
             [*parameters, *(p.grad for p in parameters), *moments, *carried, self.inputs, self.targets]
         )
 
 
 class StreamWork(TrainingWork):
-    """Ours on one document: a turn is `steps_per_turn` steps of one chunk each, each from the state the previous one left."""
+    """Ours on one document: a turn is `steps_per_turn` steps of one chunk, each from the state of the
+    previous one.
+    """
 
     def __init__(self, spec: Mapping[str, Any]):
         super().__init__({**spec, "batch": 1, "length": spec["chunk"]})
@@ -225,7 +226,7 @@ class StreamWork(TrainingWork):
         self.generator = torch.Generator().manual_seed(spec["seed"])
 
     def turn(self) -> dict[str, float]:
-        """Seconds of a step, page faults and all; the peak grows if anything does."""
+        """Measure the seconds per step, page faults included; a growing peak would show a leak."""
         synchronize(self.device)
         start = time.perf_counter()
         for _ in range(self.steps_per_turn):
@@ -238,7 +239,7 @@ class StreamWork(TrainingWork):
 
 
 def build_work(spec: Mapping[str, Any]) -> TrainingWork:
-    """The contender that a spec describes."""
+    """Build the contender of a spec."""
     return StreamWork(spec) if spec.get("steps_per_turn") else TrainingWork(spec)
 
 
@@ -246,37 +247,26 @@ def build_work(spec: Mapping[str, Any]) -> TrainingWork:
 
 
 def run(arguments: argparse.Namespace, record: Record) -> None:
-    """Every length, then the stream, then the loop."""
+    """Measure every length, then the stream, then the loop."""
     device = torch.device(arguments.device)
     for length in arguments.lengths:
         rows, ceilings = measure_length(length, arguments, device)
         record.data["ceilings"][f"length {length}"] = ceilings
         record.add(rows)
         batch = max(1, arguments.tokens // length)
-        print(
-            _table(
-                rows,
-                f"training, {batch} x {length:,} tokens a step, {arguments.params:,} parameters, {arguments.dtype} on {device.type}",
-            )
-        )
+        setting = f"{arguments.params:,} parameters, {arguments.dtype} on {device.type}"
+        print(_table(rows, f"training, {batch} x {length:,} tokens a step, {setting}"))
     if arguments.stream:
         for family in arguments.cells:
             rows = measure_stream(family, arguments)
             record.add(rows)
-            print(
-                _table(
-                    rows,
-                    f"training on one document of {arguments.stream:,} tokens, {arguments.chunk:,} at once",
-                )
-            )
+            document = f"one document of {arguments.stream:,} tokens"
+            print(_table(rows, f"training on {document}, {arguments.chunk:,} at once"))
     if arguments.loop:
         rows = measure_loop(arguments)
         record.add(rows)
-        print(
-            table(
-                rows, LOOP_COLUMNS, f"the quickstart's step, bare and in the loop, {arguments.loop} at a time"
-            )
-        )
+        title = f"the quickstart's step, alone and in the training loop, {arguments.loop} at a time"
+        print(table(rows, LOOP_COLUMNS, title))
 
 
 def _spec(family: str, arguments: argparse.Namespace, **more: Any) -> dict[str, Any]:
@@ -287,27 +277,25 @@ def _spec(family: str, arguments: argparse.Namespace, **more: Any) -> dict[str, 
 def measure_length(
     length: int, arguments: argparse.Namespace, device: torch.device
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Rows of everyone at one length, and the ceilings of the same rotation."""
+    """Rows of all contenders at one length, and the ceilings of the same rotation."""
     batch = max(1, arguments.tokens // length)
     families = [*arguments.cells, *arguments.peers]
     specs = {
         family: _spec(family, arguments, batch=batch, length=length, chunk=length) for family in families
     }
-    if length > arguments.chunk:
-        specs |= (
-            {CHUNKED: _spec("minrnn", arguments, batch=batch, length=length, chunk=arguments.chunk)}
-            if "minrnn" in families
-            else {}
-        )
+    if length > arguments.chunk and "minrnn" in families:
+        specs[CHUNKED] = _spec("minrnn", arguments, batch=batch, length=length, chunk=arguments.chunk)
     ceilings = default_ceilings(device, DTYPES[arguments.dtype], tiny=batch * length <= 1024)
     clocks = {
-        name: Stopwatch(always(ceiling.function), device, arguments.min_seconds)
+        name: Stopwatch(without_preparation(ceiling.function), device, arguments.min_seconds)
         for name, ceiling in ceilings.items()
     }
     with tqdm(
         total=arguments.rounds * (len(specs) + len(clocks)), desc=f"train, length {length}", leave=False
     ) as bar:
-        timings, infos = contest(specs, arguments.rounds, arguments.limit, device.type == "cpu", clocks, bar)
+        timings, infos = run_contest(
+            specs, arguments.rounds, arguments.limit, device.type == "cpu", clocks, bar
+        )
     measured = ceiling_rows(timings, ceilings)
     matmul = measured["matmul"].get("rate")
     rows: list[dict[str, Any]] = []
@@ -335,14 +323,16 @@ def measure_length(
 
 
 def measure_stream(family: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row: ours, through the whole document."""
+    """One row: ours on the whole document."""
     num_steps = -(-arguments.stream // arguments.chunk)
     num_turns = min(20, num_steps)
     spec = _spec(family, arguments, chunk=arguments.chunk, steps_per_turn=-(-num_steps // num_turns))
     with tqdm(total=num_turns, desc=f"train, one document of {arguments.stream}", leave=False) as bar:
-        timings, infos = contest({family: spec}, num_turns, float("inf"), arguments.device == "cpu", {}, bar)
+        timings, infos = run_contest(
+            {family: spec}, num_turns, float("inf"), arguments.device == "cpu", {}, bar
+        )
     timing = timings[family]
-    read = num_turns * spec["steps_per_turn"] * arguments.chunk
+    num_read = num_turns * spec["steps_per_turn"] * arguments.chunk
     row = {
         "section": "stream",
         "contender": family,
@@ -353,7 +343,7 @@ def measure_stream(family: str, arguments: argparse.Namespace) -> list[dict[str,
     }
     if timing.seconds:
         row |= {
-            "tokens_read": read,
+            "tokens_read": num_read,
             "tokens_per_second": len(timing.seconds) * arguments.chunk / sum(timing.seconds),
         }
     return [row]
@@ -373,7 +363,7 @@ def _table(rows: list[dict[str, Any]], title: str) -> str:
 
 
 def draw(figure: Any, rows: list[dict[str, Any]]) -> None:
-    """Tokens a second and memory over lengths, a line each."""
+    """Draw tokens per second and memory by length, one line per contender."""
     left, right = figure.subplots(1, 2)
     rows = [row for row in rows if row["section"] == "train"]
     for name in dict.fromkeys(row["contender"] for row in rows):

@@ -1,10 +1,13 @@
-"""A contender in a process of its own, so that its memory is its own, and its death too.
+"""Runs a contender in a process of its own, so that its memory is measured alone and its crash does not end
+the benchmark.
 
-    parent   spec (JSON line) ->     <- {"info": ...}     "turn" ->     <- {"seconds": ..., "peak_bytes": ...}     ...     end of file ->
+    parent:   spec (a JSON line)    "turn"                                 "turn" ...   end of file
+    child:    {"info": ...}         {"seconds": ..., "peak_bytes": ...}    ...
 
-A spec names a module of this package whose `build_work(spec)` gives a `Work`. `contest` runs several of them in rotation: on the CPU each in a
-fresh interpreter (the resident set is per process, and a contender that the kernel kills for want of memory is a reason, not the end of the
-bench), on a GPU in this process (torch counts GPU memory by allocation, and each process would pay for a CUDA context of its own).
+A spec names a module of this package whose `build_work(spec)` returns a `Work`. `run_contest` runs several of
+them in rotation: on the CPU each in a fresh interpreter (the resident set is per process, and a contender
+that the kernel kills for lack of memory becomes a row with a reason), on a GPU in this process (torch counts
+GPU memory by allocation, and each process would need its own CUDA context).
 """
 
 import contextlib
@@ -20,35 +23,36 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from ...common.output import conventional_exit
-from .measure import Timing, Turn, Unavailable, reason_of, round_robin
+from .measure import Timing, Turn, Unavailable, failure_reason, round_robin
 
-PROTOCOL_STREAM = (
-    3  # the child's copy of its standard output; whatever a library prints goes to standard error
-)
+# The child's copy of its standard output; output of libraries goes to standard error.
+PROTOCOL_STREAM = 3
 
 
 class Work(Protocol):
     """A contender, built and ready."""
 
     info: dict[str, Any]
-    """What is to be known of it: parameters, sizes, notes."""
+    """Facts for the record: parameters, sizes, notes."""
 
     def turn(self) -> dict[str, float]:
-        """Do the work; `seconds` of one unit of it, `peak_bytes` above what the process held before the work was built."""
+        """Do the work; returns `seconds` of one unit, and `peak_bytes` above the memory before the work was
+        built.
+        """
         ...
 
 
 def build(spec: Mapping[str, Any]) -> Work:
-    """The work that a spec names."""
+    """Build the work that a spec names."""
     return importlib.import_module(f".{spec['module']}", __package__).build_work(spec)
 
 
-class FreshWork:
-    """A work in a fresh interpreter, which begins with its imports at once.
+class ProcessWork:
+    """A work in a fresh interpreter, which starts importing at once.
 
     Args:
-        spec: JSON-able; see `build`.
-        limit: seconds after which an answer is no longer waited for; infinite if it may take as long as it likes.
+        spec: JSON-serializable; see `build`.
+        limit: seconds to wait for an answer; may be infinite.
     """
 
     def __init__(self, spec: Mapping[str, Any], limit: float):
@@ -67,22 +71,21 @@ class FreshWork:
         )
 
     def build(self) -> None:
-        """Have the work built; it tells its info."""
-        self.info = self._ask(json.dumps(dict(self.spec)))["info"]
+        """Build the work in the process and get its info."""
+        self.info = self._request(json.dumps(dict(self.spec)))["info"]
 
     def turn(self) -> dict[str, float]:
-        """One turn over there."""
-        return self._ask("turn")
+        """Take one turn in the process."""
+        return self._request("turn")
 
-    def _ask(self, line: str) -> dict[str, Any]:
+    def _request(self, line: str) -> dict[str, Any]:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):  # its death is told below
+        with contextlib.suppress(BrokenPipeError):  # the end of the process is reported below
             self._process.stdin.write(line + "\n")
             self._process.stdin.flush()
-        if not select.select([self._process.stdout], [], [], None if math.isinf(self.limit) else self.limit)[
-            0
-        ]:
+        timeout = None if math.isinf(self.limit) else self.limit
+        if not select.select([self._process.stdout], [], [], timeout)[0]:
             self._process.kill()
             raise Unavailable(f"no answer within {self.limit:g} s (--limit)")
         answer = self._process.stdout.readline()
@@ -93,10 +96,10 @@ class FreshWork:
             self._errors.seek(0)
             last = ([line.strip() for line in self._errors if line.strip()] or ["no message"])[-1]
             raise Unavailable(f"its process ended with status {status}: {last[:300]}")
-        told = json.loads(answer)
-        if "reason" in told:
-            raise Unavailable(told["reason"])
-        return told
+        result = json.loads(answer)
+        if "reason" in result:
+            raise Unavailable(result["reason"])
+        return result
 
     def close(self) -> None:
         """End the process."""
@@ -108,40 +111,41 @@ class FreshWork:
                     stream.close()
 
 
-def contest(
+def run_contest(
     specs: Mapping[str, Mapping[str, Any]],
     rounds: int,
     limit: float,
-    fresh: bool,
+    in_processes: bool,
     others: Mapping[str, Turn],
     bar: Any,
 ) -> tuple[dict[str, Timing], dict[str, dict[str, Any]]]:
-    """Build every contender, then give each its turns, in rotation.
+    """Build every contender, then give them turns in rotation.
 
     Args:
         specs: by contender.
         rounds: turns of each.
-        limit: seconds that a contender may take to be built, or for one answer; and the patience of `round_robin`.
-        fresh: each in a process of its own.
-        others: turns in this process, in the same rotation (the ceilings).
+        limit: seconds that a contender may take to be built and for one answer; also the limit of
+            `round_robin`.
+        in_processes: run each contender in a process of its own.
+        others: turns in this process that join the rotation (the ceilings).
         bar: a tqdm bar, or None.
 
     Returns:
-        Timings by name, and the info of those that were built.
+        Timings by name, and the info of the contenders that were built.
     """
     failed: dict[str, str] = {}
-    works: dict[str, Work | FreshWork] = {}
-    processes = {name: FreshWork(spec, limit) for name, spec in specs.items()} if fresh else {}
+    works: dict[str, Work | ProcessWork] = {}
+    processes = {name: ProcessWork(spec, limit) for name, spec in specs.items()} if in_processes else {}
     try:
         for name, spec in specs.items():
             if bar is not None:
                 bar.set_postfix_str(f"building {name}", refresh=True)
             try:
-                if fresh:
+                if in_processes:
                     processes[name].build()
-                works[name] = processes[name] if fresh else build(spec)
-            except Exception as error:  # a reason, and the others go on
-                failed[name] = reason_of(error)
+                works[name] = processes[name] if in_processes else build(spec)
+            except Exception as error:  # becomes a reason; the others continue
+                failed[name] = failure_reason(error)
         turns: dict[str, Turn] = {**others, **{name: work.turn for name, work in works.items()}}
         timings = round_robin(turns, rounds, limit, bar)
     finally:
@@ -152,13 +156,13 @@ def contest(
 
 
 def main() -> None:
-    """Serve one work over the pipe, until the other side closes it."""
+    """Serve one work over the pipe until the other side closes it."""
     os.dup2(1, PROTOCOL_STREAM)
     os.dup2(2, 1)
     with os.fdopen(PROTOCOL_STREAM, "w") as answers:
 
-        def answer(told: dict[str, Any]) -> None:
-            answers.write(json.dumps(told) + "\n")
+        def answer(result: dict[str, Any]) -> None:
+            answers.write(json.dumps(result) + "\n")
             answers.flush()
 
         try:
@@ -167,7 +171,7 @@ def main() -> None:
             while sys.stdin.readline():
                 answer(work.turn())
         except Exception as error:
-            answer({"reason": reason_of(error)})
+            answer({"reason": failure_reason(error)})
             raise
 
 

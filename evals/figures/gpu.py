@@ -1,17 +1,17 @@
-"""Everything that only a GPU can tell, in one sitting: `minrnn figures gpu --out DIR [--minutes 9]`.
+"""All checks and measurements that need a GPU: `minrnn figures gpu --out DIR [--minutes 9]`.
 
     checks      the GPU backend against fp64, forward and gradients          bench/agreement.py
-    fused       scan and fused cell at the sizes that fill the chip          bench/scan.py
+    fused       scan and fused cell at sizes that fill the GPU               bench/scan.py
     train       about 350M parameters, lengths 512 .. 65,536                 bench/train.py
     scans       every peer's scan at several sizes and lengths               bench/scan.py
-    layers      whole layers at equal width, cuDNN's GRU and LSTM too        bench/scan.py
+    layers      whole layers at equal width, including cuDNN's GRU and LSTM  bench/scan.py
     generate    decoding after contexts up to 1,048,576, with CUDA graphs    bench/generate.py
 
 A machine with torch, triton, transformers, numpy, matplotlib and tqdm is enough. minrnn need not be
-installed: `PYTHONPATH=CHECKOUT python -m minrnn.launch.cli figures gpu`. Each section has a share of the time
-that is left and writes DIR/SECTION.json as it goes, so that whatever cuts it off, what was measured is there;
-DIR/gpu.json says how each ended. Decoding comes last: a failed capture of a CUDA graph may leave the process
-unusable.
+installed: `PYTHONPATH=CHECKOUT python -m minrnn.launch.cli figures gpu`. Each section has a share of the
+remaining time and writes DIR/SECTION.json while it runs, so an interruption keeps the finished measurements;
+DIR/gpu.json records how each section ended. Decoding comes last, since a failed capture of a CUDA graph may
+make the process unusable.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from ..record import commit, machine, versions
 NO_SWEEP, NO_LAYERS = ("--lengths", "none"), ("--layers", "none")
 BIG = ("--params", "350M", "--layers", "24", "--peers", "llama,mamba2", "--rounds", "3", "--limit", "20")
 SECTIONS: dict[str, tuple[float, str, tuple[str, ...]]] = {
-    # name: (share of the time, bench, its arguments)
+    # name: (share of the time, benchmark, its arguments)
     "checks": (2.0, "", ()),
     "fused": (
         1.0,
@@ -90,17 +90,17 @@ TINY: dict[str, tuple[str, ...]] = {
 
 
 class OutOfTime(BaseException):
-    """A section's time is up.
+    """The time of a section is over.
 
-    No Exception, since a contender that fails is a row in a table and this is not one.
+    Not an Exception, since the benchmarks turn those into rows of their tables.
     """
 
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise OutOfTime in the main thread after so many seconds, where the system has alarms."""
+    """Raise OutOfTime in the main thread after so many seconds, if the system has alarms."""
     if not hasattr(signal, "SIGALRM"):
-        warn("this system has no alarms; the section takes as long as it takes")
+        warn("this system has no alarms: the time of the section is not limited")
         yield
         return
 
@@ -121,24 +121,25 @@ def _write(path: Path, value: Any) -> None:
 
 
 def _checks(device: torch.device, tiny: bool, out: Path) -> None:
-    """Section `checks`."""
-    about = {"commit": commit(), "machine": machine(device), "versions": versions()}
+    """Run the section `checks`."""
+    header = {"commit": commit(), "machine": machine(device), "versions": versions()}
 
     def report(rows: list[dict[str, Any]]) -> None:
         failed = [row for row in rows if not row["passed"]]
         _write(
-            out, {**about, "num_checks": len(rows), "num_failed": len(failed), "failed": failed, "rows": rows}
+            out,
+            {**header, "num_checks": len(rows), "num_failed": len(failed), "failed": failed, "rows": rows},
         )
 
     run_checks(device, tiny, report)
-    told = json.loads(out.read_text())
-    print(f"{told['num_checks']} checks, {told['num_failed']} failed")
-    for row in told["failed"][:20]:
+    result = json.loads(out.read_text())
+    print(f"{result['num_checks']} checks, {result['num_failed']} failed")
+    for row in result["failed"][:20]:
         print(f"  {json.dumps(row)}")
 
 
 def run(device: torch.device, out: Path, minutes: float, tiny: bool, names: list[str]) -> dict[str, Any]:
-    """All sections; returns (and writes) how each of them ended."""
+    """Run all sections; returns and writes how each of them ended."""
     out.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * minutes
     summary: dict[str, Any] = {
@@ -166,7 +167,7 @@ def run(device: torch.device, out: Path, minutes: float, tiny: bool, names: list
             end = "finished"
         except OutOfTime:
             end = f"cut off after {seconds:.0f} s; what it had is in {path.name}"
-        except Exception as error:  # the sections do not depend on each other
+        except Exception as error:  # the sections are independent
             traceback.print_exc()
             end = f"failed: {type(error).__name__}: {error}"
         summary["sections"][name] = {"end": end, "seconds": round(time.monotonic() - start, 1)}
@@ -178,21 +179,21 @@ def run(device: torch.device, out: Path, minutes: float, tiny: bool, names: list
 
 
 def main(argv: list[str]) -> None:
-    """The command."""
+    """Run `minrnn figures gpu`."""
     parser = argparse.ArgumentParser(
-        "minrnn figures gpu", description="All GPU checks and benches, within a time limit."
+        "minrnn figures gpu", description="Run all GPU checks and benchmarks within a time limit."
     )
     parser.add_argument("--out", type=user_path, required=True, help="folder for the results")
     parser.add_argument(
-        "--minutes", type=float, default=9, help="for all sections together (default: %(default)s)"
+        "--minutes", type=float, default=9, help="limit for all sections together (default: %(default)s)"
     )
     parser.add_argument(
-        "--sections", default=",".join(SECTIONS), help="which, in order (default: %(default)s)"
+        "--sections", default=",".join(SECTIONS), help="sections to run, in order (default: %(default)s)"
     )
     parser.add_argument(
-        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu is for trying it out, with --tiny"
+        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu is for trying the script, with --tiny"
     )
-    parser.add_argument("--tiny", action="store_true", help="sizes that take no time")
+    parser.add_argument("--tiny", action="store_true", help="use sizes that take almost no time")
     arguments = parser.parse_args(argv)
     names = [name.strip() for name in arguments.sections.split(",")]
     errors = [

@@ -1,19 +1,19 @@
-"""What the Triton kernels compile to: registers, spills, shared memory and instructions, read from the
-machine code. Needs no GPU.
+"""Registers, spills, shared memory and instructions of the compiled Triton kernels; needs no GPU.
 
     minrnn figures kernels      ->  a table, and evals/results/triton-kernels.json
 
-Launches are planned as for a real call, on tensors without memory; their kernels are compiled for sm_80 and
-sm_90 with the specialisations that a launch on aligned tensors gets. Four numbers say whether a scan can be
+Launches are planned as for a real call, on tensors without memory. Their kernels are compiled for sm_80 and
+sm_90 with the specialisations that a launch on aligned tensors gets. Four numbers tell whether a scan can be
 bound by memory, as it should be:
 
-- registers a thread: 128 let two programs of 8 warps share a multiprocessor, so that one computes while the
-  other waits;
-- bytes in flight: what a program asks for before it waits. Two programs on each of 132 multiprocessors at 4.3
-  TB/s and 0.8 us want 13 KB each;
-- issue: an H200 issues about 2.9e13 thread instructions a second (132 x 4 x 32 at 1.7 GHz), and 4.3e12 / n
-  elements of n bytes arrive in one;
-  this is the fraction of the first that the loop spends on the second;
+- registers per thread: with up to 128, two programs of 8 warps share a multiprocessor, so one computes while
+  the other waits;
+- bytes in flight: what a program requests before it waits. Two programs on each of 132 multiprocessors at 4.3
+  TB/s and 0.8 us
+  need 13 KB each;
+- issue: an H200 issues about 2.9e13 thread instructions per second (132 x 4 x 32 at 1.7 GHz), and 4.3e12 / n
+  elements of n
+  bytes arrive in one; this is the fraction of the first that the loop spends on the second;
 - special: the same for special functions (exp2, reciprocal), which run at an eighth of the rate.
 """
 
@@ -51,8 +51,8 @@ except ImportError:
 
 OUT = RESULTS / "triton-kernels.json"
 BATCH, TIME, WIDTH = 8, 8192, 2048
-NUM_CHUNKS = 4  # what the launches of the two-pass case look like does not depend on the number
-ISSUE_RATE = 132 * 4 * 32 * 1.7e9  # thread instructions a second on an H200
+NUM_CHUNKS = 4  # the launches of the two-pass case look the same for any number
+ISSUE_RATE = 132 * 4 * 32 * 1.7e9  # thread instructions per second on an H200
 BANDWIDTH = 4.3e12
 TYPE_NAMES = {
     torch.bfloat16: "*bf16",
@@ -68,9 +68,9 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def named(launches: list[Launch], name: str) -> Iterator[tuple[str, Launch]]:
-    """Each with the name of its part in the pass."""
-    parts = ["one pass"] if len(launches) == 1 else ["summaries", "joints", "replay"]
+def name_parts(launches: list[Launch], name: str) -> Iterator[tuple[str, Launch]]:
+    """Each launch with the name of its part in the pass."""
+    parts = ["one pass"] if len(launches) == 1 else ["summaries", "combine", "replay"]
     yield from ((f"{name}, {part}", launch) for part, launch in zip(parts, launches, strict=True))
 
 
@@ -78,10 +78,10 @@ def general_launches(dtype: torch.dtype, num_chunks: int, time: int = TIME) -> I
     """Forward and backward of the scan of given (a, b), a in fp32 as the cells give it, b in `dtype`."""
     a, b, state = empty(BATCH, time, WIDTH), empty(BATCH, time, WIDTH, dtype=dtype), empty(BATCH, WIDTH)
     name = str(dtype).removeprefix("torch.")
-    yield from named(
+    yield from name_parts(
         scan_triton.forward_launches(a, b, state, False, num_chunks=num_chunks)[1], f"scan forward {name}"
     )
-    yield from named(
+    yield from name_parts(
         scan_triton.backward_launches(a, b, state, b, state, num_chunks=num_chunks)[1],
         f"scan backward {name}",
     )
@@ -104,18 +104,19 @@ def cell_launches(
     lengths = empty(BATCH, dtype=torch.int64) if boundaries else None
     spec = CellSpec(cell, activation, output_gate)
     inputs = CellInputs(projected, gate_bias, state, Boundaries(starts, lengths))
-    name = f"{cell} {activation}{' gated' if output_gate else ''}{' boundaries' if boundaries else ''} {{}} {str(dtype).removeprefix('torch.')}"
+    form = f"{cell} {activation}{' gated' if output_gate else ''}{' boundaries' if boundaries else ''}"
+    name = f"{form} {{}} {str(dtype).removeprefix('torch.')}"
     forward = cell_scan_triton.forward_launches(inputs, spec, return_decay=False, num_chunks=num_chunks)
-    yield from named(forward[1], name.format("forward"))
+    yield from name_parts(forward[1], name.format("forward"))
     backward = cell_scan_triton.backward_launches(
         inputs, spec, h=h, grad_y=h, grad_last=state, num_chunks=num_chunks
     )
-    yield from named(backward[1], name.format("backward"))
+    yield from name_parts(backward[1], name.format("backward"))
 
 
 def all_launches() -> Iterator[tuple[str, Launch]]:
-    """Every variant that training launches: dtypes, cells, candidates, output gate, boundaries, one pass and
-    two; and a token of decoding.
+    """Every variant that training launches: dtypes, cells, candidates, output gate, boundaries, one or two
+    passes; and one token of decoding.
     """
     dtypes = (torch.bfloat16, torch.float32)
     for dtype, num_chunks in itertools.product(dtypes, (1, NUM_CHUNKS)):
@@ -135,8 +136,8 @@ def all_launches() -> Iterator[tuple[str, Launch]]:
 
 
 def compile_launch(launch: Launch, architecture: int) -> dict[str, Any]:
-    """Machine code of a launch's kernel for sm_`architecture`, specialised as a launch on tensors aligned to
-    16 bytes would be.
+    """Compile a launch's kernel for sm_`architecture`, specialised as for tensors aligned to 16 bytes; see
+    `read_machine_code`.
     """
     signature, constants, attributes = {}, dict(launch.constants), {}
     for position, name in enumerate(launch.kernel.arg_names):
@@ -157,8 +158,10 @@ def compile_launch(launch: Launch, architecture: int) -> dict[str, Any]:
 
 
 def read_machine_code(cubin: bytes, tail: int) -> dict[str, Any]:
-    """Registers a thread, bytes of spills, and the instructions by kind of the largest loop but `tail`: the
-    masked one is not what counts.
+    """Registers per thread, bytes of spills, and instructions by kind of the largest loop (with `tail` 1, the
+    second largest).
+
+    The masked loop over the tail of a sequence is not counted.
     """
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -170,15 +173,15 @@ def read_machine_code(cubin: bytes, tail: int) -> dict[str, Any]:
         listing = subprocess.run(
             [tools / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True
         ).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    assert found, usage
+    match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert match, usage
     loop = Counter(re.sub(r"^@!?U?P\w+ ", "", line).split()[0] for line in loops(listing)[tail])
-    return {"registers": int(found[1]), "spills": int(found[2]), "loop": dict(loop.most_common())}
+    return {"registers": int(match[1]), "spills": int(match[2]), "loop": dict(loop.most_common())}
 
 
 def loops(listing: str) -> list[list[str]]:
-    """Instructions between each backward branch and its target, the longest first; one empty loop where there
-    is none.
+    """Instructions between each backward branch and its target, the longest loop first; one empty loop if
+    there is none.
     """
     instructions, labels = [], {}
     for line in map(str.strip, listing.splitlines()):
@@ -186,26 +189,23 @@ def loops(listing: str) -> list[list[str]]:
             labels[label[1]] = len(instructions)
         elif instruction := re.match(r"/\*[0-9a-f]+\*/\s+(.*?);", line):
             instructions.append(instruction[1])
-    found = [[]]
+    bodies = [[]]
     for end, instruction in enumerate(instructions):
         branch = re.search(r"BRA.*`\((\.L_x_\d+)\)", instruction)
         if branch and labels.get(branch[1], end) < end:
-            found.append(instructions[labels[branch[1]] : end + 1])
-    return sorted(found, key=len, reverse=True)
+            bodies.append(instructions[labels[branch[1]] : end + 1])
+    return sorted(bodies, key=len, reverse=True)
 
 
 def bytes_moved(launch: Launch) -> tuple[float, float]:
-    """Bytes an element that a kernel over time reads and writes."""
+    """Bytes per element that a kernel over time reads and writes."""
     arguments, constants = launch.arguments, launch.constants
     num_elements = float(launch.arguments["time"] or 0) * BATCH * WIDTH
     is_general, is_backward = "a" in arguments, "h0" in arguments
-    outputs = (
-        (("da", "db") if is_backward else ("h",))
-        if is_general
-        else ("d_projected",)
-        if is_backward
-        else ("y", "h")
-    )
+    if is_general:
+        outputs = ("da", "db") if is_backward else ("h",)
+    else:
+        outputs = ("d_projected",) if is_backward else ("y", "h")
 
     def size(*names: str) -> float:
         tensors = (arguments[name] for name in names)
@@ -219,9 +219,8 @@ def bytes_moved(launch: Launch) -> tuple[float, float]:
         read = size("a", "grad_h" if is_backward else "b")
     else:
         gates, output_gate = cell_scan_triton.NUM_GATES[constants["CELL"]], constants["OUTPUT_GATE"]
-        used = (
-            gates + 1 + output_gate if written else gates + (output_gate if is_backward else 1)
-        )  # summaries read what decides the state
+        # summaries read only what decides the state
+        used = gates + 1 + output_gate if written else gates + (output_gate if is_backward else 1)
         read = size("projected") * used / (gates + 1 + output_gate) + (size("grad_y") if is_backward else 0)
     return read + (size("h") if is_backward and written else 0), written
 
@@ -249,9 +248,10 @@ def describe(name: str, launch: Launch, architecture: int) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> None:
-    """Compile everything, print a line each, write the JSON."""
+    """Compile all kernels, print one line each, write the JSON."""
     parser = argparse.ArgumentParser(
-        prog="minrnn figures kernels", description="What Triton kernels compile to."
+        prog="minrnn figures kernels",
+        description="Report registers, spills and instructions of Triton kernels.",
     )
     parser.add_argument("--out", type=user_path, default=OUT, help="where to write the JSON")
     parser.add_argument("--sm", type=int, nargs="+", default=[80, 90], help="architectures to compile for")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .published import Experiment, MetricName, Row, published
+from .published import Experiment, MetricName, PublishedRow, published
 from .runs import Seed, settings
 from .sources import ResultSource
 
@@ -218,7 +218,7 @@ def _format(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def matches(pooled: PooledRuns, row: Row) -> bool:
+def matches(pooled: PooledRuns, row: PublishedRow) -> bool:
     """Whether runs are the counterpart of a published row: the same kind of model, at the published task."""
     return (
         not pooled.task
@@ -229,11 +229,11 @@ def matches(pooled: PooledRuns, row: Row) -> bool:
 
 def pair_rows(
     experiment: Experiment, pooled: Sequence[PooledRuns]
-) -> list[tuple[Row | None, PooledRuns | None]]:
+) -> list[tuple[PublishedRow | None, PooledRuns | None]]:
     """Each published row with each of our counterparts (None: not run), then our runs without a published
     row.
     """
-    pairs: list[tuple[Row | None, PooledRuns | None]] = []
+    pairs: list[tuple[PublishedRow | None, PooledRuns | None]] = []
     for row in experiment.rows:
         counterparts = [runs for runs in pooled if matches(runs, row)]
         pairs += [(row, runs) for runs in (counterparts or [None])]

@@ -23,7 +23,7 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class Row(_Strict):
+class PublishedRow(_Strict):
     """The published number of one model."""
 
     model: str
@@ -60,7 +60,7 @@ class Experiment(_Strict):
     """Published settings: keys of a recipe, or sequences_per_step, parameters, tokens."""
     lm_eval: LmEval | None = None
     note: str = ""
-    rows: list[Row]
+    rows: list[PublishedRow]
 
 
 class Group(_Strict):

@@ -17,7 +17,7 @@ from .compare import (
     unpublished_metric,
 )
 from .page import NOT_RUN, link, table, text
-from .published import Experiment, MetricName, Published, Row, published
+from .published import Experiment, MetricName, Published, PublishedRow, published
 from .sources import ResultSource
 
 PUBLISHED = "Published"  # the heading that published numbers link to
@@ -72,7 +72,7 @@ def our_cell(pooled: PooledRuns, metric: MetricName) -> str:
     return linked_estimate(pooled.value(metric), percent, pooled.sources, len(pooled.runs))
 
 
-def published_cell(row: Row | None) -> str:
+def published_cell(row: PublishedRow | None) -> str:
     """A published number with the decimals of its source, marked as `reported` if taken from a secondary
     source.
     """
@@ -83,11 +83,11 @@ def published_cell(row: Row | None) -> str:
     return number_link + (f" ({text(', '.join(notes))})" if notes else "")
 
 
-def _published_cells(row: Row | None) -> list[str]:
+def _published_cells(row: PublishedRow | None) -> list[str]:
     return [published_cell(row), text(row.source) if row else "-"]
 
 
-def difference_cell(row: Row | None, ours: Estimate | None, metric: MetricName) -> str:
+def difference_cell(row: PublishedRow | None, ours: Estimate | None, metric: MetricName) -> str:
     """Our number minus the published one, in the same unit."""
     if row is None or row.value is None or ours is None:
         return "-"
@@ -251,7 +251,7 @@ def headline_rows(quality: Quality) -> list[list[str]]:
 
 
 def _distance(
-    experiment: Experiment, targets: Sequence[Row], row: Row | None, pooled: PooledRuns
+    experiment: Experiment, targets: Sequence[PublishedRow], row: PublishedRow | None, pooled: PooledRuns
 ) -> tuple[int, int]:
     """Sort key of runs for the headline: the rank of their published row, then the number of differing
     settings.

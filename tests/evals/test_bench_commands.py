@@ -1,4 +1,4 @@
-"""Each bench, end to end, at sizes that take no time: what it writes, and what it says to mistakes."""
+"""Each benchmark end to end at tiny sizes: what it writes, and how it reports user errors."""
 
 import json
 import math
@@ -16,7 +16,7 @@ MODEL = ["--params", "400k", "--layers", "2", *QUICK]
 
 
 def run(kind: str, arguments: list[str], folder: Path) -> dict:
-    """The record that a bench leaves."""
+    """Run a benchmark and return its record."""
     out = folder / "result.json"
     minrnn(["bench", kind, *arguments, "--out", str(out)])
     text = out.read_text()
@@ -36,10 +36,10 @@ def run(kind: str, arguments: list[str], folder: Path) -> dict:
     return record
 
 
-def here(*arguments):
-    """`worker.contest` without processes, which take seconds to start."""
+def run_without_processes(*arguments):
+    """`worker.run_contest` without processes, which take seconds to start."""
     specs, rounds, limit, _, others, bar = arguments
-    return worker.contest(specs, rounds, limit, False, others, bar)
+    return worker.run_contest(specs, rounds, limit, False, others, bar)
 
 
 def check_ceilings(record: dict) -> None:
@@ -80,7 +80,7 @@ def test_scan(tmp_path: Path, capsys):
     assert "of torch.add" in capsys.readouterr().out
 
 
-def test_scan_says_what_does_not_fit(tmp_path: Path):
+def test_scan_reports_shapes_that_do_not_fit_into_memory(tmp_path: Path):
     sizes = [
         "--shapes",
         "1024x1048576x1024",
@@ -97,8 +97,8 @@ def test_scan_says_what_does_not_fit(tmp_path: Path):
     assert all("of memory" in row["reason"] for row in record["rows"])
 
 
-def test_train_measures_everyone(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(train, "contest", here)
+def test_train_measures_all_contenders(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(train, "run_contest", run_without_processes)
     record = run(
         "train",
         [*MODEL, "--tokens", "64", "--lengths", "128", "--chunk", "64", "--stream", "128", "--cells", "all"],
@@ -133,14 +133,14 @@ def test_train_in_processes_of_their_own(tmp_path: Path):
 @pytest.mark.slow
 def test_train_measures_the_loop(tmp_path: Path):
     record = run("train", ["--lengths", "none", "--loop", "3", *QUICK], tmp_path)
-    step, whole = record["rows"]
-    assert (step["contender"], whole["contender"]) == ("step", "loop")
-    assert whole["overhead"] == pytest.approx(whole["median_seconds"] / step["median_seconds"] - 1)
-    assert step["parameters"] == whole["parameters"]
+    step, in_loop = record["rows"]
+    assert (step["contender"], in_loop["contender"]) == ("step", "loop")
+    assert in_loop["overhead"] == pytest.approx(in_loop["median_seconds"] / step["median_seconds"] - 1)
+    assert step["parameters"] == in_loop["parameters"]
 
 
-def test_generate_measures_everyone(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(generate, "contest", here)
+def test_generate_measures_all_contenders(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(generate, "run_contest", run_without_processes)
     sizes = [
         "--contexts",
         "48",
@@ -173,8 +173,8 @@ def test_generate_measures_everyone(tmp_path: Path, monkeypatch):
     check_ceilings(record)
 
 
-def test_generate_says_which_cache_does_not_fit(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(generate, "contest", here)
+def test_generate_reports_a_cache_that_does_not_fit_into_memory(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(generate, "run_contest", run_without_processes)
     sizes = [
         "--contexts",
         "1e12",
@@ -216,7 +216,7 @@ def test_data(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "expected_error"),
     [
         (["bench", "scn"], "error: bench scn: unknown bench (did you mean scan?)"),
         (["bench", "train", "--peers", "lama"], "error: --peers: there is no 'lama' (did you mean llama?)"),
@@ -239,21 +239,21 @@ def test_data(tmp_path: Path):
         (["bench", "data", "--steps", "0", "--out", "x.txt"], "error: --out: x.txt must end in .json"),
     ],
 )
-def test_mistakes_end_with_status_two_and_a_line_each(
-    arguments: list[str], told: str, tmp_path: Path, monkeypatch, capsys
+def test_user_errors_end_with_status_two_and_one_line_each(
+    arguments: list[str], expected_error: str, tmp_path: Path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)  # should one of them be taken for good
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as raised:
         minrnn(arguments)
-    assert left.value.code == 2
-    assert told in capsys.readouterr().err
+    assert raised.value.code == 2
+    assert expected_error in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["scan", "train", "generate", "data"])
-def test_help_teaches(kind: str, capsys):
-    with pytest.raises(SystemExit) as left:
+def test_help_has_examples(kind: str, capsys):
+    with pytest.raises(SystemExit) as raised:
         main([kind, "--help"])
-    assert left.value.code == 0
+    assert raised.value.code == 0
     assert f"minrnn bench {kind}" in capsys.readouterr().out.split("examples:")[1]
 
 

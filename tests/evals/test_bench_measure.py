@@ -1,4 +1,4 @@
-"""Turns, ceilings, reasons, and contenders in processes of their own."""
+"""Rotation of turns, ceilings, failure reasons, and contenders in processes of their own."""
 
 import math
 
@@ -8,14 +8,14 @@ import torch
 from minrnn.evals.bench.measure import (
     Stopwatch,
     Unavailable,
-    always,
     ceiling_rows,
     default_ceilings,
+    failure_reason,
     peer_module,
-    reason_of,
     round_robin,
+    without_preparation,
 )
-from minrnn.evals.bench.worker import FreshWork, contest
+from minrnn.evals.bench.worker import ProcessWork, run_contest
 from minrnn.evals.memory import available_bytes, current_memory, peak_memory, reset_peak_memory
 from minrnn.evals.output import si, table
 from minrnn.evals.record import command_line
@@ -40,23 +40,23 @@ def test_contenders_take_turns():
         name: lambda name=name: order.append(name) or {"seconds": 1.0, "peak_bytes": len(order)}
         for name in "ab"
     }
-    timings = round_robin(turns, rounds=3, patience=100, bar=None)
+    timings = round_robin(turns, rounds=3, limit=100, bar=None)
     assert order == ["a", "b"] * 3
     assert timings["b"].row() == {"seconds": [1.0] * 3, "median_seconds": 1.0, "peak_bytes": 6}
 
 
-def test_who_fails_is_out_and_who_is_slow_stops_early():
+def test_failing_contenders_are_out_and_slow_ones_stop_early():
     def failing():
         raise RuntimeError("broken\nin two lines")
 
-    timings = round_robin({"bad": failing, "good": lambda: {"seconds": 1.0}}, rounds=3, patience=-1, bar=None)
+    timings = round_robin({"bad": failing, "good": lambda: {"seconds": 1.0}}, rounds=3, limit=-1, bar=None)
     assert timings["bad"].row() == {"reason": "RuntimeError: broken"}
     assert timings["good"].seconds == [1.0]
 
 
 def test_the_stopwatch_warms_up_before_the_clock():
     calls = []
-    watch = Stopwatch(always(lambda: calls.append(1)), CPU, min_seconds=0)
+    watch = Stopwatch(without_preparation(lambda: calls.append(1)), CPU, min_seconds=0)
     assert watch()["seconds"] > 0
     assert len(calls) == 3  # cold, warm, clocked
 
@@ -64,7 +64,10 @@ def test_the_stopwatch_warms_up_before_the_clock():
 def test_ceilings_are_positive_and_finite():
     ceilings = default_ceilings(CPU, torch.bfloat16, tiny=True)
     timings = round_robin(
-        {name: Stopwatch(always(c.function), CPU, 0) for name, c in ceilings.items()}, 2, 100, None
+        {name: Stopwatch(without_preparation(c.function), CPU, 0) for name, c in ceilings.items()},
+        2,
+        100,
+        None,
     )
     rows = ceiling_rows(timings, ceilings)
     assert set(rows) == {"copy", "torch.add", "matmul"}
@@ -79,28 +82,28 @@ def test_peak_memory_sees_what_was_freed():
     assert available_bytes(CPU) > 0
 
 
-def test_reasons():
-    assert reason_of(MemoryError("no more")) == "out of memory: no more"
-    assert reason_of(Unavailable("needs CUDA")) == "needs CUDA"
+def test_failure_reasons():
+    assert failure_reason(MemoryError("no more")) == "out of memory: no more"
+    assert failure_reason(Unavailable("needs CUDA")) == "needs CUDA"
     with pytest.raises(Unavailable, match="the package nowhere is missing: pip install no-where"):
         peer_module("nowhere.at.all", "no-where")
 
 
-def test_a_process_of_its_own_that_cannot_build_says_why():
-    timings, infos = contest({"x": {**SPEC, "params": 10}}, 1, math.inf, True, {}, None)
+def test_a_process_that_cannot_build_reports_the_reason():
+    timings, infos = run_contest({"x": {**SPEC, "params": 10}}, 1, math.inf, True, {}, None)
     assert timings["x"].reason == "no gru of 1 layers has 10 parameters within 2%; the nearest has 276"
     assert infos == {}
 
 
 def test_a_process_that_does_not_answer_in_time_is_ended():
-    work = FreshWork(SPEC, limit=0.01)
+    work = ProcessWork(SPEC, limit=0.01)
     with pytest.raises(Unavailable, match=r"no answer within 0.01 s"):
         work.build()
     work.close()
 
 
-def test_a_process_that_dies_is_a_reason():
-    work = FreshWork(SPEC, limit=math.inf)
+def test_the_end_of_a_process_becomes_a_reason():
+    work = ProcessWork(SPEC, limit=math.inf)
     work.build()
     work._process.kill()
     with pytest.raises(Unavailable, match="killed, as the kernel does"):
@@ -108,7 +111,7 @@ def test_a_process_that_dies_is_a_reason():
     work.close()
 
 
-def test_the_command_line_is_kept_but_for_where_the_result_went():
+def test_the_command_line_is_recorded_without_the_output_path():
     argv = [
         "--out",
         "/home/me/x.json",

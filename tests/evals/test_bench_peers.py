@@ -1,19 +1,21 @@
-"""The comparison is fair: peers compute what they should, have as many parameters, and decode what they would have read."""
+"""The comparison is fair: peers compute the recurrence, have as many parameters, and decode as if they had
+read the context.
+"""
 
 import pytest
 import torch
 
-from minrnn.evals.bench.decoders import decoder_of
-from minrnn.evals.bench.language_models import FAMILIES, Options, build, logits_of, sized
+from minrnn.evals.bench.decoders import make_decoder
+from minrnn.evals.bench.language_models import FAMILIES, Options, build, compute_logits, find_size
 from minrnn.evals.bench.measure import Unavailable
-from minrnn.evals.bench.scan import error_of, layer_work, scan_operands, work_of
+from minrnn.evals.bench.scan import layer_work, recurrence_work, scan_error, scan_operands
 from minrnn.evals.bench.scan_peers import CELL_PEERS, LAYER_PEERS, OUR_SCANS, SCAN_PEERS
 from minrnn.models import linear_scan
 
 CPU = torch.device("cpu")
 
 
-def loaded(peer):
+def load_or_skip(peer):
     try:
         return peer.load(CPU)
     except Unavailable as error:
@@ -25,31 +27,29 @@ def loaded(peer):
     ("kind", "name"),
     [*(("scan", n) for n in {**OUR_SCANS, **SCAN_PEERS}), *(("cell", n) for n in CELL_PEERS)],
 )
-def test_everyone_computes_the_recurrence(kind: str, name: str, shape: tuple[int, int, int]):
+def test_all_contenders_compute_the_recurrence(kind: str, name: str, shape: tuple[int, int, int]):
     peer = ({**OUR_SCANS, **SCAN_PEERS} if kind == "scan" else CELL_PEERS)[name]
-    function = loaded(peer)
+    function = load_or_skip(peer)
     operands = scan_operands(kind, shape, torch.float32, CPU, seed=0)
-    assert error_of(kind, peer, function, operands) < 2e-5
-    if (
-        kind == "scan" and "log" not in name and name != "minGRU-pytorch"
-    ):  # their gradients are those of log a and log b
-        gradients = work_of(function, peer, operands, "forward+backward")()
+    assert scan_error(kind, peer, function, operands) < 2e-5
+    has_log_inputs = "log" in name or name == "minGRU-pytorch"  # whose gradients are those of log a and log b
+    if kind == "scan" and not has_log_inputs:
+        gradients = recurrence_work(function, peer, operands, "forward+backward")()
         leaves = [tensor.double().requires_grad_() for tensor in operands]
         exact = torch.autograd.grad(linear_scan(*leaves, backend="reference")[0].sum(), leaves)
-        for found, expected in zip(gradients, exact, strict=True):
-            torch.testing.assert_close(peer.output(found).double(), expected, rtol=1e-4, atol=1e-4)
+        for actual, expected in zip(gradients, exact, strict=True):
+            torch.testing.assert_close(peer.output(actual).double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_gradients_of_the_log_space_scan():
     peer = SCAN_PEERS["log-space"]
     a, b = scan_operands("scan", (2, 40, 3), torch.float64, CPU, seed=1)
-    found = work_of(loaded(peer), peer, (a.float(), b.float()), "forward+backward")()
+    actual = recurrence_work(load_or_skip(peer), peer, (a.float(), b.float()), "forward+backward")()
     leaves = [a.requires_grad_(), b.requires_grad_()]
     exact = torch.autograd.grad(linear_scan(*leaves, backend="reference")[0].sum(), leaves)
-    for gradient, expected, leaf in zip(found, exact, leaves, strict=True):
-        torch.testing.assert_close(
-            gradient.double(), expected * leaf.detach(), rtol=1e-3, atol=1e-3
-        )  # d/d log x = x d/dx
+    for gradient, expected, leaf in zip(actual, exact, leaves, strict=True):
+        # d/d log x = x d/dx
+        torch.testing.assert_close(gradient.double(), expected * leaf.detach(), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", LAYER_PEERS)
@@ -67,7 +67,7 @@ def test_layers_have_one_width_and_gradients(name: str):
 @pytest.mark.parametrize(("target", "num_layers"), [(10_700_000, 6), (1_000_000, 3)])
 def test_parameters_agree_within_two_percent(family: str, target: int, num_layers: int):
     try:
-        size, count = sized(family, target, num_layers)
+        size, count = find_size(family, target, num_layers)
     except Unavailable as error:
         pytest.skip(str(error))
     assert abs(count / target - 1) <= 0.02
@@ -76,12 +76,12 @@ def test_parameters_agree_within_two_percent(family: str, target: int, num_layer
     assert sum(parameter.numel() for parameter in model.parameters()) == count
 
 
-def test_our_default_model_is_the_one_of_the_brief():
-    assert sized("minrnn", 10_700_000, 6)[0][0] == 384
+def test_the_default_size_has_width_384():
+    assert find_size("minrnn", 10_700_000, 6)[0][0] == 384
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_reading_then_stepping_is_reading_it_all(family: str):
+def test_a_step_after_reading_equals_reading_all_tokens(family: str):
     try:
         model, _, _ = build(family, 400_000, Options(2, decoding=True), CPU)
     except Unavailable as error:
@@ -92,18 +92,18 @@ def test_reading_then_stepping_is_reading_it_all(family: str):
     model.eval()
     tokens = torch.randint(256, (2, 20))
     with torch.inference_mode():
-        decoder = decoder_of(family, model, 2, 4)
+        decoder = make_decoder(family, model, 2, 4)
         decoder.read(tokens[:, :-1])
-        found = decoder.step(tokens[:, -1:])
-        assert found.tolist() == logits_of(model, tokens)[:, -1:].argmax(-1).tolist()
+        actual = decoder.step(tokens[:, -1:])
+        assert actual.tolist() == compute_logits(model, tokens)[:, -1:].argmax(-1).tolist()
         assert decoder.state_bytes() > 0 or family == "llama"
 
 
-def test_a_llama_that_pretends_sees_its_whole_context():
+def test_a_llama_with_a_fake_state_has_its_whole_context():
     model, _, _ = build("llama", 400_000, Options(2, decoding=True), CPU)
-    decoder = decoder_of("llama", model.eval(), 1, max_steps=4)
+    decoder = make_decoder("llama", model.eval(), 1, max_steps=4)
     with torch.inference_mode():
-        decoder.pretend(50)
+        decoder.set_fake_state(50)
         one_token = decoder.state_bytes() / 54
         assert one_token == 2 * 2 * decoder.model.config.hidden_size * 4
         for _ in range(3):

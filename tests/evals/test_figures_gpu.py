@@ -1,4 +1,4 @@
-"""The GPU script, tried out on the CPU."""
+"""`minrnn figures gpu`, tried on the CPU."""
 
 import json
 import time
@@ -41,7 +41,7 @@ def test_every_section_has_tiny_sizes():
     assert gpu.TINY.keys() == gpu.SECTIONS.keys()
 
 
-def test_a_section_whose_time_is_up_leaves_what_it_had(tmp_path: Path, monkeypatch):
+def test_a_section_that_runs_out_of_time_keeps_its_results(tmp_path: Path, monkeypatch):
     def slow(device, tiny, out):
         try:
             time.sleep(30)
@@ -85,7 +85,7 @@ def test_an_error_of_a_backend_is_reported_by_name(fault: str, monkeypatch: pyte
     assert (fault in wrong) if fault else not wrong
 
 
-def test_a_backend_that_gives_other_bits_the_second_time_fails(monkeypatch: pytest.MonkeyPatch):
+def test_a_backend_with_different_bits_on_repetition_fails(monkeypatch: pytest.MonkeyPatch):
     calls = []
 
     def backend_under_test(a, b, h0, backend):
@@ -106,15 +106,15 @@ def test_relative_error():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "expected_error"),
     [
         (["--device", "cuda"], "cuda is not available"),
         (["--sections", "chekcs"], "there is no 'chekcs'"),
         (["--minutes", "0"], "more than 0"),
     ],
 )
-def test_mistakes(arguments: list[str], told: str, tmp_path: Path, capsys):
-    with pytest.raises(SystemExit) as left:
+def test_user_errors_are_reported(arguments: list[str], expected_error: str, tmp_path: Path, capsys):
+    with pytest.raises(SystemExit) as raised:
         main(
             [
                 "figures",
@@ -124,5 +124,5 @@ def test_mistakes(arguments: list[str], told: str, tmp_path: Path, capsys):
                 *(arguments if "--device" in arguments else ["--device", "cpu", *arguments]),
             ]
         )
-    assert left.value.code == 2
-    assert told in capsys.readouterr().err
+    assert raised.value.code == 2
+    assert expected_error in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Every committed results file says from which commit it comes, and that commit holds all that was measured."""
+"""Every committed results file names its commit, and that commit contains the measured code."""
 
 import json
 import re
@@ -10,9 +10,8 @@ import pytest
 from minrnn.evals import record
 from minrnn.evals.output import RESULTS
 
-MARKED = {
-    "bench-generate-cpu"
-}  # measured while files differed from the commit that it names (`+`), to be measured again
+# Measured while files differed from the named commit (`+`); to be measured again.
+MARKED = {"bench-generate-cpu"}
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("**/*.json")), ids=lambda path: path.stem)
@@ -30,7 +29,7 @@ def test_results_come_from_a_commit(path: Path):
 
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A repository of one commit, which `record.commit` takes for the project's own."""
+    """A repository with one commit, which `record.commit` takes for the project's own."""
     for folder in ("evals/bench", "evals/results", "docs"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "evals/record.py").write_text("measure\n")
