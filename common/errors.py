@@ -31,6 +31,11 @@ class UserError(ValueError):
         return "\n".join(f"error: {key}: {message}" for key, message in self.errors)
 
 
+def missing_package_error(key: str, package: str, extra: str) -> UserError:
+    """The error for a package of an extra (`eval`, `bench`, ...) that is not installed."""
+    return UserError(key, f"{package} is not installed: make setup-{extra}, or pip install 'minrnn[{extra}]'")
+
+
 class NonFiniteError(RuntimeError):
     """The loss or the gradient is NaN or infinite."""
 

@@ -5,7 +5,7 @@ import importlib
 import sys
 from types import ModuleType
 
-from ..common.errors import UserError
+from ..common.errors import UserError, missing_package_error
 from ..common.files import user_path
 from ..common.names import did_you_mean, nearest_names
 from ..common.output import conventional_exit, exit_on_error
@@ -98,12 +98,11 @@ def _command_module(command: str) -> ModuleType:
         return importlib.import_module(MODULES[command], __package__)
     except ModuleNotFoundError as error:
         if command == "lm-eval" and error.name == "lm_eval":
-            message = "lm-eval is not installed: make setup-eval, or pip install 'minrnn[eval]'"
-        elif command == "figures" and str(error.name).endswith(".figures"):
+            raise missing_package_error(command, "lm-eval", extra="eval") from None
+        if command == "figures" and str(error.name).endswith(".figures"):
             message = "exists in a checkout of the repository only, and this is an installed package"
-        else:
-            raise
-        raise UserError(command, message) from None
+            raise UserError(command, message) from None
+        raise
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -12,6 +12,7 @@ from ..models.recompute import checkpointing_options
 from . import checkpoint
 from .config import Recipe
 from .folder import RunFolder
+from .loading import read_weights
 from .machine import compile_error
 
 SHAPE_FIELDS = (
@@ -72,10 +73,7 @@ def _compile_blocks(model: MinRNNForCausalLM, device: torch.device) -> None:
 def _load_export(model: MinRNNForCausalLM, name: str) -> None:
     """Copy the weights of an export of the same shape."""
     unset_hf_deepspeed_config()  # under ZeRO-3, from_pretrained would load only this process's shard
-    try:
-        source = MinRNNForCausalLM.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError("model.init_from", f"cannot load {name}: {str(error).splitlines()[0]}") from None
+    source = read_weights(name, key="model.init_from")
     exported, own = source.config.to_dict(), model.config.to_dict()
     if different := [field for field in SHAPE_FIELDS if exported[field] != own[field]]:
         raise UserError.from_list(

@@ -29,7 +29,7 @@ NOT_SETTINGS = {
 SENTENCE = "Any tokenizer of text can spell this sentence."
 
 
-def model_folder(name: str) -> str:
+def model_folder(name: str, key: str = "MODEL") -> str:
     """The model that a run exported, if the name is a run's folder; any other name unchanged.
 
     Raises:
@@ -41,7 +41,7 @@ def model_folder(name: str) -> str:
         return str(run / "model")
     if (run / "checkpoints").is_dir():
         raise UserError(
-            "MODEL",
+            key,
             f"the run {name} has no model/ yet; minrnn export {name} --out DIR makes one of its newest "
             "checkpoint",
         )
@@ -109,18 +109,27 @@ def read_model(name: str, trust_remote_code: bool = False) -> tuple[MinRNNForCau
         UserError: they cannot be loaded, are of another kind or another version of the code, do not fit into
             memory, or contain code that is not trusted.
     """
-    folder = model_folder(name)
-    model = _read_weights(name, folder)
-    return model.eval(), _read_tokenizer(name, folder, trust_remote_code)
+    model = read_weights(name)
+    return model.eval(), _read_tokenizer(name, model_folder(name), trust_remote_code)
 
 
-def _read_weights(name: str, folder: str) -> MinRNNForCausalLM:
+def read_weights(name: str, key: str = "MODEL") -> MinRNNForCausalLM:
+    """Read the model of an export, a hub id or a run, on the CPU in its stored dtype.
+
+    Args:
+        key: the setting that names the model, for errors.
+
+    Raises:
+        UserError: as `read_model`.
+    """
+    folder = model_folder(name, key)
+    evaluates = "; lm_eval --model hf {}" if key == "MODEL" else ""
     try:
         values = PreTrainedConfig.get_config_dict(folder)[0]
         if values.get("model_type") != "minrnn":
-            message = f"{name} is a {values.get('model_type')} model; lm_eval --model hf evaluates it"
-            raise UserError("MODEL", message)
-        _check_size(name, MinRNNConfig.from_dict(values))
+            message = f"{name} is a {values.get('model_type')} model"
+            raise UserError(key, message + evaluates.format("evaluates it"))
+        _check_size(name, MinRNNConfig.from_dict(values), key)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype="auto", output_loading_info=True, trust_remote_code=False
         )
@@ -128,7 +137,7 @@ def _read_weights(name: str, folder: str) -> MinRNNForCausalLM:
         raise
     except Exception as error:  # the hub's client, the file system and the configuration each raise their own
         message = " ".join(str(error).split())[:300]
-        raise UserError("MODEL", f"cannot load {name}: {message}") from None
+        raise UserError(key, f"cannot load {name}: {message}") from None
     model, loading_info = loaded
     unknown = values.keys() - MinRNNConfig().to_dict().keys() - NOT_SETTINGS
     differences = [
@@ -138,7 +147,7 @@ def _read_weights(name: str, folder: str) -> MinRNNForCausalLM:
     ]
     if differences:
         message = f"{name} was exported by another version of minrnn ({'; '.join(differences)})"
-        raise UserError("MODEL", f"{message}; lm_eval --model hf runs the code it carries")
+        raise UserError(key, message + evaluates.format("runs the code it carries"))
     return model
 
 
@@ -167,7 +176,7 @@ def _read_tokenizer(name: str, folder: str, trust_remote_code: bool) -> Any:
     return tokenizer
 
 
-def _check_size(name: str, config: MinRNNConfig) -> None:
+def _check_size(name: str, config: MinRNNConfig, key: str) -> None:
     """Check that the weights fit into main memory, before allocating them.
 
     They are counted on the meta device, with one layer and with two: a loop over the configured number of
@@ -185,7 +194,7 @@ def _check_size(name: str, config: MinRNNConfig) -> None:
                 sizes.append(MinRNNForCausalLM(small).num_parameters())
         except (RuntimeError, OverflowError):  # torch's: sizes beyond 64 bits
             raise UserError(
-                "MODEL", f"{name} is larger than can be counted, by its config.json; is it of this model?"
+                key, f"{name} is larger than can be counted, by its config.json; is it of this model?"
             ) from None
     needed = 4 * (sizes[0] + (config.num_hidden_layers - 1) * (sizes[1] - sizes[0]))
     if (memory := _main_memory()) is not None and needed > memory:
@@ -193,7 +202,7 @@ def _check_size(name: str, config: MinRNNConfig) -> None:
             f"{name} needs {needed / 1e9:,.0f} GB for weights in fp32, by its config.json, "
             f"of {memory / 1e9:,.0f} GB here"
         )
-        raise UserError("MODEL", f"{message}; is that config.json of this model?")
+        raise UserError(key, f"{message}; is that config.json of this model?")
 
 
 def _main_memory() -> int | None:

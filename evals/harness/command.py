@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ...common.checks import option_minimum_errors
-from ...common.errors import UserError
+from ...common.errors import UserError, missing_package_error
 from ...common.files import user_path, write_text
 from ...common.names import did_you_mean, nearest_names
 from ...common.output import warn
@@ -391,9 +391,7 @@ def main(argv: list[str]) -> None:
     except ModuleNotFoundError as error:
         if error.name != "lm_eval":
             raise
-        raise UserError(
-            "eval", "lm-eval is not installed: make setup-eval, or pip install 'minrnn[eval]'"
-        ) from None
+        raise missing_package_error("eval", "lm-eval", extra="eval") from None
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") != "0" and all(key != "--device" for key, _ in error.errors):
             raise SystemExit(2) from None

@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from ...common.errors import UserError
+from ...common.errors import UserError, missing_package_error
 from ...common.files import write_json
 from ...data.tokenizer import num_bytes
 from ..output import default_out, table
@@ -130,9 +130,7 @@ def main(argv: Sequence[str]) -> None:
     except ModuleNotFoundError as error:
         if error.name != "lm_eval":
             raise
-        raise UserError(
-            "rolling", "lm-eval is not installed: make setup-eval, or pip install 'minrnn[eval]'"
-        ) from None
+        raise missing_package_error("rolling", "lm-eval", extra="eval") from None
     model, tokenizer = documents.load_model(arguments)
     document = documents.find_document(arguments)
     text = text_prefix(document.text, arguments.bytes)

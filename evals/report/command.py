@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-from ...common.errors import UserError
+from ...common.errors import UserError, missing_package_error
 from ...common.files import user_path, write_text
 from ...common.output import warn
 from ..output import RESULTS
@@ -236,9 +236,7 @@ def main(argv: list[str]) -> None:
     out: Path = arguments.out
     for module, package in (("markdown_it", "markdown-it-py"), ("scipy", "scipy")):
         if importlib.util.find_spec(module) is None:
-            raise UserError(
-                "report", f"{package} is not installed: make setup-eval, or pip install 'minrnn[eval]'"
-            )
+            raise missing_package_error("report", package, extra="eval")
     if out.exists() and not out.is_dir():
         raise UserError("--out", f"{out} is a file; name a folder")
     sources, unreadable = gather_sources(arguments.paths or _own_results(), check)

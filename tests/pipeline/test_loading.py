@@ -12,7 +12,7 @@ from minrnn.common.errors import UserError
 from minrnn.data import byte_tokenizer
 from minrnn.launch.cli import main
 from minrnn.models import MinRNNConfig, MinRNNForCausalLM
-from minrnn.pipeline.loading import weights_dtype
+from minrnn.pipeline.loading import read_weights, weights_dtype
 
 CPU, MPS = torch.device("cpu"), torch.device("mps")
 
@@ -137,3 +137,11 @@ def test_a_configuration_that_asks_for_more_memory_than_there_is(
     line = errors_of(["generate", str(export), *COMMANDS["generate"]], capsys)
     assert line.startswith("error: MODEL: ")
     assert told in line
+
+
+def test_errors_name_the_setting_that_names_the_model(tmp_path: Path):
+    (tmp_path / "checkpoints").mkdir()
+    for name in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(UserError) as caught:
+            read_weights(str(name), key="model.init_from")
+        assert [key for key, _ in caught.value.errors] == ["model.init_from"]
