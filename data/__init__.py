@@ -1,4 +1,4 @@
-"""Text in, chunks of tokens out, at a position that can be saved and found again."""
+"""The data path: from text to chunks of tokens, from a position that can be saved and restored."""
 
 from .corpus import CorpusSpec, DocumentStream, open_source
 from .fingerprint import check_corpus, corpus_fingerprint
@@ -6,7 +6,7 @@ from .loader import ChunkLoader, ReaderSpec
 from .prompts import TextStream, prompt_batch, prompt_tokens, read_prompt
 from .reader import IGNORE_INDEX, Chunk, DocumentReader, WindowReader, corpus_tokens
 from .synthetic import Task, TaskValidation, build_task, is_synthetic, run_tokenizer
-from .tokenizer import BYTES, Encoder, byte_tokenizer, fingerprint, load_tokenizer, model_vocab_size
+from .tokenizer import BYTES, Encoder, byte_tokenizer, load_tokenizer, model_vocab_size, tokenizer_fingerprint
 from .validation import ValidationSet, document_validation, window_validation
 
 __all__ = [
@@ -30,7 +30,6 @@ __all__ = [
     "corpus_fingerprint",
     "corpus_tokens",
     "document_validation",
-    "fingerprint",
     "is_synthetic",
     "load_tokenizer",
     "model_vocab_size",
@@ -39,5 +38,6 @@ __all__ = [
     "prompt_tokens",
     "read_prompt",
     "run_tokenizer",
+    "tokenizer_fingerprint",
     "window_validation",
 ]

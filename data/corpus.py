@@ -292,8 +292,8 @@ class DocumentStream:
             documents = [documents[i] for i in generator.permutation(len(documents))]
         return Window(address, documents, next_address, num_skipped)
 
-    def _read(self, shard: int, place: Position) -> Iterator[Document]:
-        yield from self.source.read(self.shards[shard], place)
+    def _read(self, shard: int, position: Position) -> Iterator[Document]:
+        yield from self.source.read(self.shards[shard], position)
 
     def _is_in_part(self, text: str) -> bool:
         if self.part == "all" or self.spec.corpus == PYTHON_STDLIB:  # chosen by file already

@@ -80,7 +80,7 @@ class ReaderSpec:
 def _next_ready(
     ready: "queue.Queue[Chunk | Exception] | queue.SimpleQueue[Chunk | Exception]", timeout: float | None
 ) -> Chunk | None:
-    """The next chunk of a queue, or None if there is none in time; an exception in its place is raised."""
+    """The next chunk of a queue, or None if there is none in time; an exception in the queue is raised."""
     try:
         item = ready.get(timeout=timeout)
     except queue.Empty:

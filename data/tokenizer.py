@@ -59,7 +59,7 @@ def byte_tokenizer() -> Any:
     )
 
 
-def fingerprint(tokenizer: Any) -> str:
+def tokenizer_fingerprint(tokenizer: Any) -> str:
     """SHA-256 of the vocabulary with its ids."""
     numbered = sorted((number, token) for token, number in tokenizer.get_vocab().items())
     return hashlib.sha256(json.dumps(numbered).encode()).hexdigest()

@@ -124,11 +124,11 @@ def commit() -> str | None:
 
 def command_line(command: str, argv: Sequence[str]) -> str:
     """The command as typed, without --out; local paths are reduced to their last part."""
-    kept, words = [], iter(argv)
+    recorded, words = [], iter(argv)
     for word in words:
         if word == "--out":
             next(words, None)
         elif not word.startswith("--out="):
             option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-            kept.append(option + equals + public_value(value))
-    return shlex.join([*command.split(), *kept])
+            recorded.append(option + equals + public_value(value))
+    return shlex.join([*command.split(), *recorded])

@@ -17,7 +17,7 @@ import transformers
 
 from ..common.errors import NonFiniteError, StorageError, UserError
 from ..common.output import warn
-from ..data import Chunk, fingerprint
+from ..data import Chunk, tokenizer_fingerprint
 from . import processes
 from .config import Recipe
 from .evaluation import validate, validation_summary
@@ -341,7 +341,7 @@ def _save(run: Run, is_last: bool) -> None:
         info = {
             "tokens": progress.tokens,
             "vocab_size": run.engine.module.config.vocab_size,
-            "tokenizer": fingerprint(run.data.tokenizer),
+            "tokenizer": tokenizer_fingerprint(run.data.tokenizer),
             "corpus": run.data.corpus,
             "recent_losses": progress.recent_losses,
             "num_skips": progress.num_skips,

@@ -24,9 +24,9 @@ from ..data import (
     ReaderSpec,
     check_corpus,
     corpus_fingerprint,
-    fingerprint,
     model_vocab_size,
     run_tokenizer,
+    tokenizer_fingerprint,
 )
 from ..models import MinRNNConfig, MinRNNForCausalLM
 from ..models.context_parallel import use_context_parallel
@@ -185,7 +185,7 @@ def _open_tokenizer(recipe: Recipe, folder: RunFolder) -> Any:
     """The tokenizer, which must be the one that the run began with."""
     data = recipe.data
     tokenizer = run_tokenizer(data.corpus, data.tokenizer, data.task, data.trust_remote_code)
-    current = fingerprint(tokenizer)
+    current = tokenizer_fingerprint(tokenizer)
     if folder.manifest.get("tokenizer", current) != current:
         message = (
             f"{data.tokenizer} is not the tokenizer that the run began with: its vocabulary has changed; "

@@ -221,8 +221,8 @@ def run(arguments: argparse.Namespace, record: Record) -> None:
             for family in arguments.cells:
                 rows = measure_contexts(family, batch, arguments)
                 record.add(rows)
-                place = f"{arguments.dtype} on {arguments.device}"
-                print(_table(rows, f"decoding {batch} row(s), all contexts in one rotation, {place}"))
+                setting = f"{arguments.dtype} on {arguments.device}"
+                print(_table(rows, f"decoding {batch} row(s), all contexts in one rotation, {setting}"))
 
 
 def _spec(

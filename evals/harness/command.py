@@ -6,27 +6,22 @@ run's MLflow
 """
 
 import argparse
-import functools
 import json
 import logging
 import os
-import re
 import sys
-import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 from ...common.checks import option_minimum_errors
 from ...common.errors import UserError, missing_package_error
 from ...common.files import user_path, write_text
-from ...common.names import did_you_mean, nearest_names
-from ...common.output import warn
 from ...pipeline.options import add_device, add_dtype, add_trust
 from ...pipeline.processes import run_on_all_ranks
 from ...pipeline.public import public_config, public_value
-from ...pipeline.tracking_store import error_line, open_client, read_note, sqlite_file, uri_of
 from ..output import default_out, out_errors, run_folder
+from .results import Results, merge, rename_windowed, track
+from .tasks import evaluation_units, load_tasks, task_manager, task_names
 
 DESCRIPTION = """Evaluate a model on tasks of lm-eval. Texts of any length are read whole.
 A prefix that requests share is read once.
@@ -36,18 +31,6 @@ EXAMPLES = """examples:
   minrnn eval my-model --tasks my_task --include-path my-tasks --limit 100 --out results.json
   minrnn eval runs/quickstart --tasks wikitext --rolling-window 2048
       with the state carried through each document, and with the state reset every 2048 tokens"""
-# Fields of lm-eval's results that are dictionaries by task.
-MERGED = (
-    "results",
-    "groups",
-    "group_subtasks",
-    "configs",
-    "versions",
-    "n-shot",
-    "higher_is_better",
-    "n-samples",
-)
-Results = dict[str, Any]  # what lm-eval's simple_evaluate returns
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -125,109 +108,6 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError.from_list(errors)
 
 
-@functools.cache
-def task_manager(include_path: Path | None) -> Any:
-    """lm-eval's index of tasks, cached: lm-eval reads thousands of files to make it, which takes seconds."""
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager(include_path=include_path)
-
-
-def task_names(manager: Any, text: str) -> list[str]:
-    """The task names that `--tasks` lists, with patterns expanded.
-
-    Raises:
-        UserError: unknown names, each with suggestions.
-    """
-    names, errors = [], []
-    for word in dict.fromkeys(word.strip() for word in text.split(",") if word.strip()):
-        matches = manager.match_tasks([word])
-        names += [name for name in matches if name not in names]
-        if not matches:
-            near = nearest_names(word, manager.all_tasks, count=3)
-            hint = did_you_mean(near, otherwise="lm_eval ls tasks lists all")
-            errors.append(("--tasks", f"there is no {word!r} ({hint})"))
-    if not names and not errors:
-        errors.append(("--tasks", "names no task"))
-    if errors:
-        raise UserError.from_list(errors)
-    return names
-
-
-def load_tasks(manager: Any, names: list[str]) -> dict[str, list[Any]]:
-    """lm-eval's tasks or group for each name, with their data.
-
-    Raises:
-        UserError: the tasks that cannot be loaded, all of them, before any computation.
-    """
-    loaded, errors = {}, []
-    for name in names:
-        try:
-            task_objects = manager.load([name])
-        except Exception as error:  # the hub's client, datasets and a task's own code each raise their own
-            lines = str(error).strip().splitlines() or [""]
-            offline = "; its data are downloaded from the network" if _is_network(error) else ""
-            errors.append(("--tasks", f"cannot load {name}: {type(error).__name__}: {lines[0]}{offline}"))
-            continue
-        groups, tasks = task_objects["groups"], task_objects["tasks"]
-        loaded[name] = [groups[name]] if name in groups else list(tasks.values())
-    if errors:
-        raise UserError.from_list(errors)
-    return loaded
-
-
-def _is_network(error: BaseException | None) -> bool:
-    """Whether an error was caused by a failed connection."""
-    while error is not None:
-        if (
-            isinstance(error, ConnectionError)
-            or "Connect" in type(error).__name__
-            or "Offline" in type(error).__name__
-        ):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def merge(results: Results, new: Results) -> Results:
-    """Add the results of one more task."""
-    merged = {**results, **{key: value for key, value in new.items() if key != "samples"}}
-    for key in MERGED:
-        if key in results or key in new:
-            merged[key] = {**results.get(key, {}), **new.get(key, {})}
-    return merged
-
-
-def _rename_windowed(results: Results, window: int) -> Results:
-    """Results of tasks that were read in windows, under their own names."""
-    renamed = dict(results)
-    for key in MERGED:
-        if key in results:
-            renamed[key] = {f"{name}_window_{window}": value for name, value in results[key].items()}
-    for name, values in renamed["results"].items():
-        values["alias"] = name
-    return renamed
-
-
-def evaluation_units(
-    tasks: dict[str, list[Any]], manager: Any, window: int | None
-) -> dict[str, tuple[list[Any], int | None]]:
-    """What is evaluated in one call, by name for messages: (tasks or a group, None), and perplexities in
-    windows apart.
-    """
-    units: dict[str, tuple[list[Any], int | None]] = {}
-    for name, objects in tasks.items():
-        units[name] = objects, None
-        rolling = [
-            task
-            for task in manager.load(objects)["tasks"].values()
-            if task.OUTPUT_TYPE == "loglikelihood_rolling"
-        ]
-        if rolling and window is not None:
-            units[f"{name}, in windows of {window}"] = rolling, window
-    return units
-
-
 def evaluate(
     lm: Any, objects: list[Any], window: int | None, manager: Any, arguments: argparse.Namespace
 ) -> Results | None:
@@ -258,38 +138,7 @@ def evaluate(
     results["config"].pop("rolling")
     name = public_value(str(run_folder(arguments.model) or arguments.model))
     results["config"] |= {"model": name, "model_args": {"pretrained": name, "dtype": arguments.dtype}}
-    return results if window is None else _rename_windowed(results, window)
-
-
-def _metric_name(task: str, key: str) -> str:
-    """The name in MLflow of an lm-eval metric such as "acc,none": eval/TASK/METRIC."""
-    parts = (task, *key.removesuffix(",none").split(","))
-    return "/".join(["eval", *(re.sub(r"[^\w. /-]", "_", part) for part in parts)])
-
-
-def track(run: Path, results: Results) -> None:
-    """Send metrics to the run's MLflow, as eval/TASK/METRIC. A failure is only a warning."""
-    uri = ""
-    try:
-        note = read_note(run)
-        if note is None:
-            return
-        from mlflow.entities import Metric
-
-        uri = uri_of(note)
-        if (database := sqlite_file(uri)) is not None and not database.exists():
-            raise FileNotFoundError(f"{database} is not here")
-        finished, now = run / ".finished", round(time.time() * 1000)
-        step = int(finished.read_text()) if finished.exists() else 0
-        metrics = [
-            Metric(_metric_name(task, key), value, now, step)
-            for task, values in results["results"].items()
-            for key, value in values.items()
-            if "," in key and isinstance(value, int | float)
-        ]
-        open_client(uri).log_batch(note["run_id"], metrics=metrics)
-    except Exception as error:  # each store raises its own errors; the results are on disk
-        warn(f"tracking: the metrics did not reach MLflow ({error_line(error, uri)}); the file has them all")
+    return results if window is None else rename_windowed(results, window)
 
 
 def evaluate_all(

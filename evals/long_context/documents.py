@@ -18,7 +18,7 @@ from ...common.errors import UserError
 from ...common.files import user_path
 from ...common.names import did_you_mean, nearest_names
 from ...common.output import warn
-from ...data import BYTES, CorpusSpec, Encoder, byte_tokenizer, fingerprint, open_source
+from ...data import BYTES, CorpusSpec, Encoder, byte_tokenizer, open_source, tokenizer_fingerprint
 from ...data.corpus import PYTHON_STDLIB
 from ...data.joined import PACKAGE, join_documents
 from ...data.sources import Document, Position, Source, TextFiles
@@ -172,7 +172,7 @@ def find_document(arguments: argparse.Namespace) -> LongDocument:
 
 def document_encoder(tokenizer: Any) -> Encoder:
     """Encodes `<bos> text <eos>`, as in training."""
-    is_bytes = fingerprint(tokenizer) == fingerprint(byte_tokenizer())
+    is_bytes = tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(byte_tokenizer())
     return Encoder.from_tokenizer(tokenizer, BYTES if is_bytes else tokenizer.name_or_path)
 
 

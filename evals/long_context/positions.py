@@ -197,6 +197,19 @@ def _target_nats(model: MinRNNForCausalLM, rows: np.ndarray, piece: int) -> np.n
     return _nats(model, hidden, scored[:, 1:]).cpu().numpy().astype(np.float64)
 
 
+def _anchor_nats(
+    model: MinRNNForCausalLM, rows: np.ndarray, piece: int, on_progress: Callable[[int], object]
+) -> np.ndarray:
+    """Mean nats of the targets of each row [rows, context + NUM_TARGETS], read in batches."""
+    size = max(1, piece // rows.shape[1])
+    nats = []
+    for first in range(0, len(rows), size):
+        batch = rows[first : first + size]
+        nats.append(_target_nats(model, batch, piece).mean(1))
+        on_progress(batch.size)
+    return np.concatenate(nats)
+
+
 def memory_curve(
     model: MinRNNForCausalLM,
     tokens: np.ndarray,
@@ -235,21 +248,11 @@ def memory_curve(
     for context in contexts:
         width = context + NUM_TARGETS
         rows = tokens[anchors[:, None] - width + np.arange(width)]
-        size = max(1, piece // width)
-        nats = []
-        for first in range(0, num_anchors, size):
-            nats.append(_target_nats(model, rows[first : first + size], piece).mean(1))
-            on_progress(rows[first : first + size].size)
-        difference = np.concatenate(nats) - all_context
+        nats = _anchor_nats(model, rows, piece, on_progress)
+        difference = nats - all_context
         error = float(difference.std(ddof=1) / math.sqrt(num_anchors)) if num_anchors > 1 else None
-        curve.append(
-            {
-                "context": context,
-                "nats": float(np.concatenate(nats).mean()),
-                "above_all": float(difference.mean()),
-                "error": error,
-            }
-        )
+        row = {"context": context, "nats": float(nats.mean()), "above_all": float(difference.mean())}
+        curve.append({**row, "error": error})
     return {
         "definition": "the smallest number of tokens before the targets, read from an empty state, "
         f"whose mean loss is at most {tolerance:g} nats above that with all the context",

@@ -26,12 +26,12 @@ def _line(*cells: str) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _rows(rows: list[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]:
+def _rows(rows: list[dict[str, Any]], **fields: Any) -> list[dict[str, Any]]:
     """The rows that ran and have these values."""
     return [
         row
         for row in rows
-        if "reason" not in row and all(row.get(key) == value for key, value in wanted.items())
+        if "reason" not in row and all(row.get(key) == value for key, value in fields.items())
     ]
 
 

@@ -148,9 +148,9 @@ def test_held_out_and_training_documents_are_disjoint_and_complete(
     texts = some_texts(120, seed=3)
     spec = replace(write_corpus(kind, tmp_path, texts, 2), held_out=fraction)
     parts: dict[Split, list[str]] = {"train": [], "validation": [], "all": []}
-    for part, found in parts.items():
+    for part, texts_of_part in parts.items():
         for reader in range(3):
-            found += texts_of(DocumentStream(spec, part, reader, 3, 8, 0).one_epoch())
+            texts_of_part += texts_of(DocumentStream(spec, part, reader, 3, 8, 0).one_epoch())
     assert Counter(parts["all"]) == Counter(texts)
     assert Counter(parts["train"]) + Counter(parts["validation"]) == Counter(texts)
     assert not set(parts["train"]) & set(parts["validation"])

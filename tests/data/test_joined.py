@@ -134,8 +134,8 @@ def test_rows_are_joined_and_read_from_any_position(
         ):  # a hint taken after going on from a hint
             at, hint, again = 0, None, open_rows(kind, folder)
             while at < len(whole):
-                found = list(itertools.islice(again.read(shard, Position(at, hint)), count))
-                assert found == whole[at : at + count]
+                actual = list(itertools.islice(again.read(shard, Position(at, hint)), count))
+                assert actual == whole[at : at + count]
                 at, hint = at + count, json.loads(json.dumps(again.hint()))
 
 
@@ -230,8 +230,8 @@ def test_what_is_held_out_is_chosen_by_the_joined_text(tmp_path: Path):
     write_rows("jsonl", tmp_path, [make_books(60)])
     spec = CorpusSpec(str(tmp_path), join="book", held_out=0.3)
     parts: dict[Split, list[str]] = {"train": [], "validation": [], "all": []}
-    for part, found in parts.items():
-        found += [document.text or "" for document in DocumentStream(spec, part, 0, 1, 8, None).one_epoch()]
+    for part, texts in parts.items():
+        texts += [document.text or "" for document in DocumentStream(spec, part, 0, 1, 8, None).one_epoch()]
     assert parts["all"] == [text for text, _ in naive_join(make_books(60))]
     assert parts["validation"] == [text for text in parts["all"] if is_held_out(text, 0.3)]
     assert parts["train"] == [text for text in parts["all"] if not is_held_out(text, 0.3)]

@@ -110,27 +110,27 @@ def test_results_are_complete_and_saved_with_the_run(export: Path, tmp_path: Pat
         ]
     )
     (file,) = (export.parent / "evals").glob("lm-eval-*.json")
-    found = json.loads(file.read_text())
-    check_scores(found["results"], export)
-    assert found["results"]["tiny_document"]["bits_per_byte,none"] == pytest.approx(
+    results = json.loads(file.read_text())
+    check_scores(results["results"], export)
+    assert results["results"]["tiny_document"]["bits_per_byte,none"] == pytest.approx(
         expected_scores(export)["bits_per_byte"], rel=1e-5
     )
-    assert found["configs"]["tiny_document"]["metadata"]["rolling"] == "state carried through the document"
+    assert results["configs"]["tiny_document"]["metadata"]["rolling"] == "state carried through the document"
     assert (
-        found["configs"]["tiny_document_window_16"]["metadata"]["rolling"]
+        results["configs"]["tiny_document_window_16"]["metadata"]["rolling"]
         == "windows of 16 tokens, state reset"
     )
-    windowed = found["results"]["tiny_document_window_16"]["bits_per_byte,none"]
+    windowed = results["results"]["tiny_document_window_16"]["bits_per_byte,none"]
     assert windowed != pytest.approx(expected_scores(export)["bits_per_byte"], rel=1e-5)
-    assert {"versions", "n-shot", "n-samples", "config", "lm_eval_version"} <= found.keys()
-    assert found["config"]["model_args"]["pretrained"] == export.parent.name
+    assert {"versions", "n-shot", "n-samples", "config", "lm_eval_version"} <= results.keys()
+    assert results["config"]["model_args"]["pretrained"] == export.parent.name
     assert str(TASKS) not in file.read_text()
     assert str(export.parent) not in file.read_text()
     assert "tiny_document_window_16" in capsys.readouterr().out
     note = json.loads((export.parent / "mlflow.json").read_text())
     client = MlflowClient(tracking_uri=note["uri"])
     (metric,) = client.get_metric_history(note["run_id"], "eval/tiny_choice/acc")
-    assert (metric.step, metric.value) == (12, found["results"]["tiny_choice"]["acc,none"])
+    assert (metric.step, metric.value) == (12, results["results"]["tiny_choice"]["acc,none"])
     assert client.get_metric_history(note["run_id"], "eval/tiny_document_window_16/bits_per_byte")
 
 
@@ -141,10 +141,10 @@ def test_a_failing_task_does_not_stop_the_others(export: Path, tmp_path: Path, c
         main(["eval", str(export), "--tasks", "tiny_choice,tiny_broken,tiny_writing", *options])
     assert raised.value.code == 1
     assert capsys.readouterr().err.splitlines()[-1] == "error: tiny_broken: RuntimeError: this task is broken"
-    found = json.loads(out.read_text())
-    assert found["results"].keys() == found["n-samples"].keys() == {"tiny_choice", "tiny_writing"}
-    assert found["n-samples"]["tiny_choice"]["effective"] == 2
-    assert found["config"]["batch_size"] == 32
+    results = json.loads(out.read_text())
+    assert results["results"].keys() == results["n-samples"].keys() == {"tiny_choice", "tiny_writing"}
+    assert results["n-samples"]["tiny_choice"]["effective"] == 2
+    assert results["config"]["batch_size"] == 32
 
 
 def test_an_unwritable_file_is_reported_before_any_computation(export: Path, tmp_path: Path, capsys):
@@ -252,12 +252,12 @@ def check_user_error(arguments: list[str], expected: list[str], capsys, removed:
     with pytest.raises(SystemExit) as raised:
         main(arguments)
     assert raised.value.code == 2
-    found = [
+    results = [
         line
         for line in capsys.readouterr().err.replace(removed, "").splitlines()
         if line.startswith("error: ")
     ]
-    assert [line[: len(start)] for line, start in zip(found, expected, strict=True)] == expected
+    assert [line[: len(start)] for line, start in zip(results, expected, strict=True)] == expected
 
 
 def test_each_user_error_is_one_line(export: Path, tmp_path: Path, capsys, monkeypatch):
@@ -389,7 +389,7 @@ def test_lm_evals_own_command_finds_its_batch_size(export: Path, tmp_path: Path)
 def test_two_processes_give_the_results_of_one(export: Path, tmp_path: Path):
     config = REPOSITORY / "launch" / "accelerate" / "cpu.yaml"
     two = ["accelerate.commands.launch", "--config_file", str(config), "--num_processes", "2", "-m"]
-    found = []
+    results = []
     for name, launcher in {"one": [], "two": two}.items():
         out = tmp_path / f"{name}.json"
         names = "tiny_choice,tiny_completion,tiny_document,tiny_writing"
@@ -405,12 +405,12 @@ def test_two_processes_give_the_results_of_one(export: Path, tmp_path: Path):
             str(out),
             home=tmp_path / name,
         )
-        found.append(json.loads(out.read_text()))
-    one, two_results = (each["results"] for each in found)
+        results.append(json.loads(out.read_text()))
+    one, two_results = (each["results"] for each in results)
     assert one.keys() == two_results.keys()
     for task, values in one.items():
         for key, value in values.items():
             assert two_results[task][key] == (
                 pytest.approx(value, rel=1e-5) if isinstance(value, float) else value
             )
-    assert found[0]["n-samples"] == found[1]["n-samples"]
+    assert results[0]["n-samples"] == results[1]["n-samples"]

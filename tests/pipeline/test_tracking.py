@@ -19,7 +19,7 @@ import yaml
 from conftest import Values, losses, recipe_file, stop_at_step_7
 from mlflow import MlflowClient
 
-from minrnn.evals.harness.command import track
+from minrnn.evals.harness.results import track
 from minrnn.pipeline import tracking
 from minrnn.pipeline.tracking import Tracker
 from minrnn.pipeline.tracking_store import prepare_sqlite, read_note
