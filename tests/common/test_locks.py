@@ -1,4 +1,4 @@
-"""Locks where there are some, and words where there are none."""
+"""File locks, and the message where there are none."""
 
 import errno
 import fcntl
@@ -10,7 +10,7 @@ import pytest
 from minrnn.common.locks import lock
 
 
-def test_a_second_holder_is_refused_until_the_first_lets_go(tmp_path: Path):
+def test_a_second_holder_is_refused_until_the_first_releases(tmp_path: Path):
     path = tmp_path / "lock"
     with path.open("w") as first, path.open("w") as second:
         assert lock(first, wait=False) is None

@@ -1,4 +1,4 @@
-"""A program whose output goes nowhere works on, and ends with its own status."""
+"""A program whose output cannot be written continues, and exits with its own status."""
 
 import io
 import subprocess
@@ -31,8 +31,8 @@ PROGRAM = """
     "redirection",
     ["> /dev/full 2> /dev/full", "> /dev/full 2>&1", ">&- 2>&-", "<&- >&- 2>&-", "2>&1 | head -c 1"],
 )
-def test_output_that_goes_nowhere_stops_no_program(redirection: str, tmp_path: Path):
-    """It neither raises, nor changes the exit status, nor lands in a file that was opened later."""
+def test_failed_writes_do_not_stop_a_program(redirection: str, tmp_path: Path):
+    """They neither raise, nor change the exit status, nor end up in a file that was opened later."""
     (tmp_path / "program.py").write_text(textwrap.dedent(PROGRAM))
     command = f'"$0" program.py written "{redirection}" {redirection}; exit ${{PIPESTATUS[0]}}'
     ended = subprocess.run(
@@ -49,7 +49,7 @@ def test_characters_that_the_encoding_lacks_are_escaped():
     assert raw.getvalue() == b"a caf\\xe9\n"
 
 
-def test_a_progress_bar_on_a_closed_stream_goes_on():
+def test_a_progress_bar_continues_on_a_closed_stream():
     file = io.StringIO()
     stream = UnfailingStream(file)
     with tqdm(total=3, file=stream, mininterval=0) as bar:

@@ -1,7 +1,7 @@
-"""Run the mixins on our models and on three of transformers, and count the outcomes (`make test-transformers`).
+"""Run the mixins on our models and on three of transformers, and count the outcomes.
 
-Writes evals/results/transformers-tests.json. Ends with status 1 if a test of ours failed.
-Slow tests run too (RUN_SLOW=1): the ones that export and compile are among them.
+`make test-transformers` runs it. Writes evals/results/transformers-tests.json. The exit status is 1 if a test
+of ours failed. Slow tests run too (RUN_SLOW=1), because the tests of export and compilation are slow.
 """
 
 import collections
@@ -64,9 +64,8 @@ def main() -> None:
     )
     models = plugin.by_class()
     for name, entry in models.items():
-        print(
-            f"{name:16} passed {entry['passed']:4} failed {len(entry['failed']):3} skipped {entry['skipped']:4}"
-        )
+        passed, failed, skipped = entry["passed"], len(entry["failed"]), entry["skipped"]
+        print(f"{name:16} passed {passed:4} failed {failed:3} skipped {skipped:4}")
     command = command_line("make test-transformers", ())
     record = {"command": command, "commit": commit(), "versions": versions(), "models": models}
     RESULT.write_text(json.dumps(record, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""The same tests on models of transformers, to compare the counts with (`make test-transformers PEERS=1`)."""
+"""The same tests on models of transformers, for comparison of the counts."""
 
 import unittest
 from typing import Any

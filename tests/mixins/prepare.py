@@ -1,7 +1,8 @@
-"""Make transformers' own model tests importable, at the installed version: `python tests/mixins/prepare.py FOLDER`.
+"""Make transformers' own model tests importable: `python tests/mixins/prepare.py FOLDER`.
 
-The source distribution holds `tests/test_*.py`, but not the folders that these import from (generation/, exporters/, utils/). Those get
-empty stand-ins, so that what generation and export tests would check is not run here. Nothing of it is kept in the repository.
+Downloads the source distribution of the installed version. It holds `tests/test_*.py`, but not the folders
+that these import from (generation/, exporters/, utils/). Empty classes stand in for those, so their tests are
+not run.
 """
 
 import subprocess

@@ -1,4 +1,4 @@
-"""transformers' own model tests, at the installed version, on both cells and presets (`make test-transformers`)."""
+"""transformers' own model tests, of the installed version, on both cells and presets."""
 
 import unittest
 

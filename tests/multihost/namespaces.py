@@ -1,4 +1,4 @@
-"""Two hosts on one Linux machine: network namespaces with host names of their own, joined by a virtual cable that leads nowhere else."""
+"""Two hosts on one Linux machine: network namespaces with host names, connected by a virtual cable."""
 
 import atexit
 import contextlib
@@ -17,7 +17,7 @@ HOSTS_FILES = Path("/etc/netns")  # `ip netns exec NAME` shows NAME's folder of 
 
 
 class NoNamespacesError(Exception):
-    """This machine, or this user, cannot make network namespaces; says why."""
+    """This machine or this user cannot make network namespaces."""
 
 
 def ip(*words: str) -> str:
@@ -30,7 +30,7 @@ def ip(*words: str) -> str:
 
 @dataclass
 class Host:
-    """A machine of a network of two."""
+    """One of the two hosts."""
 
     name: str
     namespace: str
@@ -38,18 +38,10 @@ class Host:
     started: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def start(self, *command: str, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-        """Start a command here; its output goes to a file of `logs`."""
+        """Start a command on this host. Its output goes to a file in `logs`."""
         inside = [
-            "ip",
-            "netns",
-            "exec",
-            self.namespace,
-            "unshare",
-            "--uts",
-            "sh",
-            "-c",
-            'hostname "$0" && exec "$@"',
-            self.name,
+            *("ip", "netns", "exec", self.namespace, "unshare", "--uts"),
+            *("sh", "-c", 'hostname "$0" && exec "$@"', self.name),
             *command,
         ]
         with (self.logs / f"{self.name}.{len(self.started)}.log").open("wb") as log:
@@ -59,23 +51,23 @@ class Host:
         self.started.append(process)
         return process
 
-    def told(self) -> str:
-        """Everything that was printed here."""
+    def output(self) -> str:
+        """The output of all commands of this host."""
         return "".join(
             path.read_text(errors="replace") for path in sorted(self.logs.glob(f"{self.name}.*.log"))
         )
 
-    def lose(self) -> None:
-        """Pull the cable, then kill everything: nobody hears of it."""
+    def disconnect(self) -> None:
+        """Cut the connection, then kill all processes, so that no message about it arrives."""
         ip("-n", self.namespace, "link", "set", INTERFACE, "down")
         self.kill()
 
-    def come_back(self) -> None:
-        """Plug the cable in."""
+    def connect(self) -> None:
+        """Restore the connection."""
         ip("-n", self.namespace, "link", "set", INTERFACE, "up")
 
     def kill(self) -> None:
-        """kill -9 for every process of this host, until there is none."""
+        """Send SIGKILL to the processes of this host until there are none."""
         deadline = time.monotonic() + 20
         while (pids := ip("netns", "pids", self.namespace).split()) and time.monotonic() < deadline:
             for pid in pids:
@@ -100,19 +92,19 @@ def _add(namespace: str) -> None:
 def _remove(host: Host) -> None:
     if host.namespace in ip("netns", "list").split():
         host.kill()
-        ip("netns", "del", host.namespace)  # and its end of the cable, and with it the other
+        ip("netns", "del", host.namespace)  # removes its end of the cable, too, and so the other end
     shutil.rmtree(HOSTS_FILES / host.namespace, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def two_hosts(logs: Path) -> Iterator[tuple[Host, Host]]:
-    """host-a and host-b, who reach each other by name and nothing else; gone afterwards, with everything that runs there.
+    """Yield host-a and host-b, which reach each other by name and no other host, and remove them afterwards.
 
     Raises:
-        NoNamespacesError: they cannot be made here.
+        NoNamespacesError: the namespaces cannot be made.
     """
     if os.geteuid() != 0:
-        raise NoNamespacesError("network namespaces want root")
+        raise NoNamespacesError("network namespaces need root")
     if missing := [tool for tool in ("ip", "unshare") if shutil.which(tool) is None]:
         raise NoNamespacesError(f"{' and '.join(missing)} (iproute2, util-linux) not found")
     hosts = [Host(name, f"minrnn-{os.getpid()}-{name}", logs) for name in ADDRESSES]
@@ -120,7 +112,7 @@ def two_hosts(logs: Path) -> Iterator[tuple[Host, Host]]:
     def clean_up() -> None:
         for host in hosts:
             _remove(host)
-        with contextlib.suppress(OSError):  # others may have theirs
+        with contextlib.suppress(OSError):  # not empty
             HOSTS_FILES.rmdir()
 
     atexit.register(clean_up)
@@ -129,23 +121,11 @@ def two_hosts(logs: Path) -> Iterator[tuple[Host, Host]]:
             for host in hosts:
                 _add(host.namespace)
             a, b = hosts
-            ip(
-                "link",
-                "add",
-                INTERFACE,
-                "netns",
-                a.namespace,
-                "type",
-                "veth",
-                "peer",
-                "name",
-                INTERFACE,
-                "netns",
-                b.namespace,
-            )
+            ends = ["netns", a.namespace, "type", "veth", "peer", "name", INTERFACE, "netns", b.namespace]
+            ip("link", "add", INTERFACE, *ends)
             for host in hosts:
                 ip("-n", host.namespace, "address", "add", f"{ADDRESSES[host.name]}/24", "dev", INTERFACE)
-                host.come_back()
+                host.connect()
         except OSError as error:
             raise NoNamespacesError(str(error)) from error
         yield a, b

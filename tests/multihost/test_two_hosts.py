@@ -1,6 +1,7 @@
-"""A run on two machines: the losses of one process, also when a machine is lost on the way.
+"""A run on two hosts has the losses of one process, also when a host is lost.
 
-`make test-multihost`, as root. Each machine has torchrun with one process, on CPUs over gloo; both see one folder, as on a shared file system.
+`make test-multihost`, as root. Each host runs torchrun with one process, on CPUs over gloo. Both see the same
+folder, as on a shared file system.
 """
 
 import json
@@ -19,14 +20,15 @@ from namespaces import ADDRESSES, INTERFACE, Host, NoNamespacesError, two_hosts
 
 pytestmark = pytest.mark.multihost
 STEPS, SAVE_EVERY, LOST_AFTER = 240, 20, 90
-# Without the last, a launcher that comes anew waits for an address that the others have told each other already (pytorch issue 135712).
+# Without TORCH_DISABLE_SHARE_RDZV_TCP_STORE, a restarted launcher waits for an address that was exchanged
+# before its start (pytorch issue 135712).
 ENVIRONMENT = {
     **os.environ,
     "OMP_NUM_THREADS": "1",
     "GLOO_SOCKET_IFNAME": INTERFACE,
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
 }
-LIMIT = 1200  # seconds for anything to happen, on a busy machine too
+LIMIT = 1200  # seconds; enough for a busy machine
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +83,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(shared: Path) -> Path:
-    """The run of a single process."""
+    """The folder of the run of a single process."""
     folder = shared / "undisturbed"
     command = [sys.executable, "-m", *training(shared, folder)]
     done = subprocess.run(
@@ -106,28 +108,13 @@ def training(shared: Path, folder: Path) -> list[str]:
 
 
 def launch(host: Host, shared: Path, folder: Path, nodes: str) -> subprocess.Popen[bytes]:
-    """torchrun on a host, with one process; host-a is where all meet."""
-    meeting = [
-        "--rdzv-backend",
-        "c10d",
-        "--rdzv-endpoint",
-        "host-a:29400",
-        "--rdzv-id",
-        "run",
-        "--local-addr",
-        ADDRESSES[host.name],
+    """Start torchrun on a host, with one process; host-a is the rendezvous."""
+    rendezvous = [
+        *("--rdzv-backend", "c10d", "--rdzv-endpoint", "host-a:29400", "--rdzv-id", "run"),
+        *("--rdzv-conf", "last_call_timeout=3,join_timeout=120", "--local-addr", ADDRESSES[host.name]),
     ]
-    patience = ["--rdzv-conf", "last_call_timeout=3,join_timeout=120", "--max-restarts", "3"]
-    torchrun = [
-        "torch.distributed.run",
-        "--nnodes",
-        nodes,
-        "--nproc-per-node",
-        "1",
-        *meeting,
-        *patience,
-        "-m",
-    ]
+    options = ["--nnodes", nodes, "--nproc-per-node", "1", "--max-restarts", "3"]
+    torchrun = ["torch.distributed.run", *options, *rendezvous, "-m"]
     return host.start(sys.executable, "-m", *torchrun, *training(shared, folder), environment=ENVIRONMENT)
 
 
@@ -138,17 +125,17 @@ def entries(folder: Path) -> list[tuple[int, float]]:
     return [(line["step"], line["loss"]) for line in lines if line["kind"] == "train"]
 
 
-def wait_for(happened: Callable[[], bool], what: str, hosts: tuple[Host, Host]) -> None:
+def wait_for(condition: Callable[[], bool], event: str, hosts: tuple[Host, Host]) -> None:
     deadline = time.monotonic() + LIMIT
-    while not happened():
-        assert time.monotonic() < deadline, f"{what} did not happen\n" + "\n".join(
-            host.told()[-3000:] for host in hosts
+    while not condition():
+        assert time.monotonic() < deadline, f"{event} did not happen\n" + "\n".join(
+            host.output()[-3000:] for host in hosts
         )
         time.sleep(0.05)
 
 
 def check_same_run(folder: Path, undisturbed: Path) -> None:
-    """Every step once, in order, with the losses and the data of one process that was left alone."""
+    """Every step is there once, in order, with the losses and the data of the undisturbed run."""
     assert [step for step, _ in entries(folder)] == list(range(1, STEPS + 1))
     np.testing.assert_allclose(entries(folder), entries(undisturbed), rtol=1e-9)
     last = f"checkpoints/step-{STEPS:06d}"
@@ -161,9 +148,9 @@ def check_same_run(folder: Path, undisturbed: Path) -> None:
 
 
 def lose_in_the_middle(hosts: tuple[Host, Host], folder: Path) -> int:
-    """Take host-b away once the run is well under way; returns the step it was lost after."""
+    """Disconnect host-b in the middle of the run. Returns the last step before."""
     wait_for(lambda: len(entries(folder)) >= LOST_AFTER, f"step {LOST_AFTER}", hosts)
-    hosts[1].lose()
+    hosts[1].disconnect()
     step = entries(folder)[-1][0]
     assert step < STEPS, "the run was over before a host was lost"
     return step
@@ -172,8 +159,8 @@ def lose_in_the_middle(hosts: tuple[Host, Host], folder: Path) -> int:
 def test_two_hosts_give_the_losses_of_one_process(hosts: tuple[Host, Host], shared: Path, undisturbed: Path):
     folder = shared / "together"
     for process in [launch(host, shared, folder, "2") for host in hosts]:
-        assert process.wait(LIMIT) == 0, "\n".join(host.told()[-3000:] for host in hosts)
-    assert "2 process(es)" in hosts[0].told() + hosts[1].told()
+        assert process.wait(LIMIT) == 0, "\n".join(host.output()[-3000:] for host in hosts)
+    assert "2 process(es)" in hosts[0].output() + hosts[1].output()
     check_same_run(folder, undisturbed)
 
 
@@ -183,24 +170,24 @@ def test_a_host_is_lost_and_the_other_goes_on_alone(
     folder = shared / "alone"
     survivor, _ = [launch(host, shared, folder, "1:2") for host in hosts]
     step = lose_in_the_middle(hosts, folder)
-    assert survivor.wait(LIMIT) == 0, hosts[0].told()[-5000:]
-    told = hosts[0].told()
-    assert "1 process(es)" in told
-    resumed = int(told.rsplit("going on from step ", 1)[1].split()[0])
+    assert survivor.wait(LIMIT) == 0, hosts[0].output()[-5000:]
+    output = hosts[0].output()
+    assert "1 process(es)" in output
+    resumed = int(output.rsplit("going on from step ", 1)[1].split()[0])
     assert 0 < resumed <= step
     check_same_run(folder, undisturbed)
 
 
 def test_a_host_is_lost_and_comes_back(hosts: tuple[Host, Host], shared: Path, undisturbed: Path):
-    """With exactly two, the other waits for it."""
+    """With exactly two nodes, the other host waits for it."""
     folder = shared / "again"
     survivor, _ = [launch(host, shared, folder, "2") for host in hosts]
     step = lose_in_the_middle(hosts, folder)
-    wait_for(lambda: "failed (exitcode: " in hosts[0].told(), "noticing", hosts)
+    wait_for(lambda: "failed (exitcode: " in hosts[0].output(), "noticing", hosts)
     assert survivor.poll() is None
     assert entries(folder)[-1][0] <= step + 1, "nothing is trained without the other half of the data"
-    hosts[1].come_back()
+    hosts[1].connect()
     returned = launch(hosts[1], shared, folder, "2")
     for process in (survivor, returned):
-        assert process.wait(LIMIT) == 0, "\n".join(host.told()[-5000:] for host in hosts)
+        assert process.wait(LIMIT) == 0, "\n".join(host.output()[-5000:] for host in hosts)
     check_same_run(folder, undisturbed)

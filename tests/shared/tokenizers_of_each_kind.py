@@ -1,4 +1,4 @@
-"""Small tokenizers of the kinds that the hub has, each of transformers' own class for it, trained here on a few lines."""
+"""Small tokenizers of the kinds on the hub, each with transformers' class for it, trained on a few lines."""
 
 import json
 from pathlib import Path
@@ -40,19 +40,19 @@ def _byte_level(add_prefix_space: bool, special: list[str]) -> tuple[dict[str, i
 
 
 def gpt2() -> Any:
-    """Adds nothing; one token for everything."""
+    """Adds no tokens; one special token for all purposes."""
     vocabulary, merges = _byte_level(False, ["<|endoftext|>"])
     return GPT2Tokenizer(vocab=vocabulary, merges=merges)
 
 
 def roberta() -> Any:
-    """Closes every encoding with </s>; a space before the first word."""
+    """Ends every encoding with </s>; adds a space before the first word."""
     vocabulary, merges = _byte_level(True, ["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
     return RobertaTokenizer(vocab=vocabulary, merges=merges, add_prefix_space=True)
 
 
 def llama() -> Any:
-    """Metaspace and single bytes: the first word begins as one behind a space does."""
+    """Metaspace and byte fallback: the first word is encoded as after a space."""
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
 
     backend = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
@@ -75,7 +75,7 @@ def bert() -> Any:
 
 
 def t5() -> Any:
-    """Unigram, closed with </s>, without bos; </s> is a piece that the model can find in a text."""
+    """Unigram, ends with </s>, no bos; </s> is a piece that the model can match in a text."""
 
     backend = Tokenizer(models.Unigram())
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -87,7 +87,7 @@ def t5() -> Any:
 
 
 def odd() -> Any:
-    """Truncation and padding of its own, names that templates read otherwise, and words that are no special tokens."""
+    """Truncation, padding, special tokens that look like template syntax, other added tokens."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer, backend.decoder = (
         pre_tokenizers.ByteLevel(add_prefix_space=False),
@@ -117,6 +117,6 @@ KINDS = {"gpt2": gpt2, "roberta": roberta, "llama": llama, "bert": bert, "t5": t
 
 
 def saved(kind: str, folder: Path) -> str:
-    """A folder that AutoTokenizer loads."""
+    """Save a tokenizer of this kind to a folder, and return its path."""
     KINDS[kind]().save_pretrained(folder)
     return str(folder)

@@ -1,22 +1,27 @@
-"""A run under random faults against an undisturbed one: `make soak`, or `python tests/soak --minutes 30 --kills 100`.
+"""Compare a run under random faults with an undisturbed one: `make soak`, or `python tests/soak`.
 
-Two processes under an elastic launcher train a small model with a data worker each, and save in the background every few steps. Faults come
-at random moments, those of saving included:
+Two processes under an elastic launcher train a small model, each with a data worker, and save in the
+background every few steps. Faults happen at random moments, also during a save:
 
-    kill         SIGKILL of one training process; the launcher starts both anew
-    all          SIGKILL of the launcher and all its processes; the same command is given again
-    preempt      SIGTERM to the launcher, as a scheduler preempts: the processes agree on a step, save and leave; the same command again
+    kill         SIGKILL to one training process; the launcher restarts both
+    all          SIGKILL to the launcher and all its processes; the same command is started again
+    preempt      SIGTERM to the launcher, as at a preemption: the processes agree on a step, save and exit;
+                 the same command is started again
     SIGTERM, SIGINT, SIGHUP, SIGUSR1
-                 to one training process: both save the same step and leave; the launcher starts them anew
-    stop         SIGSTOP of one process: the other names it and leaves
-    rot          with all dead, one bit of the newest checkpoint is flipped, or a file of it is cut short: it must not be used
-    full disk    nothing can be written below the run's folder until a save has failed: training goes on, and the next checkpoint lands
-    sync error   the same with fsync
-    read error   with all dead, nothing can be read below the run's folder while the run starts: the newest checkpoint must be used after all
+                 to one training process: both save the same step and exit; the launcher restarts them
+    stop         SIGSTOP to one process: the other names it and exits
+    rot          after `all`, one bit of the newest checkpoint is flipped, or a file of it is truncated; the
+                 run must not use it
+    full disk    writes below the run's folder fail until a save has failed: training continues, and the
+                 next checkpoint is written
+    sync error   the same for fsync
+    read error   after `all`, reads below the run's folder fail while the run starts; the newest checkpoint
+                 must be used in the end
 
-At the end the run is told to stop, and an undisturbed run takes as many steps. Losses and validations must be equal to the bit, every step
-there once, every reader at the same place, the settings the same. Writes evals/results/soak.json and ends with status 1 if anything differs.
-Faults of the disk need a C compiler.
+At the end the run is stopped, and an undisturbed run takes the same number of steps. Losses and validations
+must be equal to the bit, every step must be there once, and the positions of the readers and the settings
+must be equal. Writes evals/results/soak.json. The exit status is 1 if anything differs. The faults of the
+disk need a C compiler.
 """
 
 import argparse
@@ -35,14 +40,15 @@ import yaml
 from disturbed import ENVIRONMENT, EVAL_EVERY, REPOSITORY, WEIGHTS, DisturbedRun, command
 from tqdm import tqdm
 
+from minrnn.common.files import write_json
 from minrnn.evals.record import commit, machine, versions
 from minrnn.pipeline.checkpoint import steps_in
 
-FREE = {"run.dir", "train.steps", "optim.schedule_steps"}  # settings that differ between the two runs
+MAY_DIFFER = {"run.dir", "train.steps", "optim.schedule_steps"}  # settings
 
 
 def _metrics(run: Path, kind: str) -> list[dict[str, Any]]:
-    """Lines of a kind, without what the clock decides."""
+    """The lines of a kind, without measured times."""
     timed = {"tokens_per_second", "matmul_fraction", "seconds"}
     entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [
@@ -55,11 +61,11 @@ def _metrics(run: Path, kind: str) -> list[dict[str, Any]]:
 def _settings(path: Path) -> dict[str, Any]:
     sections = yaml.safe_load(path.read_text()).items()
     flat = {f"{section}.{name}": value for section, fields in sections for name, value in fields.items()}
-    return {key: value for key, value in flat.items() if key not in FREE}
+    return {key: value for key, value in flat.items() if key not in MAY_DIFFER}
 
 
 def differences(disturbed: Path, undisturbed: Path) -> list[str]:
-    """What is not as it should be."""
+    """Differences between the two runs, and steps that are missing or repeated."""
     errors = []
     for kind in ("train", "validation"):
         ours, others = _metrics(disturbed, kind), _metrics(undisturbed, kind)
@@ -88,7 +94,7 @@ def differences(disturbed: Path, undisturbed: Path) -> list[str]:
 
 
 def main() -> int:
-    """Disturb, compare, report."""
+    """Train under faults, train undisturbed, compare, write the results. Returns the exit status."""
     parser = argparse.ArgumentParser(
         "python tests/soak", description="Train under random faults; compare with an undisturbed run."
     )
@@ -96,7 +102,7 @@ def main() -> int:
         "--minutes", type=float, default=30, help="for the disturbed run (default: %(default)s)"
     )
     parser.add_argument(
-        "--kills", type=int, default=10**9, help="stop after so many kill -9 (default: only the time counts)"
+        "--kills", type=int, default=10**9, help="stop after this number of kill -9 (default: no limit)"
     )
     parser.add_argument(
         "--seed", type=int, default=0, help="of corpus, model and faults (default: %(default)s)"
@@ -132,26 +138,24 @@ def main() -> int:
         check=True,
         stderr=subprocess.DEVNULL,
     )
-    cut = [int(number) for number in re.findall(r"warning: (\d+) lines of", soak.output())]
+    repeated = [int(number) for number in re.findall(r"warning: (\d+) lines of", soak.output())]
+    options = f"--minutes {arguments.minutes:g} --kills {arguments.kills} --seed {arguments.seed}"
     results = {
-        "command": f"python tests/soak --minutes {arguments.minutes:g} --kills {arguments.kills} --seed {arguments.seed}",
+        "command": f"python tests/soak {options}",
         "faults": dict(soak.faults),
         "kills": soak.num_kills,
         "starts": soak.num_starts(),
         "steps": step,
-        "steps_repeated": sum(cut),
+        "steps_repeated": sum(repeated),
         "checkpoints_refused": len(re.findall(r"is not used", soak.output())),
         "problems": [*soak.errors, *differences(soak.run, undisturbed)],
         "commit": commit(),
         "machine": machine(torch.device("cpu")),
         "versions": versions(),
     }
-    arguments.out.write_text(json.dumps(results, indent=1) + "\n")
-    print(
-        json.dumps(
-            {key: value for key, value in results.items() if key not in ("machine", "versions")}, indent=1
-        )
-    )
+    write_json(arguments.out, results)
+    summary = {key: value for key, value in results.items() if key not in ("machine", "versions")}
+    print(json.dumps(summary, indent=1))
     if results["problems"]:
         print(f"the runs are in {folder}")
         return 1

@@ -1,4 +1,4 @@
-"""The run that is disturbed, and the faults that disturb it."""
+"""The run under faults, and the faults."""
 
 import errno
 import json
@@ -38,7 +38,7 @@ WORDS = [
 PEER_TIMEOUT = 15.0
 EVAL_EVERY = 10
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
-# How often each fault is drawn; `__main__.py` says what each does.
+# Relative frequency of each fault. `__main__.py` describes them.
 WEIGHTS = {
     "kill": 40,
     "all": 15,
@@ -54,14 +54,12 @@ KILLS = ("kill", "all", "rot", "read error")  # faults that begin with a SIGKILL
 
 
 def write_recipe(folder: Path, seed: int) -> Path:
-    """A small corpus and a recipe that never ends by itself."""
+    """Write a small corpus, and a recipe with more steps than a soak can take."""
     draw = random.Random(seed)
     with (folder / "words.jsonl").open("w") as file:
         for _ in range(2000):
-            file.write(
-                json.dumps({"text": " ".join(draw.choices(WORDS, k=draw.choice([0, 1, 3, 10, 60, 300])))})
-                + "\n"
-            )
+            length = draw.choice([0, 1, 3, 10, 60, 300])
+            file.write(json.dumps({"text": " ".join(draw.choices(WORDS, k=length))}) + "\n")
     recipe = {
         "run": {"seed": seed},
         "model": {"hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 24, "dropout": 0.1},
@@ -91,45 +89,27 @@ def write_recipe(folder: Path, seed: int) -> Path:
 
 
 def command(recipe: Path, run: Path, *more: str) -> list[str]:
-    """Two processes under an elastic launcher."""
+    """The command that trains with two processes under an elastic launcher."""
     config = REPOSITORY / "launch" / "accelerate" / "cpu.yaml"
     launcher = [
-        "accelerate.commands.launch",
-        "--config_file",
-        str(config),
-        "--max_restarts",
-        "100000",
-        "--monitor_interval",
-        "0.2",
+        *("accelerate.commands.launch", "--config_file", str(config)),
+        *("--max_restarts", "100000", "--monitor_interval", "0.2"),
     ]
-    return [
-        sys.executable,
-        "-m",
-        *launcher,
-        "-m",
-        "minrnn.pipeline.train",
-        "--config",
-        str(recipe),
-        "--run.dir",
-        str(run),
-        *more,
-    ]
+    training = ["minrnn.pipeline.train", "--config", str(recipe), "--run.dir", str(run)]
+    return [sys.executable, "-m", *launcher, "-m", *training, *more]
 
 
 class DisturbedRun:
-    """A run, started again whenever it has ended.
+    """A run that is started again whenever it ends.
 
     Args:
-        folder: for the run, its log, its corpus.
+        folder: holds the run, its log and its corpus.
         seed: of the corpus, the model and the faults.
     """
 
     def __init__(self, folder: Path, seed: int):
-        self.draw, self.run, self.log = (
-            random.Random(seed + 1),
-            folder / "disturbed",
-            folder / "disturbed.txt",
-        )
+        self.draw = random.Random(seed + 1)
+        self.run, self.log = folder / "disturbed", folder / "disturbed.txt"
         self.recipe, self.disk = write_recipe(folder, seed), FaultyDisk(self.run, folder)
         self.faults: Counter[str] = Counter()
         self.errors: list[str] = []
@@ -137,19 +117,19 @@ class DisturbedRun:
 
     @property
     def num_kills(self) -> int:
-        """Faults that were a kill -9."""
+        """Number of faults with a SIGKILL."""
         return sum(self.faults[name] for name in KILLS)
 
     def output(self) -> str:
-        """All that the run has printed so far."""
+        """The output of the run so far."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
     def num_starts(self) -> int:
-        """How often training began or went on."""
+        """Number of times that training started or resumed."""
         return len(re.findall(r"going on from step \d+|from the beginning", self.output()))
 
     def last_step(self) -> int:
-        """The step of the last line of metrics.jsonl; 0 without one."""
+        """The step of the last line of metrics.jsonl; 0 if there is none."""
         try:
             lines = (self.run / "metrics.jsonl").read_text().splitlines()
             return json.loads(lines[-1])["step"]
@@ -157,11 +137,11 @@ class DisturbedRun:
             return 0
 
     def checkpoints(self) -> list[Path]:
-        """Oldest first."""
+        """Folders of the checkpoints, oldest first."""
         return steps_in(self.run / "checkpoints")[::-1]
 
     def start(self) -> None:
-        """Give the command (again)."""
+        """Start the command."""
         environment = {**ENVIRONMENT, **self.disk.environment}
         with self.log.open("ab") as log:
             words = command(self.recipe, self.run)
@@ -169,24 +149,24 @@ class DisturbedRun:
                 words, env=environment, stderr=log, stdout=log, start_new_session=True
             )
 
-    def wait_for(self, what: str, condition, seconds: float = 300.0) -> None:
-        """Until the condition holds; a launcher that has ended is started again.
+    def wait_for(self, event: str, condition, seconds: float = 300.0) -> None:
+        """Wait until the condition holds, and start the launcher again if it has ended.
 
         Raises:
-            TimeoutError: it does not hold in time.
+            TimeoutError: the condition does not hold in time.
         """
         end = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > end:
                 raise TimeoutError(
-                    f"{what}: not within {seconds:.0f} s; the run's last words: {self.output()[-2000:]}"
+                    f"{event}: not within {seconds:.0f} s; end of the output: {self.output()[-2000:]}"
                 )
             if self.launcher is not None and self.launcher.poll() is not None:
                 self.start()
             time.sleep(0.02)
 
     def wait_until_it_trains(self, starts: int) -> None:
-        """Until it has started once more than `starts` times, and is a step further."""
+        """Wait until training has started more than `starts` times, and has taken a step."""
         self.wait_for("a start", lambda: self.num_starts() > starts)
         step = self.last_step()
         self.wait_for("a step", lambda: self.last_step() > step)
@@ -198,9 +178,8 @@ class DisturbedRun:
         for path in Path("/proc").glob("[0-9]*"):
             try:
                 if int((path / "stat").read_text().rsplit(")", 1)[1].split()[1]) == self.launcher.pid:
-                    pids[int(re.search(r"\0RANK=(\d+)\0", (path / "environ").read_text())[1])] = int(
-                        path.name
-                    )  # pyright: ignore
+                    rank = re.search(r"\0RANK=(\d+)\0", (path / "environ").read_text())
+                    pids[int(rank[1])] = int(path.name)  # pyright: ignore[reportOptionalSubscript]
             except (OSError, TypeError, ValueError):
                 continue
         return pids
@@ -208,9 +187,8 @@ class DisturbedRun:
     def end_all(self, number: int) -> None:
         """Send a signal to the launcher (SIGKILL: to the training processes as well) and wait for its end."""
         assert self.launcher is not None
-        pids = (
-            self.processes()
-        )  # killpg of the launcher does not reach them: each leads a process group of its own
+        # killpg does not reach the training processes: each leads a process group of its own.
+        pids = self.processes()
         os.killpg(self.launcher.pid, number)
         if number == signal.SIGKILL:
             for pid in pids.values():
@@ -218,21 +196,21 @@ class DisturbedRun:
         self.launcher.wait(60)
 
     def disturb(self, fault: str) -> None:
-        """One fault, and wait until the run goes on."""
+        """Cause a fault, and wait until the run trains again."""
         starts = self.num_starts()
         if fault in ("full disk", "sync error"):
             self._fail_writes(fault)
             self.faults[fault] += 1
             return
-        refused = None
+        broken_step = None
         if fault in ("kill", "stop", *SIGNALS):
             if not self._disturb_one_process(fault):
                 return
         else:
             self.end_all(signal.SIGTERM if fault == "preempt" else signal.SIGKILL)
             if fault == "rot":
-                refused = self._flip_a_bit_or_cut()
-                fault = fault if refused else "all"
+                broken_step = self._break_newest_checkpoint()
+                fault = fault if broken_step else "all"
             newest = self.checkpoints()[-1:]
             if fault == "read error":
                 self.disk.switch_on("read", errno.EIO)
@@ -242,14 +220,12 @@ class DisturbedRun:
                 self._end_read_errors(newest, output_before)
         self.faults[fault] += 1
         self.wait_until_it_trains(starts)
-        if (
-            refused
-            and f"going on from step {refused}\n" in self.output().rsplit("warning: checkpoint", 1)[-1]
-        ):
-            self.errors.append(f"the broken checkpoint step-{refused:06d} was used")
+        output = self.output().rsplit("warning: checkpoint", 1)[-1]
+        if broken_step and f"going on from step {broken_step}\n" in output:
+            self.errors.append(f"the broken checkpoint step-{broken_step:06d} was used")
 
     def _disturb_one_process(self, fault: str) -> bool:
-        """A signal to one of the two; False where they are not both there (one has just ended)."""
+        """Send a signal to one of the two processes. False if one of them has just ended."""
         pids = self.processes()
         if len(pids) < 2:
             return False
@@ -259,19 +235,17 @@ class DisturbedRun:
         os.kill(pids[rank], number)
         if fault == "stop":
             try:
-                named = re.compile(
-                    rf"waiting for .*rank {rank} on|; (the launcher|rank {rank}) on .*, which holds it, hangs or is gone"
-                )
-                self.wait_for(
-                    "the name of a stopped process", lambda: named.search(self.output()[log_size:]), 90
-                )
+                holder = rf"; (the launcher|rank {rank}) on .*, which holds it, hangs or is gone"
+                named = re.compile(rf"waiting for .*rank {rank} on|{holder}")
+                event = "the name of a stopped process"
+                self.wait_for(event, lambda: named.search(self.output()[log_size:]), 90)
             except TimeoutError as error:
                 self.errors.append(str(error))
             os.kill(pids[rank], signal.SIGKILL)
         return True
 
-    def _flip_a_bit_or_cut(self) -> int | None:
-        """Break one file of the newest checkpoint anywhere; its step, or None where there is no older one to go on from."""
+    def _break_newest_checkpoint(self) -> int | None:
+        """Flip a bit of a file, or truncate it. Returns the step, or None if there is no older checkpoint."""
         paths = self.checkpoints()
         if len(paths) < 2:
             return None
@@ -285,7 +259,7 @@ class DisturbedRun:
         return int(paths[-1].name.removeprefix("step-"))
 
     def _fail_writes(self, fault: str) -> None:
-        """The disk takes nothing until a checkpoint has failed; after that the next checkpoint must land."""
+        """Let writes fail until a save has failed. The next save must succeed."""
         assert self.launcher is not None
         launcher, log_size = self.launcher, len(self.output())
         self.disk.switch_on(*(("write", errno.ENOSPC) if fault == "full disk" else ("fsync", errno.EIO)))
@@ -300,20 +274,19 @@ class DisturbedRun:
             self.errors.append(f"{fault}: the run ended")
 
     def _end_read_errors(self, newest: list[Path], output_before: int) -> None:
-        """Until a checkpoint could not be read; the newest one must still be there, and is what the run goes on from."""
+        """Wait for a failed read, then let reads succeed. The run must resume from the newest checkpoint."""
         try:
-            self.wait_for(
-                "an error of reading", lambda: "Input/output error" in self.output()[output_before:], 120
-            )
+            self.wait_for("a failed read", lambda: "Input/output error" in self.output()[output_before:], 120)
         except TimeoutError as error:
             self.errors.append(f"read error: {error}")
         self.disk.switch_off()
         if newest:
             step = int(newest[0].name.removeprefix("step-"))
-            going_on = re.compile(r"going on from step (\d+)")
-            self.wait_for("a start", lambda: going_on.search(self.output()[output_before:]))
-            match = going_on.search(self.output()[output_before:])
+            resumes = re.compile(r"going on from step (\d+)")
+            self.wait_for("a start", lambda: resumes.search(self.output()[output_before:]))
+            match = resumes.search(self.output()[output_before:])
             if match is None or int(match[1]) != step:
+                resumed = match and match[1]
                 self.errors.append(
-                    f"read error: step {step} was the newest checkpoint, but the run went on from {match and match[1]}"
+                    f"read error: the newest checkpoint was {step}, the run resumed from {resumed}"
                 )

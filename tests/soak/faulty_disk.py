@@ -1,4 +1,4 @@
-"""A disk that fails for a while: `faulty_disk.c`, compiled and switched on and off."""
+"""A disk that fails on command: compiles `faulty_disk.c`, and switches its faults on and off."""
 
 import os
 import subprocess
@@ -8,11 +8,11 @@ SOURCE = Path(__file__).with_suffix(".c")
 
 
 class FaultyDisk:
-    """Calls on files below a folder, which processes started with `environment` make, fail while a fault is switched on.
+    """While a fault is on, calls on files below a folder fail, in processes started with `environment`.
 
     Args:
-        folder: whose files are concerned.
-        work: where the compiled library and the switch are put.
+        folder: the folder whose files fail.
+        work: the folder for the compiled library and the switch.
 
     Raises:
         FileNotFoundError, subprocess.CalledProcessError: there is no C compiler, or it fails.
@@ -28,11 +28,11 @@ class FaultyDisk:
         }
 
     def switch_on(self, call: str, error: int) -> None:
-        """From now on `call` ("read", "write" or "fsync") fails with this errno."""
+        """Let `call` ("read", "write" or "fsync") fail with this errno."""
         partial = self._control.with_suffix(".part")
         partial.write_text(f"{call} {error}")
         os.replace(partial, self._control)
 
     def switch_off(self) -> None:
-        """All calls succeed again."""
+        """Let all calls succeed."""
         self._control.unlink(missing_ok=True)
