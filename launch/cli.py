@@ -9,7 +9,7 @@ from ..common.errors import UserError, missing_package_error
 from ..common.files import user_path
 from ..common.names import did_you_mean, nearest_names
 from ..common.output import conventional_exit, exit_on_error
-from ..pipeline.options import add_trust
+from ..pipeline.options import DTYPE_NAMES, add_trust
 
 USAGE = """usage: minrnn COMMAND ...
 
@@ -74,7 +74,7 @@ def _export(argv: list[str]) -> None:
     parser.add_argument("--step", type=int, help="step of the checkpoint (default: the newest valid one)")
     parser.add_argument(
         "--dtype",
-        choices=("fp32", "bf16", "fp64"),
+        choices=DTYPE_NAMES,
         default="fp32",
         help="dtype of the weights (default: %(default)s)",
     )

@@ -2,7 +2,7 @@
 
 import argparse
 
-DTYPES = ("auto", "fp32", "bf16", "fp64")
+DTYPE_NAMES = ("fp32", "bf16", "fp64")  # the keys of models.dtypes.DTYPES, which needs torch
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -30,4 +30,4 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
         "faster "
         "(default: %(default)s)"
     )
-    parser.add_argument("--dtype", default="auto", choices=DTYPES, help=text)
+    parser.add_argument("--dtype", default="auto", choices=("auto", *DTYPE_NAMES), help=text)

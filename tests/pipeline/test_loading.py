@@ -12,7 +12,9 @@ from minrnn.common.errors import UserError
 from minrnn.data import byte_tokenizer
 from minrnn.launch.cli import main
 from minrnn.models import MinRNNConfig, MinRNNForCausalLM
+from minrnn.models.dtypes import DTYPES
 from minrnn.pipeline.loading import read_weights, weights_dtype
+from minrnn.pipeline.options import DTYPE_NAMES
 
 CPU, MPS = torch.device("cpu"), torch.device("mps")
 
@@ -137,6 +139,10 @@ def test_a_configuration_that_asks_for_more_memory_than_there_is(
     line = errors_of(["generate", str(export), *COMMANDS["generate"]], capsys)
     assert line.startswith("error: MODEL: ")
     assert told in line
+
+
+def test_the_names_of_dtypes_are_the_same_in_options_and_models():
+    assert tuple(DTYPES) == DTYPE_NAMES
 
 
 def test_errors_name_the_setting_that_names_the_model(tmp_path: Path):
