@@ -60,15 +60,15 @@ class ReaderSpec:
                 DocumentReader(
                     self.corpus,
                     self.encoder,
-                    r,
-                    self.num_readers,
-                    self.lanes,
-                    self.chunk,
-                    self.window,
-                    self.seed,
-                    state,
+                    reader=reader,
+                    num_readers=self.num_readers,
+                    lanes=self.lanes,
+                    chunk=self.chunk,
+                    window=self.window,
+                    seed=self.seed,
+                    state=state,
                 )
-                for r, state in zip(readers, states, strict=True)
+                for reader, state in zip(readers, states, strict=True)
             ]
         tokens = corpus_tokens(self.corpus, "train", self.encoder)
         return [

@@ -5,7 +5,7 @@
 A document of n tokens gives n + 1 positions: inputs `<bos> t1 .. tn`, targets `t1 .. tn <eos>`. Targets are
 made from the whole document before it is cut, so every position of the stream is scored, also at the edges of
 chunks. A reader's state holds, for each lane, the current document (its window and its number in the window)
-and how many of its tokens have been read. The state travels with the chunk, so a checkpoint documents what was
+and how many of its tokens have been read. The state travels with the chunk, so a checkpoint records what was
 consumed, whatever was prefetched.
 """
 

@@ -53,7 +53,8 @@ class FormalLanguage(Task):
         if self.max_length < max(self.min_length, self.min_valid_length):
             needed = max(self.min_length, self.min_valid_length)
             errors["max_length"] = (
-                f"must be at least {needed} (min_length {self.min_length}, shortest sequence {self.min_valid_length})"
+                f"must be at least {needed} "
+                f"(min_length {self.min_length}, shortest sequence {self.min_valid_length})"
             )
         return errors
 

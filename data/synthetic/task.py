@@ -67,7 +67,8 @@ class Task(ABC):
             errors["validation_examples"] = f"must be at least 1, not {self.validation_examples}"
         if too_short := [length for length in self.test_lengths if length < self.min_valid_length]:
             errors["test_lengths"] = (
-                f"the shortest sequence has {self.min_valid_length} positions, so there is none of {too_short[0]}"
+                f"the shortest sequence has {self.min_valid_length} positions, "
+                f"so there is none of {too_short[0]}"
             )
         return errors
 

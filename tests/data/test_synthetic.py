@@ -220,7 +220,7 @@ def test_a_chunk_holds_one_sequence_to_a_lane():
 def rows(name: str, num_readers: int, lanes: int) -> list[tuple[int, tuple[int, ...]]]:
     """(length, tokens and labels) of every validation example, in order."""
     task = small(name, validation_examples=11)
-    digits = []
+    examples = []
     for reader in range(num_readers):
         for length, chunk in TaskValidation(task, reader, num_readers, lanes, multiple=4).chunks():
             assert chunk.input_ids.shape[1] % 4 == 0
@@ -228,8 +228,8 @@ def rows(name: str, num_readers: int, lanes: int) -> list[tuple[int, tuple[int, 
             for ids, labels in zip(
                 chunk.input_ids[scored.any(1)], chunk.shift_labels[scored.any(1)], strict=True
             ):
-                digits.append((length, (*ids.tolist(), *labels.tolist())))
-    return sorted(digits)
+                examples.append((length, (*ids.tolist(), *labels.tolist())))
+    return sorted(examples)
 
 
 @pytest.mark.parametrize("name", TASKS)

@@ -199,10 +199,10 @@ def test_greedy_text_equals_that_of_generate(size: int):
     model = tiny_model()
     lm = MinRNNLM(model, TOKENIZER, batch_size=size, piece=6)
     settings = {"until": [], "max_gen_toks": 20}
-    scores = lm.generate_until(
+    texts = lm.generate_until(
         requests("generate_until", *((context, settings) for context in CONTEXTS)), disable_tqdm=True
     )
-    assert scores == generate_with_transformers(model, CONTEXTS, max_new_tokens=20, do_sample=False)
+    assert texts == generate_with_transformers(model, CONTEXTS, max_new_tokens=20, do_sample=False)
 
 
 def test_sampled_text_equals_that_of_generate():
@@ -211,11 +211,11 @@ def test_sampled_text_equals_that_of_generate():
     sampling = {"do_sample": True, "temperature": 0.7, "top_k": 50, "top_p": 0.9}
     settings = {"until": ["\0"], "max_gen_toks": 20, **sampling}
     torch.manual_seed(1)
-    scores = MinRNNLM(model, TOKENIZER, batch_size=4).generate_until(
+    texts = MinRNNLM(model, TOKENIZER, batch_size=4).generate_until(
         requests("generate_until", *((context, settings) for context in contexts)), disable_tqdm=True
     )
     torch.manual_seed(1)
-    assert scores == [
+    assert texts == [
         text.split("\0")[0]
         for text in generate_with_transformers(model, contexts, max_new_tokens=20, **sampling)
     ]
@@ -231,10 +231,10 @@ def test_a_stop_string_ends_a_text_and_is_not_part_of_it(monkeypatch):
     counted = []
     decode = lm.tok_decode
     monkeypatch.setattr(lm, "tok_decode", lambda tokens: counted.append(tokens) or decode(tokens))
-    (scores,) = lm.generate_until(
+    (text,) = lm.generate_until(
         requests("generate_until", ("def", {"until": ["never", stop], "max_gen_toks": 30})), disable_tqdm=True
     )
-    assert scores == whole.split(stop)[0]
+    assert text == whole.split(stop)[0]
     assert len(counted) < 30
 
 
