@@ -104,7 +104,9 @@ def convert_read_errors(name: Path | str) -> Iterator[None]:
         raise UserError("data.corpus", f"{name} does not fit into memory; {advice}") from None
     except FileNotFoundError as error:
         why = f"{name} cannot be read any more ({os.strerror(error.errno or errno.ENOENT)})"
-        raise UserError("data.corpus", f"{why}; a run goes on with the corpus it began with") from None
+        raise UserError(
+            "data.corpus", f"{why}; a run can resume only with the corpus it began with"
+        ) from None
     except OSError as error:  # permissions, a disk, a network
         raise UserError(
             "data.corpus",

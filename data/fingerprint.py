@@ -65,7 +65,7 @@ def check_corpus(before: dict[str, Any], spec: CorpusSpec, order: str, num_reade
     if keeps_order and _keeps_document_order(before, now, spec, num_readers, additions):
         added = _first_of(additions)
         return (
-            f"{spec.corpus} has more text than when the run began ({added}); it is read where its turn comes"
+            f"{spec.corpus} has more text than when the run began ({added}); it is read when its turn comes"
         )
     advice = "put it back, or name another run.dir (model.init_from takes the weights of an export along)"
     difference = _first_of(changes + additions)
@@ -91,7 +91,7 @@ def _compare(before: dict[str, Any], sizes: dict[str, tuple[Path, int]]) -> tupl
         changes.append(f"{before['num_files']:,} files were there, of {len(sizes):,} now")
     elif not changes and not grown and _names_and_sizes(sizes, before["last"]) != before["all"]:
         changes.append("names or sizes of its files have changed")
-    return changes, grown + [f"{new:,} more files, behind {before['last']}"] * bool(new)
+    return changes, grown + [f"{new:,} more files, after {before['last']}"] * bool(new)
 
 
 def _keeps_document_order(

@@ -168,7 +168,7 @@ class WorkerChunks:
                     return
                 document = item.documents[-1][-1]
         except Exception:  # any error is passed on to the loop
-            progress = "before its first chunk of" if document is None else f"behind {document} of"
+            progress = "before its first chunk of" if document is None else f"after {document} of"
             self._ready.put(_worker_died(self._process.wait(), f"{progress} {self._corpus}"))
 
     def take(self, timeout: float | None) -> Chunk | None:

@@ -195,13 +195,13 @@ class DocumentReader:
                     raise UserError(
                         "data.corpus",
                         f"has changed: where {was} was being read there is {now}; "
-                        "a run needs the corpus it began with",
+                        "a run can resume only with the corpus it began with",
                     )
                 if lane.digest != saved.get("digest", lane.digest):  # older checkpoints have no digest
                     raise UserError(
                         "data.corpus",
                         f"has changed: {lane.name}, which was being read, has other text; "
-                        "a run needs its corpus",
+                        "a run can resume only with the corpus it began with",
                     )
                 lane.offset = saved["offset"]
         self.window, self.number = find(state["window"]), state["number"]
@@ -212,7 +212,7 @@ class DocumentReader:
             raise UserError(
                 "data.corpus",
                 f"has changed: document {number} of window {window.address.number} is gone; "
-                "a run goes on with the corpus it began with",
+                "a run can resume only with the corpus it began with",
             )
         document = window.documents[number]
         lane.tokens, lane.offset = encode_document(self.encoder, document), 0
@@ -228,7 +228,8 @@ class DocumentReader:
                 corpus = self.stream.spec.corpus
                 raise UserError(
                     "data.corpus",
-                    f"{corpus} holds no documents any more; a run goes on with the corpus it began with",
+                    f"{corpus} holds no documents any more; a run can resume only with the corpus it began "
+                    "with",
                 )
         self._start(lane, self.window, self.number)
         self.number += 1

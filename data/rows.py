@@ -89,7 +89,7 @@ class JsonLines(_RowFiles):
                             yield self._parse(line, f"{path}:{index + 1}", index)
                         index += 1
                 except OSError as error:
-                    document = self._damaged_document(path, error, index, f"is damaged behind line {index}")
+                    document = self._damaged_document(path, error, index, f"is damaged after line {index}")
                     if index >= start.index:
                         yield document
 
@@ -129,7 +129,7 @@ class Csv(_RowFiles):
                     index += 1
             except (OSError, csv.Error) as error:
                 reason = ValueError(str(error)) if isinstance(error, csv.Error) else error
-                document = self._damaged_document(path, reason, index, f"is damaged behind row {index}")
+                document = self._damaged_document(path, reason, index, f"is damaged after row {index}")
                 if index >= start.index:
                     yield document
 

@@ -142,7 +142,7 @@ class CycleNavigation(OneAnswer):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MissingDuplicate(TwoHalves):
+class BinaryMissingDuplicate(TwoHalves):
     """Missing Duplicate, Deletang et al.: a binary string twice, with one symbol blanked out.
 
     The answer is that symbol. Lengths are even.

@@ -6,13 +6,13 @@ from typing import Any, get_type_hints
 from ...common.errors import UserError
 from ...common.names import did_you_mean, nearest_names
 from .formal import (
+    BinaryMissingDuplicate,
     BucketSort5,
     BucketSort10,
     CycleNavigation,
     EvenPairs,
     Majority,
     MajorityCount,
-    MissingDuplicate,
     MissingDuplicate9,
     Parity,
 )
@@ -25,7 +25,7 @@ TASKS: dict[str, type[Task]] = {
     "even-pairs": EvenPairs,
     "parity": Parity,
     "cycle-navigation": CycleNavigation,
-    "missing-duplicate": MissingDuplicate,
+    "missing-duplicate": BinaryMissingDuplicate,
     "missing-duplicate-9": MissingDuplicate9,
     "bucket-sort-5": BucketSort5,
     "bucket-sort-10": BucketSort10,

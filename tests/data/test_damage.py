@@ -76,12 +76,12 @@ DAMAGED: dict[str, tuple[str, Callable[[Path], None], str]] = {
         without_footer,
         "is not a parquet file, or not a whole one (",
     ),
-    "a cut .gz": ("jsonl.gz", cut(gzip.compress), "is damaged behind line "),
-    "a cut .zst": ("jsonl.zst", cut(zstandard.ZstdCompressor().compress), "is damaged behind line "),
+    "a cut .gz": ("jsonl.gz", cut(gzip.compress), "is damaged after line "),
+    "a cut .zst": ("jsonl.zst", cut(zstandard.ZstdCompressor().compress), "is damaged after line "),
     "a cut .csv.gz": (
         "csv.gz",
         lambda path: cut_text(path, "\n".join(["text", *(f"row {i * i}" for i in range(500))])),
-        "is damaged behind row ",
+        "is damaged after row ",
     ),
     "a cut .txt.gz": (
         "txt.gz",

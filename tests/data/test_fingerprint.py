@@ -75,7 +75,7 @@ def append(folder: Path, kind: str) -> None:
         file.write(b'{"text": "one more"}\n' if kind == "jsonl" else b"one more")
 
 
-def add_behind(folder: Path, kind: str) -> None:
+def add_after(folder: Path, kind: str) -> None:
     last = max(folder.iterdir())
     last.with_name(f"zz{last.suffix}").write_bytes(last.read_bytes())
 
@@ -84,11 +84,11 @@ def add_behind(folder: Path, kind: str) -> None:
     ("kind", "addition", "order", "readers", "join", "addition_note"),
     [
         ("jsonl", append, "documents", 1, None, "has grown from "),
-        ("jsonl", add_behind, "documents", 1, None, "1 more files, behind part-00001.jsonl"),
-        ("text", add_behind, "documents", 2, None, "1 more files, behind 00039.txt"),
+        ("jsonl", add_after, "documents", 1, None, "1 more files, after part-00001.jsonl"),
+        ("text", add_after, "documents", 2, None, "1 more files, after 00039.txt"),
         ("jsonl", append, "windows", 1, None, None),
         ("jsonl", append, "documents", 1, "other", None),
-        ("jsonl", add_behind, "documents", 2, None, None),
+        ("jsonl", add_after, "documents", 2, None, None),
         ("text", append, "documents", 1, None, None),
     ],
 )

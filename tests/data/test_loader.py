@@ -192,7 +192,7 @@ def test_a_killed_worker_is_an_error_and_no_hang(corpus: CorpusSpec, loader: Chu
     error = in_time(read_on)
     assert type(error) is UserError
     (line,) = str(error).splitlines()
-    assert line.startswith("error: data.workers: a data worker was killed by signal 9 (SIGKILL), behind ")
+    assert line.startswith("error: data.workers: a data worker was killed by signal 9 (SIGKILL), after ")
     assert "jsonl" in line
     assert f"of {corpus.corpus}; a system that runs out of memory does that" in line
 
