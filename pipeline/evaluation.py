@@ -102,24 +102,8 @@ def validate(
     model.eval()
     nats, tokens = 0.0, 0
     for part in texts:
-        cache = None
-        for chunk in part.chunks():
-            if cache is not None:
-                cache.batch_select_indices(slice(0, chunk.input_ids.shape[0]))
-            piece = layout.piece(chunk)
-            output = model(
-                input_ids=to_device(piece.input_ids, accelerator),
-                shift_labels=to_device(piece.shift_labels, accelerator),
-                document_starts=to_device(piece.document_starts, accelerator),
-                past_key_values=cache,
-                use_cache=carry_state,
-                skip_logits=True,
-                num_items_in_batch=1,
-            )
-            cache = output.past_key_values
-            nats += float(output.loss)
-            tokens += piece.num_scored
-            after_chunk()
+        part_nats, part_tokens = _read_texts(model, part, accelerator, carry_state, layout, after_chunk)
+        nats, tokens = nats + part_nats, tokens + part_tokens
     if in_lockstep:
         num_chunks = sum(1 for part in texts for _ in part.chunks())
         empty = torch.zeros(1, 64, dtype=torch.long, device=accelerator.device)
@@ -134,6 +118,36 @@ def validate(
         "bits_per_byte": nats / (num_bytes * math.log(2)),
         "validation_tokens": int(tokens),
     }
+
+
+def _read_texts(
+    model: nn.Module,
+    part: ValidationSet,
+    accelerator: Accelerator,
+    carry_state: bool,
+    layout: ProcessLayout,
+    after_chunk: Callable[[], None],
+) -> tuple[float, int]:
+    """Read all documents of a set; returns their loss in nats and the number of scored tokens."""
+    cache, nats, tokens = None, 0.0, 0
+    for chunk in part.chunks():
+        if cache is not None:
+            cache.batch_select_indices(slice(0, chunk.input_ids.shape[0]))
+        piece = layout.piece(chunk)
+        output = model(
+            input_ids=to_device(piece.input_ids, accelerator),
+            shift_labels=to_device(piece.shift_labels, accelerator),
+            document_starts=to_device(piece.document_starts, accelerator),
+            past_key_values=cache,
+            use_cache=carry_state,
+            skip_logits=True,
+            num_items_in_batch=1,
+        )
+        cache = output.past_key_values
+        nats += float(output.loss)
+        tokens += piece.num_scored
+        after_chunk()
+    return nats, tokens
 
 
 def _validate_task(

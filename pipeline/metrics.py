@@ -59,13 +59,13 @@ def cut_metrics(path: Path, step: int) -> int:
 
 def _lines_from_the_end(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
     """Each line with its offset, the last line first."""
-    start, rest = file.seek(0, os.SEEK_END), b""
+    start, incomplete = file.seek(0, os.SEEK_END), b""
     while start > 0:
         end, start = start, max(start - _BLOCK, 0)
         file.seek(start)
-        block = file.read(end - start) + rest
+        block = file.read(end - start) + incomplete
         lines = block.splitlines(keepends=True)
-        rest = lines.pop(0) if start > 0 else b""  # it may begin in the previous block
+        incomplete = lines.pop(0) if start > 0 else b""  # it may begin in the previous block
         offset = start + len(block)
         for line in reversed(lines):
             offset -= len(line)

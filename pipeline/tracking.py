@@ -235,9 +235,9 @@ class Tracker:
     def _send_parameters(self, client: Any, known: dict[str, str]) -> None:
         from mlflow.entities import Param
 
-        missing = [Param(key, value) for key, value in self.parameters.items() if key not in known]
-        for first in range(0, len(missing), MAX_PARAMETERS):
-            self._call(client.log_batch, self._run_id, params=missing[first : first + MAX_PARAMETERS])
+        new = [Param(key, value) for key, value in self.parameters.items() if key not in known]
+        for first in range(0, len(new), MAX_PARAMETERS):
+            self._call(client.log_batch, self._run_id, params=new[first : first + MAX_PARAMETERS])
 
     def _send_lines(self) -> None:
         """Send the whole lines after the last one sent, without metrics that the MLflow run has already."""
