@@ -1,4 +1,4 @@
-"""The command line, the recipes, and what the README says to type."""
+"""The command line, the recipes, and the commands in the README."""
 
 import re
 import shlex
@@ -60,13 +60,14 @@ def test_each_recipe_parses_and_its_model_builds(name: str):
     assert expected[0] < model.num_parameters() < expected[1]
 
 
-def test_the_main_job_is_all_that_the_readme_asks_for():
+def test_the_readme_trains_the_quickstart():
     assert readme_commands()[:2] == ["make setup", "make train"]
 
 
 @pytest.mark.parametrize("command", [line for line in readme_commands() if not line.startswith("make ")])
 def test_the_commands_of_the_readme_run(command: str, export: Path, tmp_path: Path, monkeypatch, capsys):
-    """As typed, but for what makes them long: training is read and checked, generation and export are run on a small model."""
+    """As written, except for what takes long: training recipes are only read, and generation and export use a
+    small model."""
     words = shlex.split(command)
     if "minrnn.pipeline.train" in words or words[:2] == ["minrnn", "train"]:
         arguments = (
@@ -114,7 +115,7 @@ def test_generate_reads_a_prompt_in_pieces(export: Path, tmp_path: Path, capsys)
     assert texts[0].startswith(prompt.read_text())
 
 
-def test_generate_takes_a_run_s_folder_and_the_options_of_the_evaluations(export: Path, capsys):
+def test_generate_accepts_a_run_s_folder_device_and_dtype(export: Path, capsys):
     texts = []
     for model, *more in ((export,), (export.parent,), (export.parent, "--device", "cpu", "--dtype", "fp64")):
         main(
@@ -135,7 +136,7 @@ def test_generate_takes_a_run_s_folder_and_the_options_of_the_evaluations(export
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["exprot"], "error: exprot: unknown command (did you mean export?)"),
         (["generate", "./nowhere"], "error: MODEL: cannot load ./nowhere"),
@@ -149,12 +150,14 @@ def test_generate_takes_a_run_s_folder_and_the_options_of_the_evaluations(export
         (["train", "--train.stpes", "3"], "error: train.stpes: unknown key (did you mean train.steps?)"),
     ],
 )
-def test_mistakes_end_with_status_two_and_a_line_each(arguments: list[str], told: str, capsys, monkeypatch):
+def test_user_errors_end_with_status_2_and_one_line_each(
+    arguments: list[str], message: str, capsys, monkeypatch
+):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exit_info:
         main(arguments)
-    assert left.value.code == 2
-    assert told in capsys.readouterr().err
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["train", "--help"]])
@@ -163,7 +166,7 @@ def test_help(arguments: list[str], capsys):
     assert "minrnn train --config quickstart" in capsys.readouterr().out
 
 
-def test_generate_draws_what_transformers_would(export: Path, capsys):
+def test_generate_samples_as_transformers_does(export: Path, capsys):
     main(
         [
             "generate",

@@ -1,4 +1,5 @@
-"""Ctrl-C and a closed pipe end every command without a traceback; `~` is the home folder in every path a user gives."""
+"""Ctrl-C and a closed pipe end every command without a traceback. `~` is the home folder in every path that a
+user gives."""
 
 import os
 import signal
@@ -20,7 +21,7 @@ from minrnn.pipeline.tracking_store import absolute_uri
 
 
 def run(arguments: list[str], expected_lines: int = 0, stderr_too: bool = False) -> tuple[int, str]:
-    """Status and stderr (or what was read of it) of a command whose reader leaves after some lines."""
+    """Status and stderr (or the lines read from it) of a command whose reader closes after some lines."""
     process = subprocess.Popen(
         [sys.executable, *arguments],
         stdout=subprocess.PIPE,
@@ -30,15 +31,16 @@ def run(arguments: list[str], expected_lines: int = 0, stderr_too: bool = False)
     assert process.stdout is not None
     read = [process.stdout.readline() for _ in range(expected_lines)]
     process.stdout.close()
-    told = "".join(read) if process.stderr is None else process.stderr.read()
-    return process.wait(), told
+    stderr = "".join(read) if process.stderr is None else process.stderr.read()
+    return process.wait(), stderr
 
 
 def script(body: str) -> list[str]:
     indented = textwrap.indent(textwrap.dedent(body), "    ")
     return [
         "-c",
-        f"import os, sys\nfrom minrnn.common.output import conventional_exit\nwith conventional_exit():\n{indented}",
+        "import os, sys\nfrom minrnn.common.output import conventional_exit\nwith "
+        f"conventional_exit():\n{indented}",
     ]
 
 
@@ -50,7 +52,7 @@ BODIES = {
 
 
 @pytest.mark.parametrize("what", BODIES)
-def test_a_closed_pipe_ends_with_its_status_and_no_word(what: str):
+def test_a_closed_pipe_ends_with_status_141_and_no_message(what: str):
     process = subprocess.Popen(
         [sys.executable, *script(BODIES[what])],
         stdin=subprocess.PIPE,
@@ -67,7 +69,7 @@ def test_a_closed_pipe_ends_with_its_status_and_no_word(what: str):
     assert process.wait() == 141
 
 
-def test_an_error_that_is_not_of_the_output_stays_one():
+def test_other_broken_pipes_are_still_errors():
     ended = subprocess.run(
         [sys.executable, *script("a, b = os.pipe(); os.close(a); os.write(b, b'x')")],
         capture_output=True,
@@ -77,7 +79,7 @@ def test_an_error_that_is_not_of_the_output_stays_one():
     assert "BrokenPipeError" in ended.stderr
 
 
-def test_ctrl_c_ends_with_its_status_and_no_word():
+def test_ctrl_c_ends_with_status_130_and_no_message():
     process = subprocess.Popen(
         [sys.executable, *script("import time; print('ready', flush=True); time.sleep(600)")],
         stdout=subprocess.PIPE,
@@ -135,7 +137,7 @@ def test_home_in_a_corpus(home: Path):
         open_source(CorpusSpec("~nobody-of-that-name/a.txt"))
 
 
-def test_home_in_the_place_of_metrics(home: Path):
+def test_home_in_the_tracking_uri(home: Path):
     assert absolute_uri("sqlite:///~/mlflow.db") == f"sqlite:///{home}/mlflow.db"
 
 
@@ -162,24 +164,24 @@ def test_home_in_the_arguments_of_commands(home: Path, export: Path, capsys: pyt
         ["plan", "--config", "quickstart", "--processes", "1"],
     ],
 )
-def test_commands_whose_reader_has_gone(arguments: list[str], home: Path):
-    status, told = run(["-m", "minrnn.launch.cli", *arguments])
+def test_commands_whose_reader_has_closed(arguments: list[str], home: Path):
+    status, stderr = run(["-m", "minrnn.launch.cli", *arguments])
     assert status in (0, 141)
-    assert "Traceback" not in told
-    assert "Exception ignored" not in told
+    assert "Traceback" not in stderr
+    assert "Exception ignored" not in stderr
 
 
 @pytest.mark.slow
-def test_generation_whose_reader_has_gone(home: Path, export: Path):
-    status, told = run(
+def test_generation_whose_reader_has_closed(home: Path, export: Path):
+    status, stderr = run(
         ["-m", "minrnn.launch.cli", "generate", "~/model", "--prompt", "a\nb", "--max-new-tokens", "100000"],
         expected_lines=1,
     )
     assert status == 141
-    assert told == ""
+    assert stderr == ""
 
 
-def test_no_path_is_taken_for_the_home_folder(home: Path):
+def test_a_tilde_in_a_prompt_is_text(home: Path):
     """A prompt is text."""
     assert read_recipe(["--train.prompts", "['~/x']"]).train.prompts == ["~/x"]
     assert os.path.expanduser("a~/b") == "a~/b"

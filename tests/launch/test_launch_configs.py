@@ -1,4 +1,5 @@
-"""What the launchers read: Accelerate's files by Accelerate's own parser, the Slurm script with stand-ins for Slurm's commands."""
+"""Accelerate's own parser reads its configuration files. The Slurm script runs with stand-ins for Slurm's
+commands."""
 
 import os
 import re
@@ -29,30 +30,30 @@ ZERO_STAGE = {"zero1": "1", "zero2": "2", "zero3": "3", "zero3-offload": "3", "c
 
 
 def command_in(path: Path) -> list[str]:
-    """The `accelerate launch` command of a file's comment: the words after `launch`."""
+    """The `accelerate launch` command in a file's comment: the words after `launch`."""
     comment = " ".join(
         line.removeprefix("#") for line in path.read_text().splitlines() if line.startswith("#")
     )
-    found = re.search(
+    match = re.search(
         r"accelerate launch (--config_file .*?-m minrnn\.pipeline\.train (?:--[a-z.]+ \S+ ?|\.\.\.)*)",
         comment.replace("\\", ""),
     )
-    assert found, f"{path.name} says no command"
-    return shlex.split(found[1].replace("RANK", "1"))
+    assert match, f"{path.name} shows no command"
+    return shlex.split(match[1].replace("RANK", "1"))
 
 
 @pytest.fixture
 def dry_run(monkeypatch) -> Callable[[list[str]], tuple[Namespace, dict[str, str]]]:
-    """`accelerate launch` up to torchrun: what that would be told, and the environment of the processes."""
+    """`accelerate launch` up to torchrun: torchrun's arguments, and the environment of the processes."""
     monkeypatch.chdir(REPOSITORY)
 
     def run(words: list[str]) -> tuple[Namespace, dict[str, str]]:
-        told = []
+        calls = []
         monkeypatch.setattr(
-            "torch.distributed.run.run", lambda arguments: told.append((arguments, dict(os.environ)))
+            "torch.distributed.run.run", lambda arguments: calls.append((arguments, dict(os.environ)))
         )
         launch_command(launch_command_parser().parse_args(words))
-        return told[0]
+        return calls[0]
 
     return run
 
@@ -62,8 +63,8 @@ def test_every_engine_has_its_file():
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_accelerate_reads_each_file_and_its_command_as_meant(path: Path, dry_run):
-    """Processes, stage and devices; what the recipe decides is left to it."""
+def test_accelerate_reads_each_file_and_its_command(path: Path, dry_run):
+    """Number of processes, stage and devices are as intended; what the recipe decides is left open."""
     config = load_config_from_file(str(path))
     assert isinstance(config, ClusterConfig)
     assert (config.mixed_precision, config.use_cpu) == ("no", False)
@@ -79,25 +80,30 @@ def test_accelerate_reads_each_file_and_its_command_as_meant(path: Path, dry_run
         assert config.distributed_type == DistributedType.MULTI_GPU
         assert "ACCELERATE_USE_DEEPSPEED" not in environment
         return
-    said = {
+    variables = {
         key.removeprefix("ACCELERATE_DEEPSPEED_"): value
         for key, value in environment.items()
         if key.startswith("ACCELERATE_")
     }
-    assert (said["ACCELERATE_USE_DEEPSPEED"], said["ZERO_STAGE"]) == ("true", ZERO_STAGE[path.stem])
-    assert said["ACCELERATE_GRADIENT_CLIPPING"] == "auto"
-    assert "ACCELERATE_GRADIENT_ACCUMULATION_STEPS" not in said, "Accelerate reads it as a number"
+    assert (variables["ACCELERATE_USE_DEEPSPEED"], variables["ZERO_STAGE"]) == ("true", ZERO_STAGE[path.stem])
+    assert variables["ACCELERATE_GRADIENT_CLIPPING"] == "auto"
+    assert "ACCELERATE_GRADIENT_ACCUMULATION_STEPS" not in variables, "Accelerate reads it as a number"
     offloaded = "cpu" if path.stem == "zero3-offload" else "none"
     assert (
-        said.get("OFFLOAD_OPTIMIZER_DEVICE", "none") == said.get("OFFLOAD_PARAM_DEVICE", "none") == offloaded
+        variables.get("OFFLOAD_OPTIMIZER_DEVICE", "none")
+        == variables.get("OFFLOAD_PARAM_DEVICE", "none")
+        == offloaded
     )
-    assert said.get("ACCELERATE_USE_CPU", "false").lower() == "false"
+    assert variables.get("ACCELERATE_USE_CPU", "false").lower() == "false"
 
 
 @pytest.mark.parametrize("engine", ["multi-node", "zero1", "zero2", "zero3"])
-def test_several_machines_meet_at_the_first_through_torchrun(engine: str, dry_run):
-    """Not through DeepSpeed's own launcher, which wants ssh and a host file."""
-    place = "--num_machines 4 --num_processes 32 --machine_rank 2 --main_process_ip first --main_process_port 23456 --rdzv_backend c10d"
+def test_several_machines_connect_through_torchrun(engine: str, dry_run):
+    """Not through DeepSpeed's own launcher, which needs ssh and a host file."""
+    place = (
+        "--num_machines 4 --num_processes 32 --machine_rank 2 --main_process_ip first --main_process_port "
+        "23456 --rdzv_backend c10d"
+    )
     arguments, _ = dry_run(
         ["--config_file", f"launch/accelerate/{engine}.yaml", *place.split(), "-m", "minrnn.pipeline.train"]
     )
@@ -105,7 +111,7 @@ def test_several_machines_meet_at_the_first_through_torchrun(engine: str, dry_ru
     assert (arguments.rdzv_endpoint, arguments.rdzv_backend) == ("first:23456", "c10d")
 
 
-def commands_of_the_document() -> list[str]:
+def commands_in_docs() -> list[str]:
     lines = (
         "\n".join(re.findall(r"```bash\n(.*?)```", DOCUMENT.read_text(), flags=re.DOTALL))
         .replace("\\\n", " ")
@@ -118,8 +124,8 @@ def commands_of_the_document() -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("command", commands_of_the_document())
-def test_the_commands_of_the_document_are_understood(command: str, dry_run, capsys):
+@pytest.mark.parametrize("command", commands_in_docs())
+def test_the_commands_in_docs_parse(command: str, dry_run, capsys):
     words = shlex.split(command)
     while "=" in words[0]:
         words.pop(0)
@@ -139,7 +145,7 @@ def test_the_commands_of_the_document_are_understood(command: str, dry_run, caps
             assert capsys.readouterr().out in DOCUMENT.read_text()
 
 
-def test_what_is_launched_is_shipped():
+def test_launch_files_are_in_the_package():
     """Every file of the folders is covered by the package data."""
     settings = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["setuptools"]
     folder = REPOSITORY / "launch"
@@ -226,10 +232,12 @@ def test_a_job_launches_the_recipe_on_every_machine(
     )
     assert done.returncode == 0, done.stderr
     for rank in (0, 1):
-        rendezvous, patience, command, *words = (tmp_path / f"launched.{rank}").read_text().splitlines()
+        rendezvous, shutdown_timeout, command, *words = (
+            (tmp_path / f"launched.{rank}").read_text().splitlines()
+        )
         assert command == "launch"
         monkeypatch.setenv("PET_RDZV_ID", rendezvous)
-        monkeypatch.setenv("PET_SHUTDOWN_TIMEOUT", patience)
+        monkeypatch.setenv("PET_SHUTDOWN_TIMEOUT", shutdown_timeout)
         arguments, environment = dry_run(words)
         assert (arguments.node_rank, arguments.nnodes, arguments.nproc_per_node) == (rank, "2", "4")
         assert (arguments.rdzv_endpoint, arguments.rdzv_backend, arguments.max_restarts) == (
@@ -248,10 +256,10 @@ def test_a_job_launches_the_recipe_on_every_machine(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize(("state", "requeued"), [("RUNNING", "requeue 4321\n"), ("COMPLETING", "")])
-def test_told_to_leave_every_machine_saves_and_the_job_is_queued_again(
+def test_a_signalled_job_saves_and_is_requeued(
     slurm: dict[str, str], tmp_path: Path, state: str, requeued: str, number: signal.Signals
 ):
-    """Not where it was cancelled, though: the job is completing then."""
+    """A cancelled job is not requeued, because its state is then completing."""
     job = subprocess.Popen(
         ["bash", str(SCRIPT), "quickstart"],
         env={**slurm, "LASTS": "600", "JOB_STATE": state},
@@ -267,16 +275,16 @@ def test_told_to_leave_every_machine_saves_and_the_job_is_queued_again(
     assert (log.read_text() if log.exists() else "") == requeued
 
 
-def test_a_failure_is_a_failure(slurm: dict[str, str], tmp_path: Path):
+def test_a_failed_job_is_not_requeued(slurm: dict[str, str], tmp_path: Path):
     assert submit({**slurm, "STATUS": "7"}, "quickstart").returncode == 7
     assert not (tmp_path / "scontrol").exists()
-    told = submit(slurm)
-    assert told.returncode == 2
-    assert "usage: sbatch" in told.stderr
+    result = submit(slurm)
+    assert result.returncode == 2
+    assert "usage: sbatch" in result.stderr
 
 
 @pytest.mark.parametrize(
-    ("wanted", "name_is_loopback", "problem"),
+    ("configured", "name_is_loopback", "message"),
     [
         (None, False, None),
         (None, True, "so the processes of other machines cannot reach it; set GLOO_SOCKET_IFNAME"),
@@ -284,25 +292,26 @@ def test_a_failure_is_a_failure(slurm: dict[str, str], tmp_path: Path):
         (
             "eth0,eth9",
             False,
-            "GLOO_SOCKET_IFNAME says eth0,eth9, but .* has no eth9; set GLOO_SOCKET_IFNAME .* has lo, eth0, ib0",
+            "GLOO_SOCKET_IFNAME says eth0,eth9, but .* has no eth9; set GLOO_SOCKET_IFNAME .* has lo, "
+            "eth0, ib0",
         ),
     ],
 )
 def test_interfaces_that_others_cannot_reach_are_named(
-    wanted: str | None, name_is_loopback: bool, problem: str | None
+    configured: str | None, name_is_loopback: bool, message: str | None
 ):
-    errors = launch_checks._interface_errors(wanted, ["lo", "eth0", "ib0"], name_is_loopback)
-    assert len(errors) == (problem is not None)
-    assert problem is None or re.search(problem, errors[0][1])
+    errors = launch_checks._interface_errors(configured, ["lo", "eth0", "ib0"], name_is_loopback)
+    assert len(errors) == (message is not None)
+    assert message is None or re.search(message, errors[0][1])
 
 
-def test_names_that_lead_to_this_machine_itself():
+def test_names_of_the_loopback_interface():
     assert launch_checks._is_loopback("localhost")
     assert launch_checks._is_loopback("no-such-host.invalid")
     assert not launch_checks._is_loopback("192.0.2.1")
 
 
-def test_the_script_warns_as_early_as_it_says():
+def test_the_script_s_grace_is_that_of_its_signal():
     text = SCRIPT.read_text()
     assert re.findall(r"--signal=B:TERM@(\d+)|GRACE=(\d+)", text) == [("180", ""), ("", "180")]
     subprocess.run(["bash", "-n", str(SCRIPT)], check=True)

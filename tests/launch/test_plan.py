@@ -1,4 +1,4 @@
-"""A plan says what the model, the kernels and the engines do."""
+"""The plan agrees with the model, the kernels and the engines."""
 
 import pytest
 import torch
@@ -40,10 +40,8 @@ def test_parameters_are_those_of_the_real_model(fields: dict, vocab_size: int):
 
 
 @given(st.integers(1, 10**11), st.integers(1, 4096), st.sampled_from(["fp32", "bf16"]))
-def test_sixteen_bytes_a_parameter_shared_as_the_stage_does(
-    num_parameters: int, processes: int, precision: str
-):
-    """Weights, gradients and two moments; everything that is shared adds up to one whole over the processes."""
+def test_sixteen_bytes_per_parameter_sharded_by_stage(num_parameters: int, processes: int, precision: str):
+    """Weights, gradients and two moments. The shards of all processes add up to the whole."""
 
     def states(engine: str) -> float:
         parts = estimates.engine_memory(num_parameters, processes, precision, engine)
@@ -60,7 +58,7 @@ def test_sixteen_bytes_a_parameter_shared_as_the_stage_does(
 
 
 def kept_per_token(recipe: Recipe, recompute: str, layers: int) -> int:
-    """Bytes that a forward pass over 512 tokens takes and does not give back."""
+    """Bytes per token that a forward pass over 512 tokens keeps."""
     torch.manual_seed(0)
     fields = {**recipe.model_fields_resolved(), "num_hidden_layers": layers}
     model = MinRNNForCausalLM(MinRNNConfig(**fields, vocab_size=16)).train()
@@ -107,7 +105,8 @@ def kept_per_token(recipe: Recipe, recompute: str, layers: int) -> int:
     ],
 )
 def test_activations_are_what_the_blocks_keep(precision: str, fields: dict, recompute: str):
-    """What models/recompute.py states for one kind of block in bf16, for the other kinds and precisions."""
+    """models/recompute.py states them for one kind of block in bf16; these are the other kinds and
+    precisions."""
     recipe = build_recipe(
         {"model": {"hidden_size": 64, "intermediate_size": 128, **fields}, "train": {"precision": precision}}
     )
@@ -122,7 +121,7 @@ def test_activations_are_what_the_blocks_keep(precision: str, fields: dict, reco
 
 
 @given(st.integers(1, 6), st.integers(0, 6), st.integers(0, 3), st.integers(1, 8))
-def test_a_step_is_shared_out_whole_or_refused(readers: int, processes: int, context: int, lanes: int):
+def test_a_step_is_divided_evenly_or_refused(readers: int, processes: int, context: int, lanes: int):
     recipe = build_recipe(
         {"batch": {"readers": 2**readers, "lanes": lanes, "chunk": 64}, "parallel": {"context": 2**context}}
     )
@@ -134,7 +133,7 @@ def test_a_step_is_shared_out_whole_or_refused(readers: int, processes: int, con
     assert workload.tokens * workload.readers * workload.processes == 2**readers * lanes * 64
 
 
-def test_the_billion_recipe_is_planned(capsys):
+def test_plan_of_fineweb_1b(capsys):
     recipe = read_recipe(["--config", "fineweb-1b"])
     assert estimates.measure(recipe, 50_264).parameters == pytest.approx(1.0e9, rel=0.05)
     for processes in (8, 16, 32, 64):
@@ -154,17 +153,17 @@ def test_the_billion_recipe_is_planned(capsys):
             "312",
         ]
     )
-    told = capsys.readouterr().out
-    tokens_per_parameter = float(told.split(" per parameter")[0].split()[-1])
+    output = capsys.readouterr().out
+    tokens_per_parameter = float(output.split(" per parameter")[0].split()[-1])
     assert tokens_per_parameter == pytest.approx(20, rel=0.05)
     for engine in plan.ENGINES:
-        assert any(line.startswith(engine) for line in told.splitlines())
-    assert " s a step" in told
-    rows = {line.split("  ")[0]: line for line in told.splitlines() if "*" in line}
+        assert any(line.startswith(engine) for line in output.splitlines())
+    assert " s a step" in output
+    rows = {line.split("  ")[0]: line for line in output.splitlines() if "*" in line}
     assert rows["DDP"].count("*") < rows["ZeRO-3"].count("*"), "what is shared among 16 leaves room for more"
 
 
-def test_what_fits_grows_with_the_memory(capsys):
+def test_more_engines_fit_with_more_memory(capsys):
     counts = []
     for memory in ("5GB", "20GB", "45GB", "80GiB"):
         main(["plan", "--config", "fineweb-1b", "--vocab-size", "50264", "--gpu-memory", memory])
@@ -175,7 +174,7 @@ def test_what_fits_grows_with_the_memory(capsys):
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         (
             ["--processes", "3"],
@@ -191,7 +190,8 @@ def test_what_fits_grows_with_the_memory(capsys):
         ),
         (
             ["--context", "8", "--batch.chunk", "16"],
-            "error: batch.chunk: 16 tokens cannot be cut into 8 equal pieces (parallel.context) of at least 3",
+            "error: batch.chunk: 16 tokens cannot be cut into 8 equal pieces (parallel.context) of at "
+            "least 3",
         ),
         (["--context", "0"], "error: parallel.context: input should be greater than or equal to 1"),
         (["--gpu-memory", "80"], "error: --gpu-memory: '80' is not a size such as 80GB"),
@@ -199,8 +199,8 @@ def test_what_fits_grows_with_the_memory(capsys):
         (["--batch.lane", "8"], "error: batch.lane: unknown key (did you mean batch.lanes?)"),
     ],
 )
-def test_mistakes_are_told(options: list[str], told: str, capsys):
-    with pytest.raises(SystemExit) as left:
+def test_user_errors(options: list[str], message: str, capsys):
+    with pytest.raises(SystemExit) as exit_info:
         main(["plan", "--vocab-size", "264", "--batch.readers", "8", *options])
-    assert left.value.code == 2
-    assert told in capsys.readouterr().err
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err

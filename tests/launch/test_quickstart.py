@@ -1,4 +1,4 @@
-"""The main job, as `make train` runs it."""
+"""The quickstart, as `make train` runs it."""
 
 import json
 from pathlib import Path

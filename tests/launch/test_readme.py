@@ -1,4 +1,4 @@
-"""Numbers in the README come from a results file."""
+"""The numbers in the README are those of the results files."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,8 @@ def test_the_numbers_of_the_main_job_are_those_of_its_results_file():
     for claim in (
         f"{results['tokens'] / 1e6:.2f}M tokens in {results['training_seconds']} seconds",
         f"at {results['tokens_per_second_median']:,.0f} tokens per second; ",
-        f"{results['validation_subset']['bits_per_byte']:.2f} bits per byte on the held-out modules that the run validates on",
+        f"{results['validation_subset']['bits_per_byte']:.2f} bits per byte on the held-out modules that "
+        "the run validates on",
         f"{results['validation_all_held_out_modules']['bits_per_byte']:.2f} on all held-out modules",
     ):
         assert claim in readme

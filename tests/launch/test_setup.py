@@ -1,4 +1,4 @@
-"""`make setup` with a Python whose venv and pip write down what they are asked for."""
+"""`make setup` with a Python whose venv and pip record their arguments."""
 
 import os
 import re
@@ -13,7 +13,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 REPOSITORY = Path(__file__).parents[2]
-# A Python that writes its arguments to `calls`; `-m venv` makes a .venv of itself, and anything fails whose arguments hold the word in `fails`.
+# A Python that writes its arguments to `calls`; `-m venv` makes a .venv of itself, and anything fails whose
+# arguments hold the word in `fails`.
 RECORDING_PYTHON = """#!/bin/sh
 [ "$1" = -c ] && exit 0
 echo "$*" >> calls
@@ -32,7 +33,7 @@ def executable(path: Path, text: str) -> Path:
 
 
 class Clone:
-    """A folder with what `make` reads."""
+    """A folder with the files that `make` reads."""
 
     def __init__(self, path: Path):
         self.path, self.calls = path, path / "calls"
@@ -67,7 +68,7 @@ CORE = ["pip torch setuptools", "pip --no-build-isolation --editable ."]
 EVERYTHING = "pip --no-build-isolation --editable .[bench,deepspeed,eval,test]"
 
 
-def test_the_core_is_installed_first_and_extras_when_they_are_wanted(clone: Clone):
+def test_the_core_is_installed_first_and_extras_on_request(clone: Clone):
     assert clone.installed("setup") == ["-m venv .venv", *CORE]
     assert clone.installed("setup") == []
     assert clone.installed("setup-eval") == ["pip --no-build-isolation --editable .[eval]"]
@@ -76,7 +77,7 @@ def test_the_core_is_installed_first_and_extras_when_they_are_wanted(clone: Clon
 
 
 @pytest.mark.parametrize("name", ["pyproject.toml", "constraints.txt"])
-def test_a_change_of_what_is_asked_for_installs_again(clone: Clone, name: str):
+def test_changed_requirements_are_installed_again(clone: Clone, name: str):
     clone.installed("setup-test")
     later = (clone.path / ".venv" / ".ready").stat().st_mtime + 1
     os.utime(clone.path / name, (later, later))
@@ -84,7 +85,7 @@ def test_a_change_of_what_is_asked_for_installs_again(clone: Clone, name: str):
 
 
 @pytest.mark.parametrize("interrupted_at", ["venv", "torch", "--editable", "bench,deepspeed"])
-def test_an_interrupted_installation_is_made_from_nothing(clone: Clone, interrupted_at: str):
+def test_an_interrupted_installation_starts_again(clone: Clone, interrupted_at: str):
     (clone.path / "fails").write_text(interrupted_at)
     assert clone.make("setup-test").returncode == 2
     (clone.path / "fails").unlink()
@@ -94,7 +95,7 @@ def test_an_interrupted_installation_is_made_from_nothing(clone: Clone, interrup
     assert not left_over.exists()
 
 
-def test_an_index_for_torch_is_the_only_place_it_comes_from(clone: Clone):
+def test_torch_comes_only_from_its_index(clone: Clone):
     clone.installed("setup")
     index = "TORCH_INDEX=https://example.org/whl/cpu"
     from_index = [
@@ -121,7 +122,7 @@ def test_an_index_for_torch_is_the_only_place_it_comes_from(clone: Clone):
         ),
     ],
 )
-def test_a_python_that_will_not_do_costs_a_line(clone: Clone, change: str, error: str):
+def test_an_unsuitable_python_is_an_error(clone: Clone, change: str, error: str):
     python = executable(
         clone.path / "changed-python", CHANGED_PYTHON.format(python=sys.executable, change=change)
     )
@@ -132,13 +133,13 @@ def test_a_python_that_will_not_do_costs_a_line(clone: Clone, change: str, error
     assert not (clone.path / ".venv").exists()
 
 
-def test_a_python_that_is_not_there_costs_a_line(clone: Clone):
+def test_a_missing_python_is_an_error(clone: Clone):
     done = clone.make("setup", python="no-such-python")
     assert done.stderr.startswith("error: PYTHON: there is no no-such-python; install Python 3.11 or newer\n")
     assert not (clone.path / ".venv").exists()
 
 
-def test_everything_that_may_be_installed_is_pinned():
+def test_every_dependency_is_pinned():
     lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
     pinned = {canonicalize_name(line.split("==")[0]) for line in lines if not line.startswith("#")}
     wanted, seen = [Requirement("minrnn[bench,deepspeed,eval,test]")], set()

@@ -1,4 +1,4 @@
-"""A run small enough to be trained in a second, in this process."""
+"""A run that trains in a second, in this process."""
 
 import json
 import random
@@ -39,7 +39,7 @@ WORDS = [
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Two threads only wait for each other over tensors this small."""
+    """One thread: with tensors this small, two threads only wait for each other."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -60,7 +60,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def values(tmp_path: Path, corpus: Path) -> Values:
-    """A tiny recipe; change it at will."""
+    """A tiny recipe, which tests may change."""
     return {
         "run": {"dir": str(tmp_path / "run")},
         "model": {"hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 24, "dropout": 0.1},
@@ -100,16 +100,16 @@ def run_recipe() -> Callable[[Values], Path]:
 
 
 class Crash(BaseException):
-    """Ends the training where it stands, as a kill would: nothing catches it, nothing is saved."""
+    """Ends training immediately, as a kill would. Nothing catches it, so nothing is saved."""
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file's bytes, by its path in a folder."""
+    """The bytes of every file in a folder, by its relative path."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def before_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], object]) -> None:
-    """Do something when a training comes to a step."""
+    """Call a function before a step of a run."""
     original = loop.take_step
 
     def one_step(run: loop.Run, number: int, *arguments):
@@ -123,7 +123,7 @@ def before_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], ob
 def stop_at_step_7(
     values: Values, run_recipe: Callable[[Values], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Train until that step, where something breaks."""
+    """Train until step 7, where an error stops the run."""
 
     def stop() -> None:
         raise RuntimeError("stop here")
@@ -135,7 +135,7 @@ def stop_at_step_7(
 
 
 def recipe_file(values: Values, folder: Path) -> Path:
-    """The recipe as a file for another process."""
+    """Write the recipe to a file, for other processes."""
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(values))
     return path

@@ -1,4 +1,4 @@
-"""Checkpoints on disks that rot, fill up and fail. Nothing is trained here: their files are a few bytes."""
+"""Checkpoints on disks that fail, fill up or corrupt data. Nothing is trained; the files are a few bytes."""
 
 import errno
 import json
@@ -50,7 +50,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_every_flipped_bit_of_a_manifest_is_noticed(folder: Path, warnings: list[str]):
+def test_every_flipped_bit_of_a_manifest_is_detected(folder: Path, warnings: list[str]):
     assert save(saver_in(folder, warnings), 1) == []
     path = folder / "step-000001"
     manifest = checkpoint.read_manifest(path)
@@ -65,7 +65,7 @@ def test_every_flipped_bit_of_a_manifest_is_noticed(folder: Path, warnings: list
             checkpoint.read_manifest(path)
 
 
-def test_a_manifest_of_before_has_no_checksum_of_its_own(folder: Path, warnings: list[str]):
+def test_an_old_manifest_without_a_checksum_is_valid(folder: Path, warnings: list[str]):
     save(saver_in(folder, warnings), 1)
     path = folder / "step-000001" / "manifest.json"
     manifest = json.loads(path.read_text())
@@ -75,7 +75,7 @@ def test_a_manifest_of_before_has_no_checksum_of_its_own(folder: Path, warnings:
 
 
 class Failing:
-    """Opening a file of this name fails so many times."""
+    """Makes opening a file of this name fail a number of times."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str, number: int, times: int):
         self.times, original = times, Path.open
@@ -92,10 +92,8 @@ class Failing:
 
 @pytest.mark.parametrize("name", ["manifest.json", "model.safetensors"])
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
-def test_an_error_of_the_disk_is_no_damage(
-    folder: Path, warnings: list[str], monkeypatch, name: str, number: int
-):
-    """It passes, or stops the run: it never makes an older checkpoint the newest."""
+def test_a_disk_error_is_not_damage(folder: Path, warnings: list[str], monkeypatch, name: str, number: int):
+    """The error passes or stops the run, but never makes an older checkpoint the newest."""
     saver = saver_in(folder, warnings)
     save(saver, 1)
     save(saver, 2)
@@ -112,7 +110,7 @@ def test_an_error_of_the_disk_is_no_damage(
     assert warnings == []
 
 
-def test_damaged_checkpoints_are_kept_under_another_name(folder: Path, warnings: list[str]):
+def test_damaged_checkpoints_are_renamed(folder: Path, warnings: list[str]):
     saver = saver_in(folder, warnings, keep=3)
     for step in (1, 2, 3):
         save(saver, step)
@@ -134,15 +132,15 @@ def test_damaged_checkpoints_are_kept_under_another_name(folder: Path, warnings:
     assert len(names(folder)) == 1 + checkpoint.INVALID_KEPT
 
 
-def test_none_is_renamed_where_none_is_valid(folder: Path, warnings: list[str]):
-    """The next start must not take the folder for a fresh one."""
+def test_damaged_checkpoints_keep_their_names_if_none_is_valid(folder: Path, warnings: list[str]):
+    """Otherwise the next start would take the folder for that of a new run."""
     save(saver_in(folder, warnings), 1)
     (folder / "step-000001" / "manifest.json").unlink()
     assert checkpoint.newest_valid(folder, warnings.append, rename_invalid=True) is None
     assert names(folder) == ["step-000001"]
 
 
-def test_left_over_folders_block_nothing(folder: Path, warnings: list[str]):
+def test_leftover_folders_do_not_block_saving(folder: Path, warnings: list[str]):
     for name in (".step-000002.replaced", ".step-000001.removing", ".step-000002.building", "step-000002"):
         (folder / name / "something").mkdir(parents=True)
     saver = saver_in(folder, warnings, keep=1, newest=1)
@@ -151,8 +149,8 @@ def test_left_over_folders_block_nothing(folder: Path, warnings: list[str]):
     assert names(folder) == ["step-000002.invalid-1", "step-000003"]
 
 
-def test_a_folder_of_another_name_is_no_checkpoint(folder: Path, warnings: list[str]):
-    """What is read by its step is found under the step's one name."""
+def test_folders_with_other_names_are_not_checkpoints(folder: Path, warnings: list[str]):
+    """A step has only one valid folder name."""
     saver = saver_in(folder, warnings)
     save(saver, 1)
     save(saver, 2)
@@ -163,7 +161,7 @@ def test_a_folder_of_another_name_is_no_checkpoint(folder: Path, warnings: list[
 
 
 class Disk:
-    """Takes so many bytes; what is beyond fails as it does on a real one, in the middle of a file."""
+    """A disk of limited size: a write beyond it fails in the middle of a file."""
 
     def __init__(self, folder: Path, capacity: float, error: Exception):
         self.folder, self.capacity, self.error = folder, capacity, error
@@ -189,8 +187,8 @@ FULL = [
 
 
 @pytest.mark.parametrize("error", FULL, ids=lambda error: type(error).__name__)
-def test_old_checkpoints_give_way_on_a_full_disk(folder: Path, warnings: list[str], error: Exception):
-    """Room for 2.6: each new one lands, and at any time one is valid."""
+def test_old_checkpoints_are_removed_on_a_full_disk(folder: Path, warnings: list[str], error: Exception):
+    """With space for 2.6 checkpoints, each new one is written, and one is valid at any time."""
     folder.mkdir(parents=True)
     disk, saver = Disk(folder, 2.6 * len(NAMES) * SIZE, error), saver_in(folder, warnings)
     for step in range(1, 6):
@@ -205,10 +203,10 @@ def test_old_checkpoints_give_way_on_a_full_disk(folder: Path, warnings: list[st
 
 
 @pytest.mark.parametrize(("room", "error"), [(1.6, FULL[0]), (2.6, OSError(errno.EIO, "Input/output error"))])
-def test_the_last_valid_checkpoint_never_gives_way(
+def test_the_last_valid_checkpoint_is_never_removed(
     folder: Path, warnings: list[str], room: float, error: Exception
 ):
-    """Nor does any for an error that room does not cure."""
+    """Nor is any checkpoint after an error that more space does not fix."""
     folder.mkdir(parents=True)
     disk, saver = Disk(folder, room * len(NAMES) * SIZE, error), saver_in(folder, warnings)
     results = [save(saver, step, disk.write) for step in range(1, 5)]

@@ -1,4 +1,4 @@
-"""Engines and layouts: whoever computes a step, it is the same step. Each test launches real processes."""
+"""All engines and layouts compute the same steps. Each test launches real processes."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def ddp(processes: int, *more: str) -> list[str]:
 
 
 def zero(stage: int, processes: int = 2) -> list[str]:
-    said = {
+    options = {
         "use_deepspeed": None,
         "zero_stage": stage,
         "num_processes": processes,
@@ -35,7 +35,7 @@ def zero(stage: int, processes: int = 2) -> list[str]:
         "mixed_precision": "no",
     }
     return [
-        *(word for key, value in said.items() for word in (f"--{key}", str(value)) if word != "None"),
+        *(word for key, value in options.items() for word in (f"--{key}", str(value)) if word != "None"),
         "--dynamo_backend",
         "no",
     ]
@@ -69,25 +69,26 @@ def launch(
     )
 
 
-def names_read(folder: Path) -> dict[str, dict]:
-    """Where every reader is in the newest checkpoint."""
+def reader_positions(folder: Path) -> dict[str, dict]:
+    """The position of every reader in the newest checkpoint."""
     newest = steps_in(folder / "checkpoints")[0]
     return {path.name: json.loads(path.read_text()) for path in newest.glob("reader-*.json")}
 
 
 @pytest.mark.slow
-def test_a_run_wanders_through_engines_and_layouts(values: Values, run_recipe: Run, tmp_path: Path):
-    """One process -> ZeRO-1 -> ZeRO-3 -> four -> context parallel -> ZeRO-2 -> ZeRO-0 -> one, fp32: every step as in an undisturbed run."""
+def test_a_run_resumes_with_other_engines_and_layouts(values: Values, run_recipe: Run, tmp_path: Path):
+    """One process, ZeRO-1, ZeRO-3, four processes, context parallel, ZeRO-2, ZeRO-0, one process, in fp32.
+    Every step is as in an undisturbed run."""
     values["batch"]["readers"] = 4
     values["model"]["dropout"] = 0.0  # its masks differ where processes share a sequence
     values["optim"]["schedule"] = "constant"
     values["train"] |= {"steps": 24, "save_every": None, "eval_every": 3}
     undisturbed = run_recipe(values)
     run_recipe(
-        {**values, "run": {"dir": str(tmp_path / "wanderer")}, "train": {**values["train"], "steps": 3}}
+        {**values, "run": {"dir": str(tmp_path / "resumed")}, "train": {**values["train"], "steps": 3}}
     )
-    recipe, folder = recipe_file(values, tmp_path), tmp_path / "wanderer"
-    legs = [
+    recipe, folder = recipe_file(values, tmp_path), tmp_path / "resumed"
+    stages = [
         (zero(1), [], "ZeRO-1"),
         (zero(3), [], "ZeRO-3"),
         (ddp(4), [], "4 process(es) on cpu, DDP"),
@@ -95,30 +96,30 @@ def test_a_run_wanders_through_engines_and_layouts(values: Values, run_recipe: R
         (zero(2), ["--parallel.context", "2"], "ZeRO-2, 2 to a sequence"),
         (zero(0), [], "ZeRO-0"),
     ]
-    for i, (launcher, options, said) in enumerate(legs):
-        leg = launch(launcher, recipe, "--run.dir", str(folder), "--train.steps", str(3 * i + 6), *options)
-        assert leg.returncode == 0, (said, leg.stderr[-3000:])
-        assert said in leg.stderr
+    for i, (launcher, options, engine) in enumerate(stages):
+        result = launch(launcher, recipe, "--run.dir", str(folder), "--train.steps", str(3 * i + 6), *options)
+        assert result.returncode == 0, (engine, result.stderr[-3000:])
+        assert engine in result.stderr
     values["run"]["dir"] = str(folder)
     run_recipe(values)
     for kind in ("train", "validation"):
         np.testing.assert_allclose(losses(folder, kind), losses(undisturbed, kind), rtol=0, atol=1e-5)
-    assert names_read(folder) == names_read(undisturbed)
+    assert reader_positions(folder) == reader_positions(undisturbed)
 
 
 @pytest.mark.slow
 def test_context_parallel_is_exact_in_fp64(values: Values, run_recipe: Run, tmp_path: Path):
-    """Two groups of two processes: 20 steps, validation, and the run goes on alone."""
+    """Two groups of two processes give the losses, validations and positions of a single process."""
     values["model"]["dropout"] = 0.0
     values["train"] |= {"precision": "fp64", "steps": 20, "save_every": 10, "eval_every": 10}
-    one = run_recipe(values)
+    single = run_recipe(values)
     two = launch(
         ddp(4), recipe_file(values, tmp_path), "--parallel.context", "2", "--run.dir", str(tmp_path / "two")
     )
     assert two.returncode == 0, two.stderr[-3000:]
     for kind in ("train", "validation"):
-        np.testing.assert_allclose(losses(tmp_path / "two", kind), losses(one, kind), rtol=1e-10)
-    assert names_read(tmp_path / "two") == names_read(one)
+        np.testing.assert_allclose(losses(tmp_path / "two", kind), losses(single, kind), rtol=1e-10)
+    assert reader_positions(tmp_path / "two") == reader_positions(single)
 
 
 def metrics_lines(folder: Path) -> int:
@@ -127,8 +128,8 @@ def metrics_lines(folder: Path) -> int:
 
 
 def workers(process: subprocess.Popen[str]) -> dict[int, int]:
-    """Pids of a launcher's training processes by rank."""
-    found = {}
+    """Process ids of a launcher's training processes, by rank."""
+    pids = {}
     for path in Path("/proc").glob("[0-9]*"):
         try:
             if int((path / "stat").read_text().rsplit(")", 1)[1].split()[1]) != process.pid:
@@ -136,15 +137,15 @@ def workers(process: subprocess.Popen[str]) -> dict[int, int]:
             environment = dict(
                 pair.split("=", 1) for pair in (path / "environ").read_text().split("\0") if "=" in pair
             )
-            found[int(environment["RANK"])] = int(path.name)
+            pids[int(environment["RANK"])] = int(path.name)
         except (OSError, KeyError, ValueError):
             continue
-    return found
+    return pids
 
 
 @pytest.fixture
 def background() -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Starts launchers, and ends what is left of them."""
+    """Starts launchers, and kills them at the end."""
     processes = []
 
     def start(words: list[str], folder: Path) -> subprocess.Popen[str]:
@@ -170,10 +171,11 @@ def wait_for(condition: Callable[[], bool], seconds: float = 600) -> None:
 
 
 @pytest.mark.slow
-def test_an_elastic_launcher_survives_a_kill_and_a_hanging_peer(
+def test_an_elastic_launcher_restarts_after_a_kill_and_after_a_hang(
     values: Values, run_recipe: Run, tmp_path: Path, background
 ):
-    """One command: a process is killed, then one is stopped (its peer names it and leaves); the launcher starts all anew both times."""
+    """One process is killed. Then one is stopped, and its peer names it and exits. The launcher restarts both
+    times."""
     values["train"] |= {
         "steps": 600,
         "save_every": 20,
@@ -192,11 +194,11 @@ def test_an_elastic_launcher_survives_a_kill_and_a_hanging_peer(
     wait_for(lambda: "going on from step" in (tmp_path / "stderr.txt").read_text())
     os.kill(workers(process)[1], signal.SIGSTOP)
     assert process.wait(1200) == 0, (tmp_path / "stderr.txt").read_text()[-3000:]
-    told = (tmp_path / "stderr.txt").read_text()
-    assert "error: training: rank 0: nothing has moved for 20 seconds; waiting for rank 1 on" in told
+    stderr = (tmp_path / "stderr.txt").read_text()
+    assert "error: training: rank 0: nothing has moved for 20 seconds; waiting for rank 1 on" in stderr
     assert [step for step, _ in losses(folder)] == list(range(1, 601))
     np.testing.assert_allclose(losses(folder)[:20], losses(undisturbed)[:20], atol=1e-5)
-    assert names_read(folder) == names_read(undisturbed)
+    assert reader_positions(folder) == reader_positions(undisturbed)
 
 
 NAN_IN_ONE = """
@@ -237,11 +239,11 @@ def test_nan_in_one_process_stops_or_is_skipped_by_both(values: Values, tmp_path
     folder = Path(values["run"]["dir"])
     assert [path.name for path in (folder / "checkpoints").glob("step-*")] == ["step-000004"]
     skipping = [*launcher, "--train.skip_spikes", "3.0", "--run.change", "[train.skip_spikes]"]
-    went_on = subprocess.run(
+    resumed = subprocess.run(
         skipping, env=ENVIRONMENT, capture_output=True, text=True, timeout=1200, check=False
     )
-    assert went_on.returncode == 0, went_on.stderr[-3000:]
-    assert went_on.stderr.count("step 5 is left out: loss nan") == 1
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert resumed.stderr.count("step 5 is left out: loss nan") == 1
     entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in entries if "skipped" in entry] == [5]
     assert [step for step, _ in losses(folder)] == list(range(1, 13))
@@ -249,15 +251,15 @@ def test_nan_in_one_process_stops_or_is_skipped_by_both(values: Values, tmp_path
 
 
 @pytest.mark.slow
-def test_contradictions_are_told_at_once_by_one_process(values: Values, tmp_path: Path):
+def test_all_conflicts_with_deepspeed_are_reported_once(values: Values, tmp_path: Path):
     values["train"] |= {"precision": "fp64", "skip_spikes": 2.0}
-    said = {
+    config = {
         "train_micro_batch_size_per_gpu": 7,
         "gradient_clipping": "auto",
         "bf16": {"enabled": True},
         "zero_optimization": {"stage": 2},
     }
-    (tmp_path / "deepspeed.json").write_text(json.dumps({**said, "optimizer": {"type": "Adam"}}))
+    (tmp_path / "deepspeed.json").write_text(json.dumps({**config, "optimizer": {"type": "Adam"}}))
     launcher = [
         "--use_deepspeed",
         "--deepspeed_config_file",
@@ -265,13 +267,13 @@ def test_contradictions_are_told_at_once_by_one_process(values: Values, tmp_path
         "--num_processes",
         "2",
     ]
-    told = launch(
+    stderr = launch(
         [*launcher, "--num_machines", "1", "--dynamo_backend", "no"],
         recipe_file(values, tmp_path),
         "--parallel.context",
         "5",
     ).stderr
-    for problem in (
+    for error in (
         "error: parallel.context: 5 processes to a sequence do not divide the 2 that were started",
         "error: batch.chunk: 24 tokens must divide by the 5 processes of parallel.context",
         "error: train.precision: fp64 is for DDP",
@@ -280,4 +282,4 @@ def test_contradictions_are_told_at_once_by_one_process(values: Values, tmp_path
         "error: deepspeed.optimizer: ",
         "error: deepspeed.bf16: is enabled in",
     ):
-        assert told.count(problem) == 1, told[-3000:]
+        assert stderr.count(error) == 1, stderr[-3000:]

@@ -1,4 +1,4 @@
-"""An export takes nothing that is not its own, publishes nothing that is private, and is whole whenever it is cut off."""
+"""An export replaces only its own files, publishes nothing private, and is valid whenever it is killed."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ def export(folder: Path, hidden_size: int = 16, force: bool = False, **sections)
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """Exports of two models, of different sizes, by size; to be copied."""
+    """Exports of two models by hidden size, to be copied."""
     folders = {size: tmp_path_factory.mktemp(f"size-{size}") / "out" for size in (16, 24)}
     for size, folder in folders.items():
         assert export(folder, size)
@@ -53,10 +53,10 @@ def test_an_export_replaces_its_own_files_and_no_others(exports: dict[int, Path]
     (out / ".git" / "HEAD").write_text("ref: refs/heads/main")
     (out / "notes.txt").write_text("mine")
     assert export(out, 24)
-    found = contents(out)
-    assert found.pop(".git/HEAD") == b"ref: refs/heads/main"
-    assert found.pop("notes.txt") == b"mine"
-    assert found.keys() == contents(exports[24]).keys()
+    files = contents(out)
+    assert files.pop(".git/HEAD") == b"ref: refs/heads/main"
+    assert files.pop("notes.txt") == b"mine"
+    assert files.keys() == contents(exports[24]).keys()
     assert MinRNNForCausalLM.from_pretrained(out).config.hidden_size == 24
 
 
@@ -69,7 +69,7 @@ def test_a_card_that_was_changed_by_hand_is_kept(out: Path):
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
-def test_a_file_that_was_changed_since_is_replaced_by_force_only(name: str, out: Path):
+def test_a_changed_file_is_replaced_only_with_force(name: str, out: Path):
     with (out / name).open("a") as file:
         file.write(" ")
     before = contents(out)
@@ -80,7 +80,7 @@ def test_a_file_that_was_changed_since_is_replaced_by_force_only(name: str, out:
     assert MinRNNForCausalLM.from_pretrained(out).config.hidden_size == 24
 
 
-def test_a_folder_that_holds_no_export_is_written_to_by_force_only(tmp_path: Path):
+def test_a_folder_without_an_export_is_written_only_with_force(tmp_path: Path):
     for name in ("README.md", "config.json", "a.txt"):
         (tmp_path / name).write_text("mine")
     (tmp_path / ".git").mkdir()
@@ -95,7 +95,7 @@ def test_a_folder_that_holds_no_export_is_written_to_by_force_only(tmp_path: Pat
     assert MinRNNForCausalLM.from_pretrained(tmp_path).config.hidden_size == 16
 
 
-def test_an_export_of_before_there_were_lists_is_replaced(out: Path):
+def test_an_old_export_without_a_list_is_replaced(out: Path):
     (out / LIST).unlink()
     (out / "model-00001-of-00002.safetensors").write_text("of the same export")
     (out / "notes.txt").write_text("mine")
@@ -110,7 +110,7 @@ def test_an_export_of_before_there_were_lists_is_replaced(out: Path):
     assert (out / "README.md").read_text() == changed
 
 
-def test_what_an_earlier_export_wrote_and_this_one_does_not_goes(out: Path):
+def test_files_of_an_earlier_export_are_removed(out: Path):
     write_export(out, lambda staged: copy(out, staged, "scan_of_then.py"), "--out")
     assert (out / "scan_of_then.py").exists()
     assert export(out)
@@ -121,7 +121,7 @@ def test_what_an_earlier_export_wrote_and_this_one_does_not_goes(out: Path):
 
 
 def copy(source: Path, staged: Path, *more: str) -> None:
-    """What an export is made of, for writing one without torch."""
+    """Write the files of an export without torch."""
     for name in ("config.json", "model.safetensors", "tokenizer_config.json", "README.md"):
         shutil.copy(source / name, staged / name)
     for name in more:
@@ -140,14 +140,14 @@ def test_an_export_that_fails_changes_nothing(out: Path):
 
 
 class Killed(BaseException):
-    """Nothing that is under test handles it, as nothing handles a kill -9."""
+    """An exception that no tested code handles, like SIGKILL."""
 
 
 calls_left = 0
 
 
 def kill(event: str, _: object) -> None:
-    """An audit hook: hears of each change of a file's name before it is made, and cannot be taken away again."""
+    """An audit hook, called before each rename. Audit hooks cannot be removed."""
     global calls_left
     if calls_left and event in ("os.rename", "os.link", "os.remove"):
         calls_left -= 1
@@ -163,9 +163,7 @@ def norm_of(folder: Path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("target", ["other size", "same size"])
-def test_wherever_an_export_is_killed_a_model_loads_and_the_next_export_ends_it(
-    target: str, exports: dict[int, Path], tmp_path: Path
-):
+def test_a_killed_export_leaves_a_model_that_loads(target: str, exports: dict[int, Path], tmp_path: Path):
     global calls_left
     sources = {"other size": exports[24], "same size": tmp_path / "new"}
     model = MinRNNForCausalLM.from_pretrained(exports[16])
@@ -181,8 +179,8 @@ def test_wherever_an_export_is_killed_a_model_loads_and_the_next_export_ends_it(
         except Killed:
             assert calls_left == 0
         left, calls_left = calls_left, 0
-        found = norm_of(folder)
-        states.append(next(name for name in (exports[16], source) if torch.equal(found, norm_of(name))))
+        norm = norm_of(folder)
+        states.append(next(name for name in (exports[16], source) if torch.equal(norm, norm_of(name))))
         if left:
             break
         check_export(folder, "--out")
@@ -196,7 +194,7 @@ def test_wherever_an_export_is_killed_a_model_loads_and_the_next_export_ends_it(
     assert len(states) > 8
 
 
-def test_nothing_that_is_private_is_in_an_export(tmp_path: Path):
+def test_an_export_contains_nothing_private(tmp_path: Path):
     private = tmp_path / "private"
     export(
         tmp_path / "out",
@@ -218,7 +216,7 @@ def test_nothing_that_is_private_is_in_an_export(tmp_path: Path):
         assert str(tmp_path).encode() not in content
 
 
-def test_no_credentials_are_in_what_config_yaml_holds(tmp_path: Path):
+def test_config_yaml_contains_no_credentials(tmp_path: Path):
     recipe = build_recipe(
         {"tracking": {"uri": f"https://me:{SECRET}@mlflow.org"}, "run": {"dir": str(tmp_path)}}
     )

@@ -1,4 +1,5 @@
-"""An export's tokenizer and model, as README, card and pipelines use them, read what training's encoder gives, for each kind of tokenizer."""
+"""An export's tokenizer and model, used as README, card and pipelines use them, give training's tokens for
+each kind of tokenizer."""
 
 import json
 import subprocess
@@ -23,7 +24,7 @@ Exported = tuple[Path, Encoder, Any, Any]
 
 @pytest.fixture(scope="module", params=["bytes", *KINDS])
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    """Folder, training's encoder, and model and tokenizer as they are loaded of the folder."""
+    """Folder, training's encoder, and the model and tokenizer loaded from the folder."""
     folder = tmp_path_factory.mktemp(request.param)
     name = "bytes" if request.param == "bytes" else saved(request.param, folder / "hub")
     tokenizer = load_tokenizer(name)
@@ -41,7 +42,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 def greedy(model: Any, encoder: Encoder, prompt: str, num_tokens: int) -> list[int]:
-    """By one forward pass for each token, behind what training reads."""
+    """Greedy continuation with one forward pass per token, from the tokens that training reads."""
     ids = [encoder.bos, *encoder.encode(prompt)]
     for _ in range(num_tokens):
         with torch.no_grad():
@@ -51,7 +52,7 @@ def greedy(model: Any, encoder: Encoder, prompt: str, num_tokens: int) -> list[i
     return ids
 
 
-def test_a_batch_as_the_readme_makes_it_has_the_logits_of_each_prompt_alone(exported: Exported):
+def test_a_batch_as_in_the_readme_gives_the_logits_of_each_prompt_alone(exported: Exported):
     _, encoder, model, tokenizer = exported
     inputs = tokenizer(PROMPTS, return_tensors="pt", padding=True)
     with torch.no_grad():
@@ -67,13 +68,13 @@ def test_a_batch_as_the_readme_makes_it_has_the_logits_of_each_prompt_alone(expo
         assert row[inputs["input_ids"].shape[1] :][: len(new)] == new
 
 
-def test_a_pipeline_and_generate_go_on_from_what_training_reads(exported: Exported, capfd):
+def test_pipelines_and_generate_read_prompts_as_training_does(exported: Exported, capfd):
     folder, encoder, model, tokenizer = exported
     writer: Any = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
     for prompt in PROMPTS:
         expected = greedy(model, encoder, prompt, 4)
-        (found,) = writer(prompt, max_new_tokens=4, do_sample=False, return_tensors=True)
-        assert found["generated_token_ids"] == expected
+        (output,) = writer(prompt, max_new_tokens=4, do_sample=False, return_tensors=True)
+        assert output["generated_token_ids"] == expected
         main(
             [
                 "generate",
@@ -93,7 +94,7 @@ def test_a_pipeline_and_generate_go_on_from_what_training_reads(exported: Export
         assert capfd.readouterr().out == prompt + stream.write(expected[start:]) + stream.end() + "\n"
 
 
-def test_samples_begin_with_their_prompts_as_they_were_given(exported: Exported):
+def test_samples_begin_with_their_prompts(exported: Exported):
     _, _, model, tokenizer = exported
     for text, prompt in zip(sample(model, tokenizer, PROMPTS, 5, seed=0), PROMPTS, strict=True):
         assert text.startswith(prompt)
@@ -104,8 +105,8 @@ def test_samples_begin_with_their_prompts_as_they_were_given(exported: Exported)
         )
 
 
-def test_without_this_package_the_tokens_are_the_same(tmp_path: Path):
-    """All kinds in one process, which takes seconds to start."""
+def test_tokens_are_the_same_without_minrnn(tmp_path: Path):
+    """All kinds in one process, because it takes seconds to start."""
     encoders = {}
     for kind in KINDS:
         tokenizer = load_tokenizer(saved(kind, tmp_path / "hub" / kind))
@@ -116,7 +117,8 @@ import json, sys
 sys.modules["minrnn"] = None
 from transformers import AutoTokenizer
 folder, kinds, prompts = json.loads(sys.argv[1])
-print(json.dumps({kind: AutoTokenizer.from_pretrained(f"{folder}/{kind}")(prompts).input_ids for kind in kinds}))
+tokenizers = {kind: AutoTokenizer.from_pretrained(f"{folder}/{kind}") for kind in kinds}
+print(json.dumps({kind: tokenizer(prompts).input_ids for kind, tokenizer in tokenizers.items()}))
 """
     arguments = json.dumps([str(tmp_path), list(KINDS), PROMPTS])
     done = subprocess.run(

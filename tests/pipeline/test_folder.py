@@ -1,4 +1,5 @@
-"""A run's folder: what a run may write in, what it leaves alone, and what is done again after a kill."""
+"""A run's folder: when a run may use it, which files it leaves unchanged, and what it repeats after a
+kill."""
 
 import os
 import shutil
@@ -24,14 +25,15 @@ def write(path: Path, text: str = "mine") -> Path:
     return path
 
 
-def test_what_no_run_has_made_is_left_alone(values: Values, run_recipe: Run, tmp_path: Path):
+def test_folders_that_no_run_has_written_are_refused(values: Values, run_recipe: Run, tmp_path: Path):
     folder = tmp_path / "run"
     for name in ("config.yaml", "model/config.json", "metrics.jsonl", "samples.txt", ".lock"):
         write(folder / name, "name: mine")
     before = contents(folder)
     with pytest.raises(
         UserError,
-        match=r"run\.dir: .* holds config\.yaml, metrics\.jsonl, samples\.txt, model, which the run would overwrite",
+        match=r"run\.dir: .* holds config\.yaml, metrics\.jsonl, samples\.txt, model, "
+        r"which the run would overwrite",
     ):
         run_recipe(values)
     assert contents(folder) == before
@@ -54,7 +56,7 @@ def test_what_no_run_has_made_is_left_alone(values: Values, run_recipe: Run, tmp
         "model/a",
     ],
 )
-def test_each_name_that_a_run_writes_counts(tmp_path: Path, name: str):
+def test_each_file_that_a_run_writes_is_checked(tmp_path: Path, name: str):
     write(tmp_path / name)
     (problem,) = folder_errors(tmp_path)
     assert f"holds {name.split('/')[0]}, which" in problem
@@ -88,7 +90,7 @@ def a_dangling_link(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "make", "told"),
+    ("name", "make", "message"),
     [
         (".", a_file, "is no folder"),
         (".", a_dangling_link, "is a link to nowhere, which is not there"),
@@ -103,8 +105,8 @@ def a_dangling_link(path: Path) -> None:
         ("config.yaml", a_dangling_link, "is a link to nowhere"),
     ],
 )
-def test_what_would_fail_at_the_end_is_said_at_the_start(
-    tmp_path: Path, name: str, make: Callable[[Path], object], told: str
+def test_errors_of_the_folder_are_reported_at_the_start(
+    tmp_path: Path, name: str, make: Callable[[Path], object], message: str
 ):
     folder = tmp_path / "run"
     if name == "../parent":
@@ -116,7 +118,7 @@ def test_what_would_fail_at_the_end_is_said_at_the_start(
         folder.mkdir()
         make(folder / name)
     (problem,) = folder_errors(folder)
-    assert told in problem
+    assert message in problem
 
 
 @pytest.mark.parametrize("path", [Path("x" * 300), Path(*["y" * 200] * 20)])
@@ -132,10 +134,11 @@ def test_a_folder_of_somebody_else(tmp_path: Path):
     assert "cannot be written" in folder_errors(tmp_path)[0]
 
 
-def test_what_follows_the_last_step_is_done_until_it_is_all_there(
+def test_each_start_completes_a_run_that_was_killed_after_its_last_step(
     values: Values, run_recipe: Run, tmp_path: Path, monkeypatch, capfd
 ):
-    """Killed behind the export, then its model removed, then killed within an older export: each start does what is missing."""
+    """Killed after the export, then its model removed, then killed within an old export: each start does what
+    is missing."""
     folder, elsewhere = Path(values["run"]["dir"]), tmp_path / "elsewhere"
     elsewhere.mkdir()
     folder.mkdir()
@@ -167,8 +170,9 @@ def test_what_follows_the_last_step_is_done_until_it_is_all_there(
     assert not (folder / ".model.replaced").exists()
 
 
-def test_a_disk_that_does_not_take_a_file_ends_the_run_in_words(values: Values, run_recipe: Run):
-    """Where the temporary file of a name would be is a folder: config.yaml's at the start, the export's list, .finished at the very end."""
+def test_a_file_that_cannot_be_written_ends_the_run_with_a_message(values: Values, run_recipe: Run):
+    """A folder has the name of a temporary file: of config.yaml at the start, of the export's list, and of
+    .finished at the end."""
     run = Path(values["run"]["dir"])
     for steps, in_the_way in (
         (2, run / ".config.yaml.part"),
@@ -184,9 +188,7 @@ def test_a_disk_that_does_not_take_a_file_ends_the_run_in_words(values: Values, 
         assert (run / ".finished").read_text() == str(steps)
 
 
-def test_a_folder_that_is_removed_is_made_again_with_its_lock(
-    values: Values, run_recipe: Run, monkeypatch, capfd
-):
+def test_a_removed_folder_is_created_again_with_its_lock(values: Values, run_recipe: Run, monkeypatch, capfd):
     folder = Path(values["run"]["dir"])
     with monkeypatch.context() as patched:
         before_step(patched, 7, lambda: shutil.rmtree(folder))
@@ -202,7 +204,7 @@ def test_a_folder_that_is_removed_is_made_again_with_its_lock(
     assert "is finished: step 12 of 12" in capfd.readouterr().out
 
 
-def test_a_folder_that_another_run_has_taken_ends_this_one(values: Values, run_recipe: Run, monkeypatch):
+def test_a_run_ends_if_another_run_uses_its_folder(values: Values, run_recipe: Run, monkeypatch):
     folder = Path(values["run"]["dir"])
     held = []
 
@@ -218,9 +220,7 @@ def test_a_folder_that_another_run_has_taken_ends_this_one(values: Values, run_r
     assert [path.name for path in folder.iterdir()] == [".lock"]
 
 
-def test_a_corpus_that_holds_the_run_is_read_without_it(
-    values: Values, run_recipe: Run, tmp_path: Path, monkeypatch
-):
+def test_a_corpus_excludes_the_run_inside_it(values: Values, run_recipe: Run, tmp_path: Path, monkeypatch):
     corpus = tmp_path / "corpus"
     for i in range(40):
         write(corpus / f"{i}.txt", f"the text number {i} of a folder that the run is in " * (i % 5 + 1))

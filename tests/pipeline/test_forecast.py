@@ -1,4 +1,4 @@
-"""What a run says about the time it takes."""
+"""The estimate of the remaining time."""
 
 import re
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from minrnn.pipeline.recipe import build_recipe
 
 
 class Steps:
-    """A run on a clock of its own: a first step of 1,000 seconds, all others of 2."""
+    """A run with its own clock: the first step takes 1,000 seconds, all others 2."""
 
     def __init__(self, values: Values, num_positions: int):
         self.recipe, self.step, self.now, self.lines = build_recipe(values), 0, 0.0, []
@@ -32,9 +32,7 @@ class Steps:
 
 
 @pytest.mark.parametrize(("done", "log_every", "logged"), [(0, 5, 5), (0, 1, 2), (50, 5, 55), (54, 5, 60)])
-def test_a_forecast_counts_what_is_left_without_the_first_step(
-    values: Values, done: int, log_every: int, logged: int
-):
+def test_the_forecast_ignores_the_first_step(values: Values, done: int, log_every: int, logged: int):
     values["batch"] |= {"readers": 1, "lanes": 2, "chunk": 50}
     values["train"] |= {"steps": 100, "eval_every": 60, "save_every": None}
     run = Steps(values, num_positions=3000)  # as many as in 30 steps, so 10 steps' work
@@ -45,7 +43,7 @@ def test_a_forecast_counts_what_is_left_without_the_first_step(
     ]
 
 
-def test_validations_that_are_left(values: Values):
+def test_validations_left(values: Values):
     values["train"] |= {"steps": 12, "eval_every": 5}
     recipe = build_recipe(values)
     assert [validations_left(recipe, step) for step in (1, 5, 6, 10, 11, 12)] == [3, 3, 2, 2, 1, 1]
@@ -71,7 +69,7 @@ def test_times_in_words(seconds: float, words: str):
 
 
 @pytest.mark.parametrize("corpus_is_a_task", [False, True])
-def test_every_run_says_it_once(
+def test_every_run_reports_it_once(
     values: Values,
     run_recipe: Callable[[Values], Path],
     capsys: pytest.CaptureFixture,

@@ -1,4 +1,4 @@
-"""Engines of the launcher: tried, or refused before anyone connects."""
+"""The launcher's engines are supported, or refused before the processes are connected."""
 
 import os
 from pathlib import Path
@@ -24,7 +24,7 @@ PARALLELISM = [
     "--parallelism_config_tp_size",
     "2",
 ]
-ASKED = {  # words for `accelerate launch`, and what is said of each
+REQUESTS = {  # words for `accelerate launch`, and what is said of each
     "FSDP": (["--use_fsdp"], ["FSDP"]),
     "Megatron-LM": (["--use_megatron_lm"], ["Megatron-LM"]),
     "tensor parallelism": (PARALLELISM, ["FSDP", "a parallelism config (tp_size 2)"]),
@@ -40,10 +40,10 @@ ASKED = {  # words for `accelerate launch`, and what is said of each
 
 
 def environment_of(words: list[str], monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """What `accelerate launch` with these options tells the processes that it starts."""
-    told = []
+    """The environment that `accelerate launch` with these options gives to its processes."""
+    environments = []
     with monkeypatch.context() as patched:
-        patched.setattr("torch.distributed.run.run", lambda arguments: told.append(dict(os.environ)))
+        patched.setattr("torch.distributed.run.run", lambda arguments: environments.append(dict(os.environ)))
         command = [
             *words,
             "--num_processes",
@@ -56,7 +56,7 @@ def environment_of(words: list[str], monkeypatch: pytest.MonkeyPatch) -> dict[st
             "minrnn.pipeline.train",
         ]
         launch_command(launch_command_parser().parse_args(command))
-    return told[0]
+    return environments[0]
 
 
 def refusals(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> list[str]:
@@ -70,16 +70,16 @@ def refusals(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> li
     return str(raised.value).splitlines()
 
 
-@pytest.mark.parametrize("name", ASKED)
-def test_what_accelerate_is_told_and_we_cannot_do_is_refused(name: str, monkeypatch):
-    words, expected = ASKED[name]
+@pytest.mark.parametrize("name", REQUESTS)
+def test_unsupported_options_of_accelerate_are_refused(name: str, monkeypatch):
+    words, expected = REQUESTS[name]
     lines = refusals(monkeypatch, environment_of(words, monkeypatch))
     assert len(lines) == len(expected)
     for line, what in zip(lines, expected, strict=True):
         assert line.startswith(f"error: launcher: asks for {what}; minrnn has {ENGINES}: ")
 
 
-def test_what_the_environment_says_without_a_launcher(monkeypatch):
+def test_unsupported_environments_without_a_launcher_are_refused(monkeypatch):
     for environment, what in (
         ({"ACCELERATE_USE_SAGEMAKER": "true"}, "SageMaker"),
         ({"ACCELERATE_IN_TPU_POD": "1"}, "XLA"),
@@ -104,8 +104,8 @@ BY_OPTION = {DistributedType.FSDP: "FSDP", DistributedType.MEGATRON_LM: "Megatro
 
 
 @pytest.mark.parametrize("kind", list(DistributedType))
-def test_every_distributed_type_is_tried_or_refused(kind: DistributedType):
-    """Before and after connecting. A type of a later Accelerate fails here until somebody decides."""
+def test_every_distributed_type_is_supported_or_refused(kind: DistributedType):
+    """Before and after connecting. A new type in a later Accelerate fails here until it is classified."""
     if kind in SUPPORTED:
         check_engine(kind)
         return
@@ -115,10 +115,10 @@ def test_every_distributed_type_is_tried_or_refused(kind: DistributedType):
         ((_, message),) = engine_errors(DEVICES[kind], 2)
         assert f"asks for 2 processes on {DEVICES[kind]}" in message
     else:
-        assert BY_OPTION[kind] in ASKED
+        assert BY_OPTION[kind] in REQUESTS
 
 
-def test_what_is_supported_is_not_refused(monkeypatch):
+def test_supported_environments_are_not_refused(monkeypatch):
     for words in (["--multi_gpu"], ["--use_deepspeed", "--zero_stage", "3", "--offload_param_device", "cpu"]):
         environment = environment_of([*words, "--dynamo_backend", "no"], monkeypatch)
         with monkeypatch.context() as patched:
@@ -159,7 +159,7 @@ def test_parts_of_a_deepspeed_file_that_change_the_engine(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_a_launcher_with_fsdp_is_told_once(values: Values, tmp_path: Path):
+def test_fsdp_is_refused_with_one_message(values: Values, tmp_path: Path):
     done = launch(
         ["--use_fsdp", "--num_processes", "2", "--num_machines", "1", "--dynamo_backend", "no"],
         recipe_file(values, tmp_path),

@@ -1,4 +1,4 @@
-"""Models that commands load: the dtype they compute in, the code they may bring, the memory they may take."""
+"""Loading models: dtype, trust in a tokenizer's code, memory."""
 
 import ast
 import io
@@ -20,11 +20,11 @@ CPU, MPS = torch.device("cpu"), torch.device("mps")
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.float64])
-def test_auto_keeps_what_loses_digits_otherwise(stored: torch.dtype):
+def test_auto_keeps_dtypes_that_would_lose_precision(stored: torch.dtype):
     assert weights_dtype(stored, "auto", CPU) == stored
 
 
-def test_auto_widens_bf16_only_where_that_is_faster(monkeypatch):
+def test_auto_converts_bf16_only_if_fp32_is_faster(monkeypatch):
     for rates, expected in (
         ({"fp32": 100e9, "bf16": 1e9}, torch.float32),
         ({"fp32": 100e9, "bf16": 400e9}, torch.bfloat16),
@@ -33,7 +33,7 @@ def test_auto_widens_bf16_only_where_that_is_faster(monkeypatch):
         assert weights_dtype(torch.bfloat16, "auto", CPU) == expected
 
 
-def test_a_slow_dtype_is_taken_with_a_warning(monkeypatch, capsys):
+def test_a_slow_dtype_is_used_with_a_warning(monkeypatch, capsys):
     monkeypatch.setattr("minrnn.pipeline.loading.measure_rates", lambda *_: {"fp32": 100e9, "bf16": 1e9})
     assert weights_dtype(torch.float32, "bf16", CPU) == torch.bfloat16
     (line,) = capsys.readouterr().err.splitlines()
@@ -42,7 +42,7 @@ def test_a_slow_dtype_is_taken_with_a_warning(monkeypatch, capsys):
     )
 
 
-def test_what_cannot_be_is_named():
+def test_unsupported_dtypes_and_devices_are_errors():
     with pytest.raises(
         UserError,
         match="--dtype: mps does not support fp64, in which the weights are stored; use --dtype fp32",
@@ -63,9 +63,9 @@ def export(tmp_path: Path) -> Path:
 
 
 def errors_of(arguments: list[str], capsys) -> str:
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exit_info:
         main(arguments)
-    assert left.value.code == 2
+    assert exit_info.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     return line
 
@@ -77,10 +77,8 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_code_that_a_model_brings_is_run_only_where_it_is_trusted(
-    export: Path, command: str, monkeypatch, capsys
-):
-    """Nobody is asked at a prompt, which a pipe could answer; a model's own code is that of this package."""
+def test_a_tokenizer_s_code_runs_only_if_trusted(export: Path, command: str, monkeypatch, capsys):
+    """There is no prompt, which a pipe could answer. A model's own code is never run, but this package's."""
     code, ran = export / "tokenization_own.py", export.parent / "code-was-run"
     code.write_text(
         "from pathlib import Path\n\nfrom transformers import PreTrainedTokenizerFast\n\n"
@@ -95,17 +93,19 @@ def test_code_that_a_model_brings_is_run_only_where_it_is_trusted(
     for name, own in (("tokenizer_config.json", own_tokenizer), ("config.json", own_model)):
         (export / name).write_text(json.dumps({**json.loads((export / name).read_text()), **own}))
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
-    told = errors_of([command, str(export), *COMMANDS[command]], capsys)
-    assert told.startswith("error: MODEL: the tokenizer of ")
-    assert "brings code of its own, which is not run; read it, and add --trust-remote-code to run it" in told
+    stderr = errors_of([command, str(export), *COMMANDS[command]], capsys)
+    assert stderr.startswith("error: MODEL: the tokenizer of ")
+    assert (
+        "brings code of its own, which is not run; read it, and add --trust-remote-code to run it" in stderr
+    )
     assert not ran.exists()
     if command == "generate":
         main([command, str(export), *COMMANDS[command], "--trust-remote-code"])
         assert ran.exists()
 
 
-def test_all_that_is_loaded_says_whether_its_code_is_trusted():
-    """Where nothing is said, transformers asks at a prompt."""
+def test_every_load_passes_trust_remote_code():
+    """Without the argument, transformers asks at a prompt."""
     root = Path(__file__).parents[2]
     for path in [
         path
@@ -124,21 +124,21 @@ def test_all_that_is_loaded_says_whether_its_code_is_trusted():
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"hidden_size": 1_000_000}, "GB for weights in fp32, by its config.json, of"),
         ({"num_hidden_layers": 10**12}, "GB for weights in fp32, by its config.json, of"),
         ({"vocab_size": 10**18, "hidden_size": 10**6}, "is larger than can be counted, by its config.json"),
     ],
 )
-def test_a_configuration_that_asks_for_more_memory_than_there_is(
-    export: Path, changes: dict[str, int], told: str, capsys
+def test_a_model_larger_than_the_memory_is_refused(
+    export: Path, changes: dict[str, int], message: str, capsys
 ):
     values = json.loads((export / "config.json").read_text())
     (export / "config.json").write_text(json.dumps({**values, **changes}))
     line = errors_of(["generate", str(export), *COMMANDS["generate"]], capsys)
     assert line.startswith("error: MODEL: ")
-    assert told in line
+    assert message in line
 
 
 def test_the_names_of_dtypes_are_the_same_in_options_and_models():

@@ -1,4 +1,4 @@
-"""What the loop computes."""
+"""The training loop's results."""
 
 import itertools
 import json
@@ -22,8 +22,8 @@ from minrnn.pipeline.recipe import build_recipe
 Run = Callable[[Values], Path]
 
 
-def test_the_losses_are_those_of_a_loop_written_by_hand(values: Values, run_recipe: Run):
-    """Readers, accumulation, carried state, clipping, schedule: as a page of torch says."""
+def test_losses_equal_those_of_a_plain_torch_loop(values: Values, run_recipe: Run):
+    """Readers, accumulation, carried state, clipping and schedule, written out in plain torch."""
     values["train"] |= {"precision": "fp64", "steps": 6}
     values["model"]["dropout"] = 0.0
     folder = run_recipe(values)
@@ -64,7 +64,7 @@ def test_the_losses_are_those_of_a_loop_written_by_hand(values: Values, run_reci
     np.testing.assert_allclose(losses(folder), expected, rtol=1e-9)
 
 
-def test_recomputation_and_read_ahead_change_nothing(values: Values, run_recipe: Run, tmp_path: Path):
+def test_recomputation_and_workers_do_not_change_losses(values: Values, run_recipe: Run, tmp_path: Path):
     plain = losses(run_recipe(values))
     values["run"]["dir"] = str(tmp_path / "other")
     values["train"]["recompute"] = "selective"
@@ -85,7 +85,7 @@ def test_compiled_blocks_give_the_same_losses(values: Values, run_recipe: Run, t
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_precisions_stay_near_fp64(values: Values, run_recipe: Run, precision: str, tmp_path: Path):
+def test_precisions_stay_close_to_fp64(values: Values, run_recipe: Run, precision: str, tmp_path: Path):
     values["model"]["dropout"] = 0.0
     results = {}
     for name in ("fp64", precision):
@@ -97,7 +97,7 @@ def test_precisions_stay_near_fp64(values: Values, run_recipe: Run, precision: s
 
 
 def test_validation_is_the_loss_of_whole_documents(values: Values, run_recipe: Run):
-    """Each held-out document alone through the exported model gives the sum that the run reported."""
+    """The exported model gives the reported loss, reading each held-out document alone."""
     values["data"]["validation_tokens"] = None
     folder = run_recipe(values)
     model = MinRNNForCausalLM.from_pretrained(folder / "model").eval()
@@ -158,7 +158,7 @@ def test_warm_start_takes_the_weights_of_an_export(values: Values, run_recipe: R
         run_recipe(values)
 
 
-def test_a_run_leaves_what_the_readme_promises(values: Values, run_recipe: Run):
+def test_a_run_writes_the_files_that_the_readme_lists(values: Values, run_recipe: Run):
     folder = run_recipe(values)
     assert {"config.yaml", "metrics.jsonl", "loss.png", "samples.txt", "checkpoints", "model"} <= {
         path.name for path in folder.iterdir()
@@ -216,33 +216,33 @@ def stall(monkeypatch: pytest.MonkeyPatch, after: int, then: Callable[[], object
     monkeypatch.setattr(ChunkLoader, "take", stalled)
 
 
-def test_a_signal_is_heard_while_the_data_stall(
+def test_a_signal_ends_a_run_that_waits_for_data(
     values: Values, run_recipe: Run, monkeypatch: pytest.MonkeyPatch
 ):
     whole = losses(run_recipe({**values, "run": {"dir": values["run"]["dir"] + "-undisturbed"}}))
     with monkeypatch.context() as patched:
         stall(patched, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        with pytest.raises(SystemExit) as left:
+        with pytest.raises(SystemExit) as exit_info:
             run_recipe(values)
-    assert left.value.code == 128 + signal.SIGTERM
+    assert exit_info.value.code == 128 + signal.SIGTERM
     assert [path.name for path in (Path(values["run"]["dir"]) / "checkpoints").glob("step-000005")]
     assert losses(run_recipe(values)) == whole
 
 
-def test_a_process_without_data_hears_of_the_others_signal(
+def test_a_process_without_data_stops_at_another_process_s_signal(
     values: Values, run_recipe: Run, monkeypatch: pytest.MonkeyPatch
 ):
-    """It goes on voting; another process, which has its data, votes to leave."""
+    """It keeps exchanging its state. Another process, which has its data, reports a signal."""
     rounds = []
     stall(monkeypatch, 3, lambda: rounds.append(1))
-    total = loop.processes.all_reduce_sum
+    original = loop.processes.all_reduce_sum
 
     def with_another(accelerator, counts):
         others = [0, len(rounds) == 4, 0, 0, 0] if len(counts) == 5 else [0] * len(counts)
-        return [a + b for a, b in zip(total(accelerator, counts), others, strict=True)]
+        return [a + b for a, b in zip(original(accelerator, counts), others, strict=True)]
 
     monkeypatch.setattr(loop.processes, "all_reduce_sum", with_another)
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exit_info:
         run_recipe(values)
-    assert left.value.code == 128 + signal.SIGTERM
+    assert exit_info.value.code == 128 + signal.SIGTERM
     assert len(rounds) == 4

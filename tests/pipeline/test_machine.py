@@ -1,4 +1,4 @@
-"""What is computed in, on what, with how many threads: decided by the machine, tested as functions of what it says."""
+"""Devices, precisions and threads, tested as functions of what the machine reports."""
 
 import subprocess
 import sys
@@ -26,7 +26,7 @@ NO_BF16 = {"fp32": 14e12, "fp64": 7e12}
         ({"fp32": 1e9, "bf16": 1e9, "fp64": 9e9}, "fp32"),  # fp64 is never chosen
     ],
 )
-def test_auto_takes_the_faster_and_what_was_saved(rates: dict[str, float], expected: str):
+def test_auto_takes_the_faster_or_the_saved_precision(rates: dict[str, float], expected: str):
     choice = machine.choose_precision("auto", None, rates, "cpu")
     assert (choice.precision, choice.warning) == (expected, "")
     assert "chosen" in choice.reason
@@ -34,9 +34,9 @@ def test_auto_takes_the_faster_and_what_was_saved(rates: dict[str, float], expec
         assert machine.choose_precision("auto", saved, rates, "cpu").precision == saved
 
 
-def test_a_slow_precision_is_taken_with_one_line_that_has_both_rates():
-    for saved, asked in ((None, "bf16"), ("bf16", "auto")):
-        choice = machine.choose_precision(asked, saved, WITHOUT_UNITS, "cpu")
+def test_a_slow_precision_is_used_with_a_warning():
+    for saved, requested in ((None, "bf16"), ("bf16", "auto")):
+        choice = machine.choose_precision(requested, saved, WITHOUT_UNITS, "cpu")
         assert choice.precision == "bf16"
         assert "0.9 GFLOP/s in bf16 here, and 105 GFLOP/s in fp32, 117 times as much" in choice.warning
         assert "\n" not in choice.warning
@@ -44,18 +44,19 @@ def test_a_slow_precision_is_taken_with_one_line_that_has_both_rates():
     assert not machine.choose_precision("fp64", None, WITHOUT_UNITS, "cpu").warning  # 2.1 times
 
 
-@pytest.mark.parametrize(("asked", "saved"), [("bf16", None), ("auto", "bf16")])
-def test_what_the_device_does_not_support_is_refused(asked: str, saved: str | None):
+@pytest.mark.parametrize(("requested", "saved"), [("bf16", None), ("auto", "bf16")])
+def test_unsupported_precisions_are_refused(requested: str, saved: str | None):
     with pytest.raises(UserError, match=r"train\.precision: cuda \(Tesla V100\) does not support bf16"):
-        machine.choose_precision(asked, saved, NO_BF16, "cuda (Tesla V100)")
+        machine.choose_precision(requested, saved, NO_BF16, "cuda (Tesla V100)")
 
 
 def test_a_cpu_without_bf16_units_is_measured_quickly():
-    """In another process, since the limit is read once; a product of 1024 would take seconds there."""
+    """In another process, because the limit is read once. A product of size 1024 would take seconds there."""
     script = (
         "import torch; from minrnn.pipeline import machine; cpu = torch.device('cpu');"
         "rates = machine.measure_rates(cpu, ('fp32', 'bf16'));"
-        "print(machine._size_to_measure(cpu, torch.bfloat16)[0], machine.choose_precision('auto', None, rates, 'cpu').precision)"
+        "print(machine._size_to_measure(cpu, torch.bfloat16)[0], machine.choose_precision('auto', None, "
+        "rates, 'cpu').precision)"
     )
     environment = {"ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "1", "PATH": ""}
     done = subprocess.run(
@@ -77,7 +78,7 @@ def has_accelerator(monkeypatch: pytest.MonkeyPatch, kind: str | None, count: in
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: count)
 
 
-def test_a_device_is_there_or_named(monkeypatch):
+def test_missing_devices_are_errors(monkeypatch):
     has_accelerator(monkeypatch, None)
     assert machine.resolve_device("auto") == machine.resolve_device("cpu") == torch.device("cpu")
     with pytest.raises(UserError, match="error: --device: there is no cuda device here; use cpu, or auto"):
@@ -94,7 +95,7 @@ def test_a_device_is_there_or_named(monkeypatch):
         machine.resolve_device("mps", "train.device")
 
 
-def test_processes_take_the_accelerator_of_their_number_but_share_no_mps(monkeypatch):
+def test_local_rank_picks_the_accelerator_but_not_on_mps(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_RANK", "3")
     has_accelerator(monkeypatch, "cuda", 4)
@@ -118,7 +119,7 @@ def test_more_processes_than_gpus_are_refused_unless_they_work_on_cpus(monkeypat
     check_launch(build_recipe({**values, "train": {"device": "cpu"}}))
 
 
-def test_fp64_is_refused_before_the_start_where_there_is_none(monkeypatch):
+def test_fp64_is_refused_at_the_start_if_unsupported(monkeypatch):
     has_accelerator(monkeypatch, "mps")
     with pytest.raises(UserError, match=r"train\.precision: mps does not support fp64"):
         check_launch(build_recipe({"train": {"precision": "fp64"}}))
@@ -140,19 +141,19 @@ def test_fp64_is_refused_before_the_start_where_there_is_none(monkeypatch):
         ),  # one process of accelerate launch
     ],
 )
-def test_each_process_has_its_share_of_the_cores(
+def test_each_process_uses_its_share_of_the_cores(
     environment: dict[str, str], cores: int, expected: int | None
 ):
     assert machine.share_of_threads(environment, cores) == expected
 
 
-def test_a_compiler_that_is_missing_is_a_reason_in_one_line(monkeypatch, tmp_path):
-    """No C++ compiler, and nothing compiled before."""
+def test_a_missing_compiler_is_reported_in_one_line(monkeypatch, tmp_path):
+    """Without a C++ compiler and with an empty cache."""
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/nonexistent/compiler",))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch._dynamo.reset()
-    problem = machine.compile_error(torch.device("cpu"))
-    assert problem is not None
-    assert "No working C++ compiler" in problem
-    assert "\n" not in problem
+    error = machine.compile_error(torch.device("cpu"))
+    assert error is not None
+    assert "No working C++ compiler" in error
+    assert "\n" not in error
     assert machine.compile_error(torch.device("meta")) is None

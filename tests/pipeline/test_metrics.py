@@ -1,4 +1,4 @@
-"""No line is lost, none is half, and a long file costs no more than a short one."""
+"""No line of metrics.jsonl is lost or truncated, and a long file costs no more than a short one."""
 
 import errno
 import json
@@ -34,8 +34,8 @@ def refuse_lines(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("truncates", [True, False])
-def test_lines_wait_for_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, truncates: bool):
-    """Whether the half line can be removed at once or only later."""
+def test_lines_wait_for_free_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, truncates: bool):
+    """Whether the truncated line can be removed at once or only later."""
     warnings: list[str] = []
     file = MetricsFile(tmp_path / "metrics.jsonl", warnings.append)
     file.append({"step": 1})
@@ -56,10 +56,11 @@ def test_lines_wait_for_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tr
     assert [json.loads(line)["step"] for line in file.path.read_text().splitlines()] == [1, 2, 3]
 
 
-def test_a_checkpoint_does_not_count_before_its_lines(
+def test_a_checkpoint_is_published_after_its_lines(
     values: Values, run_recipe: Run, monkeypatch: pytest.MonkeyPatch, capfd
 ):
-    """The disk takes checkpoints but no lines from step 3 to 6: no checkpoint of step 4; then all lines are there."""
+    """The disk accepts checkpoints but no lines from step 3 to 6. So there is no checkpoint of step 4, and
+    all lines are written later."""
     original = loop.take_step
 
     def one_step(run, step, *arguments):
@@ -123,8 +124,8 @@ def test_lines_are_strict_json(tmp_path: Path):
 
 
 @given(st.lists(st.integers(0, 3), max_size=60), st.integers(0, 60), st.booleans())
-def test_cutting_leaves_the_lines_up_to_a_step(tmp_path_factory, counts: list[int], step: int, has_end: bool):
-    """Any number of lines of a step, a last one that a crash cut, a last one that lacks only its end."""
+def test_cutting_keeps_the_lines_up_to_a_step(tmp_path_factory, counts: list[int], step: int, has_end: bool):
+    """With any number of lines per step; the last line may be truncated or lack only its end."""
     path = tmp_path_factory.mktemp("cut") / "metrics.jsonl"
     steps = [number for number, count in enumerate(counts, 1) for _ in range(count)]
     lines = [
@@ -133,9 +134,9 @@ def test_cutting_leaves_the_lines_up_to_a_step(tmp_path_factory, counts: list[in
     ]
     text = "".join(lines)
     path.write_text(text + '{"step": 9' if has_end else text.removesuffix("\n"))
-    kept = [line for line, number in zip(lines, steps, strict=True) if number <= step]
-    assert cut_metrics(path, step) == len(lines) - len(kept)
-    assert path.read_text() == "".join(kept)
+    expected = [line for line, number in zip(lines, steps, strict=True) if number <= step]
+    assert cut_metrics(path, step) == len(lines) - len(expected)
+    assert path.read_text() == "".join(expected)
 
 
 def test_cutting_reads_only_what_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -154,7 +155,7 @@ def line(step: int, kind: str = "train") -> dict:
     return {"kind": kind, "step": step, "tokens": 10 * step, "loss": 1.0 + step % 7, "bits_per_byte": 1.0}
 
 
-def test_the_history_is_read_on_and_begins_anew_when_the_file_was_cut(tmp_path: Path):
+def test_the_history_reads_new_lines_and_starts_again_after_a_cut(tmp_path: Path):
     file = MetricsFile(tmp_path / "metrics.jsonl", print)
     history = History(file.path)
     for step in range(1, 6):
@@ -171,7 +172,7 @@ def test_the_history_is_read_on_and_begins_anew_when_the_file_was_cut(tmp_path: 
 
 
 def test_a_long_history_is_drawn_in_few_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A picture of a million lines costs what one of thousands costs, and shows the extremes."""
+    """A picture of a million lines costs as much as one of thousands, and shows the extremes."""
     history = History(tmp_path / "metrics.jsonl")
     for step in range(1, 300_001):
         history.tokens.append(step)
@@ -186,15 +187,16 @@ def test_a_long_history_is_drawn_in_few_points(tmp_path: Path, monkeypatch: pyte
     assert max(axes.lines[0].get_ydata()) == 2.0
 
 
-def test_the_history_grows_while_a_figure_of_it_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """matplotlib keeps what it draws until a garbage collection; an array of the history that it held could not grow."""
-    file, kept, extremes = MetricsFile(tmp_path / "metrics.jsonl", print), [], pictures._extremes
-    monkeypatch.setattr(pictures, "_extremes", lambda x, y: kept.append((x, y)) or extremes(x, y))
+def test_the_history_grows_while_a_figure_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """matplotlib keeps data until a garbage collection. If it held a view of the history's array, the array
+    could not grow."""
+    file, drawn, extremes = MetricsFile(tmp_path / "metrics.jsonl", print), [], pictures._extremes
+    monkeypatch.setattr(pictures, "_extremes", lambda x, y: drawn.append((x, y)) or extremes(x, y))
     history = History(file.path)
     for step in range(1, 4):
         file.append(line(step))
         pictures.draw_loss(history.update(), tmp_path / "loss.png", "run")
-    assert [list(x) for x, _ in kept] == [[10], [10, 20], [10, 20, 30]]
+    assert [list(x) for x, _ in drawn] == [[10], [10, 20], [10, 20, 30]]
 
 
 @pytest.mark.parametrize("count", [1, 2, 29, 30, 100, 301])

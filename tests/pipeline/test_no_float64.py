@@ -1,4 +1,4 @@
-"""A run in fp32, and what evaluations compute, make no fp64 tensor: MPS has none."""
+"""fp32 runs and evaluations create no fp64 tensor, because MPS does not support fp64."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from minrnn.models import MinRNNConfig, MinRNNForCausalLM
 
 
 class NoFloat64(TorchDispatchMode):
-    """Raises where an operation makes an fp64 tensor, as MPS does; the CPU stands in for a device without fp64."""
+    """Raises if an operation creates an fp64 tensor, so that the CPU behaves like a device without fp64."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -24,20 +24,20 @@ class NoFloat64(TorchDispatchMode):
         return result
 
 
-def test_it_would_be_noticed():
+def test_fp64_is_detected():
     with pytest.raises(TypeError, match="fp64"), NoFloat64():
         torch.ones(2).double()
 
 
 @pytest.mark.parametrize("changes", [{}, {"skip_spikes": 3.0, "recompute": "selective"}])
-def test_a_run_makes_none(values, run_recipe, changes: dict):
+def test_a_run_creates_no_fp64_tensor(values, run_recipe, changes: dict):
     values["train"] |= {"steps": 4, "eval_every": 2, "save_every": 2, **changes}
     with NoFloat64():
         folder = run_recipe(values)
     assert (folder / "samples.txt").exists(), "samples are written in the same way"
 
 
-def test_evaluations_make_none():
+def test_evaluations_create_no_fp64_tensor():
     torch.manual_seed(0)
     model = MinRNNForCausalLM(MinRNNConfig(hidden_size=16, num_hidden_layers=1, intermediate_size=0)).eval()
     tokens = np.arange(80) % 200

@@ -37,7 +37,7 @@ def test_only_output_and_mlp_projections_decay(tied: bool):
     st.floats(0, 1),
     st.integers(1, 100),
 )
-def test_the_learning_rate_rises_holds_and_falls(
+def test_the_learning_rate_rises_stays_and_falls(
     schedule, warmup: int, steps: int, decay: float, final: float, step: int
 ):
     config = OptimSection(

@@ -1,4 +1,4 @@
-"""Real processes: several of them, and killed ones."""
+"""Real processes: several at once, and killed ones."""
 
 import json
 import os
@@ -34,17 +34,15 @@ def launch(recipe: Path, *overrides: str, processes: int = 1) -> subprocess.Comp
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_losses_of_one_and_change_places(
-    values: Values, run_recipe: Run, tmp_path: Path
-):
-    """fp64, dropout on: 1 process = 2 processes = 2 processes whose run one process finishes."""
+def test_two_processes_give_the_losses_of_one(values: Values, run_recipe: Run, tmp_path: Path):
+    """In fp64 with dropout: 1 process, 2 processes, and 2 processes whose run 1 process finishes."""
     values["train"] |= {"precision": "fp64", "steps": 20, "save_every": 10}
-    one = run_recipe(values)
+    single = run_recipe(values)
     two = launch(recipe_file(values, tmp_path), "--run.dir", str(tmp_path / "two"), processes=2)
     assert two.returncode == 0, two.stderr[-3000:]
     assert "2 process(es) on cpu, DDP, fp64" in two.stderr
     for kind in ("train", "validation"):
-        np.testing.assert_allclose(losses(tmp_path / "two", kind), losses(one, kind), rtol=1e-9)
+        np.testing.assert_allclose(losses(tmp_path / "two", kind), losses(single, kind), rtol=1e-9)
     half = ("--run.dir", str(tmp_path / "half"))
     assert (
         launch(
@@ -60,24 +58,24 @@ def test_two_processes_give_the_losses_of_one_and_change_places(
     )
     values["optim"]["schedule"], values["run"]["dir"] = "constant", str(tmp_path / "half")
     run_recipe(values)
-    whole = run_recipe({**values, "run": {"dir": str(tmp_path / "whole")}})
-    np.testing.assert_allclose(losses(tmp_path / "half"), losses(whole), rtol=1e-9)
+    undisturbed = run_recipe({**values, "run": {"dir": str(tmp_path / "undisturbed")}})
+    np.testing.assert_allclose(losses(tmp_path / "half"), losses(undisturbed), rtol=1e-9)
     reader = (tmp_path / "two" / "checkpoints" / "step-000020" / "reader-0001.json").read_text()
     assert json.loads(reader) == json.loads(
-        (one / "checkpoints" / "step-000020" / "reader-0001.json").read_text()
+        (single / "checkpoints" / "step-000020" / "reader-0001.json").read_text()
     )
 
 
 @pytest.mark.slow
-def test_mistakes_are_told_once_by_two_processes(values: Values, tmp_path: Path):
+def test_two_processes_report_an_error_once(values: Values, tmp_path: Path):
     values["batch"]["readers"] = 3
-    told = launch(recipe_file(values, tmp_path), processes=2).stderr
-    assert told.count("error: batch.readers: 3 readers cannot be shared evenly by 2 processes") == 1
+    stderr = launch(recipe_file(values, tmp_path), processes=2).stderr
+    assert stderr.count("error: batch.readers: 3 readers cannot be shared evenly by 2 processes") == 1
 
 
 @pytest.mark.slow
 def test_recipes_that_differ_between_machines_are_refused(values: Values, tmp_path: Path):
-    """Both processes read the same path; each has a recipe of its own behind it, as machines with folders of their own do."""
+    """Each rank reads its own recipe from the same path, as on machines with separate disks."""
     for rank, lanes in enumerate((2, 3)):
         (tmp_path / f"recipe-{rank}.yaml").write_text(
             yaml.safe_dump({**values, "batch": {**values["batch"], "lanes": lanes}})
@@ -103,8 +101,9 @@ def test_recipes_that_differ_between_machines_are_refused(values: Values, tmp_pa
 
 
 @pytest.mark.slow
-def test_what_the_main_process_cannot_write_is_told_once_and_all_leave(values: Values, tmp_path: Path):
-    """config.yaml, which the first process writes while the other would wait for it: a folder is in the way of its temporary file."""
+def test_a_failed_write_of_the_main_process_is_reported_once_and_ends_all(values: Values, tmp_path: Path):
+    """A folder has the name of the temporary file of config.yaml, which rank 0 writes while the other rank
+    waits."""
     (tmp_path / "run" / ".config.yaml.part").mkdir(parents=True)
     result = launch(recipe_file(values, tmp_path), processes=2)
     assert result.returncode == 1
@@ -113,8 +112,8 @@ def test_what_the_main_process_cannot_write_is_told_once_and_all_leave(values: V
 
 
 @pytest.mark.slow
-def test_kill_minus_nine_at_random_moments(values: Values, run_recipe: Run, tmp_path: Path):
-    """The same command, started again and again, ends with the file of an undisturbed run."""
+def test_sigkill_at_random_times(values: Values, run_recipe: Run, tmp_path: Path):
+    """The same command, started again and again, gives the metrics of an undisturbed run."""
     values["train"] |= {"steps": 300, "save_every": 15, "eval_every": 100, "sample_tokens": 0}
     values["data"]["workers"] = 1
     undisturbed = run_recipe({**values, "run": {"dir": str(tmp_path / "undisturbed")}})
@@ -162,8 +161,8 @@ main(sys.argv[2:])
 
 @pytest.mark.slow
 @pytest.mark.parametrize("write", [1, 5, 8])
-def test_kill_minus_nine_while_saving(values: Values, run_recipe: Run, tmp_path: Path, write: int):
-    """While the first file, the weights, the manifest is being written."""
+def test_sigkill_while_saving(values: Values, run_recipe: Run, tmp_path: Path, write: int):
+    """Killed while the first file, the weights or the manifest is being written."""
     undisturbed = run_recipe({**values, "run": {"dir": str(tmp_path / "undisturbed")}})
     recipe = recipe_file(values, tmp_path)
     killed = subprocess.run(
@@ -196,10 +195,10 @@ def test_sigterm_to_the_group_and_a_second_interrupt(values: Values, tmp_path: P
 
     process = start()
     os.killpg(process.pid, signal.SIGTERM)
-    told = process.communicate(timeout=600)[1]
-    assert process.returncode == 128 + signal.SIGTERM, told[-2000:]
-    assert "SIGTERM: saving after this step" in told
-    assert "the same command goes on from there" in told
+    stderr = process.communicate(timeout=600)[1]
+    assert process.returncode == 128 + signal.SIGTERM, stderr[-2000:]
+    assert "SIGTERM: saving after this step" in stderr
+    assert "the same command goes on from there" in stderr
     saved = sorted((metrics.parent / "checkpoints").iterdir())
     process = start()
     process.send_signal(signal.SIGSTOP)  # so that both signals are there before the step ends
@@ -214,10 +213,11 @@ def test_sigterm_to_the_group_and_a_second_interrupt(values: Values, tmp_path: P
 
 @pytest.mark.slow
 @pytest.mark.parametrize("redirection", ["> /dev/full 2> /dev/full", "2>&1 | head -c 1", "<&- >&- 2>&-"])
-def test_output_that_goes_nowhere_stops_no_training(values: Values, tmp_path: Path, redirection: str):
-    """Its status is the training's, and a data worker's messages land in no file of the run."""
+def test_failing_output_does_not_stop_training(values: Values, tmp_path: Path, redirection: str):
+    """The exit status is the training's, and a data worker's messages do not end up in a file of the run."""
     values["data"]["workers"] = 1
-    command = f'"$0" -m minrnn.pipeline.train --config {recipe_file(values, tmp_path)} {redirection}; exit ${{PIPESTATUS[0]}}'
+    training = f'"$0" -m minrnn.pipeline.train --config {recipe_file(values, tmp_path)}'
+    command = f"{training} {redirection}; exit ${{PIPESTATUS[0]}}"
     ended = subprocess.run(
         ["bash", "-c", command, sys.executable],
         env=ENVIRONMENT,

@@ -1,4 +1,4 @@
-"""Nothing secret and nothing of this machine is published."""
+"""Published recipes contain no credentials and no paths of this machine."""
 
 import pytest
 
@@ -27,7 +27,7 @@ SECRET = "s3cret"
         ("HuggingFaceFW/fineweb-edu", "HuggingFaceFW/fineweb-edu"),
     ],
 )
-def test_a_uri_keeps_its_place_and_loses_its_credentials(uri: str, shown: str):
+def test_a_uri_loses_its_credentials_only(uri: str, shown: str):
     assert without_credentials(uri) == shown
     assert (
         text_without_credentials(f"cannot reach {uri} (and '{uri}')", uri)
@@ -38,7 +38,7 @@ def test_a_uri_keeps_its_place_and_loses_its_credentials(uri: str, shown: str):
 @pytest.mark.parametrize(
     "uri", ["postgresql://user:s3cret?x@host/db", "https://host:80/p?token=s3cret@b", "x://u:a#s3cret@h"]
 )
-def test_where_the_password_ends_is_not_guessed(uri: str):
+def test_ambiguous_passwords_hide_the_whole_uri(uri: str):
     assert SECRET not in without_credentials(uri)
     assert SECRET not in text_without_credentials(f"failed: {uri}", uri)
 
@@ -62,11 +62,11 @@ def test_where_the_password_ends_is_not_guessed(uri: str):
         ("s3://bucket/words.jsonl", "s3://bucket/words.jsonl"),
     ],
 )
-def test_local_paths_are_published_by_their_last_part(value: str, published: str):
+def test_local_paths_are_reduced_to_their_last_part(value: str, published: str):
     assert public_value(value) == published
 
 
-def test_every_text_of_a_config_is_published_so_but_for_prompts():
+def test_every_text_of_a_config_except_prompts_is_made_public():
     config = {
         "data": {
             "corpus": "/home/me/a.txt",

@@ -1,4 +1,4 @@
-"""Recipes: from a file and a command line to values, every mistake at once."""
+"""Recipes, read from a file and a command line. All errors are reported at once."""
 
 import inspect
 import json
@@ -32,17 +32,19 @@ def errors(argv: list[str]) -> list[str]:
     return str(raised.value).splitlines()
 
 
-def test_every_mistake_is_told_at_once_with_its_key(tmp_path: Path):
+def test_all_errors_are_reported_with_their_keys(tmp_path: Path):
     path = tmp_path / "recipe.yaml"
     path.write_text(
-        "batch: {lanes: many, chunk: -3}\nmodle: {cell: mingru}\nmodel: {cell: gru, dropout: 2.0}\noptim: {lrr: 1}\n"
+        "batch: {lanes: many, chunk: -3}\nmodle: {cell: mingru}\nmodel: {cell: gru, dropout: 2.0}\noptim: "
+        "{lrr: 1}\n"
     )
-    told = errors(["--config", str(path), "--train.precison", "bf16", "--train.steps=0", "--lanes", "3"])
-    assert len(told) == 9
-    assert all(line.startswith("error: ") for line in told)
-    text = "\n".join(told)
+    lines = errors(["--config", str(path), "--train.precison", "bf16", "--train.steps=0", "--lanes", "3"])
+    assert len(lines) == 9
+    assert all(line.startswith("error: ") for line in lines)
+    text = "\n".join(lines)
     for expected in (
-        "error: batch.lanes: input should be a valid integer, unable to parse string as an integer, not 'many'",
+        "error: batch.lanes: input should be a valid integer, unable to parse string as an integer, not "
+        "'many'",
         "error: batch.chunk: input should be greater than or equal to 1, not -3",
         "error: modle: unknown section (did you mean model?)",
         "error: model.cell: 'gru' is none of mingru, minlstm, mingru_signed, minlstm_signed",
@@ -69,20 +71,20 @@ def test_a_file_that_is_no_recipe(tmp_path: Path, content: str, message: str):
     assert message in "\n".join(errors(["--config", str(path)]))
 
 
-def test_a_missing_recipe_names_those_there_are():
-    (told,) = errors(["--config", "quickstrat"])
-    assert told.startswith("error: --config: cannot read quickstrat")
-    assert "quickstart" in told.split("come with minrnn")[1]
+def test_a_missing_recipe_lists_the_available_ones():
+    (line,) = errors(["--config", "quickstrat"])
+    assert line.startswith("error: --config: cannot read quickstrat")
+    assert "quickstart" in line.split("come with minrnn")[1]
 
 
-def test_words_that_are_no_settings():
+def test_words_that_are_not_settings_are_errors():
     assert errors(["foo", "--train.steps"]) == [
         "error: foo: is no option; settings are written --section.field VALUE",
         "error: train.steps: lacks a value",
     ]
 
 
-def test_the_command_line_wins(tmp_path: Path):
+def test_the_command_line_overrides_the_file(tmp_path: Path):
     path = tmp_path / "recipe.yaml"
     path.write_text("optim: {lr: 1.0e-2, clip: 3}\n")
     recipe = read_recipe(
@@ -128,8 +130,8 @@ def test_the_command_line_wins(tmp_path: Path):
         "- x",
     ],
 )
-def test_text_is_taken_as_it_is_typed(typed: str):
-    """By settings of type str; by those that may be None too, but for the word null; and within lists."""
+def test_text_is_taken_literally(typed: str):
+    """In settings of type str, in optional ones except for the word null, and in lists."""
     recipe = read_recipe(
         [
             "--run.dir",
@@ -146,7 +148,7 @@ def test_text_is_taken_as_it_is_typed(typed: str):
     assert recipe.train.prompts == [typed, "b"]
 
 
-def test_what_is_no_text_is_read_as_its_type():
+def test_other_values_are_converted_to_their_type():
     typed = {
         "train.steps": ("1e3", 1000),
         "data.validation_tokens": ("null", None),
@@ -170,8 +172,8 @@ def test_what_is_no_text_is_read_as_its_type():
     assert task == {"vocab_size": 8192, "power": 0.1}
 
 
-def test_what_is_not_of_its_type_is_refused():
-    told = errors(
+def test_values_of_the_wrong_type_are_refused():
+    lines = errors(
         [
             "--train.steps",
             "2024-01-01",
@@ -192,12 +194,12 @@ def test_what_is_not_of_its_type_is_refused():
         "run.change: input should be a valid list",
         "run.seed: input should be a valid integer",
     ):
-        assert sum(line.startswith(f"error: {expected}") for line in told) == 1
-    assert len(told) == 5
+        assert sum(line.startswith(f"error: {expected}") for line in lines) == 1
+    assert len(lines) == 5
 
 
 def test_text_with_a_nul_is_refused():
-    """Only a file can hold one: `"a\\0b"` in YAML."""
+    r"""Only a file can contain one: `"a\0b"` in YAML."""
     with pytest.raises(UserError) as caught:
         build_recipe({"run": {"dir": "a\0b"}, "data": {"corpus": "x\0", "join": "\0"}})
     assert [key for key, _ in caught.value.errors] == ["run.dir", "data.corpus", "data.join"]
@@ -205,21 +207,21 @@ def test_text_with_a_nul_is_refused():
 
 
 def test_a_setting_is_not_the_value_of_another():
-    told = errors(["--run.dir", "--train.steps", "3", "--data.corpus"])
-    assert told == [
+    lines = errors(["--run.dir", "--train.steps", "3", "--data.corpus"])
+    assert lines == [
         "error: run.dir: lacks a value (if --train.steps is meant to be it: --run.dir=--train.steps)",
         "error: data.corpus: lacks a value",
     ]
 
 
-def test_what_is_joined():
+def test_join():
     assert build_recipe({"data": {"join": "package"}}).data.join == "package"
     assert corpus_spec(build_recipe({"data": {"join": "book_id"}})).join == "book_id"
-    (told,) = errors(["--data.join", "folder", "--data.order", "windows"])
-    assert told.startswith("error: data.join: is for data.order documents")
+    (line,) = errors(["--data.join", "folder", "--data.order", "windows"])
+    assert line.startswith("error: data.join: is for data.order documents")
 
 
-def test_presets_fill_what_the_user_left_open():
+def test_presets_set_fields_that_the_user_did_not():
     recipe = read_recipe(["--model.preset", "paper", "--model.hidden_act", "relu"])
     fields = recipe.model_fields_resolved()
     assert (fields["candidate_activation"], fields["output_gate"], fields["hidden_act"]) == (
@@ -229,22 +231,22 @@ def test_presets_fill_what_the_user_left_open():
     )
 
 
-def test_what_is_resolved_reads_back_as_itself():
+def test_a_resolved_recipe_reads_back_unchanged():
     recipe = read_recipe(["--model.preset", "paper", "--model.dropout", "0.1"])
     again = build_recipe(yaml.safe_load(yaml.safe_dump(resolved(recipe))))
     assert resolved(again) == resolved(recipe)
 
 
 @pytest.mark.slow
-def test_help_is_the_same_where_python_leaves_docstrings_out():
+def test_help_is_the_same_without_docstrings():
     code = "from minrnn.pipeline.recipe import help_text; print(help_text())"
-    said = subprocess.run(
+    output = subprocess.run(
         [sys.executable, "-OO", "-c", code], capture_output=True, text=True, check=True
     ).stdout
-    assert said.endswith(help_text() + "\n")
+    assert output.endswith(help_text() + "\n")
 
 
-def test_help_teaches_every_setting():
+def test_help_describes_every_setting():
     text = help_text()
     for section, cls in SECTIONS.items():
         for name, field in cls.model_fields.items():
@@ -270,7 +272,7 @@ def test_the_model_section_is_minrnn_config():
     assert list(section.items()) == list(fields.items())
 
 
-def test_only_what_decides_no_loss_is_free_to_change():
+def test_only_settings_that_do_not_affect_losses_may_change():
     recipe = build_recipe({"train": {"precision": "fp32"}})
     free = {
         "run.dir": "x",
@@ -305,7 +307,7 @@ def test_only_what_decides_no_loss_is_free_to_change():
 
 
 def test_a_longer_run_keeps_the_schedule_it_began_with():
-    """Also where it began before the schedule was written down; another one is a setting like others."""
+    """Also if it began before the schedule was saved. A change of schedule_steps is a change like others."""
     began = resolved(settled(build_recipe({"train": {"steps": 100}}), {}))
     assert began["optim"]["schedule_steps"] == 100
     older = {
@@ -327,7 +329,7 @@ def test_a_longer_run_keeps_the_schedule_it_began_with():
         check_unchanged(saved, explicit, "runs/x")
 
 
-def test_processes_of_a_sequence_may_change_where_that_changes_nothing():
+def test_context_may_change_without_dropout():
     two = {"parallel": {"context": 2}}
     check_unchanged(resolved(build_recipe({})), build_recipe(two), "runs/x")
     dropping = {"model": {"dropout": 0.1}}
@@ -340,7 +342,7 @@ def test_processes_of_a_sequence_may_change_where_that_changes_nothing():
     check_unchanged(resolved(build_recipe(dropping)), meant, "runs/x")
 
 
-def test_precision_is_left_to_the_run_unless_it_is_said_or_to_change():
+def test_auto_precision_is_that_of_the_run_unless_changed():
     saved = resolved(build_recipe({"train": {"precision": "bf16"}}))
     assert settled(build_recipe({}), {}).train.precision == "auto"
     assert settled(build_recipe({}), saved).train.precision == "bf16"
@@ -348,9 +350,9 @@ def test_precision_is_left_to_the_run_unless_it_is_said_or_to_change():
     assert settled(build_recipe({"train": {"precision": "fp32"}}), saved).train.precision == "fp32"
 
 
-def test_what_a_run_cannot_change_cannot_be_accepted_either():
-    (told,) = errors(["--run.change", "[model.hidden_size]"])
-    assert "model.hidden_size cannot change within a run" in told
+def test_run_change_refuses_settings_that_can_never_change():
+    (line,) = errors(["--run.change", "[model.hidden_size]"])
+    assert "model.hidden_size cannot change within a run" in line
 
 
 @pytest.mark.parametrize(
@@ -363,7 +365,7 @@ def test_what_a_run_cannot_change_cannot_be_accepted_either():
         (["--tracking.uri", "null"], "http://mlflow:5000", None),
     ],
 )
-def test_the_environment_says_where_to_track_if_the_recipe_does_not(
+def test_the_environment_sets_the_tracking_uri_if_the_recipe_does_not(
     typed: list[str], environment: str | None, place: str | None, monkeypatch
 ):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -377,7 +379,7 @@ def test_the_environment_says_where_to_track_if_the_recipe_does_not(
     )
 
 
-def test_a_corpus_is_read_without_what_the_run_writes_beside_it(tmp_path: Path, monkeypatch):
+def test_a_corpus_excludes_the_files_of_the_run(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     excluded = corpus_spec(
         read_recipe(["--run.dir", "runs/x", "--tracking.uri", "sqlite:///db/mlflow.db?timeout=9"])
@@ -394,6 +396,6 @@ def test_a_corpus_is_read_without_what_the_run_writes_beside_it(tmp_path: Path, 
 
 
 def test_docstrings_are_read_as_python_3_13_keeps_them():
-    """From 3.13 on without indentation; before, as they are written."""
+    """Python 3.13 and later store them without indentation, older versions as written."""
     assert MinRNNConfig.__doc__ is not None
     assert docstring_of(MinRNNConfig) == inspect.cleandoc(MinRNNConfig.__doc__)

@@ -1,4 +1,4 @@
-"""What an elastic launcher starts again, and what would only come back."""
+"""Which errors an elastic launcher's restart repeats, and which end the restarts."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from minrnn.pipeline.restarts import leave_if_final, note_error
 
 @pytest.fixture
 def attempts(tmp_path: Path, monkeypatch) -> Any:
-    """Begins an attempt of the launcher: the environment is that of its local rank 1."""
+    """Starts an attempt of the launcher: sets the environment of its local rank 1."""
 
     def begin(number: int) -> None:
         folder = tmp_path / "none_x" / f"attempt_{number}" / "1"
@@ -50,7 +50,7 @@ def test_an_error_before_the_processes_are_connected_is_final(attempts, capsys):
         assert "stpes" not in capsys.readouterr().err
 
 
-def test_one_that_comes_later_is_final_when_it_comes_back(attempts, monkeypatch):
+def test_a_later_error_is_final_when_it_repeats(attempts, monkeypatch):
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     for number, (message, step) in enumerate(
         [("loss nan", 5), ("no network", 5), ("no network", 8), ("no network", 8)]
@@ -65,7 +65,7 @@ def test_one_that_comes_later_is_final_when_it_comes_back(attempts, monkeypatch)
 
 
 @pytest.mark.parametrize("file", [None, "", os.devnull, "/nowhere/attempt_0/0/error.json"])
-def test_without_an_elastic_launcher_nothing_is_noted(monkeypatch, file: str | None):
+def test_without_an_elastic_launcher_nothing_is_recorded(monkeypatch, file: str | None):
     monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
     if file is not None:
         monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", file)
@@ -74,7 +74,7 @@ def test_without_an_elastic_launcher_nothing_is_noted(monkeypatch, file: str | N
 
 
 @pytest.mark.slow
-def test_a_typo_is_told_once_whatever_the_launcher_does(values: Values, tmp_path: Path):
+def test_a_user_error_is_reported_once_despite_restarts(values: Values, tmp_path: Path):
     done = launch(
         ddp(2, "--max_restarts", "3", "--monitor_interval", "0.2"),
         recipe_file(values, tmp_path),
@@ -88,8 +88,8 @@ def test_a_typo_is_told_once_whatever_the_launcher_does(values: Values, tmp_path
 
 
 @pytest.mark.slow
-def test_a_nan_that_comes_back_ends_the_restarts(values: Values, tmp_path: Path):
-    """After the second time at the same step, with the checkpoint before it untouched."""
+def test_a_repeated_nan_ends_the_restarts(values: Values, tmp_path: Path):
+    """The restarts end after the second NaN at the same step, and the checkpoint before it is unchanged."""
     script = tmp_path / "nan_in_one.py"
     script.write_text(NAN_IN_ONE)
     options = ["--nproc_per_node", "2", "--max_restarts", "3", "--monitor_interval", "0.2"]

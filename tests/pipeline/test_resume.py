@@ -1,4 +1,4 @@
-"""Stopped and resumed = never stopped, to the bit."""
+"""A resumed run is bit-identical to one that never stopped."""
 
 import contextlib
 import errno
@@ -21,13 +21,13 @@ from minrnn.pipeline.recipe import build_recipe
 Run = Callable[[Values], Path]
 
 
-def crash_at(monkeypatch: pytest.MonkeyPatch, step: int, how: Callable[[], object]) -> None:
+def crash_at(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], object]) -> None:
     original = loop.take_step
 
     def one_step(run: loop.Run, number: int, *arguments):
         result = original(run, number, *arguments)
         if number == step:
-            how()
+            act()
         return result
 
     monkeypatch.setattr(loop, "take_step", one_step)
@@ -69,7 +69,7 @@ def test_crashes_leave_no_trace(
         (signal.SIGUSR1, "windows"),
     ],
 )
-def test_a_signal_saves_and_leaves(
+def test_a_signal_saves_and_exits(
     values: Values, run_recipe: Run, monkeypatch, tmp_path, number: signal.Signals, order: str, capfd
 ):
     values["data"]["order"] = order
@@ -85,9 +85,7 @@ def test_a_signal_saves_and_leaves(
     assert losses(run_recipe(values)) == losses(whole)
 
 
-def test_a_hangup_that_nohup_has_set_to_be_ignored_stays_so(
-    values: Values, run_recipe: Run, undisturbed: Path, monkeypatch
-):
+def test_an_ignored_hangup_stays_ignored(values: Values, run_recipe: Run, undisturbed: Path, monkeypatch):
     previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with monkeypatch.context() as patched:
@@ -98,8 +96,8 @@ def test_a_hangup_that_nohup_has_set_to_be_ignored_stays_so(
         signal.signal(signal.SIGHUP, previous)
 
 
-def test_a_hangup_is_obeyed_when_the_terminal_is_gone():
-    """Writing to a terminal that was closed fails: the step is finished and saved all the same."""
+def test_a_hangup_saves_without_a_terminal():
+    """Writing to a closed terminal fails, but the step is finished and saved."""
     terminal, ours = os.openpty()
     os.close(terminal)
     stderr = os.dup(2)
@@ -114,10 +112,8 @@ def test_a_hangup_is_obeyed_when_the_terminal_is_gone():
     assert interrupt.requested == signal.SIGHUP
 
 
-def test_a_checkpoint_is_due_after_some_time_too(
-    values: Values, run_recipe: Run, undisturbed: Path, monkeypatch, tmp_path: Path
-):
-    """Nobody said save_every: what is lost is at most save_minutes, here less than a step."""
+def test_save_minutes(values: Values, run_recipe: Run, undisturbed: Path, monkeypatch, tmp_path: Path):
+    """Without save_every, at most save_minutes are lost, here less than a step."""
     assert build_recipe({}).train.save_minutes == 15
     values["train"] |= {"save_every": None, "save_minutes": 1e-9, "save_in_background": False}
     with monkeypatch.context() as patched:
@@ -160,7 +156,7 @@ def test_a_step_is_saved_before_its_validation_can_fail(
 
 
 def full_disk(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
-    """No file of these steps' checkpoints can be written to its end."""
+    """Every file of these steps' checkpoints fails in the middle."""
     original = checkpoint.write_file
 
     def write(path: Path, function):
@@ -175,7 +171,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
 
 
 @pytest.mark.parametrize("in_background", [True, False])
-def test_a_full_disk_stops_no_training(
+def test_a_full_disk_does_not_stop_training(
     values: Values, run_recipe: Run, undisturbed: Path, monkeypatch, capfd, in_background: bool
 ):
     values["train"]["save_in_background"] = in_background
@@ -200,14 +196,15 @@ def test_a_full_disk_at_the_end_is_an_error(values: Values, run_recipe: Run, und
         full_disk(patched, 12)
         with pytest.raises(
             OSError,
-            match=r"checkpoint of step 12 could not be written: .*No space left.*Older checkpoints are untouched",
+            match=r"checkpoint of step 12 could not be written: .*No space left.*"
+            r"Older checkpoints are untouched",
         ):
             run_recipe(values)
     assert losses(run_recipe(values)) == losses(undisturbed)
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "missing", "manifest"])
-def test_a_damaged_checkpoint_is_named_and_passed_over(
+def test_a_damaged_checkpoint_is_reported_and_skipped(
     values: Values, run_recipe: Run, undisturbed: Path, monkeypatch, damage: str, capfd
 ):
     with monkeypatch.context() as patched:
@@ -236,7 +233,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(
 
 
 def test_a_checkpoint_that_cannot_be_read_stops_the_run(values: Values, run_recipe: Run, monkeypatch):
-    """It does not go on from an older one; the next start, when the disk answers, goes on from the newest."""
+    """It does not resume from an older one. The next start, when the disk works, resumes from the newest."""
     values["train"]["steps"] = 8
     folder = run_recipe(values)
     values["train"]["steps"] = 12
@@ -262,7 +259,7 @@ def test_a_checkpoint_that_cannot_be_read_stops_the_run(values: Values, run_reci
     assert [step for step, _ in losses(run_recipe(values))] == list(range(1, 13))
 
 
-def test_no_valid_checkpoint_is_not_a_fresh_start(values: Values, run_recipe: Run):
+def test_damaged_checkpoints_alone_are_an_error(values: Values, run_recipe: Run):
     folder = run_recipe(values)
     for path in checkpoint.steps_in(folder / "checkpoints"):
         (path / "manifest.json").unlink()
@@ -270,8 +267,9 @@ def test_no_valid_checkpoint_is_not_a_fresh_start(values: Values, run_recipe: Ru
         run_recipe({**values, "train": {**values["train"], "steps": 20}})
 
 
-def test_a_finished_run_says_so_and_goes_on_when_it_is_lengthened(values: Values, run_recipe: Run, capfd):
-    """At the learning rate that it ended with, or with a schedule drawn anew: what becomes of it is said, and stays so when it goes on."""
+def test_a_finished_run_continues_if_train_steps_is_raised(values: Values, run_recipe: Run, capfd):
+    """At its last learning rate, or with a new schedule. The log reports which, and a later resume keeps
+    it."""
     values["optim"]["schedule"] = "cosine"
     folder = run_recipe(values)
     before = (folder / "metrics.jsonl").read_text()
@@ -285,8 +283,8 @@ def test_a_finished_run_says_so_and_goes_on_when_it_is_lengthened(values: Values
     assert learning_rates(folder) == pytest.approx([*rates, *[rates[-1]] * 3])
     note = capfd.readouterr().err
     assert (
-        f"train.steps is 15, it was 12: the learning rate, {rates[-1]:.3g} at step 12, stays at {rates[-1]:.3g} until step 15"
-        in note
+        f"train.steps is 15, it was 12: the learning rate, {rates[-1]:.3g} at step 12, stays at "
+        f"{rates[-1]:.3g} until step 15" in note
     )
     values["train"]["steps"], values["run"]["change"] = 18, ["optim.schedule_steps"]
     run_recipe(values)
@@ -306,7 +304,7 @@ def learning_rates(folder: Path) -> list[float]:
     return [entry["lr"] for entry in read_metrics(folder / "metrics.jsonl") if entry["kind"] == "train"]
 
 
-def test_a_run_cut_before_its_export_is_finished_by_the_next_start(
+def test_a_run_killed_before_its_export_is_finished_by_the_next_start(
     values: Values, run_recipe: Run, monkeypatch
 ):
     with monkeypatch.context() as patched:
@@ -328,7 +326,7 @@ def test_resume_modes(values: Values, run_recipe: Run):
         run_recipe(values)
 
 
-def test_other_settings_are_refused_by_name_unless_meant(values: Values, run_recipe: Run):
+def test_changed_settings_are_refused_unless_named_in_run_change(values: Values, run_recipe: Run):
     folder = run_recipe(values)
     values["optim"]["lr"], values["model"]["hidden_size"], values["train"]["steps"] = 1e-3, 32, 14
     with pytest.raises(UserError) as refused:
@@ -341,7 +339,7 @@ def test_other_settings_are_refused_by_name_unless_meant(values: Values, run_rec
     assert len(losses(folder)) == 14
 
 
-def test_two_trainings_cannot_share_a_folder(values: Values, run_recipe: Run, monkeypatch):
+def test_two_runs_cannot_share_a_folder(values: Values, run_recipe: Run, monkeypatch):
     refused = []
 
     def second() -> None:
@@ -356,8 +354,9 @@ def test_two_trainings_cannot_share_a_folder(values: Values, run_recipe: Run, mo
 
 
 @pytest.mark.parametrize("order", ["documents", "windows"])
-def test_a_run_does_not_go_on_over_other_text(order: str, values: Values, run_recipe: Run, tmp_path: Path):
-    """Changed with equal length, cut, or with text before it: a line. Text behind it is told, and checkpoints without a fingerprint go on."""
+def test_a_run_does_not_resume_on_another_corpus(order: str, values: Values, run_recipe: Run, tmp_path: Path):
+    """Text that was changed, cut or prepended is an error. Appended text is a warning, and checkpoints
+    without a fingerprint resume."""
     corpus = tmp_path / "corpus.jsonl"
     original = Path(values["data"]["corpus"]).read_bytes()
     corpus.write_bytes(original)
@@ -374,7 +373,8 @@ def test_a_run_does_not_go_on_over_other_text(order: str, values: Values, run_re
         corpus.write_bytes(changed)
         with pytest.raises(
             UserError,
-            match=r"^error: data\.corpus: .*corpus\.jsonl is not what the run began with: corpus\.jsonl .*run\.dir",
+            match=r"^error: data\.corpus: .*corpus\.jsonl is not what the run began with: "
+            r"corpus\.jsonl .*run\.dir",
         ):
             run_recipe(values)
     corpus.write_bytes(original + b'{"text": "more"}\n')

@@ -1,4 +1,4 @@
-"""Synthetic tasks through the training loop: what is scored, resumed, exported, and learned."""
+"""Synthetic tasks in the training loop: scoring, resuming, exporting, learning."""
 
 import json
 from collections.abc import Callable
@@ -33,7 +33,7 @@ def validations(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_a_run_on_a_task_scores_its_answers(task_values: Values, run_recipe: Run):
-    """The accuracies are those of the export, one example after another."""
+    """The accuracies are those of the exported model, one example at a time."""
     folder = run_recipe(task_values)
     model = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
     task = build_task(task_values["data"]["corpus"], task_values["data"]["task"])
@@ -75,7 +75,7 @@ def test_the_export_of_a_task_loads(task_values: Values, run_recipe: Run, tmp_pa
         assert model.config.vocab_size == 16  # 8 symbols and 4 special tokens, in eights
 
 
-def test_a_stopped_run_goes_on_with_the_same_examples(
+def test_a_resumed_run_draws_the_same_examples(
     task_values: Values, run_recipe: Run, tmp_path: Path, monkeypatch
 ):
     task_values["data"]["workers"] = 1
@@ -105,7 +105,7 @@ def test_a_chunk_must_hold_the_longest_sequence(task_values: Values, run_recipe:
 
 
 @pytest.mark.parametrize(
-    ("data", "told"),
+    ("data", "message"),
     [
         (
             {"task": {"length": 3}},
@@ -129,10 +129,10 @@ def test_a_chunk_must_hold_the_longest_sequence(task_values: Values, run_recipe:
         ),
     ],
 )
-def test_mistakes_in_a_recipe_are_told(data: dict[str, Any], told: str):
+def test_errors_in_a_recipe(data: dict[str, Any], message: str):
     with pytest.raises(UserError) as raised:
         build_recipe({"data": data})
-    assert told in str(raised.value)
+    assert message in str(raised.value)
 
 
 def test_the_command_line_sets_a_task():
@@ -154,7 +154,7 @@ def test_the_command_line_sets_a_task():
 def learn(
     run_recipe: Run, folder: Path, data: dict[str, Any], chunk: int, steps: int, cell: str = "mingru"
 ) -> dict[str, Any]:
-    """The last validation of a 2-layer minGRU."""
+    """The last validation of a 2-layer minGRU that was trained on a task."""
     shape = {
         "cell": cell,
         "hidden_size": 32,
@@ -183,14 +183,15 @@ def test_selective_copying_is_learned(run_recipe: Run, tmp_path: Path):
 @pytest.mark.slow
 def test_even_pairs_is_learned_for_longer_strings_than_those_of_training(run_recipe: Run, tmp_path: Path):
     data = {"corpus": "synthetic/even-pairs", "task": {"test_lengths": [64, 96, 128, 160]}}
-    found = learn(run_recipe, tmp_path / "pairs", data, chunk=40, steps=600)
-    assert min(found["by_length"].values()) > 0.95
-    assert max(int(length) for length in found["by_length"]) == 160
+    result = learn(run_recipe, tmp_path / "pairs", data, chunk=40, steps=600)
+    assert min(result["by_length"].values()) > 0.95
+    assert max(int(length) for length in result["by_length"]) == 160
 
 
 @pytest.mark.slow
 def test_parity_needs_decays_below_zero(run_recipe: Run, tmp_path: Path):
-    """Decays in (-1, 1) learn it, for strings four times as long too; with those in (0, 1) the answer beyond training's lengths is a guess."""
+    """Decays in (-1, 1) learn it, also for strings four times as long. With decays in (0, 1), answers beyond
+    training's lengths are guesses."""
     data = {"corpus": "synthetic/parity", "task": {"test_lengths": [64, 96, 128, 160]}}
     signed = learn(run_recipe, tmp_path / "signed", data, chunk=40, steps=600, cell="mingru_signed")
     assert signed["accuracy"] > 0.95

@@ -1,4 +1,5 @@
-"""MLflow mirrors metrics.jsonl, every step once, whatever happens on the way; and it cannot stop a run."""
+"""MLflow mirrors metrics.jsonl, every step once, despite failures; and failures of MLflow do not stop a
+run."""
 
 import json
 import os
@@ -30,7 +31,7 @@ SECRET = "s3cret"
 
 @pytest.fixture(scope="session")
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLflow database as its first start leaves it; that takes seconds."""
+    """An MLflow database after its first start, which takes seconds."""
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
     prepare_sqlite(path)
     return path
@@ -38,7 +39,7 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def uri(empty_database: Path, tmp_path: Path, monkeypatch) -> str:
-    """Of a database of this test's own; artifacts go below the working directory."""
+    """The URI of a database of this test; artifacts go below the working directory."""
     monkeypatch.chdir(tmp_path)
     shutil.copy(empty_database, tmp_path / "mlflow.db")
     return f"sqlite:///{tmp_path / 'mlflow.db'}"
@@ -53,7 +54,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def an_answer_may_take_long(monkeypatch):
-    """On a busy machine, where nothing is to be seen of leaving."""
+    """Allows slow answers, on a busy machine, in tests that are not about closing."""
     monkeypatch.setattr(tracking, "ANSWER_SECONDS", 60.0)
 
 
@@ -77,7 +78,7 @@ def write_lines(folder: Path, *steps: int) -> None:
 
 
 class Warnings(list):
-    """The lines that a tracker warns with."""
+    """The warnings of a tracker."""
 
     def __call__(self, message: str) -> None:
         self.append(message)
@@ -90,7 +91,7 @@ class Warnings(list):
 
 
 def mirror(folder: Path, uri: str, status: str = "KILLED", **parameters: Any) -> list[str]:
-    """One start of a tracker, ended; returns the warnings."""
+    """Start and close a tracker; returns its warnings."""
     warnings = Warnings()
     Tracker(folder, uri, "tests", parameters, warnings).close(status)
     return warnings
@@ -104,7 +105,7 @@ def values_of(folder: Path, key: str) -> list[tuple[int, float]]:
 
 
 def check_mirrored(folder: Path, uri: str, *keys: str) -> Any:
-    """MLflow holds what metrics.jsonl holds, every step once; returns the MLflow run."""
+    """Check that MLflow has every step of metrics.jsonl once; returns the MLflow run."""
     client, note = MlflowClient(tracking_uri=uri), read_note(folder)
     assert note is not None
     for key in keys or ("train/loss", "train/tokens", "validation/loss"):
@@ -115,8 +116,8 @@ def check_mirrored(folder: Path, uri: str, *keys: str) -> Any:
 
 def runs_of(uri: str, experiment: str = "tests") -> list[Any]:
     client = MlflowClient(tracking_uri=uri)
-    found = client.get_experiment_by_name(experiment)
-    return [] if found is None else list(client.search_runs([found.experiment_id]))
+    record = client.get_experiment_by_name(experiment)
+    return [] if record is None else list(client.search_runs([record.experiment_id]))
 
 
 def test_one_mlflow_run_per_training_resume_included(values: Values, run_recipe: Run, uri: str, monkeypatch):
@@ -142,7 +143,7 @@ def test_one_mlflow_run_per_training_resume_included(values: Values, run_recipe:
 
 
 @pytest.mark.slow
-def test_every_step_is_there_once_after_a_kill(values: Values, run_recipe: Run, uri: str, tmp_path: Path):
+def test_every_step_exists_once_after_a_kill(values: Values, run_recipe: Run, uri: str, tmp_path: Path):
     values["tracking"] = {"uri": uri, "experiment": "tests"}
     values["train"] |= {"steps": 250, "eval_every": 50, "save_every": 20}
     command = [sys.executable, "-m", "minrnn.pipeline.train", "--config", str(recipe_file(values, tmp_path))]
@@ -161,8 +162,8 @@ def test_every_step_is_there_once_after_a_kill(values: Values, run_recipe: Run, 
     check_mirrored(run_recipe(values), uri)
 
 
-def test_what_the_run_has_is_not_sent_again_and_what_it_lacks_is(uri: str, folder: Path):
-    """Cut back to a checkpoint, and a store that took one half of a line."""
+def test_only_missing_metrics_are_sent(uri: str, folder: Path):
+    """After a cut back to a checkpoint, and with a store that has only half of a line."""
     write_lines(folder, *range(1, 8))
     assert mirror(folder, uri) == []
     run = check_mirrored(folder, uri)
@@ -186,7 +187,7 @@ def test_more_than_one_batch_is_sent_in_order(uri: str, folder: Path):
     assert len(check_mirrored(folder, uri).data.params) == 150
 
 
-def test_a_request_that_fails_ends_nothing(uri: str, folder: Path, tmp_path: Path, capfd):
+def test_a_failed_request_is_retried(uri: str, folder: Path, tmp_path: Path, capfd):
     database, warnings = sqlite3.connect(tmp_path / "mlflow.db"), Warnings()
     write_lines(folder, 1, 2, 3)
     database.execute("ALTER TABLE metrics RENAME COLUMN step TO away")
@@ -205,7 +206,7 @@ def test_a_request_that_fails_ends_nothing(uri: str, folder: Path, tmp_path: Pat
 
 @pytest.fixture
 def silent_server() -> Iterator[str]:
-    """Takes connections and never answers."""
+    """Accepts connections and never answers."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen()
@@ -213,7 +214,7 @@ def silent_server() -> Iterator[str]:
 
 
 @pytest.mark.parametrize("kind", ["silent", "refused", "locked"])
-def test_leaving_does_not_wait_for_who_does_not_answer(
+def test_closing_does_not_wait_for_a_silent_server(
     kind: str, uri: str, folder: Path, tmp_path: Path, silent_server: str, monkeypatch
 ):
     monkeypatch.setattr(tracking, "ANSWER_SECONDS", 0.5)
@@ -239,7 +240,7 @@ def test_leaving_does_not_wait_for_who_does_not_answer(
 
 
 @pytest.mark.parametrize("content", ["this is no database", None])
-def test_a_run_that_could_not_be_tracked_is_sent_when_it_is_started_again(
+def test_the_next_start_sends_a_run_that_could_not_be_tracked(
     values: Values, run_recipe: Run, tmp_path: Path, capfd, content
 ):
     path = tmp_path / "broken" / "mlflow.db"
@@ -268,7 +269,9 @@ def test_a_run_that_could_not_be_tracked_is_sent_when_it_is_started_again(
 
 
 @pytest.mark.parametrize("what", ["note", "run", "removed run", "experiment"])
-def test_what_was_deleted_or_broken_is_replaced_in_words(what: str, uri: str, folder: Path, tmp_path: Path):
+def test_deleted_runs_and_damaged_notes_are_replaced_with_a_warning(
+    what: str, uri: str, folder: Path, tmp_path: Path
+):
     write_lines(folder, 1, 2, 3)
     assert mirror(folder, uri) == []
     (old,) = runs_of(uri)
@@ -294,7 +297,9 @@ def test_what_was_deleted_or_broken_is_replaced_in_words(what: str, uri: str, fo
     assert mirror(folder, uri) == []
 
 
-def test_a_relative_database_is_where_the_run_began(uri: str, folder: Path, tmp_path: Path, monkeypatch):
+def test_a_relative_database_stays_where_the_run_was_started(
+    uri: str, folder: Path, tmp_path: Path, monkeypatch
+):
     write_lines(folder, 1, 2, 3)
     assert mirror(folder, "sqlite:///mlflow.db?timeout=9") == []
     (tmp_path / "elsewhere").mkdir()
@@ -314,7 +319,7 @@ def test_a_relative_database_is_where_the_run_began(uri: str, folder: Path, tmp_
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
-def test_training_that_begins_anew_with_other_settings_is_another_mlflow_run(uri: str, folder: Path):
+def test_a_new_run_with_other_settings_gets_another_mlflow_run(uri: str, folder: Path):
     write_lines(folder, 1, 2, 3)
     assert mirror(folder, uri, lr=1) == []
     write_lines(folder, 4)
@@ -326,7 +331,7 @@ def test_training_that_begins_anew_with_other_settings_is_another_mlflow_run(uri
     assert len(runs_of(uri)) == 2
 
 
-def test_metrics_of_an_evaluation_with_a_broken_note_cost_a_line(folder: Path, capsys):
+def test_metrics_of_an_evaluation_with_a_broken_note_are_a_warning(folder: Path, capsys):
     (folder / "mlflow.json").write_text("[]")
     track(folder, {"results": {}})
     (line,) = capsys.readouterr().err.splitlines()

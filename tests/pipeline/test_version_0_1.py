@@ -1,7 +1,8 @@
 """A checkpoint and an export of version 0.1 resume and load with the losses and logits of that version.
 
-`version-0.1.tar.gz` holds a run that was stopped at step 4 of 8, its corpus, the export of its last step and what followed (expected.json).
-All of it was computed in fp64, so that another machine's order of additions changes the last digits only.
+`version-0.1.tar.gz` holds a run that was stopped at step 4 of 8, its corpus, the export of its last step and
+what followed (expected.json). All of it was computed in fp64, so that another machine's order of additions
+changes the last digits only.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Who hangs, and who is skipped."""
+"""Processes that hang, and batches that are skipped."""
 
 import json
 import os
@@ -25,7 +25,7 @@ Run = Callable[[Values], Path]
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 3)), min_size=2, max_size=8))
-def test_the_silent_are_named_or_else_those_furthest_behind(processes):
+def test_suspects_are_silent_or_else_furthest_behind(processes):
     before = [Heartbeat(rank, "host", 1, 9, mark, "") for rank, (_, mark) in enumerate(processes)]
     now = [
         Heartbeat(rank, "host", 1 if silent else 2, 9, mark, "")
@@ -49,7 +49,8 @@ import sys, time
 from datetime import timedelta
 from torch.distributed import TCPStore
 from minrnn.pipeline.watchdog import Watchdog
-store = TCPStore("127.0.0.1", int(sys.argv[1]), 2, False, timeout=timedelta(seconds=600), wait_for_workers=False)
+timeout = timedelta(seconds=600)
+store = TCPStore("127.0.0.1", int(sys.argv[1]), 2, False, timeout=timeout, wait_for_workers=False)
 with Watchdog(1, 2, 1.0, store) as watchdog:
     watchdog.enter("step 1: computing")
     print("watched", flush=True)
@@ -66,12 +67,14 @@ with Watchdog(1, 2, 1.0, store) as watchdog:
         (
             "moves",
             True,
-            "the store has not answered for 1 seconds (no answer); rank 0 on 127.0.0.1, which holds it, hangs or is gone",
+            "the store has not answered for 1 seconds (no answer); rank 0 on 127.0.0.1, which holds it, "
+            "hangs or is gone",
         ),
         (
             "hangs",
             True,
-            "the store has not answered for 1 seconds (no answer); rank 0 on 127.0.0.1, which holds it, hangs or is gone",
+            "the store has not answered for 1 seconds (no answer); rank 0 on 127.0.0.1, which holds it, "
+            "hangs or is gone",
         ),
         (
             "hangs",
@@ -80,10 +83,8 @@ with Watchdog(1, 2, 1.0, store) as watchdog:
         ),
     ],
 )
-def test_who_holds_the_store_is_named_when_it_is_stopped_and_who_never_came(
-    moves: str, is_stopped: bool, message: str
-):
-    """A stopped store raises nothing: whoever asks it waits for ever."""
+def test_a_stopped_store_and_a_missing_process_are_named(moves: str, is_stopped: bool, message: str):
+    """A stopped store raises nothing: a call to it never returns."""
     environment = {**os.environ, "MASTER_ADDR": "127.0.0.1"}
     with subprocess.Popen([sys.executable, "-c", STORE], stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None
@@ -95,10 +96,10 @@ def test_who_holds_the_store_is_named_when_it_is_stopped_and_who_never_came(
             assert peer.stdout.readline() == "watched\n"
             if is_stopped:
                 holder.send_signal(signal.SIGSTOP)
-            told = peer.communicate(timeout=300)[1]
+            stderr = peer.communicate(timeout=300)[1]
         holder.kill()
     assert peer.returncode == EXIT_STATUS
-    assert f"error: training: rank 1: {message}" in told
+    assert f"error: training: rank 1: {message}" in stderr
 
 
 HANGS_IN_SET_UP = """
@@ -133,12 +134,12 @@ def test_a_process_that_hangs_in_the_set_up_is_named(values: Values, tmp_path: P
         check=False,
     )
     assert ended.returncode != 0
-    named = r"error: training: rank [01]: nothing has moved for 12 seconds; waiting for rank 1 on \S+ \(opening data and model\)\."
-    assert re.search(named, ended.stderr)
+    moved = r"error: training: rank [01]: nothing has moved for 12 seconds"
+    assert re.search(rf"{moved}; waiting for rank 1 on \S+ \(opening data and model\)\.", ended.stderr)
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, steps: dict[int, float]) -> None:
-    """What these steps' losses are multiplied by."""
+    """Multiply the losses of these steps by these factors."""
     original = loop.take_step
 
     def one_step(run: loop.Run, step: int, *arguments):
@@ -156,9 +157,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, steps: dict[int, float]) -> None:
     monkeypatch.setattr(loop, "take_step", one_step)
 
 
-def test_spikes_are_left_out_and_the_memory_of_them_survives_a_resume(
-    values: Values, run_recipe: Run, tmp_path: Path, monkeypatch
-):
+def test_spikes_are_skipped_also_after_a_resume(values: Values, run_recipe: Run, tmp_path: Path, monkeypatch):
     values["train"] |= {"steps": 24, "save_every": 12, "eval_every": None, "skip_spikes": 3.0}
     spoil(monkeypatch, {5: float("nan"), 15: 100.0, 20: float("inf")})
     whole = run_recipe({**values, "run": {"dir": str(tmp_path / "whole")}})
@@ -191,9 +190,7 @@ def test_too_many_spikes_stop_the_run(values: Values, run_recipe: Run, monkeypat
         run_recipe(values)
 
 
-def test_the_count_of_batches_left_out_in_a_row_survives_a_resume(
-    values: Values, run_recipe: Run, monkeypatch
-):
+def test_the_count_of_skips_survives_a_resume(values: Values, run_recipe: Run, monkeypatch):
     values["train"] |= {"steps": 24, "save_every": 12, "eval_every": None, "skip_spikes": 3.0, "max_skips": 2}
     spoil(monkeypatch, dict.fromkeys((11, 12, 13), float("nan")))
     with monkeypatch.context() as patched:
@@ -211,7 +208,7 @@ def test_the_count_of_batches_left_out_in_a_row_survives_a_resume(
         run_recipe(values)
 
 
-def test_states_that_are_not_finite_begin_anew():
+def test_states_that_are_not_finite_are_reset():
     cache = MinRNNCache(2)
     for layer in cache.layers:
         layer.replace(torch.ones(3, 4), torch.ones(3, 2, 5), num_tokens=7)
