@@ -214,7 +214,7 @@ def newest_valid(
             continue
         if rename_invalid and invalid:
             names = ", ".join(set_aside(damaged).name for damaged in invalid)
-            warn(f"what is damaged is kept as {names} in {folder}")
+            warn(f"damaged checkpoints were renamed to {names} in {folder}")
         return path, manifest
     return None
 

@@ -50,7 +50,7 @@ def expand_home(path: str | None) -> str | None:
 
 
 class RunSection(Section):
-    """The run itself."""
+    """The run: its folder, seed and resume."""
 
     dir: str = Field(default="runs/default", min_length=1)
     """The run's folder. It holds config.yaml, metrics.jsonl, loss.png, samples.txt, checkpoints/ and
@@ -151,8 +151,8 @@ class DataSection(Section):
     """python-stdlib; a file, folder or glob (parquet, JSON lines, csv, tsv or text; plain, .gz or .zst); a
     hub dataset; or a synthetic task, synthetic/NAME."""
     task: dict[str, Any] = {}
-    """Options of a synthetic task (docs/synthetic.md), e.g. {length: 64, num_tokens: 4}. A synthetic task
-    ignores no other setting of this section: those for text are errors."""
+    """Options of a synthetic task (docs/synthetic.md), e.g. {length: 64, num_tokens: 4}. With a synthetic
+    corpus, settings for text are errors."""
     subset: str | None = None
     """Configuration of a hub dataset, e.g. sample-10BT."""
     split: str = "train"
@@ -163,7 +163,7 @@ class DataSection(Section):
     """Column or key that holds a document's text."""
     skip_broken: bool = False
     """Skip and count damaged data instead of stopping: documents that are not UTF-8, not JSON or without
-    text; damaged row groups of parquet files; everything behind the damage in other files."""
+    text; damaged row groups of parquet files; everything after the damage in other files."""
     join: str | None = Field(default=None, min_length=1)
     """Join documents into long ones. folder: the files of a folder. package: all files below a top-level
     folder of the corpus. In both, files directly in the corpus's root are not joined. Otherwise the name
@@ -245,7 +245,7 @@ class OptimSection(Section):
     decay_fraction: float = Field(default=0.3, ge=0.0, le=1.0)
     """Fraction of the steps in which wsd decays."""
     final_lr_fraction: float = Field(default=0.0, ge=0.0, le=1.0)
-    """Last learning rate of the schedule, as a fraction of the peak."""
+    """Learning rate that the schedule decays to, as a fraction of the peak."""
     schedule_steps: int | None = Field(default=None, ge=1)
     """Steps of the schedule; null for train.steps at the start of the run. A resumed run keeps its
     schedule even if train.steps is raised: further steps use the last learning rate. `run.change:

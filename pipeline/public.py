@@ -40,8 +40,7 @@ def without_credentials(value: str) -> str:
 
 
 def text_without_credentials(text: str, *uris: str) -> str:
-    """A message whose URIs have no credentials. `uris` are replaced literally, whatever characters they
-    contain."""
+    """A message whose URIs have no credentials. `uris` are replaced literally."""
     for uri in filter(None, uris):
         text = text.replace(uri, without_credentials(uri))
     return _URI_IN_TEXT.sub(lambda match: without_credentials(match[0]), text)

@@ -1,6 +1,6 @@
 """One training step: forward and backward for each reader of this process, then one update.
 
-The loss of a step is one mean over all scored tokens of the global batch, whatever the number of readers,
+The loss of a step is one mean over all scored tokens of the global batch, for any number of readers,
 processes and accumulations.
 """
 

@@ -223,7 +223,7 @@ def test_a_damaged_checkpoint_is_reported_and_skipped(
     message = capfd.readouterr().err
     assert "step-000008 is not used" in message
     assert victim.name in message
-    assert "what is damaged is kept as step-000008.invalid-1" in message
+    assert "damaged checkpoints were renamed to step-000008.invalid-1" in message
     assert {path.name for path in newest.parent.iterdir()} == {
         "step-000008.invalid-1",
         "step-000008",
