@@ -83,8 +83,8 @@ def memory_table(model: Model, workload: Workload, precision: str, memory: float
         sent = bytes_sent(model.parameters, workload, precision, engine) / 1e9
         lines.append(engine.ljust(width) + "".join(cells) + f"{sent:>10.2f}")
     lines.append(
-        f"none, selective, full: in all, by train.recompute. * fits in {USABLE:.0%} of {memory / 1e9:.0f} GB. "
-        "sent: per step."
+        "none, selective, full: in all, by train.recompute. "
+        f"* fits in {USABLE:.0%} of {memory / 1e9:.0f} GB. sent: per step."
     )
     return lines
 

@@ -51,10 +51,10 @@ BODIES = {
 }
 
 
-@pytest.mark.parametrize("what", BODIES)
-def test_a_closed_pipe_ends_with_status_141_and_no_message(what: str):
+@pytest.mark.parametrize("body", BODIES)
+def test_a_closed_pipe_ends_with_status_141_and_no_message(body: str):
     process = subprocess.Popen(
-        [sys.executable, *script(BODIES[what])],
+        [sys.executable, *script(BODIES[body])],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -100,12 +100,18 @@ def test_accelerate_reads_each_file_and_its_command(path: Path, dry_run):
 @pytest.mark.parametrize("engine", ["multi-node", "zero1", "zero2", "zero3"])
 def test_several_machines_connect_through_torchrun(engine: str, dry_run):
     """Not through DeepSpeed's own launcher, which needs ssh and a host file."""
-    place = (
+    machines = (
         "--num_machines 4 --num_processes 32 --machine_rank 2 --main_process_ip first --main_process_port "
         "23456 --rdzv_backend c10d"
     )
     arguments, _ = dry_run(
-        ["--config_file", f"launch/accelerate/{engine}.yaml", *place.split(), "-m", "minrnn.pipeline.train"]
+        [
+            "--config_file",
+            f"launch/accelerate/{engine}.yaml",
+            *machines.split(),
+            "-m",
+            "minrnn.pipeline.train",
+        ]
     )
     assert (arguments.nnodes, arguments.nproc_per_node) == ("4", "8")
     assert (arguments.rdzv_endpoint, arguments.rdzv_backend) == ("first:23456", "c10d")

@@ -73,9 +73,9 @@ def kept_per_token(recipe: Recipe, recompute: str, layers: int) -> int:
 
     loss()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        kept = loss()  # the graph holds what is counted
+        value = loss()  # its graph holds the activations
     total = sum(event.self_cpu_memory_usage for event in profiler.key_averages())
-    assert kept.requires_grad
+    assert value.requires_grad
     return total
 
 

@@ -142,9 +142,9 @@ def test_a_missing_python_is_an_error(clone: Clone):
 def test_every_dependency_is_pinned():
     lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
     pinned = {canonicalize_name(line.split("==")[0]) for line in lines if not line.startswith("#")}
-    wanted, seen = [Requirement("minrnn[bench,deepspeed,eval,test]")], set()
-    while wanted:
-        requirement = wanted.pop()
+    required, seen = [Requirement("minrnn[bench,deepspeed,eval,test]")], set()
+    while required:
+        requirement = required.pop()
         name = canonicalize_name(requirement.name)
         if (name, frozenset(requirement.extras)) in seen:
             continue
@@ -154,7 +154,7 @@ def test_every_dependency_is_pinned():
         except PackageNotFoundError:  # for another system
             continue
         extras = requirement.extras or {""}
-        wanted += [
+        required += [
             need
             for need in needs
             if need.marker is None or any(need.marker.evaluate({"extra": extra}) for extra in extras)

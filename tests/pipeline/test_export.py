@@ -178,10 +178,10 @@ def test_a_killed_export_leaves_a_model_that_loads(target: str, exports: dict[in
             write_export(folder, lambda staged: copy(source, staged), "--out")
         except Killed:
             assert calls_left == 0
-        left, calls_left = calls_left, 0
+        is_complete, calls_left = calls_left > 0, 0
         norm = norm_of(folder)
         states.append(next(name for name in (exports[16], source) if torch.equal(norm, norm_of(name))))
-        if left:
+        if is_complete:
             break
         check_export(folder, "--out")
         assert write_export(folder, lambda staged: copy(source, staged), "--out")

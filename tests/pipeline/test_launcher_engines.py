@@ -24,7 +24,7 @@ PARALLELISM = [
     "--parallelism_config_tp_size",
     "2",
 ]
-REQUESTS = {  # words for `accelerate launch`, and what is said of each
+REQUESTS = {  # options for `accelerate launch`, and the feature that the error names
     "FSDP": (["--use_fsdp"], ["FSDP"]),
     "Megatron-LM": (["--use_megatron_lm"], ["Megatron-LM"]),
     "tensor parallelism": (PARALLELISM, ["FSDP", "a parallelism config (tp_size 2)"]),
@@ -75,18 +75,18 @@ def test_unsupported_options_of_accelerate_are_refused(name: str, monkeypatch):
     words, expected = REQUESTS[name]
     lines = refusals(monkeypatch, environment_of(words, monkeypatch))
     assert len(lines) == len(expected)
-    for line, what in zip(lines, expected, strict=True):
-        assert line.startswith(f"error: launcher: asks for {what}; minrnn has {ENGINES}: ")
+    for line, feature in zip(lines, expected, strict=True):
+        assert line.startswith(f"error: launcher: asks for {feature}; minrnn has {ENGINES}: ")
 
 
 def test_unsupported_environments_without_a_launcher_are_refused(monkeypatch):
-    for environment, what in (
+    for environment, feature in (
         ({"ACCELERATE_USE_SAGEMAKER": "true"}, "SageMaker"),
         ({"ACCELERATE_IN_TPU_POD": "1"}, "XLA"),
         ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "mixed_precision is fp8"),
     ):
         (line,) = refusals(monkeypatch, environment)
-        assert what in line
+        assert feature in line
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     ((_, message),) = engine_errors("cpu", 1)

@@ -219,14 +219,14 @@ def stall(monkeypatch: pytest.MonkeyPatch, after: int, then: Callable[[], object
 def test_a_signal_ends_a_run_that_waits_for_data(
     values: Values, run_recipe: Run, monkeypatch: pytest.MonkeyPatch
 ):
-    whole = losses(run_recipe({**values, "run": {"dir": values["run"]["dir"] + "-undisturbed"}}))
+    undisturbed = losses(run_recipe({**values, "run": {"dir": values["run"]["dir"] + "-undisturbed"}}))
     with monkeypatch.context() as patched:
         stall(patched, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(SystemExit) as exit_info:
             run_recipe(values)
     assert exit_info.value.code == 128 + signal.SIGTERM
     assert [path.name for path in (Path(values["run"]["dir"]) / "checkpoints").glob("step-000005")]
-    assert losses(run_recipe(values)) == whole
+    assert losses(run_recipe(values)) == undisturbed
 
 
 def test_a_process_without_data_stops_at_another_process_s_signal(

@@ -356,7 +356,7 @@ def test_run_change_refuses_settings_that_can_never_change():
 
 
 @pytest.mark.parametrize(
-    ("typed", "environment", "place"),
+    ("typed", "environment", "expected"),
     [
         ([], None, "sqlite:///mlflow.db"),
         ([], "", "sqlite:///mlflow.db"),
@@ -366,13 +366,13 @@ def test_run_change_refuses_settings_that_can_never_change():
     ],
 )
 def test_the_environment_sets_the_tracking_uri_if_the_recipe_does_not(
-    typed: list[str], environment: str | None, place: str | None, monkeypatch
+    typed: list[str], environment: str | None, expected: str | None, monkeypatch
 ):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     if environment is not None:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", environment)
     recipe = read_recipe(typed)
-    assert recipe.tracking.resolved_uri() == place
+    assert recipe.tracking.resolved_uri() == expected
     again = build_recipe(yaml.safe_load(yaml.safe_dump(resolved(recipe))))
     assert again.tracking.uri == recipe.tracking.uri, (
         "what config.yaml says means the same wherever it is used"

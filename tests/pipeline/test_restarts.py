@@ -38,15 +38,15 @@ def with_note(message: str, note: str) -> Exception:
 def test_an_error_before_the_processes_are_connected_is_final(attempts, capsys):
     attempts(0)
     leave_if_final()
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exit_info:
         train.main(["--train.stpes", "3"])
-    assert left.value.code == 2
+    assert exit_info.value.code == 2
     assert "did you mean train.steps?" in capsys.readouterr().err
     for number in (1, 2):
         attempts(number)
-        with pytest.raises(SystemExit) as left:
+        with pytest.raises(SystemExit) as exit_info:
             train.main(["--train.stpes", "3"])
-        assert left.value.code == 2
+        assert exit_info.value.code == 2
         assert "stpes" not in capsys.readouterr().err
 
 
@@ -59,9 +59,9 @@ def test_a_later_error_is_final_when_it_repeats(attempts, monkeypatch):
         leave_if_final()
         note_error(with_note(message, f"after step {step}"), 1)
     attempts(4)
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exit_info:
         leave_if_final()
-    assert left.value.code == 1
+    assert exit_info.value.code == 1
 
 
 @pytest.mark.parametrize("file", [None, "", os.devnull, "/nowhere/attempt_0/0/error.json"])

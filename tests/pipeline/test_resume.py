@@ -73,16 +73,16 @@ def test_a_signal_saves_and_exits(
     values: Values, run_recipe: Run, monkeypatch, tmp_path, number: signal.Signals, order: str, capfd
 ):
     values["data"]["order"] = order
-    whole = run_recipe({**values, "run": {"dir": str(tmp_path / "undisturbed")}})
+    undisturbed = run_recipe({**values, "run": {"dir": str(tmp_path / "undisturbed")}})
     with monkeypatch.context() as patched:
         crash_at(patched, 7, lambda: os.kill(os.getpid(), number))
-        with pytest.raises(SystemExit) as left:
+        with pytest.raises(SystemExit) as exit_info:
             run_recipe(values)
-    assert left.value.code == 128 + number
+    assert exit_info.value.code == 128 + number
     assert "Saved step 7 of 12" in capfd.readouterr().err
     folder = Path(values["run"]["dir"])
     assert checkpoint.steps_in(folder / "checkpoints")[0].name == "step-000007"
-    assert losses(run_recipe(values)) == losses(whole)
+    assert losses(run_recipe(values)) == losses(undisturbed)
 
 
 def test_an_ignored_hangup_stays_ignored(values: Values, run_recipe: Run, undisturbed: Path, monkeypatch):
@@ -98,17 +98,17 @@ def test_an_ignored_hangup_stays_ignored(values: Values, run_recipe: Run, undist
 
 def test_a_hangup_saves_without_a_terminal():
     """Writing to a closed terminal fails, but the step is finished and saved."""
-    terminal, ours = os.openpty()
+    terminal, output = os.openpty()
     os.close(terminal)
     stderr = os.dup(2)
     with Interrupt() as interrupt:
-        os.dup2(ours, 2)
+        os.dup2(output, 2)
         try:
             os.kill(os.getpid(), signal.SIGHUP)
         finally:
             os.dup2(stderr, 2)
     os.close(stderr)
-    os.close(ours)
+    os.close(output)
     assert interrupt.requested == signal.SIGHUP
 
 

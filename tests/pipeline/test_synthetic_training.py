@@ -79,14 +79,14 @@ def test_a_resumed_run_draws_the_same_examples(
     task_values: Values, run_recipe: Run, tmp_path: Path, monkeypatch
 ):
     task_values["data"]["workers"] = 1
-    whole = run_recipe(task_values)
+    undisturbed = run_recipe(task_values)
     task_values["run"]["dir"] = str(tmp_path / "stopped")
     stop_at_step_7(task_values, run_recipe, monkeypatch)
     resumed = run_recipe(task_values)
-    assert losses(resumed) == losses(whole)
+    assert losses(resumed) == losses(undisturbed)
     without_clock = [
         [{k: v for k, v in entry.items() if k != "seconds"} for entry in validations(run)]
-        for run in (resumed, whole)
+        for run in (resumed, undisturbed)
     ]
     assert without_clock[0] == without_clock[1]
     task_values["data"]["task"]["ring_size"] = 4

@@ -219,12 +219,12 @@ def test_closing_does_not_wait_for_a_silent_server(
 ):
     monkeypatch.setattr(tracking, "ANSWER_SECONDS", 0.5)
     monkeypatch.setattr(tracking, "CLOSE_SECONDS", 600.0)
-    place = {"silent": silent_server, "refused": f"http://me:{SECRET}@127.0.0.1:9", "locked": uri}[kind]
+    location = {"silent": silent_server, "refused": f"http://me:{SECRET}@127.0.0.1:9", "locked": uri}[kind]
     database = sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None)
     database.execute("BEGIN EXCLUSIVE")
     write_lines(folder, 1, 2, 3)
     warnings = Warnings()
-    tracker = Tracker(folder, place, "tests", {}, warnings)
+    tracker = Tracker(folder, location, "tests", {}, warnings)
     tracker.close("FINISHED")
     database.execute("ROLLBACK")
     database.close()
@@ -268,29 +268,29 @@ def test_the_next_start_sends_a_run_that_could_not_be_tracked(
     assert note["finished_step"] == 12
 
 
-@pytest.mark.parametrize("what", ["note", "run", "removed run", "experiment"])
+@pytest.mark.parametrize("damaged", ["note", "run", "removed run", "experiment"])
 def test_deleted_runs_and_damaged_notes_are_replaced_with_a_warning(
-    what: str, uri: str, folder: Path, tmp_path: Path
+    damaged: str, uri: str, folder: Path, tmp_path: Path
 ):
     write_lines(folder, 1, 2, 3)
     assert mirror(folder, uri) == []
     (old,) = runs_of(uri)
     client, experiment = MlflowClient(tracking_uri=uri), "tests"
-    if what == "note":
+    if damaged == "note":
         (folder / "mlflow.json").write_text('{"uri": "sqli')
-    elif what == "experiment":
+    elif damaged == "experiment":
         client.delete_experiment(old.info.experiment_id)
         experiment = "tests-2"
     else:
         client.delete_run(old.info.run_id)
-        if what == "removed run":
+        if damaged == "removed run":
             with sqlite3.connect(tmp_path / "mlflow.db") as database:
                 for table in ("metrics", "latest_metrics", "params", "tags", "runs"):
                     database.execute(f"DELETE FROM {table} WHERE run_uuid = ?", [old.info.run_id])
     write_lines(folder, 4, 5)
     warnings = mirror(folder, uri)
-    assert len(warnings) == (2 if what == "experiment" else 1)
-    assert ("is broken" if what == "note" else "was deleted") in warnings[0]
+    assert len(warnings) == (2 if damaged == "experiment" else 1)
+    assert ("is broken" if damaged == "note" else "was deleted") in warnings[0]
     new = check_mirrored(folder, uri)
     assert new.info.run_id != old.info.run_id
     assert new.info.run_id in [run.info.run_id for run in runs_of(uri, experiment)]

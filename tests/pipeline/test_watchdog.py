@@ -160,7 +160,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, steps: dict[int, float]) -> None:
 def test_spikes_are_skipped_also_after_a_resume(values: Values, run_recipe: Run, tmp_path: Path, monkeypatch):
     values["train"] |= {"steps": 24, "save_every": 12, "eval_every": None, "skip_spikes": 3.0}
     spoil(monkeypatch, {5: float("nan"), 15: 100.0, 20: float("inf")})
-    whole = run_recipe({**values, "run": {"dir": str(tmp_path / "whole")}})
+    undisturbed = run_recipe({**values, "run": {"dir": str(tmp_path / "undisturbed")}})
     with monkeypatch.context() as patched:
         inner = loop.take_step
 
@@ -173,10 +173,10 @@ def test_spikes_are_skipped_also_after_a_resume(values: Values, run_recipe: Run,
         with pytest.raises(KeyboardInterrupt):
             run_recipe(values)
     resumed = run_recipe(values)
-    for folder in (whole, resumed):
+    for folder in (undisturbed, resumed):
         entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert [entry["step"] for entry in entries if "skipped" in entry] == [5, 15, 20]
-    assert [loss for step, loss in losses(whole) if step not in (5, 20)] == [
+    assert [loss for step, loss in losses(undisturbed) if step not in (5, 20)] == [
         loss for step, loss in losses(resumed) if step not in (5, 20)
     ]
 
