@@ -33,8 +33,8 @@ from ..common.files import read_with_retries, sha256_of, sync
 from ..models import MinRNNCache
 
 MANIFEST = "manifest.json"
-FORMAT = 2  # of the manifest: since 2 it has a checksum of its own
-INVALID_KEPT = 3  # damaged checkpoints, newest first
+FORMAT = 2  # of the manifest, which has its own checksum since format 2
+INVALID_KEPT = 3  # number of newest damaged checkpoints to keep
 
 
 @dataclass

@@ -87,7 +87,8 @@ class ModelSection(Section):
     """An export (a folder or a hub id) of the same shape. The run starts from its weights."""
     _expand = field_validator("init_from")(expand_home)
 
-    # In the order, and with the descriptions, of MinRNNConfig (tests/pipeline/test_recipe.py).
+    # The fields of MinRNNConfig, in its order and with its descriptions. tests/pipeline/test_recipe.py
+    # compares them.
     hidden_size: int = MinRNNConfig.hidden_size
     """Width of the residual stream."""
     num_hidden_layers: int = MinRNNConfig.num_hidden_layers

@@ -133,8 +133,8 @@ class DeepSpeedEngine(Engine):
         config = cast(Any, accelerator.state.deepspeed_plugin).deepspeed_config
         self.stage = int(config.get("zero_optimization", {}).get("stage", 0))
         self.name, self.in_lockstep = f"ZeRO-{self.stage}", self.stage == 3
-        # Stage 0 has no norm to show, so it is clipped here; the other stages clip while they step, and show
-        # it afterwards.
+        # Stage 0 does not report the gradient's norm, so it is clipped in `update`. The other stages clip
+        # during their step and report the norm afterwards.
         config.update(deepspeed_values(recipe) | ({"gradient_clipping": 0.0} if self.stage == 0 else {}))
         # torch's fused AdamW runs on CPUs too, and needs no compilation.
         config.setdefault("zero_force_ds_cpu_optimizer", False)
@@ -241,11 +241,11 @@ class DeepSpeedEngine(Engine):
             if self.stage == 3
             else self.optimizer.single_partition_of_fp32_groups
         )
-        for share in flat:  # as the first step would make them
-            self._inner.state[share] = {
-                "step": step.to(share.device, torch.float32, copy=True),
-                "exp_avg": torch.zeros_like(share),
-                "exp_avg_sq": torch.zeros_like(share),
+        for shard in flat:  # as the first step would create them
+            self._inner.state[shard] = {
+                "step": step.to(shard.device, torch.float32, copy=True),
+                "exp_avg": torch.zeros_like(shard),
+                "exp_avg_sq": torch.zeros_like(shard),
             }
         self._link_moments()
         for name, parameter in self._named():

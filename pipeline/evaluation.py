@@ -28,7 +28,7 @@ from ..models.dtypes import at_least_fp32
 from .config import Recipe
 from .processes import ProcessLayout, all_reduce_max, all_reduce_sum, to_device
 
-PIECE = 8  # positions of a task's chunk that each process of a context group has, or a multiple
+PIECE = 8  # each process of a context group has a multiple of this many positions of a task's chunk
 
 
 def validation_sets(

@@ -23,8 +23,8 @@ SUPPORTED = {
 }
 DEVICES = {"cpu", "cuda", "mps"}  # MPS for one process only (processes.local_device)
 
-# Keys of a DeepSpeed configuration that were tried, or only report. What they may say is `launch_checks`'s
-# and DeepSpeed's matter.
+# Keys of a DeepSpeed configuration that were tested, or only affect reports. `launch_checks` and DeepSpeed
+# check their values.
 DEEPSPEED_KEYS = {
     *(
         "train_batch_size",
@@ -51,7 +51,7 @@ DEEPSPEED_KEYS = {
     ),
     *("tensorboard", "csv_monitor", "wandb"),
 }
-ZERO_VARIANTS = {  # of zero_optimization, with the values that switch them off
+ZERO_VARIANTS = {  # keys of zero_optimization, with the values that disable them
     "zero_hpz_partition_size": (1,),
     "zero_quantized_weights": (False,),
     "zero_quantized_nontrainable_weights": (False,),

@@ -154,13 +154,7 @@ def read_weights(name: str, key: str = "MODEL") -> MinRNNForCausalLM:
 def _read_tokenizer(name: str, folder: str, trust_remote_code: bool) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-    ) as error:  # transformers raises all of these
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:  # all from transformers
         if needs_code_trust(error):
             message = f"the tokenizer of {name} brings code of its own, which is not run"
             raise UserError("MODEL", f"{message}; read it, and add --trust-remote-code to run it") from None

@@ -100,7 +100,7 @@ def _steps_and_finish(run: Run) -> int | None:
         status = "FINISHED" if signal_number is None else "KILLED"
         return signal_number
     except Exception as error:
-        error.add_note(f"after step {run.step}")  # restarts.py: the same error at the same step ends restarts
+        error.add_note(f"after step {run.step}")  # for restarts.py, which compares errors and steps
         raise
     finally:
         run.watchdog.stop()

@@ -12,10 +12,8 @@ from ..common.errors import UserError
 from ..models.dtypes import DTYPES
 
 CHOICES = ("fp32", "bf16")  # that `auto` chooses from
-MIN_SPEEDUP = (
-    1.2  # of bf16 over fp32, to choose it although it is less precise; above the noise of measurements
-)
-SLOW = 3.0  # times slower than another precision, to warn
+MIN_SPEEDUP = 1.2  # of bf16 over fp32, for `auto` to choose it; above the noise of measurements
+SLOW = 3.0  # a precision that is this many times slower than another gives a warning
 
 
 # --- Devices

@@ -210,9 +210,8 @@ def all_reduce_sum(accelerator: Accelerator, values: list[float]) -> list[float]
     """The sum of each value over all processes, in fp64."""
     if accelerator.num_processes == 1:
         return values
-    bits = torch.from_numpy(np.array(values, dtype=np.float64).view(np.int64)).to(
-        accelerator.device
-    )  # not every device has fp64
+    # Sent as int64 and added on the CPU, because not every device has fp64.
+    bits = torch.from_numpy(np.array(values, dtype=np.float64).view(np.int64)).to(accelerator.device)
     rows = [torch.empty_like(bits) for _ in range(accelerator.num_processes)]
     torch.distributed.all_gather(rows, bits)
     return torch.stack(rows).cpu().numpy().view(np.float64).sum(0).tolist()
@@ -246,7 +245,7 @@ def run_on_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
             result = function()
         except UserError as raised:
             error = raised
-        except (OSError, SafetensorError) as raised:  # without its number: train.main prints it once
+        except (OSError, SafetensorError) as raised:  # without errno, so that train.main prints it once
             error = StorageError(str(raised))
     result, error = broadcast_from_main(accelerator, (result, error))
     if error is not None:

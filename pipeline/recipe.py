@@ -46,7 +46,7 @@ FREE_ON_RESUME = {
         "train.sample_tokens",
     ),
 }
-# Never, since positions and states would be of something else.
+# Settings that may never change, because saved positions and states would not fit.
 FIXED_ON_RESUME = ("model.", "batch.", "data.", "run.seed")
 
 USAGE = """usage: minrnn train --config RECIPE [--section.field VALUE ...]

@@ -43,9 +43,8 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_each_recipe_parses_and_its_model_builds(name: str):
     recipe = read_recipe(["--config", name])
     data = recipe.data
-    tokenizer = run_tokenizer(
-        data.corpus, BYTES, data.task
-    )  # the hub's are out of reach of a test; only the vocabulary differs
+    # Tests cannot reach the hub; only the vocabulary differs.
+    tokenizer = run_tokenizer(data.corpus, BYTES, data.task)
     vocab_size = model_vocab_size(tokenizer) if data.tokenizer == BYTES else 50_264
     with torch.device("meta"):
         model = MinRNNForCausalLM(model_config(recipe.model_fields_resolved(), tokenizer, vocab_size))
@@ -184,9 +183,8 @@ def test_generate_samples_as_transformers_does(export: Path, capsys):
         ]
     )
     tokenizer = byte_tokenizer()
-    model: Any = MinRNNForCausalLM.from_pretrained(
-        export
-    ).eval()  # generate() is none of the class's for type checkers
+    # Any, because type checkers do not see that the class has generate().
+    model: Any = MinRNNForCausalLM.from_pretrained(export).eval()
     set_seed(3)
     sampling = {
         "do_sample": True,

@@ -13,8 +13,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 REPOSITORY = Path(__file__).parents[2]
-# A Python that writes its arguments to `calls`; `-m venv` makes a .venv of itself, and anything fails whose
-# arguments hold the word in `fails`.
+# A Python that appends its arguments to `calls`. `-m venv` copies it into a .venv. A call fails if its
+# arguments contain the word in `fails`.
 RECORDING_PYTHON = """#!/bin/sh
 [ "$1" = -c ] && exit 0
 echo "$*" >> calls
@@ -22,7 +22,7 @@ echo "$*" >> calls
 [ "$2" = venv ] && mkdir -p .venv/bin && cp "$0" .venv/bin/python
 exit 0
 """
-# The real one, after a line that makes it another.
+# The real Python, after a statement that changes it.
 CHANGED_PYTHON = "#!/bin/sh\nexec {python} -c 'import sys; {change}; exec(sys.argv[1])' \"$2\"\n"
 
 

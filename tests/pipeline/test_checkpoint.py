@@ -18,7 +18,7 @@ from minrnn.pipeline import checkpoint
 from minrnn.pipeline.saving import Saver
 
 NAMES = ("config.yaml", "model.safetensors", "optimizer.safetensors", "reader-0000.json")
-SIZE = 1000  # bytes of each
+SIZE = 1000  # bytes of a file
 
 
 def content(name: str, step: int) -> bytes:

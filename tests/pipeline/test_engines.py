@@ -19,7 +19,7 @@ Run = Callable[[Values], Path]
 CPU = Path(__file__).parents[2] / "launch" / "accelerate" / "cpu.yaml"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
-pytestmark = pytest.mark.xdist_group("launcher")  # one after the other: launchers take the same port
+pytestmark = pytest.mark.xdist_group("launcher")  # not in parallel: launchers use the same port
 
 
 def ddp(processes: int, *more: str) -> list[str]:
@@ -80,7 +80,7 @@ def test_a_run_resumes_with_other_engines_and_layouts(values: Values, run_recipe
     """One process, ZeRO-1, ZeRO-3, four processes, context parallel, ZeRO-2, ZeRO-0, one process, in fp32.
     Every step is as in an undisturbed run."""
     values["batch"]["readers"] = 4
-    values["model"]["dropout"] = 0.0  # its masks differ where processes share a sequence
+    values["model"]["dropout"] = 0.0  # its masks differ if processes share a sequence
     values["optim"]["schedule"] = "constant"
     values["train"] |= {"steps": 24, "save_every": None, "eval_every": 3}
     undisturbed = run_recipe(values)

@@ -188,7 +188,7 @@ def test_a_killed_export_leaves_a_model_that_loads(target: str, exports: dict[in
         assert not (folder / STAGED).exists()
         for name in ("config.json", "model.safetensors", "README.md"):
             assert (folder / name).read_bytes() == (source / name).read_bytes()
-    switch = states.index(source)  # once, and for good
+    switch = states.index(source)  # from here on, the new model loads
     assert states == [exports[16]] * switch + [source] * (len(states) - switch)
     assert switch > 3
     assert len(states) > 8

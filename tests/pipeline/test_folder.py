@@ -38,7 +38,7 @@ def test_folders_that_no_run_has_written_are_refused(values: Values, run_recipe:
         run_recipe(values)
     assert contents(folder) == before
     shutil.rmtree(folder)
-    write(folder / "config.yaml", yaml.safe_dump(values))  # a recipe is not what a run writes
+    write(folder / "config.yaml", yaml.safe_dump(values))  # a recipe, not a resolved one as a run writes
     with pytest.raises(UserError, match=r"run\.dir: .* holds config\.yaml"):
         run_recipe(values)
     assert yaml.safe_load((folder / "config.yaml").read_text()) == values
@@ -65,7 +65,7 @@ def test_each_file_that_a_run_writes_is_checked(tmp_path: Path, name: str):
 def test_folders_that_a_run_may_use(tmp_path: Path):
     assert folder_errors(tmp_path / "new" / "deep") == []
     (tmp_path / "checkpoints").mkdir()
-    assert folder_errors(tmp_path) == []  # made, or linked to another disk, before the run
+    assert folder_errors(tmp_path) == []  # created, or linked to another disk, before the run
     for name in ("notes.md", "slurm-1.out", ".git/config", "evals/a.json", ".lock"):
         write(tmp_path / name)
     assert folder_errors(tmp_path) == []
@@ -73,7 +73,7 @@ def test_folders_that_a_run_may_use(tmp_path: Path):
     for name in ("metrics.jsonl", "loss.png", "model/config.json", "checkpoints/step-000002/config.yaml"):
         write(tmp_path / name, config.read_text())
     assert folder_errors(tmp_path) == []
-    config.unlink()  # the checkpoint's says it too
+    config.unlink()  # the checkpoint has one too
     assert folder_errors(tmp_path) == []
 
 

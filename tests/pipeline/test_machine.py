@@ -134,11 +134,8 @@ def test_fp64_is_refused_at_the_start_if_unsupported(monkeypatch):
         ({"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, 8, 4),
         ({"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "3"}, 8, None),  # the user's
         ({"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "4"}, 2, 1),
-        (
-            {"ACCELERATE_MIXED_PRECISION": "no", "OMP_NUM_THREADS": "1"},
-            8,
-            8,
-        ),  # one process of accelerate launch
+        # one process of accelerate launch
+        ({"ACCELERATE_MIXED_PRECISION": "no", "OMP_NUM_THREADS": "1"}, 8, 8),
     ],
 )
 def test_each_process_uses_its_share_of_the_cores(

@@ -54,9 +54,8 @@ def test_the_learning_rate_rises_stays_and_falls(
 def test_the_schedules_at_known_points():
     wsd = OptimSection(lr=1.0, schedule="wsd", warmup_steps=10, decay_fraction=0.19, final_lr_fraction=0.1)
     rates = [learning_rate(wsd, step, 100) for step in (5, 10, 81, 91, 100)]
-    assert rates == pytest.approx(
-        [0.5, 1.0, 1.0, 0.55, 0.145]
-    )  # 20 equal falls end at 0.1 after the last step
+    # 20 equal decrements end at 0.1 after the last step.
+    assert rates == pytest.approx([0.5, 1.0, 1.0, 0.55, 0.145])
     cosine = OptimSection(lr=1.0, schedule="cosine", warmup_steps=10, final_lr_fraction=0.0)
     assert learning_rate(cosine, 55, 99) == pytest.approx(0.5)
     assert learning_rate(cosine, 99, 99) == pytest.approx(math.sin(math.pi / 180) ** 2)

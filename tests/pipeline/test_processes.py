@@ -18,7 +18,7 @@ from conftest import Values, losses, recipe_file
 Run = Callable[[Values], Path]
 REPOSITORY = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-pytestmark = pytest.mark.xdist_group("launcher")  # one after the other: launchers take the same port
+pytestmark = pytest.mark.xdist_group("launcher")  # not in parallel: launchers use the same port
 
 
 def launch(recipe: Path, *overrides: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
@@ -108,7 +108,7 @@ def test_a_failed_write_of_the_main_process_is_reported_once_and_ends_all(values
     result = launch(recipe_file(values, tmp_path), processes=2)
     assert result.returncode == 1
     assert result.stderr.count("error: training: [Errno 21] Is a directory") == 1, result.stderr
-    assert "broadcast" not in result.stderr  # what a process says that waited for one that is gone
+    assert "broadcast" not in result.stderr  # the error of a process that waited for one that exited
 
 
 @pytest.mark.slow
@@ -201,7 +201,7 @@ def test_sigterm_to_the_group_and_a_second_interrupt(values: Values, tmp_path: P
     assert "the same command goes on from there" in stderr
     saved = sorted((metrics.parent / "checkpoints").iterdir())
     process = start()
-    process.send_signal(signal.SIGSTOP)  # so that both signals are there before the step ends
+    process.send_signal(signal.SIGSTOP)  # so that both signals arrive before the step ends
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGCONT)
     time.sleep(0.001)

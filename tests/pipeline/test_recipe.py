@@ -282,7 +282,7 @@ def test_only_settings_that_do_not_affect_losses_may_change():
         "tracking.uri": None,
         "data.workers": 4,
     }
-    free["model.max_position_embeddings"] = 65_536  # the default of runs that were begun before
+    free["model.max_position_embeddings"] = 65_536  # an earlier default
     fixed = {
         "optim.lr": 1.0,
         "batch.lanes": 3,

@@ -197,6 +197,5 @@ def test_parity_needs_decays_below_zero(run_recipe: Run, tmp_path: Path):
     assert signed["accuracy"] > 0.95
     assert min(signed["by_length"].values()) > 0.95
     positive = learn(run_recipe, tmp_path / "positive", data, chunk=40, steps=600)
-    assert all(
-        abs(accuracy - 0.5) < 0.1 for accuracy in positive["by_length"].values()
-    )  # 512 strings of each: 0.022 is one deviation
+    # 512 strings of each length: one standard deviation is 0.022.
+    assert all(abs(accuracy - 0.5) < 0.1 for accuracy in positive["by_length"].values())

@@ -233,7 +233,7 @@ def test_closing_does_not_wait_for_a_silent_server(
     assert len(warnings) <= 2
     assert not any(SECRET in line or "\n" in line for line in warnings)
     if kind == "locked":
-        tracker._thread.join()  # a process that left would not do more
+        tracker._thread.join()  # an exiting process would stop it here
     monkeypatch.setattr(tracking, "ANSWER_SECONDS", 60.0)
     assert mirror(folder, uri, "FINISHED") == []
     assert check_mirrored(folder, uri).info.status == "FINISHED"
@@ -323,7 +323,7 @@ def test_a_new_run_with_other_settings_gets_another_mlflow_run(uri: str, folder:
     write_lines(folder, 1, 2, 3)
     assert mirror(folder, uri, lr=1) == []
     write_lines(folder, 4)
-    assert mirror(folder, uri, lr=2) == []  # goes on, changed on purpose
+    assert mirror(folder, uri, lr=2) == []  # a resumed run with a setting changed on purpose
     assert len(runs_of(uri)) == 1
     (folder / "metrics.jsonl").write_text("")
     (warning,) = mirror(folder, uri, lr=2)
