@@ -256,7 +256,7 @@ def test_help_describes_every_setting():
 
 def test_the_model_section_is_minrnn_config():
     """The same fields in the same order, with the same types, defaults and descriptions."""
-    arguments = inspect.cleandoc(MinRNNConfig.__doc__).split("Args:")[1].split("Raises:")[0]
+    arguments = inspect.cleandoc(MinRNNConfig.__doc__ or "").split("Args:")[1].split("Raises:")[0]
     entries = re.findall(r"^    (\w+): (.*?)(?=^    \w+: |\Z)", arguments, flags=re.MULTILINE | re.DOTALL)
     documented = {name: " ".join(text.split()) for name, text in entries}
     fields = {
@@ -265,7 +265,7 @@ def test_the_model_section_is_minrnn_config():
         if name in documented and name not in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
     }
     section = {
-        name: (field.annotation, field.default, " ".join(field.description.split()))
+        name: (field.annotation, field.default, " ".join((field.description or "").split()))
         for name, field in ModelSection.model_fields.items()
         if name not in ("preset", "init_from")
     }
