@@ -2,9 +2,9 @@
 
 from .corpus import CorpusSpec, DocumentStream, open_source
 from .fingerprint import check_corpus, corpus_fingerprint
-from .loader import ChunkLoader, ReaderSpec
+from .loader import ChunkLoader
 from .prompts import TextStream, prompt_batch, prompt_tokens, read_prompt
-from .reader import IGNORE_INDEX, Chunk, DocumentReader, WindowReader, corpus_tokens
+from .reader import IGNORE_INDEX, Chunk, DocumentReader, ReaderSpec, WindowReader, corpus_tokens
 from .synthetic import Task, TaskValidation, build_task, is_synthetic, run_tokenizer
 from .tokenizer import BYTES, Encoder, byte_tokenizer, load_tokenizer, model_vocab_size, tokenizer_fingerprint
 from .validation import ValidationSet, document_validation, window_validation

@@ -16,14 +16,11 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from ..common.errors import UserError
-from .corpus import CorpusSpec
-from .reader import Chunk, DocumentReader, WindowReader, corpus_tokens
-from .synthetic import Task, TaskReader
-from .tokenizer import Encoder
+from .reader import Chunk, DocumentReader, ReaderSpec, WindowReader, corpus_tokens
+from .synthetic import TaskReader
 
 CLOSE_SECONDS = 10.0  # how long to wait for a killed worker to end
 
@@ -34,47 +31,18 @@ class Reader(Protocol):
     def next_chunk(self) -> Chunk: ...
 
 
-@dataclass(frozen=True)
-class ReaderSpec:
-    """The arguments that all readers share; sent to the workers."""
-
-    corpus: CorpusSpec
-    order: Literal["documents", "windows"]
-    encoder: Encoder
-    num_readers: int
-    """Number of readers of the whole run."""
-    lanes: int
-    chunk: int
-    window: int
-    seed: int
-    task: Task | None = None
-    """A synthetic task, drawn instead of reading the corpus."""
-
-    def open(self, readers: Sequence[int], states: Sequence[dict[str, Any] | None]) -> Sequence[Reader]:
-        """Open these readers, each at the position in its state."""
-        if self.task is not None:
-            task, shape = self.task, (self.lanes, self.chunk, self.seed)
-            return [TaskReader(task, r, *shape, state) for r, state in zip(readers, states, strict=True)]
-        if self.order == "documents":
-            return [
-                DocumentReader(
-                    self.corpus,
-                    self.encoder,
-                    reader=reader,
-                    num_readers=self.num_readers,
-                    lanes=self.lanes,
-                    chunk=self.chunk,
-                    window=self.window,
-                    seed=self.seed,
-                    state=state,
-                )
-                for reader, state in zip(readers, states, strict=True)
-            ]
-        tokens = corpus_tokens(self.corpus, "train", self.encoder)
-        return [
-            WindowReader(tokens, r, self.lanes, self.chunk, self.seed, state)
-            for r, state in zip(readers, states, strict=True)
-        ]
+def open_readers(
+    spec: ReaderSpec, readers: Sequence[int], states: Sequence[dict[str, Any] | None]
+) -> Sequence[Reader]:
+    """Open these readers, each at the position in its state (None: at the beginning)."""
+    pairs = list(zip(readers, states, strict=True))
+    if spec.task is not None:
+        shape = (spec.lanes, spec.chunk, spec.seed)
+        return [TaskReader(spec.task, reader, *shape, state) for reader, state in pairs]
+    if spec.order == "documents":
+        return [DocumentReader(spec, reader, state) for reader, state in pairs]
+    tokens = corpus_tokens(spec.corpus, "train", spec.encoder)
+    return [WindowReader(tokens, reader, spec.lanes, spec.chunk, spec.seed, state) for reader, state in pairs]
 
 
 def _next_ready(
@@ -97,7 +65,7 @@ class DirectChunks:
     """
 
     def __init__(self, spec: ReaderSpec, readers: Sequence[int], states: Sequence[dict[str, Any] | None]):
-        self._readers = spec.open(readers, states)
+        self._readers = open_readers(spec, readers, states)
         self._chunks = iter(self)
         self._requests: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._ready: queue.SimpleQueue[Chunk | Exception] = queue.SimpleQueue()

@@ -11,7 +11,7 @@ consumed, whatever was prefetched.
 
 import hashlib
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -21,7 +21,30 @@ from .files import convert_read_errors
 from .sources import Document
 from .tokenizer import Encoder
 
+if TYPE_CHECKING:
+    from .synthetic.task import Task
+
 IGNORE_INDEX = -100  # target of a position that is not scored, as everywhere in transformers
+
+
+@dataclass(frozen=True)
+class ReaderSpec:
+    """The arguments that all readers of a run share; sent to the workers."""
+
+    corpus: CorpusSpec
+    order: Literal["documents", "windows"]
+    encoder: Encoder
+    num_readers: int
+    """Number of readers of the whole run."""
+    lanes: int
+    chunk: int
+    """Tokens per lane and chunk."""
+    window: int
+    """Documents that are shuffled together."""
+    seed: int
+    """Of the shuffle."""
+    task: "Task | None" = None
+    """A synthetic task, drawn instead of reading the corpus."""
 
 
 @dataclass
@@ -111,34 +134,21 @@ class DocumentReader:
     stream.
 
     Args:
-        spec: the corpus.
-        encoder: text to tokens.
-        reader, num_readers: the share of the corpus.
-        lanes, chunk: shape of a chunk.
-        window: documents that are shuffled together.
-        seed: of the shuffle.
+        spec: what all readers share.
+        reader: which of them this is.
         state: the state of a chunk after which to resume; None starts at the beginning.
     """
 
-    def __init__(
-        self,
-        spec: CorpusSpec,
-        encoder: Encoder,
-        reader: int,
-        num_readers: int,
-        lanes: int,
-        chunk: int,
-        window: int,
-        seed: int,
-        state: dict[str, Any] | None = None,
-    ):
-        self.encoder, self.reader, self.chunk = encoder, reader, chunk
-        self.stream = DocumentStream(spec, "train", reader, num_readers, window, seed)
-        self.lanes = [Lane() for _ in range(lanes)]
+    def __init__(self, spec: ReaderSpec, reader: int, state: dict[str, Any] | None = None):
+        self.encoder, self.reader, self.chunk = spec.encoder, reader, spec.chunk
+        self.stream = DocumentStream(
+            spec.corpus, "train", reader, spec.num_readers, window=spec.window, seed=spec.seed
+        )
+        self.lanes = [Lane() for _ in range(spec.lanes)]
         if state is None:
             self.window, self.number = self.stream.window(WindowAddress()), 0
             self.num_skipped = self.window.num_skipped
-            self._check_size(spec.corpus, num_readers)
+            self._check_size(spec.corpus.corpus, spec.num_readers)
         else:
             self._restore(state)
 
@@ -228,8 +238,7 @@ class DocumentReader:
                 corpus = self.stream.spec.corpus
                 raise UserError(
                     "data.corpus",
-                    f"{corpus} holds no documents any more; a run can resume only with the corpus it began "
-                    "with",
+                    f"{corpus} holds no documents any more; a run needs its corpus until it ends",
                 )
         self._start(lane, self.window, self.number)
         self.number += 1

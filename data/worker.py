@@ -12,7 +12,8 @@ import traceback
 from ..common.errors import UserError
 from ..common.output import secure_output
 from .files import one_line_message
-from .loader import DirectChunks, ReaderSpec
+from .loader import DirectChunks
+from .reader import ReaderSpec
 
 
 def _error_to_send(error: BaseException, spec: ReaderSpec) -> Exception:

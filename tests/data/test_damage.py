@@ -211,7 +211,9 @@ def test_a_document_that_does_not_fit_into_memory_is_reported(tmp_path: Path):
 
     (tmp_path / "a.txt").write_text("one")
     with pytest.raises(UserError, match=r"^error: data.corpus: a.txt does not fit into memory; "):
-        DocumentReader(CorpusSpec(str(tmp_path)), Small(0, 1, None), 0, 1, 1, 1, 1, 0)
+        DocumentReader(
+            ReaderSpec(CorpusSpec(str(tmp_path)), "documents", Small(0, 1, None), 1, 1, 1, 1, 0), 0
+        )
 
 
 def test_a_disk_error_is_not_treated_as_damage(tmp_path: Path):

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minrnn.common.errors import UserError
-from minrnn.data import CorpusSpec, DocumentReader, DocumentStream, open_source
+from minrnn.data import CorpusSpec, DocumentReader, DocumentStream, ReaderSpec, open_source
 from minrnn.data.corpus import PYTHON_STDLIB, STDLIB_HELD_OUT, Split, is_held_out
 from minrnn.data.joined import JoinedRows, join_documents, joined_text
 from minrnn.data.sources import Document, HubDataset, Position, Source
@@ -191,7 +191,8 @@ def test_a_reader_of_joined_rows_resumes_exactly(
     spec = CorpusSpec(str(tmp_path), join="book")
 
     def read(state: Any = None) -> DocumentReader:
-        return DocumentReader(spec, ENCODER, num_readers - 1, num_readers, 2, 16, 3, 5, state)
+        readers = ReaderSpec(spec, "documents", ENCODER, num_readers, lanes=2, chunk=16, window=3, seed=5)
+        return DocumentReader(readers, num_readers - 1, state)
 
     reader = read()
     whole = [reader.next_chunk() for _ in range(24)]

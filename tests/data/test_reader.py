@@ -34,6 +34,7 @@ from minrnn.data import (
     CorpusSpec,
     DocumentReader,
     DocumentStream,
+    ReaderSpec,
     WindowReader,
     corpus_tokens,
 )
@@ -54,17 +55,9 @@ class Setup:
     seed: int = 5
 
     def open(self, state: Any = None) -> DocumentReader:
-        return DocumentReader(
-            self.spec,
-            ENCODER,
-            self.reader,
-            self.num_readers,
-            self.lanes,
-            self.chunk,
-            self.window,
-            self.seed,
-            state,
-        )
+        shape = {"lanes": self.lanes, "chunk": self.chunk, "window": self.window}
+        spec = ReaderSpec(self.spec, "documents", ENCODER, self.num_readers, **shape, seed=self.seed)
+        return DocumentReader(spec, self.reader, state)
 
     def chunks(self, count: int, state: Any = None) -> list[Chunk]:
         reader = self.open(state)
@@ -329,7 +322,8 @@ def test_an_epoch_without_documents_is_an_error(tmp_path: Path, text: str):
     """The reader must not search for the next document endlessly."""
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json_line(f"document {i}") for i in range(20)))
-    reader = DocumentReader(CorpusSpec(str(path)), ENCODER, 0, 1, 2, 12, 4, 1)
+    spec = ReaderSpec(CorpusSpec(str(path)), "documents", ENCODER, 1, lanes=2, chunk=12, window=4, seed=1)
+    reader = DocumentReader(spec, 0)
     path.write_text(text)
     with pytest.raises(UserError, match=r"a\.jsonl holds no documents any more"):
         list(itertools.islice(iter(reader.next_chunk, None), 1000))

@@ -30,7 +30,7 @@ from data_helpers import (
 )
 
 from minrnn.common.errors import UserError
-from minrnn.data import CorpusSpec, DocumentReader, DocumentStream, open_source
+from minrnn.data import CorpusSpec, DocumentReader, DocumentStream, ReaderSpec, open_source
 from minrnn.data.corpus import Window, WindowAddress
 from minrnn.data.rows import JsonLines
 from minrnn.data.sources import Document, Position, Source, TextFiles
@@ -444,12 +444,11 @@ def test_skipped_documents_are_counted_once(tmp_path: Path):
     (tmp_path / "a.jsonl").write_text("".join(lines))
     spec = CorpusSpec(str(tmp_path), skip_broken=True)
     assert sum(window.num_skipped for window in epoch_of(DocumentStream(spec, "train", 0, 1, 4, None))) == 10
-    reader = DocumentReader(spec, ENCODER, 0, 1, 1, 16, 4, 0)
+    readers = ReaderSpec(spec, "documents", ENCODER, 1, lanes=1, chunk=16, window=4, seed=0)
+    reader = DocumentReader(readers, 0)
     counts = []
     while (state := json.loads(json.dumps(reader.next_chunk().state)))["window"]["epoch"] == 0:
         counts.append(state["num_skipped"])
-        reader = DocumentReader(
-            spec, ENCODER, 0, 1, 1, 16, 4, 0, state
-        )  # anew each time: what was counted stays counted, and is so once
+        reader = DocumentReader(readers, 0, state)  # a resumed reader keeps the count
     assert counts == sorted(counts)
     assert counts[-1] == 10
