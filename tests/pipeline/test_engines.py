@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Values, losses, recipe_file
+from run_helpers import Values, losses, recipe_file
 
 from minrnn.pipeline.checkpoint import steps_in
 

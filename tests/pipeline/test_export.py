@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import contents
+from run_helpers import contents
 
 from minrnn.common.errors import UserError
 from minrnn.data.tokenizer import byte_tokenizer

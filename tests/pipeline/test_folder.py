@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import Crash, Values, before_step, contents, losses, stop_at_step_7
+from run_helpers import Crash, Values, before_step, contents, losses, stop_at_step_7
 
 from minrnn.common.errors import StorageError, UserError
 from minrnn.common.locks import lock

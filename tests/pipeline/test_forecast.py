@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import Values
+from run_helpers import Values
 
 from minrnn.pipeline.forecast import Forecast, in_words, validations_left
 from minrnn.pipeline.recipe import build_recipe

@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.utils import DistributedType
-from conftest import Values, recipe_file
+from run_helpers import Values, recipe_file
 from test_engines import launch
 
 from minrnn.common.errors import UserError

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Values, losses
+from run_helpers import Values, losses
 
 from minrnn.common.errors import UserError
 from minrnn.data import BYTES, Chunk, ChunkLoader, CorpusSpec, Encoder, ReaderSpec, load_tokenizer

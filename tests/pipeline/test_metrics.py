@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Values, losses
 from hypothesis import given
 from hypothesis import strategies as st
+from run_helpers import Values, losses
 
 from minrnn.pipeline import checkpoint, loop, pictures
 from minrnn.pipeline.metrics import History, MetricsFile, cut_metrics, read_metrics

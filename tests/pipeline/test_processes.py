@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from conftest import Values, losses, recipe_file
+from run_helpers import Values, losses, recipe_file
 
 Run = Callable[[Values], Path]
 REPOSITORY = Path(__file__).parents[2]

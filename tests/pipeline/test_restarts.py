@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Values, recipe_file
+from run_helpers import Values, recipe_file
 from test_engines import ENVIRONMENT, NAN_IN_ONE, ddp, launch
 
 from minrnn.common.errors import UserError

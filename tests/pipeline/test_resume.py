@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Crash, Values, losses
+from run_helpers import Crash, Values, losses
 
 from minrnn.common import files
 from minrnn.common.errors import StorageError, UserError

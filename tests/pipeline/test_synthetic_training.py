@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Values, losses, stop_at_step_7
+from run_helpers import Values, losses, stop_at_step_7
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minrnn.common.errors import UserError

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import Values, losses, recipe_file, stop_at_step_7
 from mlflow import MlflowClient
+from run_helpers import Values, losses, recipe_file, stop_at_step_7
 
 from minrnn.evals.harness.results import track
 from minrnn.pipeline import tracking

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Values, losses, recipe_file
 from hypothesis import given
 from hypothesis import strategies as st
+from run_helpers import Values, losses, recipe_file
 
 from minrnn.common.errors import NonFiniteError, UserError
 from minrnn.data import byte_tokenizer
