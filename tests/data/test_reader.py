@@ -55,8 +55,16 @@ class Setup:
     seed: int = 5
 
     def open(self, state: Any = None) -> DocumentReader:
-        shape = {"lanes": self.lanes, "chunk": self.chunk, "window": self.window}
-        spec = ReaderSpec(self.spec, "documents", ENCODER, self.num_readers, **shape, seed=self.seed)
+        spec = ReaderSpec(
+            self.spec,
+            "documents",
+            ENCODER,
+            self.num_readers,
+            lanes=self.lanes,
+            chunk=self.chunk,
+            window=self.window,
+            seed=self.seed,
+        )
         return DocumentReader(spec, self.reader, state)
 
     def chunks(self, count: int, state: Any = None) -> list[Chunk]:
