@@ -73,7 +73,7 @@ def measure(recipe: Recipe, vocab_size: int) -> Model:
     from ..models import MinRNNConfig, MinRNNForCausalLM
     from ..models.cells import CELLS
 
-    config = MinRNNConfig(**recipe.model_fields_resolved(), vocab_size=vocab_size)
+    config = MinRNNConfig(**recipe.resolved_model_fields(), vocab_size=vocab_size)
     with torch.device("meta"):
         model = MinRNNForCausalLM(config)
     parts: dict[str, int] = dict.fromkeys(("embedding and head", "mixers", "MLPs", "norms"), 0)
@@ -116,7 +116,7 @@ def workload_of(recipe: Recipe, processes: int) -> Workload:
     errors, batch, context = [], recipe.batch, recipe.parallel.context
     if processes % context:
         errors.append(("parallel.context", f"groups of {context} do not divide {processes} processes"))
-    reach = recipe.model_fields_resolved()["conv_kernel"] - 1
+    reach = recipe.resolved_model_fields()["conv_kernel"] - 1
     if context > 1 and (batch.chunk % context or batch.chunk // context < reach):
         pieces = f"{context} equal pieces (parallel.context) of at least {reach}"
         errors.append(("batch.chunk", f"{batch.chunk} tokens cannot be cut into {pieces}"))

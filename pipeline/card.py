@@ -36,7 +36,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=200, do_sample=Tr
 """
 
 
-def card(name: str, cell: str, parameters: int, tokens: int, score: str, config: dict[str, Any]) -> str:
+def model_card(name: str, cell: str, parameters: int, tokens: int, score: str, config: dict[str, Any]) -> str:
     """The text of a model card.
 
     Args:
@@ -54,7 +54,7 @@ def card(name: str, cell: str, parameters: int, tokens: int, score: str, config:
 
 
 def is_card(text: str) -> bool:
-    """Whether a text is exactly what `card` makes for some model, without changes by hand."""
+    """Whether a text is exactly what `model_card` makes for some model, without changes by hand."""
     pattern = re.sub(r"\\\{config\\\}", lambda _: r"(?:(?!```)[\s\S])*", re.escape(CARD))
     pattern = re.sub(r"\\\{[\w:,]+\\\}", ".*", pattern)
     return re.fullmatch(pattern, text) is not None

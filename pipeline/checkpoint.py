@@ -61,15 +61,17 @@ def write_file(path: Path, write: Callable[[Path], object]) -> tuple[str, dict[s
 
 def publish(building: Path, final: Path, manifest: dict[str, Any]) -> None:
     """Write the manifest of a built folder and rename the folder to its final name."""
-    write_file(building / MANIFEST, lambda path: path.write_text(_sealed({"format": FORMAT, **manifest})))
+    write_file(
+        building / MANIFEST, lambda path: path.write_text(_with_checksum({"format": FORMAT, **manifest}))
+    )
     sync(building)
     if final.exists():  # it is invalid, otherwise the run would have resumed from it
-        set_aside(final)
+        mark_invalid(final)
     building.rename(final)
     sync(final.parent)
 
 
-def _sealed(manifest: dict[str, Any]) -> str:
+def _with_checksum(manifest: dict[str, Any]) -> str:
     """The text of a manifest, including the SHA-256 of its fields."""
     digest = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
     return json.dumps({**manifest, "sha256": digest}, indent=1)
@@ -80,10 +82,10 @@ def remove_old(folder: Path, keep: int, step: int) -> None:
 
     A newer one cannot be valid, otherwise the run would have resumed from it.
     """
-    paths = steps_in(folder)
-    for path in [p for p in paths if _step_of(p) > step]:
-        set_aside(path)
-    for path in [p for p in paths if _step_of(p) <= step][keep:]:
+    paths = checkpoint_paths(folder)
+    for path in [p for p in paths if _step_number(p) > step]:
+        mark_invalid(path)
+    for path in [p for p in paths if _step_number(p) <= step][keep:]:
         _remove(path)
     remove_leftovers(folder)
 
@@ -100,7 +102,11 @@ def make_room(folder: Path, newest: int | None) -> str | None:
     Returns:
         Its name, or None if nothing could be removed.
     """
-    others = [path for path in reversed(steps_in(folder)) if newest is not None and _step_of(path) != newest]
+    others = [
+        path
+        for path in reversed(checkpoint_paths(folder))
+        if newest is not None and _step_number(path) != newest
+    ]
     for path in [*reversed(_invalid_in(folder)), *others]:
         _remove(path)
         return path.name
@@ -113,7 +119,7 @@ def _remove(path: Path) -> None:
     shutil.rmtree(trash, ignore_errors=True)
 
 
-def set_aside(path: Path) -> Path:
+def mark_invalid(path: Path) -> Path:
     """Rename a damaged checkpoint, so that it is not used but can be examined. The newest INVALID_KEPT are
     kept.
 
@@ -138,17 +144,19 @@ def _invalid_in(folder: Path) -> list[Path]:
     return sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True)
 
 
-def steps_in(folder: Path) -> list[Path]:
+def checkpoint_paths(folder: Path) -> list[Path]:
     """Folders named by `checkpoint_name`, newest first. `step-15` is not such a name."""
     paths = (
         path for path in folder.glob("step-*") if re.fullmatch(r"step-[0-9]+", path.name) and path.is_dir()
     )
     return sorted(
-        (path for path in paths if path.name == checkpoint_name(_step_of(path))), key=_step_of, reverse=True
+        (path for path in paths if path.name == checkpoint_name(_step_number(path))),
+        key=_step_number,
+        reverse=True,
     )
 
 
-def _step_of(path: Path) -> int:
+def _step_number(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
@@ -164,11 +172,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
         manifest = json.loads(text)
         fields = {key: value for key, value in manifest.items() if key != "sha256"}
         is_sealed = "format" in manifest or "sha256" in manifest  # since format 2
-        if is_sealed and text != _sealed(fields):
+        if is_sealed and text != _with_checksum(fields):
             raise ValueError("its own checksum differs")
         files = [(name, entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()]
         if (
-            manifest["step"] != _step_of(path)
+            manifest["step"] != _step_number(path)
             or not {"model.safetensors", "optimizer.safetensors", "config.yaml"} <= manifest["files"].keys()
         ):
             raise ValueError("not this step's")
@@ -205,7 +213,7 @@ def newest_valid(
             ones.
     """
     invalid = []
-    for path in steps_in(folder):
+    for path in checkpoint_paths(folder):
         try:
             manifest = read_manifest(path)
         except ValueError as error:
@@ -213,7 +221,7 @@ def newest_valid(
             invalid.append(path)
             continue
         if rename_invalid and invalid:
-            names = ", ".join(set_aside(damaged).name for damaged in invalid)
+            names = ", ".join(mark_invalid(damaged).name for damaged in invalid)
             warn(f"damaged checkpoints were renamed to {names} in {folder}")
         return path, manifest
     return None

@@ -29,7 +29,7 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _without_nul(cls, value: Any) -> Any:
+    def _refuse_nul(cls, value: Any) -> Any:
         """Refuse NUL characters, on which the system's functions for files and servers raise."""
         if isinstance(value, str) and "\0" in value:
             raise PydanticCustomError("nul_character", "input should have no NUL character")
@@ -365,7 +365,7 @@ class Recipe:
             raise UserError("batch.chunk", message)
         return task
 
-    def model_fields_resolved(self) -> dict[str, Any]:
+    def resolved_model_fields(self) -> dict[str, Any]:
         """Every field of MinRNNConfig that a recipe can set: the user's value, else the preset's, else the
         default."""
         values = self.model.model_dump(exclude={"preset", "init_from"})

@@ -49,7 +49,7 @@ def build_engine(
     return cls(recipe, accelerator, model, saved)
 
 
-def _own(tensor: Tensor) -> Tensor:
+def _cpu_copy(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
@@ -105,7 +105,9 @@ class Engine:
     def weights(self, keep: bool) -> Tensors:
         """Copies of all parameters in main memory, by name. Collective; ranks with `keep` False get an empty
         dict."""
-        return {name: _own(parameter) for name, parameter in self.module.named_parameters()} if keep else {}
+        return (
+            {name: _cpu_copy(parameter) for name, parameter in self.module.named_parameters()} if keep else {}
+        )
 
     def moments(self, keep: bool) -> Tensors:
         """Copies of the optimizer's state: `exp_avg.NAME`, `exp_avg_sq.NAME`, `step.NAME`. As `weights`."""
@@ -114,7 +116,7 @@ class Engine:
         state = getattr(self.optimizer, "optimizer", self.optimizer).state
         named = self.module.named_parameters()
         return {
-            f"{key}.{name}": _own(torch.as_tensor(value))
+            f"{key}.{name}": _cpu_copy(torch.as_tensor(value))
             for name, parameter in named
             for key, value in state[parameter].items()
         }
@@ -177,7 +179,7 @@ class DeepSpeedEngine(Engine):
         """torch's optimizer; from stage 1 on it holds flat pieces of all parameters."""
         return self.optimizer.optimizer if self.stage > 0 else self.optimizer
 
-    def _named(self) -> list[tuple[str, nn.Parameter]]:
+    def _named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         return list(self.module.named_parameters())
 
     def weights(self, keep: bool) -> Tensors:
@@ -190,9 +192,9 @@ class DeepSpeedEngine(Engine):
     def moments(self, keep: bool) -> Tensors:
         if self.stage == 0:
             state = self._inner.state
-            named = self._named() if keep else []
+            named = self._named_parameters() if keep else []
             return {
-                f"{key}.{name}": _own(torch.as_tensor(value))
+                f"{key}.{name}": _cpu_copy(torch.as_tensor(value))
                 for name, p in named
                 for key, value in state[p].items()
             }
@@ -205,18 +207,20 @@ class DeepSpeedEngine(Engine):
 
         tensors = self._collect(keep, {f"{key}.": get(key) for key in ("exp_avg", "exp_avg_sq")})
         step = torch.as_tensor(next(iter(self._inner.state.values()))["step"], dtype=torch.float32).cpu()
-        return tensors | ({f"step.{name}": step.clone() for name, _ in self._named()} if keep else {})
+        return tensors | (
+            {f"step.{name}": step.clone() for name, _ in self._named_parameters()} if keep else {}
+        )
 
     def _collect(self, keep: bool, getters: dict[str, Any]) -> Tensors:
         """Gather each tensor from the shards of all processes, one after the other. Ranks with `keep` False
         discard them."""
         tensors: Tensors = {}
-        for name, parameter in self._named():
+        for name, parameter in self._named_parameters():
             for prefix, get in getters.items():
                 tensor = get(parameter)
                 if keep:
                     shape = getattr(parameter, "ds_shape", parameter.shape)
-                    tensors[prefix + name] = _own(tensor.view(shape))
+                    tensors[prefix + name] = _cpu_copy(tensor.view(shape))
         return tensors
 
     def _link_moments(self) -> None:
@@ -248,7 +252,7 @@ class DeepSpeedEngine(Engine):
                 "exp_avg_sq": torch.zeros_like(shard),
             }
         self._link_moments()
-        for name, parameter in self._named():
+        for name, parameter in self._named_parameters():
             for key in ("exp_avg", "exp_avg_sq"):
                 safe_set_full_optimizer_state(
                     parameter, saved[f"{key}.{name}"].to(self.accelerator.device), key

@@ -52,7 +52,7 @@ def export_model(
         pad_token_id=tokenizer.pad_token_id,
     )
     name = folder.resolve().parent.name if folder.name == "model" else folder.name
-    text = card.card(name, model.config.cell, model.num_parameters(), tokens, score, config)
+    text = card.model_card(name, model.config.cell, model.num_parameters(), tokens, score, config)
 
     def write(staged: Path) -> None:
         model.save_pretrained(staged, max_shard_size=NO_SHARDS)
@@ -105,11 +105,11 @@ def export_run(
             raise UserError("--step", f"{error}; checkpoints there: {available}") from None
     model, tokenizer, config = load_checkpoint(path, manifest["vocab_size"], dtype, trust_remote_code)
     if not export_model(model, tokenizer, out, config, manifest["tokens"], key="--out", force=force):
-        warn(kept_card(out))
+        warn(kept_card_warning(out))
     return path
 
 
-def kept_card(folder: Path) -> str:
+def kept_card_warning(folder: Path) -> str:
     """The warning about a card that was kept."""
     return (
         f"{folder / card.NAME} is not as an export wrote it and is kept; "
@@ -150,12 +150,12 @@ def sample(
     model.train(was_training)
     length = inputs["input_ids"].shape[1]
     return [
-        prompt + _text(tokenizer, row[:length], row[length:])
+        prompt + _continuation(tokenizer, row[:length], row[length:])
         for prompt, row in zip(prompts, ids.tolist(), strict=True)
     ]
 
 
-def _text(tokenizer: Any, prompt: list[int], new: list[int]) -> str:
+def _continuation(tokenizer: Any, prompt: list[int], new: list[int]) -> str:
     """The text of new tokens that follow a prompt."""
     stream = TextStream(tokenizer, prompt)
     return stream.write(new) + stream.end()

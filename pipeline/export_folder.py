@@ -51,25 +51,24 @@ def check_export(folder: Path, key: str, force: bool = False, names: Iterable[st
     if not folder.is_dir():
         raise UserError(key, f"{folder} is a file; name a folder")
     entries = sorted(path.name for path in folder.iterdir() if path.name != STAGED)
-    written = _written(folder, names)
+    written = _written_files(folder, names)
     if folders := [name for name in {CONFIG, WEIGHTS, *names} if (folder / name).is_dir()]:
         raise UserError(key, f"{folder / folders[0]} is a folder where a file is to be written; move it away")
     if entries and written is None and not force:
         shown = ", ".join(entries[:3]) + (", ..." if len(entries) > 3 else "")
         raise UserError(
-            key, f"{folder} holds no export, but other files ({shown}); name another folder{_or_force(key)}"
+            key,
+            f"{folder} holds no export, but other files ({shown}); name another folder{_force_advice(key)}",
         )
     every: set[str] = {*names, *(written or {})} - {CARD}
-    foreign = sorted(name for name in every if not _is_own(folder / name, written or {}))
+    foreign = sorted(name for name in every if not _is_unchanged(folder / name, written or {}))
     if foreign and not force:
         verb = "is" if len(foreign) == 1 else "are"
-        message = (
-            f"{', '.join(foreign)} in {folder} {verb} not as an export wrote it; move it away{_or_force(key)}"
-        )
+        message = f"{', '.join(foreign)} in {folder} {verb} not as an export wrote it; move it away{_force_advice(key)}"
         raise UserError(key, message)
 
 
-def _or_force(key: str) -> str:
+def _force_advice(key: str) -> str:
     return ", or replace it with --force" if key.startswith("--") else ""
 
 
@@ -84,11 +83,11 @@ def write_export(folder: Path, write: Callable[[Path], object], key: str, force:
         UserError: as `check_export`; nothing was changed.
     """
     make_folder(folder)
-    _complete(folder)
+    _finish_replacement(folder)
     staged = folder / STAGED
     names = _stage(folder, write, key, force)
-    written = _written(folder, names) or {}
-    keeps_card = (folder / CARD).exists() and not _is_own(folder / CARD, written)
+    written = _written_files(folder, names) or {}
+    keeps_card = (folder / CARD).exists() and not _is_unchanged(folder / CARD, written)
     own = [name for name in names if not (name == CARD and keeps_card)]
     hashes = {name: sha256_of(staged / name) for name in own}
     old_hashes = {
@@ -96,14 +95,14 @@ def write_export(folder: Path, write: Callable[[Path], object], key: str, force:
         for name in {*own, *written}
         if (folder / name).is_file() and (name != CARD or not keeps_card)
     }
-    pointing = _pointing(staged)
+    interim_config = _interim_config(staged)
     both = {
         name: {files[name] for files in (hashes, old_hashes) if name in files}
         for name in sorted({*hashes, *old_hashes})
     }
-    both[CONFIG].add(hashlib.sha256(pointing.encode()).hexdigest())
+    both[CONFIG].add(hashlib.sha256(interim_config.encode()).hexdigest())
     _write_list(folder, {name: sorted(values) for name, values in both.items()})
-    _replace_files(folder, own, pointing)
+    _replace_files(folder, own, interim_config)
     for name in old_hashes.keys() - hashes.keys():
         (folder / name).unlink()
     _write_list(folder, {name: [value] for name, value in hashes.items()})
@@ -134,7 +133,7 @@ def _write_list(folder: Path, files: dict[str, list[str]]) -> None:
     write_text(folder / LIST, json.dumps({"files": files}, indent=1))
 
 
-def _replace_files(folder: Path, names: list[str], pointing: str) -> None:
+def _replace_files(folder: Path, names: list[str], interim_config: str) -> None:
     """Move the staged files to their names, weights and configuration as the module describes."""
     staged = folder / STAGED
     for name in names:
@@ -146,21 +145,21 @@ def _replace_files(folder: Path, names: list[str], pointing: str) -> None:
         sync(folder)
         os.replace(staged / CONFIG, folder / CONFIG)
     else:
-        write_text(folder / CONFIG, pointing)
-        _complete(folder)
+        write_text(folder / CONFIG, interim_config)
+        _finish_replacement(folder)
     sync(folder)
 
 
-def _pointing(staged: Path) -> str:
+def _interim_config(staged: Path) -> str:
     """The new config.json, with the staged path of the new weights."""
     config = json.loads((staged / CONFIG).read_text())
     return json.dumps({**config, POINTER: f"{STAGED}/{WEIGHTS}"}, indent=2, sort_keys=True) + "\n"
 
 
-def _complete(folder: Path) -> None:
+def _finish_replacement(folder: Path) -> None:
     """Give configuration and weights their final names, if config.json names weights in
     `.minrnn-export.new/`."""
-    if _config(folder).get(POINTER) != f"{STAGED}/{WEIGHTS}":
+    if _read_config(folder).get(POINTER) != f"{STAGED}/{WEIGHTS}":
         return
     weights, link = folder / STAGED / WEIGHTS, folder / f".{WEIGHTS}.part"
     link.unlink(missing_ok=True)
@@ -175,14 +174,14 @@ def _complete(folder: Path) -> None:
     sync(folder)
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def _read_config(folder: Path) -> dict[str, Any]:
     with contextlib.suppress(OSError, ValueError):
         config = json.loads((folder / CONFIG).read_text())
         return config if isinstance(config, dict) else {}
     return {}
 
 
-def _written(folder: Path, names: Iterable[str]) -> dict[str, list[str]] | None:
+def _written_files(folder: Path, names: Iterable[str]) -> dict[str, list[str]] | None:
     """Hashes by name of the files that exports wrote here; None if there was no export.
 
     Old exports have no list and are recognized by config.json. Files with names that exports write are then
@@ -195,7 +194,7 @@ def _written(folder: Path, names: Iterable[str]) -> dict[str, list[str]] | None:
             for name, values in files.items()
             if Path(name).name == name
         }
-    if _config(folder).get("model_type") != "minrnn":
+    if _read_config(folder).get("model_type") != "minrnn":
         return None
     shards = [
         path.name
@@ -207,6 +206,6 @@ def _written(folder: Path, names: Iterable[str]) -> dict[str, list[str]] | None:
     return {name: [sha256_of(folder / name)] for name in own}
 
 
-def _is_own(path: Path, written: dict[str, list[str]]) -> bool:
+def _is_unchanged(path: Path, written: dict[str, list[str]]) -> bool:
     """Whether a file is unchanged since an export wrote it, or does not exist."""
     return not path.exists() or (path.is_file() and sha256_of(path) in written.get(path.name, []))

@@ -11,7 +11,7 @@ from ..models import MinRNNForCausalLM
 from . import processes
 from .checkpoint import checkpoint_name
 from .evaluation import validation_summary
-from .export import export_model, kept_card, load_checkpoint, sample
+from .export import export_model, kept_card_warning, load_checkpoint, sample
 from .run import Run
 
 
@@ -41,7 +41,7 @@ def _export(run: Run) -> None:
     score = f", {validation_summary(validations[-1])} on held-out data" if validations else ""
     out = folder.path / "model"
     if not export_model(model, tokenizer, out.resolve(), config, run.progress.tokens, score):
-        warn(kept_card(out))
+        warn(kept_card_warning(out))
     _write_samples(run, model, tokenizer)
     run.report(f"finished: model, samples.txt and loss.png are in {folder.path}")
 

@@ -12,13 +12,13 @@ from ..common.errors import StorageError, UserError
 from ..common.files import make_folder, read_with_retries, write_text
 from ..common.locks import lock
 from ..common.output import warn
-from .checkpoint import newest_valid, steps_in
+from .checkpoint import checkpoint_paths, newest_valid
 from .config import Recipe
 from .export_folder import check_export
 from .folder_checks import folder_errors
 from .metrics import MetricsFile, cut_metrics
 from .processes import run_on_main
-from .recipe import check_unchanged, resolved
+from .recipe import check_unchanged, resolved_config
 
 
 @dataclass
@@ -43,7 +43,7 @@ class RunFolder:
         up."""
         if num_cut := cut_metrics(self.metrics.path, self.manifest.get("step", 0)):
             warn(f"{num_cut} lines of {self.metrics.path} came after the checkpoint; they are written again")
-        self._config = yaml.safe_dump(resolved(recipe), sort_keys=False)
+        self._config = yaml.safe_dump(resolved_config(recipe), sort_keys=False)
         write_text(self.path / "config.yaml", self._config)
 
     def mark_finished(self, step: int) -> None:
@@ -175,7 +175,7 @@ def _resume_point(path: Path, recipe: Recipe) -> ResumePoint | None:
     """Where to resume, as run.resume says; None for a new run."""
     folder, resume = path / "checkpoints", recipe.run.resume
     if resume == "never":
-        if checkpoints := steps_in(folder):
+        if checkpoints := checkpoint_paths(folder):
             message = f"never, but {path} already holds {checkpoints[0].name}"
             raise UserError("run.resume", f"{message}; remove the folder or name another run.dir")
         return None
@@ -187,7 +187,7 @@ def _resume_point(path: Path, recipe: Recipe) -> ResumePoint | None:
         return checkpoint, manifest, saved
     if resume == "must":
         raise UserError("run.resume", f"must, but {path} holds no valid checkpoint")
-    if invalid := steps_in(folder):
+    if invalid := checkpoint_paths(folder):
         message = f"none of the {len(invalid)} checkpoints in {folder} is valid (see above)"
         raise UserError("run.dir", f"{message}; remove them to begin anew")
     return None

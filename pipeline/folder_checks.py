@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from .checkpoint import steps_in
+from .checkpoint import checkpoint_paths
 
 FILES = (
     "config.yaml",
@@ -68,7 +68,10 @@ def _is_of_a_run(path: Path) -> bool:
 
     Such a file is resolved: it has every section and setting.
     """
-    for config in (path / "config.yaml", *(step / "config.yaml" for step in steps_in(path / "checkpoints"))):
+    for config in (
+        path / "config.yaml",
+        *(step / "config.yaml" for step in checkpoint_paths(path / "checkpoints")),
+    ):
         try:
             values = yaml.safe_load(config.read_text()) if config.exists() else None
         except (yaml.YAMLError, UnicodeDecodeError):

@@ -44,7 +44,7 @@ class Interrupt:
             signal.signal(number, handler)  # pyright: ignore[reportArgumentType] - what signal.signal returned
 
 
-def leave(number: int, message: str, is_main: bool) -> None:
+def exit_after_signal(number: int, message: str, is_main: bool) -> None:
     """Exit with the status of a process that this signal ended."""
     if is_main:
         print(message, file=sys.stderr)

@@ -23,7 +23,7 @@ from .config import Recipe
 from .launcher_engines import deepspeed_key_errors, engine_errors
 from .machine import device_name, supports
 from .processes import all_gather_objects, launcher_holds_store, local_device, uses_deepspeed, world_size
-from .recipe import flatten, resolved
+from .recipe import flatten, resolved_config
 
 Errors = list[tuple[str, str]]
 
@@ -34,7 +34,7 @@ def check_launch(recipe: Recipe) -> None:
     Raises:
         UserError: all errors.
     """
-    device, device_errors = _this_device(recipe)
+    device, device_errors = _check_device(recipe)
     errors = engine_errors(device.type, world_size()) + _layout_errors(recipe) + _precision_errors(recipe)
     if uses_deepspeed():
         errors += _deepspeed_errors(recipe)
@@ -51,7 +51,7 @@ def check_same_recipe(recipe: Recipe, accelerator: Accelerator) -> None:
     Raises:
         UserError: in every process, each setting that differs, and on which rank.
     """
-    recipes = all_gather_objects(accelerator, [flatten(resolved(recipe))])
+    recipes = all_gather_objects(accelerator, [flatten(resolved_config(recipe))])
     errors: dict[str, str] = {}
     for rank, other in enumerate(recipes[1:], start=1):
         for key in recipes[0].keys() | other.keys():
@@ -78,7 +78,7 @@ def _layout_errors(recipe: Recipe) -> Errors:
         possible = [n * context for n in range(1, batch.readers + 1) if batch.readers % n == 0]
         message = f"{batch.readers} readers cannot be shared evenly by {sharing}"
         errors.append(("batch.readers", f"{message}; use {possible} processes or more readers"))
-    reach = recipe.model_fields_resolved()["conv_kernel"] - 1
+    reach = recipe.resolved_model_fields()["conv_kernel"] - 1
     if context > 1 and (batch.chunk % context or batch.chunk // context < reach):
         message = f"{batch.chunk} tokens must divide by the {context} processes of parallel.context"
         if reach > 1:
@@ -155,7 +155,7 @@ def _precision_errors(recipe: Recipe) -> Errors:
     return [("train.precision", message)]
 
 
-def _this_device(recipe: Recipe) -> tuple[torch.device, Errors]:
+def _check_device(recipe: Recipe) -> tuple[torch.device, Errors]:
     """This process's device, and errors of the device and its machine."""
     try:
         device = local_device(recipe.train.device)

@@ -24,12 +24,12 @@ from .evaluation import validate, validation_summary
 from .finish import finish
 from .folder import RunFolder, open_folder
 from .forecast import Forecast
-from .interrupt import Interrupt, leave
+from .interrupt import Interrupt, exit_after_signal
 from .launch_checks import check_launch, check_same_recipe
 from .launcher_engines import check_engine
 from .machine import keep_freed_memory, training_flops_per_token
 from .pictures import draw_accuracy, draw_loss
-from .recipe import resolved
+from .recipe import resolved_config
 from .run import Run
 from .saving import snapshot
 from .set_up import collective_timeout, set_up
@@ -55,7 +55,10 @@ def train(recipe: Recipe) -> None:
     transformers.logging.disable_progress_bar()
     accelerator = processes.connect(collective_timeout(recipe), processes.local_device(recipe.train.device))
     check_engine(accelerator.distributed_type)
-    with Watchdog.of(accelerator, recipe.train.peer_timeout) as watchdog, contextlib.ExitStack() as stack:
+    with (
+        Watchdog.from_accelerator(accelerator, recipe.train.peer_timeout) as watchdog,
+        contextlib.ExitStack() as stack,
+    ):
         watchdog.enter("comparing recipes", is_set_up=True)
         check_same_recipe(recipe, accelerator)
         watchdog.enter("opening the run's folder", is_set_up=True)
@@ -74,7 +77,7 @@ def train(recipe: Recipe) -> None:
         if signal_number is not None:
             saved = f"Saved step {run.step} of {recipe.train.steps}" if run.step else "Nothing to save yet"
             message = f"{saved} in {folder.path}; the same command goes on from there."
-            leave(signal_number, message, run.is_main)
+            exit_after_signal(signal_number, message, run.is_main)
         if run.is_main:
             folder.mark_finished(run.step)
 
@@ -350,7 +353,7 @@ def _save(run: Run, is_last: bool) -> None:
         }
         if run.is_main:
             run.output.folder.restore()
-        files = snapshot(run.engine, run.data.readers, run.layout, resolved(run.recipe))
+        files = snapshot(run.engine, run.data.readers, run.layout, resolved_config(run.recipe))
         saver.start(run.step, files, info)
     if is_last and (failures := saver.join()):
         raise StorageError(

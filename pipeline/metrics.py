@@ -72,11 +72,11 @@ def _lines_from_the_end(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
             yield offset, line
 
 
-def _strict(value: Any) -> Any:
+def _strict_json(value: Any) -> Any:
     """The value as strict JSON: null for numbers that are not finite."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    return {key: _strict(item) for key, item in value.items()} if isinstance(value, dict) else value
+    return {key: _strict_json(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 class History:
@@ -127,20 +127,20 @@ class MetricsFile:
     def __init__(self, path: Path, warn: Callable[[str], object]):
         self.path, self.warn = path, warn
         self.history = History(path)
-        self._waiting: list[str] = []
-        self._whole: int | None = None
+        self._pending: list[str] = []
+        self._intact_size: int | None = None
         """Size of the file without the half line at its end, if there is one."""
         self._lock = threading.Lock()
 
     def append(self, entry: dict[str, Any]) -> None:
         """Append a line."""
         with self._lock:
-            was_waiting = bool(self._waiting)
-            self._waiting.append(json.dumps(_strict(entry), allow_nan=False) + "\n")
+            had_pending = bool(self._pending)
+            self._pending.append(json.dumps(_strict_json(entry), allow_nan=False) + "\n")
             try:
                 self._write()
             except OSError as error:
-                if not was_waiting:
+                if not had_pending:
                     self.warn(
                         f"{self.path} takes no more lines ({error.strerror}); they are kept until it does"
                     )
@@ -151,21 +151,21 @@ class MetricsFile:
         Raises:
             OSError: the lines stay pending.
         """
-        if not self._waiting:
+        if not self._pending:
             return
         size = self.path.stat().st_size if self.path.exists() else 0
-        if self._whole is not None and size > self._whole:
-            os.truncate(self.path, self._whole)
-            size = self._whole
+        if self._intact_size is not None and size > self._intact_size:
+            os.truncate(self.path, self._intact_size)
+            size = self._intact_size
         try:
             with self.path.open("a") as file:
-                file.write("".join(self._waiting))
+                file.write("".join(self._pending))
         except OSError:
-            self._whole = size
+            self._intact_size = size
             with contextlib.suppress(OSError):  # otherwise the next write truncates it
                 os.truncate(self.path, size)
             raise
-        self._waiting, self._whole = [], None
+        self._pending, self._intact_size = [], None
 
     def sync(self) -> None:
         """Write all lines and sync them to the disk.
@@ -185,5 +185,5 @@ class MetricsFile:
             try:
                 self._write()
             except OSError as error:
-                lost = f"{len(self._waiting)} lines of {self.path} are lost ({error.strerror})"
+                lost = f"{len(self._pending)} lines of {self.path} are lost ({error.strerror})"
                 self.warn(f"{lost}; no checkpoint covers them")

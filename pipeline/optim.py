@@ -11,7 +11,7 @@ from .config import OptimSection
 WITHOUT_DECAY = ("embed_tokens", "in_proj", "gate_bias", "conv_weight", "norm")
 
 
-def decays(name: str, parameter: nn.Parameter) -> bool:
+def has_decay(name: str, parameter: nn.Parameter) -> bool:
     """Whether weight decay applies to a parameter."""
     return parameter.ndim >= 2 and not any(part in name for part in WITHOUT_DECAY)
 
@@ -21,8 +21,8 @@ def build_optimizer(model: nn.Module, config: OptimSection) -> torch.optim.AdamW
     (`learning_rate`)."""
     named = list(model.named_parameters())
     groups = [
-        {"params": [p for n, p in named if decays(n, p)], "weight_decay": config.weight_decay},
-        {"params": [p for n, p in named if not decays(n, p)], "weight_decay": 0.0},
+        {"params": [p for n, p in named if has_decay(n, p)], "weight_decay": config.weight_decay},
+        {"params": [p for n, p in named if not has_decay(n, p)], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],

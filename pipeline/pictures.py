@@ -21,13 +21,13 @@ def draw_loss(history: History, picture: Path, title: str) -> None:
     figure, axes = _empty_figure()
     if len(losses):
         axes.plot(*_extremes(tokens, losses), color="tab:blue", alpha=0.3, linewidth=0.8)
-        shown = _spread(len(losses), NUM_POINTS)
-        axes.plot(tokens[shown], _smoothed(losses)[shown], color="tab:blue", label="training (smoothed)")
+        shown = _even_indices(len(losses), NUM_POINTS)
+        axes.plot(tokens[shown], _running_mean(losses)[shown], color="tab:blue", label="training (smoothed)")
         axes.set_ylim(
             0.9 * losses[len(losses) // 10 :].min(), min(losses.max(), 2.5 * float(np.median(losses)))
         )
     if validations:
-        shown = [validations[i] for i in _spread(len(validations), NUM_POINTS)]
+        shown = [validations[i] for i in _even_indices(len(validations), NUM_POINTS)]
         axes.plot(
             [e["tokens"] for e in shown],
             [e["loss"] for e in shown],
@@ -35,7 +35,7 @@ def draw_loss(history: History, picture: Path, title: str) -> None:
             color="tab:orange",
             label="held out",
         )
-        for entry in (validations[i] for i in _spread(len(validations), NUM_NOTES)):
+        for entry in (validations[i] for i in _even_indices(len(validations), NUM_NOTES)):
             note = (
                 f"{entry['bits_per_byte']:.2f} bits/byte"
                 if "bits_per_byte" in entry
@@ -62,7 +62,7 @@ def draw_accuracy(history: History, picture: Path, title: str) -> None:
     guessing."""
     validations = [entry for entry in history.validations if entry.get("by_length")]
     figure, axes = _empty_figure()
-    for entry in (validations[i] for i in _spread(len(validations), 100)):
+    for entry in (validations[i] for i in _even_indices(len(validations), 100)):
         lengths = [int(length) for length in entry["by_length"]]
         style = (
             {"alpha": 0.25, "linewidth": 0.8}
@@ -94,7 +94,7 @@ def save_figure(figure: Any, picture: Path) -> None:
         figure.savefig(unfinished, dpi=120, format="png")
 
 
-def _spread(count: int, limit: int) -> np.ndarray:
+def _even_indices(count: int, limit: int) -> np.ndarray:
     """`limit` evenly spaced indices of `count` items, including the first and the last; all if there are
     fewer."""
     return np.linspace(0, count - 1, min(count, limit)).round().astype(int)
@@ -109,7 +109,7 @@ def _extremes(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.repeat(x[starts], 2), pairs.ravel()
 
 
-def _smoothed(values: np.ndarray) -> np.ndarray:
+def _running_mean(values: np.ndarray) -> np.ndarray:
     """Centered running mean over a fifteenth of all values, so that it does not lag behind a falling loss."""
     reach, index = len(values) // 30, np.arange(len(values))
     sums = np.concatenate([[0.0], np.cumsum(values)])

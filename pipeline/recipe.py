@@ -146,7 +146,7 @@ def _is_option(word: str) -> bool:
     return word.startswith("--") and word.removeprefix("--").partition("=")[0] in ("config", *_known_keys())
 
 
-def _unknown(key: str) -> tuple[str, str]:
+def _unknown_key_error(key: str) -> tuple[str, str]:
     """The error of an unknown key, with the most similar known key."""
     known = _known_keys()
     similar = nearest_names(key, known)
@@ -156,7 +156,7 @@ def _unknown(key: str) -> tuple[str, str]:
     return key, f"unknown key ({hint})"
 
 
-def _message(error: Any) -> str:
+def _error_message(error: Any) -> str:
     return (
         f"{error['msg'][0].lower()}{error['msg'][1:]}, not {error['input']!r}"
         if error["type"] != "missing"
@@ -164,10 +164,10 @@ def _message(error: Any) -> str:
     )
 
 
-def _unchangeable(key: str) -> str | None:
+def _reason_not_changeable(key: str) -> str | None:
     """Why run.change cannot name a setting, or None."""
     if key not in _known_keys():
-        return ": ".join(_unknown(key))
+        return ": ".join(_unknown_key_error(key))
     if key.startswith(FIXED_ON_RESUME):
         return (
             f"{key} cannot change within a run; start another with its own run.dir "
@@ -196,12 +196,12 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
             for error in invalid.errors():
                 key = ".".join([section, *map(str, error["loc"][:1])])
                 if error["type"] == "extra_forbidden":
-                    key, message = _unknown(key)
+                    key, message = _unknown_key_error(key)
                 else:
-                    message = _message(error)
+                    message = _error_message(error)
                 errors.setdefault(key, message)
     changes = sections["run"].change if "run" in sections else []
-    if refused := [reason for key in changes if (reason := _unchangeable(key))]:
+    if refused := [reason for key in changes if (reason := _reason_not_changeable(key))]:
         errors["run.change"] = "; ".join(refused)
     if errors:
         raise UserError.from_list(errors.items())
@@ -220,13 +220,13 @@ def read_recipe(argv: list[str]) -> Recipe:
     for key, text in overrides.items():
         section, dot, name = key.partition(".")
         if not dot or section not in SECTIONS:
-            errors.append(_unknown(key))
+            errors.append(_unknown_key_error(key))
             continue
         if values.get(section) is None:
             values[section] = {}
         if isinstance(values[section], dict):
             field = SECTIONS[section].model_fields.get(name)
-            values[section][name] = _value(text, field.annotation) if field else text
+            values[section][name] = _parse_value(text, field.annotation) if field else text
     try:
         recipe = build_recipe(values)
     except UserError as error:
@@ -236,7 +236,7 @@ def read_recipe(argv: list[str]) -> Recipe:
     return recipe
 
 
-def _value(text: str, annotation: Any) -> Any:
+def _parse_value(text: str, annotation: Any) -> Any:
     """A word of the command line, converted for a field of this type.
 
     Text is taken literally, since YAML would read `123` as a number, `2024-01-01` as a date and ` #` as the
@@ -253,7 +253,7 @@ def _value(text: str, annotation: Any) -> Any:
                 items = yaml.load(text, yaml.BaseLoader)  # keeps every scalar as text
                 (item_type,) = get_args(kind)
                 return (
-                    [_value(item, item_type) if isinstance(item, str) else item for item in items]
+                    [_parse_value(item, item_type) if isinstance(item, str) else item for item in items]
                     if isinstance(items, list)
                     else text
                 )
@@ -265,13 +265,13 @@ def _value(text: str, annotation: Any) -> Any:
     return number if isinstance(number, int | float) and not isinstance(number, bool) else text
 
 
-def resolved(recipe: Recipe) -> dict[str, Any]:
+def resolved_config(recipe: Recipe) -> dict[str, Any]:
     """All settings with their values, defaults included, credentials removed: the content of config.yaml."""
     values = {name: getattr(recipe, name).model_dump(mode="json") for name in SECTIONS}
     values["model"] = {
         "preset": recipe.model.preset,
         "init_from": recipe.model.init_from,
-        **recipe.model_fields_resolved(),
+        **recipe.resolved_model_fields(),
     }
     return config_without_credentials(values)
 
@@ -289,7 +289,7 @@ def schedule_steps_of(saved: dict[str, Any]) -> int:
     return saved["optim"].get("schedule_steps") or saved["train"]["steps"]
 
 
-def settled(recipe: Recipe, saved: dict[str, Any]) -> Recipe:
+def with_saved_settings(recipe: Recipe, saved: dict[str, Any]) -> Recipe:
     """The recipe with the settings that a run keeps from its start, unless run.change names them.
 
     These are `optim.schedule_steps` where it is null, and `train.precision` where it is auto.
@@ -329,7 +329,7 @@ def check_unchanged(saved: dict[str, Any], recipe: Recipe, folder: str) -> None:
         UserError: each setting that differs, affects the losses and is not named in run.change.
     """
     old = flatten(saved) | {"optim.schedule_steps": schedule_steps_of(saved)}
-    new = flatten(resolved(settled(recipe, saved)))
+    new = flatten(resolved_config(with_saved_settings(recipe, saved)))
     allowed = free_on_resume(saved) | set(recipe.run.change)
     different = [
         key

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 
-def leave_if_final() -> None:
+def exit_if_final() -> None:
     """Exit with the previous status, if the launcher restarted the process after a final error."""
     note = _read()
     if note.get("is_final"):
@@ -28,20 +28,20 @@ def leave_if_final() -> None:
         raise SystemExit(note["status"])
 
 
-def note_error(error: Exception, status: int) -> None:
+def record_error(error: Exception, status: int) -> None:
     """Record the error that ends this process; does nothing without an elastic launcher."""
     path = _path()
     if path is None:
         return
     text = "\n".join([str(error), *getattr(error, "__notes__", ())])
-    is_final = not _connected() or _read().get("error") == text
+    is_final = not _is_connected() or _read().get("error") == text
     try:
         path.write_text(json.dumps({"status": status, "error": text, "is_final": is_final}))
     except OSError:  # then the launcher restarts the process in vain
         return
 
 
-def _connected() -> bool:
+def _is_connected() -> bool:
     torch = sys.modules.get("torch")
     return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
 

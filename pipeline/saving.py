@@ -105,7 +105,9 @@ class Saver:
             info: more fields for the manifest.
         """
         assert self._thread is None
-        self._thread = threading.Thread(target=self._run, args=(step, files, info), name="saver", daemon=True)
+        self._thread = threading.Thread(
+            target=self._work, args=(step, files, info), name="saver", daemon=True
+        )
         self._thread.start()
         if not self.in_background:
             self._thread.join()
@@ -118,7 +120,7 @@ class Saver:
         failures, self._failures = self._failures, []
         return failures
 
-    def _run(self, step: int, files: Files, info: dict[str, Any]) -> None:
+    def _work(self, step: int, files: Files, info: dict[str, Any]) -> None:
         try:
             self._failures = self._write(step, files, info)
         except BaseException as error:  # a process that died; the training's collectives fail too
@@ -128,7 +130,7 @@ class Saver:
 
     def _write(self, step: int, files: Files, info: dict[str, Any]) -> list[str]:
         while True:
-            failures, is_full = self._try(step, files, info)
+            failures, is_full = self._write_once(step, files, info)
             if not is_full or not self._gather(self.rank == 0 and self._make_room())[0]:
                 break
         if self.rank == 0 and not failures:
@@ -136,7 +138,7 @@ class Saver:
                 checkpoint.remove_old(self.folder, self.keep, step)
         return failures
 
-    def _try(self, step: int, files: Files, info: dict[str, Any]) -> tuple[list[str], bool]:
+    def _write_once(self, step: int, files: Files, info: dict[str, Any]) -> tuple[list[str], bool]:
         """Write the checkpoint once; returns the failures of all processes, and whether a disk is full."""
         final = self.folder / checkpoint_name(step)
         building = self.folder / f".{checkpoint_name(step)}.building"

@@ -42,10 +42,10 @@ from .folder import RunFolder
 from .folder_checks import FILES, FOLDERS
 from .machine import CHOICES, PrecisionChoice, choose_precision, device_name, measure_rates
 from .processes import ProcessLayout
-from .recipe import settled
+from .recipe import with_saved_settings
 from .run import Progress, Run, RunData, RunOutput
 from .saving import Saver
-from .tracking import tracker_of
+from .tracking import build_tracker
 from .tracking_store import SQLITE_SUFFIXES, absolute_uri, sqlite_file
 from .watchdog import Watchdog
 
@@ -63,7 +63,7 @@ def set_up(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, watchdog
     """
     watchdog.enter("measuring the machine", is_set_up=True)
     precision, matmul_rate = _decide_precision(recipe, accelerator, folder)  # before other work disturbs it
-    recipe = _with_precision(settled(recipe, folder.saved), precision.precision)
+    recipe = _with_precision(with_saved_settings(recipe, folder.saved), precision.precision)
     layout = processes.build_layout(accelerator, recipe.parallel.context, collective_timeout(recipe))
     data, model = _open_on_all_ranks(recipe, accelerator, folder, layout, watchdog)
     if layout.group is not None:
@@ -100,7 +100,7 @@ def _decide_precision(
     Raises:
         UserError: a device does not support it.
     """
-    requested, current = recipe.train.precision, settled(recipe, folder.saved).train.precision
+    requested, current = recipe.train.precision, with_saved_settings(recipe, folder.saved).train.precision
     rates = measure_rates(accelerator.device, CHOICES if current == "auto" else [*CHOICES, current])
     supported = set.intersection(*processes.all_gather_objects(accelerator, [set(rates)]))
     rates = {name: rate for name, rate in rates.items() if name in supported}
@@ -168,7 +168,7 @@ def _open(
     tokenizer = _open_tokenizer(recipe, folder)
     encoder = Encoder.from_tokenizer(tokenizer, recipe.data.tokenizer)
     vocab_size = folder.manifest.get("vocab_size") or model_vocab_size(tokenizer)
-    config = model_config(recipe.model_fields_resolved(), tokenizer, vocab_size)
+    config = model_config(recipe.resolved_model_fields(), tokenizer, vocab_size)
     local_readers = layout.readers(recipe.batch.readers)
     readers = _load_readers(folder, local_readers, config, device)
     loader = _start_loader(recipe, encoder, readers)
@@ -242,7 +242,7 @@ def _open_output(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, st
     )
     if not accelerator.is_main_process:
         return RunOutput(folder, saver, tracker=None, bar=None)
-    tracker = tracker_of(folder.path, recipe, warn)
+    tracker = build_tracker(folder.path, recipe, warn)
     bar = tqdm(total=recipe.train.steps, initial=step, unit="step", dynamic_ncols=True)
     return RunOutput(folder, saver, tracker, bar)
 

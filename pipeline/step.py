@@ -131,6 +131,6 @@ def _stop_non_finite(run: Run, step: int, batch: list[Chunk], losses: list[float
     sources = list(dict.fromkeys(processes.all_gather_objects(run.accelerator, local)))
     sources = sources or ["every reader's loss is finite"]
     run.output.saver.join()
-    saved = checkpoint.steps_in(run.output.folder.path / "checkpoints")
+    saved = checkpoint.checkpoint_paths(run.output.folder.path / "checkpoints")
     last = f"the last checkpoint, {saved[0]}, is as it was" if saved else "there is no checkpoint yet"
     raise NonFiniteError(f"step {step}: {reason}. In {'; '.join(sources)}. Nothing was saved; {last}.")

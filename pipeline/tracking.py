@@ -26,7 +26,7 @@ import yaml
 from ..common.files import write_text
 from .config import Recipe
 from .public import public_config, without_credentials
-from .recipe import flatten, resolved
+from .recipe import flatten, resolved_config
 from .tracking_store import (
     NOTE,
     error_line,
@@ -297,12 +297,12 @@ class Tracker:
         self._complete = True
 
 
-def tracker_of(folder: Path, recipe: Recipe, warn: Callable[[str], object]) -> Tracker | None:
+def build_tracker(folder: Path, recipe: Recipe, warn: Callable[[str], object]) -> Tracker | None:
     """The tracker of a run; None if the recipe has no tracking URI."""
     uri, experiment = recipe.tracking.resolved_uri(), recipe.tracking.experiment
     if uri is None:
         return None
-    return Tracker(folder, uri, experiment, flatten(public_config(resolved(recipe))), warn)
+    return Tracker(folder, uri, experiment, flatten(public_config(resolved_config(recipe))), warn)
 
 
 def send_missed(folder: Path, recipe: Recipe, step: int, warn: Callable[[str], object]) -> None:
@@ -318,5 +318,5 @@ def send_missed(folder: Path, recipe: Recipe, step: int, warn: Callable[[str], o
         and is_about(note, recipe.tracking.resolved_uri() or "")
     ):
         return
-    if (tracker := tracker_of(folder, recipe, warn)) is not None:
+    if (tracker := build_tracker(folder, recipe, warn)) is not None:
         tracker.close("FINISHED")

@@ -34,7 +34,7 @@ def read_note(folder: Path) -> dict[str, Any] | None:
     return note
 
 
-def uri_of(note: dict[str, Any]) -> str:
+def note_uri(note: dict[str, Any]) -> str:
     """The URI in mlflow.json. It gets the credentials of MLFLOW_TRACKING_URI if that names the same store."""
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     return uri if uri and without_credentials(uri) == without_credentials(note["uri"]) else note["uri"]

@@ -4,13 +4,13 @@ import os
 import sys
 
 from ..common.output import conventional_exit, exit_on_error, secure_output
-from .restarts import leave_if_final, note_error
+from .restarts import exit_if_final, record_error
 
 
 def main(argv: list[str] | None = None) -> None:
     """Read the recipe and train. The exit status is 2 after a UserError, 1 after a failure of training."""
     secure_output()  # before a library opens a file on a closed standard descriptor
-    leave_if_final()
+    exit_if_final()
     from ..common.errors import NonFiniteError, StorageError, UserError
     from .recipe import help_text, read_recipe
 
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
             train(recipe)
         except (UserError, NonFiniteError, StorageError) as error:
             status = 2 if isinstance(error, UserError) else 1
-            note_error(error, status)
+            record_error(error, status)
             # All processes have the same error, except where one alone cannot read a file.
             is_of_one = isinstance(error, StorageError) and error.errno is not None
             if os.environ.get("RANK", "0") == "0" or is_of_one:

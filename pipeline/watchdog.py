@@ -85,7 +85,7 @@ class Watchdog:
             ]
 
     @classmethod
-    def of(cls, accelerator: Accelerator, timeout: float) -> "Watchdog":
+    def from_accelerator(cls, accelerator: Accelerator, timeout: float) -> "Watchdog":
         """The watchdog of a connected process, with its own connection to the store."""
         # torch has no public access to the store.
         store: Any = c10d._get_default_store() if accelerator.num_processes > 1 else None

@@ -75,7 +75,7 @@ class LoopWork:
             recipe,
             accelerator,
             open_folder(recipe, accelerator),
-            Watchdog.of(accelerator, recipe.train.peer_timeout),
+            Watchdog.from_accelerator(accelerator, recipe.train.peer_timeout),
         )
         self.batch = next(iter(self.run.data.loader))
         self.info = {"parameters": self.run.engine.num_parameters, "steps": self.steps}

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ...common.output import warn
-from ...pipeline.tracking_store import error_line, open_client, read_note, sqlite_file, uri_of
+from ...pipeline.tracking_store import error_line, note_uri, open_client, read_note, sqlite_file
 
 # Fields of lm-eval's results that are dictionaries by task.
 MERGED = (
@@ -57,7 +57,7 @@ def track(run: Path, results: Results) -> None:
             return
         from mlflow.entities import Metric
 
-        uri = uri_of(note)
+        uri = note_uri(note)
         if (database := sqlite_file(uri)) is not None and not database.exists():
             raise FileNotFoundError(f"{database} is not here")
         finished, now = run / ".finished", round(time.time() * 1000)

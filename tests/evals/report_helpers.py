@@ -10,7 +10,7 @@ import yaml
 
 from minrnn.evals.report import runs
 from minrnn.launch.cli import main
-from minrnn.pipeline.recipe import build_recipe, resolved, shipped_recipes
+from minrnn.pipeline.recipe import build_recipe, resolved_config, shipped_recipes
 
 LENGTHS = (40, 128)
 Values = dict[str, dict[str, Any]]
@@ -55,7 +55,7 @@ def make_run(
             validation["bits_per_byte"] = validation["loss"] / math.log(2)
         lines.append(validation)
     folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(resolved(build_recipe(values))))
+    (folder / "config.yaml").write_text(yaml.safe_dump(resolved_config(build_recipe(values))))
     (folder / "metrics.jsonl").write_text(
         "".join(json.dumps(line) + "\n" for line in lines) + '{"kind": "train", "st'
     )

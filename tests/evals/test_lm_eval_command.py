@@ -20,7 +20,7 @@ from minrnn.evals.harness.model import MinRNNLM
 from minrnn.launch.cli import main
 from minrnn.models import MinRNNConfig, MinRNNForCausalLM
 from minrnn.pipeline.export import export_model
-from minrnn.pipeline.recipe import build_recipe, resolved
+from minrnn.pipeline.recipe import build_recipe, resolved_config
 
 TASKS = Path(__file__).parent / "lm_eval_tasks"
 REPOSITORY = Path(__file__).parents[2]
@@ -39,7 +39,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 24, "tie_word_embeddings": False}
     tokens = {f"{name}_token_id": getattr(TOKENIZER, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     model = MinRNNForCausalLM(MinRNNConfig(vocab_size=264, **sizes, **tokens))
-    export_model(model, TOKENIZER, run / "model", resolved(build_recipe({})), tokens=0)
+    export_model(model, TOKENIZER, run / "model", resolved_config(build_recipe({})), tokens=0)
     uri = f"sqlite:///{run / 'mlflow.db'}"
     client = MlflowClient(tracking_uri=uri)
     run_id = client.create_run(client.create_experiment("tests")).info.run_id

@@ -33,7 +33,7 @@ from minrnn.evals.long_context.positions import (
 from minrnn.launch.cli import main
 from minrnn.models import MinRNNConfig, MinRNNForCausalLM
 from minrnn.pipeline.export import export_model
-from minrnn.pipeline.recipe import build_recipe, resolved
+from minrnn.pipeline.recipe import build_recipe, resolved_config
 
 TOKENIZER = byte_tokenizer()
 ENCODER = document_encoder(TOKENIZER)
@@ -208,7 +208,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("long")
     (folder / "run").mkdir()
     (folder / "run" / "config.yaml").write_text("")
-    export_model(tiny_model(), TOKENIZER, folder / "run" / "model", resolved(build_recipe({})), tokens=0)
+    export_model(
+        tiny_model(), TOKENIZER, folder / "run" / "model", resolved_config(build_recipe({})), tokens=0
+    )
     for package, count in (("alpha", 2), ("beta", 5)):
         (folder / "texts" / package).mkdir(parents=True)
         for number in range(count):

@@ -19,7 +19,7 @@ from minrnn.evals.report import page, runs
 from minrnn.evals.report.compare import METRICS, estimate
 from minrnn.evals.report.published import published
 from minrnn.launch.cli import main
-from minrnn.pipeline.recipe import build_recipe, resolved
+from minrnn.pipeline.recipe import build_recipe, resolved_config
 
 
 @pytest.fixture
@@ -410,7 +410,7 @@ def test_the_shipped_results_make_a_report(tmp_path: Path):
 
 
 def test_published_numbers_have_their_units():
-    known = {*runs.settings(resolved(build_recipe({}))), "sequences_per_step", "parameters", "tokens"}
+    known = {*runs.settings(resolved_config(build_recipe({}))), "sequences_per_step", "parameters", "tokens"}
     for name, experiment in published().experiments.items():
         percent = experiment.metric is not None and METRICS[experiment.metric].percent
         for row in experiment.rows:

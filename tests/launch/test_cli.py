@@ -13,7 +13,13 @@ from minrnn.data import BYTES, TextStream, byte_tokenizer, model_vocab_size, pro
 from minrnn.launch.cli import main
 from minrnn.models import MinRNNConfig, MinRNNForCausalLM
 from minrnn.pipeline.export import export_model, model_config
-from minrnn.pipeline.recipe import build_recipe, parse_arguments, read_recipe, resolved, shipped_recipes
+from minrnn.pipeline.recipe import (
+    build_recipe,
+    parse_arguments,
+    read_recipe,
+    resolved_config,
+    shipped_recipes,
+)
 
 REPOSITORY = Path(__file__).parents[2]
 README = REPOSITORY / "README.md"
@@ -35,7 +41,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = MinRNNConfig(
         hidden_size=16, num_hidden_layers=1, intermediate_size=0, bos_token_id=tokenizer.bos_token_id
     )
-    export_model(MinRNNForCausalLM(config), tokenizer, folder, resolved(build_recipe({})), tokens=0)
+    export_model(MinRNNForCausalLM(config), tokenizer, folder, resolved_config(build_recipe({})), tokens=0)
     return folder
 
 
@@ -47,7 +53,7 @@ def test_each_recipe_parses_and_its_model_builds(name: str):
     tokenizer = run_tokenizer(data.corpus, BYTES, data.task)
     vocab_size = model_vocab_size(tokenizer) if data.tokenizer == BYTES else 50_264
     with torch.device("meta"):
-        model = MinRNNForCausalLM(model_config(recipe.model_fields_resolved(), tokenizer, vocab_size))
+        model = MinRNNForCausalLM(model_config(recipe.resolved_model_fields(), tokenizer, vocab_size))
     expected = {
         "quickstart": (1e6, 2e6),
         "shakespeare-paper": (4e6, 7e6),

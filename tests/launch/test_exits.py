@@ -16,7 +16,7 @@ from minrnn.data.sources import Position
 from minrnn.launch.cli import main
 from minrnn.models import MinRNNConfig, MinRNNForCausalLM
 from minrnn.pipeline.export import export_model
-from minrnn.pipeline.recipe import build_recipe, parse_arguments, read_recipe, resolved
+from minrnn.pipeline.recipe import build_recipe, parse_arguments, read_recipe, resolved_config
 from minrnn.pipeline.tracking_store import absolute_uri
 
 
@@ -108,7 +108,9 @@ def export(home: Path) -> Path:
     config = MinRNNConfig(
         hidden_size=16, num_hidden_layers=1, intermediate_size=0, bos_token_id=tokenizer.bos_token_id
     )
-    export_model(MinRNNForCausalLM(config), tokenizer, home / "model", resolved(build_recipe({})), tokens=0)
+    export_model(
+        MinRNNForCausalLM(config), tokenizer, home / "model", resolved_config(build_recipe({})), tokens=0
+    )
     return home / "model"
 
 
@@ -123,7 +125,7 @@ def test_home_in_a_recipe(home: Path):
     assert recipe.model.init_from == f"{home}/model"
     assert (
         read_recipe(["--run.dir=~/runs/y"]).run.dir
-        == resolved(read_recipe(["--run.dir=~/runs/y"]))["run"]["dir"]
+        == resolved_config(read_recipe(["--run.dir=~/runs/y"]))["run"]["dir"]
         == f"{home}/runs/y"
     )
     assert read_recipe([]).data.tokenizer == BYTES

@@ -33,7 +33,7 @@ MODELS = st.fixed_dictionaries(
 def test_parameters_are_those_of_the_real_model(fields: dict, vocab_size: int):
     recipe = build_recipe({"model": fields})
     model = estimates.measure(recipe, vocab_size)
-    real = MinRNNForCausalLM(MinRNNConfig(**recipe.model_fields_resolved(), vocab_size=vocab_size))
+    real = MinRNNForCausalLM(MinRNNConfig(**recipe.resolved_model_fields(), vocab_size=vocab_size))
     assert model.parameters == real.num_parameters()
     looked_up = 0 if model.tied else real.get_input_embeddings().weight.numel()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
     assert estimates.flops_per_token(model) == training_flops_per_token(real.num_parameters() - looked_up)
@@ -60,7 +60,7 @@ def test_sixteen_bytes_per_parameter_sharded_by_stage(num_parameters: int, proce
 def kept_per_token(recipe: Recipe, recompute: str, layers: int) -> int:
     """Bytes per token that a forward pass over 512 tokens keeps."""
     torch.manual_seed(0)
-    fields = {**recipe.model_fields_resolved(), "num_hidden_layers": layers}
+    fields = {**recipe.resolved_model_fields(), "num_hidden_layers": layers}
     model = MinRNNForCausalLM(MinRNNConfig(**fields, vocab_size=16)).train()
     torch.nn.Module.to(model, torch.float64 if recipe.train.precision == "fp64" else torch.float32)
     if (options := checkpointing_options(recompute)) is not None:

@@ -169,7 +169,7 @@ class Disk:
 
     def write(self, path: Path, data: bytes) -> None:
         self.num_valid.append(
-            sum((step / "manifest.json").exists() for step in checkpoint.steps_in(self.folder))
+            sum((step / "manifest.json").exists() for step in checkpoint.checkpoint_paths(self.folder))
         )
         used = sum(
             file.stat().st_size for file in self.folder.rglob("*") if file.is_file() and file.name in NAMES

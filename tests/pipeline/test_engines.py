@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from run_helpers import Values, losses, recipe_file
 
-from minrnn.pipeline.checkpoint import steps_in
+from minrnn.pipeline.checkpoint import checkpoint_paths
 
 Run = Callable[[Values], Path]
 CPU = Path(__file__).parents[2] / "launch" / "accelerate" / "cpu.yaml"
@@ -71,7 +71,7 @@ def launch(
 
 def reader_positions(folder: Path) -> dict[str, dict]:
     """The position of every reader in the newest checkpoint."""
-    newest = steps_in(folder / "checkpoints")[0]
+    newest = checkpoint_paths(folder / "checkpoints")[0]
     return {path.name: json.loads(path.read_text()) for path in newest.glob("reader-*.json")}
 
 

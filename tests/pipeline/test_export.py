@@ -15,7 +15,7 @@ from minrnn.models import MinRNNForCausalLM
 from minrnn.pipeline.card import is_card
 from minrnn.pipeline.export import export_model, model_config
 from minrnn.pipeline.export_folder import LIST, STAGED, check_export, write_export
-from minrnn.pipeline.recipe import build_recipe, resolved
+from minrnn.pipeline.recipe import build_recipe, resolved_config
 
 TOKENIZER = byte_tokenizer()
 SECRET = "s3cret"
@@ -27,7 +27,7 @@ def tiny_model(hidden_size: int = 16) -> MinRNNForCausalLM:
 
 
 def export(folder: Path, hidden_size: int = 16, force: bool = False, **sections) -> bool:
-    recipe = resolved(build_recipe(sections))
+    recipe = resolved_config(build_recipe(sections))
     return export_model(
         tiny_model(hidden_size), TOKENIZER, folder, recipe, tokens=7, key="--out", force=force
     )
@@ -168,7 +168,7 @@ def test_a_killed_export_leaves_a_model_that_loads(target: str, exports: dict[in
     sources = {"other size": exports[24], "same size": tmp_path / "new"}
     model = MinRNNForCausalLM.from_pretrained(exports[16])
     torch.nn.init.constant_(model.model.norm.weight, 2.0)
-    export_model(model, TOKENIZER, sources["same size"], resolved(build_recipe({})), tokens=9)
+    export_model(model, TOKENIZER, sources["same size"], resolved_config(build_recipe({})), tokens=9)
     source, states = sources[target], []
     assert not torch.equal(norm_of(exports[16]), norm_of(source))
     while True:
@@ -221,5 +221,5 @@ def test_config_yaml_contains_no_credentials(tmp_path: Path):
         {"tracking": {"uri": f"https://me:{SECRET}@mlflow.org"}, "run": {"dir": str(tmp_path)}}
     )
     assert recipe.tracking.uri == f"https://me:{SECRET}@mlflow.org"
-    assert resolved(recipe)["tracking"]["uri"] == "https://mlflow.org"
-    assert resolved(recipe)["run"]["dir"] == str(tmp_path)
+    assert resolved_config(recipe)["tracking"]["uri"] == "https://mlflow.org"
+    assert resolved_config(recipe)["run"]["dir"] == str(tmp_path)

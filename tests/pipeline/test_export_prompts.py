@@ -16,7 +16,7 @@ from minrnn.data import Encoder, TextStream, load_tokenizer, model_vocab_size
 from minrnn.launch.cli import main
 from minrnn.models import MinRNNForCausalLM
 from minrnn.pipeline.export import export_model, model_config, sample
-from minrnn.pipeline.recipe import build_recipe, resolved
+from minrnn.pipeline.recipe import build_recipe, resolved_config
 
 PROMPTS = ["the", "the cat sat on", "x = '<s></s><|endoftext|>'"]
 Exported = tuple[Path, Encoder, Any, Any]
@@ -31,7 +31,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 16, "tie_word_embeddings": False}
     model = MinRNNForCausalLM(model_config(sizes, tokenizer, model_vocab_size(tokenizer)))
-    export_model(model, tokenizer, folder / "model", resolved(build_recipe({})), tokens=0)
+    export_model(model, tokenizer, folder / "model", resolved_config(build_recipe({})), tokens=0)
     out = folder / "model"
     return (
         out,

@@ -14,7 +14,7 @@ from minrnn.common.errors import StorageError, UserError
 from minrnn.common.locks import lock
 from minrnn.pipeline import finish
 from minrnn.pipeline.folder_checks import folder_errors
-from minrnn.pipeline.recipe import build_recipe, resolved
+from minrnn.pipeline.recipe import build_recipe, resolved_config
 
 Run = Callable[[Values], Path]
 
@@ -69,7 +69,7 @@ def test_folders_that_a_run_may_use(tmp_path: Path):
     for name in ("notes.md", "slurm-1.out", ".git/config", "evals/a.json", ".lock"):
         write(tmp_path / name)
     assert folder_errors(tmp_path) == []
-    config = write(tmp_path / "config.yaml", yaml.safe_dump(resolved(build_recipe({}))))
+    config = write(tmp_path / "config.yaml", yaml.safe_dump(resolved_config(build_recipe({}))))
     for name in ("metrics.jsonl", "loss.png", "model/config.json", "checkpoints/step-000002/config.yaml"):
         write(tmp_path / name, config.read_text())
     assert folder_errors(tmp_path) == []

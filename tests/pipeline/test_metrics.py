@@ -69,7 +69,7 @@ def test_a_checkpoint_is_published_after_its_lines(
             refuse_lines(monkeypatch)
         if step == 7:
             run.output.saver.join()
-            assert not checkpoint.steps_in(run.output.folder.path / "checkpoints")
+            assert not checkpoint.checkpoint_paths(run.output.folder.path / "checkpoints")
             monkeypatch.undo()
         return result
 
@@ -78,7 +78,7 @@ def test_a_checkpoint_is_published_after_its_lines(
     assert "takes no more lines (No space left on device)" in capfd.readouterr().err
     assert [step for step, _ in losses(folder)] == list(range(1, 13))
     assert [step for step, _ in losses(folder, "validation")] == [6, 12]
-    assert [path.name for path in checkpoint.steps_in(folder / "checkpoints")] == [
+    assert [path.name for path in checkpoint.checkpoint_paths(folder / "checkpoints")] == [
         "step-000012",
         "step-000008",
     ]
@@ -203,4 +203,4 @@ def test_the_history_grows_while_a_figure_exists(tmp_path: Path, monkeypatch: py
 def test_smoothing_is_the_mean_of_the_neighbours(count: int):
     values, reach = np.random.default_rng(0).random(count), count // 30
     expected = [values[max(i - reach, 0) : i + reach + 1].mean() for i in range(count)]
-    np.testing.assert_allclose(pictures._smoothed(values), expected)
+    np.testing.assert_allclose(pictures._running_mean(values), expected)

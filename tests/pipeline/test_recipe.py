@@ -20,8 +20,8 @@ from minrnn.pipeline.recipe import (
     flatten,
     help_text,
     read_recipe,
-    resolved,
-    settled,
+    resolved_config,
+    with_saved_settings,
 )
 from minrnn.pipeline.set_up import corpus_spec
 
@@ -223,7 +223,7 @@ def test_join():
 
 def test_presets_set_fields_that_the_user_did_not():
     recipe = read_recipe(["--model.preset", "paper", "--model.hidden_act", "relu"])
-    fields = recipe.model_fields_resolved()
+    fields = recipe.resolved_model_fields()
     assert (fields["candidate_activation"], fields["output_gate"], fields["hidden_act"]) == (
         "g",
         False,
@@ -233,8 +233,8 @@ def test_presets_set_fields_that_the_user_did_not():
 
 def test_a_resolved_recipe_reads_back_unchanged():
     recipe = read_recipe(["--model.preset", "paper", "--model.dropout", "0.1"])
-    again = build_recipe(yaml.safe_load(yaml.safe_dump(resolved(recipe))))
-    assert resolved(again) == resolved(recipe)
+    again = build_recipe(yaml.safe_load(yaml.safe_dump(resolved_config(recipe))))
+    assert resolved_config(again) == resolved_config(recipe)
 
 
 @pytest.mark.slow
@@ -291,7 +291,7 @@ def test_only_settings_that_do_not_affect_losses_may_change():
         "train.precision": "fp64",
         "data.join": "folder",
     }
-    saved = resolved(recipe)
+    saved = resolved_config(recipe)
     for key, value in (free | fixed).items():
         section, name = key.split(".")
         assert flatten(saved)[key] != value
@@ -308,7 +308,7 @@ def test_only_settings_that_do_not_affect_losses_may_change():
 
 def test_a_longer_run_keeps_the_schedule_it_began_with():
     """Also if it began before the schedule was saved. A change of schedule_steps is a change like others."""
-    began = resolved(settled(build_recipe({"train": {"steps": 100}}), {}))
+    began = resolved_config(with_saved_settings(build_recipe({"train": {"steps": 100}}), {}))
     assert began["optim"]["schedule_steps"] == 100
     older = {
         **began,
@@ -317,9 +317,9 @@ def test_a_longer_run_keeps_the_schedule_it_began_with():
     for saved in (began, older):
         longer = build_recipe({"train": {"steps": 300}})
         check_unchanged(saved, longer, "runs/x")
-        assert settled(longer, saved).optim.schedule_steps == 100
+        assert with_saved_settings(longer, saved).optim.schedule_steps == 100
         longer.run.change = ["optim.schedule_steps"]
-        assert settled(longer, saved).optim.schedule_steps == 300
+        assert with_saved_settings(longer, saved).optim.schedule_steps == 300
         explicit = build_recipe({"train": {"steps": 300}, "optim": {"schedule_steps": 200}})
         with pytest.raises(
             UserError, match=r"optim\.schedule_steps: is 200, but the run in runs/x was started with 100"
@@ -331,23 +331,28 @@ def test_a_longer_run_keeps_the_schedule_it_began_with():
 
 def test_context_may_change_without_dropout():
     two = {"parallel": {"context": 2}}
-    check_unchanged(resolved(build_recipe({})), build_recipe(two), "runs/x")
+    check_unchanged(resolved_config(build_recipe({})), build_recipe(two), "runs/x")
     dropping = {"model": {"dropout": 0.1}}
     with pytest.raises(
         UserError, match=r"parallel\.context: is 2, .* was started with 1 \(with model\.dropout"
     ) as raised:
-        check_unchanged(resolved(build_recipe(dropping)), build_recipe(dropping | two), "runs/x")
+        check_unchanged(resolved_config(build_recipe(dropping)), build_recipe(dropping | two), "runs/x")
     assert [key for key, _ in raised.value.errors] == ["parallel.context"]
     meant = build_recipe(dropping | two | {"run": {"change": ["parallel.context"]}})
-    check_unchanged(resolved(build_recipe(dropping)), meant, "runs/x")
+    check_unchanged(resolved_config(build_recipe(dropping)), meant, "runs/x")
 
 
 def test_auto_precision_is_that_of_the_run_unless_changed():
-    saved = resolved(build_recipe({"train": {"precision": "bf16"}}))
-    assert settled(build_recipe({}), {}).train.precision == "auto"
-    assert settled(build_recipe({}), saved).train.precision == "bf16"
-    assert settled(build_recipe({"run": {"change": ["train.precision"]}}), saved).train.precision == "auto"
-    assert settled(build_recipe({"train": {"precision": "fp32"}}), saved).train.precision == "fp32"
+    saved = resolved_config(build_recipe({"train": {"precision": "bf16"}}))
+    assert with_saved_settings(build_recipe({}), {}).train.precision == "auto"
+    assert with_saved_settings(build_recipe({}), saved).train.precision == "bf16"
+    assert (
+        with_saved_settings(build_recipe({"run": {"change": ["train.precision"]}}), saved).train.precision
+        == "auto"
+    )
+    assert (
+        with_saved_settings(build_recipe({"train": {"precision": "fp32"}}), saved).train.precision == "fp32"
+    )
 
 
 def test_run_change_refuses_settings_that_can_never_change():
@@ -373,7 +378,7 @@ def test_the_environment_sets_the_tracking_uri_if_the_recipe_does_not(
         monkeypatch.setenv("MLFLOW_TRACKING_URI", environment)
     recipe = read_recipe(typed)
     assert recipe.tracking.resolved_uri() == expected
-    again = build_recipe(yaml.safe_load(yaml.safe_dump(resolved(recipe))))
+    again = build_recipe(yaml.safe_load(yaml.safe_dump(resolved_config(recipe))))
     assert again.tracking.uri == recipe.tracking.uri, (
         "what config.yaml says means the same wherever it is used"
     )

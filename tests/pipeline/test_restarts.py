@@ -14,7 +14,7 @@ from test_engines import ENVIRONMENT, NAN_IN_ONE, ddp, launch
 
 from minrnn.common.errors import UserError
 from minrnn.pipeline import train
-from minrnn.pipeline.restarts import leave_if_final, note_error
+from minrnn.pipeline.restarts import exit_if_final, record_error
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def with_note(message: str, note: str) -> Exception:
 
 def test_an_error_before_the_processes_are_connected_is_final(attempts, capsys):
     attempts(0)
-    leave_if_final()
+    exit_if_final()
     with pytest.raises(SystemExit) as exit_info:
         train.main(["--train.stpes", "3"])
     assert exit_info.value.code == 2
@@ -56,11 +56,11 @@ def test_a_later_error_is_final_when_it_repeats(attempts, monkeypatch):
         [("loss nan", 5), ("no network", 5), ("no network", 8), ("no network", 8)]
     ):
         attempts(number)
-        leave_if_final()
-        note_error(with_note(message, f"after step {step}"), 1)
+        exit_if_final()
+        record_error(with_note(message, f"after step {step}"), 1)
     attempts(4)
     with pytest.raises(SystemExit) as exit_info:
-        leave_if_final()
+        exit_if_final()
     assert exit_info.value.code == 1
 
 
@@ -69,8 +69,8 @@ def test_without_an_elastic_launcher_nothing_is_recorded(monkeypatch, file: str 
     monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
     if file is not None:
         monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", file)
-    note_error(UserError("run.dir", "is wrong"), 2)
-    leave_if_final()
+    record_error(UserError("run.dir", "is wrong"), 2)
+    exit_if_final()
 
 
 @pytest.mark.slow

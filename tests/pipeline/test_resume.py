@@ -81,7 +81,7 @@ def test_a_signal_saves_and_exits(
     assert exit_info.value.code == 128 + number
     assert "Saved step 7 of 12" in capfd.readouterr().err
     folder = Path(values["run"]["dir"])
-    assert checkpoint.steps_in(folder / "checkpoints")[0].name == "step-000007"
+    assert checkpoint.checkpoint_paths(folder / "checkpoints")[0].name == "step-000007"
     assert losses(run_recipe(values)) == losses(undisturbed)
 
 
@@ -121,15 +121,17 @@ def test_save_minutes(values: Values, run_recipe: Run, undisturbed: Path, monkey
         with pytest.raises(Crash):
             run_recipe(values)
     folder = Path(values["run"]["dir"])
-    assert [path.name for path in checkpoint.steps_in(folder / "checkpoints")] == [
+    assert [path.name for path in checkpoint.checkpoint_paths(folder / "checkpoints")] == [
         "step-000007",
         "step-000006",
     ]
     values["train"]["save_minutes"] = None
     assert losses(run_recipe(values)) == losses(undisturbed)
-    assert checkpoint.steps_in(folder / "checkpoints")[0].name == "step-000012"
+    assert checkpoint.checkpoint_paths(folder / "checkpoints")[0].name == "step-000012"
     values["run"]["dir"] = str(tmp_path / "never")
-    assert [path.name for path in checkpoint.steps_in(run_recipe(values) / "checkpoints")] == ["step-000012"]
+    assert [path.name for path in checkpoint.checkpoint_paths(run_recipe(values) / "checkpoints")] == [
+        "step-000012"
+    ]
 
 
 @pytest.mark.parametrize("step", [6, 12])
@@ -149,7 +151,7 @@ def test_a_step_is_saved_before_its_validation_can_fail(
         with pytest.raises(RuntimeError, match="no memory"):
             run_recipe(values)
     folder = Path(values["run"]["dir"])
-    assert checkpoint.steps_in(folder / "checkpoints")[0].name == f"step-{step:06d}"
+    assert checkpoint.checkpoint_paths(folder / "checkpoints")[0].name == f"step-{step:06d}"
     run_recipe(values)
     for kind in ("train", "validation"):
         assert losses(folder, kind) == losses(undisturbed, kind)
@@ -183,7 +185,7 @@ def test_a_full_disk_does_not_stop_training(
         "warning: a checkpoint could not be written: OSError: [Errno 28] No space left on device (rank 0)"
         in capfd.readouterr().err
     )
-    assert [path.name for path in checkpoint.steps_in(folder / "checkpoints")] == [
+    assert [path.name for path in checkpoint.checkpoint_paths(folder / "checkpoints")] == [
         "step-000012",
         "step-000004",
     ]
@@ -252,7 +254,7 @@ def test_a_checkpoint_that_cannot_be_read_stops_the_run(values: Values, run_reci
         ):
             run_recipe(values)
     assert (folder / "metrics.jsonl").read_text() == before
-    assert [path.name for path in checkpoint.steps_in(folder / "checkpoints")] == [
+    assert [path.name for path in checkpoint.checkpoint_paths(folder / "checkpoints")] == [
         "step-000008",
         "step-000004",
     ]
@@ -261,7 +263,7 @@ def test_a_checkpoint_that_cannot_be_read_stops_the_run(values: Values, run_reci
 
 def test_damaged_checkpoints_alone_are_an_error(values: Values, run_recipe: Run):
     folder = run_recipe(values)
-    for path in checkpoint.steps_in(folder / "checkpoints"):
+    for path in checkpoint.checkpoint_paths(folder / "checkpoints"):
         (path / "manifest.json").unlink()
     with pytest.raises(UserError, match="none of the 2 checkpoints"):
         run_recipe({**values, "train": {**values["train"], "steps": 20}})

@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 from minrnn.common.files import write_json
 from minrnn.evals.record import commit, machine, versions
-from minrnn.pipeline.checkpoint import steps_in
+from minrnn.pipeline.checkpoint import checkpoint_paths
 
 MAY_DIFFER = {"run.dir", "train.steps", "optim.schedule_steps"}  # settings
 
@@ -79,7 +79,7 @@ def differences(disturbed: Path, undisturbed: Path) -> list[str]:
             errors.append(f"{len(unequal)} {kind} lines differ, the first at step {unequal[0]}")
         if len(ours) != len(others):
             errors.append(f"{len(ours)} {kind} lines against {len(others)}")
-    newest = [steps_in(run / "checkpoints")[0] for run in (disturbed, undisturbed)]
+    newest = [checkpoint_paths(run / "checkpoints")[0] for run in (disturbed, undisturbed)]
     for name in ("reader-0000.json", "reader-0001.json", "model.safetensors", "optimizer.safetensors"):
         first, second = ((path / name).read_bytes() for path in newest)
         if first != second:

@@ -15,7 +15,7 @@ from pathlib import Path
 import yaml
 from faulty_disk import FaultyDisk
 
-from minrnn.pipeline.checkpoint import steps_in
+from minrnn.pipeline.checkpoint import checkpoint_paths
 
 REPOSITORY = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -138,7 +138,7 @@ class DisturbedRun:
 
     def checkpoints(self) -> list[Path]:
         """Folders of the checkpoints, oldest first."""
-        return steps_in(self.run / "checkpoints")[::-1]
+        return checkpoint_paths(self.run / "checkpoints")[::-1]
 
     def start(self) -> None:
         """Start the command."""
