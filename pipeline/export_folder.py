@@ -64,8 +64,8 @@ def check_export(folder: Path, key: str, force: bool = False, names: Iterable[st
     foreign = sorted(name for name in every if not _is_unchanged(folder / name, written or {}))
     if foreign and not force:
         verb = "is" if len(foreign) == 1 else "are"
-        message = f"{', '.join(foreign)} in {folder} {verb} not as an export wrote it; move it away{_force_advice(key)}"
-        raise UserError(key, message)
+        message = f"{', '.join(foreign)} in {folder} {verb} not as an export wrote it; move it away"
+        raise UserError(key, message + _force_advice(key))
 
 
 def _force_advice(key: str) -> str:
