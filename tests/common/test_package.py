@@ -1,15 +1,19 @@
 """The package: the names of `import minrnn`, and the links that make it one."""
 
+import itertools
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+from setuptools import find_packages
 
 import minrnn
 
 REPOSITORY = Path(__file__).parents[2]
+SETTINGS = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]
+FOLDERS = {path.parent.name for path in REPOSITORY.glob("*/__init__.py")} - {"minrnn"}
 LIGHT = """
 import sys
 import minrnn, minrnn.data.worker
@@ -31,11 +35,19 @@ def test_data_workers_load_neither_torch_nor_transformers():
 
 
 def test_each_folder_of_the_package_is_a_relative_link():
-    folders = {path.parent.name for path in REPOSITORY.glob("*/__init__.py")} - {"minrnn"}
     links = {
         path.name: str(path.readlink()) for path in (REPOSITORY / "minrnn").iterdir() if path.is_symlink()
     }
-    assert links == {name: f"../{name}" for name in folders}
-    settings = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]
-    checked = {"minrnn/__init__.py", "tests", *(f"minrnn/{name}" for name in folders)}
-    assert set(settings["pyright"]["include"]) == checked
+    assert links == {name: f"../{name}" for name in FOLDERS}
+    checked = {"minrnn/__init__.py", "tests", *(f"minrnn/{name}" for name in FOLDERS)}
+    assert set(SETTINGS["pyright"]["include"]) == checked
+
+
+def test_a_wheel_holds_every_package_except_the_figures():
+    find = SETTINGS["setuptools"]["packages"]["find"]
+    packages = find_packages(str(REPOSITORY), include=find["include"], exclude=find["exclude"])
+    paths = [path.parent for name in FOLDERS for path in (REPOSITORY / name).rglob("__init__.py")]
+    expected = {"minrnn", *(".".join(("minrnn", *path.relative_to(REPOSITORY).parts)) for path in paths)}
+    assert set(packages) == expected - {"minrnn.evals.figures"}
+    patterns = SETTINGS["setuptools"]["package-data"].values()
+    assert not any("results" in pattern for pattern in itertools.chain.from_iterable(patterns))
