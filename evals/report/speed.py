@@ -135,14 +135,16 @@ def loop_line(source: Path, link: str) -> str:
 def soak_line(source: Path, link: str) -> str:
     """The faults and the result of the soak test; `link` leads to the file."""
     soak = json.loads(source.read_text())
-    faults = ", ".join(f"{count} x {name}" for name, count in soak["faults"].items())
-    differences = len(soak["problems"])
-    result = "every loss is equal to the bit and every step is there once"
+    faults = ", ".join(f"{name} {count}" for name, count in soak["faults"].items())
+    num_differences = len(soak["problems"])
+    result = (
+        f"{num_differences} differences from an undisturbed run were found."
+        if num_differences
+        else "Every loss equals that of an undisturbed run to the bit, and every step is there once."
+    )
     return (
-        f"In a soak test of {soak['steps']:,} steps on two processes ([file]({link})) with {soak['kills']} "
-        "times "
-        f"`kill -9` among its faults ({faults}), {soak['steps_repeated']:,} steps were repeated and "
-        f"{soak['checkpoints_refused']} damaged checkpoints refused. "
-        f"{differences} differences from an undisturbed run were found"
-        + ("." if differences else f": {result}.")
+        f"A soak test ([file]({link})) took {soak['steps']:,} steps on two processes under "
+        f"{sum(soak['faults'].values())} faults ({faults}), {soak['kills']} of which use `kill -9`. "
+        f"{soak['steps_repeated']:,} steps were repeated, and {soak['checkpoints_refused']} damaged "
+        f"checkpoints were refused. {result}"
     )
