@@ -36,7 +36,7 @@ WITHOUT_EFFECT = (
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Whether a tensor's values can be read: not while tracing (compile, export, fake tensors), nor on meta."""
+    """Whether a tensor's values can be read: not while tracing (compile, export, fake tensors) or on meta."""
     return not tensor.is_meta and not is_tracing(tensor)
 
 
@@ -132,7 +132,8 @@ def _claims(
     if any(packing.get(name) is not None for name in PACKING[2:]):
         if order is not None:
             raise ValueError(
-                "cu_seq_lens_q divides rows without padding, but attention_mask has padding: pass one of them."
+                "cu_seq_lens_q divides rows without padding, but attention_mask has padding: "
+                "pass one of them."
             )
         claims["cu_seq_lens_q"] = _starts_from_cu_seq_lens(packing, shape)
     return claims
@@ -151,7 +152,7 @@ def _left_aligned(
 def _real_tokens(
     attention_mask: Tensor | None, order: Tensor | None, starts: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """Real tokens of this batch, left-aligned bool [batch, time], and of the text before it, None without such text."""
+    """(real tokens of this batch, left-aligned bool [batch, time]; real tokens of earlier text, or None)."""
     if attention_mask is None:
         return torch.ones_like(starts), None
     time = starts.shape[1]
@@ -226,7 +227,9 @@ def _check_cu_seq_lens(
 def shifted_labels(
     labels: Tensor, attention_mask: Tensor | None, document_starts: Tensor | None, is_counted: bool
 ) -> Tensor:
-    """Targets [batch, time] of labels [batch, time]: IGNORE_INDEX for tokens that follow padding or another document.
+    """Targets [batch, time] of labels [batch, time].
+
+    They are IGNORE_INDEX where the label follows padding or belongs to the next document.
 
     Args:
         is_counted: The caller divides the loss by a number of labels that it has counted itself.
@@ -249,9 +252,9 @@ def shifted_labels(
 
 
 def check_padding_of_counted_labels(attention_mask: Tensor | None) -> None:
-    """Refuse padding before real tokens where the caller takes the logits, then shifts and counts the labels itself.
+    """Refuse padding before real tokens if the caller shifts and counts the labels itself.
 
-    Trainer does so with label smoothing.
+    Trainer does so with label smoothing, where it computes the loss from the logits.
 
     Raises:
         ValueError: as in `shifted_labels`.

@@ -27,7 +27,7 @@ State = tuple[Tensor | None, Tensor | None]  # recurrent [B, R] fp32, conv input
 
 
 class MinRNNMixer(nn.Module):
-    """conv -> projections -> scan -> gate -> down-projection: the half of a block that depends on earlier tokens."""
+    """conv -> projections -> scan -> gate -> down-projection: the part that depends on earlier tokens."""
 
     def __init__(self, config: MinRNNConfig):
         super().__init__()
@@ -84,7 +84,7 @@ class MinRNNMixer(nn.Module):
     def one_slice(
         self, x: Tensor, state: State, boundaries: Boundaries, group: ContextGroup
     ) -> tuple[Tensor, State]:
-        """The same for one process's slice x [B, T, H] of a text; the states are those before and after the whole text."""
+        """The same for one process's slice x [B, T, H] of a text, with the states around the whole text."""
         if boundaries.lengths is not None:
             raise ValueError(
                 "A sequence that is cut between processes cannot be padded: "

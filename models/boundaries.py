@@ -4,8 +4,8 @@ Both kinds are exact in the scan and in the convolution:
 
 - At a document start the carried state is dropped: the decay is 0, the input is kept, and no convolution tap
   reaches across.
-- Padding is on the right of each row, from its length on. In the recurrence a padded token has (a, b) = (1,
-  0), so the state passes through. The convolution's state is taken where the row ends.
+- Padding is on the right of each row, from its length on. A padded token has (a, b) = (1, 0) in the
+  recurrence, so the state passes through. The convolution's state is taken at the end of the row.
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,10 @@ class Boundaries:
 
     @classmethod
     def of(cls, document_starts: Tensor | None, lengths: Tensor | None, kernel: int) -> "Boundaries":
-        """The boundaries of a batch, with `reach` for a convolution of width `kernel`. Starts in padding are ignored."""
+        """The boundaries of a batch, with `reach` for a convolution of width `kernel`.
+
+        Document starts in padding are removed.
+        """
         if document_starts is None:
             return cls(lengths=lengths)
         if lengths is not None:

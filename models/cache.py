@@ -28,7 +28,7 @@ class MinRNNLayerCache(LinearAttentionLayer):
 
     @property
     def conv(self) -> Tensor | None:
-        """Last inputs of the convolution, [batch, kernel-1, hidden]; None before the first token or without a convolution."""
+        """Last inputs of the convolution, [batch, kernel-1, hidden], or None."""
         return self.conv_states[0]
 
     def replace(self, recurrent: Tensor | None, conv: Tensor | None, num_tokens: int) -> None:
@@ -129,7 +129,9 @@ class MinRNNCache(Cache):
         return state | {"num_tokens": torch.tensor(num_tokens)} if state and num_tokens is not None else state
 
     def load_state_dict(self, state: dict[str, Tensor], device: torch.device | str = "cpu") -> "MinRNNCache":
-        """The inverse of `state_dict`. States saved without `num_tokens` load too, but generate() cannot continue them.
+        """The inverse of `state_dict`.
+
+        States saved without `num_tokens` load too, but generate() cannot continue them.
 
         Raises:
             ValueError: tensors for layers that this state does not have, or a layer without tensors.
@@ -170,7 +172,8 @@ def check_state(
     layers = getattr(state, "layers", [None])
     if not hasattr(state, "detach_") or not all(hasattr(layer, "recurrent") for layer in layers):
         raise ValueError(
-            f"past_key_values must be a MinRNNCache, or None to begin a text, but is a {type(state).__name__}."
+            "past_key_values must be a MinRNNCache, or None to begin a text, "
+            f"but is a {type(state).__name__}."
         )
     if len(layers) != num_layers:
         raise ValueError(

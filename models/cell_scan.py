@@ -1,7 +1,7 @@
 """Cell and scan as one operation: pre-activations in, outputs and the last state out.
 
-    projected [B, T, P*R] = gates | candidate u [| output gate o]     P projections of R channels, from one matrix product
-    y, h_last = cell_scan(projected, gate_bias, h0, spec=...)         y = h [* silu(o)],   h_t = a_t * h_{t-1} + b_t
+    projected [B, T, P*R] = gates | candidate u [| output gate o]   P projections of R channels
+    y, h_last = cell_scan(projected, gate_bias, h0, spec=...)       y = h [* silu(o)], h_t = a_t h_{t-1} + b_t
 
 The operation is defined as a composition of `cells.py` and `linear_scan`. That form writes a (fp32) and b to
 memory and reads them again, forward and backward. The fused kernels move only projections and outputs over
@@ -120,7 +120,7 @@ def checked_inputs(
 def composed(
     inputs: CellInputs, spec: CellSpec, *, backend: str, return_decay: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The operation as it is defined, from its parts: y, h_last, and the product of all decays (empty without `return_decay`)."""
+    """The operation as defined, from its parts: y, h_last, decay (empty without `return_decay`)."""
     projected, gate_bias = inputs.projected, inputs.gate_bias
     document_starts, lengths = inputs.boundaries.document_starts, inputs.boundaries.lengths
     projections = projected.split(gate_bias.shape[1], dim=-1)
@@ -152,8 +152,7 @@ def one_token(
     return (y * F.silu(projections[-1]) if spec.output_gate else y).to(projected.dtype), h
 
 
-# The torch operators. Their schemas hold tensors, strings and bools only, so inputs and spec are flattened
-# here.
+# The torch operators. Their schemas take only tensors, strings and bools: inputs and spec are flattened here.
 
 
 def _flatten(inputs: CellInputs) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -245,9 +244,9 @@ def _call_operator(
 
 @torch.no_grad()
 def summarize(inputs: CellInputs, spec: CellSpec, backend: str) -> tuple[Tensor, Tensor]:
-    """(decay, last), each [batch, width] in the state's dtype: these tokens map the state h to decay * h + last.
+    """(decay, last), each [batch, width] in the state's dtype.
 
-    `inputs.h0` is not read.
+    The tokens map a state h to decay * h + last. `inputs.h0` is not read.
     """
     inputs = replace(inputs, h0=zero_state(inputs.projected, inputs.gate_bias))
     if not spec.is_fused(inputs.projected.dtype, backend):
@@ -259,7 +258,7 @@ def summarize(inputs: CellInputs, spec: CellSpec, backend: str) -> tuple[Tensor,
 
 @torch.no_grad()
 def scan_without_graph(inputs: CellInputs, spec: CellSpec, backend: str) -> tuple[Tensor, Tensor]:
-    """y of `cell_scan`, and the h that `scan_gradients` needs: y itself without an output gate, empty if composed."""
+    """y of `cell_scan`, and h for `scan_gradients`: y itself without an output gate, empty if composed."""
     if not spec.is_fused(inputs.projected.dtype, backend):
         y = composed(inputs, spec, backend=backend, return_decay=False)[0]
         return y, y.new_empty(0)

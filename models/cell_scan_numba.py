@@ -1,12 +1,12 @@
-"""Cell and scan in one pass on the CPU: pre-activations in, outputs out, decay and input never in memory.
+"""Cell and scan on the CPU in one pass: pre-activations in, outputs out; decay and input are never stored.
 
-One task walks through one row of the batch, token after token. A token's projections lie side by side in
-memory, [gates | candidate | output gate], so each row is read from end to end; the carried state stays in
-cache. The backward pass goes from the last token to the first, computes the gates again, and writes the
-gradient of all projections as one tensor.
+One task processes one row of the batch, token after token. A token's projections are adjacent in memory,
+[gates | candidate | output gate], so each row is read sequentially; the carried state stays in cache. The
+backward pass goes from the last token to the first, recomputes the gates, and writes the gradient of all
+projections as one tensor.
 
-For each cell, candidate activation and output gate there is a kernel of its own, compiled when it is first
-used and kept on disk: the choice is a constant in its inner loop, which then vectorises.
+Each combination of cell, candidate activation and output gate is a kernel of its own, compiled at first use
+and kept on disk. The choice is a constant in the inner loop, which can then be vectorised.
 """
 
 # pyright: reportPossiblyUnboundVariable=false
@@ -57,7 +57,7 @@ if is_available():
 
     @inlined
     def _ratio(p, q):
-        """f / (f + i), i / (f + i) for f = sigmoid(p), i = sigmoid(q): all terms positive, none overflows."""
+        """f / (f + i), i / (f + i) for f = sigmoid(p), i = sigmoid(q): positive terms without overflow."""
         top = max(max(-p, -q), ZERO)
         one, forget, enter = exp(-top), exp(-p - top), exp(-q - top)
         scale = ONE / (one + forget + (one + enter))
@@ -65,7 +65,7 @@ if is_available():
 
     @inlined
     def _factors(p, q, cell):
-        """a, z of h_t = a h_{t-1} + z c(u), from the gates' pre-activations; the minGRU has but one gate, p."""
+        """a, z of h_t = a h_{t-1} + z c(u), from the gates' pre-activations; the minGRU has one gate, p."""
         return _both_sigmoids(p) if cell == 0 else _ratio(p, q)
 
     @inlined
@@ -75,7 +75,7 @@ if is_available():
 
     @inlined
     def _tanh(u):
-        """tanh(u): a polynomial around 0, where 2 sigmoid(2u) - 1 would lose the digits (Cephes' too)."""
+        """tanh(u): Cephes' polynomial around 0, where 2 sigmoid(2u) - 1 would lose digits."""
         s = u * u
         p = multiply_add(multiply_add(multiply_add(multiply_add(_T11, s, _T9), s, _T7), s, _T5), s, _T3)
         return multiply_add(p * s, u, u) if abs(u) < _NEAR_ZERO else multiply_add(TWO, sigmoid(TWO * u), -ONE)
@@ -103,7 +103,7 @@ if is_available():
 
     @kernel
     def _backward_output_gate(o, h_t, g_t, d_o, carry):
-        """y = h silu(o) of one token: d_o, and what reaches h_t is added to `carry`."""
+        """y = h silu(o) of one token: writes d_o, and adds the gradient of h_t to `carry`."""
         for d in range(carry.size - 1, -1, -1):
             x, g = load_input(o, d), load_input(g_t, d)
             s = sigmoid(x)
@@ -117,10 +117,10 @@ def _forward_kernel(cell: int, activation: int, gated: bool) -> Callable:
 
     @kernel
     def forward(projected, bias, h0, starts, lengths, y, h, h_last, decay, stripe, first, last):
-        """projected [B, T, P*R], bias [G, R], h0 [B, R], starts [B, T] or [0, 0], lengths [B] -> y, h [B, T, R], h_last, decay [B, R].
+        """projected [B, T, P*R], bias [G, R], h0 [B, R] -> y, h [B, T, R], h_last, decay [B, R].
 
-        Without an output gate h is not written, and without a wish for it (where it is [0, 0]) neither is
-        decay.
+        starts is [B, T] or [0, 0], lengths [B]. h is not written without an output gate; decay is not written
+        if it is [0, 0].
         """
         time, width = y.shape[1], y.shape[2]
         num_stripes = (width + stripe - 1) // stripe
@@ -176,21 +176,23 @@ def _forward_kernel(cell: int, activation: int, gated: bool) -> Callable:
 
 @functools.cache
 def _backward_kernel(cell: int, activation: int, gated: bool) -> Callable:
-    num_gates = (
-        cell + 1
-    )  # only numbers may be captured: numba would not find a kernel that captures another one on disk again
+    # Only numbers may be captured: numba would not find a kernel on disk that captures another kernel.
+    num_gates = cell + 1
 
     @kernel
     def backward(
-        projected, bias, h0, starts, lengths, h, grad_y, total, d_projected, d_bias, stripe, first, last
+        projected, bias, h0, starts, lengths, h, grad_y, state, d_projected, d_bias, stripe, first, last
     ):
-        """`total` [B, R] holds the gradient of h_last and becomes dh0; d_bias [B, G, R] is each row's share; h0 is rounded as h is."""
+        """`state` [B, R] holds the gradient of h_last and is overwritten with dh0.
+
+        d_bias [B, G, R] is the sum of each row; h0 has the dtype of h.
+        """
         time, width = h.shape[1], h.shape[2]
         num_stripes = (width + stripe - 1) // stripe
         for task in range(first, last):
             row, low = task // num_stripes, (task % num_stripes) * stripe
             high = min(low + stripe, width)
-            carry, bias_p, bias_q = total[row, low:high], bias[0, low:high], bias[num_gates - 1, low:high]
+            carry, bias_p, bias_q = state[row, low:high], bias[0, low:high], bias[num_gates - 1, low:high]
             d_bias_p, d_bias_q = d_bias[row, 0, low:high], d_bias[row, num_gates - 1, low:high]
             for t in range(time - 1, -1, -1):
                 tokens, d_tokens, g_t = projected[row, t], d_projected[row, t], grad_y[row, t, low:high]
@@ -205,8 +207,8 @@ def _backward_kernel(cell: int, activation: int, gated: bool) -> Callable:
                     d_tokens[num_gates * width + low :],
                 )
                 if gated:
-                    place = (num_gates + 1) * width + low
-                    _backward_output_gate(tokens[place:], h[row, t, low:high], g_t, d_tokens[place:], carry)
+                    offset = (num_gates + 1) * width + low
+                    _backward_output_gate(tokens[offset:], h[row, t, low:high], g_t, d_tokens[offset:], carry)
                 else:
                     for d in range(high - low - 1, -1, -1):
                         store_state(carry, d, load_state(carry, d) + load_input(g_t, d))
@@ -226,8 +228,8 @@ def _backward_kernel(cell: int, activation: int, gated: bool) -> Callable:
                     )
                     a, z = _factors(p, q, cell)
                     gradient = load_state(carry, d)
-                    past = ZERO if is_start else load_input(previous, d)
-                    slope = gradient * (_candidate(x, activation) - past) * a * z
+                    previous_h = ZERO if is_start else load_input(previous, d)
+                    slope = gradient * (_candidate(x, activation) - previous_h) * a * z
                     d_p, d_q = _gate_slopes(p, q, cell)
                     store_output(d_u, d, gradient * z * _candidate_slope(x, activation))
                     store_output(d_gate_p, d, slope * d_p)
@@ -241,7 +243,7 @@ def _backward_kernel(cell: int, activation: int, gated: bool) -> Callable:
 
 
 def _boundary_arrays(inputs: CellInputs) -> tuple[Tensor, Tensor]:
-    """(document starts, lengths) as the kernels take them: an empty array, and `time` in each row, where not given."""
+    """(document starts, lengths) for the kernels; None becomes an empty array, and `time` in each row."""
     batch, time, _ = inputs.shape
     starts, lengths = inputs.boundaries.document_starts, inputs.boundaries.lengths
     starts = torch.empty(0, 0, dtype=torch.bool, device="cpu") if starts is None else starts.contiguous()
@@ -274,7 +276,7 @@ def forward(
 def backward(
     inputs: CellInputs, spec: CellSpec, h: Tensor, grad_y: Tensor, grad_last: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `forward`: d_projected, d_gate_bias (fp32), dh0 (fp32). `h` is y without an output gate."""
+    """Gradients of `forward`: d_projected, d_gate_bias and dh0 in fp32. `h` is y without an output gate."""
     batch, _, width = inputs.shape
     projected, gate_bias = inputs.projected.contiguous(), inputs.gate_bias.float().contiguous()
     carry = grad_last.to(torch.float32, copy=True).contiguous()

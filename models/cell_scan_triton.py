@@ -1,21 +1,22 @@
-"""The cell and its scan on the GPU in one kernel: pre-activations in, outputs out; decay and input live in registers only.
+"""Cell and scan on the GPU in one kernel: pre-activations in, outputs out; decay and input stay in registers.
 
-    projected [batch, time, P * width]  =  gate (minLSTM: forget, input) | candidate u | output gate o (if there is one), side by side
+    projected [batch, time, P * width]  =  gate (minLSTM: forget, input) | candidate u [| output gate o]
     (a, b) = cell(gates + gate_bias, c(u))        h_t = a_t h_{t-1} + b_t        y = h silu(o), or h
 
-How time and channels are spread over the chip is told in `tiles_triton`, the formulas of the cells in
-`cells_triton`.
+`tiles_triton` describes how time and channels are spread over the chip, `cells_triton` the formulas of the
+cells.
 
-Bytes an element of [batch, time, width] in bf16, minGRU without an output gate: forward 6 (reads k, u, writes
-h), backward 12 (reads k, u, h, g, writes dk, du). With one: 10 (also reads o, writes y) and 16 (also reads o,
-writes do). Where time is cut, a second pass reads 4 more (6 in the backward pass with an output gate).
+Bytes per element of [batch, time, width] in bf16, minGRU without an output gate: forward 6 (reads k, u,
+writes h), backward 12 (reads k, u, h, g, writes dk, du). With an output gate: 10 (also reads o, writes y) and
+16 (also reads o, writes do). If time is cut, a second pass reads 4 more (6 in the backward pass with an
+output gate).
 
-With G_t the whole gradient at h_t and s_t = a_t G_t what it hands to t - 1 (nothing, at a document start),
+With G_t the total gradient at h_t and s_t = a_t G_t the gradient passed to t - 1 (0 at a document start),
 
     d(gates) = a z G_t (c(u) - h_{t-1}) * slopes        du = z c'(u) G_t        do = g_t h_t silu'(o)
 
-Padding, at and behind a row's length, and what a tile reads behind the end of time, is not a case of its own:
-the gates are loaded as infinities for which (a, b) = (1, 0) comes out.
+Padding, and the part of a tile behind the end of time, is no special case: the gates are loaded as
+infinities, for which (a, b) = (1, 0).
 """
 
 # pyright: reportOptionalMemberAccess=false, reportInvalidTypeForm=false, reportAssignmentType=false
@@ -35,23 +36,23 @@ from .tiles_triton import (
     Launch,
     Tile,
     as_stored,
+    chunked_launch,
+    combine_products,
     coordinates,
-    cut_launch,
-    dropped,
-    inside,
+    end_of_full_tiles,
+    first_backward_token,
     jit,
-    join_products,
-    latest_token,
     load_previous_rows,
     load_rows,
     num_multiprocessors,
     pass_launches,
     plan_chunks,
+    row_mask,
     run_all,
     scan_tile,
     tl,
-    whole_tiles,
     with_contiguous_channels,
+    zero_if_reset,
 )
 
 NUM_GATES = {"mingru": 1, "minlstm": 2}
@@ -59,14 +60,14 @@ NUM_GATES = {"mingru": 1, "minlstm": 2}
 
 @jit
 def load_gates(
-    source, step: tl.constexpr, live, t, time_step: tl.constexpr, limit, CELL: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-    MASKED: tl.constexpr,
+    source, step: tl.constexpr, channel_mask, t, time_step: tl.constexpr, limit, CELL: tl.constexpr,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """The gates' rows of a tile; behind `limit` infinities, so that a = 1 and z = 0. The minGRU's one gate stands for both."""
+    """The gates' rows of a tile (minGRU: its one gate twice); behind `limit`, infinities: (a, z) = (1, 0)."""
     k_rows = load_rows(
         source,
         step,
-        live,
+        channel_mask,
         t,
         time_step,
         limit,
@@ -76,29 +77,31 @@ def load_gates(
     )
     q_rows = k_rows
     if CELL == "minlstm":
-        q_rows = load_rows(source + WIDTH, step, live, t, time_step, limit, float("-inf"), ROWS, MASKED)
+        q_rows = load_rows(
+            source + WIDTH, step, channel_mask, t, time_step, limit, float("-inf"), ROWS, MASKED
+        )
     return k_rows, q_rows
 
 
 @jit
-def load_biases(gate_bias, channel, live, CELL: tl.constexpr, WIDTH: tl.constexpr):
-    """The gates' biases [1, channels], in octaves."""
-    k_bias = tl.load(gate_bias + channel, mask=live, other=0.0) * 1.4426950408889634
+def load_biases(gate_bias, channel, channel_mask, CELL: tl.constexpr, WIDTH: tl.constexpr):
+    """The gates' biases [1, channels], multiplied by log2(e)."""
+    k_bias = tl.load(gate_bias + channel, mask=channel_mask, other=0.0) * 1.4426950408889634
     q_bias = k_bias
     if CELL == "minlstm":
-        q_bias = tl.load(gate_bias + WIDTH + channel, mask=live, other=0.0) * 1.4426950408889634
+        q_bias = tl.load(gate_bias + WIDTH + channel, mask=channel_mask, other=0.0) * 1.4426950408889634
     return k_bias, q_bias
 
 
 @jit
-def real_tokens(lengths, row, last):
-    """Where a chunk's padding begins, at the latest where the chunk ends."""
+def end_of_real_tokens(lengths, row, last):
+    """The end of the real tokens of a chunk: where its padding begins, or the end of the chunk."""
     return last if lengths is None else tl.minimum(last, tl.load(lengths + row).to(tl.int32))
 
 
 @jit
 def load_starts(starts, t, time_step: tl.constexpr, limit, ROWS: tl.constexpr):
-    """Flags [lanes, ROWS] of the rows of a tile that begin a document; a tile's are read one tile ahead, since nothing else hides that wait."""
+    """Flags [lanes, ROWS]: rows of a tile that start a document. Read one tile ahead to hide the latency."""
     time = t + time_step * tl.arange(0, ROWS)[None, :]
     return tl.load(starts + time, mask=(time >= 0) & (time < limit), other=0)
 
@@ -111,38 +114,47 @@ def as_bits(flags, ROWS: tl.constexpr):
 
 @jit
 def forward_kernel(
-    projected, gate_bias, entering, starts, lengths, y, h, final, decay, time, chunk_length, num_chunks, projected_row, STEP: tl.constexpr,
-    CELL: tl.constexpr, ACTIVATION: tl.constexpr, OUTPUT_GATE: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
+    projected, gate_bias, entering, starts, lengths, y, h, final, decay, time, chunk_length, num_chunks,
+    projected_row, STEP: tl.constexpr, CELL: tl.constexpr, ACTIVATION: tl.constexpr,
+    OUTPUT_GATE: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
     CHANNELS: tl.constexpr, STAGES: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of one row and block of channels; each of `entering`, `starts`, `lengths`, (`y`, `h`), `final` and `decay` may be None.
+    """One chunk of one row and block of channels.
+
+    Each of `entering`, `starts`, `lengths`, (`y`, `h`), `final` and `decay` may be None.
 
     projected: rows of the batch projected_row elements apart, tokens STEP; y, h [batch, time, WIDTH]; the
     others [batch, chunks, WIDTH].
     """
-    candidate_place: tl.constexpr = WIDTH * (2 if CELL == "minlstm" else 1)
+    candidate_offset: tl.constexpr = WIDTH * (2 if CELL == "minlstm" else 1)
     c_other: tl.constexpr = float("-inf") if ACTIVATION == "g" else 0.0  # where c is 0
     resets_possible: tl.constexpr = starts is not None
-    row, first, last, lane, channel, live, state_place = coordinates(
+    row, first, last, lane, channel, channel_mask, state_offset = coordinates(
         time, chunk_length, num_chunks, WIDTH, LANES, CHANNELS
     )
-    limit = real_tokens(lengths, row, last)
-    whole, t = whole_tiles(first, limit, LANES * ROWS), first + lane * ROWS
+    limit = end_of_real_tokens(lengths, row, last)
+    full_end, t = end_of_full_tiles(first, limit, LANES * ROWS), first + lane * ROWS
     source = projected + row * projected_row + t.to(tl.int64) * STEP + channel
     target = row * time * WIDTH + t.to(tl.int64) * WIDTH + channel
-    k_bias, q_bias = load_biases(gate_bias, channel, live, CELL, WIDTH)
+    k_bias, q_bias = load_biases(gate_bias, channel, channel_mask, CELL, WIDTH)
     carry, product, resets = tl.zeros((1, CHANNELS), tl.float32), tl.full((1, CHANNELS), 1.0, tl.float32), 0
     if entering is not None:
-        carry = tl.load(entering + state_place, mask=live, other=0.0)
+        carry = tl.load(entering + state_offset, mask=channel_mask, other=0.0)
     if resets_possible:
         starts += row * time
         resets = as_bits(load_starts(starts, t, 1, limit, ROWS), ROWS)
     for tail in tl.static_range(0, TAIL + 1):
-        for _ in tl.range(whole if tail else first, last if tail else whole, LANES * ROWS, num_stages=STAGES):
-            k_rows, q_rows = load_gates(source, STEP, live, t, 1, limit, CELL, WIDTH, ROWS, tail)
-            u_rows = load_rows(source + candidate_place, STEP, live, t, 1, limit, c_other, ROWS, tail)
+        for _ in tl.range(
+            full_end if tail else first, last if tail else full_end, LANES * ROWS, num_stages=STAGES
+        ):
+            k_rows, q_rows = load_gates(source, STEP, channel_mask, t, 1, limit, CELL, WIDTH, ROWS, tail)
+            u_rows = load_rows(
+                source + candidate_offset, STEP, channel_mask, t, 1, limit, c_other, ROWS, tail
+            )
             if OUTPUT_GATE and y is not None:
-                o_rows = load_rows(source + candidate_place + WIDTH, STEP, live, t, 1, last, 0.0, ROWS, tail)
+                o_rows = load_rows(
+                    source + candidate_offset + WIDTH, STEP, channel_mask, t, 1, last, 0.0, ROWS, tail
+                )
             if resets_possible:
                 upcoming = load_starts(starts, t + LANES * ROWS, 1, limit, ROWS)
             decays, addends = (), ()
@@ -152,10 +164,10 @@ def forward_kernel(
             states, carry, tile_product = scan_tile(
                 decays, addends, resets, carry, lane, LANES, CHANNELS, ROWS, resets_possible
             )
-            product = join_products(product, tile_product) if resets_possible else product * tile_product
+            product = combine_products(product, tile_product) if resets_possible else product * tile_product
             if y is not None:
                 for j in tl.static_range(ROWS):
-                    out, mask = states[j + 1], inside(live, t + j, last, tail)
+                    out, mask = states[j + 1], row_mask(channel_mask, t + j, last, tail)
                     if OUTPUT_GATE:
                         tl.store(h + target + j * WIDTH, as_stored(out, h), mask=mask)
                         gate, _ = silu(o_rows[j].to(tl.float32))
@@ -167,35 +179,41 @@ def forward_kernel(
             source += LANES * ROWS * STEP
             target += LANES * ROWS * WIDTH
     if final is not None:
-        tl.store(final + state_place, carry, mask=live)
+        tl.store(final + state_offset, carry, mask=channel_mask)
     if decay is not None:
-        if resets_possible and entering is not None:  # not a chunk's mark, but the product itself
+        if resets_possible and entering is not None:  # the product itself instead of a chunk's mark
             product = tl.where(product < 0, 0.0, product)
-        tl.store(decay + state_place, product, mask=live)
+        tl.store(decay + state_offset, product, mask=channel_mask)
 
 
 @jit
 def backward_kernel(
-    projected, gate_bias, h0, starts, lengths, h, grad_y, entering, d_projected, d_gate_bias, final, decay, time, chunk_length, num_chunks,
-    projected_row, h_row, grad_row, STEP: tl.constexpr, H_STEP: tl.constexpr, GRAD_STEP: tl.constexpr, CELL: tl.constexpr,
-    ACTIVATION: tl.constexpr, OUTPUT_GATE: tl.constexpr, WIDTH: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    projected, gate_bias, h0, starts, lengths, h, grad_y, entering, d_projected, d_gate_bias, final, decay,
+    time, chunk_length, num_chunks, projected_row, h_row, grad_row, STEP: tl.constexpr, H_STEP: tl.constexpr,
+    GRAD_STEP: tl.constexpr, CELL: tl.constexpr, ACTIVATION: tl.constexpr, OUTPUT_GATE: tl.constexpr,
+    WIDTH: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
     STAGES: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """The same from late to early, on s_t. Without `d_projected`, only the pair of the chunk is computed, from the gates and the gradient.
+    """The same from late to early, on s_t.
+
+    Without `d_projected`, only the pair of the chunk is computed, from the gates and the gradient.
 
     d_projected: contiguous, laid out as `projected`; d_gate_bias: each program's sum, [batch, chunks, gates,
     WIDTH].
     """
     num_gates: tl.constexpr = 2 if CELL == "minlstm" else 1
-    candidate_place: tl.constexpr = WIDTH * num_gates
+    candidate_offset: tl.constexpr = WIDTH * num_gates
     c_other: tl.constexpr = float("-inf") if ACTIVATION == "g" else 0.0
     out_step: tl.constexpr = WIDTH * (num_gates + (2 if OUTPUT_GATE else 1))
     resets_possible: tl.constexpr = starts is not None
-    row, first, last, lane, channel, live, state_place = coordinates(
+    row, first, last, lane, channel, channel_mask, state_offset = coordinates(
         time, chunk_length, num_chunks, WIDTH, LANES, CHANNELS
     )
-    limit = real_tokens(lengths, row, last)
-    whole, t = whole_tiles(first, limit, LANES * ROWS), latest_token(first, last, lane, LANES, ROWS)
+    limit = end_of_real_tokens(lengths, row, last)
+    full_end, t = (
+        end_of_full_tiles(first, limit, LANES * ROWS),
+        first_backward_token(first, last, lane, LANES, ROWS),
+    )
     source = projected + row * projected_row + t.to(tl.int64) * STEP + channel
     grad_source = grad_y + row * grad_row + t.to(tl.int64) * GRAD_STEP + channel
     h_source = h + row * h_row + t.to(tl.int64) * H_STEP + channel
@@ -204,28 +222,32 @@ def backward_kernel(
         if d_projected is not None
         else source
     )
-    k_bias, q_bias = load_biases(gate_bias, channel, live, CELL, WIDTH)
-    initial = tl.load(h0 + row * WIDTH + channel, mask=live, other=0.0)
+    k_bias, q_bias = load_biases(gate_bias, channel, channel_mask, CELL, WIDTH)
+    initial = tl.load(h0 + row * WIDTH + channel, mask=channel_mask, other=0.0)
     carry, product, resets = tl.zeros((1, CHANNELS), tl.float32), tl.full((1, CHANNELS), 1.0, tl.float32), 0
     dk_sum, dq_sum = tl.zeros((LANES, CHANNELS), tl.float32), tl.zeros((LANES, CHANNELS), tl.float32)
     if entering is not None:
-        carry = tl.load(entering + state_place, mask=live, other=0.0)
+        carry = tl.load(entering + state_offset, mask=channel_mask, other=0.0)
     if resets_possible:
         starts += row * time
         resets = as_bits(load_starts(starts, t, -1, limit, ROWS), ROWS)
     for tail in tl.static_range(TAIL, -1, -1):
-        for _ in tl.range(whole if tail else first, last if tail else whole, LANES * ROWS, num_stages=STAGES):
-            k_rows, q_rows = load_gates(source, -STEP, live, t, -1, limit, CELL, WIDTH, ROWS, tail)
-            grad_rows = load_rows(grad_source, -GRAD_STEP, live, t, -1, last, 0.0, ROWS, tail)
+        for _ in tl.range(
+            full_end if tail else first, last if tail else full_end, LANES * ROWS, num_stages=STAGES
+        ):
+            k_rows, q_rows = load_gates(source, -STEP, channel_mask, t, -1, limit, CELL, WIDTH, ROWS, tail)
+            grad_rows = load_rows(grad_source, -GRAD_STEP, channel_mask, t, -1, last, 0.0, ROWS, tail)
             if OUTPUT_GATE:
                 o_rows = load_rows(
-                    source + candidate_place + WIDTH, -STEP, live, t, -1, last, 0.0, ROWS, tail
+                    source + candidate_offset + WIDTH, -STEP, channel_mask, t, -1, last, 0.0, ROWS, tail
                 )
             if d_projected is not None:
-                u_rows = load_rows(source + candidate_place, -STEP, live, t, -1, limit, c_other, ROWS, tail)
-                previous = load_previous_rows(h_source, H_STEP, live, t, last, initial, ROWS, tail)
+                u_rows = load_rows(
+                    source + candidate_offset, -STEP, channel_mask, t, -1, limit, c_other, ROWS, tail
+                )
+                previous = load_previous_rows(h_source, H_STEP, channel_mask, t, last, initial, ROWS, tail)
                 if OUTPUT_GATE:
-                    latest = load_rows(h_source, -H_STEP, live, t, -1, last, 0.0, 1, tail)
+                    latest = load_rows(h_source, -H_STEP, channel_mask, t, -1, last, 0.0, 1, tail)
             if resets_possible:
                 upcoming = load_starts(starts, t - LANES * ROWS, -1, limit, ROWS)
             decays, addends, grads = (), (), ()
@@ -235,16 +257,16 @@ def backward_kernel(
                 if OUTPUT_GATE:
                     gate, _ = silu(o_rows[j].to(tl.float32))
                     grad = grad * gate
-                addend = dropped(a * grad, resets, j, resets_possible)
+                addend = zero_if_reset(a * grad, resets, j, resets_possible)
                 decays, addends, grads = decays + (a,), addends + (addend,), grads + (grad,)  # noqa: RUF005
             states, carry, tile_product = scan_tile(
                 decays, addends, resets, carry, lane, LANES, CHANNELS, ROWS, resets_possible
             )
-            product = join_products(product, tile_product) if resets_possible else product * tile_product
+            product = combine_products(product, tile_product) if resets_possible else product * tile_product
             if d_projected is not None:
                 for j in tl.static_range(ROWS):
-                    out, mask = target - j * out_step, inside(live, t - j, last, tail)
-                    before = dropped(previous[j].to(tl.float32), resets, j, resets_possible)
+                    out, mask = target - j * out_step, row_mask(channel_mask, t - j, last, tail)
+                    previous_state = zero_if_reset(previous[j].to(tl.float32), resets, j, resets_possible)
                     dk, dq, du = gradients(
                         k_rows[j],
                         q_rows[j],
@@ -252,11 +274,11 @@ def backward_kernel(
                         k_bias,
                         q_bias,
                         grads[j] + states[j],
-                        before,
+                        previous_state,
                         CELL,
                         ACTIVATION,
                     )
-                    if tail:  # 0 also where the state itself is not finite
+                    if tail:  # 0 even if the state is not finite
                         is_real = t - j < limit
                         dk, dq, du = (
                             tl.where(is_real, dk, 0.0),
@@ -268,12 +290,12 @@ def backward_kernel(
                     if CELL == "minlstm":
                         dq_sum += dq
                         tl.store(out + WIDTH, as_stored(dq, d_projected), mask=mask)
-                    tl.store(out + candidate_place, as_stored(du, d_projected), mask=mask)
+                    tl.store(out + candidate_offset, as_stored(du, d_projected), mask=mask)
                     if OUTPUT_GATE:
                         state = latest[0] if j == 0 else previous[j - 1]
                         _, slope = silu(o_rows[j].to(tl.float32))
                         do = grad_rows[j].to(tl.float32) * state.to(tl.float32) * slope
-                        tl.store(out + candidate_place + WIDTH, as_stored(do, d_projected), mask=mask)
+                        tl.store(out + candidate_offset + WIDTH, as_stored(do, d_projected), mask=mask)
             if resets_possible:
                 resets = as_bits(upcoming, ROWS)
             t -= LANES * ROWS
@@ -282,21 +304,21 @@ def backward_kernel(
             h_source -= LANES * ROWS * H_STEP
             target -= LANES * ROWS * out_step
     if final is not None:
-        tl.store(final + state_place, carry, mask=live)
+        tl.store(final + state_offset, carry, mask=channel_mask)
     if decay is not None:
-        tl.store(decay + state_place, product, mask=live)
+        tl.store(decay + state_offset, product, mask=channel_mask)
     if d_projected is not None:
-        bias_place = d_gate_bias + state_place + (state_place // WIDTH) * ((num_gates - 1) * WIDTH)
-        tl.store(bias_place, tl.sum(dk_sum, 0, keep_dims=True), mask=live)
+        bias_target = d_gate_bias + state_offset + (state_offset // WIDTH) * ((num_gates - 1) * WIDTH)
+        tl.store(bias_target, tl.sum(dk_sum, 0, keep_dims=True), mask=channel_mask)
         if CELL == "minlstm":
-            tl.store(bias_place + WIDTH, tl.sum(dq_sum, 0, keep_dims=True), mask=live)
+            tl.store(bias_target + WIDTH, tl.sum(dq_sum, 0, keep_dims=True), mask=channel_mask)
 
 
 def choose_tile(time: int, itemsize: int, cell: str, output_gate: bool, backward: bool) -> Tile:
-    """The largest tile, for operands of `itemsize` bytes, whose registers let two programs share a multiprocessor: 128 a thread with 8 lanes.
+    """The largest tile, for operands of `itemsize` bytes, with which two programs share a multiprocessor.
 
-    More is alive in a backward pass: 123 registers with 8 x 8 rows for the minGRU alone, 140 to 220
-    otherwise, hence 4 lanes.
+    That is 128 registers per thread with 8 lanes. A backward pass needs 123 registers with 8 x 8 rows for the
+    minGRU without an output gate, and 140 to 220 otherwise, hence 4 lanes.
     """
     if time == 1:  # a token of decoding
         return Tile(lanes=1, rows=1, channels=64)
@@ -345,7 +367,7 @@ def forward_launches(
         arguments |= {"starts": flags, "lengths": lengths}
         arguments |= {"y": y if write else None, "h": h if write and spec.output_gate else None}
         arguments |= {"final": final, "decay": decay, "projected_row": projected.stride(0)}
-        return cut_launch(forward_kernel, arguments, constants, (batch, time, width), tile, chunks)
+        return chunked_launch(forward_kernel, arguments, constants, (batch, time, width), tile, chunks)
 
     initial, decay_or_none = inputs.h0.float().contiguous(), decay if return_decay else None
     launches = pass_launches(
@@ -364,7 +386,7 @@ def backward_launches(
     tile: Tile | None = None,
     num_chunks: int | None = None,
 ) -> tuple[tuple[Tensor, Tensor, Tensor], list[Launch]]:
-    """As `forward_launches`, for `backward`; the gradient of the gate bias is one sum per chunk, [batch, chunks, gates, width]."""
+    """As `forward_launches`, for `backward`; d_gate_bias is per chunk, [batch, chunks, gates, width]."""
     batch, time, width = inputs.shape
     projected, h, grad_y = map(with_contiguous_channels, (inputs.projected, h, grad_y))
     gate_bias, h0 = inputs.gate_bias.float().contiguous(), inputs.h0.float().contiguous()
@@ -387,7 +409,7 @@ def backward_launches(
             "h_row": h.stride(0),
             "grad_row": grad_y.stride(0),
         }
-        return cut_launch(backward_kernel, arguments, constants, (batch, time, width), tile, chunks)
+        return chunked_launch(backward_kernel, arguments, constants, (batch, time, width), tile, chunks)
 
     initial = grad_last.float().contiguous()
     launches = pass_launches(launch, chunks, initial, dh0, None, reverse=True, resets=flags is not None)
@@ -410,7 +432,7 @@ def forward(
 def backward(
     inputs: CellInputs, spec: CellSpec, h: Tensor, grad_y: Tensor, grad_last: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `forward`: d_projected, d_gate_bias (fp32), dh0 (fp32). `h` is y without an output gate."""
+    """Gradients of `forward`: d_projected, d_gate_bias and dh0 in fp32. `h` is y without an output gate."""
     outputs, launches = backward_launches(inputs, spec, h=h, grad_y=grad_y, grad_last=grad_last)
     run_all(launches)
     d_projected, d_gate_bias, dh0 = outputs

@@ -91,7 +91,7 @@ def check_shapes(
     if not fits or projected.shape[2] != num_projections * width:
         raise ValueError(
             f"cell_scan takes projected [batch, time, {num_projections} * width] and gate_bias "
-            f"[{spec.num_gates}, width] for {spec.cell!r}{' with an output gate' if spec.output_gate else ''}, "
+            f"[{spec.num_gates}, width] for {spec.cell!r}{' with an output gate' * spec.output_gate}, "
             f"but got {tuple(projected.shape)} and {tuple(gate_bias.shape)}."
         )
     batch, time, _ = projected.shape

@@ -47,7 +47,9 @@ def mingru(k: Tensor, u: Tensor, activation: str) -> tuple[Tensor, Tensor]:
 
 
 def minlstm(p: Tensor, q: Tensor, u: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """Coefficients of the minLSTM: p (forget), q (input), u [batch, time, width] -> a (at least fp32), b (dtype of u).
+    """Coefficients of the minLSTM.
+
+    p (forget), q (input), u [batch, time, width] -> a (at least fp32), b (dtype of u).
 
     a = f / (f + i) = sigmoid(-d) with d = log(i / f) = softplus(-p) - softplus(-q), which neither overflows
     nor divides.
@@ -65,7 +67,7 @@ class Cell:
     coefficients: Callable[..., tuple[Tensor, Tensor]]
     """(gate, ..., candidate pre-activation, activation name) -> (a, b)."""
     gate_bias: Callable[[Tensor], Tensor]
-    """Memory lengths [width] in tokens -> gate biases [num_gates, width] with 1 / (1 - a) equal to them at zero input."""
+    """Memory lengths [width] -> gate biases [num_gates, width]: at zero input, 1 / (1 - a) is the length."""
 
 
 def _mingru_bias(memory: Tensor) -> Tensor:

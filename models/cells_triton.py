@@ -1,18 +1,18 @@
-"""The cells inside a kernel: pre-activations to coefficients and their derivatives, in fp32.
+"""The cells inside a Triton kernel: from pre-activations to coefficients and their derivatives, in fp32.
 
-The same functions as `cells`, written for the GPU. What costs there is special functions (exp2, reciprocal:
-an eighth of the rate of a multiply-add), so each sigmoid pair shares its exponential, and nothing is computed
-by cases where a clamp does:
+These are the functions of `cells`, written for the GPU. Special functions (exp2, reciprocal) are expensive
+there, at an eighth of the rate of a multiply-add. So each pair of sigmoids shares its exponential, and clamps
+replace branches:
 
     minGRU     t = e^k                       a = 1 / (1 + t)    z = t / (1 + t)
-    minLSTM    P = 1 + e^-p,  Q = 1 + e^-q   a = Q / (P + Q)    z = P / (P + Q)        since f = 1 / P, i = 1 / Q
+    minLSTM    P = 1 + e^-p,  Q = 1 + e^-q   a = Q / (P + Q)    z = P / (P + Q)    since f = 1 / P, i = 1 / Q
 
-Neither factor is one minus the other. Exponents are clamped to 120 (in octaves), where the other side is 0 to
-within 1e-36; in the minLSTM both are first shifted together if both are large, which leaves the ratio as it
-is. NaN passes through every clamp. Derivatives:
+Neither factor is one minus the other. Exponents are clamped to 120 (powers of 2), where the other factor is
+below 1e-36. In the minLSTM, if both exponents are large, both are first shifted by the same amount, which
+does not change the ratio. NaN passes through every clamp. Derivatives:
 
     minGRU     da/dk = -a z    dz/dk = a z
-    minLSTM    with d = log(i / f):  da/dd = -a z    dz/dd = a z    dd/dp = -sigmoid(-p)    dd/dq = sigmoid(-q)
+    minLSTM    d = log(i / f),  da/dd = -a z    dz/dd = a z    dd/dp = -sigmoid(-p)    dd/dq = sigmoid(-q)
 """
 
 # pyright: reportOptionalMemberAccess=false, reportInvalidTypeForm=false
@@ -58,7 +58,7 @@ def silu(x):
 
 @jit
 def tanh(x):
-    """tanh(x), relative to within 1e-6: 1 - 2 / (1 + e^2x), and near 0, where that cancels, its Taylor polynomial."""
+    """tanh(x) with a relative error of 1e-6: 1 - 2 / (1 + e^2x), near 0 a Taylor polynomial."""
     square = x * x
     near_zero = x * (1.0 + square * (-0.3333333333 + square * (0.1333333333 + square * -0.0539682540)))
     elsewhere = 1.0 - 2.0 * reciprocal(1.0 + tl.exp2(x * 2.8853900817779268))
@@ -85,7 +85,7 @@ def candidate(u, ACTIVATION: tl.constexpr):
 
 @jit
 def mingru_factors(k):
-    """(a, z) from k in octaves, k log2(e)."""
+    """(a, z) from k multiplied by log2(e)."""
     t = clamped_exp2(k)
     r = reciprocal(1.0 + t)
     return r, t * r
@@ -93,10 +93,9 @@ def mingru_factors(k):
 
 @jit
 def minlstm_factors(p, q):
-    """(a, z, sigmoid(-p), sigmoid(-q)) from p and q in octaves."""
-    shift = tl.maximum(
-        tl.minimum(-p, -q) - 60.0, 0.0
-    )  # where both are below -60, 1 + e^-p is e^-p, and the ratio needs only the difference
+    """(a, z, sigmoid(-p), sigmoid(-q)) from p and q multiplied by log2(e)."""
+    # If both are below -60, 1 + e^-p is e^-p, and the ratio depends only on the difference.
+    shift = tl.maximum(tl.minimum(-p, -q) - 60.0, 0.0)
     t_p, t_q = clamped_exp2(-p - shift), clamped_exp2(-q - shift)
     forget_inverse, input_inverse = 1.0 + t_p, 1.0 + t_q
     r = reciprocal(forget_inverse + input_inverse)
@@ -110,10 +109,10 @@ def minlstm_factors(p, q):
 
 @jit
 def factors(k, q, k_bias, q_bias, CELL: tl.constexpr):
-    """(a, z, dk, dq): both coefficients' factors, and what the gradient a z (dz - da) has to be multiplied by for each gate.
+    """(a, z, dk, dq): the factors of both coefficients, and each gate's factor of the gradient a z (dz - da).
 
     k: the first gate's pre-activation (minLSTM: p), without its bias; q: the minLSTM's second. The biases are
-    in octaves already.
+    already multiplied by log2(e).
     """
     tl.static_assert(CELL == "mingru" or CELL == "minlstm")
     k = k.to(tl.float32) * 1.4426950408889634 + k_bias
@@ -134,9 +133,11 @@ def coefficients(k, q, u, k_bias, q_bias, CELL: tl.constexpr, ACTIVATION: tl.con
 
 
 @jit
-def gradients(k, q, u, k_bias, q_bias, total, before, CELL: tl.constexpr, ACTIVATION: tl.constexpr):
-    """(dk, dq, du) of a row, from the whole gradient at its state and the state before it; dq is of no meaning for the minGRU."""
+def gradients(
+    k, q, u, k_bias, q_bias, state_grad, previous_state, CELL: tl.constexpr, ACTIVATION: tl.constexpr
+):
+    """(dk, dq, du) of a row, from its state's total gradient and the previous state (minGRU: dq unused)."""
     a, z, dk, dq = factors(k, q, k_bias, q_bias, CELL)
     c, slope = candidate(u.to(tl.float32), ACTIVATION)
-    d_factors = a * z * total * (c - before)
-    return d_factors * dk, d_factors * dq, z * slope * total
+    d_factors = a * z * state_grad * (c - previous_state)
+    return d_factors * dk, d_factors * dq, z * slope * state_grad

@@ -74,7 +74,8 @@ def use_context_parallel(model: nn.Module, group: ContextGroup | None) -> None:
     modules: list[Any] = [module for module in model.modules() if hasattr(module, "context_group")]
     if not modules:
         raise ValueError(
-            f"{type(model).__name__} has no MinRNNMixer: only models of type minrnn can be cut between processes."
+            f"{type(model).__name__} has no MinRNNMixer: "
+            "only models of type minrnn can be cut between processes."
         )
     if group is not None:
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
@@ -183,7 +184,7 @@ def context_cell_scan(
 
 
 def _mask_earlier_documents(tail: Tensor, reach: Tensor | None) -> Tensor:
-    """The last inputs of a slice [batch, kernel-1, width], or their gradients, 0 where an earlier document ended."""
+    """The last inputs of a slice [batch, kernel-1, width], or their gradients; 0 for earlier documents."""
     if reach is None:
         return tail
     distance = torch.arange(tail.shape[1] - 1, -1, -1, device=tail.device)

@@ -138,7 +138,7 @@ def next_conv_state(
     document_starts: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> Tensor:
-    """The convolution's state at a cut: the last kernel-1 inputs of each row, 0 where they belong to an earlier document.
+    """The convolution's state at a cut: the last kernel-1 inputs of each row, 0 for earlier documents.
 
     Args:
         x: [batch, time, width].

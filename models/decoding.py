@@ -1,8 +1,8 @@
 """Decoding in a loop of your own: read a prompt into a state, then one token at a time.
 
-    logits, cache = prefill(model, input_ids)     in pieces, by the parallel scan; memory does not grow with the prompt
+    logits, cache = prefill(model, input_ids)    in pieces, so that memory does not grow with the prompt
     step = TokenStep(model, cache)
-    logits = step(tokens)                         [batch] -> [batch, vocab_size], again and again
+    logits = step(tokens)                        [batch] -> [batch, vocab_size], again and again
 
 Each token reads the weights and the state once. `generate()` does the same with more overhead per token. On a
 GPU a step is one CUDA graph: it replays some hundred small kernels, whose separate launches would take longer

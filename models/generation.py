@@ -1,4 +1,4 @@
-"""`generate()` with a recurrent state in place of keys and values: how it is created, and what it cannot do."""
+"""`generate()` with a recurrent state in place of keys and values."""
 
 from typing import Any
 
@@ -24,12 +24,13 @@ class StateGenerationMixin(GenerationMixin):
         """
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(
-                f"cache_implementation={generation_config.cache_implementation!r} is a way to store keys and values, "
-                "but this model has a state of fixed size: leave it unset."
+                f"cache_implementation={generation_config.cache_implementation!r} is a way to store "
+                "keys and values, but this model has a state of fixed size: leave it unset."
             )
         if generation_config.is_assistant:
             raise ValueError(
-                "A recurrent model cannot be an assistant_model: its state does not go back to before a rejected token."
+                "A recurrent model cannot be an assistant_model: "
+                "its state does not go back to before a rejected token."
             )
         if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
             model_kwargs["past_key_values"] = MinRNNCache(self.config.num_hidden_layers)
@@ -53,15 +54,15 @@ class StateGenerationMixin(GenerationMixin):
     def init_continuous_batching(self, *args, **kwargs):
         """Raises ValueError: continuous batching stores keys and values in pages."""
         raise ValueError(
-            "Continuous batching (generate_batch, cache_implementation='paged') is a way to store keys and values, "
-            "but this model has a state of fixed size: use generate() with a padded batch."
+            "Continuous batching (generate_batch, cache_implementation='paged') is a way to store "
+            "keys and values, but this model has a state of fixed size: use generate() with a padded batch."
         )
 
 
 def check_text_continues_state(
     input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any]
 ) -> None:
-    """Refuse a text that has no tokens beyond those that its state has read: generate() would read some again.
+    """Refuse a text without new tokens: generate() would read some of the state's tokens again.
 
     The text includes the tokens that the state has read, unless `attention_mask` is longer than the text.
     (Without padding, generate() keeps only the mask's length.)

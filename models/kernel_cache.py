@@ -1,4 +1,4 @@
-"""Where compiled CPU kernels are kept between processes, and when they are out of date.
+"""The folder in which compiled CPU kernels are kept between processes, and their names on disk.
 
     NUMBA_CACHE_DIR            if it is set
     __pycache__                beside the source

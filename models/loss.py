@@ -5,7 +5,7 @@ x 50,000 symbols in fp32 are 13 GB, and their gradient is as large. Here each bl
 scored and differentiated before the next: with p = softmax(logits),
 
     loss = sum over scored tokens of  logsumexp(logits) - logits[target]
-    d logits = p - onehot(target)        d hidden = d logits @ W        d W = sum over blocks of  d logits^T @ hidden
+    d logits = p - onehot(target)    d hidden = d logits @ W    d W = sum over blocks of  d logits^T @ hidden
 
 The backward pass needs only d hidden and d W. This takes three matrix products, as the usual way does, and
 nothing is computed twice. Sums are in fp32 (fp64 in fp64), whatever the dtype of the products. torch's own
@@ -141,7 +141,7 @@ class LMHead(nn.Linear):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, x: Tensor, targets: Tensor | None = None, num_items: int | float | Tensor | None = None
     ) -> Tensor:
-        """[..., hidden_size] -> logits [..., vocab_size]; with `targets`, the loss (see `linear_cross_entropy`)."""
+        """[..., hidden_size] -> logits [..., vocab_size], or the loss if `targets` is given."""
         return (
             super().forward(x)
             if targets is None

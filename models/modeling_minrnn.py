@@ -53,7 +53,7 @@ class MinRNNPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {"hidden_states": MinRNNBlock}
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """As in transformers. Also writes the `auto_map` entry of `AutoModel`, which transformers leaves out."""
+        """As in transformers. Also writes the `auto_map` entry of `AutoModel`, which transformers omits."""
         if self._auto_class is not None:
             self.config.auto_map = {
                 **(getattr(self.config, "auto_map", None) or {}),
@@ -78,8 +78,8 @@ class MinRNNPreTrainedModel(PreTrainedModel):
         elif isinstance(module, MinRNNMixer):
             if module.conv_weight is not None:
                 init.normal_(module.conv_weight, std=module.kernel**-0.5)
-            octaves = torch.rand(module.gate_bias.shape[1]) * math.log(self.config.memory_length / 2)
-            init.copy_(module.gate_bias, module.cell.gate_bias(2 * octaves.exp()).to(module.gate_bias))
+            log_factor = torch.rand(module.gate_bias.shape[1]) * math.log(self.config.memory_length / 2)
+            init.copy_(module.gate_bias, module.cell.gate_bias(2 * log_factor.exp()).to(module.gate_bias))
 
 
 class MinRNNModel(MinRNNPreTrainedModel):
@@ -160,7 +160,7 @@ class MinRNNModel(MinRNNPreTrainedModel):
         document_starts: Tensor | None,
         kwargs: dict[str, Any],
     ) -> Tensor | None:
-        """Check the mask, the state and the document starts of a batch, and remove the `PACKING` arguments from `kwargs`.
+        """Check mask, state and document starts of a batch, and remove the `PACKING` arguments from `kwargs`.
 
         Returns:
             Document starts, bool `shape`, from all arguments that give them; None without any.
@@ -171,7 +171,8 @@ class MinRNNModel(MinRNNPreTrainedModel):
         batch, time = shape
         if document_starts is not None and document_starts.shape != shape:
             raise ValueError(
-                f"document_starts must be [batch, time] = {tuple(shape)}, but is {tuple(document_starts.shape)}."
+                f"document_starts must be [batch, time] = {tuple(shape)}, "
+                f"but is {tuple(document_starts.shape)}."
             )
         if state is not None:
             config, taps = self.config, self.config.conv_kernel - 1

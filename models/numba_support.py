@@ -94,14 +94,14 @@ if numba is not None:
         array = context.make_array(signature.args[0])(context, builder, args[0])
         return builder.gep(array.data, [args[1]])
 
-    def _load_intrinsic(own):
+    def _load_intrinsic(scope):
         @intrinsic
         def load(typingctx, array, index):
             is_bf16 = array.dtype == types.uint16
 
             def codegen(context, builder, signature, args):
                 value = builder.load(_pointer(context, builder, signature, args))
-                value.set_metadata("alias.scope", _scopes(builder, own))
+                value.set_metadata("alias.scope", _scopes(builder, scope))
                 if is_bf16:
                     value = builder.bitcast(
                         builder.shl(builder.zext(value, INT32), ir.Constant(INT32, 16)), ir.FloatType()
@@ -122,7 +122,7 @@ if numba is not None:
         rounded = builder.select(is_nan, ir.Constant(INT32, 0x7FC00000), rounded)
         return builder.trunc(builder.lshr(rounded, ir.Constant(INT32, 16)), INT16)
 
-    def _store_intrinsic(own, *others):
+    def _store_intrinsic(scope, *other_scopes):
         @intrinsic
         def store(typingctx, array, index, value):
             def codegen(context, builder, signature, args):
@@ -131,8 +131,8 @@ if numba is not None:
                 else:
                     element = context.cast(builder, args[2], value, array.dtype)
                 stored = builder.store(element, _pointer(context, builder, signature, args))
-                stored.set_metadata("alias.scope", _scopes(builder, own))
-                stored.set_metadata("noalias", _scopes(builder, *others))
+                stored.set_metadata("alias.scope", _scopes(builder, scope))
+                stored.set_metadata("noalias", _scopes(builder, *other_scopes))
                 return context.get_dummy_value()
 
             return types.void(array, index, value), codegen
@@ -151,7 +151,7 @@ if numba is not None:
     )
 
     def kernel(function: Callable, **options: Any) -> Any:
-        """Decorator: compile for each combination of argument types at its first call, and keep the kernel on disk."""
+        """Decorator: compile at the first call with each combination of argument types; keep it on disk."""
         return keep_on_disk(compiled(function, **options))
 
     # May add in any order, so it can be vectorised.
@@ -204,7 +204,7 @@ if numba is not None:
 
     @inlined
     def exp(x):
-        """e^x in float32, to about one unit in the last place; clamped to e^-87.3 and e^88.3 (Cephes' polynomial)."""
+        """e^x in float32, to about one unit in the last place, clamped to e^-87.3 .. e^88.3 (Cephes)."""
         x = _LOWEST if x < _LOWEST else x  # written so that NaN passes
         x = _HIGHEST if x > _HIGHEST else x
         shifted = multiply_add(x, _LOG2_E, _SHIFT)
@@ -237,19 +237,19 @@ if hasattr(os, "register_at_fork"):
 
 
 def run_tasks(kernel_function, arguments: tuple, num_tasks: int) -> None:
-    """Call `kernel_function(*arguments, first, last)` on equal shares of the tasks, one for each of torch's threads."""
+    """Call `kernel_function(*arguments, first, last)` on equal shares of the tasks, one per torch thread."""
     num_threads = max(1, min(torch.get_num_threads(), num_tasks))
     if num_threads == 1:
         kernel_function(*arguments, 0, num_tasks)
         return
     edges = [num_tasks * i // num_threads for i in range(num_threads + 1)]
     pool = _pool(torch.get_num_threads())
-    others = [
+    futures = [
         pool.submit(kernel_function, *arguments, low, high) for low, high in itertools.pairwise(edges[1:])
     ]
     kernel_function(*arguments, edges[0], edges[1])
-    for other in others:
-        other.result()
+    for future in futures:
+        future.result()
 
 
 def stripe_width(batch: int, width: int) -> int:

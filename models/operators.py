@@ -21,7 +21,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 @functools.cache
 def source_hash(module_file: str) -> str:
-    """12 hex digits: hash of a module's file and of all files of its folder that it imports, directly or indirectly."""
+    """12 hex digits: hash of a module's file and of all files of its folder that it imports."""
     sources = sorted(
         {Path(module_file), *map(Path, get_relative_import_files(module_file))}, key=lambda path: path.name
     )

@@ -30,7 +30,7 @@ def probe_kernel(x, y, SIZE: tl.constexpr):
 
 
 def run_probe(x: Tensor) -> None:
-    """Run a kernel on x, zeros [SIZE]. Raises what Triton raises, or ArithmeticError if the result is wrong."""
+    """Run a kernel on x, zeros [SIZE]. Raises Triton's error, or ArithmeticError if the result is wrong."""
     y = torch.full_like(x, torch.nan)
     Launch(probe_kernel, 1, 1, {"x": x, "y": y}, {"SIZE": SIZE}).run()
     if not torch.equal(y, torch.full_like(y, 0.5)):

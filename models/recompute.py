@@ -4,7 +4,7 @@ Bytes per token and layer in bf16 autocast (fp32 residual stream; H hidden_size,
 projections, I intermediate_size; with the convolution and a gated MLP):
 
     none        14 H + 2 P R + 4 R + 6 I     saves the inputs of every operation
-    selective    8 H + 2 P R + 4 R + 4 I     saves the results of matrix products and scans, recomputes the others
+    selective    8 H + 2 P R + 4 R + 4 I     saves the results of matrix products and scans, recomputes others
     full         4 H                         saves the block's input, recomputes everything
 
 These numbers are for the fused cells. A composed cell (the signed cells; in fp64, all) also saves the decay

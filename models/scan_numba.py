@@ -20,7 +20,7 @@ if is_available():
 
     @kernel
     def _forward_kernel(a, b, h0, h, h_last, stripe, first, last):
-        """h and h_last for the tasks first..last; a, b, h [batch, time, width], h0 and h_last [batch, width]."""
+        """h and h_last for the tasks first..last; a, b, h [batch, time, width], h0, h_last [batch, width]."""
         time, width = b.shape[1], b.shape[2]
         num_stripes = (width + stripe - 1) // stripe
         for task in range(first, last):

@@ -3,9 +3,10 @@
 The sequence is folded into about sqrt(T) blocks of about sqrt(T) tokens. Two short loops replace one long
 loop; their steps work on [batch, blocks, width] and on [batch, width]:
 
-    1. inside all blocks at once     local_t = a_t * local_{t-1} + b_t,    decay_t = a_t * decay_{t-1}     (from local = 0, decay = 1)
-    2. from block to block           carry_{k+1} = decay_last,k * carry_k + local_last,k                   (from carry = h0)
-    3. all tokens at once            h_t = local_t + decay_t * carry_k
+    1. inside all blocks at once    local_t = a_t * local_{t-1} + b_t     from local = 0
+                                    decay_t = a_t * decay_{t-1}           from decay = 1
+    2. from block to block          carry_{k+1} = decay_last,k * carry_k + local_last,k      from carry = h0
+    3. all tokens at once           h_t = local_t + decay_t * carry_k
 
 Decays are products of the a, so nothing overflows for |a| <= 1. Rounding errors add up over two loops of
 sqrt(T) steps; in log space they would grow with a sum over T tokens.
@@ -20,7 +21,7 @@ from .dtypes import accumulate_dtype
 
 
 def _scan(a: Tensor, b: Tensor, h0: Tensor) -> Tensor:
-    """All h of one dtype: a, b [batch, time, width], h0 [batch, width] -> [batch, time, width]. Time is at least 1."""
+    """h of one dtype: a, b [batch, time, width], h0 [batch, width] -> [batch, time, width]. time >= 1."""
     batch, time, width = b.shape
     block = math.isqrt(time - 1) + 1
     num_blocks = -(-time // block)
