@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from .cells_triton import sigmoid
-from .tiles_triton import INTERPRETED, Launch, as_stored, jit, tl, triton
+from .launches_triton import Launch
+from .tiles_triton import INTERPRETED, as_stored, jit, tl, triton
 
 SIZE = 32
 

@@ -21,25 +21,27 @@ import torch
 from torch import Tensor
 
 from .dtypes import accumulate_dtype
-from .tiles_triton import (
+from .launches_triton import (
     Launch,
     Tile,
-    as_stored,
     chunked_launch,
+    num_multiprocessors,
+    pass_launches,
+    plan_chunks,
+    run_all,
+    with_contiguous_channels,
+)
+from .tiles_triton import (
+    as_stored,
     coordinates,
     end_of_full_tiles,
     first_backward_token,
     jit,
     load_previous_rows,
     load_rows,
-    num_multiprocessors,
-    pass_launches,
-    plan_chunks,
     row_mask,
-    run_all,
     scan_tile,
     tl,
-    with_contiguous_channels,
 )
 
 

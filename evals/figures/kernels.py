@@ -38,7 +38,7 @@ from ...common.files import user_path, write_json
 from ...models import cell_scan_triton, scan_triton
 from ...models.boundaries import Boundaries
 from ...models.cell_spec import CellInputs, CellSpec
-from ...models.tiles_triton import Launch
+from ...models.launches_triton import Launch
 from ..output import RESULTS
 from ..record import command_line, commit, versions
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from minrnn.models import MinRNNCache
 from minrnn.models.boundaries import Boundaries
 from minrnn.models.decoding import TokenStep, prefill
+from minrnn.models.launches_triton import Launch
 from minrnn.models.loss import next_token_loss
-from minrnn.models.tiles_triton import Launch
 
 SECOND = torch.device("cuda:1")
 

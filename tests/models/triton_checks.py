@@ -14,8 +14,8 @@ from minrnn.models import cell_scan_triton, scan_triton
 from minrnn.models.boundaries import NO_BOUNDARIES, Boundaries
 from minrnn.models.cell_spec import FUSED_CELLS, CellInputs, CellSpec
 from minrnn.models.cells import CELLS
+from minrnn.models.launches_triton import Tile, plan_chunks, run_all
 from minrnn.models.probe_triton import SIZE, run_probe
-from minrnn.models.tiles_triton import Tile, plan_chunks, run_all
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TILE = Tile(lanes=2, rows=2, channels=4)
