@@ -1,4 +1,4 @@
-"""What the tests of cell_scan share: the cells and dtypes to test, random inputs and random boundaries."""
+"""Shared by the tests of cell_scan: cells and dtypes to test, random inputs and boundaries."""
 
 import dataclasses
 
@@ -11,8 +11,8 @@ from minrnn.models.boundaries import Boundaries
 from minrnn.models.cell_spec import FUSED_CELLS, CellSpec
 from minrnn.models.cells import CANDIDATE_ACTIVATIONS
 
-# Each spec is a kernel to compile, for a second or two: every cell with every activation once, half of them with an
-# output gate; two of them again in bf16.
+# Each spec is a kernel to compile, for a second or two: every cell with every activation once, half of them
+# with an output gate; two of them again in bf16.
 SPECS = [
     CellSpec(cell, activation, (i + j) % 2 == 1)
     for i, cell in enumerate(FUSED_CELLS)

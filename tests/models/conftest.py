@@ -1,4 +1,4 @@
-"""Empty memory is NaN in these tests, so that a result which reads what nobody wrote cannot look right."""
+"""Uninitialised memory is NaN in these tests, so that a result that depends on it is NaN too."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """torch.empty and its kin return NaN (the largest integer for integers)."""
+    """torch.empty and similar functions return NaN (the largest integer for integers)."""
     torch.use_deterministic_algorithms(True)
     assert torch.empty(3).isnan().all()
     yield
@@ -14,8 +14,8 @@ def poisoned_memory():
 
 
 @pytest.fixture(autouse=True)
-def same_threads():
-    """A test may change the number of threads; the next one starts from the same."""
+def restored_threads():
+    """Restore the number of threads, which a test may change."""
     num_threads = torch.get_num_threads()
     yield
     torch.set_num_threads(num_threads)

@@ -1,4 +1,4 @@
-"""What the tests of models/ share: tiny models, closeness, and the state cut anywhere."""
+"""Shared by the tests of models/: tiny models, comparisons, logits in chunks."""
 
 import functools
 import itertools
@@ -13,17 +13,17 @@ from minrnn.models import MinRNNCache, MinRNNConfig, MinRNNForCausalLM
 VOCAB = 40
 
 
-def assert_close(value: Tensor, expected: Tensor, *, atol: float, rtol: float = 0.0, what: str = "") -> None:
+def assert_close(value: Tensor, expected: Tensor, *, atol: float, rtol: float = 0.0, name: str = "") -> None:
     """|value - expected| <= atol * max|expected| + rtol * |expected|, elementwise; NaN is never close."""
-    assert value.shape == expected.shape, f"{what}: {tuple(value.shape)} instead of {tuple(expected.shape)}"
+    assert value.shape == expected.shape, f"{name}: {tuple(value.shape)} instead of {tuple(expected.shape)}"
     if not expected.numel():
         return
     value, expected = value.detach().double(), expected.detach().double()
-    assert not value.isnan().any(), f"{what}: NaN"
-    assert expected.isfinite().all(), f"{what}: the oracle itself is not finite"
+    assert not value.isnan().any(), f"{name}: NaN"
+    assert expected.isfinite().all(), f"{name}: the expected value is not finite"
     excess = (value - expected).abs() - rtol * expected.abs() - atol * expected.abs().max()
     assert excess.max() <= 0, (
-        f"{what}: off by {(value - expected).abs().max():.3g} where the largest is {expected.abs().max():.3g}"
+        f"{name}: off by {(value - expected).abs().max():.3g} where the largest is {expected.abs().max():.3g}"
     )
 
 
@@ -39,7 +39,10 @@ def random_ids(batch: int, time: int, seed: int = 0) -> Tensor:
 def new_model(
     preset: str = "default", dtype: torch.dtype = torch.float32, seed: int = 0, **fields: Any
 ) -> MinRNNForCausalLM:
-    """A tiny model in eval mode. Gains and biases are moved off their initial values, so that none of them is without effect."""
+    """A tiny model in eval mode.
+
+    Gains and biases differ from their initial values, so that each has an effect.
+    """
     torch.manual_seed(seed)
     sizes = {
         "vocab_size": VOCAB,
@@ -75,7 +78,7 @@ def logits_of(model: MinRNNForCausalLM, ids: Tensor, **kwargs: Any) -> Tensor:
 
 
 def generate(model: Any, ids: Tensor, num_tokens: int = 10, **options: Any) -> Tensor:
-    """The text and its continuation, greedy unless `options` say otherwise. (Pyright does not know GenerationMixin's models.)"""
+    """The text and its continuation, greedy by default. (Pyright rejects models as GenerationMixin.)"""
     return model.generate(ids, max_new_tokens=num_tokens, **{"do_sample": False, **options})
 
 
@@ -114,11 +117,11 @@ def gradients(model: torch.nn.Module, loss: Tensor) -> dict[str, Tensor]:
     return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
 
 
-def assert_same_gradients(ours: dict[str, Tensor], expected: dict[str, Tensor], atol: float) -> None:
-    assert ours.keys() == expected.keys()
+def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor], atol: float) -> None:
+    assert actual.keys() == expected.keys()
     for name, gradient in expected.items():
         assert gradient.abs().max() > 0, f"{name} has no gradient to compare"
-        assert_close(ours[name], gradient, atol=atol, what=name)
+        assert_close(actual[name], gradient, atol=atol, name=name)
 
 
 def run_and_differentiate(function: Callable[..., Tensor], *leaves: Tensor) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""Batches of other libraries: rows of several documents without padding, left padding, and names that nobody reads."""
+"""Batches of other libraries: packed rows, left padding, unknown keyword arguments."""
 
 import itertools
 from typing import Any
@@ -35,7 +35,7 @@ def flattened(packing: str) -> dict[str, Any]:
 
 @packings
 @pytest.mark.parametrize("cell", ["mingru", "minlstm"])
-def test_flattened_documents_are_each_alone(packing, cell):
+def test_flattened_documents_equal_separate_documents(packing, cell):
     """Logits, loss and gradients; the collator's own default is among the packings."""
     model, batch = shared_model(dtype=torch.float64, cell=cell), flattened(packing)
     output = model(**batch, num_items_in_batch=int((batch["labels"] != -100).sum()))
@@ -55,19 +55,19 @@ def test_flattened_documents_are_each_alone(packing, cell):
 
 
 def test_positions_under_padding():
-    """What generate() counts: positions of real tokens, whatever stands at padding, and documents that restart behind padding."""
+    """position_ids as generate() makes them: any value at padding, restarts behind padding."""
     model, ids = shared_model(dtype=torch.float64), random_ids(2, 8)
     mask = torch.tensor([[0, 0, 1, 1, 0, 1, 1, 1], [1] * 8])
     positions = torch.tensor([[9, 9, 0, 1, 9, 0, 1, 2], [0, 1, 2, 3, 4, 5, 6, 7]])
     starts = torch.zeros(2, 8, dtype=torch.bool)
     starts[0, 5] = True
-    ours = logits_of(model, ids, attention_mask=mask, position_ids=positions)
-    assert torch.equal(ours, logits_of(model, ids, attention_mask=mask, document_starts=starts))
+    actual = logits_of(model, ids, attention_mask=mask, position_ids=positions)
+    assert torch.equal(actual, logits_of(model, ids, attention_mask=mask, document_starts=starts))
     numbers = torch.tensor([[7, 7, 1, 1, 7, 2, 2, 2], [1] * 8])
-    assert torch.equal(ours, logits_of(model, ids, attention_mask=mask, seq_idx=numbers))
+    assert torch.equal(actual, logits_of(model, ids, attention_mask=mask, seq_idx=numbers))
 
 
-def test_a_text_that_goes_on_may_say_its_positions():
+def test_positions_may_continue_a_state():
     """A chunk of a text, a token of it, and a row that was padding until now."""
     model, ids = shared_model(dtype=torch.float64), random_ids(2, 9)
     mask = torch.ones(2, 9, dtype=torch.long)
@@ -83,8 +83,8 @@ def test_a_text_that_goes_on_may_say_its_positions():
             "use_cache": True,
         }
         pieces.append(logits_of(model, ids[:, low:high], **part))
-    ours = torch.cat(pieces, dim=1)
-    assert_close(ours[mask.bool()], whole[mask.bool()], atol=1e-12)
+    actual = torch.cat(pieces, dim=1)
+    assert_close(actual[mask.bool()], whole[mask.bool()], atol=1e-12)
     with pytest.raises(ValueError, match="position_ids begins a document, but past_key_values goes on"):
         model(ids, past_key_values=cache, position_ids=torch.arange(9).unsqueeze(0))
     starts = torch.zeros(2, 9, dtype=torch.bool)
@@ -130,7 +130,7 @@ def test_contradictions_are_refused(arguments, message):
 @pytest.mark.parametrize(
     ("name", "hint"), [("atention_mask", "attention_mask"), ("seq_ids", "seq_idx"), ("cache_params", None)]
 )
-def test_names_that_nobody_reads_are_refused(name, hint):
+def test_unknown_keyword_arguments_are_refused(name, hint):
     model, ids = shared_model(), random_ids(2, 6)
     for module in (model, model.model):
         with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'") as caught:
@@ -140,7 +140,7 @@ def test_names_that_nobody_reads_are_refused(name, hint):
         model(ids, is_causal=False)
 
 
-def test_what_transformers_passes_by_itself_is_taken():
+def test_arguments_of_transformers_are_accepted():
     model, ids = shared_model(), random_ids(2, 6)
     options = {
         "output_attentions": False,
@@ -178,8 +178,8 @@ def padded_batch(rows: list[Tensor], side: str, mark_first: bool) -> dict[str, T
 
 
 @pytest.mark.parametrize(("side", "mark_first"), [("left", True), ("right", False), ("right", True)])
-def test_a_batch_has_one_loss_however_it_is_split(side, mark_first):
-    """Loss and gradient of one batch in pieces of 1, 2, 4 and 8 rows, each divided by the labels that Trainer counts."""
+def test_loss_does_not_depend_on_the_split_of_a_batch(side, mark_first):
+    """Loss and gradient of a batch in 1, 2, 4 and 8 pieces, divided by the labels that Trainer counts."""
     model, rows = shared_model(dtype=torch.float64), left_padded_rows()
     results = []
     for size in (1, 2, 4, 8):
@@ -196,7 +196,7 @@ def test_a_batch_has_one_loss_however_it_is_split(side, mark_first):
 def test_labels_that_are_counted_but_not_scored_are_refused(size):
     model = shared_model()
     batch = padded_batch(left_padded_rows()[:size], "left", mark_first=False)
-    assert model(**batch).loss > 0  # divided by what is scored
+    assert model(**batch).loss > 0  # divided by the number of scored labels
     with pytest.raises(ValueError, match="nothing predicts it behind padding"):
         model(**batch, num_items_in_batch=10)
     starts = torch.zeros_like(batch["labels"], dtype=torch.bool)

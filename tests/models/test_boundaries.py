@@ -1,4 +1,4 @@
-"""Every cut is exact: chunks, documents and padding, in any mixture, against each document alone and whole."""
+"""Cuts are exact: any mixture of chunks, documents and padding gives the logits of separate documents."""
 
 import itertools
 
@@ -52,7 +52,7 @@ def split_documents(ids: Tensor, mask: Tensor, starts: Tensor) -> list[list[Tens
     return rows
 
 
-def assert_equals_each_document_alone(
+def assert_equals_separate_documents(
     model: MinRNNForCausalLM, logits: Tensor, ids: Tensor, mask: Tensor, starts: Tensor, atol: float
 ) -> None:
     for row, documents in enumerate(split_documents(ids, mask, starts)):
@@ -60,16 +60,16 @@ def assert_equals_each_document_alone(
             [logits_of(model, document)[0] for document in documents if document.numel()]
             or [logits.new_zeros(0, VOCAB)]
         )
-        assert_close(logits[row][mask[row]], alone, atol=atol, what=f"row {row}")
+        assert_close(logits[row][mask[row]], alone, atol=atol, name=f"row {row}")
 
 
 @precisions
 @variants
-def test_whole_is_chunked_is_token_by_token(variant, dtype, atol):
+def test_whole_equals_chunked_equals_token_by_token(variant, dtype, atol):
     model, ids = shared_model(dtype=dtype, **variant), random_ids(2, 24)
     whole = logits_of(model, ids)
     for cuts in ([1], [2, 3], [7, 7, 20], [23], list(range(1, 24))):
-        assert_close(chunked_logits(model, ids, cuts)[0], whole, atol=atol, what=f"cuts {cuts}")
+        assert_close(chunked_logits(model, ids, cuts)[0], whole, atol=atol, name=f"cuts {cuts}")
 
 
 @precisions
@@ -89,14 +89,14 @@ def test_documents_padding_and_cuts_together(variant, dtype, atol, seed, real, b
     starts = (torch.rand(3, 24, generator=generator(seed + 1000)) < begins) & mask
     per_token = {"attention_mask": mask.long(), "document_starts": starts}
     logits, _ = chunked_logits(model, ids, cuts, whole_mask, **per_token)
-    assert_equals_each_document_alone(model, logits, ids, mask, starts, atol)
+    assert_equals_separate_documents(model, logits, ids, mask, starts, atol)
 
 
 @precisions
 @variants
 @pytest.mark.parametrize("side", ["left", "right", "middle", "everything", "nothing"])
-def test_padding_is_not_seen(variant, dtype, atol, side):
-    """Padded = unpadded on real tokens, and so is what follows from the cache; the pad token's embedding plays no role."""
+def test_padding_has_no_effect(variant, dtype, atol, side):
+    """Padded = unpadded on real tokens and in their continuation; the pad token's embedding has no effect."""
     model, ids, more = shared_model(dtype=dtype, **variant), random_ids(2, 16), random_ids(2, 5, seed=1)
     mask = torch.ones(2, 16, dtype=torch.bool)
     hidden = {
@@ -112,27 +112,27 @@ def test_padding_is_not_seen(variant, dtype, atol, side):
     logits = logits_of(model, ids, attention_mask=mask.long(), past_key_values=cache, use_cache=True)
     continued = logits_of(model, more, past_key_values=cache, use_cache=True)
     starts = torch.zeros_like(mask)
-    assert_equals_each_document_alone(model, logits, ids, mask, starts, atol)
+    assert_equals_separate_documents(model, logits, ids, mask, starts, atol)
     for row in range(2):
         whole = torch.cat([ids[row][mask[row]], more[row]]).unsqueeze(0)
         assert_close(
-            continued[row : row + 1], logits_of(model, whole)[:, -5:], atol=atol, what=f"row {row} continued"
+            continued[row : row + 1], logits_of(model, whole)[:, -5:], atol=atol, name=f"row {row} continued"
         )
 
 
 @pytest.mark.parametrize("kernel", [0, 4])
 @pytest.mark.parametrize("whole_mask", [False, True])
-def test_an_empty_chunk_hands_the_state_through(kernel, whole_mask):
+def test_an_empty_chunk_keeps_the_state(kernel, whole_mask):
     model, ids = shared_model(conv_kernel=kernel), random_ids(2, 9)
     mask = torch.ones(2, 9, dtype=torch.long)
     mask[0, :2] = 0
     starts = torch.zeros(2, 9, dtype=torch.bool)
     starts[1, 3] = True
     whole, state = chunked_logits(model, ids, [4], whole_mask, attention_mask=mask, document_starts=starts)
-    ours, our_state = chunked_logits(
+    actual, our_state = chunked_logits(
         model, ids, [0, 4, 4, 9], whole_mask, attention_mask=mask, document_starts=starts
     )
-    assert torch.equal(ours[mask.bool()], whole[mask.bool()])
+    assert torch.equal(actual[mask.bool()], whole[mask.bool()])
     assert our_state.get_seq_length() == 9
     assert all(
         torch.equal(tensor, state.state_dict()[name]) for name, tensor in our_state.state_dict().items()
@@ -140,8 +140,8 @@ def test_an_empty_chunk_hands_the_state_through(kernel, whole_mask):
 
 
 @variants
-def test_a_document_start_forgets_everything(variant):
-    """What stood before, a carried state included, changes no bit of what follows."""
+def test_a_document_start_drops_the_state(variant):
+    """Earlier tokens and the carried state change no bit of the logits after it."""
     model, ids = shared_model(**variant), random_ids(2, 12)
     starts = torch.zeros(2, 12, dtype=torch.bool)
     starts[:, 5] = True
@@ -149,14 +149,14 @@ def test_a_document_start_forgets_everything(variant):
     other[:, :5] = random_ids(2, 5, seed=7)
     carried = MinRNNCache(2)
     logits_of(model, random_ids(2, 9, seed=8), past_key_values=carried, use_cache=True)
-    ours, again = (
+    actual, again = (
         MinRNNCache(2),
         logits_of(model, other, document_starts=starts, past_key_values=carried, use_cache=True),
     )
-    first = logits_of(model, ids, document_starts=starts, past_key_values=ours, use_cache=True)
+    first = logits_of(model, ids, document_starts=starts, past_key_values=actual, use_cache=True)
     assert torch.equal(first[:, 5:], again[:, 5:])
     assert not torch.allclose(first[:, :5], again[:, :5])
-    ours_saved, carried_saved = ours.state_dict(), carried.state_dict()
+    ours_saved, carried_saved = actual.state_dict(), carried.state_dict()
     assert (ours_saved.pop("num_tokens"), carried_saved.pop("num_tokens")) == (12, 21)
     for name, tensor in ours_saved.items():
         assert torch.equal(tensor, carried_saved[name]), name

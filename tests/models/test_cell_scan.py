@@ -1,4 +1,4 @@
-"""Cell and scan in one kernel against the composition of their parts in fp64: values, gradients, boundaries, layouts, threads."""
+"""The fused cell scan against its composition in fp64: values, gradients, boundaries, layouts, threads."""
 
 import functools
 import itertools
@@ -19,14 +19,14 @@ from minrnn.models.cells import CELLS, candidate
 
 Results = dict[str, Tensor]
 
-# How far from the exact result. An fp32 token costs a few roundings of 2^-24, and a memory adds up those of the tokens it holds. In bf16,
-# results are rounded once, to nearest, by half a unit in the last place, 2^-8. Gradients of gates also hold the difference of the candidate and
-# a saved h that was rounded so. Nothing else does, the carried state included.
+# Tolerances. A token in fp32 costs a few roundings of 2^-24, which add up over the length of the memory. In
+# bf16 results are rounded once, to nearest, by half a unit in the last place, 2^-8. Gradients of gates also
+# depend on the saved h, which is rounded in the same way. Nothing else is, the carried state included.
 FP32 = 2e-6
 HALF_UNIT = {torch.float32: 2**-24, torch.bfloat16: 2**-8}
 
 
-def differentiated(
+def outputs_and_gradients(
     scan: Callable[..., tuple[Tensor, Tensor]],
     projected: Tensor,
     gate_bias: Tensor,
@@ -34,7 +34,7 @@ def differentiated(
     use="both",
     real: Tensor | bool = True,
 ) -> Results:
-    """y, h_last and the gradients of their weighted sum; the weights of y are bf16 numbers, and 0 where y is not real."""
+    """y, h_last and the gradients of their weighted sum; the weights of y are bf16 numbers, 0 at padding."""
     leaves = {"d_projected": projected, "d_gate_bias": gate_bias} | ({} if h0 is None else {"dh0": h0})
     leaves = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
     y, h_last = scan(leaves["d_projected"], leaves["d_gate_bias"], leaves.get("dh0"))
@@ -67,13 +67,13 @@ def run(
     use="both",
     backend=None,
 ) -> Results:
-    """`differentiated` of cell_scan, on the CPU's default backend (numba), y masked at padding."""
+    """`outputs_and_gradients` of cell_scan, on the CPU's default backend (numba), y masked at padding."""
     real = real_tokens(projected.shape[0], projected.shape[1], boundaries.lengths)
 
     def scan(projected, gate_bias, h0):
         return cell_scan(projected, gate_bias, h0, spec=spec, boundaries=boundaries, backend=backend)
 
-    results = differentiated(scan, projected, gate_bias, h0, use=use, real=real)
+    results = outputs_and_gradients(scan, projected, gate_bias, h0, use=use, real=real)
     return results | {"y": results["y"].where(real, 0)}
 
 
@@ -91,30 +91,32 @@ def exact(
     return run(spec, projected.double(), gate_bias.double(), h0, boundaries, use=use, backend="reference")
 
 
-def assert_results(ours: Results, expected: Results, spec: CellSpec, dtype: torch.dtype, width: int) -> None:
+def assert_results(
+    actual: Results, expected: Results, spec: CellSpec, dtype: torch.dtype, width: int
+) -> None:
     half = HALF_UNIT[dtype]
     saved_h = half if dtype == torch.bfloat16 else 0.0
-    assert_close(ours["y"], expected["y"], atol=FP32, rtol=half, what="y")
-    assert_close(ours["h_last"], expected["h_last"], atol=FP32, what="h_last")
-    for name, value in ours.items():
+    assert_close(actual["y"], expected["y"], atol=FP32, rtol=half, name="y")
+    assert_close(actual["h_last"], expected["h_last"], atol=FP32, name="h_last")
+    for name, value in actual.items():
         assert value.dtype == (dtype if name in ("y", "d_projected") else torch.float32), name
-    if "dh0" in ours:
-        assert_close(ours["dh0"], expected["dh0"], atol=FP32, what="dh0")
+    if "dh0" in actual:
+        assert_close(actual["dh0"], expected["dh0"], atol=FP32, name="dh0")
     num_gates = spec.num_gates
     terms = (
         expected["d_projected"][..., : num_gates * width].abs().sum((0, 1)).max()
         if expected["y"].numel()
         else 0.0
     )  # of a sum that may cancel
-    assert (ours["d_gate_bias"].double() - expected["d_gate_bias"]).abs().max() <= (FP32 + saved_h) * terms, (
-        "d_gate_bias"
-    )
+    assert (actual["d_gate_bias"].double() - expected["d_gate_bias"]).abs().max() <= (
+        FP32 + saved_h
+    ) * terms, "d_gate_bias"
     names = ["gate"] * num_gates + ["candidate"] + ["output gate"] * spec.output_gate
     for name, value, other in zip(
-        names, ours["d_projected"].split(width, -1), expected["d_projected"].split(width, -1), strict=True
+        names, actual["d_projected"].split(width, -1), expected["d_projected"].split(width, -1), strict=True
     ):
         rtol = 2 * half if name == "output gate" else half  # a product with h
-        assert_close(value, other, atol=FP32 + (saved_h if name == "gate" else 0.0), rtol=rtol, what=name)
+        assert_close(value, other, atol=FP32 + (saved_h if name == "gate" else 0.0), rtol=rtol, name=name)
 
 
 shapes = st.tuples(st.integers(0, 3), st.integers(0, 40), st.sampled_from([1, 2, 15, 16, 17, 33, 70]))
@@ -137,9 +139,9 @@ def test_values_and_gradients(spec, dtype, shape, with_starts, with_lengths, wit
     assert_results(run(*arguments, use=use), exact(*arguments, use=use), spec, dtype, shape[2])
 
 
-def assert_same_bits(ours: Results, expected: Results, but: tuple[str, ...] = ()) -> None:
+def assert_same_bits(actual: Results, expected: Results, but: tuple[str, ...] = ()) -> None:
     for name in expected.keys() - set(but):
-        assert torch.equal(ours[name], expected[name]), name
+        assert torch.equal(actual[name], expected[name]), name
 
 
 def in_pieces(spec: CellSpec, edges: list[int], boundaries: Boundaries):
@@ -174,18 +176,18 @@ def test_cuts_change_no_bit(spec, dtype, cuts, with_starts, with_lengths, seed):
     boundaries = random_boundaries(seed, 2, 20, with_starts, with_lengths)
     real = real_tokens(2, 20, boundaries.lengths)
     results = [
-        differentiated(in_pieces(spec, edges, boundaries), projected, gate_bias, h0, real=real)
+        outputs_and_gradients(in_pieces(spec, edges, boundaries), projected, gate_bias, h0, real=real)
         for edges in ([0, *sorted(cuts), 20], [0, 20])
     ]
-    ours, whole = (result | {"y": result["y"].where(real, 0)} for result in results)
-    assert_same_bits(ours, whole, but=("d_gate_bias",))
-    assert_close(ours["d_gate_bias"], whole["d_gate_bias"], atol=1e-5)
+    actual, whole = (result | {"y": result["y"].where(real, 0)} for result in results)
+    assert_same_bits(actual, whole, but=("d_gate_bias",))
+    assert_close(actual["d_gate_bias"], whole["d_gate_bias"], atol=1e-5)
 
 
 @few_cases
 @pytest.mark.parametrize("how", ["documents", "padding"])
-def test_packed_is_each_alone(spec, dtype, how):
-    """Rows with document starts = every document in a row of its own; rows with padding = every row at its own length."""
+def test_packed_equals_separate(spec, dtype, how):
+    """Rows with document starts = each document in its own row; padded rows = each row at its own length."""
     projected, gate_bias, h0 = random_inputs(5, spec, dtype, (3, 23, 19))
     starts, lengths = torch.zeros(3, 23, dtype=torch.bool), [23, 23, 23] if how == "documents" else [23, 9, 0]
     starts[0, [0, 4, 5, 17]] = starts[1, [2, 22]] = how == "documents"
@@ -210,15 +212,17 @@ def test_packed_is_each_alone(spec, dtype, how):
     boundaries = (
         Boundaries(document_starts=starts) if is_packed else Boundaries(lengths=torch.tensor(lengths))
     )
-    ours = run(spec, projected, gate_bias, h0, boundaries)
-    expected = differentiated(alone, projected, gate_bias, h0, real=real_tokens(3, 23, torch.tensor(lengths)))
-    assert_same_bits(ours, expected, but=("d_gate_bias",))
-    assert_close(ours["d_gate_bias"], expected["d_gate_bias"], atol=1e-5)
+    actual = run(spec, projected, gate_bias, h0, boundaries)
+    expected = outputs_and_gradients(
+        alone, projected, gate_bias, h0, real=real_tokens(3, 23, torch.tensor(lengths))
+    )
+    assert_same_bits(actual, expected, but=("d_gate_bias",))
+    assert_close(actual["d_gate_bias"], expected["d_gate_bias"], atol=1e-5)
 
 
 @few_cases
 def test_a_start_drops_the_state_and_a_pad_drops_the_token(spec, dtype):
-    """NaN that came before a document start, or lies behind a row's end, is not multiplied by 0 but not looked at."""
+    """NaN before a document start or behind a row's end is not read; it is not multiplied by 0 either."""
     projected, gate_bias, h0 = random_inputs(6, spec, dtype, (2, 9, 17))
     starts, lengths = torch.zeros(2, 9, dtype=torch.bool), torch.tensor([9, 6])
     starts[0, 4] = True
@@ -227,18 +231,18 @@ def test_a_start_drops_the_state_and_a_pad_drops_the_token(spec, dtype):
     broken[0, :4] = broken[1, 6:] = torch.nan
     state = h0.clone()
     state[0] = torch.inf
-    ours, expected = (
+    actual, expected = (
         cell_scan(broken, gate_bias, state, spec=spec, boundaries=boundaries),
         cell_scan(projected, gate_bias, h0, spec=spec, boundaries=boundaries),
     )
-    assert torch.equal(ours[1], expected[1])
-    assert torch.equal(ours[0][0, 4:], expected[0][0, 4:])
-    assert torch.equal(ours[0][1, :6], expected[0][1, :6])
+    assert torch.equal(actual[1], expected[1])
+    assert torch.equal(actual[0][0, 4:], expected[0][0, 4:])
+    assert torch.equal(actual[0][1, :6], expected[0][1, :6])
 
 
 @few_cases
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
-def test_a_broken_row_or_channel_breaks_no_other(spec, dtype, poison):
+def test_nan_stays_in_its_row_and_channel(spec, dtype, poison):
     width, broken_channel = 37, 18
     projected, gate_bias, h0 = random_inputs(7, spec, dtype, (3, 11, width))
     num_parts = projected.shape[2] // width
@@ -247,19 +251,22 @@ def test_a_broken_row_or_channel_breaks_no_other(spec, dtype, poison):
     for part in range(num_parts):
         broken = projected.clone()
         broken[1, 5, part * width + broken_channel] = poison
-        ours = run(spec, broken, gate_bias, h0)
-        for name, value in ours.items():
+        actual = run(spec, broken, gate_bias, h0)
+        for name, value in actual.items():
             value, expected = (result.unflatten(-1, (-1, width)) for result in (value, sound[name]))
             assert torch.equal(value[..., others], expected[..., others]), name
             if name != "d_gate_bias":
                 assert torch.equal(value[[0, 2]], expected[[0, 2]]), name
-        assert ours["y"][1, 5, broken_channel].isnan() or not torch.tensor(poison).isnan()
+        assert actual["y"][1, 5, broken_channel].isnan() or not torch.tensor(poison).isnan()
 
 
 @all_cases
 @pytest.mark.parametrize("other", [2.0, 1e4])
 def test_extreme_pre_activations(spec, dtype, other):
-    """Every combination of 0, +-90, +-1000 and +-1e4 in the gates: as in fp64 (p = q = -1000 has a = 1/2), and everything finite."""
+    """Every combination of 0, +-90, +-1000 and +-1e4 in the gates: finite, and as in fp64.
+
+    p = q = -1000, for example, has a = 1/2.
+    """
     num_gates = spec.num_gates
     extremes, others = (
         torch.tensor([0.0, 90.0, -90.0, 1000.0, -1000.0, 1e4, -1e4]),
@@ -269,24 +276,24 @@ def test_extreme_pre_activations(spec, dtype, other):
     width = grid[0].numel()
     projected = torch.cat([part.flatten() for part in grid]).to(dtype).view(1, 1, -1)
     arguments = (spec, projected, torch.zeros(num_gates, width), torch.ones(1, width))
-    ours = run(*arguments)
-    assert all(value.isfinite().all() for value in ours.values())
-    assert_results(ours, exact(*arguments), spec, dtype, width)
+    actual = run(*arguments)
+    assert all(value.isfinite().all() for value in actual.values())
+    assert_results(actual, exact(*arguments), spec, dtype, width)
 
 
 @few_cases
 def test_long_memory_is_kept(spec, dtype):
-    """A memory of a million tokens, under bf16 projections: a = 1 - 1e-6 is not rounded to 1 nor to bf16's next number, 0.996."""
+    """A memory of a million tokens with bf16 projections: a = 1 - 1e-6 is not rounded to bf16."""
     width, time, memory = 16, 4096, 1e6
     gate_bias = CELLS[spec.cell].gate_bias(torch.full((width,), memory))
     projected = torch.zeros(1, time, spec.num_projections * width, dtype=dtype)
     _, h_last, decay = cell_scan_with_decay(projected, gate_bias, torch.ones(1, width), spec=spec)
-    kept = torch.tensor((1 - 1 / memory) ** time).expand(1, width)
+    expected_decay = torch.tensor((1 - 1 / memory) ** time).expand(1, width)
     # one a is within a unit of 2^-24 of the exact decay, and always to the same side here
-    assert_close(decay, kept, atol=0, rtol=time * 2**-24)
+    assert_close(decay, expected_decay, atol=0, rtol=time * 2**-24)
     assert_close(
         h_last,
-        kept + (1 - kept) * candidate(torch.zeros(()), spec.activation),
+        expected_decay + (1 - expected_decay) * candidate(torch.zeros(()), spec.activation),
         atol=0,
         rtol=time * 2**-24,
     )
@@ -309,8 +316,8 @@ def test_any_layout(spec, dtype, how, time):
     assert boundaries.lengths is not None
     expected = run(spec, projected, gate_bias, h0, boundaries)
     boundaries = Boundaries(strided(boundaries.document_starts, how), strided(boundaries.lengths, how))
-    ours = run(spec, strided(projected, how), strided(gate_bias, how), strided(h0, how), boundaries)
-    assert_same_bits(ours, expected)
+    actual = run(spec, strided(projected, how), strided(gate_bias, how), strided(h0, how), boundaries)
+    assert_same_bits(actual, expected)
 
 
 @few_cases
@@ -334,7 +341,7 @@ def test_gradients_in_any_layout(spec, dtype):
 @few_cases
 @pytest.mark.parametrize(("batch", "time", "width"), [(1, 21, 70), (3, 33, 130), (40, 2, 1100)])
 def test_threads_change_no_bit(spec, dtype, batch, time, width):
-    """Rows among threads, stripes of one row among them, and a gate bias whose gradient torch would sum in several threads."""
+    """Threads share rows, or stripes of a row; torch would sum the bias's gradient in several threads."""
     arguments, results = random_inputs(10, spec, dtype, (batch, time, width)), []
     for num_threads in (1, 2, 3, 8):
         torch.set_num_threads(num_threads)
@@ -344,34 +351,34 @@ def test_threads_change_no_bit(spec, dtype, batch, time, width):
 
 
 @few_cases
-def test_the_process_default_dtype_plays_no_role(spec, dtype):
+def test_default_dtype_has_no_effect(spec, dtype):
     arguments = random_inputs(11, spec, dtype, (2, 7, 9))
     expected = (*cell_scan_with_decay(*arguments, spec=spec), *run(spec, *arguments).values())
     torch.set_default_dtype(torch.float64)
     try:
-        ours = (*cell_scan_with_decay(*arguments, spec=spec), *run(spec, *arguments).values())
+        actual = (*cell_scan_with_decay(*arguments, spec=spec), *run(spec, *arguments).values())
     finally:
         torch.set_default_dtype(torch.float32)
     assert all(
         value.dtype == other.dtype and torch.equal(value, other)
-        for value, other in zip(ours, expected, strict=True)
+        for value, other in zip(actual, expected, strict=True)
     )
 
 
 @few_cases
-def test_autocast_leaves_it_alone(spec, dtype):
+def test_autocast_has_no_effect(spec, dtype):
     arguments = random_inputs(12, spec, dtype, (2, 7, 9))
     expected = run(spec, *arguments)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        ours = run(spec, *arguments)
-    assert_same_bits(ours, expected)
+        actual = run(spec, *arguments)
+    assert_same_bits(actual, expected)
 
 
 @all_cases
 @settings(max_examples=5)
 @given(shape=shapes, with_starts=st.booleans(), with_lengths=st.booleans(), seed=st.integers(0, 2**20))
 def test_decay_is_the_product(spec, dtype, shape, with_starts, with_lengths, seed):
-    """Of all decays, in fp64: 0 behind a document start, 1 for padding; and outputs are the same with it as without."""
+    """The product of all decays: 0 after a document start, 1 for padding. It does not change the outputs."""
     batch, time, width = shape
     projected, gate_bias, h0 = random_inputs(seed, spec, dtype, shape)
     boundaries = random_boundaries(seed, batch, time, with_starts, with_lengths)
@@ -398,11 +405,11 @@ def test_decay_is_the_product(spec, dtype, shape, with_starts, with_lengths, see
         expected.where(is_normal, 0),
         atol=0,
         rtol=(time + 1) * 2**-22,
-        what="numba",
+        name="numba",
     )
     for backend in ("reference", "torch"):
         results = scan(projected.detach().double(), gate_bias, h0, backend=backend)
-        assert_close(results[2], expected, atol=1e-15, what=backend)
+        assert_close(results[2], expected, atol=1e-15, name=backend)
         from_zero = cell_scan(projected.double(), gate_bias, None, spec=spec, boundaries=boundaries)[1]
         assert_close(results[2] * h0 + from_zero, results[1], atol=1e-12)
     if starts is not None and batch:
@@ -413,7 +420,7 @@ def test_decay_is_the_product(spec, dtype, shape, with_starts, with_lengths, see
 @all_cases
 @pytest.mark.parametrize("with_h0", [False, True])
 def test_one_token_of_decoding(spec, dtype, with_h0):
-    """What decoding takes instead of the kernel rounds where the kernel does: a text goes on as it was read."""
+    """`one_token`, which decoding uses instead of the kernel, rounds like the kernel."""
     projected, gate_bias, h0 = random_inputs(16, spec, dtype, (3, 1, 17))
     start = h0 if with_h0 else None
     y, h = one_token(projected, gate_bias, start, spec)

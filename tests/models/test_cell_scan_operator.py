@@ -1,4 +1,4 @@
-"""cell_scan as a torch operator: opcheck, torch.compile, the meta device, what is kept on disk, and what it refuses."""
+"""cell_scan as a torch operator: opcheck, torch.compile, the meta device, kernels on disk, errors."""
 
 import dataclasses
 import re
@@ -102,8 +102,8 @@ def test_the_meta_device_gets_shapes():
     )
 
 
-def test_kernels_capture_numbers_alone():
-    """numba keys what it keeps on disk by what a function captures; a captured kernel is another one in every process."""
+def test_kernels_capture_only_numbers():
+    """numba keys kernels on disk by captured values, and a captured kernel differs in every process."""
     for make in (kernels._forward_kernel, kernels._backward_kernel):
         kernel: Any = make(0, 0, False)
         assert all(isinstance(captured.cell_contents, int) for captured in kernel.py_func.__closure__), (
@@ -132,7 +132,10 @@ def test_shapes_that_do_not_fit_are_refused():
     refused(f"{takes} (3, 8) and (1, 4).", projected=torch.ones(3, 8))
     refused(f"{takes} (2, 3, 8) and (2, 4).", gate_bias=torch.ones(2, 4))
     refused(f"{takes} (2, 3, 8) and (4,).", gate_bias=torch.ones(4))
-    takes = "cell_scan takes projected [batch, time, 3 * width] and gate_bias [1, width] for 'mingru' with an output gate, but got"
+    takes = (
+        "cell_scan takes projected [batch, time, 3 * width] and gate_bias [1, width] "
+        "for 'mingru' with an output gate, but got"
+    )
     refused(f"{takes} (2, 3, 8) and (1, 4).", output_gate=True)
     refused("cell_scan takes h0 of shape (2, 4), but got (1, 4).", h0=torch.ones(1, 4))
     refused(
@@ -152,7 +155,8 @@ def test_names_and_devices_that_do_not_fit_are_refused():
     )
     refused("There is no candidate activation 'relu'; choose one of g, none, tanh, silu.", activation="relu")
     refused(
-        "There is no scan backend 'cuda'; choose one of reference, torch, numba, triton, or none for the fastest here.",
+        "There is no scan backend 'cuda'; choose one of reference, torch, numba, triton, "
+        "or none for the fastest here.",
         backend="cuda",
     )
     for name, tensor in (
@@ -161,5 +165,5 @@ def test_names_and_devices_that_do_not_fit_are_refused():
         ("document_starts", torch.ones(2, 3, dtype=torch.bool)),
         ("lengths", torch.ones(2, dtype=torch.int64)),
     ):
-        said = f"The scan takes tensors on one device, but {name} is on meta and the others on cpu."
-        refused(said, **{name: tensor.to("meta")})
+        message = f"The scan takes tensors on one device, but {name} is on meta and the others on cpu."
+        refused(message, **{name: tensor.to("meta")})

@@ -55,7 +55,7 @@ def test_minlstm(activation):
 @activations
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_dtypes(name, activation, dtype):
-    """a is at least fp32 and computed there; b is what the fp32 computation rounds to."""
+    """a is at least fp32 and computed in it; b is the rounded result of the fp32 computation."""
     cell = CELLS[name]
     arguments = [x.to(dtype) for x in pre_activations(cell.num_gates + 1)]
     a, b = cell.coefficients(*arguments, activation)
@@ -70,7 +70,7 @@ def test_dtypes(name, activation, dtype):
 @activations
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_extreme_pre_activations(name, activation, dtype):
-    """a in [0, 1], signed in [-1, 1], no NaN and finite gradients, whatever combination of 0, +-90 and +-1e4 comes in."""
+    """a in [0, 1], signed in [-1, 1], no NaN, finite gradients for all combinations of 0, +-90 and +-1e4."""
     cell = CELLS[name]
     extremes = torch.tensor([0.0, 90.0, -90.0, 1e4, -1e4], dtype=dtype)
     arguments = [
@@ -85,8 +85,11 @@ def test_extreme_pre_activations(name, activation, dtype):
 
 @pytest.mark.parametrize("name", [name for name in CELLS if name not in SIGNED])
 @pytest.mark.parametrize("gate", [-12.0, -9.0, 9.0, 12.0, 40.0, 80.0])
-def test_both_ends_of_the_memory_keep_their_digits(name, gate):
-    """In fp32, a is right to the last place near 1 (a memory of exp(12) tokens), to its leading digits near 0; and so is 1 - a, in b."""
+def test_long_and_short_memories_keep_their_digits(name, gate):
+    """In fp32, a is exact to the last place near 1 (a memory of exp(12) tokens), and relatively near 0.
+
+    So is 1 - a, in b.
+    """
     one = torch.ones(1, 1, 1)
     gates = [one * gate] if name == "mingru" else [one * -gate, one * gate]
     a, b = CELLS[name].coefficients(*gates, one, "none")
@@ -109,7 +112,7 @@ def test_gate_bias_gives_the_memory_lengths(name):
 @pytest.mark.parametrize("name", SIGNED)
 @activations
 def test_a_signed_cell_stretches_the_decay(name, activation):
-    """a in (-1, 1), as 2 a - 1 of the cell it comes from; what enters is the same."""
+    """a in (-1, 1) is 2 a - 1 of the unsigned cell; b is the same."""
     cell, plain = CELLS[name], CELLS[name.removesuffix("_signed")]
     arguments = [x.double() for x in pre_activations(cell.num_gates + 1)]
     a, b = cell.coefficients(*arguments, activation)

@@ -1,4 +1,4 @@
-"""The configuration: presets, and what it refuses, all at once."""
+"""The configuration: presets, and errors, all in one message."""
 
 import pytest
 from transformers import AutoConfig
@@ -22,7 +22,7 @@ def test_presets():
         MinRNNConfig.from_preset("papre")
 
 
-def test_all_problems_in_one_error():
+def test_all_errors_in_one_message():
     wrong = {
         "cell": "gru",
         "candidate_activation": "relu",
@@ -57,7 +57,7 @@ def test_numbers_must_be_finite(name, value):
         MinRNNConfig(**{name: value})
 
 
-def test_there_must_be_a_channel():
+def test_at_least_one_channel():
     with pytest.raises(ValueError, match="expansion_factor: "):
         MinRNNConfig(hidden_size=4, expansion_factor=0.1)
 
@@ -88,8 +88,8 @@ def test_round_trip(tmp_path):
     config.save_pretrained(tmp_path)
     for loaded in (MinRNNConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
         assert isinstance(loaded, MinRNNConfig)
-        ours, expected = loaded.to_dict(), config.to_dict()
-        assert {name: ours[name] for name in expected if name not in ("auto_map", "_name_or_path")} == {
+        actual, expected = loaded.to_dict(), config.to_dict()
+        assert {name: actual[name] for name in expected if name not in ("auto_map", "_name_or_path")} == {
             name: value for name, value in expected.items() if name not in ("auto_map", "_name_or_path")
         }
     assert AutoConfig.for_model("minrnn", hidden_size=32).hidden_size == 32

@@ -1,4 +1,4 @@
-"""What slices tell each other is enough to know everything: states, and gradients, folded from summaries, without any process."""
+"""States and gradients folded from the slices' summaries, in one process."""
 
 import itertools
 from dataclasses import replace
@@ -40,7 +40,7 @@ def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor
 )
 @settings(max_examples=15)
 @given(edges=edges_in, starts=starts_in)
-def test_folded_summaries_are_the_whole_scan(cell, backend, atol, edges, starts):
+def test_folded_summaries_equal_the_whole_scan(cell, backend, atol, edges, starts):
     dtype = torch.float32 if backend == "numba" else torch.float64
     where = mask_of(starts)
     spec = CellSpec("mingru", "none", True) if cell == "mingru" else CellSpec(cell, "g", False)
@@ -59,8 +59,10 @@ def test_folded_summaries_are_the_whole_scan(cell, backend, atol, edges, starts)
 
     slices = [slice(low, high) for low, high in itertools.pairwise(edges) if low < high]
     inputs = [
-        CellInputs(projected[:, here], gate_bias, h0, Boundaries(None if where is None else where[:, here]))
-        for here in slices
+        CellInputs(
+            projected[:, tokens], gate_bias, h0, Boundaries(None if where is None else where[:, tokens])
+        )
+        for tokens in slices
     ]
     decays, lasts = torch.stack([torch.stack(summarize(own, spec, backend)) for own in inputs]).unbind(1)
     states = fold(decays, lasts, h0.detach())
@@ -68,8 +70,8 @@ def test_folded_summaries_are_the_whole_scan(cell, backend, atol, edges, starts)
         scan_without_graph(replace(own, h0=state), spec, backend)
         for own, state in zip(inputs, states, strict=False)
     ]
-    assert_close(torch.cat([y for y, _ in scanned], dim=1), y, atol=atol, what="y")
-    assert_close(states[-1], h_last, atol=atol, what="h_last")
+    assert_close(torch.cat([y for y, _ in scanned], dim=1), y, atol=atol, name="y")
+    assert_close(states[-1], h_last, atol=atol, name="h_last")
 
     def gradients(c: int, entering: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         own, (_, h) = replace(inputs[c], h0=states[c]), scanned[c]
@@ -78,11 +80,11 @@ def test_folded_summaries_are_the_whole_scan(cell, backend, atol, edges, starts)
     through_outputs = torch.stack([gradients(c, torch.zeros_like(grad_last))[2] for c in range(len(slices))])
     entering = fold(decays.flip(0), through_outputs.flip(0), grad_last)[::-1]
     d_projected, d_bias, dh = zip(*[gradients(c, entering[c + 1]) for c in range(len(slices))], strict=True)
-    ours = torch.cat(d_projected, dim=1), torch.stack(d_bias).sum(0), entering[0]
-    for value, other, what in zip(ours, expected, ("d_projected", "d_gate_bias", "dh0"), strict=True):
-        assert_close(value, other, atol=5 * atol, what=what)
+    actual = torch.cat(d_projected, dim=1), torch.stack(d_bias).sum(0), entering[0]
+    for value, other, name in zip(actual, expected, ("d_projected", "d_gate_bias", "dh0"), strict=True):
+        assert_close(value, other, atol=5 * atol, name=name)
     for c, gradient in enumerate(dh):
-        assert_close(gradient, entering[c], atol=5 * atol, what=f"state before slice {c}")
+        assert_close(gradient, entering[c], atol=5 * atol, name=f"state before slice {c}")
 
 
 @pytest.mark.parametrize(("backend", "dtype"), [("numba", torch.float32), ("torch", torch.float64)])

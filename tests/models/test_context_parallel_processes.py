@@ -100,17 +100,19 @@ def run(model: MinRNNForCausalLM, case: Case, size: int, group: ContextGroup | N
         random_ids(BATCH, case.chunks * TIME, seed=1),
         document_starts(case, size),
     )
-    cache, mine = carried_state(model, case), slice_of(case, group)
+    cache, own_slice = carried_state(model, case), slice_of(case, group)
     leaves = {f"d {name}": tensor for name, tensor in states(cache).items()}
     pieces, loss = [], torch.zeros((), dtype=case.dtype)
     for chunk in range(case.chunks):
-        here = slice(chunk * TIME + mine.start, chunk * TIME + mine.stop)
-        starts_here = None if starts is None or not starts[:, here].any() else starts[:, here]
+        tokens = slice(chunk * TIME + own_slice.start, chunk * TIME + own_slice.stop)
+        slice_starts = None if starts is None or not starts[:, tokens].any() else starts[:, tokens]
         with torch.autocast("cpu", torch.bfloat16, enabled=case.autocast):
             pieces.append(
-                model(ids[:, here], past_key_values=cache, use_cache=True, document_starts=starts_here).logits
+                model(
+                    ids[:, tokens], past_key_values=cache, use_cache=True, document_starts=slice_starts
+                ).logits
             )
-        targets = labels[:, here].flatten()
+        targets = labels[:, tokens].flatten()
         loss = loss + torch.nn.functional.cross_entropy(
             pieces[-1].flatten(0, 1).to(case.dtype), targets, reduction="sum"
         )
@@ -149,10 +151,10 @@ def summed(results: Results) -> Results:
 
 def distance(results: Results, exact: Results) -> float:
     """Of everything that both hold, relative."""
-    ours, expected = (
+    actual, expected = (
         torch.cat([tensors[name].double().flatten() for name in exact]) for tensors in (results, exact)
     )
-    return ((ours - expected).norm() / expected.norm()).item()
+    return ((actual - expected).norm() / expected.norm()).item()
 
 
 def check(case: Case, group: ContextGroup) -> None:
@@ -166,7 +168,7 @@ def check(case: Case, group: ContextGroup) -> None:
         torch._dynamo.reset()
         for block in model.model.layers:
             block.compile(backend="aot_eager")
-    ours = summed(run(model, case, group.size, group))
+    actual = summed(run(model, case, group.size, group))
     is_compiled = (
         case.compiled and case.recompute == "none"
     )  # a checkpointed block that holds messages runs as it is
@@ -177,13 +179,13 @@ def check(case: Case, group: ContextGroup) -> None:
             chunks = results["logits"].split(TIME, dim=1)
             results["logits"] = torch.cat([chunk[:, slice_of(case, group)] for chunk in chunks], dim=1)
     if case.autocast:  # two ways to round
-        assert distance(ours, exact) <= 1.5 * distance(whole, exact)
+        assert distance(actual, exact) <= 1.5 * distance(whole, exact)
         return
-    assert ours.keys() == whole.keys()
+    assert actual.keys() == whole.keys()
     for name, expected in whole.items():
-        assert_close(ours[name], expected, atol=1e-10 if case.dtype == torch.float64 else 1e-5, what=name)
+        assert_close(actual[name], expected, atol=1e-10 if case.dtype == torch.float64 else 1e-5, name=name)
     replicated = [
-        tensor.flatten() for name, tensor in ours.items() if name.split()[0] in ("recurrent", "conv", "d")
+        tensor.flatten() for name, tensor in actual.items() if name.split()[0] in ("recurrent", "conv", "d")
     ]
     if replicated:
         assert_replicated(torch.cat(replicated), group)
@@ -242,7 +244,8 @@ def check_refusals(group: ContextGroup) -> None:
     use_context_parallel(model, group)
     with pytest.raises(
         ValueError,
-        match="must hold conv_kernel - 1 = 3 tokens, but this one has 2: use longer chunks, or fewer processes",
+        match="must hold conv_kernel - 1 = 3 tokens, but this one has 2: "
+        "use longer chunks, or fewer processes",
     ):
         model(ids[:, :2])
     with pytest.raises(ValueError, match="cannot be padded: pass no attention_mask"):
@@ -297,5 +300,5 @@ def work(rank: int, size: int, rendezvous: Path, cases: list[Case]) -> None:
     ],
     ids=["two", "two-all", "four-all"],
 )
-def test_slices_are_the_whole(tmp_path, size, cases):
+def test_slices_equal_the_whole(tmp_path, size, cases):
     spawn(work, (size, tmp_path / "rendezvous", cases), nprocs=size)

@@ -40,13 +40,13 @@ def test_is_a_depthwise_convolution(time, kernel, with_state):
     x, weight, state = problem(time, time, kernel)
     probe = torch.randn(x.shape, generator=generator(99), dtype=torch.float64)
     leaves = (x, weight, state) if with_state else (x, weight)
-    ours = run_and_differentiate(
+    actual = run_and_differentiate(
         lambda *args: (causal_conv(*args) * probe).sum() + 0 * sum(arg.sum() for arg in args), *leaves
     )
     expected = run_and_differentiate(
         lambda *args: (torch_conv(*args) * probe).sum() + 0 * sum(arg.sum() for arg in args), *leaves
     )
-    for value, other in zip(ours, expected, strict=True):
+    for value, other in zip(actual, expected, strict=True):
         assert_close(value, other, atol=1e-14)
 
 
@@ -67,8 +67,8 @@ def test_documents_and_cuts_are_exact(time, kernel, cuts, starts):
 
     edges, state, pieces = [0, *sorted(min(cut, time) for cut in cuts), time], None, []
     for low, high in itertools.pairwise(edges):
-        piece, here = x[:, low:high], document_starts[:, low:high]
-        mask = here if here.any() else None
+        piece, piece_starts = x[:, low:high], document_starts[:, low:high]
+        mask = piece_starts if piece_starts.any() else None
         pieces.append(
             causal_conv(piece, weight, state, None if mask is None else reach_within_document(mask, kernel))
         )
@@ -98,14 +98,14 @@ def test_documents_and_cuts_are_exact(time, kernel, cuts, starts):
 def test_state_is_taken_where_each_row_ends(time, kernel, lengths, seed):
     x, _, state = problem(seed, time, kernel)
     lengths = [min(length, time) for length in lengths]
-    ours = next_conv_state(x, state, kernel, None, torch.tensor(lengths))
+    actual = next_conv_state(x, state, kernel, None, torch.tensor(lengths))
     for row, length in enumerate(lengths):
         assert torch.equal(
-            ours[row : row + 1], next_conv_state(x[row : row + 1, :length], state[row : row + 1], kernel)
+            actual[row : row + 1], next_conv_state(x[row : row + 1, :length], state[row : row + 1], kernel)
         ), row
 
 
-def test_packed_gradient_is_that_of_the_documents():
+def test_packed_gradient_equals_that_of_separate_documents():
     x, weight, _ = problem(3, 17, 4)
     starts = torch.zeros(2, 17, dtype=torch.bool)
     starts[:, [0, 2, 3, 9]] = True
@@ -116,10 +116,10 @@ def test_packed_gradient_is_that_of_the_documents():
         pieces = [torch_conv(piece, weight) for piece in x.split([2, 1, 6, 8], dim=1)]
         return (torch.cat(pieces, dim=1) * probe).sum()
 
-    ours = run_and_differentiate(
+    actual = run_and_differentiate(
         lambda x, weight: (causal_conv(x, weight, None, taps) * probe).sum(), x, weight
     )
-    for value, other in zip(ours, run_and_differentiate(separate, x, weight), strict=True):
+    for value, other in zip(actual, run_and_differentiate(separate, x, weight), strict=True):
         assert_close(value, other, atol=1e-14)
 
 

@@ -15,7 +15,7 @@ cells = pytest.mark.parametrize("cell", CELLS)
 @cells
 @pytest.mark.parametrize("piece", [1, 4, 100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_prompt_in_pieces_then_tokens_are_the_whole(cell, piece, dtype):
+def test_prompt_in_pieces_then_tokens_equal_the_whole(cell, piece, dtype):
     model, ids = new_model(dtype=dtype, cell=cell).eval(), random_ids(3, 17)
     with torch.no_grad():
         whole = model(ids, use_cache=True)
@@ -26,10 +26,10 @@ def test_prompt_in_pieces_then_tokens_are_the_whole(cell, piece, dtype):
     for t in range(9, 17):
         assert_close(step(ids[:, t]), whole.logits[:, t], atol=1e-5 if dtype == torch.float32 else 1e-12)
     assert step.cache.get_seq_length() == 17
-    ours, theirs = step.cache.state_dict(), whole.past_key_values.state_dict()
-    assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
-        assert_close(tensor, theirs[name], atol=1e-5)
+    actual, expected_state = step.cache.state_dict(), whole.past_key_values.state_dict()
+    assert actual.keys() == expected_state.keys()
+    for name, tensor in actual.items():
+        assert_close(tensor, expected_state[name], atol=1e-5)
     assert cache.get_seq_length() == 9, "the prompt's own cache stays where it is"
 
 
@@ -82,7 +82,7 @@ def test_generate_reads_a_long_prompt_in_pieces(monkeypatch):
     )
 
 
-def test_mistakes_are_named():
+def test_invalid_arguments_are_refused():
     model = new_model().eval()
     with pytest.raises(ValueError, match=r"input_ids \[batch, time\].*got \(2, 0\), 8192"):
         prefill(model, torch.zeros(2, 0, dtype=torch.long))

@@ -1,7 +1,8 @@
-"""A model need not be on the current device, nor on one: graphs, launches and boundaries follow its tensors.
+"""Models on another device than the current one, or on several devices.
 
-No second device is at hand here. A stand-in for torch.cuda notes where things are done, and the meta device plays
-the other device: what is left behind is an error there too.
+Graphs, launches and boundaries follow the tensors. These tests need no second device. A mock of torch.cuda
+records the device of each call, and the meta device replaces the second device: a tensor that is not moved is
+an error too.
 """
 
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ SECOND = torch.device("cuda:1")
 
 
 class OnSecondGPU(torch.Tensor):
-    """A tensor of the CPU that says it is on a GPU."""
+    """A CPU tensor whose device is a GPU."""
 
     @classmethod
     def __torch_function__(cls, *arguments: Any, **options: Any) -> Any:
@@ -36,7 +37,7 @@ class OnSecondGPU(torch.Tensor):
         return SECOND
 
 
-class StandIn:
+class MockCuda:
     """torch.cuda's streams and graphs, and the device that is current when they are made or used."""
 
     def __init__(self, log: list[tuple[str, torch.device]], current: list[torch.device]):
@@ -48,43 +49,43 @@ class StandIn:
         yield
         self.current.pop()
 
-    def note(self, what: str) -> None:
-        self.log.append((what, self.current[-1]))
+    def record(self, call: str) -> None:
+        self.log.append((call, self.current[-1]))
 
     def Stream(self) -> Any:
-        self.note("stream")
-        return StandIn(self.log, self.current)
+        self.record("stream")
+        return MockCuda(self.log, self.current)
 
     def CUDAGraph(self) -> Any:
-        self.note("graph")
-        return StandIn(self.log, self.current)
+        self.record("graph")
+        return MockCuda(self.log, self.current)
 
     def current_stream(self) -> Any:
-        self.note("current stream")
-        return StandIn(self.log, self.current)
+        self.record("current stream")
+        return MockCuda(self.log, self.current)
 
     def wait_stream(self, other: Any) -> None:
-        self.note("wait")
+        self.record("wait")
 
     def replay(self) -> None:
-        self.note("replay")
+        self.record("replay")
 
     @contextmanager
     def stream(self, stream: Any) -> Iterator[None]:
-        assert isinstance(stream, StandIn)
-        self.note("on a stream")
+        assert isinstance(stream, MockCuda)
+        self.record("on a stream")
         yield
 
     @contextmanager
     def graph(self, graph: Any, stream: Any = None) -> Iterator[None]:
-        assert isinstance(stream, StandIn), "torch's own capture stream is on the device of the first graph"
-        self.note("capture")
+        assert isinstance(stream, MockCuda), "torch's own capture stream is on the device of the first graph"
+        self.record("capture")
         yield
 
 
 @pytest.fixture
-def cuda(monkeypatch) -> StandIn:
-    stand_in = StandIn([], [torch.device("cuda:0")])
+def cuda(monkeypatch) -> MockCuda:
+    stand_in = MockCuda([], [torch.device("cuda:0")])
     for name in ("device", "Stream", "CUDAGraph", "current_stream", "stream", "graph"):
         monkeypatch.setattr(torch.cuda, name, getattr(stand_in, name))
     return stand_in
@@ -98,7 +99,7 @@ def test_a_graph_is_recorded_and_replayed_on_the_model_s_device(cuda):
     step._capture()
     assert all(torch.equal(tensor, before[name]) for name, tensor in step.cache.state_dict().items())
     step(ids[:, 0])
-    assert {what for what, _ in cuda.log} >= {"stream", "graph", "capture", "replay"}
+    assert {call for call, _ in cuda.log} >= {"stream", "graph", "capture", "replay"}
     assert {device for _, device in cuda.log} == {SECOND}
     assert cuda.current == [torch.device("cuda:0")]
 
@@ -134,7 +135,7 @@ def test_boundaries_are_moved_as_one():
 
 @pytest.mark.parametrize("fields", [{}, {"cell": "minlstm_signed", "conv_kernel": 0}])
 def test_a_batch_with_boundaries_passes_from_device_to_device(fields):
-    """As with `device_map`: the second block, the norm and the head elsewhere, each behind accelerate's hook."""
+    """As with `device_map`: second block, norm and head on another device, with accelerate's hooks."""
     model, ids = new_model(num_hidden_layers=2, **fields), random_ids(2, 7)
     for module in (model.model.layers[1], model.model.norm, model.lm_head):
         hook = AlignDevicesHook(execution_device="meta", place_submodules=False)
@@ -151,6 +152,6 @@ def test_a_batch_with_boundaries_passes_from_device_to_device(fields):
     assert [state is not None and state.device.type for state in states] == ["cpu", "meta"]
 
 
-def test_the_number_of_items_comes_to_the_loss():
+def test_num_items_is_moved_to_the_device_of_the_loss():
     logits: Tensor = torch.zeros(2, 3, 5, device="meta")
     assert next_token_loss(logits, torch.zeros(2, 3, dtype=torch.long), torch.tensor(6)).device.type == "meta"

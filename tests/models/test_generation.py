@@ -1,4 +1,4 @@
-"""generate() against the same search written out or run without the state. In fp64, so that no near-tie falls the other way."""
+"""generate() against the same search without the state, in fp64, so that rounding decides no near-tie."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ def model_of(cell: str = "mingru", **fields) -> MinRNNForCausalLM:
 
 
 def greedy(model: MinRNNForCausalLM, ids: Tensor, num_tokens: int) -> Tensor:
-    """The most likely token, again and again, the whole text read each time."""
+    """Greedy decoding that reads the whole text for each token."""
     for _ in range(num_tokens):
         with torch.no_grad():
             ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
@@ -57,9 +57,9 @@ def test_generation_ends_at_eos():
     output = generate(model, ids, 12, eos_token_id=eos, pad_token_id=0)
     for row in range(2):
         new = expected[row, 6:].tolist()
-        kept = new[: new.index(eos) + 1] if eos in new else new
-        assert output[row, 6 : 6 + len(kept)].tolist() == kept
-        assert not output[row, 6 + len(kept) :].any()
+        expected_tokens = new[: new.index(eos) + 1] if eos in new else new
+        assert output[row, 6 : 6 + len(expected_tokens)].tolist() == expected_tokens
+        assert not output[row, 6 + len(expected_tokens) :].any()
 
 
 @cells
@@ -84,9 +84,9 @@ def test_beam_search_reorders_the_state(cell, padded):
     model = model_of(cell)
     _, ids, mask = left_padded([4, 7] if padded else [6, 6])
     options = {"num_beams": 3, "num_return_sequences": 2, "attention_mask": mask, "length_penalty": 0.0}
-    ours = generate(model, ids, 14, **options)
-    assert torch.equal(ours, generate(model, ids, 14, use_cache=False, **options))
-    assert not torch.equal(ours[::2], generate(model, ids, 14, attention_mask=mask)), (
+    actual = generate(model, ids, 14, **options)
+    assert torch.equal(actual, generate(model, ids, 14, use_cache=False, **options))
+    assert not torch.equal(actual[::2], generate(model, ids, 14, attention_mask=mask)), (
         "the beam never left the greedy path: a weak test"
     )
 
@@ -94,7 +94,7 @@ def test_beam_search_reorders_the_state(cell, padded):
 @cells
 @pytest.mark.parametrize("kernel", [0, 4])
 @pytest.mark.parametrize("chunk", [None, 2, 7])
-def test_a_left_padded_batch_is_each_prompt_alone(cell, kernel, chunk):
+def test_a_left_padded_batch_equals_separate_prompts(cell, kernel, chunk):
     model = model_of(cell, conv_kernel=kernel)
     prompts, ids, mask = left_padded([2, 9, 16])
     options = {} if chunk is None else {"prefill_chunk_size": chunk}
@@ -113,7 +113,7 @@ def test_prefill_in_chunks(cell, length):
 @cells
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("chunk", [None, 3])
-def test_generation_goes_on_from_a_returned_state(cell, padded, chunk):
+def test_generation_continues_a_returned_state(cell, padded, chunk):
     """Twice five tokens with the state between = ten tokens; so is a turn of new text in between."""
     model = model_of(cell)
     _, ids, mask = left_padded([3, 8] if padded else [8, 8])
@@ -143,8 +143,8 @@ def test_generation_from_embeddings():
 
 
 @pytest.mark.parametrize("mode", ["greedy", "sample", "beam", "beam sample"])
-def test_outputs_that_were_asked_for(mode):
-    """Scores, logits and hidden states, one entry for each new token, and the logits are those of the whole text."""
+def test_requested_outputs(mode):
+    """Scores, logits and hidden states have one entry per new token; logits are those of the whole text."""
     model, ids = model_of(), random_ids(2, 6)
     num_beams = 3 if "beam" in mode else 1
     names = ("output_scores", "output_logits", "output_hidden_states", "return_dict_in_generate")
@@ -195,8 +195,8 @@ PROCESSORS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_a_processed_search_is_the_same_with_and_without_the_state(name):
     model, ids = model_of(), random_ids(2, 6)
-    ours = generate(model, ids, 16, **PROCESSORS[name])
-    assert torch.equal(ours, generate(model, ids, 16, use_cache=False, **PROCESSORS[name]))
+    actual = generate(model, ids, 16, **PROCESSORS[name])
+    assert torch.equal(actual, generate(model, ids, 16, use_cache=False, **PROCESSORS[name]))
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_a_processed_search_is_the_same_with_and_without_the_state(name):
     ids=["prompt lookup", "assistant"],
 )
 def test_assisted_generation_is_refused(options):
-    """It checks guesses and takes wrong ones back; a recurrent state does not go back."""
+    """Assisted generation rejects tokens afterwards, and a recurrent state cannot be rewound."""
     if "assistant_model" in options:
         options = {"assistant_model": new_model(dtype=torch.float64)}
     with pytest.raises((ValueError, RuntimeError), match=r"(assist|stateful|recurrent|state)"):

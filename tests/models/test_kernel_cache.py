@@ -67,7 +67,7 @@ def values(apply: Any) -> list[float]:
 
 
 def not_writable(folder: Path) -> None:
-    """A file where the folder should be: root is not kept from it by permissions."""
+    """Put a file in place of the folder, because permissions do not stop root."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.touch()
 
@@ -92,26 +92,26 @@ def test_a_change_in_another_file_is_a_change_of_the_kernel(folders, kernel):
     source.write_text(source.read_text().replace(SIGMOID, f"{SIGMOID} + ONE"))
     assert values(kernel()) == pytest.approx([value + 1 for value in before])
     source.write_text(source.read_text().replace(f"{SIGMOID} + ONE", SIGMOID))
-    back = kernel()
-    assert values(back) == before
-    assert sum(back.stats.cache_hits.values()) == 1, "the version before is still there"
+    restored = kernel()
+    assert values(restored) == before
+    assert sum(restored.stats.cache_hits.values()) == 1, "the earlier version is still on disk"
 
 
-@pytest.mark.parametrize("place", ["home", "temporary", "nowhere"])
-def test_kernels_run_where_their_folder_cannot_be_written(place, folders, kernel, caplog):
+@pytest.mark.parametrize("location", ["home", "temporary", "nowhere"])
+def test_kernels_run_where_their_folder_cannot_be_written(location, folders, kernel, caplog):
     not_writable(folders["package"] / "__pycache__")
-    if place != "home":
+    if location != "home":
         not_writable(folders["home"])
-    if place == "nowhere":
+    if location == "nowhere":
         not_writable(folders["temporary"])
     assert values(kernel()) == pytest.approx([0.268941, 0.5, 0.731059], abs=1e-5)
-    places = [name for name, folder in folders.items() if folder.is_dir() and entries(folder)]
-    assert places == ([] if place == "nowhere" else [place])
+    locations = [name for name, folder in folders.items() if folder.is_dir() and entries(folder)]
+    assert locations == ([] if location == "nowhere" else [location])
     advice = [message.partition("; ")[2] for message in caplog.messages]
-    assert advice == (["set NUMBA_CACHE_DIR to one that is"] if place == "nowhere" else [])
+    assert advice == (["set NUMBA_CACHE_DIR to one that is"] if location == "nowhere" else [])
 
 
-def test_numba_s_own_setting_comes_first(folders, kernel, monkeypatch, tmp_path):
+def test_numba_cache_dir_comes_first(folders, kernel, monkeypatch, tmp_path):
     monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path / "chosen"))
     values(kernel())
     assert entries(tmp_path / "chosen")
@@ -131,7 +131,7 @@ def test_damaged_files_are_replaced(suffix, content, folders, kernel):
     assert sum(again.stats.cache_hits.values()) == 1
 
 
-def test_a_folder_that_is_lost_in_between_costs_the_kernels_alone(folders, kernel):
+def test_a_removed_folder_loses_only_the_kernels(folders, kernel):
     apply = kernel()
     not_writable(folders["package"] / "__pycache__")
     assert values(apply) == pytest.approx([0.268941, 0.5, 0.731059], abs=1e-5)

@@ -1,4 +1,4 @@
-"""Norm, convolution and gated activation as CPU kernels, against plain torch in fp64: values, every gradient, edges, layouts, threads."""
+"""Norm, convolution and gated activation as CPU kernels against plain torch in fp64."""
 
 import itertools
 from collections.abc import Callable
@@ -25,8 +25,8 @@ DTYPES = {
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 norm_dtypes = pytest.mark.parametrize("kind", DTYPES)
 
-# How far from the exact result: fp32 arithmetic of a few operations (sums over a row or over tokens: relative to what is summed), and one
-# rounding to nearest on the way out, half a unit in the last place.
+# Tolerances: fp32 arithmetic of a few operations (sums over a row or over tokens: relative to what is
+# summed), and one rounding of the result to nearest, half a unit in the last place.
 FP32 = 1e-6
 HALF_UNIT = {torch.float32: 2**-24, torch.bfloat16: 2**-8}
 
@@ -39,7 +39,7 @@ def draw(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, generator=generator(seed)).to(dtype)
 
 
-def differentiated(function: Callable[..., Tensor], **leaves: Tensor) -> Results:
+def outputs_and_gradients(function: Callable[..., Tensor], **leaves: Tensor) -> Results:
     """y, and the gradients of a sum of it weighted by bf16 numbers."""
     tensors = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
     y = function(**tensors)
@@ -57,13 +57,15 @@ def doubled(**tensors: Tensor) -> dict[str, Tensor]:
     return {name: tensor.double() for name, tensor in tensors.items()}
 
 
-def assert_results(ours: Results, expected: Results, dtypes: dict[str, torch.dtype], **sizes: Tensor) -> None:
-    """Each within half a unit of its dtype, and FP32 of the `sizes` of the terms that it is a sum of (which may cancel)."""
-    assert {name: value.dtype for name, value in ours.items()} == dtypes
+def assert_results(
+    actual: Results, expected: Results, dtypes: dict[str, torch.dtype], **sizes: Tensor
+) -> None:
+    """Each within half a unit of its dtype, and FP32 of the `sizes` of its terms, which may cancel."""
+    assert {name: value.dtype for name, value in actual.items()} == dtypes
     for name, exact in expected.items():
-        assert ours[name].shape == exact.shape, name
+        assert actual[name].shape == exact.shape, name
         error, bound = (
-            (ours[name].double() - exact).abs(),
+            (actual[name].double() - exact).abs(),
             FP32 * sizes[name] + HALF_UNIT[dtypes[name]] * exact.abs(),
         )
         assert (error <= bound).all(), (
@@ -71,9 +73,9 @@ def assert_results(ours: Results, expected: Results, dtypes: dict[str, torch.dty
         )
 
 
-def assert_same_bits(ours: Results, expected: Results) -> None:
+def assert_same_bits(actual: Results, expected: Results) -> None:
     for name, value in expected.items():
-        assert torch.equal(ours[name], value), name
+        assert torch.equal(actual[name], value), name
 
 
 def norm_of(backend: str | None = None, eps: float = 1e-6) -> Callable[..., Tensor]:
@@ -96,15 +98,15 @@ def test_norm(kind, rows, width, scale, seed):
     dtype, out = DTYPES[kind]
     x, weight = (scale * draw(seed, rows, width)).to(dtype), draw(seed + 1, width)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype != out):
-        ours = differentiated(norm_of(), x=x, weight=weight)
-    expected = differentiated(plain_norm, **doubled(x=x, weight=weight))
+        actual = outputs_and_gradients(norm_of(), x=x, weight=weight)
+    expected = outputs_and_gradients(plain_norm, **doubled(x=x, weight=weight))
     inverse = x.double().square().mean(-1, keepdim=True).add(1e-6).rsqrt()
     sizes = {
         "y": expected["y"].abs(),
         "d_x": 4 * weight.abs().max() * inverse,
         "d_weight": 2 * (x.abs() * inverse).sum(0),
     }
-    assert_results(ours, expected, {"y": out, "d_x": dtype, "d_weight": torch.float32}, **sizes)
+    assert_results(actual, expected, {"y": out, "d_x": dtype, "d_weight": torch.float32}, **sizes)
 
 
 @norm_dtypes
@@ -113,19 +115,21 @@ def test_norm_weights_in_their_own_dtype(kind):
     dtype, out = DTYPES[kind]
     x, weight = draw(1, 70, 17, dtype=dtype), draw(2, 17, dtype=torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype != out):
-        ours, wide = (differentiated(norm_of(), x=x, weight=w) for w in (weight, weight.float()))
-    assert ours["d_weight"].dtype == torch.bfloat16
-    assert torch.equal(ours["d_weight"], wide["d_weight"].bfloat16())
-    assert_same_bits({name: ours[name] for name in ("y", "d_x")}, {name: wide[name] for name in ("y", "d_x")})
+        actual, wide = (outputs_and_gradients(norm_of(), x=x, weight=w) for w in (weight, weight.float()))
+    assert actual["d_weight"].dtype == torch.bfloat16
+    assert torch.equal(actual["d_weight"], wide["d_weight"].bfloat16())
+    assert_same_bits(
+        {name: actual[name] for name in ("y", "d_x")}, {name: wide[name] for name in ("y", "d_x")}
+    )
 
 
-def test_norm_of_nothing_and_of_much():
+def test_norm_of_zeros_and_large_values():
     """A row of zeros stays one, with finite gradients; a large row does not overflow."""
     x = torch.zeros(3, 5)
     x[1], x[2, 3] = 1e15, 1e-30
-    ours = differentiated(norm_of(), x=x, weight=torch.ones(5))
-    assert torch.equal(ours["y"][:2], torch.tensor([[0.0], [1.0]]).expand(2, 5))
-    assert all(value.isfinite().all() for value in ours.values())
+    actual = outputs_and_gradients(norm_of(), x=x, weight=torch.ones(5))
+    assert torch.equal(actual["y"][:2], torch.tensor([[0.0], [1.0]]).expand(2, 5))
+    assert all(value.isfinite().all() for value in actual.values())
 
 
 @pytest.mark.parametrize("backend", [None, "numba", "torch", "reference"])
@@ -152,27 +156,27 @@ def test_norm_comes_out_in_the_dtype_of_the_matrix_product(backend, dtype, autoc
 @given(rows=row_counts, width=widths, seed=st.integers(0, 2**20))
 def test_swiglu(dtype, rows, width, seed):
     x = (3 * draw(seed, rows, 2 * width)).to(dtype)
-    ours, expected = differentiated(swiglu, x=x), differentiated(swiglu, **doubled(x=x))
+    actual, expected = outputs_and_gradients(swiglu, x=x), outputs_and_gradients(swiglu, **doubled(x=x))
     size = expected["d_x"].abs() + 0.1  # 1 + g (1 - sigmoid(g)) passes through 0
-    assert_results(ours, expected, {"y": dtype, "d_x": dtype}, y=expected["y"].abs(), d_x=size)
+    assert_results(actual, expected, {"y": dtype, "d_x": dtype}, y=expected["y"].abs(), d_x=size)
 
 
 @dtypes
-def test_swiglu_at_the_ends(dtype):
+def test_swiglu_of_extremes(dtype):
     gate, up = torch.meshgrid(
         torch.tensor([0.0, 90.0, -90.0, 1e4, -1e4]), torch.tensor([1.0, -1e4, 0.0]), indexing="ij"
     )
     x = torch.cat([gate.flatten(), up.flatten()]).to(dtype).view(1, -1)
-    ours, expected = differentiated(swiglu, x=x), differentiated(swiglu, **doubled(x=x))
-    for name, value in ours.items():
-        assert_close(value, expected[name], atol=1e-30, rtol=2 * HALF_UNIT[dtype] + FP32, what=name)
+    actual, expected = outputs_and_gradients(swiglu, x=x), outputs_and_gradients(swiglu, **doubled(x=x))
+    for name, value in actual.items():
+        assert_close(value, expected[name], atol=1e-30, rtol=2 * HALF_UNIT[dtype] + FP32, name=name)
 
 
 def conv_of(backend: str | None = None, reach: Tensor | None = None) -> Callable[..., Tensor]:
     return lambda x, weight, state=None: causal_conv(x, weight, state, reach, backend)
 
 
-def conv_problem(
+def random_conv_inputs(
     seed: int, dtype: torch.dtype, batch: int, time: int, width: int, kernel: int
 ) -> dict[str, Tensor]:
     x, state = (
@@ -194,22 +198,22 @@ def conv_problem(
     seed=st.integers(0, 2**20),
 )
 def test_conv(dtype, batch, time, width, kernel, with_state, begins, seed):
-    problem = conv_problem(seed, dtype, batch, time, width, kernel)
+    problem = random_conv_inputs(seed, dtype, batch, time, width, kernel)
     if not with_state:
         del problem["state"]
     starts = torch.rand(batch, time, generator=generator(seed)) < begins
     reach = reach_within_document(starts, kernel) if begins else None
-    ours, expected = (
-        differentiated(conv_of(None, reach), **problem),
-        differentiated(conv_of("torch", reach), **doubled(**problem)),
+    actual, expected = (
+        outputs_and_gradients(conv_of(None, reach), **problem),
+        outputs_and_gradients(conv_of("torch", reach), **doubled(**problem)),
     )
     absolute = {name: tensor.double().abs() for name, tensor in problem.items()}
-    sizes = {f"d_{name}": tensor for name, tensor in differentiated_sizes(absolute, reach).items()}
+    sizes = {f"d_{name}": tensor for name, tensor in gradient_term_sizes(absolute, reach).items()}
     outputs = {"y": dtype, "d_x": dtype, "d_weight": torch.float32} | (
         {"d_state": dtype} if with_state else {}
     )
     assert_results(
-        ours,
+        actual,
         expected,
         outputs,
         y=causal_conv(absolute["x"], absolute["weight"], absolute.get("state"), reach, "torch"),
@@ -217,7 +221,7 @@ def test_conv(dtype, batch, time, width, kernel, with_state, begins, seed):
     )
 
 
-def differentiated_sizes(absolute: dict[str, Tensor], reach: Tensor | None) -> dict[str, Tensor]:
+def gradient_term_sizes(absolute: dict[str, Tensor], reach: Tensor | None) -> dict[str, Tensor]:
     """The same sums over the sizes of their terms; a gradient is at most 2."""
     leaves = {name: leaf.requires_grad_() for name, leaf in absolute.items()}
     y = conv_of("torch", reach)(**leaves)
@@ -233,67 +237,74 @@ def differentiated_sizes(absolute: dict[str, Tensor], reach: Tensor | None) -> d
     seed=st.integers(0, 2**20),
 )
 def test_conv_cuts_change_no_bit(dtype, cuts, begins, seed):
-    """Whole = cut in pieces; and a gradient that comes back through the state is added to the others."""
+    """Whole = cut in pieces; the gradient through the state is added to the others."""
     time, kernel = 80, 4
-    problem = conv_problem(seed, dtype, 2, time, 17, kernel)
+    problem = random_conv_inputs(seed, dtype, 2, time, 17, kernel)
     starts = torch.rand(2, time, generator=generator(seed)) < begins
     reach = reach_within_document(starts, kernel) if begins else None
 
     def in_pieces(x: Tensor, weight: Tensor, state: Tensor) -> Tensor:
         pieces = []
         for low, high in itertools.pairwise([0, *sorted(cuts), time]):
-            here = starts[:, low:high] if begins else None
+            piece_starts = starts[:, low:high] if begins else None
             piece = x[:, low:high]
             pieces.append(
                 causal_conv(
-                    piece, weight, state, None if here is None else reach_within_document(here, kernel)
+                    piece,
+                    weight,
+                    state,
+                    None if piece_starts is None else reach_within_document(piece_starts, kernel),
                 )
             )
-            state = next_conv_state(piece, state, kernel, here)
+            state = next_conv_state(piece, state, kernel, piece_starts)
         return torch.cat(pieces, dim=1)
 
-    ours, whole = differentiated(in_pieces, **problem), differentiated(conv_of(None, reach), **problem)
-    assert torch.equal(ours["y"], whole["y"])
+    actual, whole = (
+        outputs_and_gradients(in_pieces, **problem),
+        outputs_and_gradients(conv_of(None, reach), **problem),
+    )
+    assert torch.equal(actual["y"], whole["y"])
     for name in ("d_x", "d_weight", "d_state"):  # each rounded once for every piece it is in
         assert_close(
-            ours[name], whole[name], atol=1e-6 + 4 * HALF_UNIT[dtype] * (name != "d_weight"), what=name
+            actual[name], whole[name], atol=1e-6 + 4 * HALF_UNIT[dtype] * (name != "d_weight"), name=name
         )
 
 
 @dtypes
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
-def test_conv_looks_at_no_other_document(dtype, poison):
-    """NaN in one document, or in the state before it, reaches no other, forwards or backwards; nor does it another row or channel."""
-    problem, starts = conv_problem(3, dtype, 2, 90, 5, 4), torch.zeros(2, 90, dtype=torch.bool)
+def test_conv_reads_no_other_document(dtype, poison):
+    """NaN in a document or the state reaches no other document, row or channel, forward or backward."""
+    problem, starts = random_conv_inputs(3, dtype, 2, 90, 5, 4), torch.zeros(2, 90, dtype=torch.bool)
     starts[:, [0, 20, 62, 65]] = True
     reach = reach_within_document(starts, 4)
-    sound = differentiated(conv_of(None, reach), **problem)
+    sound = outputs_and_gradients(conv_of(None, reach), **problem)
     broken = {name: tensor.clone() for name, tensor in problem.items()}
     broken["x"][0, 62:65, 2] = broken["state"][0, :, 2] = poison
-    ours = differentiated(conv_of(None, reach), **broken)
-    assert not ours["y"][0, 62:65, 2].isfinite().any()
+    actual = outputs_and_gradients(conv_of(None, reach), **broken)
+    assert not actual["y"][0, 62:65, 2].isfinite().any()
     hit = torch.zeros_like(starts)
     hit[0, 62:65] = True
-    assert torch.equal(ours["y"][~hit], sound["y"][~hit])
-    assert torch.equal(ours["y"][..., [0, 1, 3, 4]], sound["y"][..., [0, 1, 3, 4]])
-    assert torch.equal(ours["d_x"], sound["d_x"])
-    assert torch.equal(ours["d_weight"][[0, 1, 3, 4]], sound["d_weight"][[0, 1, 3, 4]])
+    assert torch.equal(actual["y"][~hit], sound["y"][~hit])
+    assert torch.equal(actual["y"][..., [0, 1, 3, 4]], sound["y"][..., [0, 1, 3, 4]])
+    assert torch.equal(actual["d_x"], sound["d_x"])
+    assert torch.equal(actual["d_weight"][[0, 1, 3, 4]], sound["d_weight"][[0, 1, 3, 4]])
 
 
 @dtypes
 def test_conv_reaches_no_further_than_its_kernel(dtype):
     """A reach that was computed for a wider one reads no memory beyond the weights."""
-    problem, starts = conv_problem(4, dtype, 2, 20, 5, 3), torch.zeros(2, 20, dtype=torch.bool)
+    problem, starts = random_conv_inputs(4, dtype, 2, 20, 5, 3), torch.zeros(2, 20, dtype=torch.bool)
     starts[:, [0, 7]] = True
-    ours, expected = (
-        differentiated(conv_of(None, reach_within_document(starts, kernel)), **problem) for kernel in (9, 3)
+    actual, expected = (
+        outputs_and_gradients(conv_of(None, reach_within_document(starts, kernel)), **problem)
+        for kernel in (9, 3)
     )
-    assert_same_bits(ours, expected)
+    assert_same_bits(actual, expected)
 
 
 @norm_dtypes
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
-def test_a_broken_row_breaks_no_other(kind, poison):
+def test_nan_stays_in_its_row(kind, poison):
     dtype, out = DTYPES[kind]
     others = [row for row in range(70) if row != 65]
     for function, leaves in (
@@ -303,19 +314,22 @@ def test_a_broken_row_breaks_no_other(kind, poison):
         broken = leaves | {"x": leaves["x"].clone()}
         broken["x"][65, 3] = poison
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype != out):
-            ours, sound = differentiated(function, **broken), differentiated(function, **leaves)
-        assert not ours["d_x"][65].isfinite().all()
+            actual, sound = (
+                outputs_and_gradients(function, **broken),
+                outputs_and_gradients(function, **leaves),
+            )
+        assert not actual["d_x"][65].isfinite().all()
         for name in ("y", "d_x"):
-            assert torch.equal(ours[name][others], sound[name][others]), name
+            assert torch.equal(actual[name][others], sound[name][others]), name
 
 
 FUNCTIONS: dict[str, tuple[Callable[..., Tensor], Callable[[torch.dtype], dict[str, Tensor]]]] = {
     "norm": (norm_of(), lambda dtype: {"x": draw(7, 3, 1000, 37, dtype=dtype), "weight": draw(8, 37)}),
     "swiglu": (swiglu, lambda dtype: {"x": draw(7, 3, 100, 74, dtype=dtype)}),
-    "conv": (conv_of(), lambda dtype: conv_problem(7, dtype, 3, 1000, 37, 4)),
+    "conv": (conv_of(), lambda dtype: random_conv_inputs(7, dtype, 3, 1000, 37, 4)),
     "conv-reach": (
         conv_of(None, reach_within_document(torch.rand(3, 1000, generator=generator(9)) < 0.1, 4)),
-        lambda dtype: conv_problem(7, dtype, 3, 1000, 37, 4),
+        lambda dtype: random_conv_inputs(7, dtype, 3, 1000, 37, 4),
     ),
 }
 functions = pytest.mark.parametrize("name", FUNCTIONS)
@@ -324,12 +338,12 @@ functions = pytest.mark.parametrize("name", FUNCTIONS)
 @functions
 @dtypes
 def test_threads_change_no_bit(name, dtype):
-    """Sums over tokens are large enough here for torch to share them among threads."""
+    """The sums over tokens are large enough for torch to use several threads."""
     function, make = FUNCTIONS[name]
     results = []
     for num_threads in (1, 2, 3, 8):
         torch.set_num_threads(num_threads)
-        results.append(differentiated(function, **make(dtype)))
+        results.append(outputs_and_gradients(function, **make(dtype)))
     for other in results[1:]:
         assert_same_bits(other, results[0])
 
@@ -351,8 +365,8 @@ def test_any_layout(name, dtype, how):
 
     function, make = FUNCTIONS[name]
     leaves = {name: view(leaf) for name, leaf in make(dtype).items()}
-    expected = differentiated(function, **{name: leaf.contiguous() for name, leaf in leaves.items()})
-    assert_same_bits(differentiated(function, **leaves), expected)
+    expected = outputs_and_gradients(function, **{name: leaf.contiguous() for name, leaf in leaves.items()})
+    assert_same_bits(outputs_and_gradients(function, **leaves), expected)
 
 
 @functions
@@ -367,16 +381,16 @@ def test_gradients_in_any_layout(name, dtype):
         torch.ones((), dtype=dtype).expand_as(y),
         torch.ones_like(y).transpose(0, -1).contiguous().transpose(0, -1),
     ):
-        ours = torch.autograd.grad(y, tensors, gradient, retain_graph=True)
-        assert all(torch.equal(value, other) for value, other in zip(ours, expected, strict=True))
+        actual = torch.autograd.grad(y, tensors, gradient, retain_graph=True)
+        assert all(torch.equal(value, other) for value, other in zip(actual, expected, strict=True))
 
 
 @functions
 @dtypes
-def test_the_process_default_dtype_plays_no_role(name, dtype):
+def test_default_dtype_has_no_effect(name, dtype):
     function, make = FUNCTIONS[name]
     leaves = make(dtype)
-    expected = differentiated(function, **leaves)
+    expected = outputs_and_gradients(function, **leaves)
     torch.set_default_dtype(torch.float64)
     try:
         y = function(**{name: leaf.requires_grad_() for name, leaf in leaves.items()})
@@ -391,7 +405,7 @@ def test_the_process_default_dtype_plays_no_role(name, dtype):
 
 @functions
 def test_dimensions_before_the_last_are_rows(name):
-    """One token without a batch, many dimensions, none of some: as the same rows in a list. (A convolution takes three.)"""
+    """Any number of dimensions gives the results of the same rows in a list. (A convolution takes three.)"""
     if name.startswith("conv"):
         return
     function, make = FUNCTIONS[name]
@@ -412,7 +426,7 @@ def test_dimensions_before_the_last_are_rows(name):
 @pytest.mark.parametrize("with_state", [False, True])
 def test_conv_of_one_token(dtype, with_state):
     """What decoding takes instead is the same but for rounding: each product in bf16 before the sum."""
-    problem = conv_problem(10, dtype, 3, 1, 17, 4)
+    problem = random_conv_inputs(10, dtype, 3, 1, 17, 4)
     state = problem["state"] if with_state else None
     y, after = conv_one_token(problem["x"], problem["weight"], state)
     expected = causal_conv(
@@ -429,8 +443,8 @@ def test_conv_of_one_token(dtype, with_state):
     )
 
 
-def test_one_token_of_inference_is_left_to_torch():
-    """An operator's call costs more than its work there; any other input, a gradient, or a backend by name takes the kernels."""
+def test_one_token_of_inference_uses_torch():
+    """There an operator call costs more than its work. Other inputs and a named backend use the kernels."""
     token, row = torch.ones(4, 1, 8), torch.ones(8)
     assert serves(token, None)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Norm, convolution and gated activation as torch operators: opcheck, the meta device, and what they refuse."""
+"""Norm, convolution and gated activation as torch operators: opcheck, the meta device, errors."""
 
 import re
 
@@ -19,7 +19,7 @@ def draw(*shape: int) -> Tensor:
 
 
 def operators() -> list:
-    """(operator, arguments): all that are defined here, forwards with gradients."""
+    """(operator, arguments): all operators of layers.py and conv.py, forward ones with gradients."""
     cases = []
     for dtype in (torch.float32, torch.bfloat16):
         x, gates, weight, inverse = draw(2, 5, 6).to(dtype), draw(2, 5, 6).to(dtype), draw(6), draw(10).abs()

@@ -26,11 +26,11 @@ def problem(num_tokens: int, vocab: int, seed: int = 0, dtype: torch.dtype = tor
 def test_any_block_gives_loss_and_gradients_of_the_whole(num_tokens, vocab, block, num_items):
     hidden, weight, targets = problem(num_tokens, vocab)
     targets[0] = 0  # at least one is scored
-    ours = linear_cross_entropy(hidden, weight, targets, num_items, block)
+    actual = linear_cross_entropy(hidden, weight, targets, num_items, block)
     plain = next_token_loss(hidden @ weight.t(), targets, num_items)
-    assert_close(ours, plain, atol=1e-12)
+    assert_close(actual, plain, atol=1e-12)
     for grad, other in zip(
-        torch.autograd.grad(ours * 3, (hidden, weight)),
+        torch.autograd.grad(actual * 3, (hidden, weight)),
         torch.autograd.grad(plain * 3, (hidden, weight)),
         strict=True,
     ):
@@ -43,15 +43,15 @@ def test_bf16_products_are_summed_in_fp32():
     exact = next_token_loss(hidden.double() @ weight.double().t(), targets)
     exact_grads = torch.autograd.grad(exact, (hidden, weight))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        ours = linear_cross_entropy(hidden, weight, targets, block=64)
-    assert ours.dtype == torch.float32
-    assert abs(ours.item() / exact.item() - 1) < 1e-3  # rounding of 4000 rows of logits to 2^-9, averaged
-    for grad, other in zip(torch.autograd.grad(ours, (hidden, weight)), exact_grads, strict=True):
+        actual = linear_cross_entropy(hidden, weight, targets, block=64)
+    assert actual.dtype == torch.float32
+    assert abs(actual.item() / exact.item() - 1) < 1e-3  # rounding of 4000 rows of logits to 2^-9, averaged
+    for grad, other in zip(torch.autograd.grad(actual, (hidden, weight)), exact_grads, strict=True):
         assert grad.dtype == torch.float32
         assert (grad - other).norm() / other.norm() < 6e-3
 
 
-def test_what_is_not_scored_cannot_harm():
+def test_ignored_tokens_have_no_effect():
     hidden, weight, targets = problem(9, 5)
     clean = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets), (hidden, weight))
     broken = hidden.detach().masked_fill((targets == -100).unsqueeze(1), float("nan")).requires_grad_()

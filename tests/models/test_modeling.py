@@ -117,8 +117,8 @@ def test_gradient_checkpointing_changes_nothing(cell, carried):
         results.append((output.loss, gradients(model, output.loss), state))
         calls.append(len(count))
     assert calls == [0, 1]  # blocks that the backward pass ran again
-    (loss, grads, state), (ours, our_grads, our_state) = results
-    assert_close(ours, loss, atol=1e-14)
+    (loss, grads, state), (actual, our_grads, our_state) = results
+    assert_close(actual, loss, atol=1e-14)
     assert_same_gradients(our_grads, grads, atol=1e-13)
     assert our_state.keys() == state.keys()
     assert bool(state) == carried
@@ -134,7 +134,7 @@ def test_dropout_only_in_training():
 
 @cells
 @pytest.mark.parametrize("preset", ["default", "paper"])
-def test_activations_keep_steady_with_depth(cell, preset):
+def test_activation_scale_is_steady_with_depth(cell, preset):
     """At initialisation, the residual stream after 16 blocks is as large as after 2."""
     sizes = {}
     for depth in (2, 16):
@@ -156,7 +156,7 @@ def test_activations_keep_steady_with_depth(cell, preset):
 
 @cells
 @pytest.mark.parametrize("memory_length", [2.0, 64.0, 4096.0])
-def test_memory_lengths_are_spread_in_octaves(cell, memory_length):
+def test_memory_lengths_are_spread_log_uniformly(cell, memory_length):
     torch.manual_seed(0)
     config = MinRNNConfig(
         cell=cell, hidden_size=64, num_hidden_layers=4, intermediate_size=0, memory_length=memory_length
@@ -265,8 +265,8 @@ def test_cache_rows_can_be_picked_repeated_and_reset():
     logits_of(model, ids, past_key_values=cache, use_cache=True)
     cache.reorder_cache(torch.LongTensor([2, 0]))
     cache.batch_repeat_interleave(2)
-    ours = logits_of(model, more, past_key_values=cache, use_cache=True)
-    assert_close(ours, logits_of(model, torch.cat([ids[[2, 2, 0, 0]], more], dim=1))[:, 6:], atol=1e-12)
+    actual = logits_of(model, more, past_key_values=cache, use_cache=True)
+    assert_close(actual, logits_of(model, torch.cat([ids[[2, 2, 0, 0]], more], dim=1))[:, 6:], atol=1e-12)
     cache.batch_select_indices(torch.tensor([3]))
     assert cache.layers[0].recurrent is not None
     assert cache.layers[0].recurrent.shape == (1, model.config.recurrent_size)

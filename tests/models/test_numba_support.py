@@ -1,4 +1,4 @@
-"""What the numba kernels are built from: elementary functions to the last place, bfloat16, tasks among threads."""
+"""The building blocks of the numba kernels: elementary functions, bfloat16, tasks on threads."""
 
 import contextlib
 import os
@@ -65,7 +65,7 @@ def test_tanh_keeps_its_digits_near_zero(normal_range):
 
 
 def test_ends_of_the_range():
-    """NaN passes; what would overflow or vanish stays at the ends, so that nothing divides by 0 or multiplies 0 with infinity."""
+    """NaN passes; results are clamped, so that nothing divides by 0 or multiplies 0 by infinity."""
     ends = np.array([np.nan, np.inf, 1e4, -1e4, -np.inf, 0.0, -0.0], np.float32)
     assert np.allclose(
         mapped(support.exp, ends),
@@ -85,7 +85,7 @@ def test_ends_of_the_range():
 @pytest.mark.parametrize("cell", [0, 1])
 @pytest.mark.parametrize("scale", [1.0, 8.0, 30.0])
 def test_factors(cell, scale):
-    """a and z in fp32 each keep the digits that their pre-activations give them: near 1 to two units of 2^-24, near 0 relatively.
+    """a and z in fp32 are exact to two units of 2^-24 near 1, and relatively near 0.
 
     A minLSTM takes exp(-p - max(-p, -q)): the difference is rounded by 2^-24 of its size.
     """
@@ -125,16 +125,16 @@ def test_every_bfloat16_is_read_and_written():
     assert narrow[numbers.isnan()].isnan().all()
 
 
-def test_rounding_to_bfloat16_is_torch_s():
-    """To nearest, ties to even, from any bits: half-way cases, subnormals, what overflows to infinity, every NaN."""
+def test_rounding_to_bfloat16_matches_torch():
+    """To nearest, ties to even, for any bits: half-way cases, subnormals, overflow to infinity, every NaN."""
     random = torch.randint(-(2**31), 2**31, (100_000,), generator=generator(2), dtype=torch.int64)
     ties = (random & ~0xFFFF) | 0x8000
     wide = torch.cat([random, ties, ties + 1, ties - 1]).to(torch.int32).view(torch.float32)
-    ours = torch.empty(wide.shape, dtype=torch.bfloat16)
-    copy(support.as_numpy(wide), support.as_numpy(ours))
+    actual = torch.empty(wide.shape, dtype=torch.bfloat16)
+    copy(support.as_numpy(wide), support.as_numpy(actual))
     expected = wide.bfloat16()
-    assert torch.equal(ours.isnan(), wide.isnan())
-    assert torch.equal(ours[~wide.isnan()].view(torch.uint16), expected[~wide.isnan()].view(torch.uint16))
+    assert torch.equal(actual.isnan(), wide.isnan())
+    assert torch.equal(actual[~wide.isnan()].view(torch.uint16), expected[~wide.isnan()].view(torch.uint16))
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 3, 8])
@@ -185,7 +185,7 @@ assert not torch.stack([parameter.grad.norm() for parameter in model.parameters(
     ],
 )
 def test_models_train_under_settings_of_the_environment(environment, tmp_path):
-    """Without numba's compiler the torch backend serves, and one line says so; without docstrings nothing changes."""
+    """Without numba's compiler, torch is used, with one warning; without docstrings nothing changes."""
     variables = os.environ | environment
     if "PYTHONOPTIMIZE" in environment:
         variables["PYTHONPYCACHEPREFIX"] = str(tmp_path)  # of all packages, for this test alone
@@ -232,7 +232,7 @@ os._exit(0)
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 def test_a_forked_child_computes_what_its_parent_does(tmp_path):
-    """After a parent that has used its threads. The timeout is for a child that waits for threads it has not got."""
+    """The parent has used its threads before the fork. A child that waits for them runs into the timeout."""
     environment = os.environ | {"HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "2"}
     process = subprocess.Popen(
         [sys.executable, "-c", FORKED],

@@ -31,12 +31,12 @@ def test_adapters(target, cell):
     assert without_logits.logits is None
     assert_close(without_logits.loss, whole.loss, atol=1e-12)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for ours, expected in zip(
+    for actual, expected in zip(
         torch.autograd.grad(without_logits.loss, trained),
         torch.autograd.grad(whole.loss, trained),
         strict=True,
     ):
-        assert_close(ours, expected, atol=1e-12)
+        assert_close(actual, expected, atol=1e-12)
     assert not torch.allclose(logits_of(base, ids), plain), "the adapter does nothing: a weak test"
     output = model.generate(input_ids=ids, max_new_tokens=5, do_sample=False)
     assert torch.equal(generate(model.merge_and_unload(), ids, 5), output)

@@ -18,7 +18,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 
 @pytest.fixture
 def probed(monkeypatch) -> Iterator[list[Tensor]]:
-    """What the probe is called with, on the CPU, which stands for a GPU."""
+    """The arguments of each call of the probe, on the CPU in place of a GPU."""
     tensors: list[Tensor] = []
     probe_triton._failure.cache_clear()
     monkeypatch.setattr(probe_triton, "run_probe", tensors.append)
@@ -49,7 +49,7 @@ def raising(error: BaseException) -> Callable[..., None]:
         (ValueError("type bf16 is not supported\n  on this GPU\n"), "type bf16 is not supported$"),
     ],
 )
-def test_what_fails_is_a_reason_in_one_line(error, reason, probed, monkeypatch):
+def test_a_failure_becomes_a_reason_in_one_line(error, reason, probed, monkeypatch):
     monkeypatch.setattr(probe_triton, "run_probe", raising(error))
     failure = probe_triton._failure(CPU, torch.bfloat16)
     assert failure is not None
@@ -58,7 +58,7 @@ def test_what_fails_is_a_reason_in_one_line(error, reason, probed, monkeypatch):
     assert "\n" not in failure
 
 
-def test_a_device_that_is_full_is_not_a_reason(probed, monkeypatch):
+def test_out_of_memory_is_raised(probed, monkeypatch):
     """No kernel is to blame, and another backend would need more memory still."""
     monkeypatch.setattr(torch, "zeros", raising(torch.OutOfMemoryError("CUDA out of memory")))
     with pytest.raises(torch.OutOfMemoryError):

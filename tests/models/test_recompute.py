@@ -1,4 +1,4 @@
-"""What a block keeps: as much as its docstring says, and the same losses and gradients whatever is kept."""
+"""Activation checkpointing: saved bytes as documented, and unchanged losses and gradients."""
 
 import pytest
 import torch
@@ -25,15 +25,15 @@ def loss_of(model: MinRNNForCausalLM) -> torch.Tensor:
         return model(input_ids=ids, shift_labels=ids, skip_logits=True).loss
 
 
-def bytes_kept(num_layers: int, recompute: str, cell: str) -> int:
-    """Memory taken by a forward pass and not given back by its end."""
+def saved_bytes(num_layers: int, recompute: str, cell: str) -> int:
+    """Bytes that a forward pass allocates and does not free."""
     model = new_model(num_layers, recompute, cell=cell)
     loss_of(model)  # compile what is to be compiled
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         loss = loss_of(model)
-    kept = sum(event.self_cpu_memory_usage for event in profiler.key_averages())
+    num_bytes = sum(event.self_cpu_memory_usage for event in profiler.key_averages())
     loss.backward()
-    return kept
+    return num_bytes
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTE)
@@ -50,12 +50,12 @@ def test_bytes_per_token_and_layer_are_as_stated(recompute, cell):
         "selective": 8 * H + 2 * P * R + 4 * R + 4 * intermediate,
         "full": 4 * H,
     }
-    measured = (bytes_kept(5, recompute, cell) - bytes_kept(2, recompute, cell)) / 3 / TOKENS
+    measured = (saved_bytes(5, recompute, cell) - saved_bytes(2, recompute, cell)) / 3 / TOKENS
     larger, smaller = (
         sum(p.numel() for p in new_model(layers, "none", cell=cell).parameters()) for layers in (3, 2)
     )
     weights = 2 * (larger - smaller)
-    if recompute == "none":  # autocast's bf16 copies of the weights are kept too
+    if recompute == "none":  # autocast's bf16 copies of the weights are saved too
         measured -= weights / TOKENS
     assert measured == pytest.approx(stated[recompute] + composed.get(recompute, 0), rel=0.03)
 

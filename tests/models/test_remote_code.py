@@ -1,4 +1,4 @@
-"""A saved model carries its own code: it loads where minrnn is not installed, with and without numba, and beside the package."""
+"""A saved model contains its code: it loads without minrnn, without numba, and beside the package."""
 
 import ast
 import json
@@ -18,24 +18,24 @@ from minrnn.data import byte_tokenizer
 PROMPTS = ["def main", "x", "import os, sys"]
 NUM_TOKENS = 12
 
-# Packages named in the second argument are gone, as if they had never been installed: no finder sees them.
-WITHOUT = """
+# Hides the packages named in the second argument from all finders, as if they were not installed.
+HIDE_PACKAGES = """
 import json, sys
 
-folder, gone = sys.argv[1], json.loads(sys.argv[2])
+folder, hidden = sys.argv[1], json.loads(sys.argv[2])
 
-class Without:
+class HidingFinder:
     def __init__(self, finder):
         self.finder = finder
 
     def find_spec(self, name, path=None, target=None):
-        return None if name.partition(".")[0] in gone else self.finder.find_spec(name, path, target)
+        return None if name.partition(".")[0] in hidden else self.finder.find_spec(name, path, target)
 
     def __getattr__(self, name):
         return getattr(self.finder, name)
 
-sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
-for name in gone:
+sys.meta_path[:] = [HidingFinder(finder) for finder in sys.meta_path]
+for name in hidden:
     try:
         __import__(name)
     except ModuleNotFoundError:
@@ -53,7 +53,7 @@ prompts, num_tokens = json.loads(sys.argv[3]), int(sys.argv[4])
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 assert type(model).__module__.startswith("transformers_modules."), type(model)
-assert not any(name.partition(".")[0] in gone for name, module in sys.modules.items() if module is not None)
+assert not any(name.partition(".")[0] in hidden for name, module in sys.modules.items() if module is not None)
 
 def new_tokens(texts):
     inputs = tokenizer(texts, return_tensors="pt", padding=True)
@@ -64,13 +64,15 @@ alone, batched = [new_tokens([prompt])[0] for prompt in prompts], new_tokens(pro
 ids = tokenizer(prompts[:1], return_tensors="pt")["input_ids"]
 loss = model(ids, labels=ids).loss
 norm = loss.detach()
-if "numba" in gone:  # else the backward kernel would be compiled once more, for seconds
-    norm = torch.stack([gradient.norm() for gradient in torch.autograd.grad(loss, list(model.parameters()))]).norm()
-model.save_pretrained(f"{folder}-again-{len(gone)}")
-body = AutoModel.from_pretrained(f"{folder}-again-{len(gone)}", trust_remote_code=True)
+if "numba" in hidden:  # otherwise the backward kernel would be compiled again, for seconds
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+model.save_pretrained(f"{folder}-again-{len(hidden)}")
+body = AutoModel.from_pretrained(f"{folder}-again-{len(hidden)}", trust_remote_code=True)
 assert torch.equal(body(ids).last_hidden_state, model.model(ids).last_hidden_state)
 assert type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()  # Trainer's label smoothing shifts
-features = pipeline("feature-extraction", model=folder, tokenizer=tokenizer, trust_remote_code=True, device="cpu")(prompts[0])
+options = {"model": folder, "tokenizer": tokenizer, "trust_remote_code": True, "device": "cpu"}
+features = pipeline("feature-extraction", **options)(prompts[0])
 assert torch.allclose(torch.tensor(features), model.model(ids).last_hidden_state, atol=1e-5)
 print(json.dumps({"alone": alone, "batched": batched, "loss": loss.item(), "norm": norm.item()}))
 """
@@ -88,7 +90,8 @@ def run(model):
 def load(source):
     if source == "package":
         from minrnn.models import MinRNNForCausalLM as factory
-    elif "minrnn.models" in sys.modules:  # the package has registered its classes, which AutoModelForCausalLM prefers
+    elif "minrnn.models" in sys.modules:
+        # AutoModelForCausalLM would take the package's classes, which are registered.
         factory = get_class_from_dynamic_module("modeling_minrnn.MinRNNForCausalLM", source)
     else:
         return AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True)
@@ -99,8 +102,10 @@ models = [load(sources[0])]
 before = run(models[0])
 models += [load(source) for source in sources[1:]]
 results = [run(model) for model in models]
-scans, operators = ([sys.modules[type(model).__module__.rpartition(".")[0] + name] for model in models] for name in (".scan", ".operators"))
-assert all(torch.equal(value, other) for values in results for value, other in zip(before, values, strict=True))
+packages = [type(model).__module__.rpartition(".")[0] for model in models]
+scans, operators = ([sys.modules[package + name] for package in packages] for name in (".scan", ".operators"))
+for values in results:
+    assert all(torch.equal(value, other) for value, other in zip(before, values, strict=True))
 for module in scans:
     a, b = torch.rand(2, 5, 3), torch.rand(2, 5, 3)
     values = [module.linear_scan(a, b, backend=backend)[0] for backend in ("reference", "torch")]
@@ -111,7 +116,7 @@ print(json.dumps({"namespaces": namespaces, "files": [scan.__file__ for scan in 
 
 
 def start(script: str, home: Path, *arguments: str) -> subprocess.Popen:
-    """Run a script elsewhere, isolated, offline, with an empty hub cache."""
+    """Run a script in another folder, isolated, offline, with an empty hub cache."""
     home.mkdir()
     (home / "script.py").write_text(script)
     environment = os.environ | {
@@ -132,7 +137,7 @@ def finish(process: subprocess.Popen) -> dict:
 
 
 def save(folder: Path, cell: str, **fields: Any):
-    """An untied model (it says more than its last token) with its tokenizer; generation is limited by length alone."""
+    """An untied model, which does not repeat its last token, and its tokenizer; generation ends by length."""
     tokenizer = byte_tokenizer()
     model = new_model(
         vocab_size=264, cell=cell, tie_word_embeddings=False, pad_token_id=tokenizer.pad_token_id, **fields
@@ -153,9 +158,8 @@ def test_the_saved_folder_holds_the_code(tmp_path):
         "layers_numba.py",
         "tiles_triton.py",
     }
-    for (
-        name
-    ) in saved:  # what transformers does not find, or looks for in vain, fails where the model is loaded
+    # A missing file, or an import that transformers cannot satisfy, would fail when the model is loaded.
+    for name in saved:
         tree = ast.walk(ast.parse((tmp_path / name).read_text()))
         siblings = [
             f"{node.module}.py" for node in tree if isinstance(node, ast.ImportFrom) and node.level == 1
@@ -172,14 +176,16 @@ def test_the_saved_folder_holds_the_code(tmp_path):
 
 
 def test_loads_without_the_package(tmp_path):
-    """Two machines, with numba and without: both write what we write, alone and in a left-padded batch, and can train and save again."""
+    """With and without numba: the same text alone and in a left-padded batch; training and saving work."""
     folder = tmp_path / "model"
     model, tokenizer = save(folder, "mingru")
     arguments = (json.dumps(PROMPTS), str(NUM_TOKENS))
-    gone = {"numba": ["minrnn"], "no-numba": ["minrnn", "numba", "llvmlite", "triton"]}
+    hidden = {"numba": ["minrnn"], "no-numba": ["minrnn", "numba", "llvmlite", "triton"]}
     processes = {
-        name: start(WITHOUT + GENERATE, tmp_path / name, str(folder), json.dumps(gone[name]), *arguments)
-        for name in gone
+        name: start(
+            HIDE_PACKAGES + GENERATE, tmp_path / name, str(folder), json.dumps(hidden[name]), *arguments
+        )
+        for name in hidden
     }
 
     expected = []
@@ -190,13 +196,13 @@ def test_loads_without_the_package(tmp_path):
     loss = model(ids, labels=ids).loss
     norm = torch.stack([grad.norm() for grad in torch.autograd.grad(loss, list(model.parameters()))]).norm()
     for name, process in processes.items():
-        found = finish(process)
-        assert found["alone"] == expected
-        assert found["batched"] == expected
-        assert found["loss"] == pytest.approx(loss.item(), rel=1e-5)
-        assert name == "numba" or found["norm"] == pytest.approx(norm.item(), rel=1e-4)
+        result = finish(process)
+        assert result["alone"] == expected
+        assert result["batched"] == expected
+        assert result["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert name == "numba" or result["norm"] == pytest.approx(norm.item(), rel=1e-4)
 
-    for names in gone.values():
+    for names in hidden.values():
         again = Path(f"{folder}-again-{len(names)}")
         assert torch.equal(logits_of(type(model).from_pretrained(again), ids), logits_of(model, ids))
         assert (again / "scan.py").read_bytes() == (folder / "scan.py").read_bytes()
@@ -204,7 +210,7 @@ def test_loads_without_the_package(tmp_path):
 
 @pytest.mark.parametrize("version", ["same", "another"])
 def test_copies_live_side_by_side(tmp_path, version):
-    """The package and exports of it in one process: each keeps its operators, whether or not their source is the same."""
+    """The package and exports of it in one process: each keeps its operators, with the same source or not."""
     folders = [tmp_path / "one", tmp_path / "two"]
     for folder in folders:
         save(folder, "minlstm", scan_backend="torch")
@@ -213,9 +219,9 @@ def test_copies_live_side_by_side(tmp_path, version):
             file.write("\n# another version\n")
     one, two = map(str, folders)
     sources = ["package", one, two] if version == "same" else [one, "package"]
-    found = finish(start(WITHOUT + SIDE_BY_SIDE, tmp_path / "home", one, "[]", json.dumps(sources)))
-    assert [Path(file).is_relative_to(tmp_path) for file in found["files"]] == [
+    result = finish(start(HIDE_PACKAGES + SIDE_BY_SIDE, tmp_path / "home", one, "[]", json.dumps(sources)))
+    assert [Path(file).is_relative_to(tmp_path) for file in result["files"]] == [
         source != "package" for source in sources
     ]
-    assert len(set(found["files"])) == len(sources)
-    assert len(set(found["namespaces"])) == (1 if version == "same" else 2)
+    assert len(set(result["files"])) == len(sources)
+    assert len(set(result["namespaces"])) == (1 if version == "same" else 2)

@@ -1,4 +1,4 @@
-"""The scan against the recurrence written out, for every backend: values, gradients, dtypes, shapes and cuts."""
+"""Every backend of the scan against a plain loop: values, gradients, dtypes, shapes and cuts."""
 
 import itertools
 
@@ -35,7 +35,7 @@ ROUNDING = {
 
 
 def plain_scan(a: Tensor, b: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
-    """The recurrence, differentiated by autograd alone."""
+    """The recurrence, outputs_and_gradients by autograd alone."""
     h, states = h0, []
     for a_t, b_t in zip(a.unbind(1), b.unbind(1), strict=True):
         h = a_t * h + b_t
@@ -43,7 +43,7 @@ def plain_scan(a: Tensor, b: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
     return (torch.stack(states, dim=1) if states else torch.zeros_like(b)), h
 
 
-def random_problem(
+def random_inputs(
     seed: int, batch: int, time: int, width: int, dtypes=DTYPES["fp64"], kind: str = "signed"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(a, b, h0) in their dtypes; a in [-1, 1], with zeros and ones among them, or close to 1, or both."""
@@ -62,7 +62,7 @@ def random_problem(
     return a.to(dtypes[0]), b.to(dtypes[1]), h0.to(dtypes[2])
 
 
-def differentiated(
+def outputs_and_gradients(
     scan, a: Tensor, b: Tensor, h0: Tensor | None, weights: tuple[Tensor, Tensor], use: str = "both"
 ) -> Results:
     """h, h_last and the gradients of their weighted sum; with `use` of only one of them."""
@@ -84,7 +84,7 @@ def differentiated(
 
 
 def random_weights(seed: int, b: Tensor) -> tuple[Tensor, Tensor]:
-    """For h and h_last; representable in every dtype, so that rounding the incoming gradient loses nothing."""
+    """For h and h_last; representable in every dtype, so that the incoming gradient is not rounded."""
     random = generator(seed + 1)
     return (torch.randint(-8, 9, b.shape, generator=random) / 4).double(), torch.randn(
         b.shape[0], b.shape[2], generator=random
@@ -94,25 +94,27 @@ def random_weights(seed: int, b: Tensor) -> tuple[Tensor, Tensor]:
 def plain_results(
     a: Tensor, b: Tensor, h0: Tensor | None, weights: tuple[Tensor, Tensor], use: str = "both"
 ) -> Results:
-    """`differentiated` of the plain loop in fp64 on the same numbers."""
+    """`outputs_and_gradients` of the plain loop in fp64 on the same numbers."""
     start = torch.zeros(b.shape[0], b.shape[2], dtype=torch.float64)
 
     def scan(a, b, h0):
         return plain_scan(a, b, start if h0 is None else h0)
 
-    return differentiated(scan, a.double(), b.double(), None if h0 is None else h0.double(), weights, use)
+    return outputs_and_gradients(
+        scan, a.double(), b.double(), None if h0 is None else h0.double(), weights, use
+    )
 
 
-def assert_results(ours: Results, expected: Results, a: Tensor, b: Tensor, h0: Tensor | None) -> None:
+def assert_results(actual: Results, expected: Results, a: Tensor, b: Tensor, h0: Tensor | None) -> None:
     accumulated = torch.float64 if torch.float64 in (a.dtype, b.dtype) else torch.float32
     dtypes = {"h": b.dtype, "h_last": accumulated, "da": a.dtype, "db": b.dtype} | (
         {} if h0 is None else {"dh0": h0.dtype}
     )
-    assert {name: value.dtype for name, value in ours.items()} == dtypes
-    for name, value in ours.items():
+    assert {name: value.dtype for name, value in actual.items()} == dtypes
+    for name, value in actual.items():
         # da is the product of a gradient with an h that was saved in b's dtype
         rounding = ROUNDING[dtypes[name]] + (ROUNDING[b.dtype] if name == "da" else 0)
-        assert_close(value, expected[name], atol=PRECISION[accumulated], rtol=rounding, what=name)
+        assert_close(value, expected[name], atol=PRECISION[accumulated], rtol=rounding, name=name)
 
 
 narrow = st.tuples(st.integers(0, 3), st.integers(0, 70), st.integers(1, 70))
@@ -133,20 +135,22 @@ kinds = st.sampled_from(["signed", "long", "positive"])
     seed=st.integers(0, 2**20),
 )
 def test_values_and_gradients(backend, dtypes, shape, kind, with_h0, use, seed):
-    a, b, start = random_problem(seed, *shape, dtypes=dtypes, kind=kind)
+    a, b, start = random_inputs(seed, *shape, dtypes=dtypes, kind=kind)
     h0 = start if with_h0 else None
     weights = random_weights(seed, b)
-    ours = differentiated(lambda a, b, h0: linear_scan(a, b, h0, backend=backend), a, b, h0, weights, use)
-    assert_results(ours, plain_results(a, b, h0, weights, use), a, b, h0)
+    actual = outputs_and_gradients(
+        lambda a, b, h0: linear_scan(a, b, h0, backend=backend), a, b, h0, weights, use
+    )
+    assert_results(actual, plain_results(a, b, h0, weights, use), a, b, h0)
 
 
 @backends
 @pytest.mark.parametrize("time", [1, 2, 3, 4, 5, 64, 65, 67])
 def test_edges_of_blocks(backend, time):
-    a, b, h0 = random_problem(time, 2, time, 3)
+    a, b, h0 = random_inputs(time, 2, time, 3)
     weights = random_weights(time, b)
-    ours = differentiated(lambda a, b, h0: linear_scan(a, b, h0, backend=backend), a, b, h0, weights)
-    assert_results(ours, plain_results(a, b, h0, weights), a, b, h0)
+    actual = outputs_and_gradients(lambda a, b, h0: linear_scan(a, b, h0, backend=backend), a, b, h0, weights)
+    assert_results(actual, plain_results(a, b, h0, weights), a, b, h0)
 
 
 @backends
@@ -157,7 +161,7 @@ def test_edges_of_blocks(backend, time):
     dtypes=st.sampled_from(["fp64", "fp32", "bf16"]),
 )
 def test_cut_anywhere(backend, time, cuts, dtypes):
-    a, b, h0 = random_problem(time, 2, time, 33, DTYPES[dtypes], "long")
+    a, b, h0 = random_inputs(time, 2, time, 33, DTYPES[dtypes], "long")
     weights = random_weights(time, b)
 
     def cut_scan(a, b, h0):
@@ -167,21 +171,23 @@ def test_cut_anywhere(backend, time, cuts, dtypes):
             pieces.append(h)
         return torch.cat(pieces, dim=1), h0
 
-    assert_results(differentiated(cut_scan, a, b, h0, weights), plain_results(a, b, h0, weights), a, b, h0)
+    assert_results(
+        outputs_and_gradients(cut_scan, a, b, h0, weights), plain_results(a, b, h0, weights), a, b, h0
+    )
 
 
 @backends
 @pytest.mark.parametrize("dtypes", ["fp64", "fp32", "bf16"])
 def test_token_by_token(backend, dtypes):
-    a, b, h0 = random_problem(5, 3, 37, 19, DTYPES[dtypes], "long")
+    a, b, h0 = random_inputs(5, 3, 37, 19, DTYPES[dtypes], "long")
     h, h_last = linear_scan(a, b, h0, backend=backend)
     state, steps = h0, []
     for t in range(b.shape[1]):
         step, state = linear_scan(a[:, t : t + 1], b[:, t : t + 1], state, backend=backend)
         steps.append(step)
     precision = PRECISION[state.dtype]
-    assert_close(torch.cat(steps, dim=1), h, atol=precision, rtol=ROUNDING[b.dtype], what="h")
-    assert_close(state, h_last, atol=precision, what="h_last")
+    assert_close(torch.cat(steps, dim=1), h, atol=precision, rtol=ROUNDING[b.dtype], name="h")
+    assert_close(state, h_last, atol=precision, name="h_last")
 
 
 @backends
@@ -189,18 +195,18 @@ def test_token_by_token(backend, dtypes):
 @settings(max_examples=5)
 @given(shape=narrow, with_h0=st.booleans(), seed=st.integers(0, 2**20))
 def test_decay_is_the_product(backend, dtypes, shape, with_h0, seed):
-    """Of all decays, in the state's dtype, 1 of none; outputs are the same with it as without, and no gradient flows through it."""
-    a, b, start = random_problem(seed, *shape, dtypes=dtypes, kind="long")
+    """The product of all decays, 1 for no tokens. It does not change the outputs and has no gradient."""
+    a, b, start = random_inputs(seed, *shape, dtypes=dtypes, kind="long")
     h0 = start if with_h0 else None
     h, h_last, decay = linear_scan_with_decay(a.requires_grad_(), b, h0, backend=backend)
     assert decay.dtype == h_last.dtype
     assert not decay.requires_grad
-    assert_close(decay, a.detach().double().prod(1), atol=0, rtol=(shape[1] + 1) * 2**-24, what="decay")
+    assert_close(decay, a.detach().double().prod(1), atol=0, rtol=(shape[1] + 1) * 2**-24, name="decay")
     for value, other in zip((h, h_last), linear_scan(a, b, h0, backend=backend), strict=True):
         assert torch.equal(value, other)
     if h0 is not None:
         assert_close(
-            decay * h0 + linear_scan(a, b, None, backend=backend)[1], h_last, atol=1e-5, what="h_last"
+            decay * h0 + linear_scan(a, b, None, backend=backend)[1], h_last, atol=1e-5, name="h_last"
         )
 
 
@@ -218,18 +224,18 @@ def strided(tensor: Tensor, how: str) -> Tensor:
 @pytest.mark.parametrize("dtypes", ["fp64", "bf16"])
 @pytest.mark.parametrize("time", [0, 1, 23])
 def test_any_layout(backend, how, dtypes, time):
-    a, b, h0 = (strided(tensor, how) for tensor in random_problem(9, 3, time, 17, DTYPES[dtypes]))
+    a, b, h0 = (strided(tensor, how) for tensor in random_inputs(9, 3, time, 17, DTYPES[dtypes]))
     weights = random_weights(9, b)
     weights = strided(weights[0], how), strided(weights[1], how)
-    ours = differentiated(lambda a, b, h0: linear_scan(a, b, h0, backend=backend), a, b, h0, weights)
-    assert_results(ours, plain_results(a, b, h0, weights), a, b, h0)
+    actual = outputs_and_gradients(lambda a, b, h0: linear_scan(a, b, h0, backend=backend), a, b, h0, weights)
+    assert_results(actual, plain_results(a, b, h0, weights), a, b, h0)
 
 
 @backends
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("where", ["a", "b", "h0"])
-def test_a_broken_row_breaks_no_other(backend, poison, where):
-    sound = dict(zip(("a", "b", "h0"), random_problem(3, 3, 29, 530), strict=True))
+def test_nan_stays_in_its_row(backend, poison, where):
+    sound = dict(zip(("a", "b", "h0"), random_inputs(3, 3, 29, 530), strict=True))
     broken = {name: tensor.clone() for name, tensor in sound.items()}
     broken[where][1] = poison
     weights = random_weights(3, sound["b"])
@@ -237,9 +243,11 @@ def test_a_broken_row_breaks_no_other(backend, poison, where):
     def scan(a, b, h0):
         return linear_scan(a, b, h0, backend=backend)
 
-    ours, expected = (differentiated(scan, *inputs.values(), weights=weights) for inputs in (broken, sound))
-    assert not ours["h"][1].isfinite().all()
-    for name, value in ours.items():
+    actual, expected = (
+        outputs_and_gradients(scan, *inputs.values(), weights=weights) for inputs in (broken, sound)
+    )
+    assert not actual["h"][1].isfinite().all()
+    for name, value in actual.items():
         assert torch.equal(value[[0, 2]], expected[name][[0, 2]]), name
 
 
@@ -247,36 +255,37 @@ def test_a_broken_row_breaks_no_other(backend, poison, where):
 @pytest.mark.parametrize("dtypes", ["fp32", "bf16"])
 @pytest.mark.parametrize("batch", [1, 2])  # 7 threads for one row: each takes a stripe of it
 def test_threads_change_no_bit(backend, dtypes, batch):
-    a, b, h0 = random_problem(4, batch, 31, 1100, DTYPES[dtypes])
+    a, b, h0 = random_inputs(4, batch, 31, 1100, DTYPES[dtypes])
     weights, results = random_weights(4, b), []
     for num_threads in (1, 2, 3, 7):
         torch.set_num_threads(num_threads)
         results.append(
-            differentiated(lambda a, b, h0: linear_scan(a, b, h0, backend=backend), a, b, h0, weights)
+            outputs_and_gradients(lambda a, b, h0: linear_scan(a, b, h0, backend=backend), a, b, h0, weights)
         )
     for other in results[1:]:
         assert all(torch.equal(other[name], value) for name, value in results[0].items())
 
 
-# The sequential backends round once a token; the torch backend multiplies decays first, and 1 - x times 1 - y loses x * y, always to one side.
+# The sequential backends round once per token. The torch backend multiplies decays first, and (1 - x) (1 - y)
+# loses x * y, always in the same direction.
 @pytest.mark.parametrize(("backend", "bound"), [("reference", 3e-5), ("numba", 3e-5), ("torch", 1e-4)])
 def test_long_memory_over_a_long_sequence(backend, bound):
-    """Memory of 100 to 100,000 tokens over 8,192, in fp32: far below the T / 2**24 = 5e-4 of the worst case."""
+    """Memories of 100 to 100,000 tokens over 8,192 tokens: far below the worst case T / 2**24 = 5e-4."""
     random = generator(11)
     decay = 10 ** -(2 + 3 * torch.rand(1, 1, 48, generator=random))
     a = (1 - decay * torch.rand(2, 8192, 48, generator=random)).float()
     b, h0 = torch.randn(a.shape, generator=random) * decay, torch.randn(2, 48, generator=random)
     weights = random_weights(11, b)
-    ours = differentiated(lambda a, b, h0: linear_scan(a, b, h0, backend=backend), a, b, h0, weights)
-    exact = differentiated(
+    actual = outputs_and_gradients(lambda a, b, h0: linear_scan(a, b, h0, backend=backend), a, b, h0, weights)
+    exact = outputs_and_gradients(
         lambda a, b, h0: linear_scan(a, b, h0, backend="reference"),
         a.double(),
         b.double(),
         h0.double(),
         weights,
     )
-    for name, value in ours.items():
-        assert_close(value, exact[name], atol=bound, what=name)
+    for name, value in actual.items():
+        assert_close(value, exact[name], atol=bound, name=name)
 
 
 @pytest.mark.slow

@@ -69,12 +69,12 @@ def test_compiles_without_a_graph_break(backend):
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     for layout in ("contiguous", "transposed"):
         arguments = inputs(layout, 7)
-        for ours, expected in zip(
+        for actual, expected in zip(
             run_and_differentiate(compiled, *arguments),
             run_and_differentiate(function, *arguments),
             strict=True,
         ):
-            assert_close(ours, expected, atol=1e-6)
+            assert_close(actual, expected, atol=1e-6)
 
 
 def test_compiles_for_any_length():
@@ -87,12 +87,12 @@ def test_compiles_for_any_length():
 
 
 @backends
-def test_autocast_leaves_it_alone(backend):
+def test_autocast_has_no_effect(backend):
     a, b, h0 = inputs("contiguous", 9)
     expected = linear_scan(a, b, h0, backend=backend)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        ours = linear_scan(a, b, h0, backend=backend)
-    for value, other in zip(ours, expected, strict=True):
+        actual = linear_scan(a, b, h0, backend=backend)
+    for value, other in zip(actual, expected, strict=True):
         assert value.dtype == torch.float32
         assert torch.equal(value, other)
 
@@ -118,7 +118,7 @@ def test_default_backend_is_the_one_of_the_device(dtype, monkeypatch):
 
 
 def test_namespace_is_a_hash_of_the_source(tmp_path):
-    """Of all that the operators of a file are made of, and of nothing else that lies there."""
+    """Of the files that the operators are made of, and of no other file of the folder."""
 
     def copy(name: str, **changed: str) -> str:
         folder = tmp_path / name
@@ -130,9 +130,9 @@ def test_namespace_is_a_hash_of_the_source(tmp_path):
                 file.write(text)
         return namespace(str(folder / "scan.py"))
 
-    ours = copy("one")
-    assert ours == copy("same")
-    assert ours == copy("something-else", layers_numba="\n#", note="\n#")
+    actual = copy("one")
+    assert actual == copy("same")
+    assert actual == copy("something-else", layers_numba="\n#", note="\n#")
     for module in (
         "scan",
         "scan_numba",
@@ -142,10 +142,10 @@ def test_namespace_is_a_hash_of_the_source(tmp_path):
         "tiles_triton",
         "operators",
     ):
-        assert ours != copy(module, **{module: "\n#"}), module
+        assert actual != copy(module, **{module: "\n#"}), module
 
 
-def test_the_same_operator_is_made_once():
+def test_an_operator_is_registered_once():
     def one_more(a: Tensor) -> Tensor:
         return a + 1
 
@@ -155,7 +155,7 @@ def test_the_same_operator_is_made_once():
 
 
 @pytest.mark.parametrize(
-    ("a", "b", "h0", "said"),
+    ("a", "b", "h0", "message"),
     [
         ((2, 3, 4), (2, 3, 5), None, r"\(2, 3, 4\) and \(2, 3, 5\)"),
         ((3, 4), (3, 4), None, r"\[batch, time, width\]"),
@@ -165,8 +165,8 @@ def test_the_same_operator_is_made_once():
         ((2, 3, 4), (2, 3, 4), (1, 4), r"\(2, 4\), but got \(1, 4\)"),
     ],
 )
-def test_shapes_that_do_not_fit_are_refused(a, b, h0, said):
-    with pytest.raises(ValueError, match=said):
+def test_shapes_that_do_not_fit_are_refused(a, b, h0, message):
+    with pytest.raises(ValueError, match=message):
         linear_scan(torch.ones(a), torch.ones(b), None if h0 is None else torch.ones(h0))
 
 
@@ -188,16 +188,19 @@ def test_unknown_backends_and_devices_are_refused():
 
 
 @pytest.mark.parametrize(("device", "kernels"), [("cpu", "numba"), ("cuda:1", "triton")])
-def test_kernels_that_cannot_run_are_replaced_in_words_or_refused(device, kernels, monkeypatch):
-    """One line, with what is wrong and what it costs; where they were asked for by name, an error with the reason."""
+def test_unavailable_kernels_are_replaced_with_a_warning_or_refused(device, kernels, monkeypatch):
+    """A warning names the reason and the cost. If the backend was named, it is an error with the reason."""
     warnings: list[str] = []
     monkeypatch.setattr(scan_module, "numba_problem", lambda: "the reason")
     monkeypatch.setattr(scan_module, "triton_problem", lambda device, dtype: "the reason")
     monkeypatch.setattr(scan_module.logger, "warning_once", warnings.append)
     assert scan_module.default_backend(torch.device(device), torch.bfloat16) == "torch"
     assert len(warnings) == 1
-    said = f"warning: the {kernels} kernels cannot run on {device} in bfloat16: the reason; the torch backend takes their place"
-    assert warnings[0].startswith(said)
+    message = (
+        f"warning: the {kernels} kernels cannot run on {device} in bfloat16: the reason; "
+        "the torch backend takes their place"
+    )
+    assert warnings[0].startswith(message)
     assert "\n" not in warnings[0]
     with pytest.raises(
         ValueError, match=f"The {kernels} kernels cannot run here: the reason; use another backend"

@@ -1,4 +1,4 @@
-"""The state as an object: saved, copied and rearranged by others' means it goes on exactly; where it cannot, the error says so."""
+"""The state as an object: it can be saved, copied and rearranged by other libraries, or raises an error."""
 
 import copy
 import io
@@ -44,7 +44,7 @@ def loaded(state: dict[str, Tensor]) -> MinRNNCache:
     return MinRNNCache(2).load_state_dict(state)
 
 
-def moved_away_and_back(state: MinRNNCache) -> MinRNNCache:
+def moved_to_another_device_and_back(state: MinRNNCache) -> MinRNNCache:
     for layer in state.layers:
         layer.offload()
         layer.prefetch()
@@ -58,13 +58,13 @@ ROUND_TRIPS: dict[str, Callable[[MinRNNCache], MinRNNCache]] = {
     "torch.save, mapped": lambda state: through_torch(state, map_location="cpu"),
     "torch.save of the state_dict": lambda state: loaded(through_torch(state.state_dict())),
     "safetensors": lambda state: loaded(load(save(state.state_dict()))),
-    "offload": moved_away_and_back,
+    "offload": moved_to_another_device_and_back,
 }
 
 
 @pytest.mark.parametrize("trip", ROUND_TRIPS)
 @pytest.mark.parametrize("kernel", [0, 4])
-def test_a_state_that_was_saved_goes_on(trip, kernel):
+def test_a_saved_state_continues(trip, kernel):
     """Logits of what follows, the count of tokens, generate(), and beams in it."""
     model, ids, more = model_of(conv_kernel=kernel), random_ids(2, 6), random_ids(2, 4, seed=1)
     state = state_after(model, ids)
@@ -99,7 +99,7 @@ def test_rows_that_were_rearranged_keep_their_count(kernel):
 
 
 def test_a_saved_state_says_how_many_tokens_it_has_read():
-    """Without the number, as in checkpoints of 0.1, a state loads and training goes on; generate() would read the text again."""
+    """A state without the number, as in checkpoints of 0.1, loads for training; generate() refuses it."""
     model, ids = model_of(), random_ids(2, 6)
     saved = state_after(model, ids).state_dict()
     assert int(saved.pop("num_tokens")) == 6
@@ -119,7 +119,7 @@ def test_a_state_of_other_layers_is_not_loaded(num_layers, name):
         MinRNNCache(num_layers).load_state_dict(saved)
 
 
-def unfit_state(kind: str, model: MinRNNForCausalLM) -> object:
+def mismatched_state(kind: str, model: MinRNNForCausalLM) -> object:
     """A state that `model` cannot go on from with two rows."""
     ids = random_ids(2, 6)
     if kind == "of one row":
@@ -171,11 +171,11 @@ def test_a_state_that_does_not_fit_is_refused(kind, message, kernel):
         return  # without a convolution it fits
     model = model_of(conv_kernel=kernel)
     with pytest.raises(ValueError, match=f"past_key_values .*{message}"):
-        model(random_ids(2, 3), past_key_values=unfit_state(kind, model))
+        model(random_ids(2, 3), past_key_values=mismatched_state(kind, model))
 
 
 def test_a_text_that_the_state_has_read_is_refused():
-    """The whole text again, a shorter one; a row for many; what goes on is exact, whole or with what is new alone."""
+    """The same text, a shorter one, one row for many. New tokens continue exactly, also without old ones."""
     model, ids = model_of(), random_ids(2, 6)
     for text in (ids, ids[:, :4]):
         with pytest.raises(
@@ -211,7 +211,7 @@ def test_ways_to_store_keys_and_values_are_refused(implementation):
     )
 
 
-def test_a_state_does_not_go_back():
+def test_a_state_cannot_be_rewound():
     state = state_after(model_of(), random_ids(2, 6))
     for refused in (lambda: state.crop(-1), lambda: state.crop(2), state.activate_past_recording):
         with pytest.raises(RuntimeError, match="recurrent state"):

@@ -40,15 +40,17 @@ def fresh_dynamo():
 
 @pytest.mark.parametrize("backend", [None, "torch"])
 def test_one_compilation_serves_every_length(backend, fresh_dynamo):
-    """Two, to be exact: the first length is taken for the only one, the second for any. Masks may hide nothing."""
+    """Two compilations: the first length is static, the second dynamic. Some masks have no padding."""
     model, counter = new_model(scan_backend=backend), CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     for time in (2, 3, *range(5, 15)):
         ids, mask = padded(time)
         mask = mask if time % 2 else torch.ones_like(mask)
         with torch.no_grad():
-            ours, expected = (f(ids, attention_mask=mask, use_cache=False).logits for f in (compiled, model))
-        assert_close(ours[mask.bool()], expected[mask.bool()], atol=1e-5, what=f"length {time}")
+            actual, expected = (
+                f(ids, attention_mask=mask, use_cache=False).logits for f in (compiled, model)
+            )
+        assert_close(actual[mask.bool()], expected[mask.bool()], atol=1e-5, name=f"length {time}")
     assert counter.frame_count == 2
 
 
@@ -61,8 +63,8 @@ def test_one_compilation_trains_every_length(skip_logits, fresh_dynamo):
         options = {"attention_mask": mask, "labels": ids, "use_cache": False, "skip_logits": skip_logits}
         losses = [function(ids, **options).loss for function in (compiled, model)]
         results = [[loss, *torch.autograd.grad(loss, list(model.parameters()))] for loss in losses]
-        for ours, expected in zip(*results, strict=True):
-            assert_close(ours, expected, atol=1e-5, what=f"length {time}")
+        for actual, expected in zip(*results, strict=True):
+            assert_close(actual, expected, atol=1e-5, name=f"length {time}")
     assert counter.frame_count == 2
 
 
@@ -117,7 +119,7 @@ def test_an_exported_step_reads_and_returns_the_state(time):
 
 
 @pytest.mark.parametrize("where", ["meta", "fake"])
-def test_shapes_are_known_without_numbers(where):
+def test_shapes_are_known_without_values(where):
     if where == "meta":
         model, (ids, mask) = new_model(), (tensor.to("meta") for tensor in padded(9))
         torch.nn.Module.to(model, "meta")

@@ -1,4 +1,4 @@
-"""What the rest of transformers does with a model: save, load, pipelines, Trainer."""
+"""Other uses of a model by transformers: save, load, pipelines, Trainer."""
 
 from typing import Any
 
@@ -62,7 +62,7 @@ def test_a_resized_head_is_not_drawn_again():
 
 
 def test_label_smoothing_trains_on_the_next_token(tmp_path):
-    """The loss that Trainer computes from our logits: of the next token, whatever the package that holds the class."""
+    """Trainer's loss from the logits is that of the next token, whichever package holds the class."""
     model, ids = new_model(), random_ids(4, 12)
     arguments = TrainingArguments(
         output_dir=str(tmp_path), label_smoothing_factor=0.1, report_to="none", use_cpu=True

@@ -1,4 +1,4 @@
-"""The Triton kernels: `triton_checks` in a process of its own, since Triton's interpreter must be chosen before the first import."""
+"""Runs `triton_checks` in a new process, because Triton's interpreter is chosen before the import."""
 
 import os
 import subprocess

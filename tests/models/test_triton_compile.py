@@ -1,4 +1,7 @@
-"""The Triton kernels compile to machine code without spills, for two architectures; needs no GPU. The whole table: `minrnn figures kernels`."""
+"""The Triton kernels compile without spills for two architectures. Needs no GPU.
+
+`minrnn figures kernels` prints the whole table.
+"""
 
 import pytest
 import torch

@@ -1,6 +1,7 @@
-"""The Triton kernels against the recurrence written out. On a GPU as they are, elsewhere in Triton's interpreter, which `test_triton` starts.
+"""The Triton kernels against a plain loop, on a GPU or in Triton's interpreter. `test_triton` runs this file.
 
-Tiles are tiny (2 lanes of 2 tokens, 4 channels), so that few numbers cross every joint: between lanes, tiles, chunks, blocks of channels.
+Tiles are tiny (2 lanes of 2 tokens, 4 channels), so that small inputs cross every border: between lanes,
+tiles, chunks and blocks of channels.
 """
 
 import itertools
@@ -31,7 +32,7 @@ DTYPES = {
     "fp32-fp64": (FP32, FP64, FP64),
 }
 KINDS = list(itertools.product(FUSED_CELLS, ("g", "none", "tanh", "silu"), (False, True)))
-needs_patience = pytest.mark.filterwarnings(
+ignores_overflow = pytest.mark.filterwarnings(
     "ignore::RuntimeWarning"
 )  # numpy's, for what overflows on purpose
 Results = dict[str, Tensor]
@@ -43,17 +44,17 @@ def random(seed: int, *shape: int) -> Tensor:
     return torch.randn(shape, generator=generator(seed), dtype=FP64)
 
 
-def assert_results(ours: Results, expected: Results, dtype: torch.dtype = FP32) -> None:
+def assert_results(actual: Results, expected: Results, dtype: torch.dtype = FP32) -> None:
     """`dtype`: of what the kernels read; the gradient of a product with a rounded number is that far off."""
     for name, value in expected.items():
-        rounding = max(ROUNDING[ours[name].dtype], ROUNDING[dtype])
-        accumulated = FP64 if ours[name].dtype == FP64 else FP32
+        rounding = max(ROUNDING[actual[name].dtype], ROUNDING[dtype])
+        accumulated = FP64 if actual[name].dtype == FP64 else FP32
         assert_close(
-            ours[name].cpu(),
+            actual[name].cpu(),
             value,
             atol=PRECISION[accumulated] + (rounding if dtype in (BF16, FP16) else 0),
             rtol=rounding,
-            what=name,
+            name=name,
         )
 
 
@@ -77,7 +78,7 @@ def test_the_probe_passes(dtype):
 # The scan of given decays
 
 
-def scan_problem(seed: int, batch: int, time: int, width: int, dtypes=DTYPES["fp32"]) -> Problem:
+def random_scan_inputs(seed: int, batch: int, time: int, width: int, dtypes=DTYPES["fp32"]) -> Problem:
     """(a, b, h0, grad_h, grad_last), with a in [-1, 1] and some zeros and ones among it."""
     a = random(seed, batch, time, width).clamp(-1, 1)
     a = torch.where(random(seed + 1, batch, time, width) > 1.5, 0.0, a)
@@ -96,7 +97,7 @@ def scan(problem: Problem, num_chunks: int | None = 1, tile: Tile | None = TILE)
 
 
 def plain_scan(problem: Problem) -> Results:
-    """In fp64, differentiated by autograd."""
+    """In fp64, outputs_and_gradients by autograd."""
     a, b, h0 = (x.double().requires_grad_() for x in problem[:3])
     grad_h, grad_last = (x.double() for x in problem[3:])
     state, states = h0, []
@@ -119,8 +120,8 @@ def plain_scan(problem: Problem) -> Results:
 @pytest.mark.parametrize("num_chunks", [1, 3])
 @pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
 def test_scan(dtypes, num_chunks):
-    problem = scan_problem(0, 2, 11, 5, dtypes)
-    ours = scan(problem, num_chunks)
+    problem = random_scan_inputs(0, 2, 11, 5, dtypes)
+    actual = scan(problem, num_chunks)
     state = FP64 if FP64 in dtypes[:2] else FP32
     expected_dtypes = {
         "h": dtypes[1],
@@ -130,20 +131,20 @@ def test_scan(dtypes, num_chunks):
         "db": dtypes[1],
         "dh0": state,
     }
-    assert {name: value.dtype for name, value in ours.items()} == expected_dtypes
-    assert_results(ours, plain_scan(problem), dtypes[1])
+    assert {name: value.dtype for name, value in actual.items()} == expected_dtypes
+    assert_results(actual, plain_scan(problem), dtypes[1])
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 2), (2, 0, 3), (1, 1, 1), (1, 4, 4), (2, 3, 0), (1, 9, 1)], ids=str)
 def test_scan_shapes(shape):
-    problem = scan_problem(1, *shape)
+    problem = random_scan_inputs(1, *shape)
     for num_chunks in (1, 2):
         assert_results(scan(problem, num_chunks), plain_scan(problem))
 
 
 def test_scan_of_views():
-    """Tokens, rows and channels in any order in memory, repeated, or among others."""
-    a, b, h0, grad_h, grad_last = scan_problem(2, 2, 6, 5)
+    """Tokens, rows and channels in any order in memory, repeated, or with gaps."""
+    a, b, h0, grad_h, grad_last = random_scan_inputs(2, 2, 6, 5)
     a = torch.cat([a, a], -1)[:, :, 2:7]
     b = b.transpose(0, 1).contiguous().transpose(0, 1)
     h0 = h0.t().contiguous().t()
@@ -155,18 +156,18 @@ def test_scan_of_views():
 
 def test_scan_with_its_own_tiles():
     """As a call would launch it: channel blocks of 64, lanes of 8 and more tokens."""
-    problem = scan_problem(3, 1, 133, 40)
+    problem = random_scan_inputs(3, 1, 133, 40)
     assert_results(scan(problem, None, None), plain_scan(problem))
 
 
 def test_scan_one_token():
-    problem = scan_problem(4, 2, 1, 66)
+    problem = random_scan_inputs(4, 2, 1, 66)
     assert_results(scan(problem, None, None), plain_scan(problem))
 
 
 def test_scan_cut_in_two():
-    a, b, h0, _, _ = scan_problem(5, 2, 13, 3)
-    whole, decay = [scan(scan_problem(5, 2, 13, 3))[name] for name in ("h_last", "decay")]
+    a, b, h0, _, _ = random_scan_inputs(5, 2, 13, 3)
+    whole, decay = [scan(random_scan_inputs(5, 2, 13, 3))[name] for name in ("h_last", "decay")]
     zeros = torch.zeros_like(b), torch.zeros_like(h0)
     early = scan((a[:, :6], b[:, :6], h0, zeros[0][:, :6], zeros[1]))
     late = scan((a[:, 6:], b[:, 6:], early["h_last"].cpu(), zeros[0][:, 6:], zeros[1]))
@@ -175,15 +176,15 @@ def test_scan_cut_in_two():
 
 
 def test_scan_is_deterministic():
-    problem = scan_problem(6, 1, 9, 5)
+    problem = random_scan_inputs(6, 1, 9, 5)
     once, again = scan(problem, 3), scan(problem, 3)
     assert all(torch.equal(once[name], again[name]) for name in once)
 
 
-@needs_patience
+@ignores_overflow
 @pytest.mark.parametrize(("poison", "num_chunks"), [(float("nan"), 3), (float("inf"), 1)])
 def test_scan_keeps_poison_in_its_channel(poison, num_chunks):
-    a, b, h0, grad_h, grad_last = scan_problem(7, 2, 11, 5)
+    a, b, h0, grad_h, grad_last = random_scan_inputs(7, 2, 11, 5)
     clean = scan((a, b, h0, grad_h, grad_last), num_chunks)
     a, b, grad_h = a.clone(), b.clone(), grad_h.clone()
     a[0, 4, 1] = b[0, 5, 1] = grad_h[0, 6, 1] = poison
@@ -198,7 +199,7 @@ def test_scan_keeps_poison_in_its_channel(poison, num_chunks):
 
 
 def test_chunks():
-    """One pass where the chip is full; otherwise whole tiles, not more programs than four waves of two, and no chunk without tokens."""
+    """One pass if the chip is full; otherwise full tiles, at most four waves of two, no empty chunks."""
     tile = Tile(lanes=8, rows=16, channels=64)
     assert plan_chunks(8, 8192, 2048, tile, 132) == (1, 8192)
     assert plan_chunks(3, 8192, 2048, tile, 132) == (1, 8192)
@@ -215,7 +216,7 @@ def test_chunks():
 # The cell and its scan
 
 
-def cell_problem(
+def random_cell_inputs(
     seed: int, batch: int, time: int, width: int, cell: str, output_gate: bool, dtype=FP32
 ) -> Problem:
     """(projected, gate_bias, h0, grad_y, grad_last)."""
@@ -273,7 +274,7 @@ def cell_scan(
 
 
 def plain_cell_scan(problem: Problem, kind: Kind, boundaries: Boundaries = NO_BOUNDARIES) -> Results:
-    """The cell's own formulas and the loop in fp64, differentiated by autograd."""
+    """The cell's own formulas and the loop in fp64, outputs_and_gradients by autograd."""
     cell, activation, output_gate = kind
     starts, lengths = boundaries.document_starts, boundaries.lengths
     projected, gate_bias, h0 = (x.double().requires_grad_() for x in problem[:3])
@@ -309,7 +310,7 @@ def plain_cell_scan(problem: Problem, kind: Kind, boundaries: Boundaries = NO_BO
 def test_cells(kind):
     """Every cell, candidate and gate, each with another mixture of boundaries and chunks."""
     index = KINDS.index(kind)
-    problem = cell_problem(index, 1, 7, 3, kind[0], kind[2])
+    problem = random_cell_inputs(index, 1, 7, 3, kind[0], kind[2])
     boundaries = boundaries_of(1, 7, index % 4 in (0, 3), False)
     assert_results(
         cell_scan(problem, kind, boundaries, 1 + index // 2 % 2 * 2),
@@ -321,7 +322,7 @@ def test_cells(kind):
 @pytest.mark.parametrize(("starts", "padded"), [(True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("kind", [("mingru", "none", True), ("minlstm", "g", False)], ids=str)
 def test_boundaries(kind, starts, padded, num_chunks):
-    problem = cell_problem(20, 2, 9, 3, kind[0], kind[2])
+    problem = random_cell_inputs(20, 2, 9, 3, kind[0], kind[2])
     boundaries = boundaries_of(2, 9, starts, padded)
     assert_results(
         cell_scan(problem, kind, boundaries, num_chunks), plain_cell_scan(problem, kind, boundaries)
@@ -331,25 +332,25 @@ def test_boundaries(kind, starts, padded, num_chunks):
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 @pytest.mark.parametrize("kind", [("mingru", "none", True), ("minlstm", "tanh", False)], ids=str)
 def test_narrow_dtypes(kind, dtype):
-    problem = cell_problem(30, 1, 9, 5, kind[0], kind[2], dtype)
-    ours = cell_scan(problem, kind, num_chunks=2)
+    problem = random_cell_inputs(30, 1, 9, 5, kind[0], kind[2], dtype)
+    actual = cell_scan(problem, kind, num_chunks=2)
     narrow = {"y", "d_projected"}
-    assert {name: value.dtype for name, value in ours.items()} == {
-        name: dtype if name in narrow else FP32 for name in ours
+    assert {name: value.dtype for name, value in actual.items()} == {
+        name: dtype if name in narrow else FP32 for name in actual
     }
-    assert_results(ours, plain_cell_scan(problem, kind), dtype)
+    assert_results(actual, plain_cell_scan(problem, kind), dtype)
 
 
 @pytest.mark.parametrize(("batch", "time", "width"), [(0, 3, 2), (2, 0, 3), (1, 1, 1), (1, 4, 4), (1, 5, 1)])
 def test_cell_shapes(batch, time, width):
     kind = ("mingru", "silu", True)
-    problem = cell_problem(40, batch, time, width, kind[0], kind[2])
+    problem = random_cell_inputs(40, batch, time, width, kind[0], kind[2])
     assert_results(cell_scan(problem, kind, num_chunks=2), plain_cell_scan(problem, kind))
 
 
 def test_projections_of_views():
     kind = ("minlstm", "none", True)
-    projected, gate_bias, h0, grad_y, grad_last = cell_problem(41, 2, 6, 3, kind[0], kind[2])
+    projected, gate_bias, h0, grad_y, grad_last = random_cell_inputs(41, 2, 6, 3, kind[0], kind[2])
     wider = torch.cat([projected, projected], -1)[:, :, 5:17]
     for view in (
         wider,
@@ -363,7 +364,7 @@ def test_projections_of_views():
 @pytest.mark.parametrize("which", ["y", "h_last"])
 def test_one_gradient_only(which):
     kind = ("mingru", "tanh", False)
-    projected, gate_bias, h0, grad_y, grad_last = cell_problem(42, 1, 7, 3, kind[0], kind[2])
+    projected, gate_bias, h0, grad_y, grad_last = random_cell_inputs(42, 1, 7, 3, kind[0], kind[2])
     if which == "y":
         grad_last = torch.zeros_like(grad_last)
     else:
@@ -372,13 +373,13 @@ def test_one_gradient_only(which):
     assert_results(cell_scan(problem, kind), plain_cell_scan(problem, kind))
 
 
-@needs_patience
+@ignores_overflow
 @pytest.mark.parametrize("cell", FUSED_CELLS)
-def test_gates_far_out(cell):
-    """Decays next to 0 and 1, gates beyond what exp can hold, and infinities: no NaN, and the digits that there are."""
+def test_extreme_gates(cell):
+    """Decays close to 0 and 1, gates beyond the range of exp, and infinities: no NaN, and full precision."""
     kind, width = (cell, "none", False), 4
     num_gates = CELLS[cell].num_gates
-    projected, gate_bias, h0, grad_y, grad_last = cell_problem(43, 1, 12, width, cell, False)
+    projected, gate_bias, h0, grad_y, grad_last = random_cell_inputs(43, 1, 12, width, cell, False)
     extremes = torch.tensor([-300.0, -100, -40, -15, -5, 0, 5, 15, 40, 100, 300, 20])
     projected[0, :, :width] = extremes.unsqueeze(1)
     projected[0, :, 1] = -20.0 * torch.arange(12)
@@ -388,17 +389,17 @@ def test_gates_far_out(cell):
     problem = (projected, gate_bias, h0, grad_y, grad_last)
     assert_results(cell_scan(problem, kind), plain_cell_scan(problem, kind))
     projected[0, 3, :width] = torch.tensor([float("inf"), float("-inf"), 1.0, 1.0])
-    ours = cell_scan(problem, kind)
-    assert all(value.isfinite().all() for value in ours.values())
-    assert_close(ours["y"].cpu(), plain_cell_scan(problem, kind)["y"], atol=3e-6)
+    actual = cell_scan(problem, kind)
+    assert all(value.isfinite().all() for value in actual.values())
+    assert_close(actual["y"].cpu(), plain_cell_scan(problem, kind)["y"], atol=3e-6)
 
 
-@needs_patience
+@ignores_overflow
 @pytest.mark.parametrize(("poison", "num_chunks"), [(float("nan"), 3), (float("inf"), 1)])
-def test_documents_do_not_meet(poison, num_chunks):
+def test_documents_are_independent(poison, num_chunks):
     """A broken document harms neither the next one nor the one before it, nor another channel."""
     kind = ("mingru", "none", False)
-    problem = cell_problem(44, 1, 13, 3, kind[0], kind[2])
+    problem = random_cell_inputs(44, 1, 13, 3, kind[0], kind[2])
     starts = torch.zeros(1, 13, dtype=torch.bool)
     starts[0, [4, 9]] = True
     clean = cell_scan(problem, kind, Boundaries(starts), num_chunks)
@@ -418,11 +419,11 @@ def test_documents_do_not_meet(poison, num_chunks):
         assert torch.equal(clean[name], dirty[name]), name
 
 
-@needs_patience
+@ignores_overflow
 def test_padding_is_not_read():
-    """What stands behind a row's end reaches nothing but its own output gate."""
+    """Values behind a row's end affect only their own output gate."""
     kind = ("minlstm", "g", False)
-    problem = cell_problem(45, 2, 9, 3, kind[0], kind[2])
+    problem = random_cell_inputs(45, 2, 9, 3, kind[0], kind[2])
     lengths = torch.tensor([5, 0])
     clean = cell_scan(problem, kind, Boundaries(lengths=lengths), 2)
     projected = problem[0].clone()
@@ -437,14 +438,14 @@ def test_padding_is_not_read():
 
 def test_cell_cut_in_two():
     kind = ("minlstm", "silu", True)
-    problem = cell_problem(46, 2, 13, 3, kind[0], kind[2])
+    problem = random_cell_inputs(46, 2, 13, 3, kind[0], kind[2])
     whole = cell_scan(problem, kind)
     projected, gate_bias, h0, grad_y, grad_last = problem
     early = cell_scan((projected[:, :6], gate_bias, h0, grad_y[:, :6], grad_last), kind)
     late = cell_scan((projected[:, 6:], gate_bias, early["h_last"].cpu(), grad_y[:, 6:], grad_last), kind)
     early = cell_scan((projected[:, :6], gate_bias, h0, grad_y[:, :6], late["dh0"].cpu()), kind)
     for name in ("y", "d_projected"):
-        assert_close(torch.cat([early[name], late[name]], 1), whole[name], atol=2e-6, what=name)
+        assert_close(torch.cat([early[name], late[name]], 1), whole[name], atol=2e-6, name=name)
     assert_close(late["h_last"], whole["h_last"], atol=1e-6)
     assert_close(early["dh0"], whole["dh0"], atol=1e-6)
     assert_close(early["d_gate_bias"] + late["d_gate_bias"], whole["d_gate_bias"], atol=2e-6)
@@ -453,7 +454,7 @@ def test_cell_cut_in_two():
 
 def test_cell_is_deterministic():
     kind = ("mingru", "g", True)
-    problem, boundaries = cell_problem(47, 1, 11, 5, kind[0], kind[2]), boundaries_of(1, 11, True, True)
+    problem, boundaries = random_cell_inputs(47, 1, 11, 5, kind[0], kind[2]), boundaries_of(1, 11, True, True)
     once, again = (cell_scan(problem, kind, boundaries, 3) for _ in range(2))
     assert all(torch.equal(once[name], again[name]) for name in once)
 
@@ -461,7 +462,7 @@ def test_cell_is_deterministic():
 def test_cells_with_their_own_tiles():
     """As a call would launch it."""
     for kind, time in ((("mingru", "none", True), 70), (("minlstm", "none", False), 1)):
-        problem = cell_problem(48, 1, time, 40, kind[0], kind[2])
+        problem = random_cell_inputs(48, 1, time, 40, kind[0], kind[2])
         boundaries = boundaries_of(1, time, True, False)
         assert_results(
             cell_scan(problem, kind, boundaries, None, None), plain_cell_scan(problem, kind, boundaries)
