@@ -1,4 +1,4 @@
-"""The kernels of cell and scan on the GPU: pre-activations in, outputs out; decay and input stay in registers.
+"""The kernels of cell and scan on the GPU: pre-activations in, outputs out; decay and input are in registers.
 
     projected [batch, time, P * width]  =  gate (minLSTM: forget, input) | candidate u [| output gate o]
     (a, b) = cell(gates + gate_bias, c(u))        h_t = a_t h_{t-1} + b_t        y = h silu(o), or h

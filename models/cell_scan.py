@@ -273,10 +273,9 @@ def scan_gradients(
     if spec.is_fused(inputs.projected.dtype, backend):
         return _KERNELS[backend][1](inputs, spec, h, grad_y, grad_last)
     with torch.enable_grad():
-        leaves = tuple(
-            tensor.detach().requires_grad_() for tensor in (inputs.projected, inputs.gate_bias, inputs.h0)
-        )
-        inputs = CellInputs(*leaves, inputs.boundaries)
+        tensors = inputs.projected, inputs.gate_bias, inputs.h0
+        projected, gate_bias, h0 = leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+        inputs = CellInputs(projected, gate_bias, h0, inputs.boundaries)
         y, h_last, _ = composed(inputs, spec, backend=backend, return_decay=False)
         d_projected, d_gate_bias, dh0 = torch.autograd.grad((y, h_last), leaves, (grad_y, grad_last))
     return d_projected, d_gate_bias, dh0

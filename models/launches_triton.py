@@ -3,7 +3,8 @@
 `tiles_triton` describes tiles, lanes and chunks.
 """
 
-# pyright: reportOptionalMemberAccess=false (triton may be missing)
+# pyright: reportOptionalMemberAccess=false
+# (triton may be missing)
 
 import math
 from collections.abc import Callable, Sequence

@@ -204,7 +204,7 @@ def test_a_processed_search_is_the_same_with_and_without_the_state(name):
     [{"prompt_lookup_num_tokens": 2}, {"assistant_model": None}],
     ids=["prompt lookup", "assistant"],
 )
-def test_assisted_generation_is_refused(options):
+def test_assisted_generation_is_refused(options: dict[str, Any]):
     """Assisted generation rejects tokens afterwards, and a recurrent state cannot be rewound."""
     if "assistant_model" in options:
         options = {"assistant_model": new_model(dtype=torch.float64)}

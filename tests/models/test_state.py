@@ -65,7 +65,7 @@ ROUND_TRIPS: dict[str, Callable[[MinRNNCache], MinRNNCache]] = {
 @pytest.mark.parametrize("trip", ROUND_TRIPS)
 @pytest.mark.parametrize("kernel", [0, 4])
 def test_a_saved_state_continues(trip, kernel):
-    """Logits of what follows, the count of tokens, generate(), and beams in it."""
+    """Logits of later tokens, the number of tokens, generate(), and beam search continue from it."""
     model, ids, more = model_of(conv_kernel=kernel), random_ids(2, 6), random_ids(2, 4, seed=1)
     state = state_after(model, ids)
     other = ROUND_TRIPS[trip](copy.deepcopy(state))
@@ -238,4 +238,4 @@ def test_a_state_survives_reentrant_and_other_checkpointing():
         grads.append({name: parameter.grad for name, parameter in model.named_parameters()})
     for other in grads[1:]:
         for name, gradient in grads[0].items():
-            assert_close(other[name], gradient, atol=1e-12, what=name)
+            assert_close(other[name], gradient, atol=1e-12, name=name)
