@@ -40,6 +40,8 @@ class Boundaries:
 
     def to(self, device: torch.device | str | int) -> "Boundaries":
         """The same on a device: the blocks of a model may be on several devices (`device_map`)."""
+        if self.document_starts is None and self.lengths is None:
+            return self  # as in each step of decoding
         tensors = self.document_starts, self.lengths, self.reach
         return Boundaries(*(None if tensor is None else tensor.to(device) for tensor in tensors))
 

@@ -107,7 +107,7 @@ def test_a_graph_is_recorded_and_replayed_on_the_model_s_device(cuda):
 def test_a_kernel_is_launched_on_its_tensors_device(cuda):
     class Kernel:
         def __getitem__(self, grid: tuple[int]) -> Any:
-            return lambda **arguments: cuda.note("launch")
+            return lambda **arguments: cuda.record("launch")
 
     x = torch.Tensor._make_subclass(OnSecondGPU, torch.ones(1))
     Launch(Kernel(), 1, 1, {"number": 3, "x": x}, {}).run()
