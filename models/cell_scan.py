@@ -5,9 +5,9 @@
 
 The operation is defined as a composition of `cells.py` and `linear_scan`. That form writes a (fp32) and b to
 memory and reads them again, forward and backward. The fused kernels move only projections and outputs over
-the memory bus: per element of a minGRU in bf16, 6 bytes forward (4 read, 2 written) and 12 backward, where
-the composed form moves about 40 and 80. The gradient of all projections is one tensor, so no concatenation
-follows.
+the memory bus: per element of a minGRU in bf16, 6 bytes forward (4 read, 2 written) and 12 backward (8 read,
+4 written), where the composed form moves about 40 and 80. The gradient of all projections is one tensor, so
+no concatenation follows.
 
 Both forms treat document starts and padding exactly (boundaries.py).
 """
