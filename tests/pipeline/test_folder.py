@@ -194,7 +194,9 @@ def test_a_removed_folder_is_created_again_with_its_lock(values: Values, run_rec
         before_step(patched, 7, lambda: shutil.rmtree(folder))
         run_recipe(values)
     err = capfd.readouterr().err
-    assert err.count("warning: ") == 1
+    warnings = [line for line in err.splitlines() if "warning: " in line]
+    # A busy machine may measure fp32 as much slower than bf16, which is another warning.
+    assert len([warning for warning in warnings if "train.precision" not in warning]) == 1
     assert "was removed while the run goes on; it is made again" in err
     assert [step for step, _ in losses(folder)] == list(range(7, 13))
     assert {"config.yaml", "loss.png", "samples.txt", "checkpoints", "model", ".finished"} <= {
