@@ -10,7 +10,7 @@ common: Any = pytest.importorskip("tests.test_modeling_common", reason="make tes
 training: Any = importlib.import_module("tests.test_training_mixin")
 configuration: Any = importlib.import_module("tests.test_configuration_common")
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 99,
     "hidden_size": 32,
     "num_hidden_layers": 2,
