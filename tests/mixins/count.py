@@ -33,7 +33,7 @@ class Outcomes:
         if report.skipped and type(report) is not pytest.TestReport:  # a subtest: the others decide
             return
         self.outcomes[report.nodeid] = report.outcome
-        if report.skipped:
+        if isinstance(report.longrepr, tuple):  # of a skipped test: path, line, reason
             self.reasons[report.nodeid] = str(report.longrepr[2]).removeprefix("Skipped: ")
 
     def by_class(self) -> dict[str, Any]:
