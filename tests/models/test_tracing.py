@@ -42,7 +42,10 @@ def fresh_dynamo():
 @pytest.mark.parametrize("backend", [None, "torch"])
 def test_one_compilation_serves_every_length(backend, fresh_dynamo):
     """Two compilations: the first length is static, the second dynamic. Some masks have no padding."""
-    model, counter = new_model(scan_backend=backend), CompileCounterWithBackend("aot_eager")
+    model, counter = (
+        new_model(scan_backend=backend, num_hidden_layers=1),
+        CompileCounterWithBackend("aot_eager"),
+    )
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     for time in (2, 3, *range(5, 15)):
         ids, mask = padded(time)
@@ -57,7 +60,7 @@ def test_one_compilation_serves_every_length(backend, fresh_dynamo):
 
 @pytest.mark.parametrize("skip_logits", [False, True])
 def test_one_compilation_trains_every_length(skip_logits, fresh_dynamo):
-    model, counter = new_model().train(), CompileCounterWithBackend("aot_eager")
+    model, counter = new_model(num_hidden_layers=1).train(), CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     for time in (3, *range(5, 15)):
         ids, mask = padded(time)
