@@ -10,16 +10,10 @@ import pytest
 from minrnn.evals import record
 from minrnn.evals.output import RESULTS
 
-# Measured while files differed from the named commit (`+`); to be measured again.
-MARKED = {"bench-generate-cpu"}
-
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("**/*.json")), ids=lambda path: path.stem)
 def test_results_come_from_a_commit(path: Path):
     result = json.loads(path.read_text())
-    if path.stem in MARKED:
-        assert result["commit"].endswith("+"), "it was measured again: take it off the list"
-        return
     assert re.fullmatch("[0-9a-f]{7,40}", result["commit"]), (
         "measured in a checkout with uncommitted changes: measure again on a commit"
     )
