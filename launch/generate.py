@@ -2,7 +2,6 @@
 in pieces of bounded memory."""
 
 import argparse
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,17 +10,12 @@ from ..common.errors import UserError
 from ..common.files import user_path
 from ..data.prompts import TextStream, prompt_tokens, read_prompt
 from ..data.sources import is_text
-from ..pipeline.options import add_device, add_dtype, add_trust
+from ..pipeline.options import add_device, add_dtype, add_model, add_trust
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("minrnn generate", description="Continue a prompt with a trained model.")
-    parser.add_argument(
-        "model",
-        type=os.path.expanduser,
-        metavar="MODEL",
-        help="a run's folder, an export, or a model on the hub",
-    )
+    add_model(parser)
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", default="", help="text to continue (default: a new document)")
     source.add_argument(

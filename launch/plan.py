@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from ..common.checks import option_minimum_errors
 from ..common.errors import UserError
 from ..pipeline.config import Recipe
+from ..pipeline.options import new_parser
 from .estimates import (
     Model,
     Workload,
@@ -101,13 +102,7 @@ def time_line(recipe: Recipe, model: Model, workload: Workload, tflops: float, f
 
 def _parser() -> argparse.ArgumentParser:
     epilog = "example:\n  minrnn plan --config fineweb-1b --processes 16 --gpu-memory 80GB --tflops 989"
-    parser = argparse.ArgumentParser(
-        "minrnn plan",
-        description=DESCRIPTION,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = new_parser("minrnn plan", DESCRIPTION, epilog)
     parser.add_argument(
         "--config", metavar="RECIPE", help="a YAML file, or the name of a recipe that comes with minrnn"
     )

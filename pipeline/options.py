@@ -1,8 +1,26 @@
 """Command-line options that several commands share."""
 
 import argparse
+import os
 
 DTYPE_NAMES = ("fp32", "bf16", "fp64")  # the keys of models.dtypes.DTYPES, which needs torch
+
+
+def new_parser(command: str, description: str, epilog: str) -> argparse.ArgumentParser:
+    """The parser of a command. The epilog keeps its line breaks, and options must be written out."""
+    return argparse.ArgumentParser(
+        command,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add the argument `MODEL` (see `loading.load`)."""
+    text = "a run's folder, an export, or a model of the hub"
+    parser.add_argument("model", type=os.path.expanduser, metavar="MODEL", help=text)
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +45,6 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
     """Add `--dtype` of a loaded model (see `loading.load`)."""
     text = (
         "dtype of the weights; auto: as stored, but fp32 for bf16 weights if the device multiplies fp32 "
-        "faster "
-        "(default: %(default)s)"
+        "faster (default: %(default)s)"
     )
     parser.add_argument("--dtype", default="auto", choices=("auto", *DTYPE_NAMES), help=text)

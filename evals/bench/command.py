@@ -13,7 +13,7 @@ from ...common.checks import minimum_errors
 from ...common.errors import UserError
 from ...common.files import user_path
 from ...common.names import did_you_mean, nearest_names
-from ...pipeline.options import add_device
+from ...pipeline.options import add_device, new_parser
 
 KINDS = {
     "scan": "the recurrence alone, and whole layers",
@@ -95,13 +95,8 @@ def _count(settings: Settings, key: str, word: str) -> int:
 
 def _parser(kind: str) -> argparse.ArgumentParser:
     module = importlib.import_module(f".{kind}", __package__)
-    parser = argparse.ArgumentParser(
-        f"minrnn bench {kind}",
-        description=module.DESCRIPTION,
-        epilog=f"examples:\n{module.EXAMPLES.rstrip()}\n\npeers: {', '.join(module.PEERS)}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    epilog = f"examples:\n{module.EXAMPLES.rstrip()}\n\npeers: {', '.join(module.PEERS)}"
+    parser = new_parser(f"minrnn bench {kind}", module.DESCRIPTION, epilog)
     module.add_arguments(parser)
     parser.add_argument(
         "--peers",

@@ -101,8 +101,7 @@ def rolling_line() -> str:
     return (
         f"Through lm-eval, on {whole['bytes']:,} bytes ([file](evals/results/rolling-cpu.json)): "
         f"{whole['bits_per_byte']:.4f} bits per byte with the state carried, {windows['bits_per_byte']:.4f} "
-        "in "
-        f"windows of {windows['window']:,}, in {whole['seconds']:.0f} seconds. A byte takes "
+        f"in windows of {windows['window']:,}, in {whole['seconds']:.0f} seconds. A byte takes "
         f"{result['time_per_byte_whole_over_first']:.2f} of the time that a byte of the first sixteenth "
         "takes."
     )
@@ -113,9 +112,8 @@ def text() -> str:
     formal = (
         "Formal languages: accuracy, scaled so that guessing gives 0 %. Two default blocks of width 128 and "
         "1,500 steps of 128 strings, one seed; the published numbers are from 500,000 steps. Most languages "
-        "are "
-        "learned at the training lengths, but not yet at greater ones. Decays in (-1, 1) learn Parity at all "
-        "lengths."
+        "are learned at the training lengths, but not yet at greater ones. Decays in (-1, 1) learn Parity "
+        "at all lengths."
     )
     blocks = [
         "\n".join(shakespeare_lines()),

@@ -16,7 +16,7 @@ from typing import Any
 from ...common.checks import option_minimum_errors
 from ...common.errors import UserError, missing_package_error
 from ...common.files import user_path, write_text
-from ...pipeline.options import add_device, add_dtype, add_trust
+from ...pipeline.options import add_device, add_dtype, add_model, add_trust, new_parser
 from ...pipeline.processes import run_on_all_ranks
 from ...pipeline.public import public_config, public_value
 from ..output import default_out, out_errors, run_folder
@@ -34,19 +34,8 @@ EXAMPLES = """examples:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "minrnn eval",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "model",
-        type=os.path.expanduser,
-        metavar="MODEL",
-        help="a run's folder, an export, or a model of the hub",
-    )
+    parser = new_parser("minrnn eval", DESCRIPTION, EXAMPLES)
+    add_model(parser)
     parser.add_argument(
         "--tasks",
         required=True,

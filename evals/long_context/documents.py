@@ -4,7 +4,6 @@ results.
 
 import argparse
 import itertools
-import os
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from ...data.joined import PACKAGE, join_documents
 from ...data.sources import Document, Position, Source, TextFiles
 from ...models import MinRNNConfig, MinRNNForCausalLM
 from ...pipeline.loading import load
-from ...pipeline.options import add_device, add_dtype, add_trust
+from ...pipeline.options import add_device, add_dtype, add_model, add_trust, new_parser
 from ...pipeline.public import public_value
 from ..output import out_errors
 from ..record import command_line, commit, machine, versions
@@ -56,19 +55,8 @@ class LongDocument:
 
 def make_parser(command: str, description: str, examples: str) -> argparse.ArgumentParser:
     """A parser with the arguments that both commands share: model, document, device, output."""
-    parser = argparse.ArgumentParser(
-        command,
-        description=description,
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "model",
-        type=os.path.expanduser,
-        metavar="MODEL",
-        help="a run's folder, an export, or a model of the hub",
-    )
+    parser = new_parser(command, description, examples)
+    add_model(parser)
     parser.add_argument(
         "--corpus",
         default=PYTHON_STDLIB,

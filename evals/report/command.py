@@ -12,6 +12,7 @@ from urllib.parse import quote
 from ...common.errors import UserError, missing_package_error
 from ...common.files import user_path, write_text
 from ...common.output import warn
+from ...pipeline.options import new_parser
 from ..output import RESULTS
 from . import lm_eval, others, pictures, quality_tables
 from .compare import METRICS, pool
@@ -37,13 +38,7 @@ PERCENT_GROUPS = ("formal", "lra", "recall")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "minrnn report",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = new_parser("minrnn report", DESCRIPTION, EXAMPLES)
     parser.add_argument(
         "paths",
         type=user_path,

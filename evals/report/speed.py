@@ -1,9 +1,11 @@
 """Results of benchmarks and of the soak test, as tables and sentences in Markdown."""
 
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+Rows = list[dict[str, Any]]
 TITLES = {
     "minrnn": "minrnn",
     "log-space": "log-space scan",
@@ -18,7 +20,7 @@ TITLES = {
 }
 
 
-def _load(source: Path) -> list[dict[str, Any]]:
+def _load(source: Path) -> Rows:
     return json.loads(source.read_text())["rows"]
 
 
@@ -26,7 +28,7 @@ def _line(*cells: str) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _rows(rows: list[dict[str, Any]], **fields: Any) -> list[dict[str, Any]]:
+def _rows(rows: Rows, **fields: Any) -> Rows:
     """The rows that ran and have these values."""
     return [
         row
@@ -52,21 +54,9 @@ def train_lines(source: Path) -> list[str]:
     """Training rates in tokens per second, by length."""
     rows = _rows(_load(source), section="train")
     lengths = sorted({row["length"] for row in rows})
-    table = {(row["contender"], row["length"]): row for row in rows}
-    lines = [
-        _line("training, tokens/s", *(f"length {length:,}" for length in lengths)),
-        "|---|" + "---|" * len(lengths),
-    ]
-    for name in dict.fromkeys(row["contender"] for row in rows if row["contender"] in TITLES):
-        cells = (
-            f"{table[name, length]['tokens_per_second']:,.0f}" if (name, length) in table else "-"
-            for length in lengths
-        )
-        lines.append(_line(TITLES[name], *cells))
-    fractions = (
-        f"{table['minrnn', length]['matmul_fraction']:.2f}" if ("minrnn", length) in table else "-"
-        for length in lengths
-    )
+    titles = ["training, tokens/s", *(f"length {length:,}" for length in lengths)]
+    lines = _table(titles, rows, "length", lambda row: f"{row['tokens_per_second']:,.0f}")
+    fractions = _cells(rows, "minrnn", "length", lengths, lambda row: f"{row['matmul_fraction']:.2f}")
     return [*lines, _line("minrnn, of the matrix product's rate", *fractions)]
 
 
@@ -74,18 +64,24 @@ def generate_lines(source: Path) -> list[str]:
     """Milliseconds per token after a context."""
     rows = _rows(_load(source), section="generate", batch=1)
     contexts = sorted({row["context"] for row in rows})
-    table = {(row["contender"], row["context"]): row for row in rows}
-    lines = [
-        _line("decoding, ms/token", *(f"after {context:,}" for context in contexts)),
-        "|---|" + "---|" * len(contexts),
-    ]
-    for name in dict.fromkeys(row["contender"] for row in rows if row["contender"] in TITLES):
-        cells = (
-            f"{1e3 * table[name, context]['median_seconds']:.1f}" if (name, context) in table else "-"
-            for context in contexts
-        )
-        lines.append(_line(TITLES[name], *cells))
-    return lines
+    titles = ["decoding, ms/token", *(f"after {context:,}" for context in contexts)]
+    return _table(titles, rows, "context", lambda row: f"{1e3 * row['median_seconds']:.1f}")
+
+
+def _table(titles: list[str], rows: Rows, key: str, cell: Callable[[dict[str, Any]], str]) -> list[str]:
+    """A line for each contender, a column for each value of `key`, below the titles."""
+    values = sorted({row[key] for row in rows})
+    names = dict.fromkeys(row["contender"] for row in rows if row["contender"] in TITLES)
+    lines = (_line(TITLES[name], *_cells(rows, name, key, values, cell)) for name in names)
+    return [_line(*titles), "|---|" + "---|" * len(values), *lines]
+
+
+def _cells(
+    rows: Rows, name: str, key: str, values: list[int], cell: Callable[[dict[str, Any]], str]
+) -> Iterator[str]:
+    """The cells of a contender; `-` where it was not measured."""
+    measured = {row[key]: row for row in rows if row["contender"] == name}
+    return (cell(measured[value]) if value in measured else "-" for value in values)
 
 
 def contexts_line(source: Path) -> str:
@@ -112,13 +108,11 @@ def stream_line(source: Path, rows: Path) -> str:
     longest = max(length for _, length in rates)
     return (
         f"Training on one document of {row['tokens_read']:,} tokens, read {row['chunk']:,} at a time with "
-        "the "
-        f"state carried, runs at {row['tokens_per_second']:,.0f} tokens/s in {row['peak_bytes'] / 1e9:.1f} "
-        "GB. "
-        f"Rows of {longest:,} tokens train at {rates['minrnn-chunked', longest] / rates['minrnn', 512]:.2f} "
-        "of "
-        f"the rate of rows of 512 if they are read in such pieces, and at "
-        f"{rates['minrnn', longest] / rates['minrnn', 512]:.2f} if they are read whole."
+        f"the state carried, runs at {row['tokens_per_second']:,.0f} tokens/s in "
+        f"{row['peak_bytes'] / 1e9:.1f} GB. Rows of {longest:,} tokens train at "
+        f"{rates['minrnn-chunked', longest] / rates['minrnn', 512]:.2f} of the rate of rows of 512 if they "
+        f"are read in such pieces, and at {rates['minrnn', longest] / rates['minrnn', 512]:.2f} if they are "
+        "read whole."
     )
 
 
