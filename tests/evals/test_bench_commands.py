@@ -49,18 +49,7 @@ def check_ceilings(record: dict) -> None:
 
 
 def test_scan(tmp_path: Path, capsys):
-    sizes = [
-        "--shapes",
-        "2x16x8",
-        "--dtypes",
-        "fp32",
-        "--lengths",
-        "8",
-        "--tokens",
-        "32",
-        "--layers",
-        "2x8x4",
-    ]
+    sizes = "--shapes 2x16x8 --dtypes fp32 --lengths 8 --tokens 32 --layers 2x8x4".split()
     record = run("scan", [*sizes, *QUICK], tmp_path)
     by_name = {
         (row["section"], row["contender"], row["direction"]): row
@@ -81,18 +70,7 @@ def test_scan(tmp_path: Path, capsys):
 
 
 def test_scan_reports_shapes_that_do_not_fit_into_memory(tmp_path: Path):
-    sizes = [
-        "--shapes",
-        "1024x1048576x1024",
-        "--dtypes",
-        "fp32",
-        "--lengths",
-        "none",
-        "--layers",
-        "none",
-        "--peers",
-        "none",
-    ]
+    sizes = "--shapes 1024x1048576x1024 --dtypes fp32 --lengths none --layers none --peers none".split()
     record = run("scan", [*sizes, *QUICK], tmp_path)
     assert all("of memory" in row["reason"] for row in record["rows"])
 
@@ -141,20 +119,7 @@ def test_train_measures_the_loop(tmp_path: Path):
 
 def test_generate_measures_all_contenders(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(generate, "run_contest", run_without_processes)
-    sizes = [
-        "--contexts",
-        "48",
-        "--batches",
-        "2",
-        "--read",
-        "32",
-        "--read-ours",
-        "96",
-        "--prefill",
-        "40",
-        "--steps",
-        "2",
-    ]
+    sizes = "--contexts 48 --batches 2 --read 32 --read-ours 96 --prefill 40 --steps 2".split()
     record = run("generate", [*MODEL, *sizes], tmp_path)
     rows = {row["contender"]: row for row in record["rows"]}
     assert set(rows) == {"minrnn", *generate.PEERS}
@@ -175,20 +140,7 @@ def test_generate_measures_all_contenders(tmp_path: Path, monkeypatch):
 
 def test_generate_reports_a_cache_that_does_not_fit_into_memory(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(generate, "run_contest", run_without_processes)
-    sizes = [
-        "--contexts",
-        "1e12",
-        "--batches",
-        "1",
-        "--read",
-        "8",
-        "--read-ours",
-        "8",
-        "--steps",
-        "1",
-        "--peers",
-        "llama",
-    ]
+    sizes = "--contexts 1e12 --batches 1 --read 8 --read-ours 8 --steps 1 --peers llama".split()
     ours, llama = run("generate", [*MODEL, *sizes], tmp_path)["rows"]
     assert ours["context_read"] == 8
     assert "keys and values of 1,000,000,000,000 tokens need" in llama["reason"]

@@ -112,15 +112,7 @@ def test_the_end_of_a_process_becomes_a_reason():
 
 
 def test_the_command_line_is_recorded_without_the_output_path():
-    argv = [
-        "--out",
-        "/home/me/x.json",
-        "--rounds",
-        "3",
-        "--out=y.json",
-        "/home/me/model",
-        "--corpus=/home/me/a.txt",
-    ]
+    argv = "--out /home/me/x.json --rounds 3 --out=y.json /home/me/model --corpus=/home/me/a.txt".split()
     assert command_line("minrnn bench scan", argv) == "minrnn bench scan --rounds 3 model --corpus=a.txt"
 
 

@@ -36,24 +36,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a corpus and a recipe: fp64 with dropout, two readers, so one or two processes."""
     folder = tmp_path_factory.mktemp("shared")
     draw = random.Random(0)
-    words = [
-        "the",
-        "state",
-        "of",
-        "a",
-        "lane",
-        "goes",
-        "on",
-        "where",
-        "it",
-        "was",
-        "cut",
-        "and",
-        "no",
-        "document",
-        "sees",
-        "another",
-    ]
+    words = "the state of a lane goes on where it was cut and no document sees another".split()
     texts = [" ".join(draw.choices(words, k=draw.choice([0, 1, 3, 10, 60]))) for _ in range(300)]
     (folder / "words.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     recipe = {

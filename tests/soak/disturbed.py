@@ -19,22 +19,7 @@ from minrnn.pipeline.checkpoint import checkpoint_paths
 
 REPOSITORY = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-WORDS = [
-    "state",
-    "lane",
-    "goes",
-    "on",
-    "where",
-    "it",
-    "was",
-    "cut",
-    "and",
-    "no",
-    "document",
-    "ever",
-    "sees",
-    "another",
-]
+WORDS = "state lane goes on where it was cut and no document ever sees another".split()
 PEER_TIMEOUT = 15.0
 EVAL_EVERY = 10
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
