@@ -31,21 +31,8 @@ FILE_SUFFIXES = (".txt", ".md", ".py", ".json", *COMPRESSED, *ROWS)  # names wit
 STDLIB_EXCLUDED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
 # Whole modules, so that no file of a held-out package is trained on; a sample of every kind of module.
 STDLIB_HELD_OUT = {
-    *(
-        "argparse",
-        "calendar",
-        "csv",
-        "fractions",
-        "heapq",
-        "json",
-        "pathlib",
-        "queue",
-        "random",
-        "shutil",
-        "statistics",
-        "textwrap",
-        "zipfile",
-    )
+    *"argparse calendar csv fractions heapq json pathlib queue".split(),
+    *"random shutil statistics textwrap zipfile".split(),
 }
 Split = Literal["train", "validation", "all"]
 

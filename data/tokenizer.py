@@ -216,7 +216,7 @@ class Encoder:
 
     def __call__(self, text: str) -> np.ndarray:
         """Encode a document, int32 [1 + tokens + 1]; names of special tokens in the text are text."""
-        return np.concatenate([[self.bos], self.encode(text), [self.eos]]).astype(np.int32)
+        return np.concatenate([[self.bos], self.encode(text), [self.eos]], dtype=np.int32)
 
     def encode(self, text: str) -> np.ndarray:
         """The tokens of the text alone, without bos and eos."""

@@ -129,7 +129,8 @@ def _claims(
         claims["position_ids"] = positions == 0
     if (numbers := _left_aligned(packing, "seq_idx", order, shape)) is not None:
         claims["seq_idx"] = F.pad(numbers[:, 1:] != numbers[:, :-1], (1, 0))[:, : shape[1]]
-    if any(packing.get(name) is not None for name in PACKING[2:]):
+    lengths = (name for name in PACKING if name.startswith(("cu_seq_lens", "max_length")))
+    if any(packing.get(name) is not None for name in lengths):
         if order is not None:
             raise ValueError(
                 "cu_seq_lens_q divides rows without padding, but attention_mask has padding: "

@@ -34,7 +34,6 @@ class MinRNNMixer(nn.Module):
         self.cell = CELLS[config.cell]
         self.backend = config.scan_backend
         self.spec = CellSpec(config.cell, config.candidate_activation, config.output_gate)
-        self.memory_length = config.memory_length
         self.context_group: ContextGroup | None = None  # see `use_context_parallel`
         self.kernel = max(config.conv_kernel, 1)
         self.conv_weight = (

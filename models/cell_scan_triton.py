@@ -18,8 +18,6 @@ from .launches_triton import (
     with_contiguous_channels,
 )
 
-NUM_GATES = {"mingru": 1, "minlstm": 2}
-
 
 def choose_tile(time: int, itemsize: int, cell: str, output_gate: bool, backward: bool) -> Tile:
     """The largest tile, for operands of `itemsize` bytes, with which two programs share a multiprocessor.

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .dtypes import compute_dtype
+from .dtypes import at_least_fp32, compute_dtype
 from .layers_numba import norm_backward, norm_forward, swiglu_backward, swiglu_forward
 from .numba_support import serves
 from .operators import define
@@ -110,11 +110,7 @@ class RMSNorm(nn.Module):
         dtype = compute_dtype(x)
         if serves(x, self.backend) and dtype in (torch.float32, torch.bfloat16):
             return _norm_op(x, self.weight, self.eps, dtype)[0]
-        return (
-            F.rms_norm(x.to(torch.promote_types(x.dtype, torch.float32)), self.weight.shape, None, self.eps)
-            .mul(self.weight)
-            .to(dtype)
-        )
+        return F.rms_norm(at_least_fp32(x), self.weight.shape, None, self.eps).mul(self.weight).to(dtype)
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, eps={self.eps}"

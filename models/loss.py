@@ -88,7 +88,7 @@ def linear_cross_entropy(
         if num_items is None
         else torch.as_tensor(num_items, device=hidden.device)
     )
-    scale = count.to(at_least_fp32(hidden.new_empty(0)).dtype).reciprocal()
+    scale = count.to(torch.promote_types(hidden.dtype, torch.float32)).reciprocal()
     return _LinearCrossEntropy.apply(
         rows, weight, labels, scale, block or max(1, BLOCK_ELEMENTS // len(weight))
     )

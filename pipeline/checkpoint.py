@@ -61,9 +61,8 @@ def write_file(path: Path, write: Callable[[Path], object]) -> tuple[str, dict[s
 
 def publish(building: Path, final: Path, manifest: dict[str, Any]) -> None:
     """Write the manifest of a built folder and rename the folder to its final name."""
-    write_file(
-        building / MANIFEST, lambda path: path.write_text(_with_checksum({"format": FORMAT, **manifest}))
-    )
+    (building / MANIFEST).write_text(_with_checksum({"format": FORMAT, **manifest}))
+    sync(building / MANIFEST)
     sync(building)
     if final.exists():  # it is invalid, otherwise the run would have resumed from it
         mark_invalid(final)

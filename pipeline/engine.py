@@ -143,9 +143,7 @@ class DeepSpeedEngine(Engine):
         config.setdefault("steps_per_print", 2**31)
         config.pop("bf16", None)
         config.pop("fp16", None)
-        for group in (optimizer := build_optimizer(model, recipe.optim)).param_groups:
-            group["lr"] = torch.as_tensor(group["lr"]).item()
-        self.model, _ = accelerator.prepare(model, optimizer)
+        self.model, _ = accelerator.prepare(model, build_optimizer(model, recipe.optim))
         self.optimizer = self.model.optimizer
         if saved is not None:
             self._load_moments(checkpoint.read_moments(saved))
@@ -191,13 +189,7 @@ class DeepSpeedEngine(Engine):
 
     def moments(self, keep: bool) -> Tensors:
         if self.stage == 0:
-            state = self._inner.state
-            named = self._named_parameters() if keep else []
-            return {
-                f"{key}.{name}": _cpu_copy(torch.as_tensor(value))
-                for name, p in named
-                for key, value in state[p].items()
-            }
+            return super().moments(keep)
         from deepspeed.utils import safe_get_full_optimizer_state
 
         self._link_moments()

@@ -1,7 +1,7 @@
 """The remaining time of a run, estimated once after its first steps.
 
-steps after the first (which compiles) -> seconds per step x remaining steps and validations -> "about 3
-min to go"
+steps after the first (which compiles) -> seconds per step x remaining steps and validations
+-> "about 3 min to go"
 """
 
 import time

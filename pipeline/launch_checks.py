@@ -1,9 +1,8 @@
 """Checks of the launcher's environment against the recipe, before any process is connected.
 
 Some settings exist in both: batch, clipping, precision, optimizer. The recipe decides. A setting that the
-launcher
-leaves open ("auto" or missing) is filled in from the recipe; a different value is an error. All errors are
-reported at once.
+launcher leaves open ("auto" or missing) is filled in from the recipe; a different value is an error. All
+errors are reported at once.
 """
 
 import ipaddress

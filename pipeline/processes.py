@@ -10,7 +10,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -178,15 +178,11 @@ def check_wrapped(accelerator: Accelerator, model: nn.Module) -> None:
         )
 
 
-def run_on_all_ranks(
-    accelerator: Accelerator, function: Callable[[], T]
-) -> tuple[T | None, list[tuple[str, str]]]:
-    """Call a function in every process, and exchange the errors.
-
-    Returns:
-        This process's result (None if it failed), and the UserErrors of all processes.
+def run_on_all_ranks(accelerator: Accelerator, function: Callable[[], T]) -> T:
+    """Call a function in every process; returns this process's result.
 
     Raises:
+        UserError: in every process, with the errors of all of them.
         StorageError: in every process, if a file system failed in one of them. The others would otherwise
             wait for it.
     """
@@ -203,7 +199,9 @@ def run_on_all_ranks(
     of_ranks = all_gather_objects(accelerator, [(errors, failures)])
     if failures := [failure for _, failures in of_ranks for failure in failures]:
         raise StorageError("; ".join(failures))
-    return result, list(dict.fromkeys(error for errors, _ in of_ranks for error in errors))
+    if errors := list(dict.fromkeys(error for errors, _ in of_ranks for error in errors)):
+        raise UserError.from_list(errors)
+    return cast(T, result)
 
 
 def all_reduce_sum(accelerator: Accelerator, values: list[float]) -> list[float]:

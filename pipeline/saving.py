@@ -1,7 +1,6 @@
 """Writing checkpoints in a thread, during training.
 
-    training thread:  snapshot (copies in main memory) -> next steps ................. -> join, before the
-    next
+    training thread:  snapshot (copies in main memory) -> next steps .......... -> join, before the next
     saver thread:     own files -> all ranks done? -> manifest, rename, remove old -> all ranks know
 
 The saver threads of all processes communicate through a gloo group of their own, so they cannot interfere
@@ -82,14 +81,8 @@ class Saver:
         warn: Callable[[str], object],
         before_publishing: Callable[[], object],
     ):
-        self.folder, self.keep, self.in_background, self.newest, self.warn = (
-            folder,
-            keep,
-            in_background,
-            newest,
-            warn,
-        )
-        self.before_publishing = before_publishing
+        self.folder, self.keep, self.in_background, self.newest = folder, keep, in_background, newest
+        self.warn, self.before_publishing = warn, before_publishing
         self.rank, self.num_processes = accelerator.process_index, accelerator.num_processes
         self.group = (
             torch.distributed.new_group(backend="gloo", timeout=timeout) if self.num_processes > 1 else None

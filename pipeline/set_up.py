@@ -123,11 +123,7 @@ def _open_on_all_ranks(
         UserError, StorageError: in every process, the errors of all of them.
     """
     is_main = accelerator.is_main_process
-    corpus, errors = processes.run_on_all_ranks(
-        accelerator, lambda: _corpus_fingerprint(recipe, folder, is_main)
-    )
-    if errors:
-        raise UserError.from_list(errors)
+    corpus = processes.run_on_all_ranks(accelerator, lambda: _corpus_fingerprint(recipe, folder, is_main))
     watchdog.enter("opening data and model", is_set_up=True)
 
     def open_own() -> tuple[RunData, MinRNNForCausalLM]:
@@ -139,9 +135,7 @@ def _open_on_all_ranks(
         return dataclasses.replace(data, corpus=corpus), model
 
     with contextlib.ExitStack() as on_failure:
-        opened, errors = processes.run_on_all_ranks(accelerator, open_own)
-        if errors or opened is None:
-            raise UserError.from_list(errors)
+        opened = processes.run_on_all_ranks(accelerator, open_own)
         on_failure.pop_all()
     return opened
 
@@ -189,7 +183,7 @@ def _open_tokenizer(recipe: Recipe, folder: RunFolder) -> Any:
     if folder.manifest.get("tokenizer", current) != current:
         message = (
             f"{data.tokenizer} is not the tokenizer that the run began with: its vocabulary has changed; "
-            "another run.dir"
+            "name another run.dir"
         )
         raise UserError("data.tokenizer", message)
     return tokenizer

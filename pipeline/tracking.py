@@ -1,7 +1,6 @@
 """MLflow as a mirror of metrics.jsonl. A thread sends what the MLflow run lacks; training never waits for it.
 
-    metrics.jsonl -> whole lines after the last one sent -> metrics after the MLflow run's last step ->
-    log_batch
+    metrics.jsonl -> lines after the last one sent -> metrics after the MLflow run's last step -> log_batch
 
 metrics.jsonl is the source of truth. At every connection the thread asks the MLflow run for the last step of
 each metric. The steps of a metric increase from line to line and are sent in that order, so the MLflow run

@@ -66,13 +66,8 @@ class Watchdog:
     def __init__(self, rank: int, num_processes: int, timeout: float, store: Any):
         self.rank, self.num_processes, self.timeout = rank, num_processes, timeout
         self._period = min(max(timeout / 5, 0.1), 15.0)
-        self._beat, self._moves, self._phase, self._activity, self._extra_seconds = (
-            0,
-            0,
-            0,
-            "starting",
-            SET_UP_SECONDS,
-        )
+        self._beat = self._moves = self._phase = 0
+        self._activity, self._extra_seconds = "starting", SET_UP_SECONDS
         self._ended, self._wants_snapshots = threading.Event(), threading.Event()
         self._snapshots: list[list[Heartbeat]] = []
         self._answered_at, self._last_error = time.monotonic(), "no answer"

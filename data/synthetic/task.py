@@ -2,6 +2,7 @@
 generator.
 """
 
+import functools
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
@@ -81,7 +82,7 @@ class Task(ABC):
         """The accuracy rescaled so that guessing gives 0 and perfect answers give 1."""
         return (accuracy - self.chance) / (1.0 - self.chance)
 
-    @property
+    @functools.cached_property
     def pad(self) -> int:
         """The id of the padding token."""
         return len(self.symbols) + SPECIAL_TOKENS.index("<pad>")

@@ -14,5 +14,6 @@ measured in the same run, in rotation (so other load slows all of them), warmed 
 Results are medians; the file holds every round.
 
 At import time, only errors, `pipeline.machine` and `pipeline.options` are imported from data and training
-code, so a machine with torch, transformers, numpy, matplotlib and tqdm is enough for all but `bench data`.
+code. So a machine with torch, transformers, numpy, psutil, matplotlib and tqdm is enough for all but
+`bench data` and `bench train --loop`.
 """

@@ -32,7 +32,6 @@ from ..output import si, table
 from .command import Settings, parse_counts
 from .language_models import FAMILIES, OURS, Options, build, compute_logits, find_size, kernel_names
 from .language_models import PEERS as PEERS
-from .loop import measure_loop
 from .measure import DTYPES, Stopwatch, Unavailable, ceiling_rows, default_ceilings, without_preparation
 from .record import Record
 from .worker import run_contest
@@ -263,6 +262,8 @@ def run(arguments: argparse.Namespace, record: Record) -> None:
             document = f"one document of {arguments.stream:,} tokens"
             print(_table(rows, f"training on {document}, {arguments.chunk:,} at once"))
     if arguments.loop:
+        from .loop import measure_loop  # imports the training code, which the other sections do not need
+
         rows = measure_loop(arguments)
         record.add(rows)
         title = f"the quickstart's step, alone and in the training loop, {arguments.loop} at a time"

@@ -8,12 +8,10 @@ bound by memory, as it should be:
 
 - registers per thread: with up to 128, two programs of 8 warps share a multiprocessor, so one computes while
   the other waits;
-- bytes in flight: what a program requests before it waits. Two programs on each of 132 multiprocessors at 4.3
-  TB/s and 0.8 us
-  need 13 KB each;
+- bytes in flight: what a program requests before it waits. Two programs on each of 132 multiprocessors at
+  4.3 TB/s and 0.8 us need 13 KB each;
 - issue: an H200 issues about 2.9e13 thread instructions per second (132 x 4 x 32 at 1.7 GHz), and 4.3e12 / n
-  elements of n
-  bytes arrive in one; this is the fraction of the first that the loop spends on the second;
+  elements of n bytes arrive in one; this is the fraction of the first that the loop spends on the second;
 - special: the same for special functions (exp2, reciprocal), which run at an eighth of the rate.
 """
 
@@ -37,7 +35,8 @@ from ...common.errors import UserError
 from ...common.files import user_path, write_json
 from ...models import cell_scan_triton, scan_triton
 from ...models.boundaries import Boundaries
-from ...models.cell_spec import CellInputs, CellSpec
+from ...models.cell_spec import FUSED_CELLS, CellInputs, CellSpec
+from ...models.cells import CELLS
 from ...models.launches_triton import Launch
 from ..output import RESULTS
 from ..record import command_line, commit, versions
@@ -97,7 +96,7 @@ def cell_launches(
     time: int = TIME,
 ) -> Iterator[tuple[str, Launch]]:
     """Forward and backward of a cell; with `boundaries`, document starts and lengths as well."""
-    num_gates = cell_scan_triton.NUM_GATES[cell]
+    num_gates = CELLS[cell].num_gates
     projected = empty(BATCH, time, WIDTH * (num_gates + 1 + output_gate), dtype=dtype)
     gate_bias, state, h = empty(num_gates, WIDTH), empty(BATCH, WIDTH), empty(BATCH, time, WIDTH, dtype=dtype)
     starts = empty(BATCH, time, dtype=torch.bool) if boundaries else None
@@ -122,12 +121,12 @@ def all_launches() -> Iterator[tuple[str, Launch]]:
     for dtype, num_chunks in itertools.product(dtypes, (1, NUM_CHUNKS)):
         yield from general_launches(dtype, num_chunks)
     for cell, output_gate, dtype, num_chunks in itertools.product(
-        cell_scan_triton.NUM_GATES, (False, True), dtypes, (1, NUM_CHUNKS)
+        FUSED_CELLS, (False, True), dtypes, (1, NUM_CHUNKS)
     ):
         yield from cell_launches(cell, "none", output_gate, dtype, num_chunks)
-    for cell, activation in itertools.product(cell_scan_triton.NUM_GATES, ("g", "tanh", "silu")):
+    for cell, activation in itertools.product(FUSED_CELLS, ("g", "tanh", "silu")):
         yield from cell_launches(cell, activation, False, torch.bfloat16, 1)
-    for cell in cell_scan_triton.NUM_GATES:
+    for cell in FUSED_CELLS:
         yield from cell_launches(cell, "none", True, torch.bfloat16, 1, boundaries=True)
     yield from (
         (f"{name}, one token", launch)
@@ -218,7 +217,7 @@ def bytes_moved(launch: Launch) -> tuple[float, float]:
     if is_general:
         read = size("a", "grad_h" if is_backward else "b")
     else:
-        gates, output_gate = cell_scan_triton.NUM_GATES[constants["CELL"]], constants["OUTPUT_GATE"]
+        gates, output_gate = CELLS[constants["CELL"]].num_gates, constants["OUTPUT_GATE"]
         # summaries read only what decides the state
         used = gates + 1 + output_gate if written else gates + (output_gate if is_backward else 1)
         read = size("projected") * used / (gates + 1 + output_gate) + (size("grad_y") if is_backward else 0)

@@ -186,9 +186,7 @@ def _evaluate(arguments: argparse.Namespace) -> list[str]:
     if lm.accelerator is None:
         tasks = load_tasks(manager, names)
     else:
-        tasks, errors = run_on_all_ranks(lm.accelerator, lambda: load_tasks(manager, names))
-        if tasks is None or errors:
-            raise UserError.from_list(errors)
+        tasks = run_on_all_ranks(lm.accelerator, lambda: load_tasks(manager, names))
     out = arguments.out or default_out(arguments.model, "lm-eval")
     finished: Results = {}
 

@@ -35,7 +35,6 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from ...common.errors import UserError
 from ...data.prompts import prompt_tokens
 from ...models import MinRNNForCausalLM
 from ...models.decoding import TokenStep
@@ -132,9 +131,7 @@ class MinRNNLM(TemplateLM):
         """The dtype of the weights: the main process decides for all."""
         if self.accelerator is None:
             return weights_dtype(stored, requested, device)
-        dtype, errors = run_on_all_ranks(self.accelerator, lambda: weights_dtype(stored, requested, device))
-        if errors or dtype is None:
-            raise UserError.from_list(errors)
+        dtype = run_on_all_ranks(self.accelerator, lambda: weights_dtype(stored, requested, device))
         return broadcast_from_main(self.accelerator, dtype)
 
     @property

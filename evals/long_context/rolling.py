@@ -1,8 +1,8 @@
 """`minrnn rolling`: lm-eval's loglikelihood_rolling on one text of a million bytes.
 
-document -> its first 1/16, 1/8, 1/4, 1/2, all of it -> loglikelihood_rolling, state carried -> bits per byte,
-seconds
+document -> its first 1/16, 1/8, 1/4, 1/2, all of it -> loglikelihood_rolling, state carried
             all of it -> the same in windows of 2048 tokens, state reset
+         -> bits per byte, seconds
 
 If the time per byte is the same in all rows, the cost of a byte does not depend on the length.
 """

@@ -17,7 +17,7 @@ FOLDERS = {path.parent.name for path in REPOSITORY.glob("*/__init__.py")} - {"mi
 LIGHT = """
 import sys
 import minrnn, minrnn.data.worker
-loaded = {"torch", "transformers"} & set(sys.modules)
+loaded = {"torch", "transformers", "datasets"} & set(sys.modules)
 sys.exit(str(loaded) if loaded else 0)
 """
 
@@ -29,7 +29,7 @@ def test_the_names_of_the_package_are_there():
         minrnn.training  # noqa: B018
 
 
-def test_data_workers_load_neither_torch_nor_transformers():
+def test_data_workers_load_no_torch_transformers_or_datasets():
     done = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

@@ -259,18 +259,6 @@ def test_user_errors_are_pickled_whole():
     assert str(again) == "error: data.corpus: one\nerror: batch.lanes: two"
 
 
-def test_a_worker_needs_no_torch():
-    """So it starts fast and uses little memory."""
-    code = (
-        "import sys, minrnn.data.worker; "
-        "print([name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])"
-    )
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-        == "[]\n"
-    )
-
-
 def test_windows_of_one_text_in_workers(corpus: CorpusSpec):
     spec = replace(reader_spec(corpus, 2, "windows"), chunk=30)
     one, other = steps(spec, [0, 1], 1, workers=2)[0]

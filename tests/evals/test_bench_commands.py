@@ -105,7 +105,7 @@ def test_train_in_processes_of_their_own(tmp_path: Path):
     ours, lstm = record["rows"]
     assert ours["contender"] == "minrnn"
     assert ours["peak_bytes"] > 4 * 4 * ours["parameters"]  # weights, gradients and two moments, in fp32
-    assert lstm["seconds"] or lstm["reason"]
+    assert "seconds" in lstm
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ of ours failed. Slow tests run too (RUN_SLOW=1), because the tests of export and
 """
 
 import collections
-import json
 import os
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from minrnn.common.files import write_json
 from minrnn.evals.record import command_line, commit, versions
 
 FOLDER = Path(__file__).parent
@@ -68,7 +68,7 @@ def main() -> None:
         print(f"{name:16} passed {passed:4} failed {failed:3} skipped {skipped:4}")
     command = command_line("make test-transformers", ())
     record = {"command": command, "commit": commit(), "versions": versions(), "models": models}
-    RESULT.write_text(json.dumps(record, indent=2) + "\n")
+    write_json(RESULT, record)
     sys.exit(any(entry["failed"] for name, entry in models.items() if name.startswith("Min")))
 
 

@@ -44,7 +44,6 @@ class CommonTests(common.ModelTesterMixin, common.GenerationTesterMixin, trainin
     base_model_class: Any = None
     causal_lm_class: Any = None
     model_tester: Any = None
-    config_options: dict[str, Any] = {}  # what a configuration of this size needs besides
 
     def new_config(self) -> Any:
         raise NotImplementedError

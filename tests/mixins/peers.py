@@ -17,7 +17,6 @@ class TestLlama(CommonTests, unittest.TestCase):
 class TestMamba2(CommonTests, unittest.TestCase):
     base_model_class, causal_lm_class = transformers.Mamba2Model, transformers.Mamba2ForCausalLM
     has_attentions = False
-    config_options = {"num_heads": 8, "head_dim": 8}
 
     def new_config(self) -> Any:
         sizes = {name: size for name, size in SIZES.items() if name != "intermediate_size"}

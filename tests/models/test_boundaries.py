@@ -149,16 +149,14 @@ def test_a_document_start_drops_the_state(variant):
     other[:, :5] = random_ids(2, 5, seed=7)
     carried = MinRNNCache(2)
     logits_of(model, random_ids(2, 9, seed=8), past_key_values=carried, use_cache=True)
-    actual, again = (
-        MinRNNCache(2),
-        logits_of(model, other, document_starts=starts, past_key_values=carried, use_cache=True),
-    )
-    first = logits_of(model, ids, document_starts=starts, past_key_values=actual, use_cache=True)
+    fresh = MinRNNCache(2)
+    again = logits_of(model, other, document_starts=starts, past_key_values=carried, use_cache=True)
+    first = logits_of(model, ids, document_starts=starts, past_key_values=fresh, use_cache=True)
     assert torch.equal(first[:, 5:], again[:, 5:])
     assert not torch.allclose(first[:, :5], again[:, :5])
-    ours_saved, carried_saved = actual.state_dict(), carried.state_dict()
-    assert (ours_saved.pop("num_tokens"), carried_saved.pop("num_tokens")) == (12, 21)
-    for name, tensor in ours_saved.items():
+    fresh_saved, carried_saved = fresh.state_dict(), carried.state_dict()
+    assert (fresh_saved.pop("num_tokens"), carried_saved.pop("num_tokens")) == (12, 21)
+    for name, tensor in fresh_saved.items():
         assert torch.equal(tensor, carried_saved[name]), name
 
 

@@ -1,5 +1,6 @@
 """Triton is tried out before anything depends on it, and what does not work is a reason, not a crash."""
 
+import re
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -53,8 +54,7 @@ def test_a_failure_becomes_a_reason_in_one_line(error, reason, probed, monkeypat
     monkeypatch.setattr(probe_triton, "run_probe", raising(error))
     failure = probe_triton._failure(CPU, torch.bfloat16)
     assert failure is not None
-    with pytest.raises(AssertionError, match=reason):
-        raise AssertionError(failure)
+    assert re.search(reason, failure)
     assert "\n" not in failure
 
 

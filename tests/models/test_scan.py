@@ -35,7 +35,7 @@ ROUNDING = {
 
 
 def plain_scan(a: Tensor, b: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
-    """The recurrence, outputs_and_gradients by autograd alone."""
+    """The recurrence, differentiated by autograd alone."""
     h, states = h0, []
     for a_t, b_t in zip(a.unbind(1), b.unbind(1), strict=True):
         h = a_t * h + b_t

@@ -97,7 +97,7 @@ def scan(problem: Problem, num_chunks: int | None = 1, tile: Tile | None = TILE)
 
 
 def plain_scan(problem: Problem) -> Results:
-    """In fp64, outputs_and_gradients by autograd."""
+    """In fp64, differentiated by autograd."""
     a, b, h0 = (x.double().requires_grad_() for x in problem[:3])
     grad_h, grad_last = (x.double() for x in problem[3:])
     state, states = h0, []
@@ -274,7 +274,7 @@ def cell_scan(
 
 
 def plain_cell_scan(problem: Problem, kind: Kind, boundaries: Boundaries = NO_BOUNDARIES) -> Results:
-    """The cell's own formulas and the loop in fp64, outputs_and_gradients by autograd."""
+    """The cell's own formulas and the loop in fp64, differentiated by autograd."""
     cell, activation, output_gate = kind
     starts, lengths = boundaries.document_starts, boundaries.lengths
     projected, gate_bias, h0 = (x.double().requires_grad_() for x in problem[:3])
