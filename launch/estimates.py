@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 from ..common.errors import UserError
 from ..pipeline.config import Recipe
+from ..pipeline.launch_checks import layout_errors
 
 BUCKET, MAX_LIVE = 5e8, 1e9  # elements: reduce_bucket_size, stage3_max_live_parameters
 
@@ -113,20 +114,10 @@ def workload_of(recipe: Recipe, processes: int) -> Workload:
     Raises:
         UserError: they do not divide evenly.
     """
-    errors, batch, context = [], recipe.batch, recipe.parallel.context
-    if processes % context:
-        errors.append(("parallel.context", f"groups of {context} do not divide {processes} processes"))
-    reach = recipe.resolved_model_fields()["conv_kernel"] - 1
-    if context > 1 and (batch.chunk % context or batch.chunk // context < reach):
-        pieces = f"{context} equal pieces (parallel.context) of at least {reach}"
-        errors.append(("batch.chunk", f"{batch.chunk} tokens cannot be cut into {pieces}"))
-    groups = max(processes // context, 1)
-    if batch.readers % groups:
-        possible = [n for n in range(1, batch.readers + 1) if batch.readers % n == 0]
-        message = f"{batch.readers} readers cannot be shared evenly by {groups}"
-        errors.append(("batch.readers", f"{message}; use one of {possible}, or more readers"))
-    if errors:
+    if errors := layout_errors(recipe, processes):
         raise UserError.from_list(errors)
+    batch, context = recipe.batch, recipe.parallel.context
+    groups = processes // context
     return Workload(
         processes=processes,
         context=context,

@@ -34,7 +34,11 @@ def check_launch(recipe: Recipe) -> None:
         UserError: all errors.
     """
     device, device_errors = _check_device(recipe)
-    errors = engine_errors(device.type, world_size()) + _layout_errors(recipe) + _precision_errors(recipe)
+    errors = (
+        engine_errors(device.type, world_size())
+        + layout_errors(recipe, world_size())
+        + _precision_errors(recipe)
+    )
     if uses_deepspeed():
         errors += _deepspeed_errors(recipe)
     rank, local_rank = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK"))
@@ -65,15 +69,15 @@ def check_same_recipe(recipe: Recipe, accelerator: Accelerator) -> None:
         raise UserError.from_list(sorted(errors.items()))
 
 
-def _layout_errors(recipe: Recipe) -> Errors:
+def layout_errors(recipe: Recipe, num_processes: int) -> Errors:
     """Whether processes, context groups, readers and chunks divide."""
-    world, context, batch = world_size(), recipe.parallel.context, recipe.batch
+    context, batch = recipe.parallel.context, recipe.batch
     errors: Errors = []
-    if world % context:
-        message = f"{context} processes to a sequence do not divide the {world} that were started"
+    if num_processes % context:
+        message = f"{num_processes} processes cannot form groups of {context}"
         errors.append(("parallel.context", message))
-    elif batch.readers % (groups := world // context):
-        sharing = f"{groups} groups of {context} processes" if context > 1 else f"{world} processes"
+    elif batch.readers % (groups := num_processes // context):
+        sharing = f"{groups} groups of {context} processes" if context > 1 else f"{num_processes} processes"
         possible = [n * context for n in range(1, batch.readers + 1) if batch.readers % n == 0]
         message = f"{batch.readers} readers cannot be shared evenly by {sharing}"
         errors.append(("batch.readers", f"{message}; use {possible} processes or more readers"))

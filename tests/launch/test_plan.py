@@ -178,20 +178,25 @@ def test_more_engines_fit_with_more_memory(capsys):
     [
         (
             ["--processes", "3"],
-            "error: batch.readers: 8 readers cannot be shared evenly by 3; use one of [1, 2, 4, 8]",
+            "error: batch.readers: 8 readers cannot be shared evenly by 3 processes; use [1, 2, 4, 8]",
         ),
         (
             ["--processes", "6", "--context", "4"],
-            "error: parallel.context: groups of 4 do not divide 6 processes",
+            "error: parallel.context: 6 processes cannot form groups of 4",
         ),
         (
             ["--context", "8", "--batch.chunk", "100"],
-            "error: batch.chunk: 100 tokens cannot be cut into 8 equal pieces (parallel.context)",
+            "error: batch.chunk: 100 tokens must divide by the 8 processes of parallel.context",
         ),
         (
             ["--context", "8", "--batch.chunk", "16"],
-            "error: batch.chunk: 16 tokens cannot be cut into 8 equal pieces (parallel.context) of at "
-            "least 3",
+            "error: batch.chunk: 16 tokens must divide by the 8 processes of parallel.context and leave each "
+            "at least the 3 tokens",
+        ),
+        (
+            ["--processes", "6", "--context", "2"],
+            "error: batch.readers: 8 readers cannot be shared evenly by 3 groups of 2 processes; "
+            "use [2, 4, 8, 16] processes",
         ),
         (["--context", "0"], "error: parallel.context: input should be greater than or equal to 1"),
         (["--gpu-memory", "80"], "error: --gpu-memory: '80' is not a size such as 80GB"),

@@ -274,7 +274,7 @@ def test_all_conflicts_with_deepspeed_are_reported_once(values: Values, tmp_path
         "5",
     ).stderr
     for error in (
-        "error: parallel.context: 5 processes to a sequence do not divide the 2 that were started",
+        "error: parallel.context: 2 processes cannot form groups of 5",
         "error: batch.chunk: 24 tokens must divide by the 5 processes of parallel.context",
         "error: train.precision: fp64 is for DDP",
         "error: train.skip_spikes: is for DDP",
