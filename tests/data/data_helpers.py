@@ -15,13 +15,15 @@ from typing import Any
 import numpy as np
 import pyarrow
 import pyarrow.parquet
+import pytest
 import zstandard
 from hypothesis import settings
 
+from minrnn.common.errors import UserError
 from minrnn.data import IGNORE_INDEX, Chunk, CorpusSpec, DocumentStream, Encoder, open_source
 from minrnn.data.corpus import Split, WindowAddress
 from minrnn.data.rows import Csv, JsonLines, Parquet
-from minrnn.data.sources import Document, HubDataset, Source, TextFiles
+from minrnn.data.sources import Document, HubDataset, Position, Source, TextFiles
 
 BOS, EOS = 256, 257
 ENCODER = Encoder(BOS, EOS, None)
@@ -206,3 +208,15 @@ def read_back(chunks: Sequence[Chunk]) -> list[LaneText]:
                 lane.begun = data
         lanes.append(lane)
     return lanes
+
+
+def read_all(source: Source) -> list[list[Document]]:
+    return [list(source.read(shard, Position())) for shard in range(source.num_shards)]
+
+
+def reading_error(corpus: CorpusSpec) -> str:
+    """The error message of reading the whole corpus."""
+    with pytest.raises(UserError) as caught:
+        read_all(open_source(corpus))
+    assert caught.value.errors[0][0].startswith("data.")
+    return str(caught.value)

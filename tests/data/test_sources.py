@@ -9,8 +9,6 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pyarrow
@@ -18,42 +16,21 @@ import pyarrow.parquet
 import pytest
 import zstandard
 from data_helpers import (
-    ENCODER,
     KINDS,
     OTHER_NAMES,
     csv_rows,
     json_line,
     make_source,
+    read_all,
+    reading_error,
     some_texts,
     texts_of,
     write_corpus,
 )
 
-from minrnn.common.errors import UserError
-from minrnn.data import CorpusSpec, DocumentReader, DocumentStream, ReaderSpec, open_source
-from minrnn.data.corpus import Window, WindowAddress
+from minrnn.data import CorpusSpec, open_source
 from minrnn.data.rows import JsonLines
-from minrnn.data.sources import Document, Position, Source, TextFiles
-
-
-def read_all(source: Source) -> list[list[Document]]:
-    return [list(source.read(shard, Position())) for shard in range(source.num_shards)]
-
-
-def problem(corpus: CorpusSpec) -> str:
-    """The error message of reading the whole corpus."""
-    with pytest.raises(UserError) as caught:
-        read_all(open_source(corpus))
-    assert caught.value.errors[0][0].startswith("data.")
-    return str(caught.value)
-
-
-def epoch_of(stream: DocumentStream) -> Iterator[Window]:
-    address = WindowAddress()
-    while address.epoch == 0:
-        window = stream.window(address)
-        yield window
-        address = window.next_address
+from minrnn.data.sources import Position, TextFiles
 
 
 @pytest.mark.parametrize("kind", KINDS + OTHER_NAMES)
@@ -171,7 +148,7 @@ def test_other_layouts_of_json_and_tables_are_refused_with_advice(name: str, pac
     text, message_part = REFUSED[name]
     path = tmp_path / f"{name}{pack}"
     path.write_bytes(gzip.compress(text.encode()) if pack else text.encode())
-    message = problem(CorpusSpec(str(path)))
+    message = reading_error(CorpusSpec(str(path)))
     assert str(path) in message
     assert message_part.replace(name, path.name) in message
     assert len(message.splitlines()) == 1
@@ -194,7 +171,7 @@ def test_a_binary_file_among_texts_is_reported_or_skipped(name: str, tmp_path: P
     data, message_part = BINARY[name]
     (tmp_path / "a.txt").write_text("one")
     (tmp_path / name).write_bytes(data)
-    message = problem(CorpusSpec(str(tmp_path)))
+    message = reading_error(CorpusSpec(str(tmp_path)))
     assert f"{tmp_path / name} is not text but {message_part}" in message
     documents = list(open_source(CorpusSpec(str(tmp_path), skip_broken=True)).read(0, Position()))
     assert sorted(document.text or "" for document in documents) == ["", "one"]
@@ -211,7 +188,7 @@ def test_csv_variants(tmp_path: Path):
         b"\r\n1,", b"\r\n\r\n1,"
     )
     (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbf" + rows + b"1,\xff\r\n1,last")
-    assert "holds bytes in field 'text'" in problem(CorpusSpec(str(tmp_path)))
+    assert "holds bytes in field 'text'" in reading_error(CorpusSpec(str(tmp_path)))
     documents = list(open_source(CorpusSpec(str(tmp_path), skip_broken=True)).read(0, Position()))
     assert [document.text for document in documents] == [
         "one, two",
@@ -231,7 +208,7 @@ def test_mixed_folders_are_refused_with_an_example_of_each_kind(tmp_path: Path):
     assert texts_of(itertools.chain(*read_all(open_source(CorpusSpec(str(tmp_path)))))) == ["one"]
     (tmp_path / "README.md").write_text("read me")
     (tmp_path / "b.csv").write_text("text\none\n")
-    assert "mixes csv (b.csv), jsonl (a.jsonl), text (README.md) files; name one kind" in problem(
+    assert "mixes csv (b.csv), jsonl (a.jsonl), text (README.md) files; name one kind" in reading_error(
         CorpusSpec(str(tmp_path))
     )
 
@@ -290,22 +267,22 @@ def test_another_text_field(tmp_path: Path):
 
 def test_missing_and_empty_corpora_are_refused(tmp_path: Path):
     missing = tmp_path / "none.jsonl"
-    assert f"error: data.corpus: there is no file, folder or match for {missing}" in problem(
+    assert f"error: data.corpus: there is no file, folder or match for {missing}" in reading_error(
         CorpusSpec(str(missing))
     )
-    assert "no file, folder or match" in problem(CorpusSpec(str(tmp_path / "*.txt")))
-    assert f"the folder {tmp_path} holds no files" in problem(CorpusSpec(str(tmp_path)))
+    assert "no file, folder or match" in reading_error(CorpusSpec(str(tmp_path / "*.txt")))
+    assert f"the folder {tmp_path} holds no files" in reading_error(CorpusSpec(str(tmp_path)))
     (tmp_path / "a.txt").touch()
-    assert f"{tmp_path / 'a.txt'} is empty" in problem(CorpusSpec(str(tmp_path / "a.txt")))
+    assert f"{tmp_path / 'a.txt'} is empty" in reading_error(CorpusSpec(str(tmp_path / "a.txt")))
     (tmp_path / "b.jsonl").write_text(json_line("one"))
-    message = problem(CorpusSpec(str(tmp_path)))
+    message = reading_error(CorpusSpec(str(tmp_path)))
     assert "mixes jsonl (b.jsonl), text (a.txt) files" in message
     assert "glob" in message
 
 
 def test_a_relative_glob_without_a_match_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    assert "no file, folder or match" in problem(CorpusSpec("texts/*"))
+    assert "no file, folder or match" in reading_error(CorpusSpec("texts/*"))
 
 
 @pytest.mark.parametrize(
@@ -317,47 +294,6 @@ def test_names_of_hub_datasets(name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("minrnn.data.corpus.HubDataset", lambda path, *_: opened.append(path))
     open_source(CorpusSpec(name))
     assert opened == [name]
-
-
-BROKEN_LINES = {
-    "syntax": b'{"text": \n',
-    "no field": b'{"other": "x"}\n',
-    "a number": b'{"text": 3}\n',
-    "null": b'{"text": null}\n',
-    "a list": b'["text"]\n',
-    "not UTF-8": b'{"text": "\xff"}\n',
-    "half a surrogate pair": b'{"text": "\\ud800"}\n',
-    "a number beyond Python's limit": b'{"text": "x", "n": ' + b"1" * 5000 + b"}\n",
-}
-
-
-@pytest.mark.parametrize("what", BROKEN_LINES)
-@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz"])
-def test_a_broken_line_is_reported_or_skipped(what: str, kind: str, tmp_path: Path):
-    path = tmp_path / f"a.{kind}"
-    data = json_line("one").encode() + BROKEN_LINES[what] + json_line("two").encode()
-    path.write_bytes(gzip.compress(data) if kind == "jsonl.gz" else data)
-    message = problem(CorpusSpec(str(path)))
-    assert f"{path}:2" in message
-    assert "data.skip_broken" in message
-    if what in ("no field", "a number", "null"):
-        assert "'text'" in message
-        assert "data.text_field" in message
-    documents = list(open_source(CorpusSpec(str(path), skip_broken=True)).read(0, Position()))
-    assert [document.text for document in documents] == ["one", None, "two"]
-
-
-def test_a_file_that_is_not_text(tmp_path: Path):
-    write_corpus("text", tmp_path, ["one", "two"])
-    broken = tmp_path / "00000b.txt"
-    broken.write_bytes(b"ab\xff")
-    message = problem(CorpusSpec(str(tmp_path)))
-    assert f"{broken} is not UTF-8 (byte 2)" in message
-    assert "data.skip_broken" in message
-    assert [
-        document.text
-        for document in open_source(CorpusSpec(str(tmp_path), skip_broken=True)).read(0, Position())
-    ] == ["one", None, "two"]
 
 
 def test_files_that_a_run_writes_are_excluded_from_its_folder(tmp_path: Path):
@@ -381,74 +317,6 @@ def test_files_that_a_run_writes_are_excluded_from_its_folder(tmp_path: Path):
     assert texts_in("runs/x") == texts_in("runs/x/*") == ["runs/x/own.txt"]
     assert texts_in("runs/x/samples.txt") == ["runs/x/samples.txt"]
     shutil.rmtree(tmp_path / "runs" / "y")
-    assert "holds no files but those of the run" in problem(
+    assert "holds no files but those of the run" in reading_error(
         CorpusSpec(str(tmp_path / "runs"), excluded=excluded)
     )
-
-
-def test_broken_parquet_rows(tmp_path: Path):
-    not_utf8 = pyarrow.StringArray.from_buffers(
-        1, pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0"), pyarrow.py_buffer(b"\xff")
-    )
-    for name, column in {
-        "null": pyarrow.array(["one", None]),
-        "number": pyarrow.array([1, 2]),
-        "not-utf8": not_utf8,
-    }.items():
-        path = tmp_path / f"{name}.parquet"
-        pyarrow.parquet.write_table(pyarrow.table({"text": column}), path)
-        message = problem(CorpusSpec(str(path)))
-        assert str(path) in message
-        assert "data.skip_broken" in message
-        documents = list(open_source(CorpusSpec(str(path), skip_broken=True)).read(0, Position()))
-        assert documents[-1].text is None
-    pyarrow.parquet.write_table(pyarrow.table({"content": ["one"]}), tmp_path / "other.parquet")
-    message = problem(CorpusSpec(str(tmp_path / "other.parquet")))
-    assert message.startswith("error: data.text_field:")
-    assert "'content'" in message
-    for name, key, join in (("text", "data.text_field", None), ("book", "data.join", "book")):
-        path = tmp_path / f"two-{name}.parquet"
-        pyarrow.parquet.write_table(
-            pyarrow.table([["one"], ["a"], ["b"]], names=["text", "book", name]), path
-        )
-        assert f"error: {key}: {path} has 2 columns of the name {name!r}" in problem(
-            CorpusSpec(str(path), join=join)
-        )
-    (tmp_path / "fake.parquet").write_text("hello, this is no parquet")
-    assert f"{tmp_path / 'fake.parquet'} is not a parquet file" in problem(
-        CorpusSpec(str(tmp_path / "fake.parquet"))
-    )
-
-
-@pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.zst"])
-def test_a_truncated_download_is_reported(kind: str, tmp_path: Path):
-    path = Path(write_corpus(kind, tmp_path, some_texts(200)).corpus) / f"part-00000.{kind}"
-    path.write_bytes(path.read_bytes()[:-20])
-    assert str(path) in problem(CorpusSpec(str(path)))
-
-
-def test_hub_rows_without_text(tmp_path: Path):
-    spec = write_corpus("hub", tmp_path, ["one"])
-    with pytest.raises(UserError, match=r"data\.text_field.*'content'.*'other', 'text'"):
-        list(make_source("hub", replace(spec, text_field="content")).read(0, Position()))
-    documents = list(
-        make_source("hub", replace(spec, text_field="content", skip_broken=True)).read(0, Position())
-    )
-    assert [document.text for document in documents] == [None]
-    with pytest.raises(UserError, match=r"data\.corpus.*cannot open the dataset"):
-        make_source("hub", replace(spec, split="none"))
-
-
-def test_skipped_documents_are_counted_once(tmp_path: Path):
-    lines = [json_line(f"document {i}") if i % 3 else "broken\n" for i in range(30)]
-    (tmp_path / "a.jsonl").write_text("".join(lines))
-    spec = CorpusSpec(str(tmp_path), skip_broken=True)
-    assert sum(window.num_skipped for window in epoch_of(DocumentStream(spec, "train", 0, 1, 4, None))) == 10
-    readers = ReaderSpec(spec, "documents", ENCODER, 1, lanes=1, chunk=16, window=4, seed=0)
-    reader = DocumentReader(readers, 0)
-    counts = []
-    while (state := json.loads(json.dumps(reader.next_chunk().state)))["window"]["epoch"] == 0:
-        counts.append(state["num_skipped"])
-        reader = DocumentReader(readers, 0, state)  # a resumed reader keeps the count
-    assert counts == sorted(counts)
-    assert counts[-1] == 10

@@ -1,5 +1,6 @@
 """Synthetic runs and results files, and their report, for the tests of `minrnn report`."""
 
+import html.parser
 import json
 import math
 import re
@@ -102,3 +103,39 @@ def section(markdown: str, title: str) -> str:
     """The text from a heading to the next heading of its level or above."""
     level = title.split(" ")[0]
     return re.split(rf"\n#{{1,{len(level)}}} ", markdown.split(f"\n{title}\n")[1])[0]
+
+
+class Page(html.parser.HTMLParser):
+    """Checks that tags are closed in order, and records ids, links, images and tables."""
+
+    def __init__(self, content: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.images: list[str] = []
+        self.widths: list[list[int]] = []
+        self.feed(content)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = {key: value or "" for key, value in attrs}
+        self.ids += [values["id"]] if "id" in values else []
+        self.links += [values["href"]] if tag == "a" else []
+        self.images += [values["src"]] if tag == "img" else []
+        if tag == "table":
+            assert self.open[-1] == "div"
+            self.widths.append([])
+        elif tag == "tr":
+            self.widths[-1].append(0)
+        elif tag in ("td", "th"):
+            self.widths[-1][-1] += 1
+        if tag not in ("meta", "img", "br", "hr"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag

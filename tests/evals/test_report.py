@@ -1,7 +1,5 @@
 """The report: correct numbers, missing experiments, and files that cannot be read."""
 
-import base64
-import html.parser
 import json
 import math
 import os
@@ -11,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from report_helpers import make_results, make_run, report, rows, section
+from report_helpers import Page, make_results, make_run, report, rows, section
 from scipy import stats
 
 from minrnn.evals.figures import speed
@@ -328,63 +326,6 @@ def test_pipes_and_foreign_files_are_refused(tmp_path: Path, capsys):
     make_run(tmp_path / "runs" / "whole", "shakespeare-paper", 0, losses=[1.5])
     listed = section(report(tmp_path / "runs", out=tmp_path / "out"), "## Could not be read")
     assert len([line for line in listed.splitlines() if line.startswith("- ")]) == len(own) + 1
-
-
-class Page(html.parser.HTMLParser):
-    """Checks that tags are closed in order, and records ids, links, images and tables."""
-
-    def __init__(self, content: str):
-        super().__init__()
-        self.open: list[str] = []
-        self.ids: list[str] = []
-        self.links: list[str] = []
-        self.images: list[str] = []
-        self.widths: list[list[int]] = []
-        self.feed(content)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        values = {key: value or "" for key, value in attrs}
-        self.ids += [values["id"]] if "id" in values else []
-        self.links += [values["href"]] if tag == "a" else []
-        self.images += [values["src"]] if tag == "img" else []
-        if tag == "table":
-            assert self.open[-1] == "div"
-            self.widths.append([])
-        elif tag == "tr":
-            self.widths[-1].append(0)
-        elif tag in ("td", "th"):
-            self.widths[-1][-1] += 1
-        if tag not in ("meta", "img", "br", "hr"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-
-def test_the_html_is_a_single_well_formed_file(results: Path, tmp_path: Path):
-    make_run(tmp_path / "a<b>_c|d", "quickstart", 0, losses=[2.0, 1.5], data__corpus="text/<i>`x`|*y*.jsonl")
-    markdown = report(results, tmp_path / "a<b>_c|d", out=tmp_path / "out")
-    content = (tmp_path / "out" / "report.html").read_text()
-    html_page = Page(content)
-    tables = markdown.count("\n| --- ") + markdown.count("\n|---")
-    assert len(html_page.widths) == tables
-    assert all(len(set(widths)) == 1 and len(widths) > 1 for widths in html_page.widths)
-    pictures = re.findall(r"^!\[.*\]\((.*)\)$", markdown, flags=re.MULTILINE)
-    assert len(html_page.images) == len(pictures) == 4
-    for source, picture in zip(html_page.images, pictures, strict=True):
-        kind, _, encoded = source.partition(",")
-        assert kind == "data:image/png;base64"
-        assert base64.b64decode(encoded) == (tmp_path / "out" / picture).read_bytes()
-    inner = {link.removeprefix("#") for link in html_page.links if link.startswith("#")}
-    assert {"published", "bucketjson"} <= inner <= set(html_page.ids)
-    assert len(html_page.ids) == len(set(html_page.ids))
-    assert "<i>" not in content
-    assert "text/&lt;i&gt;`x`|*y*.jsonl" in content
 
 
 def test_the_shipped_results_make_a_report(tmp_path: Path):

@@ -203,14 +203,19 @@ def test_a_processed_search_is_the_same_with_and_without_the_state(name):
 @pytest.mark.parametrize("option", ["prompt_lookup_num_tokens", "assistant_model"])
 def test_assisted_generation_is_refused(option: str):
     """Assisted generation rejects tokens afterwards, and a recurrent state cannot be rewound."""
-    value = 2 if option == "prompt_lookup_num_tokens" else new_model(dtype=torch.float64)
+    options: dict[str, Any] = {
+        "prompt_lookup_num_tokens": 2,
+        "assistant_model": new_model(dtype=torch.float64),
+    }
     with pytest.raises(ValueError, match="not supported with stateful models"):
-        generate(model_of(), random_ids(1, 6), **{option: value})
+        generate(model_of(), random_ids(1, 6), **{option: options[option]})
 
 
 def test_the_model_is_refused_as_the_assistant_of_another():
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 24, "num_attention_heads": 2}
-    main = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, **sizes)).eval()
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, intermediate_size=24, num_attention_heads=2
+    )
+    main = LlamaForCausalLM(config).eval()
     with pytest.raises(ValueError, match="cannot be an assistant_model"):
         generate(main, random_ids(1, 6), assistant_model=new_model())
 
