@@ -1,17 +1,36 @@
-"""The models. Importing this package registers the model type `minrnn` with transformers' Auto classes."""
+"""The models. Importing this package registers `minrnn` and `torch_rnn` with transformers' Auto classes."""
+
+from typing import Any
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .cache import MinRNNCache
 from .configuration_minrnn import MinRNNConfig
+from .configuration_torch_rnn import TorchRNNConfig
 from .modeling_minrnn import MinRNNForCausalLM, MinRNNModel
+from .modeling_torch_rnn import TorchRNNForCausalLM, TorchRNNModel
 from .scan import linear_scan
 
-AutoConfig.register("minrnn", MinRNNConfig, exist_ok=True)
-AutoModel.register(MinRNNConfig, MinRNNModel, exist_ok=True)
-AutoModelForCausalLM.register(MinRNNConfig, MinRNNForCausalLM, exist_ok=True)
-MinRNNConfig.register_for_auto_class()
-MinRNNModel.register_for_auto_class("AutoModel")
-MinRNNForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
-__all__ = ["MinRNNCache", "MinRNNConfig", "MinRNNForCausalLM", "MinRNNModel", "linear_scan"]
+def _register(config: Any, model: Any, causal_lm: Any) -> None:
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    AutoModel.register(config, model, exist_ok=True)
+    AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)
+    config.register_for_auto_class()
+    model.register_for_auto_class("AutoModel")
+    causal_lm.register_for_auto_class("AutoModelForCausalLM")
+
+
+_register(MinRNNConfig, MinRNNModel, MinRNNForCausalLM)
+_register(TorchRNNConfig, TorchRNNModel, TorchRNNForCausalLM)
+
+__all__ = [
+    "MinRNNCache",
+    "MinRNNConfig",
+    "MinRNNForCausalLM",
+    "MinRNNModel",
+    "TorchRNNConfig",
+    "TorchRNNForCausalLM",
+    "TorchRNNModel",
+    "linear_scan",
+]

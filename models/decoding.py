@@ -103,9 +103,8 @@ class TokenStep:
     def _forward(self) -> Tensor:
         """The logits of `self.tokens`; overwrites the states."""
         model = self.model.model
-        x = model.embed_tokens(self.tokens)
-        for block, state in zip(model.layers, self.states, strict=True):
-            x, *after = block(x, *state, NO_BOUNDARIES)
+        x, states = model.run_layers(model.embed_tokens(self.tokens), self.states, NO_BOUNDARIES)
+        for state, after in zip(self.states, states, strict=True):
             for old, new in zip(state, after, strict=True):
                 if old is not None and new is not None:
                     old.copy_(new)

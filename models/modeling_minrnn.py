@@ -30,7 +30,7 @@ from .batches import (
     left_align_order,
     shifted_labels,
 )
-from .block import MinRNNBlock, MinRNNMixer
+from .block import MinRNNBlock, MinRNNMixer, State
 from .boundaries import Boundaries
 from .cache import MinRNNCache, check_state
 from .configuration_minrnn import MinRNNConfig
@@ -51,13 +51,15 @@ class MinRNNPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _is_stateful = True
     _can_record_outputs = {"hidden_states": MinRNNBlock}
+    auto_model = "modeling_minrnn.MinRNNModel"
+    """The module and class of an export that `AutoModel` loads."""
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """As in transformers. Also writes the `auto_map` entry of `AutoModel`, which transformers omits."""
         if self._auto_class is not None:
             self.config.auto_map = {
                 **(getattr(self.config, "auto_map", None) or {}),
-                "AutoModel": "modeling_minrnn.MinRNNModel",
+                "AutoModel": self.auto_model,
             }
         super().save_pretrained(save_directory, **kwargs)
 
@@ -137,12 +139,11 @@ class MinRNNModel(MinRNNPreTrainedModel):
         boundaries = Boundaries.of(document_starts, lengths, max(self.config.conv_kernel, 1))
         num_tokens = time if self.context_group is None else time * self.context_group.size
 
-        for i, block in enumerate(self.layers):
-            layer = None if past_key_values is None else past_key_values.layers[i]
-            state = (None, None) if layer is None else (layer.recurrent, layer.conv)
-            x, *state = block(x, *state, boundaries)
-            if layer is not None and use_cache:
-                layer.replace(*state, num_tokens=num_tokens)
+        layers = [] if past_key_values is None else past_key_values.layers
+        states = [(layer.recurrent, layer.conv) for layer in layers]
+        x, states = self.run_layers(x, states or [(None, None)] * self.config.num_hidden_layers, boundaries)
+        for layer, state in zip(layers, states, strict=True) if use_cache else ():
+            layer.replace(*state, num_tokens=num_tokens)
         x = self.norm(x)
 
         if order is not None:
@@ -151,6 +152,16 @@ class MinRNNModel(MinRNNPreTrainedModel):
         return BaseModelOutputWithPast(
             last_hidden_state=x, past_key_values=past_key_values if use_cache else None
         )
+
+    def run_layers(
+        self, x: Tensor, states: list[State], boundaries: Boundaries
+    ) -> tuple[Tensor, list[State]]:
+        """All blocks: x [B, T, H] -> [B, T, H], from the state before each block to the states after them."""
+        after = []
+        for block, state in zip(self.layers, states, strict=True):
+            x, *state = block(x, *state, boundaries)
+            after.append(tuple(state))
+        return x, after
 
     def resolve_document_starts(
         self,
