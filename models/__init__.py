@@ -2,11 +2,12 @@
 
 from typing import Any
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from .cache import MinRNNCache
 from .configuration_minrnn import MinRNNConfig
 from .configuration_torch_rnn import TorchRNNConfig
+from .modeling_classification import MinRNNForSequenceClassification
 from .modeling_minrnn import MinRNNForCausalLM, MinRNNModel
 from .modeling_torch_rnn import TorchRNNForCausalLM, TorchRNNModel
 from .scan import linear_scan
@@ -23,11 +24,14 @@ def _register(config: Any, model: Any, causal_lm: Any) -> None:
 
 _register(MinRNNConfig, MinRNNModel, MinRNNForCausalLM)
 _register(TorchRNNConfig, TorchRNNModel, TorchRNNForCausalLM)
+AutoModelForSequenceClassification.register(MinRNNConfig, MinRNNForSequenceClassification, exist_ok=True)
+MinRNNForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
 
 __all__ = [
     "MinRNNCache",
     "MinRNNConfig",
     "MinRNNForCausalLM",
+    "MinRNNForSequenceClassification",
     "MinRNNModel",
     "TorchRNNConfig",
     "TorchRNNForCausalLM",

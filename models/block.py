@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .bidirectional import ReverseMixer
 from .boundaries import Boundaries
 from .cell_scan import cell_scan, one_token
 from .cell_spec import CellSpec
@@ -133,6 +134,7 @@ class MinRNNBlock(GradientCheckpointingLayer):
         super().__init__()
         self.mixer_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.scan_backend)
         self.mixer = MinRNNMixer(config)
+        self.reverse = ReverseMixer(MinRNNMixer(config), self.mixer.kernel) if config.bidirectional else None
         self.mlp_norm = (
             RMSNorm(config.hidden_size, config.rms_norm_eps, config.scan_backend)
             if config.intermediate_size
@@ -143,10 +145,11 @@ class MinRNNBlock(GradientCheckpointingLayer):
         # Projections into the residual stream are scaled down by the number of additions. _init_weights reads
         # the scale there, because transformers does not call it for a module without parameters of its own,
         # such as this one.
-        scale = (config.num_hidden_layers * (1 if self.mlp is None else 2)) ** -0.5
-        self.mixer.out_proj.residual_scale = scale
+        projections = [module.out_proj for module in self.modules() if isinstance(module, MinRNNMixer)]
         if self.mlp is not None:
-            self.mlp.down_proj.residual_scale = scale
+            projections.append(self.mlp.down_proj)
+        for projection in projections:
+            projection.residual_scale = (config.num_hidden_layers * len(projections)) ** -0.5
 
     def forward(
         self, x: Tensor, recurrent: Tensor | None, conv: Tensor | None, boundaries: Boundaries
@@ -155,7 +158,10 @@ class MinRNNBlock(GradientCheckpointingLayer):
 
         The state is not a tuple, because reentrant checkpointing ignores gradients inside of tuples.
         """
-        mixed, (recurrent, conv) = self.mixer(self.mixer_norm(x), (recurrent, conv), boundaries)
+        normed = self.mixer_norm(x)
+        mixed, (recurrent, conv) = self.mixer(normed, (recurrent, conv), boundaries)
+        if self.reverse is not None:
+            mixed = mixed + self.reverse(normed, boundaries)
         x = x + self.dropout(mixed)
         if self.mlp is not None and self.mlp_norm is not None:
             x = x + self.dropout(self.mlp(self.mlp_norm(x)))

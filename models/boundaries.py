@@ -11,6 +11,7 @@ Both kinds are exact in the scan and in the convolution:
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -37,6 +38,32 @@ class Boundaries:
             positions = torch.arange(document_starts.shape[1], device=lengths.device)
             document_starts = document_starts & (positions < lengths.unsqueeze(1))
         return cls(document_starts, lengths, reach_within_document(document_starts, kernel))
+
+    def reversed(self, time: int, kernel: int) -> tuple[torch.Tensor | None, "Boundaries"]:
+        """The order in which a pass from right to left reads each row, and the boundaries that it meets.
+
+        Each row's real tokens are read in reverse order; padding stays on the right. The last token of a
+        document is then its start.
+
+        Args:
+            time: length of the rows.
+            kernel: width of the convolution.
+
+        Returns:
+            Positions int64 [batch, time], their own inverse; None if whole rows are reversed (`flip`).
+        """
+        starts, lengths = self.document_starts, self.lengths
+        if starts is None and lengths is None:
+            return None, self
+        order = None
+        if lengths is not None:
+            positions = torch.arange(time, device=lengths.device)
+            order = lengths.unsqueeze(1) - 1 - positions
+            order = torch.where(order < 0, positions, order)
+        if starts is not None:
+            ends = F.pad(starts[:, 1:], (0, 1))
+            starts = ends.flip(1) if order is None else ends.gather(1, order)
+        return order, Boundaries.of(starts, lengths, kernel)
 
     def to(self, device: torch.device | str | int) -> "Boundaries":
         """The same on a device: the blocks of a model may be on several devices (`device_map`)."""

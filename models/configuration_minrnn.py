@@ -24,11 +24,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "memory_length": 2.0,
     },
 }
+POOLINGS = ("last", "mean")
 
 
 @strict
 class MinRNNConfig(PreTrainedConfig):
-    r"""Configuration of [`MinRNNModel`] and [`MinRNNForCausalLM`].
+    r"""Configuration of [`MinRNNModel`], [`MinRNNForCausalLM`] and [`MinRNNForSequenceClassification`].
 
     Args:
         vocab_size: Number of rows of the embedding; at least the tokenizer's, usually rounded up.
@@ -57,6 +58,10 @@ class MinRNNConfig(PreTrainedConfig):
         bos_token_id: First token of every document.
         eos_token_id: Last token of every document.
         pad_token_id: Padding.
+        bidirectional: Read each row in both directions, with a mixer for each. For classification only.
+        pooling: What a classifier sees of a row: `"last"` (the last token) or `"mean"` (the mean of all).
+        num_towers: Texts of an example: 1, or 2 for a classifier of pairs, which reads both with the same
+            weights.
 
     Raises:
         ValueError: values that do not fit, all of them in one message.
@@ -87,6 +92,9 @@ class MinRNNConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
+    bidirectional: bool = False
+    pooling: str = "last"
+    num_towers: int = 1
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -102,6 +110,8 @@ class MinRNNConfig(PreTrainedConfig):
             "cell": tuple(CELLS),
             "candidate_activation": CANDIDATE_ACTIVATIONS,
             "scan_backend": (None, *BACKENDS),
+            "pooling": POOLINGS,
+            "num_towers": (1, 2),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

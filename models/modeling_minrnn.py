@@ -119,6 +119,13 @@ class MinRNNModel(MinRNNPreTrainedModel):
         # transformers switches the cache off under gradient checkpointing, where keys and values would be
         # written twice. These blocks return their state, and training carries it from chunk to chunk, so it
         # stays on.
+        if self.config.bidirectional:
+            if past_key_values is not None or use_cache or self.context_group is not None:
+                raise ValueError(
+                    "A bidirectional model reads whole rows: it takes no past_key_values, returns none "
+                    "(use_cache), and cannot share a row between processes (use_context_parallel)."
+                )
+            use_cache = False
         use_cache = self.config.use_cache if use_cache is None else use_cache
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         time = x.shape[1]
@@ -215,6 +222,8 @@ class MinRNNForCausalLM(MinRNNPreTrainedModel, StateGenerationMixin):
 
     def __init__(self, config: MinRNNConfig):
         super().__init__(config)
+        if config.bidirectional:
+            raise ValueError("bidirectional is for classifiers: a language model reads from left to right.")
         self.model = MinRNNModel(config)
         self.lm_head = LMHead(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()

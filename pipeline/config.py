@@ -129,6 +129,10 @@ class ModelSection(Section):
     """Backend of the scan (see `scan.linear_scan`); `None` for the fastest on the device."""
     use_cache: bool = MinRNNConfig.use_cache
     """Return the state, so that the sequence can go on."""
+    bidirectional: bool = MinRNNConfig.bidirectional
+    """Read each row in both directions, with a mixer for each. For classification only."""
+    pooling: str = MinRNNConfig.pooling
+    """What a classifier sees of a row: `"last"` (the last token) or `"mean"` (the mean of all)."""
 
     def user_fields(self) -> dict[str, Any]:
         """The fields of MinRNNConfig that the user set."""
