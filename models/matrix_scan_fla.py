@@ -1,0 +1,141 @@
+"""The matrix scan with the Triton kernels of flash-linear-attention, an optional package.
+
+Its `chunk_gla` takes one decay per key channel, its `chunk_simple_gla` one per head. Their sequences start at
+`cu_seqlens` in one row of tokens, so document starts are exact: every document is a sequence, and begins from
+zero, or from the row's state.
+
+The kernels are used only if they agree with the torch backend, in values and in gradients. This is tested
+once per process, device and dtype on a small input, because a wrong result is not an error: it depends on the
+versions of the package, of Triton, and of the driver.
+
+Signatures: flash-linear-attention 0.6.0, fla/ops/gla/chunk.py and fla/ops/simple_gla/chunk.py.
+"""
+
+import functools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from .matrix_scan_torch import backward, forward
+
+TOLERANCE = 2e-2
+"""Largest difference from the torch backend, relative to the largest value: a few roundings of bf16."""
+SMALLEST_LOG_DECAY = -50.0
+"""The kernels subtract cumulative sums, where -inf gives NaN. e^-50 is 0 within the rounding of fp32."""
+
+
+@functools.cache
+def _kernels() -> tuple[Callable, Callable]:
+    """(chunk_gla, chunk_simple_gla). Raises ImportError."""
+    try:
+        from fla.ops.gla import chunk_gla
+        from fla.ops.simple_gla import chunk_simple_gla
+    except ImportError as error:
+        raise ImportError("the package flash-linear-attention is missing, or older than 0.6") from error
+    return chunk_gla, chunk_simple_gla
+
+
+def fla_scan(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, starts: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """See `matrix_scan.matrix_scan`. The kernels take one dtype: q and k are converted to v's."""
+    per_channel, per_head = _kernels()
+    log_decay = log_decay.float().clamp(min=SMALLEST_LOG_DECAY)
+    tokens = q.to(v.dtype), k.to(v.dtype), v, log_decay
+    kernel = per_channel
+    if log_decay.shape[-1] != k.shape[-1]:
+        kernel, tokens = per_head, (*tokens[:3], log_decay.squeeze(-1))
+    run = functools.partial(kernel, scale=1.0, output_final_state=True)
+    with torch.autocast(v.device.type, enabled=False):
+        if starts is None:
+            return run(*tokens, initial_state=state)
+        sequences, initial, last = _sequences(starts, state)
+        y, final = run(
+            *(x.flatten(0, 1).unsqueeze(0) for x in tokens), initial_state=initial, cu_seqlens=sequences
+        )
+        return y.view(v.shape), final[last]
+
+
+def _sequences(starts: Tensor, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Documents as sequences of one row of batch * time tokens.
+
+    Returns where they begin and the end of all [sequences + 1], the states before them [sequences, heads, K,
+    V], and the index of each row's last sequence [batch].
+    """
+    is_first = starts.clone()
+    is_first[:, 0] = True
+    first_tokens = is_first.flatten().nonzero().flatten()
+    sequences = torch.cat([first_tokens, first_tokens.new_tensor([starts.numel()])])
+    after = is_first.sum(1).cumsum(0)  # number of sequences up to each row's end
+    state = state.masked_fill(starts[:, 0, None, None, None], 0)
+    initial = state.new_zeros(len(first_tokens), *state.shape[1:])
+    initial = initial.index_copy(0, after - is_first.sum(1), state)
+    return sequences, initial, after - 1
+
+
+@functools.cache
+def _failure(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot be used on a device, in one line; None if they agree."""
+
+    def probe() -> str | None:
+        try:
+            for per_head in (False, True):
+                _compare(device, dtype, per_head)
+        except Exception as error:  # Triton's own, the compiler's, the driver's, the file system's
+            lines = str(error).strip().splitlines() or [""]
+            return f"{type(error).__name__}: {lines[0]}"
+        return None
+
+    with ThreadPoolExecutor(1) as thread:  # without the caller's tracing, autocast or inference mode
+        return thread.submit(probe).result()
+
+
+def _compare(device: torch.device, dtype: torch.dtype, per_head: bool) -> None:
+    """Run the kernels and the torch backend. Raises ArithmeticError where they differ."""
+    random = torch.Generator().manual_seed(0)
+    shapes = [(2, 70, 2, 32)] * 4 + [(2, 2, 32, 32), (2, 70, 2, 32), (2, 2, 32, 32)]
+    tensors = [torch.randn(shape, generator=random).to(device) for shape in shapes]
+    q, k, v, grad_y = (tensors[i].to(dtype) for i in (0, 1, 2, 5))
+    log_decay, (state, grad_last) = -tensors[3].abs(), (tensors[4], tensors[6])
+    if per_head:
+        log_decay = log_decay[..., :1].contiguous()
+    starts = torch.zeros(2, 70, dtype=torch.bool, device=device)
+    starts[0, 0] = starts[0, 40] = starts[1, 65] = True
+    inputs = q, k, v, log_decay, state = tuple(x.requires_grad_() for x in (q, k, v, log_decay, state))
+    results = fla_scan(q, k, v, log_decay, state, starts)
+    gradients = torch.autograd.grad(results, inputs, (grad_y, grad_last))
+    with torch.no_grad():
+        log_decay = log_decay.masked_fill(starts[..., None, None], -torch.inf)
+        expected = (
+            *forward(q, k, v, log_decay, state),
+            *backward(q, k, v, log_decay, state, grad_y, grad_last),
+        )
+    names = (
+        "y",
+        "the last state",
+        *(f"the gradient of {name}" for name in ("q", "k", "v", "the decay", "the state")),
+    )
+    for name, actual, other in zip(names, (*results, *gradients), expected, strict=True):
+        difference = (actual.float() - other.float()).abs().max() / other.float().abs().max()
+        if not difference <= TOLERANCE:
+            kind = "head" if per_head else "channel"
+            raise ArithmeticError(
+                f"with one decay per {kind}, {name} differs from the torch backend's by {difference:.2g} "
+                "of the largest value"
+            )
+
+
+def fla_problem(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why flash-linear-attention cannot run on tensors of `dtype` on `device`; None if it can."""
+    try:
+        _kernels()
+    except ImportError as error:
+        return str(error)
+    if device.type != "cuda":
+        return f"they run on a GPU, and the tensors are on {device}"
+    if dtype == torch.float64:
+        return "they compute in fp32 at most, and the tensors are fp64"
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _failure(torch.device("cuda", index), dtype)
