@@ -18,6 +18,7 @@ and ZeRO-1 2, ZeRO-2 k + 1, ZeRO-3 3 k.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from ..common.errors import UserError
 from ..pipeline.config import Recipe
@@ -72,11 +73,11 @@ def measure(recipe: Recipe, vocab_size: int) -> Model:
     from torch import nn
 
     from ..models import MinRNNConfig, MinRNNForCausalLM
-    from ..models.cells import CELLS
 
     config = MinRNNConfig(**recipe.resolved_model_fields(), vocab_size=vocab_size)
     with torch.device("meta"):
         model = MinRNNForCausalLM(config)
+    in_proj: Any = model.model.layers[0].get_submodule("mixer.in_proj")
     parts: dict[str, int] = dict.fromkeys(("embedding and head", "mixers", "MLPs", "norms"), 0)
     for name, parameter in model.named_parameters():
         part = next(
@@ -95,7 +96,7 @@ def measure(recipe: Recipe, vocab_size: int) -> Model:
         ),
         hidden=config.hidden_size,
         recurrent=config.recurrent_size,
-        projections=CELLS[config.cell].num_gates + 1 + int(config.output_gate),
+        projections=len(in_proj.weight) // config.recurrent_size,
         intermediate=config.intermediate_size,
         cell=config.cell,
         activation=config.candidate_activation,

@@ -25,10 +25,10 @@ class ReverseMixer(nn.Module):
         super().__init__()
         self.mixer, self.kernel = mixer, kernel
 
-    def forward(self, x: Tensor, boundaries: Boundaries) -> Tensor:
+    def forward(self, x: Tensor, boundaries: Boundaries, lower_bound: Tensor | None = None) -> Tensor:
         """x [B, T, H] -> [B, T, H]; real tokens on the left of each row."""
         order, boundaries = boundaries.to(x.device).reversed(x.shape[1], self.kernel)
         if order is None:
-            return self.mixer(x.flip(1), (None, None), boundaries)[0].flip(1)
+            return self.mixer(x.flip(1), (None, None), boundaries, lower_bound)[0].flip(1)
         index = order.unsqueeze(-1).expand_as(x)
-        return self.mixer(x.gather(1, index), (None, None), boundaries)[0].gather(1, index)
+        return self.mixer(x.gather(1, index), (None, None), boundaries, lower_bound)[0].gather(1, index)

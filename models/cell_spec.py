@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .boundaries import NO_BOUNDARIES, Boundaries
-from .cells import CANDIDATE_ACTIVATIONS, CELLS
+from .cells import CANDIDATE_ACTIVATIONS, MINIMAL_CELLS
 
 FUSED_CELLS = ("mingru", "minlstm")
 FUSED_DTYPES = {
@@ -24,7 +24,7 @@ class CellSpec:
     """
 
     cell: str
-    """One of `cells.CELLS`."""
+    """One of `cells.MINIMAL_CELLS`."""
     activation: str = "none"
     """Candidate activation, one of `cells.CANDIDATE_ACTIVATIONS`."""
     output_gate: bool = False
@@ -32,7 +32,7 @@ class CellSpec:
 
     def __post_init__(self) -> None:
         for kind, name, choices in (
-            ("cell", self.cell, tuple(CELLS)),
+            ("cell", self.cell, tuple(MINIMAL_CELLS)),
             ("candidate activation", self.activation, CANDIDATE_ACTIVATIONS),
         ):
             if name not in choices:
@@ -40,7 +40,7 @@ class CellSpec:
 
     @property
     def num_gates(self) -> int:
-        return CELLS[self.cell].num_gates
+        return MINIMAL_CELLS[self.cell].num_gates
 
     @property
     def num_projections(self) -> int:
@@ -54,7 +54,7 @@ class CellSpec:
     def coefficients(self, projections: tuple[Tensor, ...], gate_bias: Tensor) -> tuple[Tensor, Tensor]:
         """(a, b), each [batch, time, width], from the projections side by side and the gates' biases."""
         gates = (projections[i] + gate_bias[i] for i in range(self.num_gates))
-        return CELLS[self.cell].coefficients(*gates, projections[self.num_gates], self.activation)
+        return MINIMAL_CELLS[self.cell].coefficients(*gates, projections[self.num_gates], self.activation)
 
 
 @dataclass(frozen=True)

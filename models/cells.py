@@ -1,4 +1,4 @@
-"""The cells: formulas for the coefficients (a, b) of h_t = a_t * h_{t-1} + b_t.
+"""The minimal cells: formulas for the coefficients (a, b) of h_t = a_t * h_{t-1} + b_t.
 
 A cell turns a few projections of the input x into decay a and input b. No gate depends on h_{t-1}, so the
 recurrence is linear and the whole sequence is one scan.
@@ -59,8 +59,8 @@ def minlstm(p: Tensor, q: Tensor, u: Tensor, activation: str) -> tuple[Tensor, T
 
 
 @dataclass(frozen=True)
-class Cell:
-    """An entry of `CELLS`."""
+class MinimalCell:
+    """An entry of `MINIMAL_CELLS`."""
 
     num_gates: int
     """Number of gate projections; the candidate's projection follows them."""
@@ -79,18 +79,18 @@ def _minlstm_bias(memory: Tensor) -> Tensor:
     return torch.stack([log_ratio, -log_ratio])
 
 
-def _signed(cell: Cell) -> Cell:
+def _signed(cell: MinimalCell) -> MinimalCell:
     """The cell with decays 2 a - 1. Where 1 / (1 - a) is 2 m, 1 / (1 - (2 a - 1)) is m."""
 
     def coefficients(*pre_activations: Any) -> tuple[Tensor, Tensor]:
         a, b = cell.coefficients(*pre_activations)
         return 2 * a - 1, b
 
-    return Cell(cell.num_gates, coefficients, lambda memory: cell.gate_bias(2 * memory))
+    return MinimalCell(cell.num_gates, coefficients, lambda memory: cell.gate_bias(2 * memory))
 
 
-CELLS = {
-    "mingru": Cell(num_gates=1, coefficients=mingru, gate_bias=_mingru_bias),
-    "minlstm": Cell(num_gates=2, coefficients=minlstm, gate_bias=_minlstm_bias),
+MINIMAL_CELLS = {
+    "mingru": MinimalCell(num_gates=1, coefficients=mingru, gate_bias=_mingru_bias),
+    "minlstm": MinimalCell(num_gates=2, coefficients=minlstm, gate_bias=_minlstm_bias),
 }
-CELLS |= {f"{name}_signed": _signed(cell) for name, cell in CELLS.items()}
+MINIMAL_CELLS |= {f"{name}_signed": _signed(cell) for name, cell in MINIMAL_CELLS.items()}

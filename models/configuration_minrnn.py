@@ -7,7 +7,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from .cells import CANDIDATE_ACTIVATIONS, CELLS
+from .cells import CANDIDATE_ACTIVATIONS
+from .registry import CELLS
 from .scan import BACKENDS
 
 # "paper" is the block as published (Feng et al., arXiv 2410.01201): norm, causal conv of width 4, cell with
@@ -36,7 +37,7 @@ class MinRNNConfig(PreTrainedConfig):
         hidden_size: Width of the residual stream.
         num_hidden_layers: Number of blocks.
         cell: Name of the recurrent cell: `"mingru"` or `"minlstm"` with decays in (0, 1), `"mingru_signed"`
-            or `"minlstm_signed"` in (-1, 1).
+            or `"minlstm_signed"` in (-1, 1), or a published one: docs/cells.md lists all.
         expansion_factor: Recurrent width / hidden_size (the paper's alpha).
         candidate_activation: Activation of the candidate: `"g"` (x + 0.5 for x >= 0, else sigmoid), `"none"`,
             `"tanh"` or `"silu"`.
@@ -55,6 +56,10 @@ class MinRNNConfig(PreTrainedConfig):
             limit; harnesses try out batches of this length and cut texts to it.
         scan_backend: Backend of the scan (see `scan.linear_scan`); `None` for the fastest on the device.
         use_cache: Return the state, so that the sequence can go on.
+        head_dim: Channels of each head, in cells with a matrix state.
+        state_expansion: Numbers of the state for each channel, in cells whose state is wider than their
+            output (complex numbers in `"s4d"`); `None` for the cell's own.
+        ternary: Round the weights of the projections to -1, 0 or 1 times a scale, and their inputs to 8 bits.
         bos_token_id: First token of every document.
         eos_token_id: Last token of every document.
         pad_token_id: Padding.
@@ -89,6 +94,9 @@ class MinRNNConfig(PreTrainedConfig):
     max_position_embeddings: int = 8_192
     scan_backend: str | None = None
     use_cache: bool = True
+    head_dim: int = 64
+    state_expansion: int | None = None
+    ternary: bool = False
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
@@ -126,6 +134,7 @@ class MinRNNConfig(PreTrainedConfig):
             "num_hidden_layers",
             "max_position_embeddings",
             "expansion_factor",
+            "head_dim",
         ):
             if getattr(self, name) <= 0:
                 errors[name] = f"must be positive, not {getattr(self, name)}"
@@ -147,7 +156,9 @@ class MinRNNConfig(PreTrainedConfig):
             errors["expansion_factor"] = (
                 f"times hidden_size must round to at least 1 channel, not {self.recurrent_size}"
             )
-        return errors
+        if self.state_expansion is not None and self.state_expansion < 1:
+            errors["state_expansion"] = f"must be at least 1, not {self.state_expansion}"
+        return errors if errors else CELLS[self.cell].config_errors(self)
 
     @classmethod
     def from_preset(cls, preset: str, **fields: Any) -> "MinRNNConfig":
@@ -160,3 +171,8 @@ class MinRNNConfig(PreTrainedConfig):
     def recurrent_size(self) -> int:
         """Channels of the recurrence."""
         return round(self.hidden_size * self.expansion_factor)
+
+    @property
+    def state_size(self) -> int:
+        """Numbers of the recurrent state in each layer and row."""
+        return CELLS[self.cell].state_size(self)

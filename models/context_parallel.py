@@ -3,16 +3,7 @@
 Process c of C holds slice c of the tokens. All processes hold the state before the first token, and all
 return the state after the last one.
 
-The recurrence. Slice c maps the state h to A_c h + s_c, where A_c is the product of its decays and s_c its
-last state from zero. Every process computes its (A, s), and all processes exchange them. Each process then
-folds the pairs of the earlier slices into the state h_c that enters its own slice, and scans from there:
-
-    h_{c+1} = A_c h_c + s_c        forward, from h_0, the state before the sequence
-    g_c = A_c g_{c+1} + d_c        backward, from g_C, the gradient of the state after the sequence
-
-g_c is the total gradient of h_c. d_c is the part that comes through the outputs of slice c alone: a backward
-pass with a zero gradient at the end of the slice gives d_c. After the exchange, a second backward pass from
-g_{c+1} gives all other gradients. Forward and backward cost two scans each.
+The recurrence: context_scan.py.
 
 The convolution. Slice c needs the last K-1 inputs of slice c-1. While they are sent, the slice is convolved
 with zeros before it; then only its first K-1 outputs are computed again. In the backward pass, the slice's
@@ -22,29 +13,25 @@ Replicated values. The states before and after the sequence have the same bits o
 process holds their total gradients, which are never summed. The gradients of parameters are each slice's
 share, to be summed over the processes, as DDP and ZeRO do.
 
-Messages per layer, to each other process, in bytes (B batch, R recurrent_size, H hidden_size, K conv_kernel,
-w bytes of an activation):
+Messages per layer, to each other process, in bytes (B batch, S numbers of the state, H hidden_size, K
+conv_kernel, w bytes of an activation):
 
-    forward     8 B R + w B (K-1) H        (A, s) in one message, the last inputs in another
-    backward    4 B R + w B (K-1) H        d in one, the gradients of the last inputs in another
+    forward     8 B S + w B (K-1) H        (A, s) in one message, the last inputs in another
+    backward    4 B S + w B (K-1) H        d in one, the gradients of the last inputs in another
 
-This holds for fp32 and bf16; in fp64 it is 16 B R and 8 B R. The length of the sequence does not matter.
+This holds for fp32 and bf16; in fp64 it is 16 B S and 8 B S. The length of the sequence does not matter.
 Recomputation sends the forward's messages again. All processes send in the same order whatever their data
 are, so documents may start in one slice and not in another.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .boundaries import Boundaries
-from .cell_scan import checked_inputs, scan_gradients, scan_without_graph, summarize
-from .cell_spec import CellInputs, CellSpec
 from .conv import causal_conv, conv_gradients
 from .scan import default_backend
 
@@ -110,77 +97,6 @@ def all_gather_async(tensor: Tensor, group: ContextGroup) -> Callable[[], Tensor
         return received.view(tensor.dtype).view(group.size, *tensor.shape)
 
     return wait
-
-
-def fold(decays: Tensor, terms: Tensor, initial: Tensor) -> list[Tensor]:
-    """The recurrence over slices, x_0 = initial, x_{c+1} = decays_c x_c + terms_c.
-
-    decays, terms [size, batch, width] -> size + 1 tensors [batch, width].
-    """
-    states = [initial]
-    for decay, term in zip(decays, terms, strict=True):
-        states.append(term + decay * states[-1])
-    return states
-
-
-class _Scan(torch.autograd.Function):
-    """`cell_scan` of this process's slice, from the state before the sequence to the state after it."""
-
-    @staticmethod
-    def forward(ctx, projected, gate_bias, h0, document_starts, group, spec, backend):
-        inputs = CellInputs(projected, gate_bias, h0, Boundaries(document_starts))
-        summary = torch.stack(summarize(inputs, spec, backend))
-        decays, lasts = all_gather_async(summary, group)().unbind(1)
-        states = fold(decays, lasts, h0)
-        inputs = replace(inputs, h0=states[group.rank])
-        y, h = scan_without_graph(inputs, spec, backend)
-        ctx.save_for_backward(projected, gate_bias, inputs.h0, document_starts, h, decays)
-        ctx.group, ctx.spec, ctx.backend = group, spec, backend
-        return y, states[-1]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
-        (grad_y, grad_last), last_rank = grads, ctx.group.size - 1
-        projected, gate_bias, h0, document_starts, h, decays = ctx.saved_tensors
-        inputs = CellInputs(projected, gate_bias, h0, Boundaries(document_starts))
-        backward = partial(scan_gradients, inputs, ctx.spec, ctx.backend, h=h, grad_y=grad_y)
-        *_, dh0 = backward(grad_last=torch.zeros_like(grad_last))
-        through_outputs = all_gather_async(dh0, ctx.group)()
-        entering = fold(decays.flip(0), through_outputs.flip(0), grad_last)
-        d_projected, d_gate_bias, _ = backward(grad_last=entering[last_rank - ctx.group.rank])
-        return d_projected, d_gate_bias.to(gate_bias.dtype), entering[-1], None, None, None, None
-
-
-_slice_scan: Any = torch.compiler.disable(_Scan.apply)  # no communication inside compiled code
-
-
-def context_cell_scan(
-    projected: Tensor,
-    gate_bias: Tensor,
-    h0: Tensor | None,
-    *,
-    spec: CellSpec,
-    boundaries: Boundaries,
-    group: ContextGroup,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`cell_scan` of a sequence that is cut between processes.
-
-    Args:
-        projected: [batch, time, spec.num_projections * width], this process's slice.
-        h0: state before the whole sequence, [batch, width], the same on every process; zeros if None.
-        boundaries: document starts of this slice; without lengths.
-        gate_bias, spec, backend: as in `cell_scan`.
-
-    Returns:
-        y [batch, time, width] of this slice, and the state after the whole sequence, [batch, width], the same
-        on every process.
-    """
-    backend = backend or default_backend(projected.device, projected.dtype)
-    inputs = checked_inputs(projected, gate_bias, h0, spec, boundaries, backend=backend)
-    h0 = inputs.h0.to(torch.promote_types(projected.dtype, torch.float32))
-    return _slice_scan(projected, gate_bias, h0, boundaries.document_starts, group, spec, backend)
 
 
 def _mask_earlier_documents(tail: Tensor, reach: Tensor | None) -> Tensor:

@@ -105,6 +105,28 @@ def causal_conv(
     return y
 
 
+def causal_window(x: Tensor, kernel: int, state: Tensor | None, reach: Tensor | None) -> Tensor:
+    """The last `kernel` inputs of each token side by side, the oldest first; 0 where no tap may read.
+
+    A linear layer on them is a full causal convolution.
+
+    Args:
+        x, state, reach: as in `causal_conv`.
+
+    Returns:
+        [batch, time, kernel * width].
+    """
+    (batch, time, width), taps = x.shape, kernel - 1
+    state = x.new_zeros(batch, taps, width) if state is None else state.to(x.dtype)
+    extended = torch.cat([state, x], dim=1)
+    windows = [extended[:, j : j + time] for j in range(kernel)]
+    if reach is not None:
+        windows = [
+            window.masked_fill((reach < taps - j).unsqueeze(-1), 0) for j, window in enumerate(windows)
+        ]
+    return torch.cat(windows, dim=-1)
+
+
 def conv_gradients(
     x: Tensor, weight: Tensor, state: Tensor, reach: Tensor | None, grad_y: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:

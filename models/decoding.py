@@ -12,9 +12,9 @@ than their work.
 import torch
 from torch import Tensor
 
-from .block import State
 from .boundaries import NO_BOUNDARIES
 from .cache import MinRNNCache
+from .mixer import State
 from .modeling_minrnn import PREFILL, MinRNNForCausalLM
 
 

@@ -30,7 +30,7 @@ from .batches import (
     left_align_order,
     shifted_labels,
 )
-from .block import MinRNNBlock, MinRNNMixer, State
+from .block import MinRNNBlock
 from .boundaries import Boundaries
 from .cache import MinRNNCache, check_state
 from .configuration_minrnn import MinRNNConfig
@@ -38,6 +38,8 @@ from .context_parallel import ContextGroup
 from .generation import PREFILL, StateGenerationMixin
 from .layers import RMSNorm
 from .loss import LMHead, loss_of_module_head, next_token_loss
+from .mixer import MinRNNMixer, State
+from .registry import CELLS
 
 
 class MinRNNPreTrainedModel(PreTrainedModel):
@@ -80,8 +82,10 @@ class MinRNNPreTrainedModel(PreTrainedModel):
         elif isinstance(module, MinRNNMixer):
             if module.conv_weight is not None:
                 init.normal_(module.conv_weight, std=module.kernel**-0.5)
-            log_factor = torch.rand(module.gate_bias.shape[1]) * math.log(self.config.memory_length / 2)
-            init.copy_(module.gate_bias, module.cell.gate_bias(2 * log_factor.exp()).to(module.gate_bias))
+            log_factor = torch.rand(self.config.recurrent_size) * math.log(self.config.memory_length / 2)
+            module.init_parameters(2 * log_factor.exp())
+        elif isinstance(module, MinRNNModel) and module.lower_bounds is not None:
+            init.zeros_(module.lower_bounds)
 
 
 class MinRNNModel(MinRNNPreTrainedModel):
@@ -90,7 +94,9 @@ class MinRNNModel(MinRNNPreTrainedModel):
     def __init__(self, config: MinRNNConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(MinRNNBlock(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(MinRNNBlock(config, i) for i in range(config.num_hidden_layers))
+        bounds = CELLS[config.cell].lower_bound_size(config)
+        self.lower_bounds = nn.Parameter(torch.empty(config.num_hidden_layers, bounds)) if bounds else None
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.scan_backend)
         self.context_group: ContextGroup | None = None  # see `use_context_parallel`
         self.gradient_checkpointing = False
@@ -165,10 +171,20 @@ class MinRNNModel(MinRNNPreTrainedModel):
     ) -> tuple[Tensor, list[State]]:
         """All blocks: x [B, T, H] -> [B, T, H], from the state before each block to the states after them."""
         after = []
-        for block, state in zip(self.layers, states, strict=True):
-            x, *state = block(x, *state, boundaries)
+        for block, state, bound in zip(self.layers, states, self.layer_bounds(), strict=True):
+            x, *state = block(x, *state, boundaries, bound)
             after.append(tuple(state))
         return x, after
+
+    def layer_bounds(self) -> list[Tensor | None]:
+        """Lower bounds of each layer's decays, each [lower_bound_size]: 0 in the first layer, then rising.
+
+        Source: Qin et al., arXiv 2311.04823, section 3.2 (a cumulative softmax over the layers).
+        """
+        if self.lower_bounds is None:
+            return [None] * len(self.layers)
+        shares = self.lower_bounds.softmax(0)
+        return list(shares.cumsum(0) - shares[0])
 
     def resolve_document_starts(
         self,
@@ -195,7 +211,7 @@ class MinRNNModel(MinRNNPreTrainedModel):
         if state is not None:
             config, taps = self.config, self.config.conv_kernel - 1
             conv_shape = (batch, taps, config.hidden_size) if taps > 0 else None
-            check_state(state, config.num_hidden_layers, (batch, config.recurrent_size), conv_shape)
+            check_state(state, config.num_hidden_layers, (batch, config.state_size), conv_shape)
         continues = state is not None and state.layers[0].recurrent is not None
         num_read = 0 if state is None else state.layers[0].num_tokens
         if (

@@ -71,8 +71,12 @@ def reference_backward(
 
 def _register(
     name: str, forward: Callable, backward: Callable
-) -> Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor, Tensor]]:
-    """Make a backend's two functions one differentiable operator, `minrnn_HASH::linear_scan_NAME`."""
+) -> tuple[Callable[..., tuple[Tensor, Tensor, Tensor]], Callable[..., tuple[Tensor, Tensor, Tensor]]]:
+    """Make a backend's two functions one differentiable operator, `minrnn_HASH::linear_scan_NAME`.
+
+    Returns:
+        The operator, and the operator of its backward pass.
+    """
 
     def scan(a: Tensor, b: Tensor, h0: Tensor, return_decay: bool) -> tuple[Tensor, Tensor, Tensor]:
         h, h_last, decay = forward(a, b, h0, return_decay)
@@ -118,7 +122,7 @@ def _register(
         da, db, dh0 = backward_operator(a, h, h0, grad_h, grad_last)
         return da, db.to(ctx.b_dtype), dh0.to(ctx.h0_dtype), None
 
-    return define(f"linear_scan_{name}", scan, fake, differentiate, setup_context)
+    return define(f"linear_scan_{name}", scan, fake, differentiate, setup_context), backward_operator
 
 
 _SCANS = {
@@ -240,4 +244,11 @@ def _scan(
     _check(a, b, h0, backend)
     if h0 is None:
         h0 = b.new_zeros(b.shape[0], b.shape[2], dtype=accumulate_dtype(a, b))
-    return _SCANS[backend](a, b, h0, return_decay)
+    return _SCANS[backend][0](a, b, h0, return_decay)
+
+
+def linear_scan_backward(
+    a: Tensor, h: Tensor, h0: Tensor, grad_h: Tensor, grad_last: Tensor, *, backend: str | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `linear_scan` for a, b and h0 from those of h and h_last, without a graph."""
+    return _SCANS[backend or default_backend(h.device, h.dtype)][1](a, h, h0, grad_h, grad_last)

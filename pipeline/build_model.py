@@ -28,6 +28,9 @@ SHAPE_FIELDS = (
     "candidate_activation",
     "hidden_act",
     "rms_norm_eps",
+    "head_dim",
+    "state_expansion",
+    "ternary",
 )
 
 

@@ -95,7 +95,7 @@ class ModelSection(Section):
     """Number of blocks."""
     cell: str = MinRNNConfig.cell
     """Name of the recurrent cell: `"mingru"` or `"minlstm"` with decays in (0, 1), `"mingru_signed"`
-    or `"minlstm_signed"` in (-1, 1)."""
+    or `"minlstm_signed"` in (-1, 1), or a published one: docs/cells.md lists all."""
     expansion_factor: int | float = MinRNNConfig.expansion_factor
     """Recurrent width / hidden_size (the paper's alpha)."""
     candidate_activation: str = MinRNNConfig.candidate_activation
@@ -129,6 +129,13 @@ class ModelSection(Section):
     """Backend of the scan (see `scan.linear_scan`); `None` for the fastest on the device."""
     use_cache: bool = MinRNNConfig.use_cache
     """Return the state, so that the sequence can go on."""
+    head_dim: int = MinRNNConfig.head_dim
+    """Channels of each head, in cells with a matrix state."""
+    state_expansion: int | None = MinRNNConfig.state_expansion
+    """Numbers of the state for each channel, in cells whose state is wider than their output (complex
+    numbers in `"s4d"`); `None` for the cell's own."""
+    ternary: bool = MinRNNConfig.ternary
+    """Round the weights of the projections to -1, 0 or 1 times a scale, and their inputs to 8 bits."""
     bidirectional: bool = MinRNNConfig.bidirectional
     """Read each row in both directions, with a mixer for each. For classification only."""
     pooling: str = MinRNNConfig.pooling

@@ -8,12 +8,13 @@ from torch import nn
 from .config import OptimSection
 
 # Decay to zero would half-open a gate, silence a norm, and erase the embedding of a rare token.
-WITHOUT_DECAY = ("embed_tokens", "in_proj", "gate_bias", "conv_weight", "norm")
+WITHOUT_DECAY = ("embed_tokens", "in_proj", "norm")
 
 
 def has_decay(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies to a parameter."""
-    return parameter.ndim >= 2 and not any(part in name for part in WITHOUT_DECAY)
+    """Whether weight decay applies to a parameter: only to the matrices of linear layers."""
+    is_matrix = parameter.ndim == 2 and name.endswith(".weight")
+    return is_matrix and not any(part in name for part in WITHOUT_DECAY)
 
 
 def build_optimizer(model: nn.Module, config: OptimSection) -> torch.optim.AdamW:

@@ -22,7 +22,7 @@ from torch import Tensor
 from ...models.boundaries import Boundaries
 from ...models.cell_scan import cell_scan
 from ...models.cell_spec import FUSED_CELLS, CellSpec
-from ...models.cells import CANDIDATE_ACTIVATIONS, CELLS
+from ...models.cells import CANDIDATE_ACTIVATIONS, MINIMAL_CELLS
 from ...models.scan import default_backend, linear_scan
 from ..memory import release_memory
 from .measure import failure_reason
@@ -114,7 +114,7 @@ def check_cell(
     gate: bool,
 ) -> dict[str, Any]:
     """Check `cell_scan` at one shape, with document starts and padding."""
-    (batch, time, width), num_gates = shape, CELLS[cell].num_gates
+    (batch, time, width), num_gates = shape, MINIMAL_CELLS[cell].num_gates
     projected = _random(batch, time, (num_gates + 1 + gate) * width, seed=1, dtype=dtype, device=device)
     bias = _random(num_gates, width, seed=2, dtype=torch.float32, device=device)
     h0 = _random(batch, width, seed=3, dtype=torch.float32, device=device)

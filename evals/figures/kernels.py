@@ -36,7 +36,7 @@ from ...common.files import user_path, write_json
 from ...models import cell_scan_triton, scan_triton
 from ...models.boundaries import Boundaries
 from ...models.cell_spec import FUSED_CELLS, CellInputs, CellSpec
-from ...models.cells import CELLS
+from ...models.cells import MINIMAL_CELLS
 from ...models.launches_triton import Launch
 from ..output import RESULTS
 from ..record import command_line, commit, versions
@@ -96,7 +96,7 @@ def cell_launches(
     time: int = TIME,
 ) -> Iterator[tuple[str, Launch]]:
     """Forward and backward of a cell; with `boundaries`, document starts and lengths as well."""
-    num_gates = CELLS[cell].num_gates
+    num_gates = MINIMAL_CELLS[cell].num_gates
     projected = empty(BATCH, time, WIDTH * (num_gates + 1 + output_gate), dtype=dtype)
     gate_bias, state, h = empty(num_gates, WIDTH), empty(BATCH, WIDTH), empty(BATCH, time, WIDTH, dtype=dtype)
     starts = empty(BATCH, time, dtype=torch.bool) if boundaries else None
@@ -217,7 +217,7 @@ def bytes_moved(launch: Launch) -> tuple[float, float]:
     if is_general:
         read = size("a", "grad_h" if is_backward else "b")
     else:
-        gates, output_gate = CELLS[constants["CELL"]].num_gates, constants["OUTPUT_GATE"]
+        gates, output_gate = MINIMAL_CELLS[constants["CELL"]].num_gates, constants["OUTPUT_GATE"]
         # summaries read only what decides the state
         used = gates + 1 + output_gate if written else gates + (output_gate if is_backward else 1)
         read = size("projected") * used / (gates + 1 + output_gate) + (size("grad_y") if is_backward else 0)

@@ -13,7 +13,22 @@ from .runs import Seed, settings
 from .sources import ResultSource
 
 CONFIDENCE = 0.95
-CELLS = {"mingru": "minGRU", "minlstm": "minLSTM"}
+CELLS = {
+    "mingru": "minGRU",
+    "minlstm": "minLSTM",
+    "gilr": "GILR",
+    "gilr_lstm": "GILR-LSTM",
+    "hgrn": "HGRN",
+    "qrnn": "QRNN",
+    "rglru": "RG-LRU (Hawk)",
+    "rwkv4": "RWKV-4",
+    "lru": "LRU",
+    "s4d": "S4D",
+    "linear_attention": "linear attention",
+    "hgrn2": "HGRN2",
+    "mlstm": "mLSTM (xLSTM[1:0])",
+    "gla": "GLA",
+}
 TOLERANCE = {"parameters": 0.25, "tokens": 0.05}  # relative; published sizes are rounded
 
 

@@ -57,8 +57,8 @@ def new_model(
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.mul_(torch.rand_like(parameter) + 0.5)
-            elif "gate_bias" in name:
-                parameter.add_(torch.randn_like(parameter) * 0.3)
+            elif "proj" not in name and "embed" not in name and "lm_head" not in name and "conv" not in name:
+                parameter.add_(torch.randn_like(parameter) * 0.3)  # the cell's own: biases, decays, ...
     return model
 
 

@@ -21,6 +21,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from minrnn.models import MinRNNCache, MinRNNForCausalLM
+from minrnn.models.cells import MINIMAL_CELLS
+from minrnn.models.registry import CELLS
 
 VARIANTS = [
     {"cell": cell, "preset": preset, "conv_kernel": kernel, "intermediate_size": mlp}
@@ -31,8 +33,10 @@ VARIANTS = [
         ("minlstm", "paper", 0, 0),
         ("mingru", "default", 1, 0),
         ("minlstm", "default", 6, 0),
+        *((cell, "default", 3, 24) for cell in CELLS if cell not in MINIMAL_CELLS),
     ]
 ]
+cells = pytest.mark.parametrize("cell", [cell for cell in CELLS if not cell.endswith("_signed")])
 variants = pytest.mark.parametrize(
     "variant", VARIANTS, ids=["-".join(map(str, variant.values())) for variant in VARIANTS]
 )
@@ -160,8 +164,14 @@ def test_a_document_start_drops_the_state(variant):
         assert torch.equal(tensor, carried_saved[name]), name
 
 
-@pytest.mark.parametrize("cell", ["mingru", "minlstm"])
-@pytest.mark.parametrize("preset", ["default", "paper"])
+@pytest.mark.parametrize(
+    ("cell", "preset"),
+    [
+        ("mingru", "paper"),
+        ("minlstm", "paper"),
+        *((cell, "default") for cell in CELLS if "signed" not in cell),
+    ],
+)
 def test_gradients_of_a_packed_batch_are_the_sum(cell, preset):
     model, ids = shared_model(preset, torch.float64, cell=cell), random_ids(2, 17)
     starts = torch.zeros(2, 17, dtype=torch.bool)
@@ -178,7 +188,7 @@ def test_gradients_of_a_packed_batch_are_the_sum(cell, preset):
     )
 
 
-@pytest.mark.parametrize("cell", ["mingru", "minlstm"])
+@cells
 @pytest.mark.parametrize("side", ["left", "right", "middle"])
 def test_gradients_of_a_padded_batch_are_the_sum(cell, side):
     model, ids = shared_model(dtype=torch.float64, cell=cell), random_ids(2, 14)
@@ -197,7 +207,7 @@ def test_gradients_of_a_padded_batch_are_the_sum(cell, side):
     assert_same_gradients(gradients(model, padded), gradients(model, alone), atol=1e-12)
 
 
-@pytest.mark.parametrize("cell", ["mingru", "minlstm"])
+@cells
 def test_gradient_flows_through_a_cut(cell):
     """An undetached cache: the losses of the chunks together have the gradient of the whole."""
     model, ids = shared_model(dtype=torch.float64, cell=cell), random_ids(2, 20)

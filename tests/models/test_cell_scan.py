@@ -15,7 +15,7 @@ from torch import Tensor
 from minrnn.models.boundaries import NO_BOUNDARIES, Boundaries
 from minrnn.models.cell_scan import cell_scan, cell_scan_with_decay, one_token
 from minrnn.models.cell_spec import CellSpec
-from minrnn.models.cells import CELLS, candidate
+from minrnn.models.cells import MINIMAL_CELLS, candidate
 
 Results = dict[str, Tensor]
 
@@ -285,7 +285,7 @@ def test_extreme_pre_activations(spec, dtype, other):
 def test_long_memory_is_kept(spec, dtype):
     """A memory of a million tokens with bf16 projections: a = 1 - 1e-6 is not rounded to bf16."""
     width, time, memory = 16, 4096, 1e6
-    gate_bias = CELLS[spec.cell].gate_bias(torch.full((width,), memory))
+    gate_bias = MINIMAL_CELLS[spec.cell].gate_bias(torch.full((width,), memory))
     projected = torch.zeros(1, time, spec.num_projections * width, dtype=dtype)
     _, h_last, decay = cell_scan_with_decay(projected, gate_bias, torch.ones(1, width), spec=spec)
     expected_decay = torch.tensor((1 - 1 / memory) ** time).expand(1, width)
@@ -391,7 +391,7 @@ def test_decay_is_the_product(spec, dtype, shape, with_starts, with_lengths, see
         assert torch.equal(value, other)
 
     parts = [part.double() for part in projected.detach().split(width, dim=-1)]
-    a, _ = CELLS[spec.cell].coefficients(
+    a, _ = MINIMAL_CELLS[spec.cell].coefficients(
         *(parts[i] + gate_bias[i] for i in range(spec.num_gates)), parts[spec.num_gates], spec.activation
     )
     real, starts = real_tokens(batch, time, boundaries.lengths), boundaries.document_starts

@@ -5,10 +5,10 @@ import torch
 from helpers import assert_close, generator
 from torch import Tensor
 
-from minrnn.models.cells import CANDIDATE_ACTIVATIONS, CELLS, candidate, mingru, minlstm
+from minrnn.models.cells import CANDIDATE_ACTIVATIONS, MINIMAL_CELLS, candidate, mingru, minlstm
 
 activations = pytest.mark.parametrize("activation", CANDIDATE_ACTIVATIONS)
-SIGNED = [name for name in CELLS if name.endswith("_signed")]
+SIGNED = [name for name in MINIMAL_CELLS if name.endswith("_signed")]
 
 
 def sigmoid(x: Tensor) -> Tensor:
@@ -51,12 +51,12 @@ def test_minlstm(activation):
     assert_close(b, i / (f + i) * FORMULAS[activation](u), atol=1e-14)
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", MINIMAL_CELLS)
 @activations
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_dtypes(name, activation, dtype):
     """a is at least fp32 and computed in it; b is the rounded result of the fp32 computation."""
-    cell = CELLS[name]
+    cell = MINIMAL_CELLS[name]
     arguments = [x.to(dtype) for x in pre_activations(cell.num_gates + 1)]
     a, b = cell.coefficients(*arguments, activation)
     exact_a, exact_b = cell.coefficients(*(x.double() for x in arguments), activation)
@@ -66,12 +66,12 @@ def test_dtypes(name, activation, dtype):
     assert_close(b, exact_b, atol=2e-7, rtol=2**-8 if dtype == torch.bfloat16 else 1e-6)
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", MINIMAL_CELLS)
 @activations
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_extreme_pre_activations(name, activation, dtype):
     """a in [0, 1], signed in [-1, 1], no NaN, finite gradients for all combinations of 0, +-90 and +-1e4."""
-    cell = CELLS[name]
+    cell = MINIMAL_CELLS[name]
     extremes = torch.tensor([0.0, 90.0, -90.0, 1e4, -1e4], dtype=dtype)
     arguments = [
         x.clone().requires_grad_() for x in torch.meshgrid(*[extremes] * (cell.num_gates + 1), indexing="ij")
@@ -83,7 +83,7 @@ def test_extreme_pre_activations(name, activation, dtype):
         assert gradient.isfinite().all()
 
 
-@pytest.mark.parametrize("name", [name for name in CELLS if name not in SIGNED])
+@pytest.mark.parametrize("name", [name for name in MINIMAL_CELLS if name not in SIGNED])
 @pytest.mark.parametrize("gate", [-12.0, -9.0, 9.0, 12.0, 40.0, 80.0])
 def test_long_and_short_memories_keep_their_digits(name, gate):
     """In fp32, a is exact to the last place near 1 (a memory of exp(12) tokens), and relatively near 0.
@@ -92,16 +92,16 @@ def test_long_and_short_memories_keep_their_digits(name, gate):
     """
     one = torch.ones(1, 1, 1)
     gates = [one * gate] if name == "mingru" else [one * -gate, one * gate]
-    a, b = CELLS[name].coefficients(*gates, one, "none")
-    exact_a, exact_b = CELLS[name].coefficients(*(x.double() for x in gates), one.double(), "none")
+    a, b = MINIMAL_CELLS[name].coefficients(*gates, one, "none")
+    exact_a, exact_b = MINIMAL_CELLS[name].coefficients(*(x.double() for x in gates), one.double(), "none")
     assert (a.double() - exact_a).abs() <= 2**-24  # half a unit just below 1
     assert_close(a, exact_a, atol=0, rtol=1e-5)  # sigmoid(-k) for k = 80 is 2e-35: 1 - sigmoid(k) would be 0
     assert_close(b, exact_b, atol=0, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("name", MINIMAL_CELLS)
 def test_gate_bias_gives_the_memory_lengths(name):
-    cell = CELLS[name]
+    cell = MINIMAL_CELLS[name]
     memory = torch.logspace(0.302, 5, 64, dtype=torch.float64)
     biases = cell.gate_bias(memory)
     assert biases.shape == (cell.num_gates, 64)
@@ -113,7 +113,7 @@ def test_gate_bias_gives_the_memory_lengths(name):
 @activations
 def test_a_signed_cell_stretches_the_decay(name, activation):
     """a in (-1, 1) is 2 a - 1 of the unsigned cell; b is the same."""
-    cell, plain = CELLS[name], CELLS[name.removesuffix("_signed")]
+    cell, plain = MINIMAL_CELLS[name], MINIMAL_CELLS[name.removesuffix("_signed")]
     arguments = [x.double() for x in pre_activations(cell.num_gates + 1)]
     a, b = cell.coefficients(*arguments, activation)
     plain_a, plain_b = plain.coefficients(*arguments, activation)

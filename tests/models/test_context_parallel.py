@@ -13,7 +13,8 @@ from torch import Tensor
 from minrnn.models.boundaries import Boundaries, reach_within_document
 from minrnn.models.cell_scan import cell_scan, scan_gradients, scan_without_graph, summarize
 from minrnn.models.cell_spec import CellInputs, CellSpec
-from minrnn.models.context_parallel import ContextGroup, fold, use_context_parallel
+from minrnn.models.context_parallel import ContextGroup, use_context_parallel
+from minrnn.models.context_scan import fold
 from minrnn.models.conv import causal_conv, conv_gradients
 
 BATCH, TIME, WIDTH = 2, 20, 5

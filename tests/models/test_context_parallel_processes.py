@@ -85,7 +85,7 @@ def carried_state(model: MinRNNForCausalLM, case: Case) -> MinRNNCache:
     cache, random = MinRNNCache(model.config.num_hidden_layers), generator(3)
     for layer in cache.layers if case.carried else []:
         recurrent = torch.randn(
-            BATCH, model.config.recurrent_size, generator=random, dtype=case.dtype
+            BATCH, model.config.state_size, generator=random, dtype=case.dtype
         ).requires_grad_()
         inputs = BATCH, max(model.config.conv_kernel - 1, 0), model.config.hidden_size
         conv = torch.randn(inputs, generator=random, dtype=case.dtype).requires_grad_() if inputs[1] else None

@@ -6,8 +6,8 @@ from helpers import assert_close, generate, new_model, random_ids
 from torch import Tensor
 
 from minrnn.models import MinRNNCache, generation
-from minrnn.models.cells import CELLS
 from minrnn.models.decoding import TokenStep, prefill
+from minrnn.models.registry import CELLS
 
 cells = pytest.mark.parametrize("cell", CELLS)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from minrnn.models import MinRNNCache, MinRNNForCausalLM
-from minrnn.models.cells import CELLS
+from minrnn.models.registry import CELLS
 
 cells = pytest.mark.parametrize("cell", CELLS)
 

@@ -16,11 +16,13 @@ from helpers import (
 )
 from torch import Tensor
 
-import minrnn.models.block as block
+import minrnn.models.minimal_cells as minimal_cells
 from minrnn.models import MinRNNCache, MinRNNConfig, MinRNNForCausalLM, MinRNNModel
-from minrnn.models.cells import CELLS
+from minrnn.models.cells import MINIMAL_CELLS
+from minrnn.models.registry import CELLS
 
 cells = pytest.mark.parametrize("cell", CELLS)
+minimal_cells_only = pytest.mark.parametrize("cell", MINIMAL_CELLS)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -132,9 +134,10 @@ def test_dropout_only_in_training():
     assert not torch.equal(logits_of(model, ids), logits_of(model, ids))
 
 
-@cells
-@pytest.mark.parametrize("preset", ["default", "paper"])
-def test_activation_scale_is_steady_with_depth(cell, preset):
+@pytest.mark.parametrize(
+    ("preset", "cell"), [("default", cell) for cell in CELLS] + [("paper", cell) for cell in MINIMAL_CELLS]
+)
+def test_activation_scale_is_steady_with_depth(preset, cell):
     """At initialisation, the residual stream after 16 blocks is as large as after 2."""
     sizes = {}
     for depth in (2, 16):
@@ -154,7 +157,7 @@ def test_activation_scale_is_steady_with_depth(cell, preset):
     assert 0.6 < sizes[16] / sizes[2] < 1.6, sizes
 
 
-@cells
+@minimal_cells_only
 @pytest.mark.parametrize("memory_length", [2.0, 64.0, 4096.0])
 def test_memory_lengths_are_spread_log_uniformly(cell, memory_length):
     torch.manual_seed(0)
@@ -164,7 +167,7 @@ def test_memory_lengths_are_spread_log_uniformly(cell, memory_length):
     for layer in MinRNNModel(config).layers:
         mixer = layer.get_submodule("mixer")
         biases = mixer.get_parameter("gate_bias").double()
-        a, _ = CELLS[cell].coefficients(
+        a, _ = MINIMAL_CELLS[cell].coefficients(
             *biases, torch.zeros(config.recurrent_size, dtype=torch.float64), "none"
         )
         octaves = torch.log2(1 / (1 - a)).sort().values
@@ -177,7 +180,7 @@ def test_memory_lengths_are_spread_log_uniformly(cell, memory_length):
         ) + 1e-5  # Kolmogorov-Smirnov: 0.2 is p = 0.05 of 1e-2 layers
 
 
-@cells
+@minimal_cells_only
 def test_state_is_fp32_under_autocast(cell, monkeypatch):
     seen = []
 
@@ -185,8 +188,8 @@ def test_state_is_fp32_under_autocast(cell, monkeypatch):
         seen.append((projected.dtype, gate_bias.dtype, None if h0 is None else h0.dtype))
         return scan(projected, gate_bias, h0, **kwargs)
 
-    scan = block.cell_scan
-    monkeypatch.setattr(block, "cell_scan", recording)
+    scan = minimal_cells.cell_scan
+    monkeypatch.setattr(minimal_cells, "cell_scan", recording)
     model, ids, cache = new_model(cell=cell), random_ids(2, 9), MinRNNCache(2)
     exact = logits_of(model, ids)
     seen.clear()

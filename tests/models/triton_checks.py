@@ -14,7 +14,7 @@ from torch import Tensor
 from minrnn.models import cell_scan_triton, scan_triton
 from minrnn.models.boundaries import NO_BOUNDARIES, Boundaries
 from minrnn.models.cell_spec import FUSED_CELLS, CellInputs, CellSpec
-from minrnn.models.cells import CELLS
+from minrnn.models.cells import MINIMAL_CELLS
 from minrnn.models.launches_triton import Tile, plan_chunks, run_all
 from minrnn.models.probe_triton import SIZE, run_probe
 
@@ -220,7 +220,7 @@ def random_cell_inputs(
     seed: int, batch: int, time: int, width: int, cell: str, output_gate: bool, dtype=FP32
 ) -> Problem:
     """(projected, gate_bias, h0, grad_y, grad_last)."""
-    num_gates = CELLS[cell].num_gates
+    num_gates = MINIMAL_CELLS[cell].num_gates
     projected = 2 * random(seed, batch, time, (num_gates + 1 + output_gate) * width)
     gate_bias, h0, grad_last = (
         random(seed + 1, num_gates, width),
@@ -281,7 +281,7 @@ def plain_cell_scan(problem: Problem, kind: Kind, boundaries: Boundaries = NO_BO
     grad_y, grad_last = (x.double() for x in problem[3:])
     num_gates, width = gate_bias.shape
     parts = projected.split(width, -1) if width else [projected] * 4
-    a, b = CELLS[cell].coefficients(
+    a, b = MINIMAL_CELLS[cell].coefficients(
         *(parts[i] + gate_bias[i] for i in range(num_gates)), parts[num_gates], activation
     )
     is_pad = (
@@ -378,7 +378,7 @@ def test_one_gradient_only(which):
 def test_extreme_gates(cell):
     """Decays close to 0 and 1, gates beyond the range of exp, and infinities: no NaN, and full precision."""
     kind, width = (cell, "none", False), 4
-    num_gates = CELLS[cell].num_gates
+    num_gates = MINIMAL_CELLS[cell].num_gates
     projected, gate_bias, h0, grad_y, grad_last = random_cell_inputs(43, 1, 12, width, cell, False)
     extremes = torch.tensor([-300.0, -100, -40, -15, -5, 0, 5, 15, 40, 100, 300, 20])
     projected[0, :, :width] = extremes.unsqueeze(1)

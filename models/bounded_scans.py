@@ -1,0 +1,158 @@
+"""The recurrences that cells are made of, exact at every cut.
+
+    linear      h_t = a_t h_{t-1} + b_t                       per channel
+    rotating    h_t = a_t exp(i theta) h_{t-1} + b_t          per pair of channels, a complex number
+    max_plus    m_t = max(m_{t-1} - w_t, k_t)                 per channel, without gradients
+    previous    h_{t-1}
+
+Each starts from the state before the batch, drops it at document starts, and passes it through padding
+(boundaries.py). Each also works on one process's slice of a text (context_parallel.py) and on a single token.
+
+Shapes: B batch, T time, W width.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .boundaries import Boundaries
+from .context_parallel import ContextGroup
+from .context_scan import LinearScan, RotatingScan, context_max_plus, context_scan
+from .dtypes import accumulate_dtype, at_least_fp32
+from .max_plus import EMPTY, max_plus_scan
+from .rotating_scan import rotate, rotating_scan
+from .scan import default_backend, linear_scan
+
+
+class Scanned(NamedTuple):
+    """The result of a scan."""
+
+    h: Tensor
+    """[B, T, W]; undefined at padding."""
+    last: Tensor
+    """State after the last token, [B, W], fp32 (fp64)."""
+    entering: Tensor
+    """State before the first token of this process's slice, [B, W]: what `previous` needs."""
+
+
+class BoundedScans:
+    """The scans of one batch.
+
+    Args:
+        boundaries: document starts and padding of the batch.
+        backend: as in `scan.linear_scan`.
+        group: the processes that share the sequence, or None.
+        is_single_token: the batch is one token per row in inference, without boundaries.
+    """
+
+    def __init__(
+        self,
+        boundaries: Boundaries,
+        backend: str | None,
+        group: ContextGroup | None,
+        *,
+        is_single_token: bool = False,
+    ):
+        self.boundaries, self.backend, self.group = boundaries, backend, group
+        self.is_single_token = is_single_token
+
+    def starts(self, x: Tensor, state: Tensor | None) -> Tensor | None:
+        """Where no state precedes a token of x [B, T, W]: bool [B, T, 1]; None for nowhere.
+
+        The first token counts where the state is missing or all zero, as after a piece of padding only.
+        """
+        starts = self.boundaries.document_starts
+        if self.group is None or self.group.rank == 0:
+            is_first = torch.arange(x.shape[1], device=x.device) == 0
+            is_empty = x.new_ones(x.shape[0], dtype=torch.bool) if state is None else (state == 0).all(1)
+            is_first = is_first & is_empty.unsqueeze(1)
+            starts = is_first if starts is None else starts | is_first
+        return None if starts is None else starts.unsqueeze(-1)
+
+    def padding(self, x: Tensor) -> Tensor | None:
+        """Where x [B, T, W] is padding: bool [B, T, 1]; None without padding."""
+        lengths = self.boundaries.lengths
+        if lengths is None:
+            return None
+        return (torch.arange(x.shape[1], device=x.device) >= lengths.unsqueeze(1)).unsqueeze(-1)
+
+    def bounded(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Decays and inputs, a 0 at document starts, and (a, b) = (1, 0) at padding."""
+        if self.boundaries.document_starts is not None:
+            a = a.masked_fill(self.boundaries.document_starts.unsqueeze(-1), 0)
+        if (padding := self.padding(b)) is not None:
+            a, b = a.masked_fill(padding, 1), b.masked_fill(padding, 0)
+        return a, b
+
+    def linear(self, a: Tensor, b: Tensor, h0: Tensor | None) -> Scanned:
+        """The diagonal recurrence. a, b [B, T, W] (a may be [W]), h0 [B, W]; h in b's dtype."""
+        a = a.expand(b.shape)
+        if self.is_single_token:
+            last = at_least_fp32(b[:, 0]) if h0 is None else torch.addcmul(b[:, 0].to(h0.dtype), a[:, 0], h0)
+            return Scanned(last.unsqueeze(1).to(b.dtype), last, _zeros(a, b) if h0 is None else h0)
+        a, b = self.bounded(a, b)
+        h0 = _zeros(a, b) if h0 is None else h0
+        if self.group is not None:
+            backend = self.backend or default_backend(b.device, b.dtype)
+            return Scanned(*context_scan(LinearScan(backend), self.group, h0, a, b))
+        h, last = linear_scan(a, b, h0, backend=self.backend)
+        return Scanned(h, last, h0)
+
+    def rotating(self, a: Tensor, theta: Tensor, b: Tensor, h0: Tensor | None) -> Scanned:
+        """The complex diagonal recurrence.
+
+        Args:
+            a: absolute values of the decays, [B, T, W/2] or [W/2].
+            theta: their angles in radians, [W/2].
+            b: inputs, real parts | imaginary parts, [B, T, W].
+            h0: state before the first token, as b, [B, W].
+
+        Returns:
+            h as b, in at least fp32.
+        """
+        b = at_least_fp32(b)
+        a = at_least_fp32(a).expand(*b.shape[:2], theta.shape[0])
+        if self.is_single_token:
+            turned = _zeros(a, b) if h0 is None else rotate(h0, theta.cos(), theta.sin())
+            last = torch.addcmul(b[:, 0], torch.cat([a, a], dim=-1)[:, 0], turned)
+            return Scanned(last.unsqueeze(1), last, turned)
+        a, b = self.bounded(a, b)
+        h0 = _zeros(a, b) if h0 is None else h0
+        backend = self.backend or default_backend(b.device, b.dtype)
+        if self.group is not None:
+            return Scanned(*context_scan(RotatingScan(backend), self.group, h0, a, theta, b))
+        h, last = rotating_scan(a, theta, b, h0, backend)
+        return Scanned(h, last if self.boundaries.lengths is None else self._last_real(h, h0), h0)
+
+    @torch.no_grad()
+    def max_plus(self, w: Tensor, key: Tensor, m0: Tensor | None) -> Scanned:
+        """A running maximum that falls by w from token to token. w [W], key [B, T, W] fp32, m0 [B, W]."""
+        w = w.expand(key.shape)
+        if self.boundaries.document_starts is not None:
+            w = w.masked_fill(self.boundaries.document_starts.unsqueeze(-1), -EMPTY)
+        if (padding := self.padding(key)) is not None:
+            w, key = w.masked_fill(padding, 0), key.masked_fill(padding, EMPTY)
+        m0 = torch.full_like(key[:, 0], EMPTY) if m0 is None else m0
+        if self.group is not None:
+            return Scanned(*context_max_plus(w, key, m0, self.group))
+        m, last = max_plus_scan(w, key, m0)
+        return Scanned(m, last, m0)
+
+    def previous(self, scanned: Scanned, empty: float = 0.0) -> Tensor:
+        """h_{t-1} of a scan's result, `empty` at document starts: [B, T, W]."""
+        entering = scanned.entering.to(scanned.h.dtype).unsqueeze(1)
+        before = torch.cat([entering, scanned.h[:, :-1]], dim=1)
+        starts = self.boundaries.document_starts
+        return before if starts is None else before.masked_fill(starts.unsqueeze(-1), empty)
+
+    def _last_real(self, h: Tensor, h0: Tensor) -> Tensor:
+        """The state after the last real token of each row, as a rotation does not stand still in padding."""
+        lengths = self.boundaries.lengths
+        assert lengths is not None
+        states = torch.cat([h0.to(h.dtype).unsqueeze(1), h], dim=1)
+        return states.gather(1, lengths.view(-1, 1, 1).expand(-1, 1, h.shape[2])).squeeze(1)
+
+
+def _zeros(a: Tensor, b: Tensor) -> Tensor:
+    return b.new_zeros(b.shape[0], b.shape[2], dtype=accumulate_dtype(a, b))

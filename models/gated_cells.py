@@ -1,0 +1,174 @@
+"""Cells with a real state per channel and gates that depend on the input: GILR-LSTM, HGRN, QRNN, RG-LRU.
+
+Where a paper describes a whole block, its recurrence is the cell and our block is around it, so that cells
+can be compared with everything else equal.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from .bounded_scans import BoundedScans
+from .dtypes import at_least_fp32
+from .mixer import MinRNNMixer, inverse_softplus, logit
+from .ternary import linear
+
+if TYPE_CHECKING:
+    from .configuration_minrnn import MinRNNConfig
+
+
+class GILRLSTM(MinRNNMixer):
+    """An LSTM whose gates read the output of a GILR in place of its own.
+
+        g_t = a_t g_{t-1} + (1 - a_t) tanh(u_t)             a = sigmoid(k): a GILR, the first scan
+        f, i, z, o = W x_t + U g_{t-1}
+        c_t = sigmoid(f) c_{t-1} + sigmoid(i) tanh(z)       the second scan
+        h_t = sigmoid(o) c_t                                without an output gate, c_t
+
+    The state is g | c. Source: Martin & Cundy, "Parallelizing Linear Recurrent Neural Nets Over Sequence
+    Length", ICLR 2018, section 3.3.
+    """
+
+    gate_activation = None
+
+    def __init__(self, config: "MinRNNConfig", layer: int):
+        super().__init__(config, layer)
+        self.gate_bias = nn.Parameter(torch.empty(3, config.recurrent_size))  # of k, f, i
+        self.hidden_in_proj = linear(config, config.recurrent_size, sum(self.widths[2:]))
+
+    @classmethod
+    def projections(cls, config: "MinRNNConfig") -> dict[str, int]:
+        return dict.fromkeys(("k", "u", "f", "i", "z", "o")[: 5 + config.output_gate], config.recurrent_size)
+
+    @classmethod
+    def state_size(cls, config: "MinRNNConfig") -> int:
+        return 2 * config.recurrent_size
+
+    def init_parameters(self, memory: Tensor) -> None:
+        bias = logit(1 - 1 / memory)
+        init.copy_(self.gate_bias, torch.stack([bias, bias, -bias]))
+
+    def cell(
+        self, parts: tuple[Tensor, ...], state: Tensor | None, scans: BoundedScans, *lower_bound: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        g0, c0 = (None, None) if state is None else state.chunk(2, dim=-1)
+        k = at_least_fp32(parts[0]) + self.gate_bias[0]
+        g = scans.linear(torch.sigmoid(k), (torch.sigmoid(-k) * torch.tanh(parts[1])).to(parts[1].dtype), g0)
+        hidden = self.hidden_in_proj(scans.previous(g)).split(self.widths[2:], dim=-1)
+        f, i, z, *o = (x + y for x, y in zip(parts[2:], hidden, strict=True))
+        f, i = at_least_fp32(f) + self.gate_bias[1], at_least_fp32(i) + self.gate_bias[2]
+        c = scans.linear(torch.sigmoid(f), (torch.sigmoid(i) * torch.tanh(z)).to(z.dtype), c0)
+        h = c.h * torch.sigmoid(o[0]) if o else c.h
+        return h, torch.cat([g.last, c.last], dim=-1)
+
+
+class HGRN(MinRNNMixer):
+    """Hierarchically gated recurrence, with real decays above a bound that rises from layer to layer.
+
+        a_t = lb + (1 - lb) sigmoid(f_t),   h_t = a_t h_{t-1} + (1 - a_t) silu(u_t)
+
+    Source: Qin et al., "Hierarchically Gated Recurrent Neural Network", arXiv 2311.04823.
+    """
+
+    def __init__(self, config: "MinRNNConfig", layer: int):
+        super().__init__(config, layer)
+        self.gate_bias = nn.Parameter(torch.empty(1, config.recurrent_size))
+
+    @classmethod
+    def projections(cls, config: "MinRNNConfig") -> dict[str, int]:
+        return dict.fromkeys(("f", "u"), config.recurrent_size)
+
+    @classmethod
+    def lower_bound_size(cls, config: "MinRNNConfig") -> int:
+        return config.recurrent_size
+
+    def init_parameters(self, memory: Tensor) -> None:
+        init.copy_(self.gate_bias, bias_above(self.layer / self.num_layers, memory))
+
+    def cell(
+        self, parts: tuple[Tensor, ...], state: Tensor | None, scans: BoundedScans, *lower_bound: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        (f, u), (bound,) = parts, lower_bound
+        f = at_least_fp32(f) + self.gate_bias[0]
+        a, rest = bound + (1 - bound) * torch.sigmoid(f), (1 - bound) * torch.sigmoid(-f)
+        h = scans.linear(a, (rest * F.silu(at_least_fp32(u))).to(u.dtype), state)
+        return h.h, h.last
+
+
+def bias_above(bound: float, memory: Tensor) -> Tensor:
+    """The gate's bias with bound + (1 - bound) sigmoid(bias) = 1 - 1 / memory, or just above the bound."""
+    return logit(((1 - 1 / memory - bound) / (1 - bound)).clamp(min=0.02))
+
+
+class QRNN(MinRNNMixer):
+    """Quasi-recurrent network (fo-pooling): the gates come from a causal convolution over all channels.
+
+        a_t = sigmoid(f_t),   h_t = a_t h_{t-1} + (1 - a_t) tanh(u_t),   y_t = sigmoid(o_t) h_t
+
+    f, u, o are projections of the last `conv_kernel` inputs. Source: Bradbury et al., "Quasi-Recurrent Neural
+    Networks", arXiv 1611.01576.
+    """
+
+    gate_activation = "sigmoid"
+    has_full_convolution = True
+
+    def __init__(self, config: "MinRNNConfig", layer: int):
+        super().__init__(config, layer)
+        self.gate_bias = nn.Parameter(torch.empty(1, config.recurrent_size))
+
+    @classmethod
+    def projections(cls, config: "MinRNNConfig") -> dict[str, int]:
+        return dict.fromkeys(("f", "u"), config.recurrent_size)
+
+    def init_parameters(self, memory: Tensor) -> None:
+        init.copy_(self.gate_bias, logit(1 - 1 / memory))
+
+    def cell(
+        self, parts: tuple[Tensor, ...], state: Tensor | None, scans: BoundedScans, *lower_bound: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        f, u = parts
+        f = at_least_fp32(f) + self.gate_bias[0]
+        h = scans.linear(torch.sigmoid(f), (torch.sigmoid(-f) * torch.tanh(u)).to(u.dtype), state)
+        return h.h, h.last
+
+
+class RGLRU(MinRNNMixer):
+    """The real-gated linear recurrent unit of Hawk and Griffin.
+
+        a_t = exp(-8 sigmoid(r_t) softplus(L)),   h_t = a_t h_{t-1} + sqrt(1 - a_t^2) sigmoid(i_t) u_t
+
+    At a document start the factor sqrt(1 - a^2) is 1. Source: De et al., "Griffin", arXiv 2402.19427, section
+    2.4; the gates are dense projections here.
+    """
+
+    gate_activation = "gelu"
+    smallest = 1e-6
+    """Of 1 - a^2 under the root, whose gradient is not bounded at 0."""
+
+    def __init__(self, config: "MinRNNConfig", layer: int):
+        super().__init__(config, layer)
+        self.gate_bias = nn.Parameter(torch.empty(2, config.recurrent_size))  # of r, i
+        self.decay = nn.Parameter(torch.empty(config.recurrent_size))  # L
+
+    @classmethod
+    def projections(cls, config: "MinRNNConfig") -> dict[str, int]:
+        return dict.fromkeys(("r", "i", "u"), config.recurrent_size)
+
+    def init_parameters(self, memory: Tensor) -> None:
+        init.zeros_(self.gate_bias)
+        init.copy_(self.decay, inverse_softplus(-torch.log1p(-1 / memory) / 4))  # sigmoid(0) * 8 = 4
+
+    def cell(
+        self, parts: tuple[Tensor, ...], state: Tensor | None, scans: BoundedScans, *lower_bound: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        u = parts[2]
+        r, i = (at_least_fp32(x) + bias for x, bias in zip(parts[:2], self.gate_bias, strict=True))
+        log_a = -8 * torch.sigmoid(r) * F.softplus(self.decay)
+        scale = (-torch.expm1(2 * log_a)).clamp(min=self.smallest).sqrt()
+        if (starts := scans.starts(u, state)) is not None:
+            scale = scale.masked_fill(starts, 1)
+        h = scans.linear(log_a.exp(), (scale * torch.sigmoid(i) * u).to(u.dtype), state)
+        return h.h, h.last

@@ -1,0 +1,80 @@
+"""The cells with fused kernels: minGRU, minLSTM, their signed forms, and GILR.
+
+`cells.py` holds their equations, `cell_scan.py` computes cell, scan and output gate as one operation.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from .boundaries import Boundaries
+from .cell_scan import cell_scan, one_token
+from .cell_spec import CellSpec
+from .cells import MINIMAL_CELLS
+from .context_scan import context_cell_scan
+from .mixer import MinRNNMixer, own_activation_error
+
+if TYPE_CHECKING:
+    from .configuration_minrnn import MinRNNConfig
+
+
+class MinimalMixer(MinRNNMixer):
+    """minGRU and minLSTM (Feng et al., arXiv 2410.01201), and their forms with decays in (-1, 1)."""
+
+    def __init__(self, config: "MinRNNConfig", layer: int):
+        super().__init__(config, layer)
+        self.spec = self.cell_spec(config)
+        self.gate_bias = nn.Parameter(torch.empty(self.spec.num_gates, config.recurrent_size))
+
+    @classmethod
+    def cell_spec(cls, config: "MinRNNConfig") -> CellSpec:
+        """What the cell scan computes."""
+        return CellSpec(config.cell, config.candidate_activation, config.output_gate)
+
+    @classmethod
+    def projections(cls, config: "MinRNNConfig") -> dict[str, int]:
+        gates = [f"gate_{i}" for i in range(cls.cell_spec(config).num_gates)]
+        return dict.fromkeys([*gates, "candidate"], config.recurrent_size)
+
+    @classmethod
+    def config_errors(cls, config: "MinRNNConfig") -> dict[str, str]:
+        return {}
+
+    def init_parameters(self, memory: Tensor) -> None:
+        init.copy_(self.gate_bias, MINIMAL_CELLS[self.spec.cell].gate_bias(memory))
+
+    def recur(
+        self, projected: Tensor, state: Tensor | None, boundaries: Boundaries, *lower_bound: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        if self.is_single_token(projected, boundaries):
+            return one_token(projected, self.gate_bias, state, self.spec)
+        if self.context_group is not None:
+            return context_cell_scan(
+                projected,
+                self.gate_bias,
+                state,
+                spec=self.spec,
+                boundaries=boundaries,
+                group=self.context_group,
+                backend=self.backend,
+            )
+        return cell_scan(
+            projected, self.gate_bias, state, spec=self.spec, boundaries=boundaries, backend=self.backend
+        )
+
+
+class GILR(MinimalMixer):
+    """Gated impulse linear recurrence: the minGRU with a tanh candidate.
+
+    Source: Martin & Cundy, "Parallelizing Linear Recurrent Neural Nets Over Sequence Length", ICLR 2018.
+    """
+
+    @classmethod
+    def cell_spec(cls, config: "MinRNNConfig") -> CellSpec:
+        return CellSpec("mingru", "tanh", config.output_gate)
+
+    @classmethod
+    def config_errors(cls, config: "MinRNNConfig") -> dict[str, str]:
+        return own_activation_error(config)

@@ -1,0 +1,191 @@
+"""The mixer: the part of a block that reads earlier tokens. Every cell is a subclass.
+
+    mixer:  x -> causal convolution -> projections -> cell [* activation(output gate)] -> down-projection
+
+A subclass names its projections and its state, and computes outputs and the next state from them in `cell`.
+It uses the scans of `BoundedScans`, which handle document starts, padding, single tokens and sequences that
+are cut between processes, so that a cell is written once, as an equation. docs/new-cell.md adds one step by
+step.
+
+Shapes: B batch, T time, H hidden_size, R recurrent_size, K conv_kernel, S state_size.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from .boundaries import Boundaries
+from .bounded_scans import BoundedScans
+from .context_parallel import ContextGroup, context_conv
+from .conv import causal_conv, causal_window, conv_one_token, next_conv_state
+from .numba_support import is_token_step
+from .ternary import linear
+
+if TYPE_CHECKING:
+    from .configuration_minrnn import MinRNNConfig
+
+State = tuple[Tensor | None, Tensor | None]  # recurrent [B, S] fp32, conv inputs [B, K-1, H]
+
+
+class MinRNNMixer(nn.Module):
+    """Base of all cells.
+
+    Args:
+        config: of the model.
+        layer: index of the block, from 0.
+    """
+
+    gate_activation: str | None = "silu"
+    """Activation of the output gate (`config.output_gate`), a name of `transformers.activations.ACT2FN`; None
+    for a cell that applies the gate itself."""
+    has_full_convolution = False
+    """The projections read the last K inputs of all channels, instead of one depthwise convolution."""
+
+    def __init__(self, config: "MinRNNConfig", layer: int):
+        super().__init__()
+        self.layer, self.num_layers = layer, config.num_hidden_layers
+        self.backend = config.scan_backend
+        self.context_group: ContextGroup | None = None  # see `use_context_parallel`
+        self.kernel = max(config.conv_kernel, 1)
+        is_depthwise = self.kernel > 1 and not self.has_full_convolution
+        self.conv_weight = (
+            nn.Parameter(torch.empty(config.hidden_size, self.kernel)) if is_depthwise else None
+        )
+        self.widths = list(self.projections(config).values())
+        self.gate = ACT2FN[self.gate_activation] if self.gate_activation and config.output_gate else None
+        if self.gate is not None:
+            self.widths.append(self.output_size(config))
+        taps = self.kernel if self.has_full_convolution else 1
+        self.in_proj = linear(config, taps * config.hidden_size, sum(self.widths))
+        self.out_proj = linear(config, self.output_size(config), config.hidden_size)
+
+    @classmethod
+    def projections(cls, config: "MinRNNConfig") -> dict[str, int]:
+        """Name and width of each projection of x, in the order in which `cell` receives them."""
+        raise NotImplementedError
+
+    @classmethod
+    def state_size(cls, config: "MinRNNConfig") -> int:
+        """Numbers of the recurrent state in each row."""
+        return config.recurrent_size
+
+    @classmethod
+    def output_size(cls, config: "MinRNNConfig") -> int:
+        """Channels of the cell's output."""
+        return config.recurrent_size
+
+    @classmethod
+    def lower_bound_size(cls, config: "MinRNNConfig") -> int:
+        """Decays in each layer with a learnt lower bound, which `cell` then receives; 0 for none."""
+        return 0
+
+    @classmethod
+    def config_errors(cls, config: "MinRNNConfig") -> dict[str, str]:
+        """What is wrong with the fields of a configuration for this cell, by field."""
+        return own_activation_error(config)
+
+    def init_parameters(self, memory: Tensor) -> None:
+        """Set the cell's own parameters before training.
+
+        Args:
+            memory: memory lengths in tokens, fp32 [R], spread log-uniformly; at zero input, the decay of
+                channel r should be 1 - 1 / memory[r].
+        """
+
+    def cell(
+        self, parts: tuple[Tensor, ...], state: Tensor | None, scans: BoundedScans, *lower_bound: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The recurrence.
+
+        Args:
+            parts: the projections, each [B, T, width], in the dtype of the matrix products.
+            state: before the first token, [B, S] in fp32 (fp64); None before the first token of a text.
+            scans: what the recurrence is computed with.
+            lower_bound: the layer's bounds, [lower_bound_size], if the cell has any.
+
+        Returns:
+            Outputs [B, T, output_size] in any dtype, and the state after the last token [B, S].
+        """
+        raise NotImplementedError
+
+    def forward(
+        self, x: Tensor, state: State, boundaries: Boundaries, lower_bound: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """x [B, T, H] -> [B, T, H], and the state after it."""
+        boundaries = boundaries.to(x.device)
+        if self.context_group is not None and boundaries.lengths is not None:
+            raise ValueError(
+                "A sequence that is cut between processes cannot be padded: "
+                "pass no attention_mask, or use_context_parallel(model, None)."
+            )
+        recurrent, conv = state
+        x, conv = self.convolve(x, conv, boundaries)
+        bounds = () if lower_bound is None else (lower_bound.to(x.device),)
+        y, recurrent = self.recur(self.in_proj(x), recurrent, boundaries, *bounds)
+        return self.out_proj(y), (recurrent, conv)
+
+    def convolve(
+        self, x: Tensor, conv: Tensor | None, boundaries: Boundaries
+    ) -> tuple[Tensor, Tensor | None]:
+        """The convolution's output [B, T, H] ([B, T, K H] if it is full) and its next state."""
+        if self.kernel == 1:
+            return x, None
+        if self.context_group is not None:
+            return self.convolve_slice(x, conv, boundaries.reach, self.context_group)
+        if self.conv_weight is not None and self.is_single_token(x, boundaries):
+            return conv_one_token(x, self.conv_weight, conv)
+        next_conv = next_conv_state(x, conv, self.kernel, boundaries.document_starts, boundaries.lengths)
+        if self.conv_weight is None:
+            return causal_window(x, self.kernel, conv, boundaries.reach), next_conv
+        return causal_conv(x, self.conv_weight, conv, boundaries.reach, self.backend), next_conv
+
+    def convolve_slice(
+        self, x: Tensor, conv: Tensor | None, reach: Tensor | None, group: ContextGroup
+    ) -> tuple[Tensor, Tensor]:
+        """As `convolve`, for one process's slice of a text."""
+        if self.conv_weight is not None:
+            return context_conv(x, self.conv_weight, conv, reach, group, self.backend)
+        # Each tap of the window is a convolution that selects it.
+        taps = torch.eye(self.kernel, device=x.device).unsqueeze(1).expand(-1, x.shape[2], -1)
+        outputs = [context_conv(x, tap, conv, reach, group, self.backend) for tap in taps]
+        return torch.cat([y for y, _ in outputs], dim=-1), outputs[0][1]
+
+    def is_single_token(self, x: Tensor, boundaries: Boundaries) -> bool:
+        """Whether this is a step of decoding, for which plain operations have the least overhead."""
+        no_cut = boundaries.lengths is None and boundaries.document_starts is None
+        return self.backend is None and self.context_group is None and no_cut and is_token_step(x)
+
+    def recur(
+        self, projected: Tensor, state: Tensor | None, boundaries: Boundaries, *lower_bound: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """projected [B, T, sum of widths] -> y [B, T, output_size] in its dtype, and the next state."""
+        scans = BoundedScans(
+            boundaries,
+            self.backend,
+            self.context_group,
+            is_single_token=self.is_single_token(projected, boundaries),
+        )
+        parts = projected.split(self.widths, dim=-1)
+        h, state = self.cell(parts[:-1] if self.gate else parts, state, scans, *lower_bound)
+        y = h.to(projected.dtype)
+        return (y * self.gate(parts[-1]) if self.gate else y), state
+
+
+def own_activation_error(config: Any) -> dict[str, str]:
+    """The error of a candidate activation for a cell that has its own."""
+    if config.candidate_activation == "none":
+        return {}
+    message = f"is for minGRU and minLSTM; {config.cell} has its own: leave it out (preset paper sets it)"
+    return {"candidate_activation": message}
+
+
+def logit(p: Tensor) -> Tensor:
+    """The pre-activation whose sigmoid is p."""
+    return torch.log(p) - torch.log1p(-p)
+
+
+def inverse_softplus(y: Tensor) -> Tensor:
+    """The pre-activation whose softplus is y > 0."""
+    return y + torch.log(-torch.expm1(-y))

@@ -1,0 +1,22 @@
+"""The cells by name: what `config.cell` may be."""
+
+from .averaging_cells import RWKV4
+from .complex_cells import LRU, S4D
+from .gated_cells import GILRLSTM, HGRN, QRNN, RGLRU
+from .minimal_cells import GILR, MinimalMixer
+from .mixer import MinRNNMixer
+
+CELLS: dict[str, type[MinRNNMixer]] = {
+    "mingru": MinimalMixer,
+    "minlstm": MinimalMixer,
+    "mingru_signed": MinimalMixer,
+    "minlstm_signed": MinimalMixer,
+    "gilr": GILR,
+    "gilr_lstm": GILRLSTM,
+    "hgrn": HGRN,
+    "qrnn": QRNN,
+    "rglru": RGLRU,
+    "rwkv4": RWKV4,
+    "lru": LRU,
+    "s4d": S4D,
+}
