@@ -66,7 +66,7 @@ class TorchRNNConfig(PreTrainedConfig):
             raise ValueError(f"TorchRNNConfig: {'; '.join(errors)}")
 
     @property
-    def recurrent_size(self) -> int:
+    def state_size(self) -> int:
         """Channels of a layer's state: h, and for an LSTM also c."""
         return self.hidden_size * (2 if self.cell == "lstm" else 1)
 

@@ -17,11 +17,11 @@ from torch.nn.utils.rnn import PackedSequence
 from transformers import initialization as init
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .block import State
 from .boundaries import Boundaries
 from .configuration_torch_rnn import TorchRNNConfig
 from .dtypes import at_least_fp32
 from .loss import LMHead
+from .mixer import State
 from .modeling_minrnn import MinRNNForCausalLM, MinRNNModel, MinRNNPreTrainedModel
 
 
@@ -124,7 +124,7 @@ class TorchRNNModel(MinRNNModel):
         """Outputs [B, T, H], 0 at padding, and the state after each row's last real token [L, B, state]."""
         (batch, time, width), config = x.shape, self.config
         if initial is None:
-            initial = x.new_zeros(config.num_hidden_layers, batch, config.recurrent_size)
+            initial = x.new_zeros(config.num_hidden_layers, batch, config.state_size)
         if not len(segments.rows):  # padding only
             return torch.zeros_like(x), initial
         packed = PackedSequence(x.reshape(-1, width)[segments.order], segments.batch_sizes)
