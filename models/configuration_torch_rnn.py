@@ -75,5 +75,10 @@ class TorchRNNConfig(PreTrainedConfig):
         """There is no convolution."""
         return 0
 
+    @property
+    def bidirectional(self) -> bool:
+        """The layers read from left to right."""
+        return False
+
 
 __all__ = ["TorchRNNConfig"]
