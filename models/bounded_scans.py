@@ -133,7 +133,7 @@ class BoundedScans:
             w = w.masked_fill(self.boundaries.document_starts.unsqueeze(-1), -EMPTY)
         if (padding := self.padding(key)) is not None:
             w, key = w.masked_fill(padding, 0), key.masked_fill(padding, EMPTY)
-        m0 = torch.full_like(key[:, 0], EMPTY) if m0 is None else m0
+        m0 = torch.full_like(key[:, 0], EMPTY) if m0 is None else m0.detach()
         if self.group is not None:
             return Scanned(*context_max_plus(w, key, m0, self.group))
         m, last = max_plus_scan(w, key, m0)

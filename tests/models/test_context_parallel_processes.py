@@ -18,8 +18,10 @@ from torch._dynamo.utils import counters
 from torch.multiprocessing.spawn import spawn
 
 from minrnn.models import MinRNNCache, MinRNNForCausalLM
+from minrnn.models.cells import MINIMAL_CELLS
 from minrnn.models.context_parallel import ContextGroup, use_context_parallel
 from minrnn.models.recompute import checkpointing_options
+from minrnn.models.registry import CELLS
 
 BATCH, TIME = 2, 24
 Results = dict[str, Tensor]
@@ -46,6 +48,7 @@ LIGHT = [
     Case("two chunks", chunks=2),
     Case("minlstm fp64", {**MINLSTM, "conv_kernel": 6}, torch.float64),
     Case("bf16, selective", autocast=True, recompute="selective", chunks=2),
+    *(Case(cell, {"cell": cell}, torch.float64) for cell in CELLS if cell not in MINIMAL_CELLS),
 ]
 CASES = [
     *LIGHT,
@@ -61,6 +64,8 @@ CASES = [
     Case("full, fp64", {"cell": "minlstm"}, torch.float64, recompute="full", chunks=2),
     Case("bf16", autocast=True),
     Case("compiled", compiled=True, chunks=2),
+    Case("rwkv4, selective", {"cell": "rwkv4"}, recompute="selective", chunks=2),
+    Case("lru, full", {"cell": "lru"}, recompute="full", chunks=2),
     Case("compiled, selective", compiled=True, recompute="selective", chunks=2),
 ]
 
@@ -84,7 +89,7 @@ def document_starts(case: Case, size: int) -> Tensor | None:
 def carried_state(model: MinRNNForCausalLM, case: Case) -> MinRNNCache:
     cache, random = MinRNNCache(model.config.num_hidden_layers), generator(3)
     for layer in cache.layers if case.carried else []:
-        recurrent = torch.randn(
+        recurrent = torch.rand(  # positive, as the denominators of averages are
             BATCH, model.config.state_size, generator=random, dtype=case.dtype
         ).requires_grad_()
         inputs = BATCH, max(model.config.conv_kernel - 1, 0), model.config.hidden_size
@@ -226,7 +231,7 @@ def check_bytes(group: ContextGroup) -> None:
         use_context_parallel(model, group)
         if (options := checkpointing_options(recompute)) is not None:
             model.activation_checkpointing_enable(options)
-        width, itemsize = model.config.recurrent_size, 2 if autocast else 4
+        width, itemsize = model.config.state_size, 2 if autocast else 4
         inputs = itemsize * BATCH * (model.config.conv_kernel - 1) * model.config.hidden_size
         forward, backward = [inputs, 8 * BATCH * width], [4 * BATCH * width, inputs]
         with counted() as sent, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
