@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import StaticCache
 
 from ...models.cache import MinRNNCache
+from ...pipeline.families.registry import TORCH_RNNS
 from ..memory import available_bytes, tensor_bytes
 from ..output import si
 from .measure import Unavailable
@@ -128,12 +129,8 @@ def make_decoder(family: str, model: Any, batch: int, max_steps: int) -> Decoder
     """The decoder for a family's model."""
     if family == "llama":
         return LlamaDecoder(model, batch, max_steps)
-    if family.startswith("minrnn"):
+    if family.startswith("minrnn") or family in TORCH_RNNS:
         return Decoder(model, _minrnn_forward(model), _minrnn_tensors, _minrnn_with_tensors)
-    if family == "gru":
-        return Decoder(model, model, lambda state: [state], lambda state, tensors: tensors[0])
-    if family == "lstm":
-        return Decoder(model, model, list, lambda state, tensors: tuple(tensors))
     if family == "minGRU-pytorch":
 
         def forward(tokens: Tensor, state: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
@@ -164,8 +161,10 @@ def _minrnn_tensors(state: MinRNNCache) -> list[Tensor]:
 
 
 def _minrnn_with_tensors(state: MinRNNCache, tensors: list[Tensor]) -> MinRNNCache:
-    for i, layer in enumerate(state.layers):
-        layer.replace(tensors[2 * i], tensors[2 * i + 1], num_tokens=0)
+    tensors = tensors.copy()
+    for layer in state.layers:
+        recurrent = tensors.pop(0)
+        layer.replace(recurrent, None if layer.conv is None else tensors.pop(0), num_tokens=0)
     return state
 
 

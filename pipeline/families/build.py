@@ -1,0 +1,124 @@
+"""Configuration, size and model of any family, from the fields of a recipe."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from ...common.errors import UserError
+from .adapter import FamilyModel
+from .limits import abilities
+from .registry import CARRYING, FAMILIES, OURS, canonical, config_of, family
+from .sizes import NoSizeError, Size, SizeRule, find_size
+
+
+def causal_lm(config: PreTrainedConfig) -> PreTrainedModel:
+    """A language model with new weights, on the current default device."""
+    model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]  # pyright: ignore[reportAttributeAccessIssue]
+    return model_class(config)
+
+
+def build_causal_lm(name: str, config: PreTrainedConfig) -> PreTrainedModel:
+    """A language model of a family, with new weights.
+
+    Raises:
+        UserError: it cannot be built: a package is missing, or values of the configuration do not fit.
+    """
+    try:
+        model = causal_lm(config)
+    except ImportError as error:
+        raise UserError("model.family", f"{name} needs a package: {' '.join(str(error).split())}") from None
+    except Exception as error:  # each model raises its own
+        raise UserError("model.family_config", f"{name} cannot be built: {_line(error)}") from None
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    is_tied = head is not None and head.weight is embedding.weight
+    if head is not None and getattr(config, "tie_word_embeddings", False) and not is_tied:
+        raise UserError(
+            "model.tie_word_embeddings", f"{name} cannot tie its head to the embedding; use false"
+        )
+    return model
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def training_config(name: str, config: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration with what is for training only."""
+    config = copy.deepcopy(config)
+    for field, value in FAMILIES[name].training_fields().items() if name in FAMILIES else ():
+        setattr(config, field, value)
+    return config
+
+
+def adapt(name: str, model: PreTrainedModel, device: torch.device) -> FamilyModel:
+    """Move a model to its device, measure what it can do there, and wrap it for training.
+
+    Raises:
+        UserError: it cannot run there, or it is not causal.
+    """
+    nn.Module.to(model, device)
+    try:
+        measured = abilities(model)
+    except Exception as error:
+        raise UserError("model.family", f"{name} cannot run on {device.type}: {_line(error)}") from None
+    if not measured.is_causal:
+        message = f"{name} reads the tokens that it should predict"
+        hint = "; set family_config {is_decoder: true}" if hasattr(model.config, "is_decoder") else ""
+        raise UserError("model.family", message + hint)
+    return FamilyModel(model, measured)
+
+
+def search_sizes(name: str, target: int, fields: dict[str, Any], vocab_size: int) -> dict[str, Any]:
+    """The fields of a family's configuration that make a model of `target` parameters.
+
+    Args:
+        fields: those that the user set. They are kept.
+
+    Raises:
+        UserError: no size has so many parameters, or the model cannot be built.
+    """
+    known = family(name)
+    assert known is not None, "checked with the recipe"
+    rule = known.rule
+    if name == OURS and fields.get("intermediate_size") == 0:
+        rule = SizeRule(1, None)  # there is no MLP
+
+    def fields_of(size: Size) -> dict[str, Any]:
+        own = canonical(name, known.fields(size))
+        return {field: value for field, value in own.items() if field not in fields}
+
+    special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+
+    def count(size: Size) -> int:
+        config = config_of(name, {**fields, **fields_of(size), **special, "vocab_size": vocab_size})
+        with torch.device("meta"):
+            return sum(parameter.numel() for parameter in build_causal_lm(name, config).parameters())
+
+    num_layers = getattr(config_of(name, fields), "num_hidden_layers", None)
+    label = f"{name} of {num_layers} layers" if isinstance(num_layers, int) else name
+    try:
+        size, _ = find_size(label, rule, _catching(name, count), target)
+    except NoSizeError as error:
+        raise UserError("model.num_parameters", f"{error}; change it, or model.num_hidden_layers") from None
+    return fields_of(size)
+
+
+def _catching(name: str, count: Callable[[Size], int]) -> Callable[[Size], int]:
+    """Errors of a configuration at some size, as errors of the user."""
+
+    def counted(size: Size) -> int:
+        try:
+            return count(size)
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError("model.family_config", f"{name} of width {size[0]}: {_line(error)}") from None
+
+    return counted
+
+
+__all__ = ["CARRYING", "adapt", "build_causal_lm", "causal_lm", "search_sizes", "training_config"]

@@ -1,0 +1,70 @@
+"""One token after another with a model of transformers, whatever it calls its cache."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .limits import tolerance
+
+CACHES = ("past_key_values", "cache_params", "state")  # attention; Mamba and xLSTM; RWKV
+
+
+class FamilyDecoder:
+    """The counterpart of `decoding.prefill` and `decoding.TokenStep`.
+
+    A model whose cache does not give the logits of reading the whole text (`has_exact_cache`) reads the whole
+    text again for every token.
+
+    Args:
+        model: in eval mode.
+        input_ids: [batch, time], rows of equal length, at least one token.
+    """
+
+    def __init__(self, model: PreTrainedModel, input_ids: Tensor):
+        self.model, self.text = model, input_ids.to(model.device)
+        self.cache: dict[str, Any] | None = {} if has_exact_cache(model) else None
+        self.logits = self._read(self.text)
+        """Logits of the token after the last, [batch, vocab_size]."""
+
+    @torch.no_grad()
+    def _read(self, ids: Tensor) -> Tensor:
+        if self.cache is None:
+            return self.model(input_ids=self.text, use_cache=False).logits[:, -1]
+        logits, self.cache = _read_with_cache(self.model, ids, self.cache)
+        return logits
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """The next token of each row, int64 [batch] -> logits of the token after it, [batch, vocab_size]."""
+        self.text = torch.cat([self.text, tokens.unsqueeze(1)], 1)
+        self.logits = self._read(tokens.unsqueeze(1))
+        return self.logits
+
+
+def _read_with_cache(
+    model: PreTrainedModel, ids: Tensor, cache: dict[str, Any]
+) -> tuple[Tensor, dict[str, Any]]:
+    output: Any = model(input_ids=ids, use_cache=True, **cache)
+    return output.logits[:, -1], {name: output[name] for name in CACHES if output.get(name) is not None}
+
+
+@torch.no_grad()
+def has_exact_cache(model: PreTrainedModel) -> bool:
+    """Whether two steps from the model's cache give the logits of reading the whole text, measured.
+
+    In transformers 5.23, RecurrentGemma returns no cache, and RWKV's gives other logits.
+    """
+    draw = torch.Generator().manual_seed(0)
+    vocab_size = model.config.get_text_config().vocab_size
+    ids = torch.randint(vocab_size, (1, 8), generator=draw).to(model.device)
+    whole, cache = model(input_ids=ids, use_cache=False).logits[:, -1].float(), {}
+    logits = whole
+    for first, last in ((0, 6), (6, 7), (7, 8)):
+        try:
+            logits, cache = _read_with_cache(model, ids[:, first:last], cache)
+        except Exception:  # not every model can be called like this
+            return False
+        if not cache:
+            return False
+    return bool((logits.float() - whole).abs().max() <= tolerance(model) * whole.abs().max())

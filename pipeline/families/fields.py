@@ -1,0 +1,112 @@
+"""What a recipe says about a family: fields of its configuration, checked before anything is built."""
+
+import re
+from typing import Any
+
+from ...common.names import did_you_mean, nearest_names
+from . import registry
+from .registry import OURS, TOKENIZER_FIELDS, TORCH_RNNS
+
+COUNT = re.compile(r"(\d+(?:\.\d+)?)([kMGB])")
+UNITS = {"k": 1e3, "M": 1e6, "G": 1e9, "B": 1e9}
+
+
+def parse_count(value: Any) -> Any:
+    """The number that a text such as 10.7M names; any other value unchanged."""
+    match = COUNT.fullmatch(value.strip()) if isinstance(value, str) else None
+    return round(float(match[1]) * UNITS[match[2]]) if match else value
+
+
+def name_error(name: str) -> str | None:
+    """Why there is no family of this name, with the nearest; None if there is one."""
+    if name in registry.family_names():
+        return None
+    nearest = did_you_mean(nearest_names(name, registry.family_names(), count=2))
+    known = "minrnn, gru, lstm, or a model type of transformers' causal language models"
+    return f"{name!r} is none of {known}{f' ({nearest})' if nearest else ''}"
+
+
+def _unknown_field(name: str, field: str) -> str:
+    cls = registry.config_class(name).__name__
+    return f"{cls} has no {field}{_hint(nearest_names(field, registry.config_fields(name)))}"
+
+
+def _hint(names: list[str]) -> str:
+    return f" ({did_you_mean(names)})" if names else ""
+
+
+def field_errors(name: str, direct: dict[str, Any], family_config: dict[str, Any]) -> dict[str, str]:
+    """Errors in the fields of a family other than ours, by setting of the section `model`.
+
+    Args:
+        direct: what the user set in the section itself.
+        family_config: `model.family_config`.
+    """
+    if (error := name_error(name)) is not None:
+        return {"family": error}
+    try:
+        known = registry.config_fields(name)
+    except ImportError as error:
+        return {"family": f"{name} cannot be used: {error}"}
+    errors = {
+        field: f"{_unknown_field(name, field)}; {_advice(name)}" for field in direct if field not in known
+    }
+    wrong = [
+        _unknown_field(name, field) for field in family_config if field not in {*known, *TOKENIZER_FIELDS}
+    ]
+    if of_tokenizer := [field for field in TOKENIZER_FIELDS if field in family_config]:
+        wrong.append(f"{', '.join(of_tokenizer)} {'is' if len(of_tokenizer) == 1 else 'are'} the tokenizer's")
+    canonical = registry.canonical(name, direct)
+    if twice := [field for field in registry.canonical(name, family_config) if field in canonical]:
+        wrong.append(f"{', '.join(twice)} is also set in the section model itself; say it once")
+    if not errors and not wrong:
+        wrong = _value_errors(name, {**canonical, **family_config})
+    return errors | ({"family_config": "; ".join(wrong)} if wrong else {})
+
+
+def _advice(name: str) -> str:
+    own = ", ".join(field for field in SHARED if field in registry.config_fields(name))
+    return f"leave it out; fields of {name} are set in model.family_config, and model.{{{own}}} mean the same"
+
+
+SHARED = ("hidden_size", "num_hidden_layers", "intermediate_size", "tie_word_embeddings")
+
+
+def _value_errors(name: str, fields: dict[str, Any]) -> list[str]:
+    """What the configuration's own checks say about the values."""
+    try:
+        registry.config_of(name, fields)
+    except Exception as error:  # each class raises its own
+        return [" ".join(str(error).split())]
+    return []
+
+
+def size_errors(
+    name: str, num_parameters: int | None, direct: dict[str, Any], family_config: dict[str, Any]
+) -> dict[str, str]:
+    """Whether `model.num_parameters` contradicts a size that the user gave."""
+    if num_parameters is None or name not in registry.family_names():
+        return {}
+    if (family := registry.family(name)) is None:
+        cls = registry.config_class(name).__name__
+        return {
+            "num_parameters": f"cannot size {name}: {cls} has no hidden_size; set its sizes in family_config"
+        }
+    given = registry.canonical(name, {**direct, **family_config})
+    width, *fine = family.fields((512, 512))
+    chosen = [width, "intermediate_size"] if "intermediate_size" in fine else [width]
+    # 0 is no MLP, so there is no size to choose
+    if fixed := [field for field in chosen if given.get(field)]:
+        message = f"chooses the size, but {' and '.join(fixed)} is set as well; leave either out"
+        return {"num_parameters": message}
+    return {}
+
+
+def merged_fields(
+    name: str, direct: dict[str, Any], family_config: dict[str, Any], sizes: dict[str, Any]
+) -> dict[str, Any]:
+    """All fields of the configuration that a recipe sets: sizes that were searched for, then the user's."""
+    return {**sizes, **registry.canonical(name, direct), **registry.canonical(name, family_config)}
+
+
+__all__ = ["OURS", "TORCH_RNNS", "field_errors", "merged_fields", "name_error", "parse_count", "size_errors"]
