@@ -21,6 +21,7 @@ from .estimates import (
     working_memory,
     workload_of,
 )
+from .family_plan import FamilySize, family_memory_table, measure_family
 
 ENGINES = ("DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3", "ZeRO-3 + offload")
 USABLE = 0.9  # of the device's memory; the rest is for the driver's context, libraries and fragmentation
@@ -42,10 +43,10 @@ def parse_memory(text: str) -> float:
     return size
 
 
-def heading(recipe: Recipe, model: Model, workload: Workload) -> list[str]:
+def heading(recipe: Recipe, model: Model | FamilySize, flops: int, workload: Workload) -> list[str]:
     """Parameters, tokens, FLOPs and the share of a process, one line each."""
     batch, steps = recipe.batch, recipe.train.steps
-    tokens, flops = batch.tokens_per_step * steps, flops_per_token(model)
+    tokens = batch.tokens_per_step * steps
     parts = ", ".join(f"{part} {count:,}" for part, count in model.parts.items())
     shape = f"{batch.readers} readers x {batch.lanes} lanes x {batch.chunk}"
     sharing = f", {workload.context} to a chunk" if workload.context > 1 else ""
@@ -90,11 +91,11 @@ def memory_table(model: Model, workload: Workload, precision: str, memory: float
     return lines
 
 
-def time_line(recipe: Recipe, model: Model, workload: Workload, tflops: float, fraction: float) -> str:
-    """Seconds per step and days in all, at a given rate."""
+def time_line(recipe: Recipe, flops: int, workload: Workload, tflops: float, fraction: float) -> str:
+    """Seconds per step and days in all, at a given rate and number of FLOPs per token."""
     recomputation = 4 / 3 if recipe.train.recompute == "full" else 1.0  # the forward pass runs twice
-    flops = flops_per_token(model) * recomputation * recipe.batch.tokens_per_step
-    seconds = flops / (workload.processes * tflops * 1e12 * fraction)
+    seconds = flops * recomputation * recipe.batch.tokens_per_step
+    seconds /= workload.processes * tflops * 1e12 * fraction
     days = seconds * recipe.train.steps / 86400
     rate = f"{fraction:.0%} of {tflops:g} TFLOP/s in each process (an assumption)"
     return f"time        {seconds:.3g} s a step, {days:.3g} days in all, at {rate}"
@@ -157,6 +158,9 @@ def main(argv: Sequence[str]) -> None:
         UserError: all errors of the options or the recipe.
     """
     from ..data import model_vocab_size, run_tokenizer
+    from ..pipeline.families.registry import OURS
+    from ..pipeline.family_settings import with_sizes
+    from ..pipeline.machine import training_flops_per_token
     from ..pipeline.recipe import read_recipe
 
     arguments, overrides = _parser().parse_known_args(argv)
@@ -170,9 +174,16 @@ def main(argv: Sequence[str]) -> None:
     vocab_size = arguments.vocab_size or model_vocab_size(
         run_tokenizer(data.corpus, data.tokenizer, data.task, data.trust_remote_code)
     )
-    model = measure(recipe, vocab_size)
-    lines = heading(recipe, model, workload)
+    recipe = with_sizes(recipe, vocab_size)
+    if recipe.model.family == OURS:
+        model = measure(recipe, vocab_size)
+        flops = flops_per_token(model)
+        table = memory_table(model, workload, precision, parse_memory(arguments.gpu_memory))
+    else:
+        model = measure_family(recipe, vocab_size)
+        flops = training_flops_per_token(model.parameters - model.looked_up)
+        table = family_memory_table(model, workload, precision, ENGINES)
+    lines = heading(recipe, model, flops, workload)
     if arguments.tflops is not None:
-        lines.append(time_line(recipe, model, workload, arguments.tflops, arguments.fraction))
-    table = memory_table(model, workload, precision, parse_memory(arguments.gpu_memory))
+        lines.append(time_line(recipe, flops, workload, arguments.tflops, arguments.fraction))
     print("\n".join([*lines, "", *table]))

@@ -4,6 +4,7 @@ from typing import Any
 
 from ..common.output import warn
 from .config import OptimSection, Recipe
+from .families.registry import OURS, kernel_names
 from .machine import PrecisionChoice
 from .optim import learning_rate
 from .recipe import schedule_steps_of
@@ -20,7 +21,7 @@ def announce(run: Run, precision: PrecisionChoice) -> None:
             "with parallel.context, train.compile does nothing for blocks that train.recompute runs again; "
             "they stay as they are"
         )
-    model = f"{run.engine.module.config.cell}, {run.engine.num_parameters:,} parameters"
+    model = f"{_model_name(run)}, {run.engine.num_parameters:,} parameters"
     step_size = f"{batch.readers} x {batch.lanes} x {batch.chunk} tokens a step"
     sharing = f"{run.engine.name}, " if layout.num_processes > 1 else ""
     sharing += f"{layout.context} to a sequence, " if layout.context > 1 else ""
@@ -31,9 +32,19 @@ def announce(run: Run, precision: PrecisionChoice) -> None:
         f"{run.output.folder.path}: {model}, {step_size}, {device}, {sharing}{precision.precision}{reason}; "
         f"{begin}"
     )
+    for limit in recipe.model.limits:
+        run.report(f"{recipe.model.family}: {limit}")
     saved = run.output.folder.saved
     if saved and (note := _learning_rate_note(recipe, saved, run.step)):
         run.report(note)
+
+
+def _model_name(run: Run) -> str:
+    """Our cell, or the family with what computes it; and the sizes that were searched for."""
+    model, config = run.recipe.model, run.engine.module.config
+    name = config.cell if model.family == OURS else f"{model.family} ({kernel_names(model.family)})"
+    sizes = ", ".join(f"{field} {value}" for field, value in model.sizes.items())
+    return f"{name}, {sizes}" if sizes else name
 
 
 def _learning_rate_note(recipe: Recipe, saved: dict[str, Any], step: int) -> str | None:

@@ -1,19 +1,27 @@
 """The model that a run trains: with a checkpoint's weights, an export's, or new ones."""
 
+from typing import Any
+
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ..common.errors import UserError
 from ..common.output import warn
-from ..models import MinRNNConfig, MinRNNForCausalLM
+from ..models import MinRNNForCausalLM
 from ..models.dtypes import DTYPES
 from ..models.recompute import checkpointing_options
 from . import checkpoint
 from .config import Recipe
+from .families.adapter import FamilyModel
+from .families.build import CARRYING, adapt, build_causal_lm, training_config
 from .folder import RunFolder
 from .loading import read_weights
 from .machine import compile_error
+
+TrainedModel = MinRNNForCausalLM | FamilyModel
+"""What the loop trains; `TorchRNNForCausalLM` is a `MinRNNForCausalLM`."""
 
 SHAPE_FIELDS = (
     "hidden_size",
@@ -35,21 +43,25 @@ SHAPE_FIELDS = (
 
 
 def build_model(
-    recipe: Recipe, config: MinRNNConfig, folder: RunFolder, device: torch.device
-) -> MinRNNForCausalLM:
-    """Build the model on the CPU.
+    recipe: Recipe, config: PreTrainedConfig, folder: RunFolder, device: torch.device
+) -> TrainedModel:
+    """Build the model: on the CPU, or on `device` for a family of transformers, which is measured there.
 
     Args:
         device: where the model will be trained; torch.compile must support it.
 
     Raises:
-        UserError: the checkpoint or the export of `model.init_from` holds another model, or cannot be read.
+        UserError: the checkpoint or the export of `model.init_from` holds another model, or cannot be read;
+            or the family's model cannot be built or run here.
     """
     torch.manual_seed(recipe.run.seed)
-    model = MinRNNForCausalLM(config)
+    name = recipe.model.family
+    inner: Any = build_causal_lm(name, training_config(name, config))
+    nn.Module.to(inner, DTYPES["fp64" if recipe.train.precision == "fp64" else "fp32"])
+    # New weights are measured, so that a resumed run measures the same.
+    model: Any = inner if name in CARRYING else adapt(name, inner, device)
     if recipe.model.init_from and folder.checkpoint is None:
-        _load_export(model, recipe.model.init_from)
-    nn.Module.to(model, DTYPES["fp64" if recipe.train.precision == "fp64" else "fp32"])
+        _load_export(inner, recipe.model.init_from)
     if (options := checkpointing_options(recipe.train.recompute)) is not None:
         model.activation_checkpointing_enable(options)
     if recipe.train.compile:
@@ -73,14 +85,25 @@ def _compile_blocks(model: MinRNNForCausalLM, device: torch.device) -> None:
         block.compile()
 
 
-def _load_export(model: MinRNNForCausalLM, name: str) -> None:
+def _load_export(model: Any, name: str) -> None:
     """Copy the weights of an export of the same shape."""
     unset_hf_deepspeed_config()  # under ZeRO-3, from_pretrained would load only this process's shard
     source = read_weights(name, key="model.init_from")
     exported, own = source.config.to_dict(), model.config.to_dict()
-    if different := [field for field in SHAPE_FIELDS if exported[field] != own[field]]:
+    if exported["model_type"] != own["model_type"]:
+        message = f"{name} is a {exported['model_type']} model, not {own['model_type']}; set model.family"
+        raise UserError("model.init_from", message)
+    different = [field for field in SHAPE_FIELDS if exported.get(field) != own.get(field)]
+    if own["model_type"] != "minrnn":
+        shapes = {name: parameter.shape for name, parameter in source.named_parameters()}
+        if shapes != {name: parameter.shape for name, parameter in model.named_parameters()}:
+            different = different or ["family_config"]
+    if different:
         raise UserError.from_list(
-            (f"model.{field}", f"is {own[field]!r}, but {name} (model.init_from) has {exported[field]!r}")
+            (
+                f"model.{field}",
+                f"is {own.get(field)!r}, but {name} (model.init_from) has {exported.get(field)!r}",
+            )
             for field in different
         )
     model.load_state_dict(source.state_dict())

@@ -18,6 +18,7 @@ from ..common.errors import UserError
 from ..data import Task, build_task, is_synthetic
 from ..models import MinRNNConfig
 from ..models.configuration_minrnn import PRESETS
+from .families.fields import OURS, field_errors, merged_fields, name_error, parse_count, size_errors
 
 
 class Section(BaseModel):
@@ -77,15 +78,43 @@ def docstring_of(cls: type) -> str:
     return ast.get_docstring(definition) or ""
 
 
-class ModelSection(Section):
-    """The model: the fields of MinRNNConfig. The vocabulary and its special tokens come from the
-    tokenizer."""
+# Settings of the section `model` that are no fields of MinRNNConfig.
+NO_CONFIG_FIELDS = ("family", "family_config", "num_parameters", "sizes", "limits", "preset", "init_from")
 
+
+def saved_fields(model: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The family and the fields of the model's configuration, from the section `model` of a config.yaml."""
+    own = {name: value for name, value in model.items() if name not in NO_CONFIG_FIELDS}
+    family, sizes = model.get("family", OURS), model.get("sizes", {})
+    if family == OURS:
+        return family, {**own, **sizes}
+    return family, merged_fields(family, own, model.get("family_config", {}), sizes)
+
+
+class ModelSection(Section):
+    """The model: its family, and the fields of MinRNNConfig. The vocabulary and its special tokens come from
+    the tokenizer."""
+
+    family: str = OURS
+    """minrnn; gru or lstm (torch's); or any model type of a causal language model of transformers (llama,
+    mamba2, recurrent_gemma, ...). docs/families.md says what each carries and respects. Of the fields below,
+    a family takes those that its own configuration has."""
+    family_config: dict[str, Any] = {}
+    """Fields of the configuration of another family, e.g. {num_attention_heads: 4} for llama."""
+    num_parameters: int | None = Field(default=None, ge=1)
+    """Choose the width, and the size of the MLP or of the state, so that the model has this many parameters
+    (e.g. 3M), within 2 %. All are counted, embeddings included, and once if the head is tied to them."""
+    sizes: dict[str, Any] = {}
+    """The fields that num_parameters was resolved to. minrnn writes them to config.yaml, so that a resume
+    does not search again; leave it out of a recipe."""
+    limits: list[str] = []
+    """What the family cannot do in this run. minrnn writes it to config.yaml; leave it out of a recipe."""
     preset: Literal["default", "paper"] = "default"
     """Defaults of the fields below. paper: the block as published. default: minrnn's own."""
     init_from: str | None = None
     """An export (a folder or a hub id) of the same shape. The run starts from its weights."""
     _expand = field_validator("init_from")(expand_home)
+    _parse = field_validator("num_parameters", mode="before")(parse_count)
 
     # The fields of MinRNNConfig, in its order and with its descriptions. tests/pipeline/test_recipe.py
     # compares them.
@@ -142,18 +171,32 @@ class ModelSection(Section):
     """What a classifier sees of a row: `"last"` (the last token) or `"mean"` (the mean of all)."""
 
     def user_fields(self) -> dict[str, Any]:
-        """The fields of MinRNNConfig that the user set."""
+        """The fields of a configuration that the user set in this section."""
         return {
             name: value
-            for name, value in self.model_dump(exclude={"preset", "init_from"}).items()
+            for name, value in self.model_dump(exclude=set(NO_CONFIG_FIELDS)).items()
             if name in self.model_fields_set
         }
 
     def errors(self) -> dict[str, str]:
+        direct = self.user_fields()
+        sized = (
+            {} if self.sizes else size_errors(self.family, self.num_parameters, direct, self.family_config)
+        )
+        if self.family != OURS:
+            errors = field_errors(self.family, direct, self.family_config) | sized
+            if "preset" in self.model_fields_set and self.preset != "default" and not name_error(self.family):
+                errors["preset"] = f"is a form of minrnn's block; {self.family} has none, so leave it out"
+            return errors
         config = MinRNNConfig()
-        for name, value in {**PRESETS[self.preset], **self.user_fields()}.items():
+        for name, value in {**PRESETS[self.preset], **direct}.items():
             setattr(config, name, value)
-        return config.errors()
+        errors = config.errors() | sized
+        if self.family_config:
+            errors["family_config"] = (
+                "is for other families; minrnn's fields are set in the section model itself"
+            )
+        return errors
 
 
 class DataSection(Section):
@@ -376,11 +419,22 @@ class Recipe:
             raise UserError("batch.chunk", message)
         return task
 
+    def given_model_fields(self) -> dict[str, Any]:
+        """As `resolved_model_fields`, without the sizes that `model.num_parameters` chooses."""
+        model = self.model
+        if model.family != OURS:
+            return merged_fields(model.family, model.user_fields(), model.family_config, {})
+        free = {"hidden_size", "intermediate_size"} - model.user_fields().keys()
+        return {name: value for name, value in self.resolved_model_fields().items() if name not in free}
+
     def resolved_model_fields(self) -> dict[str, Any]:
-        """Every field of MinRNNConfig that a recipe can set: the user's value, else the preset's, else the
-        default."""
-        values = self.model.model_dump(exclude={"preset", "init_from"})
-        return {**values, **PRESETS[self.model.preset], **self.model.user_fields()}
+        """The fields of the model's configuration: for minrnn every field that a recipe can set (the user's
+        value, else the preset's, else the default); for another family those that are set."""
+        model = self.model
+        if model.family != OURS:
+            return merged_fields(model.family, model.user_fields(), model.family_config, model.sizes)
+        values = model.model_dump(exclude=set(NO_CONFIG_FIELDS))
+        return {**values, **PRESETS[model.preset], **model.user_fields(), **model.sizes}
 
 
 SECTIONS: dict[str, type[Section]] = {

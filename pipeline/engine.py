@@ -17,8 +17,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ..models import MinRNNForCausalLM
 from . import checkpoint, processes
+from .build_model import TrainedModel
 from .config import Recipe
 from .launch_checks import deepspeed_values
 from .optim import build_optimizer
@@ -36,7 +36,7 @@ def autocast(model: nn.Module, precision: str, device: torch.device) -> None:
 
 
 def build_engine(
-    recipe: Recipe, accelerator: Accelerator, model: MinRNNForCausalLM, saved: Path | None
+    recipe: Recipe, accelerator: Accelerator, model: TrainedModel, saved: Path | None
 ) -> "Engine":
     """Prepare a model for training. Collective.
 
@@ -60,9 +60,7 @@ class Engine:
     in_lockstep = False
     """Whether a forward pass is a collective, so that all processes must run the same number of them."""
 
-    def __init__(
-        self, recipe: Recipe, accelerator: Accelerator, model: MinRNNForCausalLM, saved: Path | None
-    ):
+    def __init__(self, recipe: Recipe, accelerator: Accelerator, model: TrainedModel, saved: Path | None):
         self.accelerator, self.module, self.clip = accelerator, model, recipe.optim.clip or math.inf
         self.num_parameters = model.num_parameters()
         nn.Module.to(model, accelerator.device)
@@ -127,9 +125,7 @@ class DeepSpeedEngine(Engine):
 
     name = "DeepSpeed"
 
-    def __init__(
-        self, recipe: Recipe, accelerator: Accelerator, model: MinRNNForCausalLM, saved: Path | None
-    ):
+    def __init__(self, recipe: Recipe, accelerator: Accelerator, model: TrainedModel, saved: Path | None):
         self.accelerator, self.module, self.clip = accelerator, model, recipe.optim.clip or math.inf
         self.num_parameters = model.num_parameters()
         config = cast(Any, accelerator.state.deepspeed_plugin).deepspeed_config

@@ -1,7 +1,7 @@
 """Export a checkpoint as a `transformers` model, and generate samples from it."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
@@ -10,13 +10,18 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from ..common.errors import UserError
 from ..common.output import warn
-from ..data import TextStream, prompt_batch, run_tokenizer
-from ..models import MinRNNConfig, MinRNNForCausalLM
+from ..data import TextStream, prompt_batch, prompt_tokens, run_tokenizer
+from ..models import MinRNNForCausalLM
 from ..models.dtypes import DTYPES
 from . import card
 from .checkpoint import checkpoint_name, load_parameters, newest_valid, read_manifest
+from .config import saved_fields
 from .export_folder import check_export, write_export
+from .families.build import build_causal_lm
+from .families.decoding import FamilyDecoder
+from .families.registry import OURS, config_of
 
+TEMPERATURE = 0.8  # of samples
 NO_SHARDS = "100TB"  # max_shard_size, so that the weights are one file
 
 
@@ -52,7 +57,8 @@ def export_model(
         pad_token_id=tokenizer.pad_token_id,
     )
     name = folder.resolve().parent.name if folder.name == "model" else folder.name
-    text = card.model_card(name, model.config.cell, model.num_parameters(), tokens, score, config)
+    kind = getattr(model.config, "cell", model.config.model_type)
+    text = card.model_card(name, kind, model.num_parameters(), tokens, score, config)
 
     def write(staged: Path) -> None:
         model.save_pretrained(staged, max_shard_size=NO_SHARDS)
@@ -62,15 +68,10 @@ def export_model(
     return write_export(folder, write, key, force)
 
 
-def model_config(fields: dict[str, Any], tokenizer: Any, vocab_size: int) -> MinRNNConfig:
+def model_config(fields: dict[str, Any], tokenizer: Any, vocab_size: int, family: str = OURS) -> Any:
     """The configuration of a run's model, from the recipe's fields and the tokenizer's special tokens."""
-    return MinRNNConfig(
-        **fields,
-        vocab_size=vocab_size,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return config_of(family, {**fields, **special, "vocab_size": vocab_size})
 
 
 def export_run(
@@ -119,14 +120,14 @@ def kept_card_warning(folder: Path) -> str:
 
 def load_checkpoint(
     path: Path, vocab_size: int, dtype: str, trust_remote_code: bool = False
-) -> tuple[MinRNNForCausalLM, Any, dict[str, Any]]:
+) -> tuple[PreTrainedModel, Any, dict[str, Any]]:
     """The model of a checkpoint, its tokenizer and its resolved recipe."""
     config = yaml.safe_load((path / "config.yaml").read_text())
     tokenizer = run_tokenizer(
         config["data"]["corpus"], config["data"]["tokenizer"], config["data"].get("task"), trust_remote_code
     )
-    fields = {name: value for name, value in config["model"].items() if name not in ("preset", "init_from")}
-    model = MinRNNForCausalLM(model_config(fields, tokenizer, vocab_size))
+    family, fields = saved_fields(config["model"])
+    model = build_causal_lm(family, model_config(fields, tokenizer, vocab_size, family))
     nn.Module.to(model, DTYPES[dtype])
     load_parameters(path, model)
     return model, tokenizer, config
@@ -138,21 +139,50 @@ def sample(
 ) -> list[str]:
     """A continuation of each prompt, prompt included, sampled at temperature 0.8. The global random state is
     unchanged."""
-    inputs = prompt_batch(tokenizer, prompts).to(model.device)
     was_training = model.training
     model.eval()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        generate: Any = model.generate
-        options = {"do_sample": True, "temperature": 0.8, "top_k": 0, "pad_token_id": tokenizer.pad_token_id}
-        # synced_gpus: also under ZeRO-3, only this process generates.
-        ids = generate(**inputs, max_new_tokens=num_tokens, synced_gpus=False, **options)
+        if isinstance(model, MinRNNForCausalLM):
+            rows = _generate(model, tokenizer, prompts, num_tokens)
+        else:
+            rows = [_decode(model, tokenizer, prompt, num_tokens) for prompt in prompts]
     model.train(was_training)
+    return [prompt + _continuation(tokenizer, *row) for prompt, row in zip(prompts, rows, strict=True)]
+
+
+def _generate(
+    model: MinRNNForCausalLM, tokenizer: Any, prompts: list[str], num_tokens: int
+) -> list[tuple[list[int], list[int]]]:
+    """(tokens of the prompt, new tokens) of each prompt."""
+    inputs, generate = prompt_batch(tokenizer, prompts).to(model.device), cast(Any, model).generate
+    options = {
+        "do_sample": True,
+        "temperature": TEMPERATURE,
+        "top_k": 0,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    # synced_gpus: also under ZeRO-3, only this process generates.
+    ids = generate(**inputs, max_new_tokens=num_tokens, synced_gpus=False, **options)
     length = inputs["input_ids"].shape[1]
-    return [
-        prompt + _continuation(tokenizer, row[:length], row[length:])
-        for prompt, row in zip(prompts, ids.tolist(), strict=True)
-    ]
+    return [(row[:length], row[length:]) for row in ids.tolist()]
+
+
+def _decode(
+    model: PreTrainedModel, tokenizer: Any, prompt: str, num_tokens: int
+) -> tuple[list[int], list[int]]:
+    """The same for one prompt and a model of transformers, without padding, which not all can skip."""
+    ids, new = prompt_tokens(tokenizer, prompt), []
+    limit = getattr(model.config, "max_position_embeddings", None)
+    step = FamilyDecoder(model, torch.tensor([ids]))
+    logits = step.logits
+    for count in range(num_tokens if limit is None else min(num_tokens, limit - len(ids))):
+        token = torch.multinomial((logits.float() / TEMPERATURE).softmax(-1), 1).squeeze(1)
+        new.append(int(token))
+        if new[-1] == tokenizer.eos_token_id or count + 1 == num_tokens:
+            break
+        logits = step(token)
+    return ids, new
 
 
 def _continuation(tokenizer: Any, prompt: list[int], new: list[int]) -> str:

@@ -3,11 +3,11 @@
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..common.errors import StorageError
 from ..common.output import warn
 from ..data import is_synthetic
-from ..models import MinRNNForCausalLM
 from . import processes
 from .checkpoint import checkpoint_name
 from .evaluation import validation_summary
@@ -58,7 +58,7 @@ def _sync_metrics(run: Run) -> None:
         raise StorageError(error.errno, message) from None
 
 
-def _write_samples(run: Run, model: MinRNNForCausalLM, tokenizer: Any) -> None:
+def _write_samples(run: Run, model: PreTrainedModel, tokenizer: Any) -> None:
     """Continue each of train.prompts. A failure is a warning: the model is exported already."""
     recipe, prompts = run.recipe, run.recipe.train.prompts
     if not (recipe.train.sample_tokens and prompts) or is_synthetic(recipe.data.corpus):

@@ -81,7 +81,7 @@ def layout_errors(recipe: Recipe, num_processes: int) -> Errors:
         possible = [n * context for n in range(1, batch.readers + 1) if batch.readers % n == 0]
         message = f"{batch.readers} readers cannot be shared evenly by {sharing}"
         errors.append(("batch.readers", f"{message}; use {possible} processes or more readers"))
-    reach = recipe.resolved_model_fields()["conv_kernel"] - 1
+    reach = recipe.resolved_model_fields().get("conv_kernel", 0) - 1
     if context > 1 and (batch.chunk % context or batch.chunk // context < reach):
         message = f"{batch.chunk} tokens must divide by the {context} processes of parallel.context"
         if reach > 1:

@@ -8,15 +8,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from ..common.errors import UserError
 from ..common.output import warn
 from ..data.tokenizer import needs_code_trust
-from ..models import MinRNNConfig, MinRNNForCausalLM
+from ..models import MinRNNConfig, MinRNNForCausalLM, TorchRNNConfig
 from ..models.dtypes import DTYPES
+from .families.build import causal_lm
+from .families.limits import abilities
+from .families.registry import family_names
 from .machine import CHOICES, choose_precision, device_name, measure_rates, resolve_device, supports
 
+OWN_CONFIGS: dict[str, Any] = {"minrnn": MinRNNConfig, "torch_rnn": TorchRNNConfig}
 # Fields of config.json that transformers adds.
 NOT_SETTINGS = {
     "architectures",
@@ -50,8 +54,8 @@ def model_folder(name: str, key: str = "MODEL") -> str:
 
 def load(
     name: str, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
-) -> tuple[MinRNNForCausalLM, Any]:
-    """Load the model (in eval mode) and the tokenizer of an export, a hub id or a run.
+) -> tuple[PreTrainedModel, Any]:
+    """Load the model (in eval mode) and the tokenizer of an export, a hub id or a run, of any family.
 
     Args:
         dtype: auto, fp32, bf16 or fp64, as in `weights_dtype`.
@@ -92,12 +96,12 @@ def weights_dtype(stored: torch.dtype, requested: str, device: torch.device) -> 
     return DTYPES[choice.precision]
 
 
-def move_model(model: MinRNNForCausalLM, dtype: torch.dtype, device: torch.device) -> None:
+def move_model(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> None:
     """Convert a model to a dtype and move it to a device."""
     nn.Module.to(model, device=device, dtype=dtype)
 
 
-def read_model(name: str, trust_remote_code: bool = False) -> tuple[MinRNNForCausalLM, Any]:
+def read_model(name: str, trust_remote_code: bool = False) -> tuple[PreTrainedModel, Any]:
     """Read the model, in eval mode on the CPU in its stored dtype, and the tokenizer of an export, a hub id
     or a run.
 
@@ -113,7 +117,7 @@ def read_model(name: str, trust_remote_code: bool = False) -> tuple[MinRNNForCau
     return model.eval(), _read_tokenizer(name, model_folder(name), trust_remote_code)
 
 
-def read_weights(name: str, key: str = "MODEL") -> MinRNNForCausalLM:
+def read_weights(name: str, key: str = "MODEL") -> PreTrainedModel:
     """Read the model of an export, a hub id or a run, on the CPU in its stored dtype.
 
     Args:
@@ -123,13 +127,14 @@ def read_weights(name: str, key: str = "MODEL") -> MinRNNForCausalLM:
         UserError: as `read_model`.
     """
     folder = model_folder(name, key)
-    evaluates = "; lm_eval --model hf {}" if key == "MODEL" else ""
     try:
         values = PreTrainedConfig.get_config_dict(folder)[0]
-        if values.get("model_type") != "minrnn":
-            message = f"{name} is a {values.get('model_type')} model"
-            raise UserError(key, message + evaluates.format("evaluates it"))
-        _check_size(name, MinRNNConfig.from_dict(values), key)
+        model_type = str(values.get("model_type"))
+        if model_type not in (*OWN_CONFIGS, *family_names()):
+            raise UserError(key, f"{name} is a {model_type} model, which is no causal language model")
+        own_config = OWN_CONFIGS.get(model_type)
+        if own_config is not None:
+            _check_size(name, own_config.from_dict(values), key)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype="auto", output_loading_info=True, trust_remote_code=False
         )
@@ -139,16 +144,52 @@ def read_weights(name: str, key: str = "MODEL") -> MinRNNForCausalLM:
         message = " ".join(str(error).split())[:300]
         raise UserError(key, f"cannot load {name}: {message}") from None
     model, loading_info = loaded
-    unknown = values.keys() - MinRNNConfig().to_dict().keys() - NOT_SETTINGS
+    if own_config is None:  # models of the hub may hold more than they need
+        loading_info.pop("unexpected_keys", None)
+    else:
+        loading_info["unknown setting"] = values.keys() - own_config().to_dict().keys() - NOT_SETTINGS
     differences = [
         f"{kind.removesuffix('_keys')} {', '.join(sorted(map(str, keys))[:3])}"
-        for kind, keys in {**loading_info, "unknown setting": unknown}.items()
+        for kind, keys in loading_info.items()
         if keys
     ]
+    if differences and own_config is None:
+        raise UserError(key, f"the weights of {name} do not fit its config.json ({'; '.join(differences)})")
     if differences:
         message = f"{name} was exported by another version of minrnn ({'; '.join(differences)})"
-        raise UserError(key, message + evaluates.format("runs the code it carries"))
+        evaluates = "; lm_eval --model hf runs the code it carries" if key == "MODEL" else ""
+        raise UserError(key, message + evaluates)
     return model
+
+
+def family_limits(model: PreTrainedModel) -> list[str]:
+    """What a loaded model cannot do, in words, for results; empty for a model with a state.
+
+    Raises:
+        UserError: it cannot run on its device, or it is no causal language model.
+    """
+    if isinstance(model, MinRNNForCausalLM):
+        return []
+    try:
+        measured = abilities(model)
+    except Exception as error:
+        name, message = model.config.model_type, f"{type(error).__name__}: {error}"
+        raise UserError("MODEL", f"{name} cannot run on {model.device.type}: {message[:300]}") from None
+    if not measured.is_causal:
+        raise UserError("MODEL", f"{model.config.model_type} reads the tokens that it should predict")
+    return measured.limits
+
+
+def require_state(model: PreTrainedModel) -> MinRNNForCausalLM:
+    """The model, if it has a state of fixed size that can be carried.
+
+    Raises:
+        UserError: it has none.
+    """
+    if isinstance(model, MinRNNForCausalLM):
+        return model
+    message = f"is a {model.config.model_type} model, which carries no state over a long document"
+    raise UserError("MODEL", f"{message}; minrnn, gru and lstm do (minrnn eval takes any family)")
 
 
 def _read_tokenizer(name: str, folder: str, trust_remote_code: bool) -> Any:
@@ -170,7 +211,7 @@ def _read_tokenizer(name: str, folder: str, trust_remote_code: bool) -> Any:
     return tokenizer
 
 
-def _check_size(name: str, config: MinRNNConfig, key: str) -> None:
+def _check_size(name: str, config: Any, key: str) -> None:
     """Check that the weights fit into main memory, before allocating them.
 
     They are counted on the meta device, with one layer and with two: a loop over the configured number of
@@ -185,7 +226,7 @@ def _check_size(name: str, config: MinRNNConfig, key: str) -> None:
         small.num_hidden_layers = num_layers
         try:
             with torch.device("meta"):
-                sizes.append(MinRNNForCausalLM(small).num_parameters())
+                sizes.append(causal_lm(small).num_parameters())
         except (RuntimeError, OverflowError):  # torch's: sizes beyond 64 bits
             raise UserError(
                 key, f"{name} is larger than can be counted, by its config.json; is it of this model?"

@@ -1,6 +1,7 @@
 """AdamW and the learning rate."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,20 +11,40 @@ from .config import OptimSection
 # Decay to zero would half-open a gate, silence a norm, and erase the embedding of a rare token.
 WITHOUT_DECAY = ("embed_tokens", "in_proj", "norm")
 
+WITHOUT_DECAY_ELSEWHERE = ("bias", "norm", "A_log")  # in other families
+
 
 def has_decay(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies to a parameter: only to the matrices of linear layers."""
+    """Whether weight decay applies to a parameter of minrnn: only to the matrices of linear layers."""
     is_matrix = parameter.ndim == 2 and name.endswith(".weight")
     return is_matrix and not any(part in name for part in WITHOUT_DECAY)
+
+
+def decaying_parameters(model: Any) -> set[str]:
+    """Names of the parameters to which weight decay applies.
+
+    In other families these are all matrices but embeddings, biases, norms and Mamba's decays.
+    """
+    named = list(model.named_parameters())
+    if model.config.model_type == "minrnn":
+        return {name for name, parameter in named if has_decay(name, parameter)}
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    return {
+        name
+        for name, parameter in named
+        if parameter.ndim >= 2
+        and id(parameter) not in embeddings
+        and not any(part in name for part in WITHOUT_DECAY_ELSEWHERE)
+    }
 
 
 def build_optimizer(model: nn.Module, config: OptimSection) -> torch.optim.AdamW:
     """AdamW with two groups, with and without decay. The loop sets the learning rate before each step
     (`learning_rate`)."""
-    named = list(model.named_parameters())
+    named, decaying = list(model.named_parameters()), decaying_parameters(model)
     groups = [
-        {"params": [p for n, p in named if has_decay(n, p)], "weight_decay": config.weight_decay},
-        {"params": [p for n, p in named if not has_decay(n, p)], "weight_decay": 0.0},
+        {"params": [p for n, p in named if n in decaying], "weight_decay": config.weight_decay},
+        {"params": [p for n, p in named if n not in decaying], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],

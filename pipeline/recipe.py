@@ -16,6 +16,8 @@ from ..common.errors import UserError
 from ..common.files import user_path
 from ..common.names import did_you_mean, nearest_names
 from .config import SECTIONS, Recipe, docstring_of
+from .families.registry import OURS
+from .family_settings import family_errors, without_carried_state
 from .public import config_without_credentials
 
 # Settings that may change on resume, because they do not affect the losses. parallel.context affects them
@@ -30,7 +32,7 @@ FREE_ON_RESUME = {
         "data.trust_remote_code",
         "parallel.context",
     ),
-    "model.max_position_embeddings",
+    *("model.max_position_embeddings", "model.limits"),
     *(
         "train.steps",
         "train.device",
@@ -205,7 +207,10 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
         errors["run.change"] = "; ".join(refused)
     if errors:
         raise UserError.from_list(errors.items())
-    return Recipe(**sections)
+    recipe = Recipe(**sections)
+    if errors := family_errors(recipe):
+        raise UserError.from_list(errors.items())
+    return without_carried_state(recipe)
 
 
 def read_recipe(argv: list[str]) -> Recipe:
@@ -268,12 +273,24 @@ def _parse_value(text: str, annotation: Any) -> Any:
 def resolved_config(recipe: Recipe) -> dict[str, Any]:
     """All settings with their values, defaults included, credentials removed: the content of config.yaml."""
     values = {name: getattr(recipe, name).model_dump(mode="json") for name in SECTIONS}
-    values["model"] = {
-        "preset": recipe.model.preset,
-        "init_from": recipe.model.init_from,
-        **recipe.resolved_model_fields(),
-    }
+    values["model"] = _resolved_model(recipe)
     return config_without_credentials(values)
+
+
+def _resolved_model(recipe: Recipe) -> dict[str, Any]:
+    model = recipe.model
+    sized = {"num_parameters": model.num_parameters, "sizes": model.sizes} if model.num_parameters else {}
+    if model.family == OURS:
+        fields = recipe.resolved_model_fields()
+        return {"preset": model.preset, "init_from": model.init_from, **fields, **sized}
+    given = {name: value for name, value in recipe.resolved_model_fields().items() if name not in model.sizes}
+    return {
+        "family": model.family,
+        "init_from": model.init_from,
+        "family_config": given,
+        **sized,
+        "limits": model.limits,
+    }
 
 
 def flatten(values: dict[str, Any]) -> dict[str, Any]:
@@ -292,7 +309,8 @@ def schedule_steps_of(saved: dict[str, Any]) -> int:
 def with_saved_settings(recipe: Recipe, saved: dict[str, Any]) -> Recipe:
     """The recipe with the settings that a run keeps from its start, unless run.change names them.
 
-    These are `optim.schedule_steps` where it is null, and `train.precision` where it is auto.
+    These are `optim.schedule_steps` where it is null, `train.precision` where it is auto, and the sizes that
+    `model.num_parameters` was resolved to.
 
     Args:
         saved: the resolved recipe of the checkpoint to resume from; empty for a new run.
@@ -304,8 +322,16 @@ def with_saved_settings(recipe: Recipe, saved: dict[str, Any]) -> Recipe:
     precision = recipe.train.precision
     if saved and precision == "auto" and "train.precision" not in recipe.run.change:
         precision = saved["train"]["precision"]
+    model, saved_model = recipe.model, saved.get("model", {})
+    is_same = (model.family, model.num_parameters) == (
+        saved_model.get("family", OURS),
+        saved_model.get("num_parameters"),
+    )
+    if is_same and model.num_parameters and not model.sizes:
+        model = model.model_copy(update={"sizes": saved_model["sizes"]})
     return dataclasses.replace(
         recipe,
+        model=model,
         optim=recipe.optim.model_copy(update={"schedule_steps": steps}),
         train=recipe.train.model_copy(update={"precision": precision}),
     )
@@ -328,8 +354,9 @@ def check_unchanged(saved: dict[str, Any], recipe: Recipe, folder: str) -> None:
     Raises:
         UserError: each setting that differs, affects the losses and is not named in run.change.
     """
-    old = flatten(saved) | {"optim.schedule_steps": schedule_steps_of(saved)}
-    new = flatten(resolved_config(with_saved_settings(recipe, saved)))
+    defaults = {"model.family": OURS, "model.num_parameters": None}  # config.yaml omits them
+    old = defaults | flatten(saved) | {"optim.schedule_steps": schedule_steps_of(saved)}
+    new = defaults | flatten(resolved_config(with_saved_settings(recipe, saved)))
     allowed = free_on_resume(saved) | set(recipe.run.change)
     different = [
         key

@@ -28,16 +28,17 @@ from ..data import (
     run_tokenizer,
     tokenizer_fingerprint,
 )
-from ..models import MinRNNConfig, MinRNNForCausalLM
 from ..models.context_parallel import use_context_parallel
 from . import checkpoint, processes
 from .announce import announce
-from .build_model import build_model
+from .build_model import TrainedModel, build_model
 from .checkpoint import ReaderState
 from .config import Recipe
 from .engine import build_engine
 from .evaluation import validation_sets
 from .export import model_config
+from .families.adapter import FamilyModel
+from .family_settings import with_sizes
 from .folder import RunFolder
 from .folder_checks import FILES, FOLDERS
 from .machine import CHOICES, PrecisionChoice, choose_precision, device_name, measure_rates
@@ -65,7 +66,9 @@ def set_up(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, watchdog
     precision, matmul_rate = _decide_precision(recipe, accelerator, folder)  # before other work disturbs it
     recipe = _with_precision(with_saved_settings(recipe, folder.saved), precision.precision)
     layout = processes.build_layout(accelerator, recipe.parallel.context, collective_timeout(recipe))
+    recipe = processes.run_on_all_ranks(accelerator, lambda: _with_sizes(recipe, folder))
     data, model = _open_on_all_ranks(recipe, accelerator, folder, layout, watchdog)
+    recipe = _with_limits(recipe, model)
     if layout.group is not None:
         use_context_parallel(model, layout.group)
     watchdog.enter("building the engine", is_set_up=True)
@@ -114,9 +117,22 @@ def _with_precision(recipe: Recipe, precision: str) -> Recipe:
     return dataclasses.replace(recipe, train=recipe.train.model_copy(update={"precision": precision}))
 
 
+def _with_sizes(recipe: Recipe, folder: RunFolder) -> Recipe:
+    """The recipe with the sizes of model.num_parameters, for the tokenizer's vocabulary."""
+    if recipe.model.num_parameters is None or recipe.model.sizes:
+        return recipe
+    return with_sizes(recipe, model_vocab_size(_open_tokenizer(recipe, folder)))
+
+
+def _with_limits(recipe: Recipe, model: TrainedModel) -> Recipe:
+    """The recipe with what its family cannot do, for config.yaml and the results made of it."""
+    limits = model.limits if isinstance(model, FamilyModel) else []
+    return dataclasses.replace(recipe, model=recipe.model.model_copy(update={"limits": limits}))
+
+
 def _open_on_all_ranks(
     recipe: Recipe, accelerator: Accelerator, folder: RunFolder, layout: ProcessLayout, watchdog: Watchdog
-) -> tuple[RunData, MinRNNForCausalLM]:
+) -> tuple[RunData, TrainedModel]:
     """Data and model of this process, returned when every process has opened its own.
 
     Raises:
@@ -126,7 +142,7 @@ def _open_on_all_ranks(
     corpus = processes.run_on_all_ranks(accelerator, lambda: _corpus_fingerprint(recipe, folder, is_main))
     watchdog.enter("opening data and model", is_set_up=True)
 
-    def open_own() -> tuple[RunData, MinRNNForCausalLM]:
+    def open_own() -> tuple[RunData, TrainedModel]:
         try:
             data, model = _open(recipe, folder, layout, accelerator.device)
         finally:  # this process is now a phase ahead of those that are still opening
@@ -157,14 +173,16 @@ def _corpus_fingerprint(recipe: Recipe, folder: RunFolder, is_main: bool) -> dic
 
 def _open(
     recipe: Recipe, folder: RunFolder, layout: ProcessLayout, device: torch.device
-) -> tuple[RunData, MinRNNForCausalLM]:
+) -> tuple[RunData, TrainedModel]:
     """Open data and model without communication: tokenizer, loader, readers' states, validation sets."""
     tokenizer = _open_tokenizer(recipe, folder)
     encoder = Encoder.from_tokenizer(tokenizer, recipe.data.tokenizer)
     vocab_size = folder.manifest.get("vocab_size") or model_vocab_size(tokenizer)
-    config = model_config(recipe.resolved_model_fields(), tokenizer, vocab_size)
+    fields, family = recipe.resolved_model_fields(), recipe.model.family
+    config = model_config(fields, tokenizer, vocab_size, family)
     local_readers = layout.readers(recipe.batch.readers)
-    readers = _load_readers(folder, local_readers, config, device)
+    num_layers = getattr(config, "num_hidden_layers", 0)  # of a carried state
+    readers = _load_readers(folder, local_readers, num_layers, device)
     loader = _start_loader(recipe, encoder, readers)
     try:
         validation = validation_sets(recipe, corpus_spec(recipe), encoder, local_readers)
@@ -190,7 +208,7 @@ def _open_tokenizer(recipe: Recipe, folder: RunFolder) -> Any:
 
 
 def _load_readers(
-    folder: RunFolder, readers: range, config: MinRNNConfig, device: torch.device
+    folder: RunFolder, readers: range, num_layers: int, device: torch.device
 ) -> dict[int, ReaderState]:
     """Position and carried state of each of these readers, from the checkpoint if there is one."""
     if folder.checkpoint is None:
@@ -201,7 +219,6 @@ def _load_readers(
             "run.dir must be on a file system that all machines share"
         )
         raise UserError("run.dir", message)
-    num_layers = config.num_hidden_layers
     return {
         reader: checkpoint.load_reader(folder.checkpoint, reader, num_layers, device) for reader in readers
     }

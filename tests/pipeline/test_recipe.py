@@ -13,7 +13,7 @@ import yaml
 
 from minrnn.common.errors import UserError
 from minrnn.models import MinRNNConfig
-from minrnn.pipeline.config import SECTIONS, ModelSection, docstring_of
+from minrnn.pipeline.config import NO_CONFIG_FIELDS, SECTIONS, ModelSection, docstring_of
 from minrnn.pipeline.recipe import (
     build_recipe,
     check_unchanged,
@@ -268,7 +268,7 @@ def test_the_model_section_is_minrnn_config():
     section = {
         name: (field.annotation, field.default, " ".join((field.description or "").split()))
         for name, field in ModelSection.model_fields.items()
-        if name not in ("preset", "init_from")
+        if name not in NO_CONFIG_FIELDS
     }
     assert list(section.items()) == list(fields.items())
 

@@ -1,0 +1,70 @@
+"""`minrnn plan` for other families: parameters, FLOPs, and the memory of the engines' states.
+
+Their activations and losses are not known here, so no engine is said to fit.
+"""
+
+from dataclasses import dataclass
+
+from ..pipeline.config import Recipe
+from .estimates import Workload, bytes_sent, engine_memory
+
+NOT_KNOWN = (
+    "not known for this family: memory of activations, loss and autocast; FLOPs that grow with the length"
+)
+
+
+@dataclass(frozen=True)
+class FamilySize:
+    """Parameters of a family's model."""
+
+    parts: dict[str, int]
+    """Number of parameters of each part."""
+    looked_up: int
+    """Parameters of an embedding that is not the head, too: they cost no FLOPs."""
+
+    @property
+    def parameters(self) -> int:
+        return sum(self.parts.values())
+
+
+def measure_family(recipe: Recipe, vocab_size: int) -> FamilySize:
+    """The size of the recipe's model, counted on the meta device.
+
+    Raises:
+        UserError: the model cannot be built.
+    """
+    import torch
+    from torch import nn
+
+    from ..pipeline.families.build import build_causal_lm
+    from ..pipeline.families.registry import config_of
+
+    name, special = recipe.model.family, dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    config = config_of(name, {**recipe.resolved_model_fields(), **special, "vocab_size": vocab_size})
+    with torch.device("meta"):
+        model = build_causal_lm(name, config)
+    embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    head = model.get_output_embeddings()
+    outer = {*embeddings, *(head.parameters() if isinstance(head, nn.Module) else ())}
+    number = sum(parameter.numel() for parameter in outer)
+    looked_up = sum(weight.numel() for weight in embeddings if head is None or weight is not head.weight)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return FamilySize({"embeddings and head": number, "layers": total - number}, looked_up)
+
+
+def family_memory_table(
+    size: FamilySize, workload: Workload, precision: str, engines: tuple[str, ...]
+) -> list[str]:
+    """Memory of the states per process for each engine, and what it sends."""
+    columns, width = ("weights", "gradients", "moments", "own copy", "buffers"), max(map(len, engines))
+    lines = [
+        NOT_KNOWN,
+        "",
+        "GB".ljust(width) + "".join(f"{name:>11}" for name in (*columns, "in all", "sent")),
+    ]
+    for engine in engines:
+        states = engine_memory(size.parameters, workload.processes, precision, engine)
+        sent = bytes_sent(size.parameters, workload, precision, engine)
+        values = [*(states[name] for name in columns), sum(states.values()), sent]
+        lines.append(engine.ljust(width) + "".join(f"{value / 1e9:>11.2f}" for value in values))
+    return lines

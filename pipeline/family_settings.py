@@ -1,0 +1,54 @@
+"""Settings of a recipe that depend on the model's family: what it does not support, and its sizes."""
+
+import dataclasses
+
+from .config import Recipe
+from .families import registry
+from .families.registry import CARRYING, OURS
+
+
+def family_errors(recipe: Recipe) -> dict[str, str]:
+    """Settings that the model's family does not support, by key."""
+    name, batch, train = recipe.model.family, recipe.batch, recipe.train
+    if name == OURS:
+        return {}
+    errors = {}
+    if name not in CARRYING and batch.carry_state and "carry_state" in batch.model_fields_set:
+        errors["batch.carry_state"] = f"{name} has no state to carry from chunk to chunk; use false"
+    if recipe.parallel.context > 1:
+        message = f"only minrnn can divide a sequence among processes, not {name}; use 1"
+        errors["parallel.context"] = message
+    if train.recompute != "none":
+        errors["train.recompute"] = f"is for minrnn's blocks, not for {name}; use none"
+    if train.compile:
+        errors["train.compile"] = f"is for minrnn's blocks, not for {name}; use false"
+    config = registry.config_of(name, recipe.resolved_model_fields())
+    limit = getattr(config, "max_position_embeddings", None)
+    if name not in CARRYING and isinstance(limit, int) and batch.chunk > limit:
+        errors["batch.chunk"] = (
+            f"{name} has {limit} positions, and a chunk {batch.chunk} tokens; lower it, or raise "
+            "model.max_position_embeddings"
+        )
+    return errors
+
+
+def with_sizes(recipe: Recipe, vocab_size: int) -> Recipe:
+    """The recipe with the sizes of model.num_parameters, if it names a number and they are not known yet.
+
+    Raises:
+        UserError: no size has this number of parameters.
+    """
+    model = recipe.model
+    if model.num_parameters is None or model.sizes:
+        return recipe
+    from .families.build import search_sizes  # imports torch
+
+    sizes = search_sizes(model.family, model.num_parameters, recipe.given_model_fields(), vocab_size)
+    return dataclasses.replace(recipe, model=model.model_copy(update={"sizes": sizes}))
+
+
+def without_carried_state(recipe: Recipe) -> Recipe:
+    """The recipe with batch.carry_state false, if its family has no state to carry."""
+    if recipe.model.family in CARRYING:
+        return recipe
+    return dataclasses.replace(recipe, batch=recipe.batch.model_copy(update={"carry_state": False}))

@@ -1,0 +1,216 @@
+"""Families in a recipe: sizes that meet a number of parameters, and errors before training."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minrnn.common.errors import UserError
+from minrnn.pipeline import build_model, family_settings
+from minrnn.pipeline.export import model_config
+from minrnn.pipeline.families import registry
+from minrnn.pipeline.families.build import build_causal_lm, search_sizes
+from minrnn.pipeline.families.sizes import TOLERANCE, NoSizeError, SizeRule, find_size, mlp
+from minrnn.pipeline.family_settings import with_sizes
+from minrnn.pipeline.recipe import build_recipe, check_unchanged, resolved_config
+
+VOCAB = 264
+NO_TOKENIZER = SimpleNamespace(bos_token_id=None, eos_token_id=None, pad_token_id=None)
+
+
+def errors_of(values: dict[str, Any]) -> list[str]:
+    with pytest.raises(UserError) as raised:
+        build_recipe(values)
+    return str(raised.value).splitlines()
+
+
+@given(
+    st.integers(10_000, 10**9),
+    st.sampled_from([SizeRule(64, mlp(8 / 3)), SizeRule(32, mlp(2.0)), SizeRule(1, None)]),
+    st.integers(1, 24),
+)
+def test_a_size_is_within_two_percent_or_the_nearest_is_named(target: int, rule: SizeRule, layers: int):
+    def count(size: tuple[int, int]) -> int:
+        width, fine = size
+        return 264 * width + layers * (4 * width**2 + 3 * width * fine)
+
+    try:
+        size, number = find_size("model", rule, count, target)
+    except NoSizeError as error:
+        # No size of the rule meets the target, by brute force around it.
+        widths = range(rule.step, 64 * rule.step + 1, rule.step)
+        bounds = [(0, 0, 0, 1) if rule.fine is None else rule.fine(width) for width in widths]
+        nearest = min(
+            abs(min(max(target, count((width, low))), count((width, high))) - target)
+            for width, (low, _, high, _) in zip(widths, bounds, strict=True)
+        )
+        assert rule.fine is None or nearest > TOLERANCE * target / 2
+        message = str(error)
+    else:
+        assert number == count(size)
+        assert abs(number - target) <= TOLERANCE * target
+        assert size[0] % rule.step == 0
+        return
+    assert f"has {target:,} parameters within 2%; the nearest has" in message
+
+
+@pytest.mark.parametrize("name", registry.FAMILIES)
+@pytest.mark.parametrize(("target", "layers"), [(3_000_000, 4), (11_000_000, 6)])
+def test_every_family_with_rules_has_the_size(name: str, target: int, layers: int):
+    recipe = build_recipe({"model": {"family": name, "num_parameters": target, "num_hidden_layers": layers}})
+    recipe = with_sizes(recipe, VOCAB)
+    config = model_config(recipe.resolved_model_fields(), NO_TOKENIZER, VOCAB, name)
+    with torch.device("meta"):
+        model = build_causal_lm(name, config)
+    assert abs(model.num_parameters() / target - 1) <= TOLERANCE
+    assert config.num_hidden_layers == layers
+
+
+@pytest.mark.parametrize("cell", ["mingru", "minlstm", "mingru_signed"])
+@pytest.mark.parametrize("more", [{}, {"preset": "paper"}, {"intermediate_size": 0}, {"expansion_factor": 3}])
+def test_ours_are_counted_whatever_the_block(cell: str, more: dict[str, Any]):
+    fields = {"cell": cell, "num_parameters": "1.5M", "num_hidden_layers": 3, **more}
+    recipe = with_sizes(build_recipe({"model": fields}), VOCAB)
+    config = model_config(recipe.resolved_model_fields(), NO_TOKENIZER, VOCAB)
+    with torch.device("meta"):
+        model = build_causal_lm("minrnn", config)
+    assert abs(model.num_parameters() / 1.5e6 - 1) <= TOLERANCE
+    assert config.cell == cell
+    assert config.expansion_factor == more.get("expansion_factor", 1.5)
+
+
+def test_fields_of_the_user_are_kept():
+    sizes = search_sizes("llama", 1_000_000, {"num_attention_heads": 4, "num_key_value_heads": 2}, 264)
+    assert sizes.keys() == {"hidden_size", "intermediate_size"}
+    assert search_sizes("gpt2", 51_840_256, {"n_layer": 6}, 1300).keys() == {"n_embd", "n_head"}
+
+
+LLAMA = {"family": "llama", "num_hidden_layers": 2, "hidden_size": 64}
+ERRORS: dict[str, tuple[dict[str, Any], str]] = {
+    "an unknown family": (
+        {"model": {"family": "lama"}},
+        "model.family: 'lama' is none of minrnn, gru, lstm, or a model type of transformers' causal language "
+        "models (did you mean llama or mllama?)",
+    ),
+    "a field that the family lacks": (
+        {"model": {**LLAMA, "dropout": 0.1}},
+        "model.dropout: LlamaConfig has no dropout (did you mean attention_dropout?); leave it out; fields "
+        "of llama are set in model.family_config",
+    ),
+    "a misspelt field": (
+        {"model": {**LLAMA, "family_config": {"num_atention_heads": 4}}},
+        "model.family_config: LlamaConfig has no num_atention_heads (did you mean num_attention_heads?)",
+    ),
+    "a wrong value": (
+        {"model": {**LLAMA, "family_config": {"num_attention_heads": "four"}}},
+        "model.family_config: Validation error for field 'num_attention_heads'",
+    ),
+    "a vocabulary": (
+        {"model": {**LLAMA, "family_config": {"vocab_size": 9}}},
+        "model.family_config: vocab_size is the tokenizer's",
+    ),
+    "a field twice": (
+        {"model": {"family": "gpt2", "hidden_size": 64, "family_config": {"n_embd": 32}}},
+        "model.family_config: n_embd is also set in the section model itself; say it once",
+    ),
+    "fields of another family for ours": (
+        {"model": {"family_config": {"n_head": 2}}},
+        "model.family_config: is for other families; minrnn's fields are set in the section model itself",
+    ),
+    "a preset": (
+        {"model": {**LLAMA, "preset": "paper"}},
+        "model.preset: is a form of minrnn's block; llama has none, so leave it out",
+    ),
+    "a number of parameters and a width": (
+        {"model": {**LLAMA, "num_parameters": "3M"}},
+        "model.num_parameters: chooses the size, but hidden_size is set as well; leave either out",
+    ),
+    "the same for ours": (
+        {"model": {"hidden_size": 64, "intermediate_size": 64, "num_parameters": 10**6}},
+        "model.num_parameters: chooses the size, but hidden_size and intermediate_size is set as well",
+    ),
+    "a family without a width": (
+        {"model": {"family": "fuyu", "num_parameters": "3M"}},
+        "model.num_parameters: cannot size fuyu: FuyuConfig has no hidden_size",
+    ),
+    "a state that is asked for": (
+        {"model": LLAMA, "batch": {"carry_state": True}},
+        "batch.carry_state: llama has no state to carry from chunk to chunk; use false",
+    ),
+    "context parallelism": (
+        {"model": {"family": "gru"}, "parallel": {"context": 2}},
+        "parallel.context: only minrnn can divide a sequence among processes, not gru; use 1",
+    ),
+    "recomputation": (
+        {"model": LLAMA, "train": {"recompute": "full"}},
+        "train.recompute: is for minrnn's blocks, not for llama; use none",
+    ),
+    "compilation": (
+        {"model": LLAMA, "train": {"compile": True}},
+        "train.compile: is for minrnn's blocks, not for llama; use false",
+    ),
+    "a long chunk": (
+        {"model": {"family": "gpt2", "max_position_embeddings": 128}, "batch": {"chunk": 256}},
+        "batch.chunk: gpt2 has 128 positions, and a chunk 256 tokens; lower it, or raise "
+        "model.max_position_embeddings",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors_before_training(case: str):
+    values, message = ERRORS[case]
+    (line,) = errors_of(values)
+    assert line.startswith(f"error: {message}")
+
+
+def test_all_errors_are_reported_at_once():
+    values = {"model": {"family": "mamba", "cell": "mingru", "dropout": 0.1, "family_config": {"x": 1}}}
+    keys = [line.split(": ")[1] for line in errors_of(values)]
+    assert keys == ["model.cell", "model.dropout", "model.family_config"]
+
+
+def test_a_target_that_cannot_be_met_names_the_nearest():
+    recipe = build_recipe({"model": {"family": "gpt2", "num_parameters": "1M", "num_hidden_layers": 2}})
+    with pytest.raises(
+        UserError, match=r"no gpt2 of 2 layers has 1,000,000 parameters within 2%; the nearest"
+    ):
+        with_sizes(recipe, 264)
+
+
+@pytest.mark.parametrize("name", ["minrnn", "llama", "gru"])
+def test_resolved_sizes_are_read_back_and_kept_on_resume(name: str, monkeypatch):
+    fields = {"family": name, "num_parameters": "1M", "num_hidden_layers": 2}
+    values = {"model": fields, "train": {"precision": "fp32"}}
+    recipe = with_sizes(build_recipe(values), 264)
+    saved = yaml.safe_load(yaml.safe_dump(resolved_config(recipe)))
+    assert saved["model"]["sizes"] == recipe.model.sizes != {}
+    again = build_recipe(saved)
+    assert again.resolved_model_fields() == recipe.resolved_model_fields()
+    monkeypatch.setattr(family_settings, "with_sizes", lambda *_: pytest.fail("searched again"))
+    check_unchanged(saved, build_recipe(values), "run")
+    fields["num_parameters"] = "2M"
+    with pytest.raises(UserError, match=r"model.num_parameters: is 2000000, but the run in run was started"):
+        check_unchanged(saved, build_recipe(values), "run")
+
+
+def test_a_run_does_not_resume_with_another_family():
+    saved = resolved_config(build_recipe({}))
+    with pytest.raises(
+        UserError, match=r"model.family: is 'gru', but the run in run was started with 'minrnn'"
+    ):
+        check_unchanged(saved, build_recipe({"model": {"family": "gru"}}), "run")
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    def fail(config):
+        raise ImportError("this model needs the package `xyz`: pip install xyz")
+
+    monkeypatch.setattr("minrnn.pipeline.families.build.causal_lm", fail)
+    with pytest.raises(UserError, match=r"model.family: llama needs a package: .*pip install xyz"):
+        build_causal_lm("llama", registry.config_of("llama", {}))
+    assert build_model.build_causal_lm is build_causal_lm
