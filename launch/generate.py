@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
         "--prefill",
         type=int,
         default=8192,
-        help="tokens of the prompt to read at once (default: %(default)s)",
+        help="tokens of the prompt to read at once, by a model with a state (default: %(default)s)",
     )
     add_device(parser)
     add_trust(parser)
@@ -91,20 +91,37 @@ def _print(text: str) -> None:
     print(text, end="", flush=True)
 
 
+def _check_length(model: Any, num_tokens: int) -> None:
+    """Refuse more tokens than a model of transformers has positions."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if isinstance(limit, int) and num_tokens > limit:
+        name = model.config.model_type
+        message = f"with the prompt, the text has {num_tokens} tokens, but this {name} has {limit} positions"
+        raise UserError("--max-new-tokens", f"{message}; lower it, or shorten the prompt")
+
+
 def _continue(model: Any, ids: list[int], arguments: argparse.Namespace) -> Iterator[int]:
     """New tokens. `generate()` would return the same ones, but copies the whole prompt for each."""
     import torch
     from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
+    from ..models import MinRNNForCausalLM
     from ..models.decoding import TokenStep, prefill
+    from ..pipeline.families.decoding import FamilyDecoder
 
     warp: Any = LogitsProcessorList()
     if arguments.temperature > 0:
         warp += [TemperatureLogitsWarper(arguments.temperature)]
     if arguments.top_p < 1:
         warp += [TopPLogitsWarper(arguments.top_p)]
-    logits, cache = prefill(model, torch.tensor([ids]), piece=arguments.prefill)
-    step = TokenStep(model, cache)
+    text = torch.tensor([ids])
+    if isinstance(model, MinRNNForCausalLM):
+        logits, cache = prefill(model, text, piece=arguments.prefill)
+        step = TokenStep(model, cache)
+    else:
+        _check_length(model, len(ids) + arguments.max_new_tokens)
+        step = FamilyDecoder(model, text)
+        logits = step.logits
     for count in range(arguments.max_new_tokens):
         if arguments.temperature > 0:
             token = torch.multinomial(warp(None, logits.float()).softmax(-1), 1).squeeze(1)

@@ -73,7 +73,7 @@ def read_rows(
     return logits[:, -1], cache
 
 
-def _log_likelihood(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def log_likelihood(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Log-likelihood in fp32 or better of targets [...] under logits [..., vocab_size], and whether each is
     the argmax.
     """
@@ -99,7 +99,7 @@ def score_continuations(
         rows: [batch] of at least one token each.
         piece: tokens read at once, over all rows.
     """
-    value, is_greedy = _log_likelihood(logits, torch.tensor([row[0] for row in rows], device=logits.device))
+    value, is_greedy = log_likelihood(logits, torch.tensor([row[0] for row in rows], device=logits.device))
     total = value.cpu().numpy().astype(np.float64)  # on the CPU, since the device may not support fp64
     if max(len(row) for row in rows) > 1:
         ids, mask = pad_left([row[:-1] for row in rows], model.device)
@@ -110,7 +110,7 @@ def score_continuations(
             output = model(
                 input_ids=part, attention_mask=part_mask, past_key_values=cache, use_cache=True
             ).logits
-            values, is_argmax = _log_likelihood(output, part_targets)
+            values, is_argmax = log_likelihood(output, part_targets)
             total += values.masked_fill(part_mask == 0, 0).cpu().numpy().sum(1, dtype=np.float64)
             is_greedy &= (is_argmax | (part_mask == 0)).all(1)
     return list(zip(total.tolist(), is_greedy.tolist(), strict=True))

@@ -6,7 +6,8 @@
 Nothing is truncated, since memory does not grow with the length: a text of any length is read in pieces of
 `piece` tokens. A document begins with <bos>, as in training. Its perplexity (`loglikelihood_rolling`) is
 measured with the state carried through the whole document, or, for comparison with published numbers, in
-windows without a carried state.
+windows without a carried state. Models of transformers carry no state and read every request whole
+(whole_rows.py).
 
 lm-eval (0.4.13) has a fixed table of models, so importing this module registers the name `minrnn`:
 
@@ -30,6 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import (
     LogitsProcessorList,
+    PreTrainedModel,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -39,9 +41,10 @@ from ...data.prompts import prompt_tokens
 from ...models import MinRNNForCausalLM
 from ...models.decoding import TokenStep
 from ...models.modeling_minrnn import PREFILL
-from ...pipeline.loading import move_model, read_model, weights_dtype
+from ...pipeline.loading import family_limits, move_model, read_model, weights_dtype
 from ...pipeline.processes import broadcast_from_main, connect, local_device, run_on_all_ranks, world_size
 from .likelihood import Score, make_batches, read_contexts, read_rows, score_continuations, select_rows
+from .whole_rows import decoder, max_positions, same_lengths, score_rows
 
 DEFAULT_BATCH = 32
 # text (None if it is not a request by itself), context, continuation
@@ -92,7 +95,7 @@ class MinRNNLM(TemplateLM):
 
     def __init__(
         self,
-        pretrained: str | MinRNNForCausalLM,
+        pretrained: str | PreTrainedModel,
         tokenizer: Any = None,
         batch_size: int | str = DEFAULT_BATCH,
         max_batch_size: int | None = None,
@@ -122,8 +125,10 @@ class MinRNNLM(TemplateLM):
                 self.accelerator = connect(timedelta(weeks=1), target)
                 self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
             move_model(pretrained, self._decide_dtype(pretrained.dtype, dtype, target), target)
-        self.model, self.tokenizer, self._device = pretrained, tokenizer, pretrained.device
+        self.model: Any = pretrained
+        self.tokenizer, self._device = tokenizer, pretrained.device
         self.config, self._has_template = self.model.config, False
+        self.has_state, self.limits = isinstance(self.model, MinRNNForCausalLM), family_limits(self.model)
         self.batch_size, self.piece = int(batch_size), piece
         self.rolling_window, self.max_gen_toks = rolling_window, max_gen_toks
 
@@ -152,9 +157,22 @@ class MinRNNLM(TemplateLM):
     @property
     def rolling(self) -> str:
         """How `loglikelihood_rolling` reads a document, as a text for the results."""
-        if self.rolling_window is None:
-            return "state carried through the document"
-        return f"windows of {self.rolling_window} tokens, state reset"
+        if (window := self._window()) is not None:
+            return f"windows of {window} tokens, state reset"
+        if not self.has_state:
+            return "the whole document at once"
+        return "state carried through the document"
+
+    def _window(self) -> int | None:
+        """Tokens of a window of `loglikelihood_rolling`: as requested, at most the model's positions.
+
+        Raises:
+            ValueError: more are requested.
+        """
+        limit = None if self.has_state else max_positions(self.model)
+        if limit is not None and self.rolling_window is not None and self.rolling_window > limit:
+            raise ValueError(f"a window of {self.rolling_window} tokens, but the model has {limit} positions")
+        return self.rolling_window or limit
 
     def get_model_info(self) -> dict[str, Any]:
         """Information for the results file."""
@@ -162,6 +180,7 @@ class MinRNNLM(TemplateLM):
             "model_num_parameters": self.model.num_parameters(),
             "model_dtype": str(self.model.dtype),
             "rolling": self.rolling,
+            **({"limits": self.limits} if self.limits else {}),
         }
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
@@ -206,6 +225,8 @@ class MinRNNLM(TemplateLM):
         self, requests: Sequence[Request], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[Score]:
         """Read each context once, and a prefix that several share once for all of them."""
+        if not self.has_state:
+            return self._score_whole_rows(requests, disable_tqdm)
         lengths = [len(continuation) for _, _, continuation in requests]
         by_context: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for number, (_, context, _) in enumerate(requests):
@@ -233,6 +254,19 @@ class MinRNNLM(TemplateLM):
         progress.close()
         return scores
 
+    def _score_whole_rows(self, requests: Sequence[Request], disable_tqdm: bool) -> list[Score]:
+        """As `_loglikelihood_tokens`, for a model without a state."""
+        scores: list[Score] = [(0.0, True)] * len(requests)
+        numbers = [number for number, (_, _, continuation) in enumerate(requests) if continuation]
+        rows = [(list(requests[number][1]), list(requests[number][2])) for number in numbers]
+        with tqdm(total=len(rows), disable=disable_tqdm or self.rank != 0, desc="loglikelihood") as progress:
+            values = score_rows(self.model, rows, self.batch_size, progress.update)
+        for number, value in zip(numbers, values, strict=True):
+            scores[number] = value
+            if (text := requests[number][0]) is not None:
+                self.cache_hook.add_partial("loglikelihood", text, value)
+        return scores
+
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihoods of whole documents after <bos>, in nats; `rolling` says how they are read."""
         windows: list[Request] = []
@@ -240,10 +274,10 @@ class MinRNNLM(TemplateLM):
         for number, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0], add_special_tokens=False)
             parts = [([self.prefix_token_id], tokens)]
-            if self.rolling_window is not None:
+            if (window := self._window()) is not None:
                 parts = map(
                     make_disjoint_window,
-                    get_rolling_token_windows(tokens, self.prefix_token_id, self.rolling_window, 1),
+                    get_rolling_token_windows(tokens, self.prefix_token_id, window, 1),
                 )
             for context, continuation in parts:
                 windows.append((None, context, continuation))
@@ -268,7 +302,7 @@ class MinRNNLM(TemplateLM):
         progress = tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="generate_until")
         for members in by_settings.values():
             kwargs: dict[str, Any] = {**normalize_gen_kwargs(arguments[members[0]][1], self.max_gen_toks)}
-            for batch in make_batches(members, [len(context) for context in contexts], self.batch_size):
+            for batch in self._generation_batches(members, contexts):
                 rows = self._generate([contexts[number] for number in batch], kwargs)
                 for number, tokens in zip(batch, rows, strict=True):
                     texts[number] = postprocess_generated_text(self.tok_decode(tokens), kwargs["until"], None)
@@ -276,6 +310,18 @@ class MinRNNLM(TemplateLM):
                 progress.update(len(batch))
         progress.close()
         return texts
+
+    def _generation_batches(self, members: list[int], contexts: list[list[int]]) -> list[list[int]]:
+        """Contexts to continue together: of similar length; of equal length for a model without a state."""
+        lengths = [len(context) for context in contexts]
+        if self.has_state:
+            return make_batches(members, lengths, self.batch_size)
+        groups = same_lengths([contexts[number] for number in members])
+        return [
+            [members[index] for index in batch]
+            for group in groups
+            for batch in make_batches(group, [lengths[number] for number in members], self.batch_size)
+        ]
 
     @torch.no_grad()
     def _generate(self, contexts: list[list[int]], kwargs: dict[str, Any]) -> list[list[int]]:
@@ -287,8 +333,11 @@ class MinRNNLM(TemplateLM):
         stops = [stop for stop in kwargs["until"] if stop]
         # in tokens: each decodes to at least one byte; some decoders drop a leading space
         tail = max((len(stop.encode()) for stop in stops), default=0) + 4
-        logits, cache = read_rows(self.model, contexts, None, self.piece)
-        step = TokenStep(self.model, cache)
+        if self.has_state:
+            logits, cache = read_rows(self.model, contexts, None, self.piece)
+            step = TokenStep(self.model, cache)
+        else:
+            logits, step = decoder(self.model, contexts, kwargs["max_gen_toks"])
         rows: list[list[int]] = [[] for _ in contexts]
         unfinished = set(range(len(rows)))
         for count in range(kwargs["max_gen_toks"]):

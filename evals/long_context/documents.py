@@ -21,8 +21,8 @@ from ...data import BYTES, CorpusSpec, Encoder, byte_tokenizer, open_source, tok
 from ...data.corpus import PYTHON_STDLIB
 from ...data.joined import PACKAGE, join_documents
 from ...data.sources import Document, Position, Source, TextFiles
-from ...models import MinRNNConfig, MinRNNForCausalLM
-from ...pipeline.loading import load
+from ...models import MinRNNForCausalLM
+from ...pipeline.loading import load, require_state
 from ...pipeline.options import add_device, add_dtype, add_model, add_trust, new_parser
 from ...pipeline.public import public_value
 from ..output import out_errors
@@ -186,20 +186,22 @@ def load_model(arguments: argparse.Namespace) -> tuple[MinRNNForCausalLM, Any]:
     """Load the model, on its device, and the tokenizer.
 
     Raises:
-        UserError: they cannot be loaded, or the device does not exist.
+        UserError: they cannot be loaded, the device does not exist, or the model has no state to carry.
     """
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    return load(arguments.model, arguments.dtype, arguments.device, arguments.trust_remote_code)
+    options = (arguments.dtype, arguments.device, arguments.trust_remote_code)
+    model, tokenizer = load(arguments.model, *options)
+    return require_state(model), tokenizer
 
 
 def result_header(
     command: str, argv: Sequence[str], model: MinRNNForCausalLM, document: LongDocument
 ) -> dict[str, Any]:
     """The head of the results: command, code, machine, model and document."""
-    config = {name: getattr(model.config, name) for name in MinRNNConfig.__annotations__}
+    config = {name: getattr(model.config, name) for name in type(model.config).__annotations__}
     device: torch.device = model.device
     return {
         "command": command_line(command, argv),

@@ -218,7 +218,7 @@ def broken_export(export: Path, folder: Path, fault: str) -> Path:
     TOKENIZER.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     config |= {
-        "another model": {"model_type": "gpt2"},
+        "another model": {"model_type": "vit"},
         "another version": {"num_hidden_layers": 3},
         "a newer version": {"gate_delay": 2},
         "other sizes": {"hidden_size": 24},
@@ -231,7 +231,7 @@ def broken_export(export: Path, folder: Path, fault: str) -> Path:
     ("fault", "expected_error"),
     [
         ("tokenizer", "has no tokenizer"),
-        ("another model", "is a gpt2 model; lm_eval --model hf evaluates it"),
+        ("another model", "is a vit model, which is no causal language model"),
         ("another version", "was exported by another version of minrnn (missing model.layers.2."),
         ("a newer version", "was exported by another version of minrnn (unknown setting gate_delay)"),
         ("a task's words", "the tokenizer of "),
