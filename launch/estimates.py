@@ -11,7 +11,7 @@ Memory of a process, in bytes (N parameters, P processes that share the engine's
 
 w N four times is the 16 bytes per parameter of fp32 training with AdamW. The own copy is the one that
 DeepSpeed updates. The sizes of buckets are DeepSpeed's defaults. All engines also need autocast's copies of
-the matrices, activations (models/recompute.py), the loss (models/loss.py) and the carried states.
+the matrices, activations (activation_memory.py), the loss (models/loss.py) and the carried states.
 
 Sent per process and step, with ring algorithms and k readers per process, in units of w N (P - 1) / P: DDP
 and ZeRO-1 2, ZeRO-2 k + 1, ZeRO-3 3 k.
@@ -23,6 +23,7 @@ from typing import Any
 from ..common.errors import UserError
 from ..pipeline.config import Recipe
 from ..pipeline.launch_checks import layout_errors
+from .activation_memory import block_bytes
 
 BUCKET, MAX_LIVE = 5e8, 1e9  # elements: reduce_bucket_size, stage3_max_live_parameters
 
@@ -31,22 +32,12 @@ BUCKET, MAX_LIVE = 5e8, 1e9  # elements: reduce_bucket_size, stage3_max_live_par
 class Model:
     """Sizes of a model."""
 
+    config: Any
+    """The MinRNNConfig."""
     parts: dict[str, int]
     """Number of parameters of each part."""
     matrices: int
     """Number of parameters that autocast copies: the matrices of the blocks."""
-    hidden: int
-    recurrent: int
-    projections: int
-    intermediate: int
-    cell: str
-    activation: str
-    layers: int
-    vocab: int
-    kernel: int
-    output_gate: bool
-    gated_mlp: bool
-    tied: bool
 
     @property
     def parameters(self) -> int:
@@ -77,7 +68,6 @@ def measure(recipe: Recipe, vocab_size: int) -> Model:
     config = MinRNNConfig(**recipe.resolved_model_fields(), vocab_size=vocab_size)
     with torch.device("meta"):
         model = MinRNNForCausalLM(config)
-    in_proj: Any = model.model.layers[0].get_submodule("mixer.in_proj")
     parts: dict[str, int] = dict.fromkeys(("embedding and head", "mixers", "MLPs", "norms"), 0)
     for name, parameter in model.named_parameters():
         part = next(
@@ -89,23 +79,11 @@ def measure(recipe: Recipe, vocab_size: int) -> Model:
             "embedding and head",
         )
         parts[part] += parameter.numel()
+    layers = model.model.layers.modules()
     return Model(
+        config=config,
         parts={part: count for part, count in parts.items() if count},
-        matrices=sum(
-            module.weight.numel() for module in model.model.layers.modules() if isinstance(module, nn.Linear)
-        ),
-        hidden=config.hidden_size,
-        recurrent=config.recurrent_size,
-        projections=len(in_proj.weight) // config.recurrent_size,
-        intermediate=config.intermediate_size,
-        cell=config.cell,
-        activation=config.candidate_activation,
-        layers=config.num_hidden_layers,
-        vocab=vocab_size,
-        kernel=max(config.conv_kernel, 1),
-        output_gate=config.output_gate,
-        gated_mlp=config.gated_mlp,
-        tied=config.tie_word_embeddings,
+        matrices=sum(layer.weight.numel() for layer in layers if isinstance(layer, nn.Linear)),
     )
 
 
@@ -138,66 +116,29 @@ def widths(precision: str) -> tuple[int, int]:
     return {"fp32": (4, 4), "bf16": (4, 2), "fp64": (8, 8)}[precision]
 
 
-def activation_bytes(model: Model, precision: str, recompute: str) -> int:
-    """Bytes per token that a block keeps for its backward pass: models/recompute.py, for any block and
-    precision."""
-    from ..models.cell_spec import FUSED_CELLS
-
-    w, c = widths(precision)
-    has_mlp, has_conv, gate = model.intermediate > 0, model.kernel > 1, int(model.gated_mlp)
-    H, R, intermediate = model.hidden, model.recurrent, model.intermediate
-    fused = model.cell in FUSED_CELLS and precision != "fp64"
-    # Results of the projections and of the scan: h, and y if there is an output gate. The composed cell
-    # computes y again.
-    scanned = c * (model.projections + 1 + (model.output_gate and fused)) * R
-    if recompute == "full":
-        return w * H
-    if recompute == "selective":
-        return w * H + scanned + c * (H * (1 + has_mlp) + (1 + gate) * intermediate)
-    if not fused:
-        scanned = composed_cell_bytes(model, precision) * R
-    kept = w * H * (1 + has_mlp) + scanned + c * (H * (1 + has_conv + has_mlp) + (2 + gate) * intermediate)
-    # There are no fp64 kernels: a norm also keeps its normalized input, a convolution its padded input, a
-    # gate its activation.
-    return kept + (c * (H * (1 + has_conv + has_mlp) + gate * intermediate) if precision == "fp64" else 0)
-
-
-def composed_cell_bytes(model: Model, precision: str) -> int:
-    """Bytes per token and channel that a composed cell (models/cell_scan.py) keeps, its output included."""
-    (state, c), is_lstm = widths(precision), model.cell.startswith("minlstm")
-    is_wide = c == state  # projections are not converted to fp32, so views of them are kept
-    # a, 1 - a; the inputs of two softplus; a stretched to (-1, 1)
-    gates = state * (2 + 2 * is_lstm + model.cell.endswith("_signed"))
-    widened = 0 if is_wide else state
-    candidate = {"none": widened, "tanh": state, "silu": state + widened, "g": 1 + 2 * state}[
-        model.activation
-    ]
-    keeps_projections = model.output_gate or (is_wide and model.activation in ("none", "silu"))
-    return gates + candidate + c * (model.projections * keeps_projections + 1 + 2 * model.output_gate)
-
-
 def working_memory(model: Model, workload: Workload, precision: str) -> dict[str, float]:
     """Bytes that do not depend on the engine, by purpose."""
     from ..models.loss import BLOCK_ELEMENTS
 
-    w, c = widths(precision)
-    block = min(BLOCK_ELEMENTS // model.vocab * model.vocab, workload.tokens * model.vocab)
-    head = model.vocab * model.hidden
-    state = model.recurrent * w + (model.kernel - 1) * model.hidden * c
+    (w, c), config = widths(precision), model.config
+    vocab, hidden = config.vocab_size, config.hidden_size
+    block = min(BLOCK_ELEMENTS // vocab * vocab, workload.tokens * vocab)
+    head = vocab * hidden
+    state = config.state_size * w + max(config.conv_kernel - 1, 0) * hidden * c
     return {
         "bf16 copies": c * model.matrices if c < w else 0,
         "loss": (w + c) * block
         + (w + c + (c if c < w else 0)) * head
-        + (w + 2 * c) * workload.tokens * model.hidden,
-        "carried states": workload.readers * workload.lanes * model.layers * state,
+        + (w + 2 * c) * workload.tokens * hidden,
+        "carried states": workload.readers * workload.lanes * config.num_hidden_layers * state,
     }
 
 
-def activations(model: Model, workload: Workload, precision: str, recompute: str) -> int:
+def activations(model: Model, workload: Workload, precision: str, recompute: str) -> float:
     """Bytes kept by all blocks, plus those of one block that is computed again."""
-    kept = activation_bytes(model, precision, recompute)
-    again = activation_bytes(model, precision, "none") - kept
-    return workload.tokens * (model.layers * kept + again)
+    by_recompute = block_bytes(model.config, precision)
+    kept = by_recompute[recompute]
+    return workload.tokens * (model.config.num_hidden_layers * kept + by_recompute["none"] - kept)
 
 
 def engine_memory(num_parameters: int, processes: int, precision: str, engine: str) -> dict[str, float]:
@@ -233,4 +174,6 @@ def flops_per_token(model: Model) -> int:
     """Training FLOPs per token. An embedding that is not tied costs none, as it is only a lookup."""
     from ..pipeline.machine import training_flops_per_token
 
-    return training_flops_per_token(model.parameters - (0 if model.tied else model.vocab * model.hidden))
+    config = model.config
+    lookup = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    return training_flops_per_token(model.parameters - lookup)

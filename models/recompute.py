@@ -13,8 +13,8 @@ and its operands:
     none        + 18 R, signed minLSTM + 26 R        fp32 a, 1 - a and the candidate; for minLSTM, both gates
     selective    - 2 R                               y is recomputed
 
-`tests/models/test_recompute.py` measures these numbers; `minrnn plan` computes them for every block and
-precision.
+`tests/models/test_recompute.py` measures these numbers; `minrnn plan` finds them for every cell, block and
+precision by running one block on fake tensors.
 """
 
 from functools import partial
@@ -28,13 +28,15 @@ RECOMPUTE = ("none", "selective", "full")
 _EXPENSIVE_OPERATORS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
 
 
-def _policy(_, operator, *args, **kwargs) -> CheckpointPolicy:
+def is_expensive(operator: Any) -> bool:
+    """Whether "selective" keeps the operator's results: matrix products and scans."""
     is_scan = operator.namespace.startswith("minrnn_") and "_scan_" in str(operator)
-    return (
-        CheckpointPolicy.MUST_SAVE
-        if operator in _EXPENSIVE_OPERATORS or is_scan
-        else CheckpointPolicy.PREFER_RECOMPUTE
-    )
+    return operator in _EXPENSIVE_OPERATORS or is_scan
+
+
+def _policy(_, operator, *args, **kwargs) -> CheckpointPolicy:
+    is_kept = is_expensive(operator)
+    return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def checkpointing_options(recompute: str) -> dict | None:

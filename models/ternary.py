@@ -9,6 +9,7 @@ arXiv 2406.02528, and of Ma et al., arXiv 2402.17764.
 
 from typing import TYPE_CHECKING
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -21,21 +22,20 @@ LEVELS = 127  # of an activation, on each side of 0
 SMALLEST = 1e-5  # scale of an all-zero row
 
 
-def _straight_through(x: Tensor, quantized: Tensor) -> Tensor:
-    """The value of `quantized` with the gradient of x."""
-    return x + (quantized - x).detach()
-
-
 def ternary_weights(weight: Tensor) -> Tensor:
-    """Each element rounded to -1, 0 or 1 times the mean absolute value; the same dtype and gradient."""
-    scale = weight.abs().mean().clamp(min=SMALLEST)
-    return _straight_through(weight, (weight / scale).round().clamp(-1, 1) * scale)
+    """Each element rounded to -1, 0 or 1 times the mean absolute value; the gradient passes unchanged."""
+    with torch.no_grad():
+        scale = weight.abs().mean().clamp(min=SMALLEST)
+        error = (weight / scale).round().clamp(-1, 1) * scale - weight
+    return weight + error
 
 
 def eight_bit_activations(x: Tensor) -> Tensor:
-    """Each row [..., width] rounded to multiples of its largest absolute value / 127."""
-    scale = x.abs().amax(-1, keepdim=True).clamp(min=SMALLEST) / LEVELS
-    return _straight_through(x, (x / scale).round() * scale)
+    """Each row [..., width] rounded to multiples of its largest absolute value / 127; the gradient passes."""
+    with torch.no_grad():
+        scale = x.abs().amax(-1, keepdim=True).clamp(min=SMALLEST) / LEVELS
+        error = (x / scale).round() * scale - x
+    return x + error
 
 
 class TernaryLinear(nn.Linear):

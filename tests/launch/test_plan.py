@@ -8,9 +8,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from minrnn.common.errors import UserError
 from minrnn.launch import estimates, plan
+from minrnn.launch.activation_memory import block_bytes
 from minrnn.launch.cli import main
 from minrnn.models import MinRNNConfig, MinRNNForCausalLM
+from minrnn.models.cells import MINIMAL_CELLS
 from minrnn.models.recompute import RECOMPUTE, checkpointing_options
+from minrnn.models.registry import CELLS
 from minrnn.pipeline.config import Recipe
 from minrnn.pipeline.machine import training_flops_per_token
 from minrnn.pipeline.recipe import build_recipe, read_recipe
@@ -35,7 +38,8 @@ def test_parameters_are_those_of_the_real_model(fields: dict, vocab_size: int):
     model = estimates.measure(recipe, vocab_size)
     real = MinRNNForCausalLM(MinRNNConfig(**recipe.resolved_model_fields(), vocab_size=vocab_size))
     assert model.parameters == real.num_parameters()
-    looked_up = 0 if model.tied else real.get_input_embeddings().weight.numel()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+    embedding = real.get_input_embeddings().get_parameter("weight")
+    looked_up = 0 if real.config.tie_word_embeddings else embedding.numel()
     assert estimates.flops_per_token(model) == training_flops_per_token(real.num_parameters() - looked_up)
 
 
@@ -57,15 +61,18 @@ def test_sixteen_bytes_per_parameter_sharded_by_stage(num_parameters: int, proce
     assert estimates.engine_memory(n, p, "fp64", "DDP")["weights"] == 8 * n
 
 
-def kept_per_token(recipe: Recipe, recompute: str, layers: int) -> int:
-    """Bytes per token that a forward pass over 512 tokens keeps."""
+TOKENS = 2048
+
+
+def kept_bytes(recipe: Recipe, recompute: str, layers: int) -> int:
+    """Bytes that a forward pass over TOKENS tokens keeps."""
     torch.manual_seed(0)
     fields = {**recipe.resolved_model_fields(), "num_hidden_layers": layers}
     model = MinRNNForCausalLM(MinRNNConfig(**fields, vocab_size=16)).train()
     torch.nn.Module.to(model, torch.float64 if recipe.train.precision == "fp64" else torch.float32)
     if (options := checkpointing_options(recompute)) is not None:
         model.activation_checkpointing_enable(options)
-    ids = torch.arange(512).view(1, -1) % 16
+    ids = torch.arange(TOKENS).view(1, -1) % 16
 
     def loss() -> torch.Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.train.precision == "bf16"):
@@ -102,6 +109,10 @@ def kept_per_token(recipe: Recipe, recompute: str, layers: int) -> int:
                 "conv_kernel": 0,
             },
         ),
+        *(("bf16", {"cell": cell}) for cell in CELLS if cell not in MINIMAL_CELLS),
+        ("fp32", {"cell": "rwkv4"}),
+        ("fp64", {"cell": "s4d"}),
+        ("fp64", {"ternary": True}),
     ],
 )
 def test_activations_are_what_the_blocks_keep(precision: str, fields: dict, recompute: str):
@@ -111,13 +122,13 @@ def test_activations_are_what_the_blocks_keep(precision: str, fields: dict, reco
         {"model": {"hidden_size": 64, "intermediate_size": 128, **fields}, "train": {"precision": precision}}
     )
     model = estimates.measure(recipe, 16)
-    measured = (kept_per_token(recipe, recompute, 5) - kept_per_token(recipe, recompute, 2)) / 3
+    measured = (kept_bytes(recipe, recompute, 5) - kept_bytes(recipe, recompute, 2)) / 3
     if recompute == "none" and precision == "bf16":
         measured -= (
             estimates.working_memory(model, estimates.workload_of(recipe, 1), precision)["bf16 copies"]
-            / model.layers
+            / model.config.num_hidden_layers
         )
-    assert measured / 512 == pytest.approx(estimates.activation_bytes(model, precision, recompute), rel=0.04)
+    assert measured / TOKENS == pytest.approx(block_bytes(model.config, precision)[recompute], rel=0.04)
 
 
 @given(st.integers(1, 6), st.integers(0, 6), st.integers(0, 3), st.integers(1, 8))
