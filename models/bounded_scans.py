@@ -2,6 +2,7 @@
 
     linear      h_t = a_t h_{t-1} + b_t                       per channel
     rotating    h_t = a_t exp(i theta) h_{t-1} + b_t          per pair of channels, a complex number
+    matrix      S_t = diag(a_t) S_{t-1} + k_t v_t^T           per head, read out as y_t = S_t^T q_t
     max_plus    m_t = max(m_{t-1} - w_t, k_t)                 per channel, without gradients
     previous    h_{t-1}
 
@@ -18,8 +19,9 @@ from torch import Tensor
 
 from .boundaries import Boundaries
 from .context_parallel import ContextGroup
-from .context_scan import LinearScan, RotatingScan, context_max_plus, context_scan
+from .context_scan import LinearScan, MatrixScan, RotatingScan, context_max_plus, context_scan
 from .dtypes import accumulate_dtype, at_least_fp32
+from .matrix_scan import matrix_scan
 from .max_plus import EMPTY, max_plus_scan
 from .rotating_scan import rotate, rotating_scan
 from .scan import default_backend, linear_scan
@@ -125,9 +127,39 @@ class BoundedScans:
         h, last = rotating_scan(a, theta, b, h0, backend)
         return Scanned(h, last if self.boundaries.lengths is None else self._last_real(h, h0), h0)
 
+    def matrix(
+        self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor | None
+    ) -> Scanned:
+        """The recurrence of a state matrix per head.
+
+        Args:
+            q, k, v, log_decay: as in `matrix_scan`, with N heads.
+            state: before the first token, [B, N K V].
+
+        Returns:
+            y [B, T, N, V] in v's dtype.
+        """
+        # Of the backends of `linear_scan`, numba and triton have no kernels for matrices.
+        backend = self.backend if self.backend in ("reference", "torch") else None
+        (batch, _, num_heads, num_keys), num_values = k.shape, v.shape[-1]
+        if state is None:
+            dtype = torch.promote_types(v.dtype, torch.float32)
+            state = v.new_zeros(batch, num_heads * num_keys * num_values, dtype=dtype)
+        matrix = state.view(batch, num_heads, num_keys, num_values)
+        if self.group is None:
+            y, last = matrix_scan(q, k, v, log_decay, matrix, boundaries=self.boundaries, backend=backend)
+            return Scanned(y, last.flatten(1), state)
+        log_decay = torch.zeros_like(q[..., :1]) if log_decay is None else log_decay
+        scan = MatrixScan(backend, self.boundaries.document_starts)
+        y, last, entering = context_scan(scan, self.group, matrix, q, k, v, log_decay)
+        return Scanned(y, last.flatten(1), entering.flatten(1))
+
     @torch.no_grad()
     def max_plus(self, w: Tensor, key: Tensor, m0: Tensor | None) -> Scanned:
-        """A running maximum that falls by w from token to token. w [W], key [B, T, W] fp32, m0 [B, W]."""
+        """A running maximum that falls by w from token to token.
+
+        w [W] or [B, T, W], key [B, T, W] fp32, m0 [B, W].
+        """
         w = w.expand(key.shape)
         if self.boundaries.document_starts is not None:
             w = w.masked_fill(self.boundaries.document_starts.unsqueeze(-1), -EMPTY)

@@ -56,7 +56,8 @@ class MinRNNConfig(PreTrainedConfig):
             limit; harnesses try out batches of this length and cut texts to it.
         scan_backend: Backend of the scan (see `scan.linear_scan`); `None` for the fastest on the device.
         use_cache: Return the state, so that the sequence can go on.
-        head_dim: Channels of each head, in cells with a matrix state.
+        head_dim: Channels of each head, in cells with a matrix state; `None` for 64, or the nearest number
+            that divides the recurrent width.
         state_expansion: Numbers of the state for each channel, in cells whose state is wider than their
             output (complex numbers in `"s4d"`); `None` for the cell's own.
         ternary: Round the weights of the projections to -1, 0 or 1 times a scale, and their inputs to 8 bits.
@@ -94,7 +95,7 @@ class MinRNNConfig(PreTrainedConfig):
     max_position_embeddings: int = 8_192
     scan_backend: str | None = None
     use_cache: bool = True
-    head_dim: int = 64
+    head_dim: int | None = None
     state_expansion: int | None = None
     ternary: bool = False
     bos_token_id: int | None = None
@@ -134,7 +135,6 @@ class MinRNNConfig(PreTrainedConfig):
             "num_hidden_layers",
             "max_position_embeddings",
             "expansion_factor",
-            "head_dim",
         ):
             if getattr(self, name) <= 0:
                 errors[name] = f"must be positive, not {getattr(self, name)}"
@@ -156,8 +156,9 @@ class MinRNNConfig(PreTrainedConfig):
             errors["expansion_factor"] = (
                 f"times hidden_size must round to at least 1 channel, not {self.recurrent_size}"
             )
-        if self.state_expansion is not None and self.state_expansion < 1:
-            errors["state_expansion"] = f"must be at least 1, not {self.state_expansion}"
+        for name in ("head_dim", "state_expansion"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                errors[name] = f"must be at least 1, not {getattr(self, name)}"
         return errors if errors else CELLS[self.cell].config_errors(self)
 
     @classmethod

@@ -19,7 +19,8 @@ conv_kernel, w bytes of an activation):
     forward     8 B S + w B (K-1) H        (A, s) in one message, the last inputs in another
     backward    4 B S + w B (K-1) H        d in one, the gradients of the last inputs in another
 
-This holds for fp32 and bf16; in fp64 it is 16 B S and 8 B S. The length of the sequence does not matter.
+This holds for fp32 and bf16; in fp64 it is 16 B S and 8 B S. A state matrix has one A for each of its rows,
+so the forward's message is little more than 4 B S. The length of the sequence does not matter.
 Recomputation sends the forward's messages again. All processes send in the same order whatever their data
 are, so documents may start in one slice and not in another.
 """

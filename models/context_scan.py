@@ -27,6 +27,7 @@ from .boundaries import Boundaries
 from .cell_scan import checked_inputs, scan_gradients, scan_without_graph, summarize
 from .cell_spec import CellInputs, CellSpec
 from .context_parallel import ContextGroup, all_gather_async
+from .matrix_scan import matrix_scan, matrix_scan_summary
 from .max_plus import max_plus_scan
 from .rotating_scan import phases, rotate, rotating_scan
 from .scan import default_backend, linear_scan, linear_scan_with_decay
@@ -42,7 +43,7 @@ class AffineScan:
         raise NotImplementedError
 
     def summarize(self, h0: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        """(A, s) of the tokens, each of the state's shape, without gradients; h0 gives shape and dtype."""
+        """(A, s) of the tokens, without gradients; h0 gives shape and dtype of s."""
         raise NotImplementedError
 
     def apply(self, decay: Tensor, h: Tensor) -> Tensor:
@@ -113,6 +114,24 @@ class RotatingScan(AffineScan):
 
 
 @dataclass(frozen=True)
+class MatrixScan(AffineScan):
+    """`matrix_scan` of q, k, v, log_decay."""
+
+    backend: str | None
+    document_starts: Tensor | None
+
+    def scan(self, h0: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        q, k, v, log_decay = tensors
+        boundaries = Boundaries(self.document_starts)
+        return matrix_scan(q, k, v, log_decay, h0, boundaries=boundaries, backend=self.backend)
+
+    def summarize(self, h0: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        _, k, v, log_decay = tensors
+        decay, last = matrix_scan_summary(k, v, log_decay, boundaries=Boundaries(self.document_starts))
+        return decay.unsqueeze(-1), last
+
+
+@dataclass(frozen=True)
 class FusedScan(AffineScan):
     """`cell_scan` of projected, gate_bias."""
 
@@ -161,8 +180,10 @@ class _ContextScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, scan: AffineScan, group: ContextGroup, h0: Tensor, *tensors: Tensor):
-        summary = torch.stack(scan.summarize(h0, *tensors))
-        decays, lasts = all_gather_async(summary, group)().unbind(1)
+        decay, last = scan.summarize(h0, *tensors)
+        message = torch.cat([decay.flatten(), last.flatten()])
+        decays, lasts = all_gather_async(message, group)().split([decay.numel(), last.numel()], dim=1)
+        decays, lasts = decays.unflatten(1, decay.shape), lasts.unflatten(1, last.shape)
         states = fold(decays, lasts, h0, scan.apply)
         entering = states[group.rank].clone()
         y, saved = scan.forward(entering, *tensors)

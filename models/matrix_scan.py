@@ -139,10 +139,10 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, grad_y: Tensor | None, grad_last: Tensor | None) -> tuple:
-    _, _, v, _, state = ctx.saved_tensors
+    q, k, v, log_decay, state = ctx.saved_tensors
     grad_y = torch.zeros_like(v) if grad_y is None else grad_y
     grad_last = torch.zeros_like(state) if grad_last is None else grad_last
-    return _backward_operator(*ctx.saved_tensors, grad_y, grad_last)
+    return _backward_operator(q, k, v, log_decay, state, grad_y, grad_last)
 
 
 _torch_scan = define("matrix_scan_torch", _scan, _fake_scan, _differentiate, _save)

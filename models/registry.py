@@ -3,6 +3,7 @@
 from .averaging_cells import RWKV4
 from .complex_cells import LRU, S4D
 from .gated_cells import GILRLSTM, HGRN, QRNN, RGLRU
+from .matrix_cells import GLA, HGRN2, MLSTM, LinearAttention
 from .minimal_cells import GILR, MinimalMixer
 from .mixer import MinRNNMixer
 
@@ -19,4 +20,8 @@ CELLS: dict[str, type[MinRNNMixer]] = {
     "rwkv4": RWKV4,
     "lru": LRU,
     "s4d": S4D,
+    "linear_attention": LinearAttention,
+    "hgrn2": HGRN2,
+    "mlstm": MLSTM,
+    "gla": GLA,
 }

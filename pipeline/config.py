@@ -158,8 +158,9 @@ class ModelSection(Section):
     """Backend of the scan (see `scan.linear_scan`); `None` for the fastest on the device."""
     use_cache: bool = MinRNNConfig.use_cache
     """Return the state, so that the sequence can go on."""
-    head_dim: int = MinRNNConfig.head_dim
-    """Channels of each head, in cells with a matrix state."""
+    head_dim: int | None = MinRNNConfig.head_dim
+    """Channels of each head, in cells with a matrix state; `None` for 64, or the nearest number
+    that divides the recurrent width."""
     state_expansion: int | None = MinRNNConfig.state_expansion
     """Numbers of the state for each channel, in cells whose state is wider than their output (complex
     numbers in `"s4d"`); `None` for the cell's own."""

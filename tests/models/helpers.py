@@ -50,6 +50,7 @@ def new_model(
         "num_hidden_layers": 2,
         "intermediate_size": 24,
         "pad_token_id": 0,
+        "head_dim": 8,  # three heads
     }
     model = MinRNNForCausalLM(MinRNNConfig.from_preset(preset, **{**sizes, **fields})).eval()
     torch.nn.Module.to(model, dtype)

