@@ -85,9 +85,9 @@ def test_beam_search_reorders_the_state(cell, padded):
     model = model_of(cell)
     _, ids, mask = left_padded([4, 7] if padded else [6, 6])
     options = {"num_beams": 3, "num_return_sequences": 2, "attention_mask": mask, "length_penalty": 0.0}
-    actual = generate(model, ids, 14, **options)
-    assert torch.equal(actual, generate(model, ids, 14, use_cache=False, **options))
-    assert not torch.equal(actual[::2], generate(model, ids, 14, attention_mask=mask)), (
+    actual = generate(model, ids, 20, **options)
+    assert torch.equal(actual, generate(model, ids, 20, use_cache=False, **options))
+    assert not torch.equal(actual[::2], generate(model, ids, 20, attention_mask=mask)), (
         "the beam never left the greedy path: a weak test"
     )
 
