@@ -167,7 +167,8 @@ class BoundedScans:
             w, key = w.masked_fill(padding, 0), key.masked_fill(padding, EMPTY)
         m0 = torch.full_like(key[:, 0], EMPTY) if m0 is None else m0.detach()
         if self.group is not None:
-            return Scanned(*context_max_plus(w, key, m0, self.group))
+            m, last, entering = context_max_plus(w, key, m0, self.group)
+            return Scanned(m, last, entering)
         m, last = max_plus_scan(w, key, m0)
         return Scanned(m, last, m0)
 

@@ -255,12 +255,8 @@ def context_cell_scan(
     return y, last
 
 
-@torch.compiler.disable
 @torch.no_grad()
-def context_max_plus(
-    w: Tensor, key: Tensor, m0: Tensor, group: ContextGroup
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`max_plus_scan` of a sequence that is cut between processes; returns as `context_scan`."""
+def _max_plus(w: Tensor, key: Tensor, m0: Tensor, group: ContextGroup) -> tuple[Tensor, Tensor, Tensor]:
     _, own = max_plus_scan(w, key, torch.full_like(m0, -torch.inf))
     falls, tops = all_gather_async(torch.stack([w.sum(1), own]), group)().unbind(1)
     states = [m0]
@@ -268,3 +264,13 @@ def context_max_plus(
         states.append(torch.maximum(top, states[-1] - fall))
     m, _ = max_plus_scan(w, key, states[group.rank])
     return m, states[-1], states[group.rank]
+
+
+_slice_max_plus: Any = torch.compiler.disable(_max_plus)
+
+
+def context_max_plus(
+    w: Tensor, key: Tensor, m0: Tensor, group: ContextGroup
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`max_plus_scan` of a sequence that is cut between processes; returns as `context_scan`."""
+    return _slice_max_plus(w, key, m0, group)

@@ -122,7 +122,7 @@ def test_a_rotating_scan_is_the_complex_recurrence(backend, time):
     b = torch.randn(2, time, 6, dtype=torch.float64, generator=generator(1))
     h0 = torch.randn(2, 6, dtype=torch.float64, generator=generator(2))
     leaves = [x.requires_grad_() for x in (a, theta, b, h0)]
-    h, last = rotating_scan(*leaves, backend)
+    h, last = rotating_scan(a, theta, b, h0, backend)
     if time:
         expected, final = leaky(torch.polar(a, theta.expand_as(a)), from_pairs(b), from_pairs(h0))
         pair = to_pairs(expected), to_pairs(final)
