@@ -15,7 +15,7 @@ from ...common.output import warn
 from ...pipeline.options import new_parser
 from ..output import RESULTS
 from . import lm_eval, others, pictures, quality_tables
-from .compare import METRICS, pool
+from .compare import METRICS, PooledRuns, pool
 from .page import NOT_RUN, code, link, table, text, to_html
 from .published import published
 from .quality_tables import Quality
@@ -132,10 +132,23 @@ def _curve_blocks(quality: Quality, out: Path) -> tuple[list[str], list[str]]:
                 length_table,
                 _image(f"accuracy by length: {title}", picture, out),
             ]
+        if len(pooled) > 1 and all(_is_text(runs) for runs in pooled):
+            picture = _picture_path(name, "by-cost", out)
+            pictures.loss_by_tokens_and_seconds(pooled, picture)
+            curves += [
+                f"### {text(title)} by cost",
+                "Held-out loss against the tokens read, and against the time of training.",
+                _image(f"loss by tokens and by seconds: {title}", picture, out),
+            ]
         picture = _picture_path(name, "curves", out)
         pictures.learning_curves(pooled, picture)
         curves += [f"### Learning curves of {text(title)}", _image(f"learning curves: {title}", picture, out)]
     return lengths, curves
+
+
+def _is_text(runs: PooledRuns) -> bool:
+    """Whether the runs were validated on text, all of them."""
+    return all(seed.final is not None and seed.final.bits_per_byte is not None for seed in runs.seeds)
 
 
 def _other_files(sources: Sequence[ResultSource], out: Path) -> list[str]:

@@ -74,6 +74,37 @@ def _draw_losses(ax: Any, seed: Seed, color: str, label: str | None) -> None:
         )
 
 
+def loss_by_tokens_and_seconds(pooled: Sequence[PooledRuns], picture: Path) -> None:
+    """Held-out loss of every seed, against the tokens read and against the time of training.
+
+    A run's time at a validation is taken from its mean rate. Runs whose lines lack times are missing on the
+    right.
+    """
+    figure, axes = _figure(2)
+    for i, runs in enumerate(pooled):
+        for j, seed in enumerate(runs.seeds):
+            label = runs.label if j == 0 else None
+            style: dict[str, Any] = {"color": COLORS[i % len(COLORS)], "markersize": 3, "label": label}
+            style["linestyle"] = "-" if i < len(COLORS) else "--"
+            losses = [loss for _, loss, _ in seed.curve.validation]
+            for ax, total in zip(axes, (seed.tokens, seed.training_seconds), strict=True):
+                if total is not None:
+                    x = [step * total / seed.steps for step, *_ in seed.curve.validation]
+                    ax.plot(x, losses, marker="o", **style)
+    highest = max(
+        loss
+        for runs in pooled
+        for seed in runs.seeds
+        for _, loss, _ in seed.curve.validation[len(seed.curve.validation) // 10 :]
+    )
+    for ax, label in zip(axes, ("tokens", "seconds of training"), strict=True):
+        ax.set(xlabel=label, ylabel="held-out loss (nats per token)", xscale="log")
+        ax.set_ylim(top=highest)
+        ax.grid(alpha=0.3, which="both")
+    axes[0].legend(fontsize=7)
+    _save(figure, picture)
+
+
 def _loss_range(pooled: Sequence[PooledRuns]) -> tuple[float, float]:
     """The range without the first steps of training, in which the loss falls from that of a guess."""
     curves = [[loss for _, loss in seed.curve.train] for runs in pooled for seed in runs.seeds]

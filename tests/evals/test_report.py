@@ -13,7 +13,7 @@ from report_helpers import Page, make_results, make_run, report, rows, section
 from scipy import stats
 
 from minrnn.evals.figures import speed
-from minrnn.evals.report import page, runs
+from minrnn.evals.report import page, pictures, runs
 from minrnn.evals.report.compare import METRICS, estimate
 from minrnn.evals.report.published import published
 from minrnn.launch.cli import main
@@ -360,3 +360,25 @@ def test_published_numbers_have_their_units():
                 assert 1 < row.value <= 100, name
         for key in experiment.setup:
             assert key.startswith("data.task.") or key in known
+
+
+def test_models_on_one_text_are_drawn_by_tokens_and_by_seconds(tmp_path: Path, monkeypatch):
+    drawn = []
+    original = pictures.loss_by_tokens_and_seconds
+    monkeypatch.setattr(
+        pictures,
+        "loss_by_tokens_and_seconds",
+        lambda pooled, picture: (drawn.append(pooled), original(pooled, picture)),
+    )
+    alone = make_run(tmp_path / "mingru", "quickstart", 0, losses=[2.0, 1.5])
+    report(alone, out=tmp_path / "out")
+    assert not drawn
+    others = [
+        make_run(tmp_path / f"rwkv4-{seed}", "quickstart", seed, losses=[2.2, 1.4], model__cell="rwkv4")
+        for seed in (0, 1)
+    ]
+    markdown = report(alone, *others, out=tmp_path / "out")
+    ((first, second),) = drawn
+    assert {len(first.runs), len(second.runs)} == {1, 2}
+    assert "by-cost.png" in markdown
+    assert list((tmp_path / "out" / "pictures").glob("*by-cost.png"))[0].read_bytes().startswith(b"\x89PNG")
