@@ -381,4 +381,4 @@ def test_models_on_one_text_are_drawn_by_tokens_and_by_seconds(tmp_path: Path, m
     ((first, second),) = drawn
     assert {len(first.runs), len(second.runs)} == {1, 2}
     assert "by-cost.png" in markdown
-    assert list((tmp_path / "out" / "pictures").glob("*by-cost.png"))[0].read_bytes().startswith(b"\x89PNG")
+    assert next(iter((tmp_path / "out" / "pictures").glob("*by-cost.png"))).read_bytes().startswith(b"\x89PNG")
