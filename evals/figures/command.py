@@ -8,6 +8,7 @@ FIGURES = {
     "quality": "print the README's tables of quality, from the committed results",
     "quickstart": "record the result of the quickstart run, after `make train`",
     "kernels": "compile the Triton kernels and record registers, spills and instructions (no GPU needed)",
+    "families": "train all kinds of models on one text, with equal parameters and tokens, and compare them",
     "gpu": "run every check and measurement that needs a GPU, within a time limit",
 }
 

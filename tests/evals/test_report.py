@@ -381,4 +381,5 @@ def test_models_on_one_text_are_drawn_by_tokens_and_by_seconds(tmp_path: Path, m
     ((first, second),) = drawn
     assert {len(first.runs), len(second.runs)} == {1, 2}
     assert "by-cost.png" in markdown
-    assert next(iter((tmp_path / "out" / "pictures").glob("*by-cost.png"))).read_bytes().startswith(b"\x89PNG")
+    picture = next((tmp_path / "out" / "pictures").glob("*by-cost.png"))
+    assert picture.read_bytes()[1:4] == b"PNG"

@@ -1,0 +1,241 @@
+"""`minrnn figures families`: trains all kinds of models on one text, with equal parameters and equal tokens.
+
+    grid (families.yaml) -> speed of each model, from a few steps
+                         -> a short run per learning rate, and the best rate
+                         -> a full run per seed -> table, evals/results/families-NAME.json
+
+Runs that a time limit leaves out are listed with the time that they would take. The next call goes on where
+this one stopped: finished runs are read, a stopped run resumes.
+"""
+
+import math
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from ...common.errors import UserError
+from ...common.files import user_path, write_json
+from ...pipeline.metrics import read_metrics
+from ...pipeline.options import new_parser
+from ..output import RESULTS, out_errors, table
+from ..record import command_line, commit, machine, versions
+
+GRID = Path(__file__).with_name("families.yaml")
+PROBE_STEPS = 12
+DESCRIPTION = """Train all kinds of models on one text, with equal parameters, equal tokens and tuned learning
+rates, and compare their bits per byte and their speed. Call it again to go on."""
+
+
+@dataclass
+class Model:
+    """One model of the grid, and what is known of it so far."""
+
+    name: str
+    fields: dict[str, Any]
+    tokens_per_second: float | None = None
+    """Of the last steps of the probe."""
+    tuning: dict[str, float] = field(default_factory=dict)
+    """Bits per byte after the short run, by learning rate."""
+    final: dict[str, float] = field(default_factory=dict)
+    """Bits per byte after the full run, by seed."""
+    reason: str | None = None
+    """Why it was not trained."""
+
+    @property
+    def best_rate(self) -> str:
+        """The learning rate with the fewest bits per byte."""
+        return min(self.tuning, key=lambda rate: self.tuning[rate])
+
+
+class Driver:
+    """Trains the models of a grid, each run in a process of its own.
+
+    Args:
+        grid: content of families.yaml.
+        corpus: the text, for `data.corpus`.
+        runs: folder of the runs.
+        deadline: of `time.monotonic`, when no further run begins.
+        run_limit: seconds; a model whose short run would take longer is not trained.
+    """
+
+    def __init__(self, grid: dict[str, Any], corpus: str, runs: Path, deadline: float, run_limit: float):
+        self.grid, self.corpus, self.runs = grid, corpus, runs
+        self.deadline, self.run_limit = deadline, run_limit
+        batch = grid["recipe"]["batch"]
+        self.tokens_per_step = batch["readers"] * batch["lanes"] * batch["chunk"]
+        self.models = [Model(name, fields) for name, fields in grid["models"].items()]
+
+    def steps(self, tokens: int) -> int:
+        """Steps that read this many tokens or a little more."""
+        return math.ceil(tokens / self.tokens_per_step)
+
+    def seconds(self, model: Model, tokens: int) -> float:
+        """How long a run takes, by the probe."""
+        assert model.tokens_per_second is not None
+        return tokens / model.tokens_per_second
+
+    def train(self, model: Model, name: str, steps: int, **options: Any) -> Path | None:
+        """Train or resume a run, or find it finished; None if it failed, with the reason in the model."""
+        folder = self.runs / model.name.replace(" ", "-") / name
+        if (folder / ".finished").exists() and _last_step(folder) >= steps:
+            return folder
+        recipe = {**self.grid["recipe"], "model": {**self.grid["recipe"]["model"], **model.fields}}
+        recipe["data"] = {**recipe["data"], "corpus": self.corpus}
+        recipe["run"] = {"dir": str(folder)}
+        recipe["train"] = {**recipe["train"], "steps": steps, "eval_every": max(1, steps // 8)}
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        path = folder.parent / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(recipe))
+        command = [sys.executable, "-m", "minrnn.launch.cli", "train", "--config", str(path)]
+        command += [
+            word for key, value in options.items() for word in (f"--{key.replace('__', '.')}", str(value))
+        ]
+        result = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+        if result.returncode != 0:
+            lines = [line for line in result.stderr.splitlines() if "rror" in line] or ["it failed"]
+            model.reason = lines[-1].strip()[:200]
+            return None
+        return folder
+
+    def probe(self, model: Model) -> None:
+        """Measure the speed of a few steps."""
+        folder = self.train(model, "probe", PROBE_STEPS, train__log_every=1, data__validation_tokens=1000)
+        if folder is not None:
+            rates = [line["tokens_per_second"] for line in _lines(folder, "train")]
+            model.tokens_per_second = statistics.median(rates[len(rates) // 2 :])
+            if self.seconds(model, self.grid["tuning_tokens"]) > self.run_limit:
+                model.reason = "a short run is longer than --run-minutes"
+
+    def tune(self, model: Model) -> None:
+        """A short run for each learning rate."""
+        for rate in self.grid["learning_rates"]:
+            tokens = self.grid["tuning_tokens"]
+            if model.reason or not self.has_time(model, tokens):
+                return
+            folder = self.train(model, f"lr-{rate:g}", self.steps(tokens), optim__lr=rate)
+            if folder is not None:
+                model.tuning[f"{rate:g}"] = _bits_per_byte(folder)
+
+    def finish(self, model: Model, seed: int) -> None:
+        """A full run with the best learning rate."""
+        is_tuned = len(model.tuning) == len(self.grid["learning_rates"])
+        tokens = self.grid["tokens"]
+        if model.reason or not is_tuned or not self.has_time(model, tokens):
+            return
+        options = {"optim__lr": model.best_rate, "run__seed": seed}
+        folder = self.train(model, f"full-{seed}", self.steps(tokens), **options)
+        if folder is not None:
+            model.final[str(seed)] = _bits_per_byte(folder)
+
+    def has_time(self, model: Model, tokens: int) -> bool:
+        """Whether a run would end before the deadline."""
+        return time.monotonic() + self.seconds(model, tokens) < self.deadline
+
+    def work(self) -> Iterator[None]:
+        """All runs, the fast models first; yields after each model's part."""
+        for model in self.models:
+            self.probe(model)
+            yield
+        by_speed = sorted(self.models, key=lambda model: -(model.tokens_per_second or 0))
+        for model in by_speed:
+            if model.tokens_per_second is not None:
+                self.tune(model)
+                yield
+        for seed in self.grid["seeds"]:
+            for model in by_speed:
+                self.finish(model, seed)
+                yield
+
+
+def _lines(folder: Path, kind: str) -> list[dict[str, Any]]:
+    return [line for line in read_metrics(folder / "metrics.jsonl") if line.get("kind") == kind]
+
+
+def _last_step(folder: Path) -> int:
+    return _lines(folder, "train")[-1]["step"]
+
+
+def _bits_per_byte(folder: Path) -> float:
+    return _lines(folder, "validation")[-1]["bits_per_byte"]
+
+
+def summary(driver: Driver) -> list[dict[str, Any]]:
+    """A row for each model: what was measured, and the hours that the rest would take."""
+    rows = []
+    for model in driver.models:
+        row: dict[str, Any] = {"model": model.name, "fields": model.fields}
+        row |= {"tokens_per_second": model.tokens_per_second, "tuning": model.tuning, "final": model.final}
+        if model.tuning:
+            row["learning_rate"] = float(model.best_rate)
+        if model.tokens_per_second is not None:
+            grid = driver.grid
+            missing = (len(grid["learning_rates"]) - len(model.tuning)) * grid["tuning_tokens"]
+            missing += (len(grid["seeds"]) - len(model.final)) * grid["tokens"]
+            row["hours_left"] = round(driver.seconds(model, missing) / 3600, 2)
+        if model.reason:
+            row["reason"] = model.reason
+        rows.append(row)
+    return rows
+
+
+COLUMNS = {
+    "model": lambda row: row["model"],
+    "bits/byte": lambda row: ", ".join(f"{value:.4f}" for value in row["final"].values()) or "-",
+    "lr": lambda row: f"{row['learning_rate']:g}" if "learning_rate" in row else "-",
+    "tokens/s": lambda row: "-" if row["tokens_per_second"] is None else f"{row['tokens_per_second']:,.0f}",
+    "hours left": lambda row: f"{row.get('hours_left', 0):.2f}",
+}
+
+
+def read_grid(path: Path, names: Sequence[str] | None) -> dict[str, Any]:
+    """The grid, with these models only (all by default).
+
+    Raises:
+        UserError: a model that the grid does not have.
+    """
+    grid = yaml.safe_load(path.read_text())
+    if unknown := [name for name in names or () if name not in grid["models"]]:
+        raise UserError("--models", f"{unknown[0]!r} is none of {', '.join(grid['models'])}")
+    grid["models"] = {name: grid["models"][name] for name in names or grid["models"]}
+    return grid
+
+
+def main(argv: list[str]) -> None:
+    """Train what there is time for, print the table, and write the results file."""
+    epilog = "example:\n  minrnn figures families --corpus books/ --minutes 120 --runs runs/families"
+    parser = new_parser("minrnn figures families", DESCRIPTION, epilog)
+    parser.add_argument("--corpus", required=True, help="the text, as data.corpus")
+    parser.add_argument("--name", default="books", help="of the text, for the results file (default: books)")
+    parser.add_argument(
+        "--grid", type=user_path, default=GRID, help="a file like evals/figures/families.yaml"
+    )
+    parser.add_argument("--models", nargs="+", help="names in the grid (default: all)")
+    parser.add_argument("--runs", type=user_path, default=Path("runs/families"), help="folder of the runs")
+    parser.add_argument("--minutes", type=float, default=120, help="no run begins that ends later")
+    parser.add_argument("--run-minutes", type=float, default=10, help="limit of a short run")
+    parser.add_argument("--out", type=user_path, help="default: evals/results/families-NAME.json")
+    arguments = parser.parse_args(argv)
+    out = arguments.out or RESULTS / f"families-{arguments.name}.json"
+    if errors := out_errors(out):
+        raise UserError.from_list(errors)
+    grid = read_grid(arguments.grid, arguments.models)
+    deadline = time.monotonic() + 60 * arguments.minutes
+    driver = Driver(grid, arguments.corpus, arguments.runs, deadline, 60 * arguments.run_minutes)
+    record = {
+        "command": command_line("minrnn figures families", argv),
+        "commit": commit(),
+        "machine": machine(torch.device("cpu")),
+        "versions": versions(),
+        "grid": grid,
+    }
+    for _ in driver.work():
+        write_json(out, {**record, "rows": summary(driver)})
+    print(table(summary(driver), COLUMNS, f"{arguments.name}, {grid['tokens']:,} tokens"))

@@ -1,0 +1,116 @@
+"""The comparison of families: which runs are trained in which order, and which a limit leaves out."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from minrnn.common.errors import UserError
+from minrnn.evals.figures import families
+from minrnn.launch.cli import main
+from minrnn.pipeline.recipe import build_recipe
+
+SECONDS_PER_TOKEN = {"slow": 0.1, "fast": 0.001, "middle": 0.01}
+
+
+def grid(**changes: Any) -> dict[str, Any]:
+    return {
+        "tokens": 4000,
+        "tuning_tokens": 1000,
+        "learning_rates": [1e-3, 2e-3],
+        "seeds": [0, 1],
+        "recipe": {"batch": {"readers": 1, "lanes": 2, "chunk": 50}},
+        "models": {name: {"cell": name} for name in SECONDS_PER_TOKEN},
+        **changes,
+    }
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int]]:
+    """(model, run, steps) of each run, in order. Nothing is trained; `slow` fails in its probe."""
+    runs = []
+
+    def train(self, model: families.Model, name: str, steps: int, **options: Any) -> Path | None:
+        runs.append((model.name, name, steps))
+        return Path(model.name) / name
+
+    def lines(folder: Path, kind: str) -> list[dict[str, Any]]:
+        model, run = folder.parts
+        if kind == "train":
+            return [{"step": 1, "tokens_per_second": 1 / SECONDS_PER_TOKEN[model]}] * 4
+        return [{"bits_per_byte": 2.0 + (run == "lr-0.001") + 0.1 * (run == "full-1")}]
+
+    monkeypatch.setattr(families.Driver, "train", train)
+    monkeypatch.setattr(families, "_lines", lines)
+    return runs
+
+
+def driver(values: dict[str, Any], seconds: float, run_limit: float) -> families.Driver:
+    import time
+
+    made = families.Driver(values, "text", Path("runs"), time.monotonic() + seconds, run_limit)
+    for _ in made.work():
+        pass
+    return made
+
+
+def test_rates_are_tuned_and_the_best_is_trained_to_the_end(trained):
+    rows = families.summary(driver(grid(), seconds=1e6, run_limit=1e6))
+    assert [run for model, run, _ in trained if model == "fast"] == [
+        "probe",
+        "lr-0.001",
+        "lr-0.002",
+        "full-0",
+        "full-1",
+    ]
+    assert {steps for _, run, steps in trained if run.startswith("full")} == {40}
+    assert [model for model, run, _ in trained if run == "full-0"] == ["fast", "middle", "slow"]
+    assert all(row["learning_rate"] == 2e-3 for row in rows)
+    assert all(row["final"] == {"0": 2.0, "1": 2.1} and row["hours_left"] == 0 for row in rows)
+
+
+def test_what_a_limit_leaves_out_says_how_long_it_takes(trained):
+    rows = {row["model"]: row for row in families.summary(driver(grid(), seconds=30, run_limit=50))}
+    assert rows["fast"]["final"].keys() == {"0", "1"}
+    assert rows["middle"]["final"] == {}
+    assert rows["middle"]["hours_left"] == round(2 * 4000 * 0.01 / 3600, 2)
+    assert rows["slow"]["reason"] == "a short run is longer than --run-minutes"
+    assert rows["slow"]["hours_left"] == round((2 * 1000 + 2 * 4000) * 0.1 / 3600, 2)
+    assert [run for model, run, _ in trained if model == "slow"] == ["probe"]
+
+
+def test_the_committed_grid_is_made_of_recipes():
+    values = yaml.safe_load(families.GRID.read_text())
+    for fields in values["models"].values():
+        build_recipe({**values["recipe"], "model": {**values["recipe"]["model"], **fields}})
+
+
+def test_an_unknown_model_is_refused():
+    with pytest.raises(UserError, match=r"--models: 'gpt' is none of minGRU, "):
+        families.read_grid(families.GRID, ["gpt"])
+
+
+@pytest.mark.slow
+def test_a_small_comparison(tmp_path: Path, monkeypatch, capsys):
+    corpus = tmp_path / "text.jsonl"
+    documents = [json.dumps({"text": f"{i} words and {i * i} more\n" * 9}) for i in range(60)]
+    corpus.write_text("\n".join(documents))
+    values = yaml.safe_load(families.GRID.read_text())
+    values |= {"tokens": 4000, "tuning_tokens": 1000, "learning_rates": [2e-3], "seeds": [0]}
+    values["recipe"]["model"] = {"num_hidden_layers": 1, "num_parameters": 60_000}
+    values["recipe"]["data"] = {"validation_tokens": 500, "validation_fraction": 0.1}
+    values["recipe"]["batch"] = {"readers": 1, "lanes": 2, "chunk": 50}
+    values["models"] = {"RWKV-4": {"cell": "rwkv4"}}
+    path = tmp_path / "grid.yaml"
+    path.write_text(yaml.safe_dump(values))
+    command = ["figures", "families", "--corpus", str(corpus), "--grid", str(path)]
+    command += ["--runs", str(tmp_path / "runs")]
+    for _ in range(2):  # the second call reads what the first has trained
+        main([*command, "--out", str(tmp_path / "out.json")])
+        rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+        assert [row["model"] for row in rows] == ["RWKV-4"]
+        assert all(1 < row["final"]["0"] < 8.5 and row["hours_left"] == 0 for row in rows), rows
+        monkeypatch.setattr(families.subprocess, "run", lambda *_, **__: pytest.fail("trained again"))
+    assert "RWKV-4" in capsys.readouterr().out
