@@ -1,5 +1,6 @@
 """Families in a recipe: sizes that meet a number of parameters, and errors before training."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,7 @@ from minrnn.common.errors import UserError
 from minrnn.pipeline import build_model, family_settings
 from minrnn.pipeline.export import model_config
 from minrnn.pipeline.families import registry
-from minrnn.pipeline.families.build import build_causal_lm, search_sizes
+from minrnn.pipeline.families.build import build_causal_lm, check_memory, search_sizes
 from minrnn.pipeline.families.sizes import TOLERANCE, NoSizeError, SizeRule, find_size, mlp
 from minrnn.pipeline.family_settings import with_sizes
 from minrnn.pipeline.recipe import build_recipe, check_unchanged, resolved_config
@@ -81,6 +82,16 @@ def test_ours_are_counted_whatever_the_block(cell: str, more: dict[str, Any]):
     assert abs(model.num_parameters() / 1.5e6 - 1) <= TOLERANCE
     assert config.cell == cell
     assert config.expansion_factor == more.get("expansion_factor", 1.5)
+
+
+@pytest.mark.parametrize("name", registry.FAMILIES)
+def test_one_line_of_the_documented_recipe_switches_the_family(name: str):
+    text = (Path(__file__).parents[2] / "docs" / "families.md").read_text()
+    values = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+    values["model"]["family"] = name
+    recipe = with_sizes(build_recipe(values), VOCAB)
+    assert recipe.model.sizes
+    assert recipe.batch.carry_state == (name in registry.CARRYING)
 
 
 def test_fields_of_the_user_are_kept():
@@ -204,6 +215,17 @@ def test_a_run_does_not_resume_with_another_family():
         UserError, match=r"model.family: is 'gru', but the run in run was started with 'minrnn'"
     ):
         check_unchanged(saved, build_recipe({"model": {"family": "gru"}}), "run")
+
+
+def test_a_model_that_does_not_fit_into_memory_is_refused(monkeypatch):
+    """As llama is without any size: it has that of the published model."""
+    monkeypatch.setattr("minrnn.pipeline.families.build.main_memory", lambda: 16 * 10**9)
+    config = registry.config_of("llama", {"num_hidden_layers": 32})
+    with pytest.raises(
+        UserError, match=r"model.family: this llama has 6,738,.* 27 GB in fp32, of 16 GB here"
+    ):
+        check_memory("llama", config)
+    check_memory("llama", registry.config_of("llama", {"num_hidden_layers": 2}))
 
 
 def test_a_missing_package_is_named(monkeypatch):
