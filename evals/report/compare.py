@@ -128,6 +128,11 @@ class PooledRuns:
     """
 
     @property
+    def limits(self) -> list[str]:
+        """What the model's family cannot do, e.g. carry a state (`model.limits`)."""
+        return self.config["model"].get("limits") or []
+
+    @property
     def seeds(self) -> list[Seed]:
         return [seed for seed, _ in self.runs]
 
@@ -211,7 +216,7 @@ def _label(group: Sequence[PooledRuns]) -> None:
     for pooled in group:
         model = pooled.config["model"]
         name = model.get("family") or CELLS.get(model.get("cell", ""), model.get("cell", "model"))
-        layers = model.get("num_hidden_layers")
+        layers = model.get("num_hidden_layers") or model.get("family_config", {}).get("num_hidden_layers")
         preset = f" ({model['preset']})" if model.get("preset") else ""
         pooled.label = f"{name}{preset}" + (f", {layers} layer{'s' if layers != 1 else ''}" if layers else "")
         pooled.label += f", {pooled.task}" if pooled.task else ""

@@ -82,6 +82,7 @@ def scores_table(source: ResultSource) -> str:
         )
     if not rows:
         raise ValueError("it holds no number")
-    return f"Model: {text(_model(source.data))}\n\n" + table(
+    limits = (source.data.get("config") or {}).get("limits") or []
+    return f"Model: {text('; '.join([_model(source.data), *limits]))}\n\n" + table(
         ["task", "metric", "value ± standard error", "shots", "how it was read"], rows
     )

@@ -165,8 +165,14 @@ def _setup_differences(experiment: Experiment, pooled: Sequence[PooledRuns]) -> 
     for runs in pooled:
         differing = differences(experiment, runs)
         setup = f"differs in {text('; '.join(differing))}" if differing else "set up as published"
-        lines.append(f"- {text(runs.label)}: {setup}")
+        lines.append(f"- {text(runs.label)}: {'; '.join([setup, *map(text, runs.limits)])}")
     return ["\n".join(lines)]
+
+
+def _limits(pooled: Sequence[PooledRuns]) -> list[str]:
+    """What the families of some runs cannot do, below a table without published numbers."""
+    lines = [f"- {text(runs.label)}: {text('; '.join(runs.limits))}" for runs in pooled if runs.limits]
+    return ["\n".join(lines)] if lines else []
 
 
 def _reference(name: str, quality: Quality) -> str:
@@ -213,7 +219,8 @@ def unpublished_table(pooled: Sequence[PooledRuns]) -> str:
     rows = [
         [text(runs.label), *(our_cell(runs, key) for key in metrics), *_run_cells(runs)] for runs in pooled
     ]
-    return table(["model", *(METRICS[key].title for key in metrics), *RUN_HEADER], rows)
+    header = ["model", *(METRICS[key].title for key in metrics), *RUN_HEADER]
+    return "\n\n".join([table(header, rows), *_limits(pooled)])
 
 
 def headline_rows(quality: Quality) -> list[list[str]]:

@@ -363,5 +363,6 @@ def main(argv: list[str]) -> None:
         steps = ", ".join(
             f"{seed.seed} ({seed.steps:,} of {seed.steps_asked:,} steps)" for seed in entry.seeds
         )
-        print(f"{entry.config['model'].get('cell')}, {entry.config['data']['corpus']}: seeds {steps}")
+        model = entry.config["model"]
+        print(f"{model.get('family') or model.get('cell')}, {entry.config['data']['corpus']}: seeds {steps}")
     print(f"{out} written")
