@@ -101,7 +101,7 @@ class DecodingWork:
         keep_freed_memory()
         self.device, self.steps, self.batch = torch.device(spec["device"]), spec["steps"], spec["batch"]
         torch.manual_seed(spec["seed"])
-        options = Options(spec["layers"], compiled=spec["compile"], decoding=True)
+        options = Options(spec["layers"], compiled=spec["compile"])
         model, size, count = build(spec["family"], spec["params"], options, self.device)
         model.to(DTYPES[spec["dtype"]]).eval()
         self.weights_bytes = tensor_bytes(model.parameters())

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from ...models import MinRNNConfig, MinRNNForCausalLM
 from ...pipeline.families import registry, sizes
 from ...pipeline.families.build import causal_lm
+from ...pipeline.families.limits import NO_DOCUMENTS, NO_STATE
 from ...pipeline.families.sizes import NoSizeError, Size, SizeRule
+from ...pipeline.loading import family_limits
 from .measure import Unavailable, peer_module
 
 VOCABULARY = 264
@@ -29,8 +31,6 @@ class Options:
 
     num_layers: int
     compiled: bool = False
-    decoding: bool = False
-    """For generation; xLSTM has a mode for it."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ FAMILIES: dict[str, Family] = {
     "llama": _peer("llama", lambda options: {"max_position_embeddings": 2**21}),
     "mamba": _peer("mamba", _mamba),
     "mamba2": _peer("mamba2"),
-    "xlstm": _peer("xlstm", lambda options: {"mode": "inference" if options.decoding else "train"}),
+    "xlstm": _peer("xlstm"),
     "gru": _peer("gru"),
     "lstm": _peer("lstm"),
 }
@@ -140,6 +140,13 @@ def build(family: str, target: int, options: Options, device: torch.device) -> t
     with torch.device(device):
         model = FAMILIES[family].build(size, options)
     return model, size, count
+
+
+def limits(model: nn.Module) -> list[str]:
+    """What a peer cannot do with documents and states, in the words of `model.limits`; measured."""
+    if not isinstance(model, transformers.PreTrainedModel):
+        return [NO_STATE, NO_DOCUMENTS]  # as it is called here
+    return family_limits(model)
 
 
 def compute_logits(model: nn.Module, tokens: Tensor) -> Tensor:

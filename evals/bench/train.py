@@ -30,7 +30,7 @@ from ...pipeline.machine import keep_freed_memory, training_flops_per_token
 from ..memory import current_memory, peak_memory, release_memory, reset_peak_memory, synchronize, tensor_bytes
 from ..output import si, table
 from .command import Settings, parse_counts
-from .language_models import FAMILIES, OURS, Options, build, compute_logits, find_size, kernel_names
+from .language_models import FAMILIES, OURS, Options, build, compute_logits, find_size, kernel_names, limits
 from .language_models import PEERS as PEERS
 from .measure import DTYPES, Stopwatch, Unavailable, ceiling_rows, default_ceilings, without_preparation
 from .record import Record
@@ -166,6 +166,7 @@ class TrainingWork:
             "width": size[0],
             "fine": size[1],
             "kernels": kernel_names(spec["family"], spec["compile"]),
+            "limits": limits(self.model),
         }
 
     def step(self) -> None:

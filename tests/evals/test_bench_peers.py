@@ -83,7 +83,7 @@ def test_the_default_size_has_width_384():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_step_after_reading_equals_reading_all_tokens(family: str):
     try:
-        model, _, _ = build(family, 400_000, Options(2, decoding=True), CPU)
+        model, _, _ = build(family, 400_000, Options(2), CPU)
     except Unavailable as error:
         pytest.skip(str(error))
     torch.manual_seed(1)
@@ -100,7 +100,7 @@ def test_a_step_after_reading_equals_reading_all_tokens(family: str):
 
 
 def test_a_llama_with_a_fake_state_has_its_whole_context():
-    model, _, _ = build("llama", 400_000, Options(2, decoding=True), CPU)
+    model, _, _ = build("llama", 400_000, Options(2), CPU)
     decoder = make_decoder("llama", model.eval(), 1, max_steps=4)
     with torch.inference_mode():
         decoder.set_fake_state(50)
