@@ -15,7 +15,8 @@ from ..models.recompute import checkpointing_options
 from . import checkpoint
 from .config import Recipe
 from .families.adapter import FamilyModel
-from .families.build import CARRYING, adapt, build_causal_lm, training_config
+from .families.build import CARRYING, adapt, build_causal_lm, check_memory, training_config
+from .families.registry import OURS
 from .folder import RunFolder
 from .loading import read_weights
 from .machine import compile_error
@@ -56,6 +57,8 @@ def build_model(
     """
     torch.manual_seed(recipe.run.seed)
     name = recipe.model.family
+    if name != OURS:
+        check_memory(name, config)
     inner: Any = build_causal_lm(name, training_config(name, config))
     nn.Module.to(inner, DTYPES["fp64" if recipe.train.precision == "fp64" else "fp32"])
     # New weights are measured, so that a resumed run measures the same.

@@ -16,9 +16,9 @@ tags: [minrnn, {cell}]
 
 # {name}
 
-A minimal recurrent language model ({cell}, {parameters:,} parameters), \
+{introduction} ({cell}, {parameters:,} parameters), \
 pretrained with `minrnn` on `{corpus}`: {tokens:,} tokens{score}.
-Its state has a fixed size, so time and memory per token do not grow with the context.
+{note}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -35,26 +35,53 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=200, do_sample=Tr
 {config}```
 """
 
+RECURRENT = (
+    "A minimal recurrent language model",
+    "Its state has a fixed size, so time and memory per token do not grow with the context.",
+)
+OTHER = ("A language model", "It is a model of `transformers`, and needs no code of `minrnn`.")
 
-def model_card(name: str, cell: str, parameters: int, tokens: int, score: str, config: dict[str, Any]) -> str:
+
+def model_card(
+    name: str,
+    cell: str,
+    parameters: int,
+    tokens: int,
+    score: str,
+    config: dict[str, Any],
+    has_state: bool = True,
+) -> str:
     """The text of a model card.
 
     Args:
+        cell: our cell, or the family.
         tokens: number of tokens that the model was trained on.
         score: a validation result, as a clause for the first sentence.
         config: the resolved recipe; what must not be published is removed.
+        has_state: whether the model has a state of fixed size.
     """
     published = public_config(config)
     corpus = published["data"]["corpus"]
     sections = {section: fields for section, fields in published.items() if section != "tracking"}
     text = yaml.safe_dump(sections, sort_keys=False)
+    introduction, note = RECURRENT if has_state else OTHER
     return CARD.format(
-        name=name, cell=cell, parameters=parameters, corpus=corpus, tokens=tokens, score=score, config=text
+        name=name,
+        cell=cell,
+        parameters=parameters,
+        corpus=corpus,
+        tokens=tokens,
+        score=score,
+        config=text,
+        introduction=introduction,
+        note=note,
     )
 
 
 def is_card(text: str) -> bool:
-    """Whether a text is exactly what `model_card` makes for some model, without changes by hand."""
-    pattern = re.sub(r"\\\{config\\\}", lambda _: r"(?:(?!```)[\s\S])*", re.escape(CARD))
+    """Whether a text is exactly what `model_card` makes for some recurrent model, without changes by hand."""
+    introduction, note = RECURRENT
+    card = CARD.replace("{introduction}", introduction).replace("{note}", note)
+    pattern = re.sub(r"\\\{config\\\}", lambda _: r"(?:(?!```)[\s\S])*", re.escape(card))
     pattern = re.sub(r"\\\{[\w:,]+\\\}", ".*", pattern)
     return re.fullmatch(pattern, text) is not None

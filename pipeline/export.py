@@ -58,7 +58,8 @@ def export_model(
     )
     name = folder.resolve().parent.name if folder.name == "model" else folder.name
     kind = getattr(model.config, "cell", model.config.model_type)
-    text = card.model_card(name, kind, model.num_parameters(), tokens, score, config)
+    has_state = isinstance(model, MinRNNForCausalLM)
+    text = card.model_card(name, kind, model.num_parameters(), tokens, score, config, has_state)
 
     def write(staged: Path) -> None:
         model.save_pretrained(staged, max_shard_size=NO_SHARDS)

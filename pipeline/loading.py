@@ -18,7 +18,15 @@ from ..models.dtypes import DTYPES
 from .families.build import causal_lm
 from .families.limits import abilities
 from .families.registry import family_names
-from .machine import CHOICES, choose_precision, device_name, measure_rates, resolve_device, supports
+from .machine import (
+    CHOICES,
+    choose_precision,
+    device_name,
+    main_memory,
+    measure_rates,
+    resolve_device,
+    supports,
+)
 
 OWN_CONFIGS: dict[str, Any] = {"minrnn": MinRNNConfig, "torch_rnn": TorchRNNConfig}
 # Fields of config.json that transformers adds.
@@ -232,17 +240,9 @@ def _check_size(name: str, config: Any, key: str) -> None:
                 key, f"{name} is larger than can be counted, by its config.json; is it of this model?"
             ) from None
     needed = 4 * (sizes[0] + (config.num_hidden_layers - 1) * (sizes[1] - sizes[0]))
-    if (memory := _main_memory()) is not None and needed > memory:
+    if (memory := main_memory()) is not None and needed > memory:
         message = (
             f"{name} needs {needed / 1e9:,.0f} GB for weights in fp32, by its config.json, "
             f"of {memory / 1e9:,.0f} GB here"
         )
         raise UserError(key, f"{message}; is that config.json of this model?")
-
-
-def _main_memory() -> int | None:
-    """Bytes of main memory; None if the system does not report it."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None

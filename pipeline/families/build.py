@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ...common.errors import UserError
+from ..machine import main_memory
 from .adapter import FamilyModel
 from .limits import abilities
 from .registry import CARRYING, FAMILIES, OURS, canonical, config_of, family
@@ -40,6 +41,22 @@ def build_causal_lm(name: str, config: PreTrainedConfig) -> PreTrainedModel:
             "model.tie_word_embeddings", f"{name} cannot tie its head to the embedding; use false"
         )
     return model
+
+
+def check_memory(name: str, config: PreTrainedConfig) -> None:
+    """Refuse weights that are larger than the machine's memory, before they are allocated.
+
+    A family of transformers has the size of its published model where nothing is set.
+
+    Raises:
+        UserError: they are, or the model cannot be built.
+    """
+    with torch.device("meta"):
+        number = sum(parameter.numel() for parameter in build_causal_lm(name, config).parameters())
+    if (memory := main_memory()) is not None and 4 * number > memory:
+        size = f"{4 * number / 1e9:,.0f} GB in fp32, of {memory / 1e9:,.0f} GB here"
+        advice = "set model.num_parameters and model.num_hidden_layers, or its sizes"
+        raise UserError("model.family", f"this {name} has {number:,} parameters, {size}; {advice}")
 
 
 def _line(error: Exception) -> str:
@@ -121,4 +138,12 @@ def _catching(name: str, count: Callable[[Size], int]) -> Callable[[Size], int]:
     return counted
 
 
-__all__ = ["CARRYING", "adapt", "build_causal_lm", "causal_lm", "search_sizes", "training_config"]
+__all__ = [
+    "CARRYING",
+    "adapt",
+    "build_causal_lm",
+    "causal_lm",
+    "check_memory",
+    "search_sizes",
+    "training_config",
+]

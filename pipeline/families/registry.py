@@ -100,8 +100,8 @@ FAMILIES: dict[str, Family] = {
     "falcon_mamba": Family("Falcon Mamba", SizeRule(1, None), _width, _mambapy),
     "mamba2": Family("Mamba-2", SizeRule(16, lambda width: (64, 128, 256, 8)), _mamba2),
     "recurrent_gemma": Family("RecurrentGemma", SizeRule(HEAD, mlp(3.0, step=16)), _recurrent_gemma),
-    # The cache of transformers 5.23 needs a width of a multiple of 128.
-    "xlstm": Family("xLSTM (mLSTM)", SizeRule(128, mlp(8 / 3)), _xlstm),
+    # The cache of transformers 5.23 needs a width that is a multiple of 128, so widths are far apart.
+    "xlstm": Family("xLSTM (mLSTM)", SizeRule(128, mlp(8 / 3, smallest=0.25, largest=3.0)), _xlstm),
 }
 
 

@@ -32,11 +32,13 @@ class NoSizeError(ValueError):
     """No size has the target number of parameters; the message names the nearest."""
 
 
-def mlp(ratio: float, step: int = 8) -> Callable[[int], tuple[int, int, int, int]]:
-    """The fine size of an MLP, around `ratio` times the width."""
+def mlp(
+    ratio: float, step: int = 8, smallest: float = 0.5, largest: float = 2.0
+) -> Callable[[int], tuple[int, int, int, int]]:
+    """The fine size of an MLP: from `smallest` to `largest` times the recommended `ratio` times the width."""
 
     def bounds(width: int) -> tuple[int, int, int, int]:
-        minimum, maximum = step * int(0.5 * ratio * width / step), step * int(2 * ratio * width / step)
+        minimum, maximum = (step * int(part * ratio * width / step) for part in (smallest, largest))
         return max(minimum, step), int(ratio * width), max(maximum, 2 * step), step
 
     return bounds
