@@ -154,13 +154,12 @@ class BoundedScans:
         y, last, entering = context_scan(scan, self.group, matrix, q, k, v, log_decay)
         return Scanned(y, last.flatten(1), entering.flatten(1))
 
-    @torch.no_grad()
     def max_plus(self, w: Tensor, key: Tensor, m0: Tensor | None) -> Scanned:
-        """A running maximum that falls by w from token to token.
+        """A running maximum that falls by w from token to token, as a constant.
 
         w [W] or [B, T, W], key [B, T, W] fp32, m0 [B, W].
         """
-        w = w.expand(key.shape)
+        w, key = w.detach().expand(key.shape), key.detach()
         if self.boundaries.document_starts is not None:
             w = w.masked_fill(self.boundaries.document_starts.unsqueeze(-1), -EMPTY)
         if (padding := self.padding(key)) is not None:

@@ -2,7 +2,8 @@
 
 A cell that sums exp(k_t) keeps its sums divided by exp(m_t), so that nothing overflows. The sums themselves
 do not depend on m, so no gradient flows through it. As in scan_torch.py, about sqrt(T) blocks of about
-sqrt(T) tokens replace one long loop by two short ones.
+sqrt(T) tokens replace one long loop by two short ones. It is one operator, whose loops `torch.compile` does
+not trace.
 """
 
 import math
@@ -10,17 +11,15 @@ import math
 import torch
 from torch import Tensor
 
+from .operators import define
+
 EMPTY = -1e30  # the maximum of nothing; finite, so that differences of two are no NaN
 
 
-def max_plus_scan(w: Tensor, key: Tensor, m0: Tensor) -> tuple[Tensor, Tensor]:
-    """w, key [batch, time, width], m0 [batch, width] -> m [batch, time, width], the last m [batch, width].
-
-    w >= 0; -EMPTY where a document starts.
-    """
+def _scan(w: Tensor, key: Tensor, m0: Tensor) -> tuple[Tensor, Tensor]:
     batch, time, width = key.shape
     if time == 0:
-        return torch.empty_like(key), m0.clone()
+        return key.new_empty(key.shape), m0.clone()
     block = math.isqrt(time - 1) + 1
     num_blocks = -(-time // block)
     fold, tail = (batch, num_blocks, block, width), (0, 0, 0, num_blocks * block - time)
@@ -35,3 +34,18 @@ def max_plus_scan(w: Tensor, key: Tensor, m0: Tensor) -> tuple[Tensor, Tensor]:
         torch.maximum(local[:, k - 1, -1], carry[:, k - 1] - fall[:, k - 1, -1], out=carry[:, k])
     m = torch.maximum(local, carry.unsqueeze(2) - fall).view(batch, num_blocks * block, width)[:, :time]
     return m.contiguous(), m[:, -1].clone()
+
+
+def _fake_scan(w: Tensor, key: Tensor, m0: Tensor) -> tuple[Tensor, Tensor]:
+    return key.new_empty(key.shape), m0.new_empty(m0.shape)
+
+
+_operator = define("max_plus_scan", _scan, _fake_scan)
+
+
+def max_plus_scan(w: Tensor, key: Tensor, m0: Tensor) -> tuple[Tensor, Tensor]:
+    """w, key [batch, time, width], m0 [batch, width] -> m [batch, time, width], the last m [batch, width].
+
+    w >= 0; -EMPTY where a document starts. The arguments must not require a gradient.
+    """
+    return _operator(w, key, m0)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import assert_close, generator, new_model, random_ids
+from helpers import assert_close, assert_same_gradients, generator, gradients, new_model, random_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive_cells import GATES, NAIVE, UNSCALED, from_pairs, leaky, to_pairs
@@ -149,6 +149,19 @@ def test_phases_do_not_lose_precision_with_the_length():
     assert ((h[0, -1, :3].double() - exact.cos()).abs() < 2 * math.pi * rounding + 1e-5).all()
     step = rotating_scan(torch.ones(1, 1, 3), theta, torch.zeros(1, 1, 6), h[:, -2])[0]
     assert_close(step[0, 0], h[0, -1], atol=1e-6, name="from token to token")
+
+
+@published
+@pytest.mark.slow
+def test_compiles_without_a_graph_break(name):
+    torch.compiler.reset()  # of the blocks of other cells, which count towards the limit of recompilations
+    model, ids = new_model(cell=name).train(), random_ids(2, 40)
+    loss = model(ids, labels=ids).loss
+    expected = gradients(model, loss)
+    model.model.compile(fullgraph=True, backend="aot_eager")
+    compiled_loss = model(ids, labels=ids).loss
+    assert_close(compiled_loss, loss, atol=1e-6)
+    assert_same_gradients(gradients(model, compiled_loss), expected, atol=1e-5)
 
 
 @published
