@@ -42,10 +42,13 @@ class Settings:
         """Check the minimum of a number."""
         self.errors += minimum_errors(key, value, least)
 
-    def choices(self, key: str, text: str, allowed: Sequence[str]) -> tuple[str, ...]:
-        """Parse names separated by commas; `all` and `none` stand for all and none of the allowed ones."""
+    def choices(
+        self, key: str, text: str, usual: Sequence[str], others: Sequence[str] = ()
+    ) -> tuple[str, ...]:
+        """Parse names separated by commas; `all` stands for the usual ones, `none` for none."""
+        allowed = (*usual, *others)
         if text in ("all", "none"):
-            return tuple(allowed) if text == "all" else ()
+            return tuple(usual) if text == "all" else ()
         chosen = tuple(word.strip() for word in text.split(",") if word.strip())
         for word in chosen:
             if word not in allowed:
@@ -96,6 +99,8 @@ def _count(settings: Settings, key: str, word: str) -> int:
 def _parser(kind: str) -> argparse.ArgumentParser:
     module = importlib.import_module(f".{kind}", __package__)
     epilog = f"examples:\n{module.EXAMPLES.rstrip()}\n\npeers: {', '.join(module.PEERS)}"
+    if others := getattr(module, "OTHER_PEERS", ()):
+        epilog += f"; by name only: {', '.join(others)}"
     parser = new_parser(f"minrnn bench {kind}", module.DESCRIPTION, epilog)
     module.add_arguments(parser)
     parser.add_argument(
@@ -144,7 +149,9 @@ def parse(kind: str, argv: Sequence[str]) -> argparse.Namespace:
     module = importlib.import_module(f".{kind}", __package__)
     arguments = _parser(kind).parse_args(argv)
     settings = Settings()
-    arguments.peers = settings.choices("--peers", arguments.peers, module.PEERS)
+    arguments.peers = settings.choices(
+        "--peers", arguments.peers, module.PEERS, getattr(module, "OTHER_PEERS", ())
+    )
     for name, least in (("rounds", 1), ("min_seconds", 0), ("limit", 0)):
         settings.at_least(f"--{name.replace('_', '-')}", getattr(arguments, name), least)
     if arguments.threads is None:

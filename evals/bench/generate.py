@@ -25,7 +25,7 @@ from ..memory import current_memory, peak_memory, release_memory, reset_peak_mem
 from ..output import si, table
 from .command import Settings, parse_counts
 from .decoders import Decoder, make_decoder
-from .language_models import FAMILIES, OURS, Options, build, kernel_names
+from .language_models import FAMILIES, Options, build, is_ours, kernel_names
 from .language_models import PEERS as PEERS
 from .measure import DTYPES, Stopwatch, ceiling_rows, default_ceilings, without_preparation
 from .record import Record
@@ -129,10 +129,10 @@ class DecodingWork:
 
     def _read(self, spec: Mapping[str, Any]) -> dict[str, Any]:
         """Read the context up to the limit for this family; returns tokens per second and peak memory."""
-        is_ours, rows, context = spec["family"] in OURS, self.batch, spec["context"]
-        is_complete = is_ours and rows * context <= spec["read_ours"]
+        ours, rows, context = is_ours(spec["family"]), self.batch, spec["context"]
+        is_complete = ours and rows * context <= spec["read_ours"]
         length = context if is_complete else max(1, min(context, spec["read"] // rows))
-        piece = max(1, min(length, spec["prefill"] // rows)) if is_ours else length
+        piece = max(1, min(length, spec["prefill"] // rows)) if ours else length
         tokens = torch.randint(256, (rows, piece), device=self.device)
         self.decoder.read(tokens)  # warm-up
         self.decoder.reset()
@@ -314,7 +314,7 @@ def measure_context(
         if timings[name].seconds:
             row["tokens_per_second"] = batch / timings[name].median
         rows.append(row)
-    first = next((row.get("tokens_per_second") for row in rows if row["contender"] in OURS), None)
+    first = next((row.get("tokens_per_second") for row in rows if is_ours(row["contender"])), None)
     for row in rows:
         if first and "tokens_per_second" in row:
             row["of_ours"] = row["tokens_per_second"] / first

@@ -15,6 +15,7 @@ import transformers
 from torch import Tensor, nn
 
 from ...models import MinRNNConfig, MinRNNForCausalLM
+from ...models.registry import CELLS
 from ...pipeline.families import registry, sizes
 from ...pipeline.families.build import causal_lm
 from ...pipeline.families.limits import NO_DOCUMENTS, NO_STATE
@@ -66,12 +67,14 @@ def _minrnn(cell: str) -> Family:
     def build(size: Size, options: Options) -> nn.Module:
         return MinRNNForCausalLM(MinRNNConfig(**_common(options), **family.fields(size), cell=cell))
 
-    return Family(f"min{cell.removeprefix('min').upper()} (ours)", build, family.rule)
+    name = f"min{cell.removeprefix('min').upper()}" if cell.startswith("min") else cell
+    return Family(f"{name} (ours)", build, family.rule)
 
 
 def _peer(name: str, more: Callable[[Options], dict[str, Any]] = lambda options: {}) -> Family:
     """A family of `model.family`, with fields of its configuration for the bench."""
-    family = registry.FAMILIES[name]
+    family = registry.family(name)
+    assert family is not None, f"{name} has a width"
 
     def build(size: Size, options: Options) -> nn.Module:
         fields = {**_common(options), **family.fields(size), **more(options)}
@@ -115,6 +118,15 @@ FAMILIES: dict[str, Family] = {
 }
 OURS = ("minrnn", "minrnn-minlstm")
 PEERS = tuple(name for name in FAMILIES if name not in OURS)
+OTHER_OURS = tuple(f"minrnn-{cell}" for cell in CELLS if cell not in ("mingru", "minlstm"))
+OTHER_PEERS = ("rwkv", "recurrent_gemma")  # loop over time in Python: only where they are named
+FAMILIES |= {name: _minrnn(name.removeprefix("minrnn-")) for name in OTHER_OURS}
+FAMILIES |= {name: _peer(name) for name in OTHER_PEERS}
+
+
+def is_ours(family: str) -> bool:
+    """Whether a contender is one of our models."""
+    return family in (*OURS, *OTHER_OURS)
 
 
 @cache
@@ -161,4 +173,4 @@ def kernel_names(family: str, compiled: bool) -> str:
     """The implementation of its recurrence that a family uses here."""
     if family == "minGRU-pytorch":
         return "log-space scan"
-    return registry.kernel_names(registry.OURS if family in OURS else family, compiled)
+    return registry.kernel_names(registry.OURS if is_ours(family) else family, compiled)

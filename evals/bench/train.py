@@ -30,7 +30,19 @@ from ...pipeline.machine import keep_freed_memory, training_flops_per_token
 from ..memory import current_memory, peak_memory, release_memory, reset_peak_memory, synchronize, tensor_bytes
 from ..output import si, table
 from .command import Settings, parse_counts
-from .language_models import FAMILIES, OURS, Options, build, compute_logits, find_size, kernel_names, limits
+from .language_models import (
+    FAMILIES,
+    OTHER_OURS,
+    OURS,
+    Options,
+    build,
+    compute_logits,
+    find_size,
+    is_ours,
+    kernel_names,
+    limits,
+)
+from .language_models import OTHER_PEERS as OTHER_PEERS
 from .language_models import PEERS as PEERS
 from .measure import DTYPES, Stopwatch, Unavailable, ceiling_rows, default_ceilings, without_preparation
 from .record import Record
@@ -60,7 +72,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--layers", type=int, default=6, help="layers of every model (default: %(default)s)")
     parser.add_argument(
-        "--cells", default="minrnn", help=f"which of our models: {','.join(OURS)} (default: %(default)s)"
+        "--cells",
+        default="minrnn",
+        help=f"which of our models: {', '.join(OURS)}, or minrnn-CELL (default: %(default)s)",
     )
     text = (
         "of autocast in training, of weights and activations in decoding; "
@@ -83,7 +97,7 @@ def resolve_model(arguments: argparse.Namespace, settings: Settings) -> None:
         arguments.params = 1
     settings.at_least("--params", arguments.params, 1)
     settings.at_least("--layers", arguments.layers, 1)
-    arguments.cells = settings.choices("--cells", arguments.cells, OURS)
+    arguments.cells = settings.choices("--cells", arguments.cells, OURS, OTHER_OURS)
     if not settings.errors:
         for family in arguments.cells:
             try:
@@ -145,7 +159,7 @@ class TrainingWork:
         self.device, self.dtype = torch.device(spec["device"]), DTYPES[spec["dtype"]]
         self.min_seconds = spec["min_seconds"]
         self.batch, self.length, self.chunk = spec["batch"], spec["length"], spec["chunk"]
-        self.is_ours = spec["family"] in OURS
+        self.is_ours = is_ours(spec["family"])
         if self.device.type == "cpu" and not spec.get("rehearsal"):
             # memory that libraries allocate once (compilers, thread pools) is not counted
             TrainingWork({**spec, "rehearsal": True, "batch": 1, "length": min(64, self.length)}).step()
@@ -317,7 +331,7 @@ def measure_length(
                 rate * training_flops_per_token(row["parameters"]) / matmul if matmul else None
             )
         rows.append(row)
-    first = next((row.get("tokens_per_second") for row in rows if row["contender"] in OURS), None)
+    first = next((row.get("tokens_per_second") for row in rows if is_ours(row["contender"])), None)
     for row in rows:
         if first and "tokens_per_second" in row:
             row["of_ours"] = row["tokens_per_second"] / first
