@@ -36,7 +36,7 @@ def measure_family(recipe: Recipe, vocab_size: int) -> FamilySize:
     import torch
     from torch import nn
 
-    from ..pipeline.families.build import build_causal_lm
+    from ..pipeline.families.build import build_causal_lm, num_parameters
     from ..pipeline.families.registry import config_of
 
     name, special = recipe.model.family, dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
@@ -48,8 +48,7 @@ def measure_family(recipe: Recipe, vocab_size: int) -> FamilySize:
     outer = {*embeddings, *(head.parameters() if isinstance(head, nn.Module) else ())}
     number = sum(parameter.numel() for parameter in outer)
     looked_up = sum(weight.numel() for weight in embeddings if head is None or weight is not head.weight)
-    total = sum(parameter.numel() for parameter in model.parameters())
-    return FamilySize({"embeddings and head": number, "layers": total - number}, looked_up)
+    return FamilySize({"embeddings and head": number, "layers": num_parameters(model) - number}, looked_up)
 
 
 def family_memory_table(

@@ -15,11 +15,11 @@ from ..models import MinRNNForCausalLM
 from ..models.dtypes import DTYPES
 from . import card
 from .checkpoint import checkpoint_name, load_parameters, newest_valid, read_manifest
-from .config import saved_fields
 from .export_folder import check_export, write_export
 from .families.build import build_causal_lm
 from .families.decoding import FamilyDecoder
 from .families.registry import OURS, config_of
+from .model_section import saved_fields
 
 TEMPERATURE = 0.8  # of samples
 NO_SHARDS = "100TB"  # max_shard_size, so that the weights are one file

@@ -15,10 +15,11 @@ from pydantic import ValidationError
 from ..common.errors import UserError
 from ..common.files import user_path
 from ..common.names import did_you_mean, nearest_names
-from .config import SECTIONS, Recipe, docstring_of
+from .config import SECTIONS, Recipe
 from .families.registry import OURS
 from .family_settings import family_errors, without_carried_state
 from .public import config_without_credentials
+from .section import docstring_of
 
 # Settings that may change on resume, because they do not affect the losses. parallel.context affects them
 # only with dropout (`free_on_resume`).

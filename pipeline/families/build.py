@@ -1,7 +1,6 @@
 """Configuration, size and model of any family, from the fields of a recipe."""
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from ..machine import main_memory
 from .adapter import FamilyModel
 from .limits import abilities
 from .registry import CARRYING, FAMILIES, OURS, canonical, config_of, family
-from .sizes import NoSizeError, Size, SizeRule, find_size
+from .sizes import InvalidSizeError, NoSizeError, Size, SizeRule, find_size
 
 
 def causal_lm(config: PreTrainedConfig) -> PreTrainedModel:
@@ -31,7 +30,7 @@ def build_causal_lm(name: str, config: PreTrainedConfig) -> PreTrainedModel:
     try:
         model = causal_lm(config)
     except ImportError as error:
-        raise UserError("model.family", f"{name} needs a package: {' '.join(str(error).split())}") from None
+        raise UserError("model.family", _missing(name, error)) from None
     except Exception as error:  # each model raises its own
         raise UserError("model.family_config", f"{name} cannot be built: {_line(error)}") from None
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
@@ -52,7 +51,7 @@ def check_memory(name: str, config: PreTrainedConfig) -> None:
         UserError: they are, or the model cannot be built.
     """
     with torch.device("meta"):
-        number = sum(parameter.numel() for parameter in build_causal_lm(name, config).parameters())
+        number = num_parameters(build_causal_lm(name, config))
     if (memory := main_memory()) is not None and 4 * number > memory:
         size = f"{4 * number / 1e9:,.0f} GB in fp32, of {memory / 1e9:,.0f} GB here"
         advice = "set model.num_parameters and model.num_hidden_layers, or its sizes"
@@ -102,40 +101,43 @@ def search_sizes(name: str, target: int, fields: dict[str, Any], vocab_size: int
     assert known is not None, "checked with the recipe"
     rule = known.rule
     if name == OURS and fields.get("intermediate_size") == 0:
-        rule = SizeRule(1, None)  # there is no MLP
+        rule = SizeRule(8, None, finest_step=1)  # there is no MLP
+    special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
 
     def fields_of(size: Size) -> dict[str, Any]:
         own = canonical(name, known.fields(size))
         return {field: value for field, value in own.items() if field not in fields}
 
-    special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-
     def count(size: Size) -> int:
-        config = config_of(name, {**fields, **fields_of(size), **special, "vocab_size": vocab_size})
-        with torch.device("meta"):
-            return sum(parameter.numel() for parameter in build_causal_lm(name, config).parameters())
+        try:
+            config = config_of(name, {**fields, **fields_of(size), **special, "vocab_size": vocab_size})
+            return num_parameters(causal_lm(config))
+        except ImportError:
+            raise
+        except Exception as error:  # each configuration and model raises its own
+            raise InvalidSizeError(f"of width {size[0]} cannot be built: {_line(error)}") from None
 
     num_layers = getattr(config_of(name, fields), "num_hidden_layers", None)
     label = f"{name} of {num_layers} layers" if isinstance(num_layers, int) else name
     try:
-        size, _ = find_size(label, rule, _catching(name, count), target)
+        with torch.device("meta"):
+            size, _ = find_size(label, rule, count, target)
+    except ImportError as error:
+        raise UserError("model.family", _missing(name, error)) from None
     except NoSizeError as error:
         raise UserError("model.num_parameters", f"{error}; change it, or model.num_hidden_layers") from None
+    except InvalidSizeError as error:
+        raise UserError("model.family_config", f"{name} {error}") from None
     return fields_of(size)
 
 
-def _catching(name: str, count: Callable[[Size], int]) -> Callable[[Size], int]:
-    """Errors of a configuration at some size, as errors of the user."""
+def num_parameters(model: nn.Module) -> int:
+    """Number of parameters; shared ones are counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())
 
-    def counted(size: Size) -> int:
-        try:
-            return count(size)
-        except UserError:
-            raise
-        except Exception as error:
-            raise UserError("model.family_config", f"{name} of width {size[0]}: {_line(error)}") from None
 
-    return counted
+def _missing(name: str, error: ImportError) -> str:
+    return f"{name} needs a package: {' '.join(str(error).split())}"
 
 
 __all__ = [
@@ -144,6 +146,7 @@ __all__ = [
     "build_causal_lm",
     "causal_lm",
     "check_memory",
+    "num_parameters",
     "search_sizes",
     "training_config",
 ]

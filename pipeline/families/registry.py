@@ -92,7 +92,7 @@ def _mambapy() -> dict[str, Any]:
 
 
 FAMILIES: dict[str, Family] = {
-    OURS: Family("minGRU (ours)", SizeRule(32, mlp(2.0)), _width_and_mlp),
+    OURS: Family("minGRU (ours)", SizeRule(32, mlp(2.0), finest_step=8), _width_and_mlp),
     "gru": Family("nn.GRU", SizeRule(1, None), _width),
     "lstm": Family("nn.LSTM", SizeRule(1, None), _width),
     "llama": Family("Llama, SDPA", SizeRule(HEAD, mlp(8 / 3)), _llama),

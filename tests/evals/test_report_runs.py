@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
-from report_helpers import make_results, make_run
+from report_helpers import make_results, make_run, report, rows
 
 from minrnn.common.errors import UserError
 from minrnn.evals.report import runs
@@ -93,3 +93,15 @@ def test_each_user_error_of_results_is_one_line(tmp_path: Path, capsys):
         assert len(messages.splitlines()) == 1
     runs.main([str(parity), "--as", "partiy", "--out", str(tmp_path / "out.json")])
     assert "nothing is published as partiy (did you mean parity?)" in capsys.readouterr().err
+
+
+def test_what_a_family_cannot_do_stands_below_its_numbers(tmp_path: Path):
+    run = make_run(tmp_path / "run", "quickstart", 0, losses=[2.0, 1.5])
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    limits = ["no state is carried from chunk to chunk", "documents in a chunk are not separated"]
+    config["model"] = {"family": "mamba2", "family_config": {"num_hidden_layers": 4}, "limits": limits}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    runs.main([str(run), "--as", "families", "--out", str(tmp_path / "results" / "families.json")])
+    markdown = report(tmp_path / "results", out=tmp_path / "out")
+    assert rows(markdown, "mamba2, 4 layers")
+    assert f"- mamba2, 4 layers: {'; '.join(limits)}" in markdown

@@ -1,5 +1,7 @@
 """Families in a recipe: sizes that meet a number of parameters, and errors before training."""
 
+import itertools
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,11 +13,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minrnn.common.errors import UserError
+from minrnn.models.minimal_cells import MinimalMixer
+from minrnn.models.registry import CELLS
 from minrnn.pipeline import build_model, family_settings
 from minrnn.pipeline.export import model_config
 from minrnn.pipeline.families import registry
 from minrnn.pipeline.families.build import build_causal_lm, check_memory, search_sizes
-from minrnn.pipeline.families.sizes import TOLERANCE, NoSizeError, SizeRule, find_size, mlp
+from minrnn.pipeline.families.sizes import (
+    TOLERANCE,
+    InvalidSizeError,
+    NoSizeError,
+    Size,
+    SizeRule,
+    find_size,
+    mlp,
+)
 from minrnn.pipeline.family_settings import with_sizes
 from minrnn.pipeline.recipe import build_recipe, check_unchanged, resolved_config
 
@@ -29,34 +41,51 @@ def errors_of(values: dict[str, Any]) -> list[str]:
     return str(raised.value).splitlines()
 
 
-@given(
-    st.integers(10_000, 10**9),
-    st.sampled_from([SizeRule(64, mlp(8 / 3)), SizeRule(32, mlp(2.0)), SizeRule(1, None)]),
-    st.integers(1, 24),
-)
-def test_a_size_is_within_two_percent_or_the_nearest_is_named(target: int, rule: SizeRule, layers: int):
-    def count(size: tuple[int, int]) -> int:
+RULES = [
+    SizeRule(64, mlp(8 / 3)),
+    SizeRule(32, mlp(2.0), finest_step=8),
+    SizeRule(8, None, finest_step=1),
+    SizeRule(1, None),
+]
+
+
+def distance_to_target(rule: SizeRule, count: Callable[[Size], int], width: int, target: int) -> float:
+    """How far the sizes of a width are from the target, if the fine size could be any number."""
+    low, high = (0, 0) if rule.fine is None else rule.fine(width)[::2][:2]
+    return abs(min(max(target, count((width, low))), count((width, high))) - target)
+
+
+@given(st.integers(10_000, 10**9), st.sampled_from(RULES), st.integers(1, 24), st.sampled_from([1, 2, 3, 5]))
+def test_a_size_is_within_two_percent_or_the_nearest_is_named(
+    target: int, rule: SizeRule, layers: int, period: int
+):
+    """Widths that are no multiple of `period` are not valid."""
+
+    def number_of(size: Size) -> int:
         width, fine = size
         return 264 * width + layers * (4 * width**2 + 3 * width * fine)
 
+    def count(size: Size) -> int:
+        if size[0] % period:
+            raise InvalidSizeError(f"of width {size[0]}")
+        return number_of(size)
+
+    message = ""
     try:
         size, number = find_size("model", rule, count, target)
     except NoSizeError as error:
-        # No size of the rule meets the target, by brute force around it.
-        widths = range(rule.step, 64 * rule.step + 1, rule.step)
-        bounds = [(0, 0, 0, 1) if rule.fine is None else rule.fine(width) for width in widths]
-        nearest = min(
-            abs(min(max(target, count((width, low))), count((width, high))) - target)
-            for width, (low, _, high, _) in zip(widths, bounds, strict=True)
-        )
-        assert rule.fine is None or nearest > TOLERANCE * target / 2
         message = str(error)
     else:
-        assert number == count(size)
+        assert number == number_of(size)
         assert abs(number - target) <= TOLERANCE * target
-        assert size[0] % rule.step == 0
-        return
-    assert f"has {target:,} parameters within 2%; the nearest has" in message
+        assert size[0] % (rule.finest_step or rule.step) == size[0] % period == 0
+    if message:
+        assert f"has {target:,} parameters within 2%; the nearest has" in message
+        finest = rule.finest_step or rule.step
+        for width in range(finest, 16_000, finest):
+            unit = 0 if rule.fine is None else 3 * layers * width  # parameters of a step of the fine size
+            distance = distance_to_target(rule, number_of, width, target)
+            assert width % period or distance > TOLERANCE * target or unit > TOLERANCE * target
 
 
 @pytest.mark.parametrize("name", registry.FAMILIES)
@@ -71,8 +100,12 @@ def test_every_family_with_rules_has_the_size(name: str, target: int, layers: in
     assert config.num_hidden_layers == layers
 
 
-@pytest.mark.parametrize("cell", ["mingru", "minlstm", "mingru_signed"])
-@pytest.mark.parametrize("more", [{}, {"preset": "paper"}, {"intermediate_size": 0}, {"expansion_factor": 3}])
+BLOCKS: list[dict[str, Any]] = [{}, {"intermediate_size": 0}, {"expansion_factor": 3}]
+# The preset sets a field that only these cells have.
+PAPER = [(cell, {"preset": "paper"}) for cell in CELLS if CELLS[cell] is MinimalMixer]
+
+
+@pytest.mark.parametrize(("cell", "more"), [*itertools.product(CELLS, BLOCKS), *PAPER])
 def test_ours_are_counted_whatever_the_block(cell: str, more: dict[str, Any]):
     fields = {"cell": cell, "num_parameters": "1.5M", "num_hidden_layers": 3, **more}
     recipe = with_sizes(build_recipe({"model": fields}), VOCAB)
@@ -143,6 +176,10 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "the same for ours": (
         {"model": {"hidden_size": 64, "intermediate_size": 64, "num_parameters": 10**6}},
         "model.num_parameters: chooses the size, but hidden_size and intermediate_size is set as well",
+    ),
+    "sizes without a number of parameters": (
+        {"model": {"sizes": {"hidden_size": 64}}},
+        "model.sizes: is what minrnn writes for num_parameters, which is not set; leave it out",
     ),
     "a family without a width": (
         {"model": {"family": "fuyu", "num_parameters": "3M"}},

@@ -229,3 +229,14 @@ def test_torch_rnns_train_in_bf16(values: Values, run_recipe: Run):
     values["train"] |= {"precision": "bf16", "steps": 2, "save_every": None, "eval_every": None}
     assert np.isfinite([loss for _, loss in losses(run_recipe(with_family(values, "lstm")))]).all()
     assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.parametrize("name", ["llama", "lstm"])
+def test_a_synthetic_task_is_scored(values: Values, run_recipe: Run, name: str):
+    task = {"max_length": 12, "test_lengths": [12, 30], "validation_examples": 10}
+    values["data"] = {"corpus": "synthetic/cycle-navigation", "task": task, "workers": 0}
+    values["train"] |= {"steps": 2, "save_every": None, "eval_every": None}
+    folder = run_recipe(with_family(values, name))
+    entry = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert entry["kind"] == "validation"
+    assert entry["by_length"].keys() == {"12", "30"}

@@ -13,7 +13,8 @@ import yaml
 
 from minrnn.common.errors import UserError
 from minrnn.models import MinRNNConfig
-from minrnn.pipeline.config import NO_CONFIG_FIELDS, SECTIONS, ModelSection, docstring_of
+from minrnn.pipeline.config import SECTIONS
+from minrnn.pipeline.model_section import NO_CONFIG_FIELDS, ModelSection
 from minrnn.pipeline.recipe import (
     build_recipe,
     check_unchanged,
@@ -23,6 +24,7 @@ from minrnn.pipeline.recipe import (
     resolved_config,
     with_saved_settings,
 )
+from minrnn.pipeline.section import docstring_of
 from minrnn.pipeline.set_up import corpus_spec
 
 
