@@ -2,22 +2,29 @@
 
 from .corpus import CorpusSpec, DocumentStream, open_source
 from .fingerprint import check_corpus, corpus_fingerprint
-from .loader import ChunkLoader
+from .loader import Batch, ChunkLoader
+from .lra import LabelledBatch, LabelledData, LabelledSet, LabelledTask, cache_folder, open_data
 from .prompts import TextStream, prompt_batch, prompt_tokens, read_prompt
 from .reader import IGNORE_INDEX, Chunk, DocumentReader, ReaderSpec, WindowReader, corpus_tokens
-from .synthetic import Task, TaskValidation, build_task, is_synthetic, run_tokenizer
+from .synthetic import Task, TaskValidation
+from .tasks import build_task, is_labelled, is_task, run_tokenizer
 from .tokenizer import BYTES, Encoder, byte_tokenizer, load_tokenizer, model_vocab_size, tokenizer_fingerprint
 from .validation import ValidationSet, document_validation, window_validation
 
 __all__ = [
     "BYTES",
     "IGNORE_INDEX",
+    "Batch",
     "Chunk",
     "ChunkLoader",
     "CorpusSpec",
     "DocumentReader",
     "DocumentStream",
     "Encoder",
+    "LabelledBatch",
+    "LabelledData",
+    "LabelledSet",
+    "LabelledTask",
     "ReaderSpec",
     "Task",
     "TaskValidation",
@@ -26,13 +33,16 @@ __all__ = [
     "WindowReader",
     "build_task",
     "byte_tokenizer",
+    "cache_folder",
     "check_corpus",
     "corpus_fingerprint",
     "corpus_tokens",
     "document_validation",
-    "is_synthetic",
+    "is_labelled",
+    "is_task",
     "load_tokenizer",
     "model_vocab_size",
+    "open_data",
     "open_source",
     "prompt_batch",
     "prompt_tokens",

@@ -19,16 +19,20 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from ..common.errors import UserError
+from .lra import LabelledBatch, LabelledData
 from .reader import Chunk, DocumentReader, ReaderSpec, WindowReader, corpus_tokens
 from .synthetic import TaskReader
 
 CLOSE_SECONDS = 10.0  # how long to wait for a killed worker to end
 
 
+Batch = Chunk | LabelledBatch
+
+
 class Reader(Protocol):
     """Yields one chunk after another."""
 
-    def next_chunk(self) -> Chunk: ...
+    def next_chunk(self) -> Batch: ...
 
 
 def open_readers(
@@ -36,6 +40,9 @@ def open_readers(
 ) -> Sequence[Reader]:
     """Open these readers, each at the position in its state (None: at the beginning)."""
     pairs = list(zip(readers, states, strict=True))
+    if isinstance(spec.task, LabelledData):
+        shape = (spec.num_readers, spec.lanes, spec.seed)
+        return [spec.task.open_reader(reader, *shape, state) for reader, state in pairs]
     if spec.task is not None:
         shape = (spec.lanes, spec.chunk, spec.seed)
         return [TaskReader(spec.task, reader, *shape, state) for reader, state in pairs]
@@ -46,8 +53,8 @@ def open_readers(
 
 
 def _next_ready(
-    ready: "queue.Queue[Chunk | Exception] | queue.SimpleQueue[Chunk | Exception]", timeout: float | None
-) -> Chunk | None:
+    ready: "queue.Queue[Batch | Exception] | queue.SimpleQueue[Batch | Exception]", timeout: float | None
+) -> Batch | None:
     """The next chunk of a queue, or None if there is none in time; an exception in the queue is raised."""
     try:
         item = ready.get(timeout=timeout)
@@ -68,16 +75,16 @@ class DirectChunks:
         self._readers = open_readers(spec, readers, states)
         self._chunks = iter(self)
         self._requests: queue.SimpleQueue[bool] = queue.SimpleQueue()
-        self._ready: queue.SimpleQueue[Chunk | Exception] = queue.SimpleQueue()
+        self._ready: queue.SimpleQueue[Batch | Exception] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._has_request = False
 
-    def __iter__(self) -> Iterator[Chunk]:
+    def __iter__(self) -> Iterator[Batch]:
         while True:
             for reader in self._readers:
                 yield reader.next_chunk()
 
-    def take(self, timeout: float | None) -> Chunk | None:
+    def take(self, timeout: float | None) -> Batch | None:
         """The next chunk, or None if it is not ready in time; then the next call waits for the same chunk."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._serve, name="reader", daemon=True)
@@ -121,7 +128,7 @@ class WorkerChunks:
             pickle.dump((spec, readers, states), self._process.stdin)
             self._process.stdin.close()
         self._corpus = spec.corpus.corpus
-        self._ready: queue.Queue[Chunk | Exception] = queue.Queue(self.READ_AHEAD)
+        self._ready: queue.Queue[Batch | Exception] = queue.Queue(self.READ_AHEAD)
         self._thread = threading.Thread(target=self._receive, daemon=True)
         self._thread.start()
 
@@ -139,7 +146,7 @@ class WorkerChunks:
             progress = "before its first chunk of" if document is None else f"after {document} of"
             self._ready.put(_worker_died(self._process.wait(), f"{progress} {self._corpus}"))
 
-    def take(self, timeout: float | None) -> Chunk | None:
+    def take(self, timeout: float | None) -> Batch | None:
         """The next chunk, or None if it is not ready in time."""
         return _next_ready(self._ready, timeout)
 
@@ -197,16 +204,16 @@ class ChunkLoader:
         num_sources = _num_workers(workers, len(readers)) if workers else 1
         source = WorkerChunks if workers else DirectChunks
         self._num_readers = len(readers)
-        self._taken: list[Chunk] = []
+        self._taken: list[Batch] = []
         self._sources = [
             source(spec, readers[i::num_sources], states[i::num_sources]) for i in range(num_sources)
         ]
 
-    def __iter__(self) -> Iterator[list[Chunk]]:
+    def __iter__(self) -> Iterator[list[Batch]]:
         while (chunks := self.take()) is not None:
             yield chunks
 
-    def take(self, timeout: float | None = None) -> list[Chunk] | None:
+    def take(self, timeout: float | None = None) -> list[Batch] | None:
         """The next step's chunks, or None if some are not ready in `timeout` seconds; the next call then
         waits for the same chunks.
 

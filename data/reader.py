@@ -22,6 +22,7 @@ from .sources import Document
 from .tokenizer import Encoder
 
 if TYPE_CHECKING:
+    from .lra import LabelledData
     from .synthetic.task import Task
 
 IGNORE_INDEX = -100  # target of a position that is not scored, as everywhere in transformers
@@ -43,8 +44,8 @@ class ReaderSpec:
     """Documents that are shuffled together."""
     seed: int
     """Of the shuffle."""
-    task: "Task | None" = None
-    """A synthetic task, drawn instead of reading the corpus."""
+    task: "Task | LabelledData | None" = None
+    """A task, read instead of the corpus."""
 
 
 @dataclass
@@ -66,6 +67,15 @@ class Chunk:
     @property
     def num_scored(self) -> int:
         return int((self.shift_labels != IGNORE_INDEX).sum())
+
+    @property
+    def num_tokens(self) -> int:
+        return self.input_ids.size
+
+    def model_inputs(self) -> dict[str, np.ndarray]:
+        """The arguments of a language model's forward."""
+        inputs = {"input_ids": self.input_ids, "shift_labels": self.shift_labels}
+        return {**inputs, "document_starts": self.document_starts} if self.document_starts.any() else inputs
 
 
 def empty_chunk(reader: int, lanes: int, time: int, pad: int = 0) -> Chunk:

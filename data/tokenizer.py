@@ -7,6 +7,7 @@ by <bos>, <eos> and <pad>. The names of these special tokens in a text are encod
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..common.errors import UserError
 
 BYTES = "bytes"
 SPECIAL_TOKENS = ("<bos>", "<eos>", "<pad>")
+WORD_SPECIAL_TOKENS = (*SPECIAL_TOKENS, "<unk>")  # of `word_tokenizer`
 SAVED_SETTINGS = {  # of every tokenizer that is saved with a run or an export (tokenizer_config.json)
     "padding_side": "left",
     "split_special_tokens": True,
@@ -36,8 +38,12 @@ def _byte_alphabet() -> list[str]:
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
-def byte_tokenizer() -> Any:
-    """A `PreTrainedTokenizerFast` over the 256 bytes."""
+def byte_tokenizer(begins_with_bos: bool = True) -> Any:
+    """A `PreTrainedTokenizerFast` over the 256 bytes.
+
+    Args:
+        begins_with_bos: write <bos> before each text.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -47,15 +53,39 @@ def byte_tokenizer() -> Any:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     bos, eos, pad = SPECIAL_TOKENS
-    backend.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, vocabulary[bos])]
-    )
+    if begins_with_bos:
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, vocabulary[bos])]
+        )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token=bos,
         eos_token=eos,
         pad_token=pad,
         **SAVED_SETTINGS,
+    )
+
+
+def word_tokenizer(symbols: Sequence[str]) -> Any:
+    """A `PreTrainedTokenizerFast` whose words are the symbols, separated by spaces.
+
+    It adds no tokens to a text. WORD_SPECIAL_TOKENS follow the symbols in the vocabulary.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {symbol: number for number, symbol in enumerate([*symbols, *WORD_SPECIAL_TOKENS])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        model_max_length=2**30,
     )
 
 

@@ -1,6 +1,6 @@
 """The model that a run trains: with a checkpoint's weights, an export's, or new ones."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -9,19 +9,20 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from ..common.errors import UserError
 from ..common.output import warn
-from ..models import MinRNNForCausalLM
+from ..models import MinRNNForCausalLM, MinRNNForSequenceClassification
 from ..models.dtypes import DTYPES
 from ..models.recompute import checkpointing_options
 from . import checkpoint
+from .classification import new_model
 from .config import Recipe
 from .families.adapter import FamilyModel
-from .families.build import CARRYING, adapt, build_causal_lm, check_memory, training_config
+from .families.build import CARRYING, adapt, check_memory, training_config
 from .families.registry import OURS
 from .folder import RunFolder
 from .loading import read_weights
 from .machine import compile_error
 
-TrainedModel = MinRNNForCausalLM | FamilyModel
+TrainedModel = MinRNNForCausalLM | MinRNNForSequenceClassification | FamilyModel
 """What the loop trains; `TorchRNNForCausalLM` is a `MinRNNForCausalLM`."""
 
 SHAPE_FIELDS = (
@@ -40,6 +41,7 @@ SHAPE_FIELDS = (
     "head_dim",
     "state_expansion",
     "ternary",
+    "bidirectional",
 )
 
 
@@ -59,7 +61,7 @@ def build_model(
     name = recipe.model.family
     if name != OURS:
         check_memory(name, config)
-    inner: Any = build_causal_lm(name, training_config(name, config))
+    inner: Any = new_model(name, training_config(name, config))
     nn.Module.to(inner, DTYPES["fp64" if recipe.train.precision == "fp64" else "fp32"])
     # New weights are measured, so that a resumed run measures the same.
     model: Any = inner if name in CARRYING else adapt(name, inner, device)
@@ -77,7 +79,7 @@ def build_model(
     return model
 
 
-def _compile_blocks(model: MinRNNForCausalLM, device: torch.device) -> None:
+def _compile_blocks(model: Any, device: torch.device) -> None:
     if (reason := compile_error(device)) is not None:
         warn(
             f"train.compile: torch.compile cannot run on {device.type}: {reason}; "
@@ -89,7 +91,8 @@ def _compile_blocks(model: MinRNNForCausalLM, device: torch.device) -> None:
 
 
 def _load_export(model: Any, name: str) -> None:
-    """Copy the weights of an export of the same shape."""
+    """Copy the weights of an export of the same shape; a classifier takes those below a language model's
+    head."""
     unset_hf_deepspeed_config()  # under ZeRO-3, from_pretrained would load only this process's shard
     source = read_weights(name, key="model.init_from")
     exported, own = source.config.to_dict(), model.config.to_dict()
@@ -109,4 +112,7 @@ def _load_export(model: Any, name: str) -> None:
             )
             for field in different
         )
-    model.load_state_dict(source.state_dict())
+    if isinstance(model, MinRNNForSequenceClassification):
+        model.model.load_state_dict(cast(MinRNNForCausalLM, source).model.state_dict())
+    else:
+        model.load_state_dict(source.state_dict())

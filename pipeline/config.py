@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from ..common.errors import UserError
-from ..data import Task, build_task, is_synthetic
+from ..data import LabelledTask, Task, build_task, is_task
 from ..models.configuration_minrnn import PRESETS
 from .families.fields import merged_fields
 from .families.registry import OURS
@@ -41,10 +41,13 @@ class DataSection(Section):
 
     corpus: str = Field(default="python-stdlib", min_length=1)
     """python-stdlib; a file, folder or glob (parquet, JSON lines, csv, tsv or text; plain, .gz or .zst); a
-    hub dataset; or a synthetic task, synthetic/NAME."""
+    hub dataset; a synthetic task, synthetic/NAME; or a task of Long Range Arena, lra/NAME."""
     task: dict[str, Any] = {}
-    """Options of a synthetic task (docs/synthetic.md), e.g. {length: 64, num_tokens: 4}. With a synthetic
-    corpus, settings for text are errors."""
+    """Options of a task (docs/synthetic.md, docs/lra.md), e.g. {length: 64, num_tokens: 4}. With a task,
+    settings for text are errors."""
+    cache: str | None = Field(default=None, min_length=1)
+    """Folder for the examples of lra/ tasks, which are made once. null: the environment variable
+    MINRNN_CACHE, else XDG_CACHE_HOME/minrnn, else ~/.cache/minrnn."""
     subset: str | None = None
     """Configuration of a hub dataset, e.g. sample-10BT."""
     split: str = "train"
@@ -84,19 +87,19 @@ class DataSection(Section):
     """Processes that read ahead; 0 reads in the training process."""
 
     def errors(self) -> dict[str, str]:
-        if not is_synthetic(self.corpus):
+        if not is_task(self.corpus):
             errors = {}
             if self.task:
-                errors["task"] = f"is for synthetic corpora (synthetic/TASK), not for {self.corpus}"
+                errors["task"] = f"is for tasks (synthetic/NAME, lra/NAME), not for {self.corpus}"
             if self.join is not None and self.order == "windows":
                 errors["join"] = (
                     "is for data.order documents; windows reads the whole corpus as one text, so leave it out"
                 )
             return errors
         errors = {
-            name: f"is for text; {self.corpus} makes its own examples, so leave it out"
+            name: f"is for text; {self.corpus} has its own examples, so leave it out"
             for name, field in type(self).model_fields.items()
-            if name not in ("corpus", "task", "workers") and getattr(self, name) != field.default
+            if name not in ("corpus", "task", "cache", "workers") and getattr(self, name) != field.default
         }
         try:
             build_task(self.corpus, self.task)
@@ -239,22 +242,14 @@ class Recipe:
     parallel: ParallelSection
     tracking: TrackingSection
 
-    def synthetic_task(self) -> Task | None:
-        """The synthetic task that the corpus names, or None for text.
+    def task(self) -> Task | LabelledTask | None:
+        """The task that the corpus names, or None for text."""
+        return build_task(self.data.corpus, self.data.task) if is_task(self.data.corpus) else None
 
-        Raises:
-            UserError: a chunk does not hold the task's longest sequence.
-        """
-        if not is_synthetic(self.data.corpus):
-            return None
-        task = build_task(self.data.corpus, self.data.task)
-        if self.batch.chunk < task.max_train_length:
-            message = (
-                f"{self.batch.chunk} does not hold the longest sequence of {self.data.corpus}: "
-                f"set it to {task.max_train_length} or more"
-            )
-            raise UserError("batch.chunk", message)
-        return task
+    def synthetic_task(self) -> Task | None:
+        """The synthetic task that the corpus names, if it is one."""
+        task = self.task()
+        return task if isinstance(task, Task) else None
 
     def given_model_fields(self) -> dict[str, Any]:
         """As `resolved_model_fields`, without the sizes that `model.num_parameters` chooses."""

@@ -1,8 +1,8 @@
 """Validation, on held-out documents read whole with the state carried as in training, or on the fixed
-examples of a synthetic task."""
+examples of a task."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from ..data import (
     Chunk,
     CorpusSpec,
     Encoder,
+    LabelledSet,
     TaskValidation,
     ValidationSet,
     corpus_tokens,
@@ -25,21 +26,23 @@ from ..data import (
 from ..data.corpus import Split
 from ..data.synthetic import IN_DISTRIBUTION
 from ..models.dtypes import at_least_fp32
+from .classification import open_labelled, score_labels
 from .config import Recipe
 from .processes import ProcessLayout, all_reduce_max, all_reduce_sum, to_device
 
+ValidationSets = Sequence[ValidationSet] | Sequence[TaskValidation] | Sequence[LabelledSet]
 PIECE = 8  # each process of a context group has a multiple of this many positions of a task's chunk
 
 
-def validation_sets(
-    recipe: Recipe, corpus: CorpusSpec, encoder: Encoder, readers: Iterable[int]
-) -> Sequence[ValidationSet] | Sequence[TaskValidation]:
+def validation_sets(recipe: Recipe, corpus: CorpusSpec, encoder: Encoder, readers: range) -> ValidationSets:
     """The validation sets of these readers.
 
     Raises:
         UserError: the corpus does not exist or is empty; under data.validation if that names it.
     """
     data, batch = recipe.data, recipe.batch
+    if (labelled := open_labelled(recipe)) is not None:
+        return labelled.sets("validation", readers, batch.readers, batch.lanes)
     if (task := recipe.synthetic_task()) is not None:
         return [
             TaskValidation(task, reader, batch.readers, batch.lanes, PIECE * recipe.parallel.context)
@@ -65,7 +68,7 @@ def validation_sets(
 
 
 def _sets(
-    recipe: Recipe, spec: CorpusSpec, part: Split, encoder: Encoder, readers: Iterable[int]
+    recipe: Recipe, spec: CorpusSpec, part: Split, encoder: Encoder, readers: range
 ) -> list[ValidationSet]:
     data, batch = recipe.data, recipe.batch
     layout = (batch.readers, batch.lanes, batch.chunk, data.validation_tokens)
@@ -78,7 +81,7 @@ def _sets(
 @torch.no_grad()
 def validate(
     model: nn.Module,
-    sets: Sequence[ValidationSet] | Sequence[TaskValidation],
+    sets: ValidationSets,
     accelerator: Accelerator,
     carry_state: bool,
     layout: ProcessLayout | None = None,
@@ -87,7 +90,8 @@ def validate(
 ) -> dict[str, Any]:
     """Mean loss in nats per token, bits per byte, and the number of tokens, over the sets of all processes.
 
-    For a synthetic task: loss and accuracy at the lengths of training, and accuracy by length.
+    For a synthetic task: loss and accuracy at the lengths of training, and accuracy by length. For labelled
+    examples: loss and accuracy (`score_labels`).
 
     Args:
         layout: this process's part of each sequence; by default all of it.
@@ -96,6 +100,8 @@ def validate(
         after_chunk: called after each chunk.
     """
     layout = layout or ProcessLayout()
+    if labelled := [part for part in sets if isinstance(part, LabelledSet)]:
+        return score_labels(model, labelled, accelerator, after_chunk)
     if examples := [part for part in sets if isinstance(part, TaskValidation)]:
         return _validate_task(model, examples, accelerator, layout, after_chunk)
     texts = [part for part in sets if isinstance(part, ValidationSet)]
@@ -204,5 +210,6 @@ def validation_summary(result: dict[str, Any]) -> str:
     """A validation's result in a few words."""
     if "accuracy" not in result:
         return f"{result['bits_per_byte']:.4f} bits/byte"
-    by_length = "".join(f", {accuracy:.3f} at {length}" for length, accuracy in result["by_length"].items())
+    accuracies = result.get("by_length", {})
+    by_length = "".join(f", {accuracy:.3f} at {length}" for length, accuracy in accuracies.items())
     return f"accuracy {result['accuracy']:.4f} ({result['accuracy_scaled']:.4f} scaled){by_length}"

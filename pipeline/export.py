@@ -15,8 +15,8 @@ from ..models import MinRNNForCausalLM
 from ..models.dtypes import DTYPES
 from . import card
 from .checkpoint import checkpoint_name, load_parameters, newest_valid, read_manifest
+from .classification import classifier_fields, new_model
 from .export_folder import check_export, write_export
-from .families.build import build_causal_lm
 from .families.decoding import FamilyDecoder
 from .families.registry import OURS, config_of
 from .model_section import saved_fields
@@ -128,7 +128,8 @@ def load_checkpoint(
         config["data"]["corpus"], config["data"]["tokenizer"], config["data"].get("task"), trust_remote_code
     )
     family, fields = saved_fields(config["model"])
-    model = build_causal_lm(family, model_config(fields, tokenizer, vocab_size, family))
+    fields |= classifier_fields(config["data"]["corpus"], config["data"].get("task"))
+    model = new_model(family, model_config(fields, tokenizer, vocab_size, family))
     nn.Module.to(model, DTYPES[dtype])
     load_parameters(path, model)
     return model, tokenizer, config

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from ..common.errors import StorageError
 from ..common.output import warn
-from ..data import is_synthetic
+from ..data import is_task
 from . import processes
 from .checkpoint import checkpoint_name
 from .evaluation import validation_summary
@@ -61,7 +61,7 @@ def _sync_metrics(run: Run) -> None:
 def _write_samples(run: Run, model: PreTrainedModel, tokenizer: Any) -> None:
     """Continue each of train.prompts. A failure is a warning: the model is exported already."""
     recipe, prompts = run.recipe, run.recipe.train.prompts
-    if not (recipe.train.sample_tokens and prompts) or is_synthetic(recipe.data.corpus):
+    if not (recipe.train.sample_tokens and prompts) or is_task(recipe.data.corpus):
         return
     try:
         if not run.engine.in_lockstep:  # a sharded model may not fit on one device

@@ -17,10 +17,10 @@ import transformers
 
 from ..common.errors import NonFiniteError, StorageError, UserError
 from ..common.output import warn
-from ..data import Chunk, tokenizer_fingerprint
+from ..data import Batch, tokenizer_fingerprint
 from . import processes
 from .config import Recipe
-from .evaluation import validate, validation_summary
+from .evaluation import ValidationSets, validate, validation_summary
 from .finish import finish
 from .folder import RunFolder, open_folder
 from .forecast import Forecast
@@ -113,8 +113,10 @@ def _steps_and_finish(run: Run) -> int | None:
 def take_steps(run: Run, interrupt: Interrupt) -> int | None:
     """Take all steps; returns the signal that stopped them, in all processes, if one did."""
     train, progress = run.recipe.train, run.progress
-    if _lacks_validation(run):
+    if _lacks(run, "validation"):
         _validate(run)
+    if _lacks(run, "test"):
+        _test(run)
     throughput, forecast, saved_at = Throughput(progress.tokens), Forecast(), time.monotonic()
     while progress.step < train.steps:
         step = _agree_on_next_step(run, interrupt, _is_save_due(run, saved_at))
@@ -122,7 +124,7 @@ def take_steps(run: Run, interrupt: Interrupt) -> int | None:
             return _stop(run, step, interrupt)
         entry = take_step(run, progress.step + 1, step.batch, step.num_scored)
         progress.step += 1
-        progress.tokens += run.recipe.batch.tokens_per_step
+        progress.tokens += int(step.num_tokens)
         is_last = progress.step == train.steps
 
         is_logged = progress.step % train.log_every == 0 or is_last or "skipped" in entry
@@ -137,6 +139,8 @@ def take_steps(run: Run, interrupt: Interrupt) -> int | None:
                 saved_at = time.monotonic()
             if is_last or _is_due(progress.step, train.eval_every):
                 _validate(run)  # after saving, since it can fail
+            if is_last and run.data.test:
+                _test(run)
     return None
 
 
@@ -171,24 +175,31 @@ def _is_save_due(run: Run, saved_at: float) -> bool:
     return run.is_main and minutes is not None and time.monotonic() - saved_at >= 60 * minutes
 
 
-def _lacks_validation(run: Run) -> bool:
-    """Whether the run resumes from a step that was saved, but stopped before that step was validated."""
+def _lacks(run: Run, kind: str) -> bool:
+    """Whether the run resumes from a step that was saved, but stopped before its validation or its test."""
     train = run.recipe.train
-    if run.step == 0 or not (run.step == train.steps or _is_due(run.step, train.eval_every)):
+    is_due = run.step == train.steps
+    if kind == "test":
+        is_due = is_due and bool(run.data.test)
+    else:
+        is_due = is_due or _is_due(run.step, train.eval_every)
+    if run.step == 0 or not is_due:
         return False
-    validations = run.output.folder.metrics.history.update().validations if run.is_main else []
-    is_validated = any(entry["step"] == run.step for entry in validations)
-    return processes.broadcast_from_main(run.accelerator, not is_validated)
+    entries = run.output.folder.metrics.history.update().of_kind(kind) if run.is_main else []
+    is_there = any(entry["step"] == run.step for entry in entries)
+    return processes.broadcast_from_main(run.accelerator, not is_there)
 
 
 @dataclass(frozen=True)
 class NextStep:
     """What all processes have agreed on before a step."""
 
-    batch: list[Chunk]
+    batch: list[Batch]
     """This process's part of the next chunk of each of its readers."""
     num_scored: float
-    """Scored tokens of the global batch."""
+    """Scored tokens, or labels, of the global batch."""
+    num_tokens: float
+    """Tokens of the global batch, without the padding of labelled examples."""
     has_signal: bool
     """A process has received a signal."""
     has_failed: bool
@@ -205,7 +216,7 @@ def _agree_on_next_step(run: Run, interrupt: Interrupt, is_save_due: bool) -> Ne
     each reacts to a signal, its own or another's, however long a disk or a network stalls.
     """
     run.watchdog.enter(f"step {run.step + 1}: reading")
-    batch: list[Chunk] | None = None
+    batch: list[Batch] | None = None
     errors: list[tuple[str, str]] = []
     while True:
         if batch is None:
@@ -214,19 +225,23 @@ def _agree_on_next_step(run: Run, interrupt: Interrupt, is_save_due: bool) -> Ne
                 run.watchdog.enter(f"step {run.step + 1}: computing")
         counts = [
             sum(chunk.num_scored for chunk in batch or []),
+            sum(chunk.num_tokens for chunk in batch or []),
             interrupt.requested is not None,
             len(errors),
             batch is None,
             is_save_due,
         ]
-        num_scored, signals, failures, num_waiting, due = processes.all_reduce_sum(run.accelerator, counts)
+        sums = processes.all_reduce_sum(run.accelerator, counts)
+        num_scored, num_tokens, signals, failures, num_waiting, due = sums
         if signals or failures or not num_waiting:
             if batch is None:
                 run.watchdog.enter(f"step {run.step + 1}: leaving")
-            return NextStep(batch or [], num_scored, bool(signals), bool(failures), bool(due), errors)
+            return NextStep(
+                batch or [], num_scored, num_tokens, bool(signals), bool(failures), bool(due), errors
+            )
 
 
-def _read(run: Run) -> tuple[list[Chunk] | None, list[tuple[str, str]]]:
+def _read(run: Run) -> tuple[list[Batch] | None, list[tuple[str, str]]]:
     """This process's part of the next chunks (None if they are not ready yet), and errors.
 
     Errors are returned, since all processes must know of them before one stops.
@@ -284,11 +299,31 @@ def _validate(run: Run) -> None:
     Raises:
         NonFiniteError: the validation loss is not finite.
     """
+    result = _score(run, "validation", run.data.validation)
+    run.report(
+        f"step {run.step}: held-out loss {result['loss']:.4f} nats/{run.unit}, {validation_summary(result)}"
+    )
+    if run.is_main:
+        _draw(run.output.folder, run.unit, draws_accuracy=bool(result.get("by_length")))
+
+
+def _test(run: Run) -> None:
+    """Score the test split, and log the result.
+
+    Raises:
+        NonFiniteError: its loss is not finite.
+    """
+    result = _score(run, "test", run.data.test)
+    run.report(f"step {run.step}: test {validation_summary(result)} on {result['examples']:,} examples")
+
+
+def _score(run: Run, kind: str, sets: ValidationSets) -> dict[str, Any]:
+    """Score these sets and write the result to metrics.jsonl as a line of this kind."""
     start = time.perf_counter()
-    run.watchdog.enter(f"step {run.step}: validating")
+    run.watchdog.enter(f"step {run.step}: {kind}")
     result = validate(
         run.engine.module,
-        run.data.validation,
+        sets,
         run.accelerator,
         run.recipe.batch.carry_state,
         run.layout,
@@ -297,29 +332,18 @@ def _validate(run: Run) -> None:
     )
     if not math.isfinite(result["loss"]):
         raise NonFiniteError(
-            f"step {run.step}: the validation loss is {result['loss']}. Checkpoints are as they were."
+            f"step {run.step}: the {kind} loss is {result['loss']}. Checkpoints are as they were."
         )
-    seconds = round(time.perf_counter() - start, 2)
-    entry = {
-        "kind": "validation",
-        "step": run.step,
-        "tokens": run.progress.tokens,
-        **result,
-        "seconds": seconds,
-    }
-    _record(run, entry)
-    run.report(
-        f"step {run.step}: held-out loss {result['loss']:.4f} nats/token, {validation_summary(result)}"
-    )
-    if run.is_main:
-        _draw(run.output.folder, draws_accuracy=bool(result.get("by_length")))
+    entry = {"kind": kind, "step": run.step, "tokens": run.progress.tokens, **result}
+    _record(run, {**entry, "seconds": round(time.perf_counter() - start, 2)})
+    return result
 
 
-def _draw(folder: RunFolder, draws_accuracy: bool) -> None:
+def _draw(folder: RunFolder, unit: str, draws_accuracy: bool) -> None:
     """Draw the pictures. A failure is a warning and never stops the run."""
     try:
         history = folder.metrics.history.update()
-        draw_loss(history, folder.path / "loss.png", folder.path.name)
+        draw_loss(history, folder.path / "loss.png", folder.path.name, unit)
         if draws_accuracy:
             draw_accuracy(history, folder.path / "accuracy_by_length.png", folder.path.name)
     except Exception as error:

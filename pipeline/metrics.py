@@ -91,6 +91,11 @@ class History:
         self.tokens, self.losses = array("d"), array("d")
         """Of the training lines with a finite loss."""
         self.validations: list[dict[str, Any]] = []
+        self.tests: list[dict[str, Any]] = []
+
+    def of_kind(self, kind: str) -> list[dict[str, Any]]:
+        """The lines of kind validation or test."""
+        return self.validations if kind == "validation" else self.tests
 
     def update(self) -> "History":
         """Read the lines that are new since the last call."""
@@ -109,6 +114,8 @@ class History:
     def _add(self, entry: dict[str, Any]) -> None:
         if entry.get("kind") == "validation":
             self.validations.append(entry)
+        elif entry.get("kind") == "test":
+            self.tests.append(entry)
         elif (
             entry.get("kind") == "train" and isinstance(loss := entry["loss"], float) and math.isfinite(loss)
         ):

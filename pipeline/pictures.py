@@ -12,7 +12,7 @@ NUM_POINTS = 4000  # of a curve; the picture has fewer columns
 NUM_NOTES = 12
 
 
-def draw_loss(history: History, picture: Path, title: str) -> None:
+def draw_loss(history: History, picture: Path, title: str, unit: str = "token") -> None:
     """Draw training loss (thin: every logged step, thick: smoothed) and validation loss (with bits per byte
     or accuracy) over tokens."""
     validations = history.validations
@@ -50,7 +50,7 @@ def draw_loss(history: History, picture: Path, title: str) -> None:
                 ha=side,
                 fontsize=8,
             )
-    axes.set(xlabel="tokens", ylabel="loss (nats per token)", title=title)
+    axes.set(xlabel="tokens", ylabel=f"loss (nats per {unit})", title=title)
     axes.grid(alpha=0.3)
     if len(losses) or validations:
         axes.legend()

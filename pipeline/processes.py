@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from torch.distributed import distributed_c10d as c10d
 
 from ..common.errors import StorageError, UserError
-from ..data import Chunk
+from ..data import Batch, Chunk
 from ..models.context_parallel import ContextGroup
 from .machine import num_cores, resolve_device, share_of_threads
 
 T = TypeVar("T")
+B = TypeVar("B", bound=Batch)
 
 
 def world_size() -> int:
@@ -64,18 +65,19 @@ class ProcessLayout:
         first = self.rank // self.context * per_group
         return range(first, first + per_group)
 
-    def piece(self, chunk: Chunk) -> Chunk:
+    def piece(self, chunk: B) -> B:
         """This process's part of a chunk: [lanes, time / context]. `chunk.state` remains that of the whole
         chunk."""
         if self.context == 1:
             return chunk
+        assert isinstance(chunk, Chunk)  # the examples of labelled tasks are not divided
         length = chunk.input_ids.shape[1] // self.context
         columns = slice(self.context_rank * length, (self.context_rank + 1) * length)
         arrays = {
             name: np.ascontiguousarray(getattr(chunk, name)[:, columns])
             for name in ("input_ids", "shift_labels", "document_starts")
         }
-        return dataclasses.replace(chunk, **arrays)
+        return cast(B, dataclasses.replace(chunk, **arrays))
 
 
 def build_layout(accelerator: Accelerator, context: int, timeout: timedelta) -> ProcessLayout:

@@ -20,6 +20,7 @@ from .families.registry import OURS
 from .family_settings import family_errors, without_carried_state
 from .public import config_without_credentials
 from .section import docstring_of
+from .task_settings import task_errors
 
 # Settings that may change on resume, because they do not affect the losses. parallel.context affects them
 # only with dropout (`free_on_resume`).
@@ -29,6 +30,7 @@ FREE_ON_RESUME = {
         "run.resume",
         "run.change",
         "data.workers",
+        "data.cache",
         "data.validation_tokens",
         "data.trust_remote_code",
         "parallel.context",
@@ -209,7 +211,7 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
     if errors:
         raise UserError.from_list(errors.items())
     recipe = Recipe(**sections)
-    if errors := family_errors(recipe):
+    if errors := {**family_errors(recipe), **task_errors(recipe)}:
         raise UserError.from_list(errors.items())
     return without_carried_state(recipe)
 

@@ -1,24 +1,22 @@
 """A run: everything that lasts from the first step to the last."""
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from ..data import ChunkLoader, TaskValidation, ValidationSet
+from ..data import ChunkLoader, LabelledSet
 from .checkpoint import ReaderState
 from .config import Recipe
 from .engine import Engine
+from .evaluation import ValidationSets
 from .folder import RunFolder
 from .processes import ProcessLayout
 from .saving import Saver
 from .tracking import Tracker
 from .watchdog import Watchdog
-
-ValidationSets = Sequence[ValidationSet] | Sequence[TaskValidation]
 
 
 @dataclass(frozen=True)
@@ -32,6 +30,8 @@ class RunData:
     readers: dict[int, ReaderState]
     """This process's readers: position and carried state of each."""
     validation: ValidationSets
+    test: list[LabelledSet]
+    """What is scored once, after the last step; empty for a language model."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,11 @@ class Run:
     def step(self) -> int:
         """Number of the last step taken."""
         return self.progress.step
+
+    @property
+    def unit(self) -> str:
+        """What a loss is the mean of."""
+        return "example" if self.data.test else "token"
 
     @property
     def is_main(self) -> bool:

@@ -33,6 +33,7 @@ from . import checkpoint, processes
 from .announce import announce
 from .build_model import TrainedModel, build_model
 from .checkpoint import ReaderState
+from .classification import classifier_fields, open_labelled, test_sets
 from .config import Recipe
 from .engine import build_engine
 from .evaluation import validation_sets
@@ -139,7 +140,9 @@ def _open_on_all_ranks(
         UserError, StorageError: in every process, the errors of all of them.
     """
     is_main = accelerator.is_main_process
-    corpus = processes.run_on_all_ranks(accelerator, lambda: _corpus_fingerprint(recipe, folder, is_main))
+    corpus = processes.run_on_all_ranks(
+        accelerator, lambda: _corpus_fingerprint(recipe, folder, is_main, watchdog)
+    )
     watchdog.enter("opening data and model", is_set_up=True)
 
     def open_own() -> tuple[RunData, TrainedModel]:
@@ -156,19 +159,33 @@ def _open_on_all_ranks(
     return opened
 
 
-def _corpus_fingerprint(recipe: Recipe, folder: RunFolder, is_main: bool) -> dict[str, Any] | None:
+def _corpus_fingerprint(
+    recipe: Recipe, folder: RunFolder, is_main: bool, watchdog: Watchdog
+) -> dict[str, Any] | None:
     """The corpus's fingerprint, compared with the checkpoint's (which old checkpoints lack).
+
+    Labelled examples that the cache lacks are made here.
 
     Raises:
         UserError: it is not the corpus that the run began with.
     """
-    if recipe.synthetic_task() is not None:
+    saved = folder.manifest.get("corpus")
+    if (labelled := open_labelled(recipe, watchdog.move)) is not None:
+        return _check_examples(labelled.manifest()["files"], saved, recipe.data.corpus)
+    if recipe.task() is not None:
         return None
-    spec, saved = corpus_spec(recipe), folder.manifest.get("corpus")
+    spec = corpus_spec(recipe)
     note = None if saved is None else check_corpus(saved, spec, recipe.data.order, recipe.batch.readers)
     if note is not None and is_main:
         warn(f"data.corpus: {note}")
     return corpus_fingerprint(spec)
+
+
+def _check_examples(files: dict[str, Any], saved: dict[str, Any] | None, corpus: str) -> dict[str, Any]:
+    if saved is not None and saved != files:
+        message = f"the examples of {corpus} are not those that the run began with; name another run.dir"
+        raise UserError("data.corpus", message)
+    return files
 
 
 def _open(
@@ -179,6 +196,7 @@ def _open(
     encoder = Encoder.from_tokenizer(tokenizer, recipe.data.tokenizer)
     vocab_size = folder.manifest.get("vocab_size") or model_vocab_size(tokenizer)
     fields, family = recipe.resolved_model_fields(), recipe.model.family
+    fields |= classifier_fields(recipe.data.corpus, recipe.data.task)
     config = model_config(fields, tokenizer, vocab_size, family)
     local_readers = layout.readers(recipe.batch.readers)
     num_layers = getattr(config, "num_hidden_layers", 0)  # of a carried state
@@ -190,7 +208,8 @@ def _open(
     except BaseException:
         loader.close()
         raise
-    return RunData(tokenizer, None, loader, readers, validation), model
+    test = test_sets(recipe, local_readers)
+    return RunData(tokenizer, None, loader, readers, validation, test), model
 
 
 def _open_tokenizer(recipe: Recipe, folder: RunFolder) -> Any:
@@ -235,7 +254,7 @@ def _start_loader(recipe: Recipe, encoder: Encoder, readers: dict[int, ReaderSta
         chunk=batch.chunk,
         window=data.shuffle_window,
         seed=recipe.run.seed,
-        task=recipe.synthetic_task(),
+        task=open_labelled(recipe) or recipe.synthetic_task(),
     )
     return ChunkLoader(spec, list(readers), [reader.position for reader in readers.values()], data.workers)
 

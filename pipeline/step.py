@@ -1,7 +1,7 @@
 """One training step: forward and backward for each reader of this process, then one update.
 
-The loss of a step is one mean over all scored tokens of the global batch, for any number of readers,
-processes and accumulations.
+The loss of a step is one mean over all scored tokens, or labels, of the global batch, for any number of
+readers, processes and accumulations.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..common.errors import NonFiniteError
-from ..data import Chunk
+from ..data import Batch, Chunk
 from . import checkpoint, processes
 from .optim import learning_rate
 from .run import Run
@@ -21,7 +21,7 @@ SPIKE_WINDOW = 100  # steps whose median loss is the reference for spikes
 MIN_SPIKE_WINDOW = 10  # steps that the median needs
 
 
-def take_step(run: Run, step: int, batch: list[Chunk], num_scored: float) -> dict[str, Any]:
+def take_step(run: Run, step: int, batch: list[Batch], num_scored: float) -> dict[str, Any]:
     """Forward, backward and update.
 
     Args:
@@ -54,29 +54,30 @@ def take_step(run: Run, step: int, batch: list[Chunk], num_scored: float) -> dic
     return {**entry, "grad_norm": grad_norm}
 
 
-def _forward_backward(run: Run, step: int, batch: list[Chunk], num_scored: float) -> list[float]:
+def _forward_backward(run: Run, step: int, batch: list[Batch], num_scored: float) -> list[float]:
     """Add the gradients of all chunks and move their readers on; returns each chunk's share of the step's
     loss."""
     recipe, accelerator, engine = run.recipe, run.accelerator, run.engine
     losses = []
     for i, chunk in enumerate(batch):
         reader = run.data.readers[chunk.reader]
-        starts = chunk.document_starts
+        inputs: dict[str, Any] = {
+            name: processes.to_device(array, accelerator) for name, array in chunk.model_inputs().items()
+        }
+        carries_state = recipe.batch.carry_state and isinstance(chunk, Chunk)
+        if isinstance(chunk, Chunk):
+            inputs |= {"past_key_values": reader.cache, "skip_logits": True}
         _seed(recipe.run.seed, step, chunk.reader, run.layout.context_rank)
         with engine.accumulating(is_last=i == len(batch) - 1):
             output = engine.forward(
-                input_ids=processes.to_device(chunk.input_ids, accelerator),
-                shift_labels=processes.to_device(chunk.shift_labels, accelerator),
-                document_starts=processes.to_device(starts, accelerator) if starts.any() else None,
-                past_key_values=reader.cache,
-                use_cache=recipe.batch.carry_state,
-                skip_logits=True,
+                **inputs,
+                use_cache=carries_state,
                 # Engines average gradients over the processes; this loss makes that average the global mean.
                 num_items_in_batch=num_scored / accelerator.num_processes,
             )
             engine.backward(output.loss)
         losses.append(output.loss.detach())
-        reader.cache = output.past_key_values.detach_() if recipe.batch.carry_state else None
+        reader.cache = output.past_key_values.detach_() if carries_state else None
         reader.position = chunk.state
     # Divided as Python numbers, which are fp64: not every device has fp64.
     return [loss / accelerator.num_processes for loss in torch.stack(losses).tolist()]
@@ -107,7 +108,7 @@ def _spike(run: Run, loss: float) -> str | None:
     return f"loss {loss:.4g}, {factor} times the median {median:.4g} is the limit"
 
 
-def _skip(run: Run, step: int, batch: list[Chunk], losses: list[float], reason: str) -> None:
+def _skip(run: Run, step: int, batch: list[Batch], losses: list[float], reason: str) -> None:
     """Report a skipped batch, reset states that are not finite, and stop after too many skips in a row."""
     run.progress.num_skips += 1
     run.report(f"step {step} is left out: {reason}")
@@ -120,7 +121,7 @@ def _skip(run: Run, step: int, batch: list[Chunk], losses: list[float], reason: 
         _stop_non_finite(run, step, batch, losses, reason)
 
 
-def _stop_non_finite(run: Run, step: int, batch: list[Chunk], losses: list[float], reason: str) -> None:
+def _stop_non_finite(run: Run, step: int, batch: list[Batch], losses: list[float], reason: str) -> None:
     """Raise NonFiniteError with the readers and documents whose loss is not finite. Nothing of this step is
     saved."""
     local = [

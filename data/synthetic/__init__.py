@@ -4,16 +4,13 @@ data.corpus synthetic/NAME, data.task {option: value} -> Task -> examples -> chu
 """
 
 from .reader import IN_DISTRIBUTION, TaskReader, TaskValidation
-from .registry import TASKS, build_task, is_synthetic, run_tokenizer
+from .registry import SYNTHETIC_TASKS
 from .task import Task
 
 __all__ = [
     "IN_DISTRIBUTION",
-    "TASKS",
+    "SYNTHETIC_TASKS",
     "Task",
     "TaskReader",
     "TaskValidation",
-    "build_task",
-    "is_synthetic",
-    "run_tokenizer",
 ]

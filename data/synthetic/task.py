@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..reader import IGNORE_INDEX
-
-SPECIAL_TOKENS = ("<bos>", "<eos>", "<pad>", "<unk>")
+from ..tokenizer import WORD_SPECIAL_TOKENS, word_tokenizer
 
 Example = tuple[np.ndarray, np.ndarray]
 """input_ids and shift_labels, int64 [length] each; shift_labels is -100 where nothing is scored."""
@@ -85,29 +84,11 @@ class Task(ABC):
     @functools.cached_property
     def pad(self) -> int:
         """The id of the padding token."""
-        return len(self.symbols) + SPECIAL_TOKENS.index("<pad>")
+        return len(self.symbols) + WORD_SPECIAL_TOKENS.index("<pad>")
 
     def tokenizer(self) -> Any:
-        """A `PreTrainedTokenizerFast` whose words are the symbols, separated by spaces.
-
-        Exports include it.
-        """
-        from tokenizers import Tokenizer, models, pre_tokenizers
-        from transformers import PreTrainedTokenizerFast
-
-        vocabulary = {symbol: number for number, symbol in enumerate([*self.symbols, *SPECIAL_TOKENS])}
-        backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-        backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        return PreTrainedTokenizerFast(
-            tokenizer_object=backend,
-            bos_token="<bos>",
-            eos_token="<eos>",
-            pad_token="<pad>",
-            unk_token="<unk>",
-            padding_side="left",
-            clean_up_tokenization_spaces=False,
-            model_max_length=2**30,
-        )
+        """The tokenizer of exports: its words are the symbols."""
+        return word_tokenizer(self.symbols)
 
 
 def unscored_labels(length: int) -> np.ndarray:

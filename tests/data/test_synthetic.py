@@ -10,15 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minrnn.common.errors import UserError
-from minrnn.data import IGNORE_INDEX
-from minrnn.data.synthetic import (
-    IN_DISTRIBUTION,
-    TASKS,
-    TaskReader,
-    TaskValidation,
-    build_task,
-    run_tokenizer,
-)
+from minrnn.data import IGNORE_INDEX, Task, build_task, run_tokenizer
+from minrnn.data.synthetic import IN_DISTRIBUTION, SYNTHETIC_TASKS, TaskReader, TaskValidation
 
 SMALL = {
     "selective-copying": {"length": 12, "num_tokens": 3, "test_lengths": [9, 20]},
@@ -32,7 +25,9 @@ pytestmark = pytest.mark.filterwarnings("error")
 
 
 def small(name: str, **options):
-    return build_task(f"synthetic/{name}", {**SMALL.get(name, {}), **options})
+    task = build_task(f"synthetic/{name}", {**SMALL.get(name, {}), **options})
+    assert isinstance(task, Task)
+    return task
 
 
 def drawn(name: str, seed: int, length: int, **options) -> tuple[list[int], list[int]]:
@@ -165,7 +160,7 @@ def test_needle_asks_for_the_key_in_the_text(seed: int, extra: int, num_digits: 
     assert labels[-num_digits:] == list(digits.encode())
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", SYNTHETIC_TASKS)
 def test_tokens_lie_in_the_vocabulary_and_lengths_in_their_range(name: str):
     task = small(name)
     tokenizer = run_tokenizer(f"synthetic/{name}", "unused", SMALL.get(name))
@@ -192,7 +187,7 @@ def test_a_vocabulary_is_a_tokenizer():
     assert run_tokenizer("synthetic/needle", "unused")("ab").input_ids[-2:] == [97, 98]
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", SYNTHETIC_TASKS)
 def test_a_reader_resumes_from_its_state(name: str):
     task = small(name)
     whole = TaskReader(task, 1, 3, task.max_train_length + 2, seed=7)
@@ -209,7 +204,7 @@ def test_a_reader_resumes_from_its_state(name: str):
 
 
 def test_a_chunk_holds_one_sequence_to_a_lane():
-    chunk = TaskReader(build_task("synthetic/parity"), 0, 8, 50, seed=0).next_chunk()
+    chunk = TaskReader(small("parity"), 0, 8, 50, seed=0).next_chunk()
     for ids, labels, starts in zip(chunk.input_ids, chunk.shift_labels, chunk.document_starts, strict=True):
         (scored,) = np.flatnonzero(labels != IGNORE_INDEX)
         assert (ids[: scored + 1] < 2).all()
@@ -232,7 +227,7 @@ def rows(name: str, num_readers: int, lanes: int) -> list[tuple[int, tuple[int, 
     return sorted(examples)
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", SYNTHETIC_TASKS)
 def test_the_validation_set_does_not_depend_on_the_number_of_readers(name: str):
     task = small(name)
     whole = rows(name, 1, 4)
@@ -279,8 +274,12 @@ def test_training_and_validation_share_no_seed(monkeypatch):
 @pytest.mark.parametrize(
     ("corpus", "options", "message"),
     [
-        ("parities", {}, "error: data.corpus: there is no task synthetic/parities (did you mean parity"),
-        ("", {}, "error: data.corpus: there is no task synthetic/ (there are selective-copying, "),
+        (
+            "parities",
+            {},
+            "there is no task synthetic/parities (did you mean synthetic/parity",
+        ),
+        ("", {}, "error: data.corpus: there is no task synthetic/ (did you mean synthetic/"),
         ("parity", {"max_lenght": 3}, "unknown option max_lenght (did you mean max_length"),
         ("parity", {"max_length": "long"}, "max_length: input should be a valid integer"),
         ("parity", {"min_length": 0}, "min_length: must be at least 1, not 0"),

@@ -169,7 +169,7 @@ def test_other_values_are_converted_to_their_type():
         section, name = key.split(".")
         assert getattr(getattr(recipe, section), name) == value, key
     task = read_recipe(
-        ["--data.corpus", "synthetic/mqar", "--data.task", "{vocab_size: 8192, power: 0.1}"]
+        ["--data.corpus=synthetic/mqar", "--data.task={vocab_size: 8192, power: 0.1}", "--batch.chunk=512"]
     ).data.task
     assert task == {"vocab_size": 8192, "power": 0.1}
 

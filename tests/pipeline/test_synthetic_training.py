@@ -12,7 +12,7 @@ from run_helpers import Values, losses, stop_at_step_7
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minrnn.common.errors import UserError
-from minrnn.data import IGNORE_INDEX, TaskValidation, build_task
+from minrnn.data import IGNORE_INDEX, Task, TaskValidation, build_task
 from minrnn.pipeline.export import export_run
 from minrnn.pipeline.recipe import build_recipe, read_recipe
 
@@ -37,6 +37,7 @@ def test_a_run_on_a_task_scores_its_answers(task_values: Values, run_recipe: Run
     folder = run_recipe(task_values)
     model = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
     task = build_task(task_values["data"]["corpus"], task_values["data"]["task"])
+    assert isinstance(task, Task)
     right: dict[int, list[bool]] = {0: [], 12: [], 30: []}
     nats = []
     for reader in range(2):
@@ -109,11 +110,11 @@ def test_a_chunk_must_hold_the_longest_sequence(task_values: Values, run_recipe:
     [
         (
             {"task": {"length": 3}},
-            "error: data.task: is for synthetic corpora (synthetic/TASK), not for python-stdlib",
+            "error: data.task: is for tasks (synthetic/NAME, lra/NAME), not for python-stdlib",
         ),
         (
             {"corpus": "synthetic/partiy"},
-            "error: data.corpus: there is no task synthetic/partiy (did you mean parity",
+            "error: data.corpus: there is no task synthetic/partiy (did you mean synthetic/parity",
         ),
         (
             {"corpus": "synthetic/mqar", "task": {"size": 3}},
@@ -121,11 +122,11 @@ def test_a_chunk_must_hold_the_longest_sequence(task_values: Values, run_recipe:
         ),
         (
             {"corpus": "synthetic/mqar", "order": "windows"},
-            "error: data.order: is for text; synthetic/mqar makes its own examples",
+            "error: data.order: is for text; synthetic/mqar has its own examples",
         ),
         (
             {"corpus": "synthetic/mqar", "join": "package"},
-            "error: data.join: is for text; synthetic/mqar makes its own examples",
+            "error: data.join: is for text; synthetic/mqar has its own examples",
         ),
     ],
 )
@@ -146,8 +147,8 @@ def test_the_command_line_sets_a_task():
             "{max_length: 20}",
         ]
     )
-    task = recipe.synthetic_task()
-    assert task is not None
+    task = recipe.task()
+    assert isinstance(task, Task)
     assert task.max_train_length == 20
 
 

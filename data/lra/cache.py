@@ -1,0 +1,220 @@
+"""Labelled examples are made once and kept in a cache folder.
+
+    CACHE/lra/listops-3f2a.../   tokens-train.npy ... manifest.json
+
+The folder's name holds a hash of all that decides its content (`fingerprint`). It is made under a lock by one
+process, in several worker processes where examples are generated, in a hidden folder that is renamed at the
+end. So a folder of this name is complete.
+"""
+
+import collections
+import contextlib
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from ...common.errors import UserError
+from ...common.files import make_folder, sha256_of, sync, write_json
+from ...common.locks import lock
+from ..corpus import CorpusSpec
+from ..fingerprint import corpus_fingerprint
+from .examples import ARRAYS, SPLITS, Example, Examples, read_examples, write_examples
+from .reader import LabelledReader, LabelledSet
+from .task import GeneratedTask, LabelledTask
+
+FORMAT = 1  # of the files, and of what the generators draw: a change makes new folders
+MANIFEST = "manifest.json"
+KEY = "data.cache"
+POLL_SECONDS = 0.5  # how often a process that waits looks for the lock
+
+
+def cache_folder(setting: str | None) -> Path:
+    """The cache: `data.cache`, else MINRNN_CACHE, else XDG_CACHE_HOME/minrnn, else ~/.cache/minrnn."""
+    if named := setting or os.environ.get("MINRNN_CACHE"):
+        return Path(named).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minrnn"
+
+
+def fingerprint(task: LabelledTask) -> dict[str, Any]:
+    """All that decides the stored examples; JSON."""
+    files = None
+    if task.folder is not None:
+        files = corpus_fingerprint(CorpusSpec(str(task.folder_path())))
+    return {"format": FORMAT, "task": task.NAME, "source": task.source, "files": files}
+
+
+@dataclass(frozen=True)
+class LabelledData:
+    """A task and the folder with its examples."""
+
+    task: LabelledTask
+    folder: Path
+
+    def examples(self, split: str) -> Examples:
+        """The examples of a split, as many as the task's options ask for."""
+        stored = read_examples(self.folder, split, self.task.TOWERS)
+        return stored.subset(self.task.limit(split))
+
+    def manifest(self) -> dict[str, Any]:
+        """Number of examples by split, size and SHA-256 by file, and what they were made from."""
+        return json.loads((self.folder / MANIFEST).read_text())
+
+    def open_reader(
+        self, reader: int, num_readers: int, lanes: int, seed: int, state: dict[str, Any] | None
+    ) -> LabelledReader:
+        """The training reader `reader`, after `state`."""
+        examples = self.examples("train")
+        return LabelledReader(examples, reader, num_readers, lanes, self.task.pad, seed, state)
+
+    def sets(self, split: str, readers: range, num_readers: int, lanes: int) -> list[LabelledSet]:
+        """The shares of these readers of a split that is scored."""
+        examples, task = self.examples(split), self.task
+        return [LabelledSet(examples, task.num_labels, r, num_readers, lanes, task.pad) for r in readers]
+
+
+def open_data(
+    task: LabelledTask, cache: Path, on_progress: Callable[[], object] = lambda: None
+) -> LabelledData:
+    """The examples of a task, made now if the cache lacks them. One process makes them, others wait.
+
+    Args:
+        on_progress: called now and then while they are made, also in a process that waits.
+
+    Raises:
+        UserError: rows of the task's files are wrong, the source or the cache cannot be used, or stored files
+            are damaged.
+    """
+    made_from = fingerprint(task)
+    digest = hashlib.blake2b(json.dumps(made_from, sort_keys=True).encode(), digest_size=8).hexdigest()
+    data = LabelledData(task, cache / "lra" / f"{task.NAME}-{digest}")
+    try:
+        if not data.folder.exists():
+            make_folder(data.folder.parent)
+            with (data.folder.parent / f".{data.folder.name}.lock").open("w") as file:
+                _wait_for_lock(file, on_progress)
+                if not data.folder.exists():
+                    _make(task, data.folder, made_from, on_progress)
+        _check_sizes(data)
+    except OSError as error:
+        message = f"{data.folder} cannot be used ({error.strerror or error}); name another folder"
+        raise UserError(KEY, message) from None
+    return data
+
+
+def _wait_for_lock(file: IO[str], on_progress: Callable[[], object]) -> None:
+    while True:
+        try:
+            lock(file, wait=False)
+            return
+        except BlockingIOError:
+            on_progress()
+            time.sleep(POLL_SECONDS)
+
+
+def _check_sizes(data: LabelledData) -> None:
+    for name, (size, _) in data.manifest()["files"].items():
+        actual = (data.folder / name).stat().st_size
+        if actual != size:
+            message = (
+                f"{data.folder / name} has {actual} bytes, not {size}: remove that folder to make it again"
+            )
+            raise UserError(KEY, message)
+
+
+def _make(
+    task: LabelledTask, folder: Path, made_from: dict[str, Any], on_progress: Callable[[], object]
+) -> None:
+    """Write a task's examples, then rename the folder."""
+    unfinished = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
+    unfinished.mkdir()
+    try:
+        counts = {}
+        with contextlib.ExitStack() as stack:
+            is_generated = isinstance(task, GeneratedTask) and task.folder is None
+            drawn = stack.enter_context(contextlib.closing(generate(task))) if is_generated else None
+            for split in SPLITS:
+                examples = task.examples(split) if drawn is None else _take(drawn, task, split)
+                counts[split] = write_examples(
+                    unfinished, split, _counted(examples, task, split, on_progress)
+                )
+                if not counts[split]:
+                    raise UserError("data.task", f"the {split} split of lra/{task.NAME} has no examples")
+        files = {}
+        for name in (f"{array}-{split}.npy" for split in SPLITS for array in ARRAYS):
+            sync(unfinished / name)
+            files[name] = [(unfinished / name).stat().st_size, sha256_of(unfinished / name)]
+        write_json(unfinished / MANIFEST, {"made_from": made_from, "examples": counts, "files": files})
+        os.rename(unfinished, folder)
+        sync(folder.parent)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def _counted(
+    examples: Iterator[Example], task: LabelledTask, split: str, on_progress: Callable[[], object]
+) -> Iterator[Example]:
+    """The examples, with a progress bar."""
+    from tqdm import tqdm
+
+    total = task.sizes()[split] if isinstance(task, GeneratedTask) and task.folder is None else None
+    for example in tqdm(examples, f"lra/{task.NAME}, {split}", total, unit=" examples", leave=False):
+        on_progress()
+        yield example
+
+
+def _take(drawn: Iterator[Example], task: LabelledTask, split: str) -> Iterator[Example]:
+    assert isinstance(task, GeneratedTask)
+    for _ in range(task.sizes()[split]):
+        yield next(drawn)
+
+
+def generate(task: LabelledTask, max_processes: int | None = None) -> Generator[Example, None, None]:
+    """Different examples, endlessly, in the order of their blocks.
+
+    Args:
+        max_processes: at most this many worker processes; by default one for each core.
+    """
+    assert isinstance(task, GeneratedTask)
+    seen: set[bytes] = set()
+    with contextlib.closing(_blocks(task, max_processes)) as blocks:
+        for block in blocks:
+            for texts, label in block:
+                digest = hashlib.blake2b(b"\xff".join(texts), digest_size=16).digest()
+                if digest not in seen:
+                    seen.add(digest)
+                    yield texts, label
+
+
+def _blocks(task: GeneratedTask, max_processes: int | None) -> Generator[list[Example], None, None]:
+    """The blocks of a task in order, a few ahead of the consumer in worker processes."""
+    needed = -(-sum(task.sizes().values()) // task.BLOCK)
+    processes = min(len(os.sched_getaffinity(0)), needed // 8, max_processes or needed)
+    if processes < 2:  # starting a process takes longer than a few blocks
+        yield from map(task.block, itertools.count())
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context, initializer=_ignore_interrupts) as pool:
+        waiting = collections.deque(pool.submit(task.block, number) for number in range(2 * processes))
+        try:
+            for number in itertools.count(2 * processes):
+                waiting.append(pool.submit(task.block, number))
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _ignore_interrupts() -> None:
+    """Ctrl-C reaches the whole group; the process that waits for the results ends the workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,40 @@
+"""Settings of a recipe that do not fit its task, or need one."""
+
+from ..data import LabelledTask, is_labelled
+from .config import Recipe
+from .families.registry import OURS
+
+
+def task_errors(recipe: Recipe) -> dict[str, str]:
+    """The errors, by key."""
+    task, corpus, model = recipe.task(), recipe.data.corpus, recipe.model
+    errors = {}
+    if not is_labelled(corpus):
+        advice = f"is for classifiers (data.corpus lra/NAME), not for {corpus}; leave it out"
+        fields = {"bidirectional": model.bidirectional, "pooling": model.pooling != "last"}
+        errors = {f"model.{name}": advice for name, is_set in fields.items() if is_set}
+        if recipe.data.cache is not None:
+            errors["data.cache"] = f"is for tasks of Long Range Arena (lra/NAME), not for {corpus}"
+    if task is None:
+        return errors
+    longest = task.length if isinstance(task, LabelledTask) else task.max_train_length
+    if recipe.batch.chunk < longest:
+        message = f"{recipe.batch.chunk} does not hold the longest sequence of {corpus}"
+        errors["batch.chunk"] = f"{message}: set it to {longest} or more"
+    if isinstance(task, LabelledTask):
+        errors |= _labelled_errors(recipe, task)
+    return errors
+
+
+def _labelled_errors(recipe: Recipe, task: LabelledTask) -> dict[str, str]:
+    errors, corpus, model = {}, recipe.data.corpus, recipe.model
+    if recipe.parallel.context > 1:
+        errors["parallel.context"] = f"cannot divide the examples of {corpus} among processes; use 1"
+    if model.family != OURS:
+        errors["model.family"] = f"{corpus} is for minrnn's classifier, not for {model.family}"
+    if model.num_parameters is not None:
+        errors["model.num_parameters"] = "is for language models; set the sizes of a classifier"
+    if task.train_examples is not None and task.train_examples < recipe.batch.readers:
+        message = f"{recipe.batch.readers} readers cannot share {task.train_examples} training examples"
+        errors["batch.readers"] = f"{message}; use fewer"
+    return errors
