@@ -28,6 +28,9 @@ from .ternary import linear
 if TYPE_CHECKING:
     from .configuration_minrnn import MinRNNConfig
 
+DEFAULT_HEAD = 64  # V, if the recurrent width is a multiple of it
+SMALLEST_HEAD, LARGEST_HEAD = 16, 256  # which the default never leaves in wide models
+
 
 def nearest_divisor(number: int, target: int) -> int:
     """The divisor of `number` that is nearest to `target`, as a ratio."""
@@ -37,7 +40,7 @@ def nearest_divisor(number: int, target: int) -> int:
 
 def head_size(config: "MinRNNConfig") -> int:
     """V: `config.head_dim`, or its default."""
-    return config.head_dim or nearest_divisor(config.recurrent_size, 64)
+    return config.head_dim or nearest_divisor(config.recurrent_size, DEFAULT_HEAD)
 
 
 def num_heads(config: "MinRNNConfig") -> int:
@@ -78,11 +81,16 @@ class MatrixMixer(MinRNNMixer):
     @classmethod
     def config_errors(cls, config: "MinRNNConfig") -> dict[str, str]:
         errors = own_activation_error(config)
-        if config.recurrent_size % head_size(config):
-            nearest = nearest_divisor(config.recurrent_size, head_size(config))
+        width, size = config.recurrent_size, head_size(config)
+        if width % size:
             errors["head_dim"] = (
-                f"must divide expansion_factor * hidden_size = {config.recurrent_size}, "
-                f"and {config.head_dim} does not; the nearest that does is {nearest}"
+                f"must divide expansion_factor * hidden_size = {width}, and {size} does not; "
+                f"the nearest that does is {nearest_divisor(width, size)}"
+            )
+        elif config.head_dim is None and width > LARGEST_HEAD and not SMALLEST_HEAD <= size <= LARGEST_HEAD:
+            errors["head_dim"] = (
+                f"expansion_factor * hidden_size = {width} has no divisor near {DEFAULT_HEAD}, and heads of "
+                f"{size} would be far from it: choose another hidden_size, or set head_dim to a divisor"
             )
         return errors
 
