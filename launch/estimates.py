@@ -63,11 +63,14 @@ def measure(recipe: Recipe, vocab_size: int) -> Model:
     import torch
     from torch import nn
 
-    from ..models import MinRNNConfig, MinRNNForCausalLM
+    from ..models import MinRNNConfig
+    from ..pipeline.classification import classifier_fields, new_model
+    from ..pipeline.families.registry import OURS
 
-    config = MinRNNConfig(**recipe.resolved_model_fields(), vocab_size=vocab_size)
+    head = classifier_fields(recipe.data.corpus, recipe.data.task)
+    config = MinRNNConfig(**recipe.resolved_model_fields(), **head, vocab_size=vocab_size)
     with torch.device("meta"):
-        model = MinRNNForCausalLM(config)
+        model: Any = new_model(OURS, config)
     parts: dict[str, int] = dict.fromkeys(("embedding and head", "mixers", "MLPs", "norms"), 0)
     for name, parameter in model.named_parameters():
         part = next(

@@ -8,9 +8,13 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..common.errors import UserError
 from ..data import LabelledData, LabelledSet, LabelledTask, build_task, cache_folder, is_labelled, open_data
+from ..models import MinRNNConfig, MinRNNForSequenceClassification
 from .config import Recipe
 from .families.build import build_causal_lm
+from .loading import is_classifier, model_folder, move_model, weights_dtype
+from .machine import resolve_device
 from .processes import all_reduce_sum, to_device
 
 
@@ -38,8 +42,6 @@ def new_model(family: str, config: PreTrainedConfig) -> PreTrainedModel:
     """
     if getattr(config, "problem_type", None) is None:
         return build_causal_lm(family, config)
-    from ..models import MinRNNConfig, MinRNNForSequenceClassification
-
     assert isinstance(config, MinRNNConfig)
     return MinRNNForSequenceClassification(config)
 
@@ -98,3 +100,28 @@ def score_labels(
         "chance": chance,
         "examples": int(scored),
     }
+
+
+def load_classifier(name: str, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
+    """Load the classifier (in eval mode) of an export, a hub id or a run.
+
+    Args:
+        dtype, device: as in `loading.load`.
+
+    Raises:
+        UserError: it cannot be loaded, is no classifier of ours, or the device does not support it.
+    """
+    target, folder = resolve_device(device), model_folder(name)
+    try:
+        values = PreTrainedConfig.get_config_dict(folder)[0]
+        if not is_classifier(values):
+            kind = "a language model" if values.get("model_type") == "minrnn" else values.get("model_type")
+            message = f"{name} is {kind}; tasks of Long Range Arena are for classifiers trained on one"
+            raise UserError("MODEL", f"{message} (minrnn train --config lra-listops)")
+        model = MinRNNForSequenceClassification.from_pretrained(folder, dtype="auto")
+    except UserError:
+        raise
+    except Exception as error:  # the hub's client, the file system and the configuration each raise their own
+        raise UserError("MODEL", f"cannot load {name}: {' '.join(str(error).split())[:300]}") from None
+    move_model(model, weights_dtype(model.dtype, dtype, target), target)
+    return model.eval()

@@ -43,7 +43,8 @@ def _export(run: Run) -> None:
     if not export_model(model, tokenizer, out.resolve(), config, run.progress.tokens, score):
         warn(kept_card_warning(out))
     _write_samples(run, model, tokenizer)
-    run.report(f"finished: model, samples.txt and loss.png are in {folder.path}")
+    written = "model" if is_task(recipe.data.corpus) else "model, samples.txt"
+    run.report(f"finished: {written} and loss.png are in {folder.path}")
 
 
 def _sync_metrics(run: Run) -> None:

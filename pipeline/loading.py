@@ -125,6 +125,11 @@ def read_model(name: str, trust_remote_code: bool = False) -> tuple[PreTrainedMo
     return model.eval(), _read_tokenizer(name, model_folder(name), trust_remote_code)
 
 
+def is_classifier(values: dict[str, Any]) -> bool:
+    """Whether a config.json is that of a `MinRNNForSequenceClassification`."""
+    return "MinRNNForSequenceClassification" in (values.get("architectures") or [])
+
+
 def read_weights(name: str, key: str = "MODEL") -> PreTrainedModel:
     """Read the model of an export, a hub id or a run, on the CPU in its stored dtype.
 
@@ -140,6 +145,9 @@ def read_weights(name: str, key: str = "MODEL") -> PreTrainedModel:
         model_type = str(values.get("model_type"))
         if model_type not in (*OWN_CONFIGS, *family_names()):
             raise UserError(key, f"{name} is a {model_type} model, which is no causal language model")
+        if is_classifier(values):
+            message = f"{name} is a classifier, not a language model"
+            raise UserError(key, f"{message}; minrnn eval {name} --tasks lra/NAME evaluates it")
         own_config = OWN_CONFIGS.get(model_type)
         if own_config is not None:
             _check_size(name, own_config.from_dict(values), key)

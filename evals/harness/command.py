@@ -1,5 +1,5 @@
 """`minrnn eval`: evaluates tasks of lm-eval one after another; finished results are on disk before the next
-task begins.
+task begins. Tasks of Long Range Arena are in labelled.py.
 
 names -> tasks with their data -> for each: simple_evaluate -> merged into one file in lm-eval's format -> the
 run's MLflow
@@ -13,6 +13,8 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import yaml
+
 from ...common.checks import option_minimum_errors
 from ...common.errors import UserError, missing_package_error
 from ...common.files import user_path, write_text
@@ -20,15 +22,17 @@ from ...pipeline.options import add_device, add_dtype, add_model, add_trust, new
 from ...pipeline.processes import run_on_all_ranks
 from ...pipeline.public import public_config, public_value
 from ..output import default_out, out_errors, run_folder
+from .labelled import evaluate_labelled, labelled_names
 from .results import Results, merge, rename_windowed, track
 from .tasks import evaluation_units, load_tasks, task_manager, task_names
 
-DESCRIPTION = """Evaluate a model on tasks of lm-eval. Texts of any length are read whole.
-A prefix that requests share is read once.
+DESCRIPTION = """Evaluate a language model on tasks of lm-eval, or a classifier on the test splits of Long
+Range Arena (lra/NAME). Texts of any length are read whole. A prefix that requests share is read once.
 Several processes share the requests: accelerate launch -m minrnn.launch.cli eval MODEL --tasks ..."""
 EXAMPLES = """examples:
   minrnn eval runs/quickstart --tasks lambada_openai,hellaswag
   minrnn eval my-model --tasks my_task --include-path my-tasks --limit 100 --out results.json
+  minrnn eval runs/lra-listops --tasks lra/listops
   minrnn eval runs/quickstart --tasks wikitext --rolling-window 2048
       with the state carried through each document, and with the state reset every 2048 tokens"""
 
@@ -39,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tasks",
         required=True,
-        help="names of tasks, groups or tags, or patterns (blimp_*), separated by commas",
+        help="names of tasks, groups or tags, or patterns (blimp_*), or lra/NAME, separated by commas",
     )
     parser.add_argument("--include-path", type=user_path, help="folder with tasks of your own (YAML)")
     parser.add_argument("--num-fewshot", type=int, help="examples before each question (default: the task's)")
@@ -50,6 +54,13 @@ def _parser() -> argparse.ArgumentParser:
         "--rolling-window",
         type=int,
         help="also measure perplexities with the state reset every so many tokens, as NAME_window_SIZE",
+    )
+    parser.add_argument(
+        "--task-options",
+        type=_mapping,
+        default={},
+        metavar="YAML",
+        help="options of tasks of Long Range Arena, as data.task: '{folder: DIR}' (default: the run's own)",
     )
     size = "rows at once (default: %(default)s); auto is 32, since memory does not grow with the length"
     parser.add_argument("--batch-size", type=_batch_size, default=32, metavar="N", help=size)
@@ -73,6 +84,13 @@ def _parser() -> argparse.ArgumentParser:
 def _batch_size(text: str) -> int | str:
     """Parse a number, or lm-eval's auto and auto:N, which `MinRNNLM` accepts."""
     return text if text.partition(":")[0] == "auto" else int(text)
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    value = yaml.safe_load(text)
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"must be a mapping such as {{folder: DIR}}, not {text!r}")
+    return value
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -223,6 +241,9 @@ def main(argv: list[str]) -> None:
     arguments = _parser().parse_args(argv)
     try:
         _check(arguments)
+        if names := labelled_names(arguments.tasks):
+            evaluate_labelled(arguments, names, argv)
+            return
         failures = _evaluate(arguments)
     except ModuleNotFoundError as error:
         if error.name != "lm_eval":

@@ -59,6 +59,7 @@ class Validation(BaseModel):
     accuracy_scaled: float | None = None
     chance: float | None = None
     by_length: dict[str, float] | None = None
+    examples: int | None = None
 
 
 class Curve(BaseModel):
@@ -88,6 +89,8 @@ class Seed(BaseModel):
     best: Validation | None
     """The validation with the lowest loss."""
     final: Validation | None
+    test: Validation | None = None
+    """The score of the test split, after the last step; None if the corpus has none."""
     curve: Curve
 
 
@@ -209,17 +212,20 @@ def read_run(run: Path) -> tuple[dict[str, dict[str, Any]], Seed]:
 def _read_seed(run: Path, seed: int, steps: int) -> Seed | None:
     """The results in a run's metrics.jsonl; None before its first step."""
     lines = [
-        line for line in read_metrics(run / "metrics.jsonl") if line.get("kind") in ("train", "validation")
+        line
+        for line in read_metrics(run / "metrics.jsonl")
+        if line.get("kind") in ("train", "validation", "test")
     ]
     finite = [
         line for line in lines if isinstance(line.get("loss"), float | int) and math.isfinite(line["loss"])
     ]
     train = [line for line in finite if line["kind"] == "train"]
     validation_lines = [line for line in finite if line["kind"] == "validation"]
+    test_lines = [line for line in finite if line["kind"] == "test"]
     validations = [Validation(**line) for line in validation_lines]
     if not train:
         return None
-    seconds = training_seconds(train, validation_lines)
+    seconds = training_seconds(train, validation_lines + test_lines)
     return Seed(
         run=run.resolve().name,
         seed=seed,
@@ -228,9 +234,10 @@ def _read_seed(run: Path, seed: int, steps: int) -> Seed | None:
         tokens=train[-1]["tokens"],
         parameters=num_parameters(run),
         training_seconds=None if seconds is None else round(seconds, 1),
-        not_finite=len(lines) - len(train) - len(validation_lines),
+        not_finite=len(lines) - len(finite),
         best=min(validations, key=lambda line: line.loss, default=None),
         final=validations[-1] if validations else None,
+        test=Validation(**test_lines[-1]) if test_lines else None,
         curve=Curve(train=_thin_out(train), validation=_sample_evenly(validations)),
     )
 

@@ -12,7 +12,9 @@ from transformers import set_seed
 from minrnn.data import BYTES, TextStream, byte_tokenizer, model_vocab_size, prompt_tokens, run_tokenizer
 from minrnn.launch.cli import main
 from minrnn.models import MinRNNConfig, MinRNNForCausalLM
+from minrnn.pipeline.classification import classifier_fields, new_model
 from minrnn.pipeline.export import export_model, model_config
+from minrnn.pipeline.families.registry import OURS
 from minrnn.pipeline.recipe import (
     build_recipe,
     parse_arguments,
@@ -53,7 +55,8 @@ def test_each_recipe_parses_and_its_model_builds(name: str):
     tokenizer = run_tokenizer(data.corpus, BYTES, data.task)
     vocab_size = model_vocab_size(tokenizer) if data.tokenizer == BYTES else 50_264
     with torch.device("meta"):
-        model = MinRNNForCausalLM(model_config(recipe.resolved_model_fields(), tokenizer, vocab_size))
+        fields = {**recipe.resolved_model_fields(), **classifier_fields(data.corpus, data.task)}
+        model = new_model(OURS, model_config(fields, tokenizer, vocab_size))
     expected = {
         "quickstart": (1e6, 2e6),
         "shakespeare-paper": (4e6, 7e6),
@@ -61,6 +64,12 @@ def test_each_recipe_parses_and_its_model_builds(name: str):
         "fineweb-1b": (950e6, 1050e6),
         "synthetic-formal": (0.4e6, 0.6e6),
         "synthetic-selective-copying": (0.2e6, 0.3e6),
+        "lra-listops": (1.5e6, 3e6),
+        "lra-text": (5e6, 9e6),
+        "lra-retrieval": (1e6, 2.5e6),
+        "lra-image": (15e6, 25e6),
+        "lra-pathfinder": (2.5e6, 5e6),
+        "lra-pathx": (5e6, 9e6),
     }[name]
     assert expected[0] < model.num_parameters() < expected[1]
 

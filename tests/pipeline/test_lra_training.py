@@ -1,5 +1,6 @@
 """Tasks of Long Range Arena in the training loop: scores, resume, export, processes, errors."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -13,11 +14,12 @@ from run_helpers import Values, losses, recipe_file, stop_at_step_7
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from minrnn.common.errors import UserError
-from minrnn.data import cache_folder, open_data
-from minrnn.data.lra import ListOps
+from minrnn.data import cache_folder, model_vocab_size, open_data
+from minrnn.data.lra import LRA_TASKS, ListOps
 from minrnn.models import MinRNNForSequenceClassification
-from minrnn.pipeline.export import export_run
-from minrnn.pipeline.recipe import build_recipe
+from minrnn.pipeline.classification import classifier_fields, new_model, open_labelled
+from minrnn.pipeline.export import export_run, model_config
+from minrnn.pipeline.recipe import build_recipe, read_recipe
 
 Run = Callable[[Values], Path]
 SIZES = {"train_examples": 40, "validation_examples": 7, "test_examples": 9}
@@ -155,6 +157,53 @@ def write_reviews(folder: Path) -> None:
     texts, labels = [f"a {word} film" for word in ("bad", "good", "long", "short")] * 3, [0, 1, 0, 1] * 3
     for split in ("train", "test"):
         pq.write_table(pa.table({"text": texts, "label": labels}), folder / f"{split}-00000.parquet")
+
+
+def write_data(name: str, folder: Path) -> dict[str, Any]:
+    """Tiny files of a task's schema; the options to read them with."""
+    import io
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from PIL import Image
+
+    if name == "text":
+        write_reviews(folder)
+    elif name == "image":
+        folder.mkdir()
+        buffer = io.BytesIO()
+        Image.new("RGB", (32, 32), (9, 99, 199)).save(buffer, "PNG")
+        images = [{"bytes": buffer.getvalue(), "path": None}] * 80
+        for split in ("train", "test"):
+            pq.write_table(pa.table({"img": images, "label": [1] * 80}), folder / f"{split}.parquet")
+    elif name == "retrieval":
+        folder.mkdir()
+        for split in ("train", "eval", "test"):
+            (folder / f"new_aan_pairs.{split}.tsv").write_text("1.0\t1\t2\ta text\tanother\n" * 80)
+    else:
+        return {"train_examples": 80, "validation_examples": 2, "test_examples": 2}
+    return {"folder": str(folder)}
+
+
+@pytest.mark.parametrize("name", sorted(LRA_TASKS))
+def test_each_recipe_reads_a_batch(name: str, tmp_path: Path):
+    """At its published lengths, from tiny files; its model on the meta device takes the batch."""
+    recipe = read_recipe(["--config", f"lra-{name}", "--data.cache", str(tmp_path)])
+    options = {**recipe.data.task, **write_data(name, tmp_path / "files")}
+    recipe = dataclasses.replace(recipe, data=recipe.data.model_copy(update={"task": options}))
+    data = open_labelled(recipe)
+    assert data is not None
+    assert data.task.length <= recipe.batch.chunk
+    batch = data.open_reader(0, 1, recipe.batch.lanes, 0, None).next_chunk()
+    assert batch.num_scored == recipe.batch.lanes
+    assert batch.input_ids.max() <= data.task.pad
+    fields = {**recipe.resolved_model_fields(), **classifier_fields(recipe.data.corpus, options)}
+    tokenizer = data.task.tokenizer()
+    config = model_config({**fields, "num_hidden_layers": 1}, tokenizer, model_vocab_size(tokenizer))
+    with torch.device("meta"):
+        model = new_model("minrnn", config)
+    inputs = {key: torch.from_numpy(value).to("meta") for key, value in batch.model_inputs().items()}
+    assert model(**inputs, use_cache=False).logits.shape == (recipe.batch.lanes, data.task.num_labels)
 
 
 @pytest.mark.parametrize(
