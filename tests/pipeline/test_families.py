@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from minrnn.common.errors import UserError
 from minrnn.models.minimal_cells import MinimalMixer
 from minrnn.models.registry import CELLS
-from minrnn.pipeline import build_model, family_settings
+from minrnn.pipeline import classification, family_settings
 from minrnn.pipeline.export import model_config
 from minrnn.pipeline.families import registry
 from minrnn.pipeline.families.build import build_causal_lm, check_memory, search_sizes
@@ -272,4 +272,4 @@ def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setattr("minrnn.pipeline.families.build.causal_lm", fail)
     with pytest.raises(UserError, match=r"model.family: llama needs a package: .*pip install xyz"):
         build_causal_lm("llama", registry.config_of("llama", {}))
-    assert build_model.build_causal_lm is build_causal_lm
+    assert classification.build_causal_lm is build_causal_lm
