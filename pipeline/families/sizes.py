@@ -5,6 +5,7 @@ finer steps. `find_size` chooses the width so that the fine size can meet the ta
 that is closest to the family's own recommendation. Parameters are counted by the caller, on the meta device.
 """
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -120,12 +121,11 @@ def _largest(rule: SizeRule, count: Callable[[Size], int], steps: int) -> int:
     Raises:
         InvalidSizeError: none of the following widths is.
     """
-    for width in range(steps * rule.step, (steps + MAX_INVALID) * rule.step, rule.step):
-        try:
+    last = (steps + MAX_INVALID) * rule.step
+    for width in range(steps * rule.step, last, rule.step):
+        with contextlib.suppress(InvalidSizeError):
             return count((width, _bounds(rule, width)[2]))
-        except InvalidSizeError as error:
-            last_error = error
-    raise last_error
+    return count((last, _bounds(rule, last)[2]))
 
 
 def _candidate(rule: SizeRule, count: Callable[[Size], int], width: int, target: int) -> Candidate | None:

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -167,7 +167,7 @@ def test_killed_and_resumed_exported_reloaded_and_continued(values: Values, tmp_
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "export")
     assert isinstance(model, TorchRNNForCausalLM) == (name in ("gru", "lstm"))
     ids = tokenizer("the state", return_tensors="pt")["input_ids"]
-    generate: Any = model.generate
+    generate = cast(Any, model).generate
     continued = generate(ids, max_new_tokens=8, do_sample=False)[0]
     expected = tokenizer.decode(continued, skip_special_tokens=True)
     options = ("--max-new-tokens", "8", "--temperature", "0", "--prompt", "the state")
