@@ -1,6 +1,7 @@
 """nn.GRU and nn.LSTM as language models: cuts, document starts and padding are exact, exports load."""
 
 import itertools
+import json
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,11 @@ import torch
 from helpers import VOCAB, assert_close, generate, generator, random_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_remote_code import GENERATE, HIDE_PACKAGES, NUM_TOKENS, PROMPTS, finish, start
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from minrnn.data import byte_tokenizer
 from minrnn.models import TorchRNNConfig, TorchRNNForCausalLM
 from minrnn.models.decoding import TokenStep, prefill
 
@@ -127,6 +130,30 @@ def test_an_export_carries_its_code(cell: str, tmp_path: Path):
     assert isinstance(loaded, TorchRNNForCausalLM)
     assert {"modeling_torch_rnn.py", "modeling_minrnn.py"} <= {path.name for path in tmp_path.iterdir()}
     assert torch.equal(generate(loaded, ids), generate(model, ids))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", CELLS)
+def test_an_export_loads_without_the_package(cell: str, tmp_path: Path):
+    """The same text alone and in a left-padded batch, without minrnn, numba and triton."""
+    torch.manual_seed(0)
+    tokenizer = byte_tokenizer()
+    config = TorchRNNConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        cell=cell,
+        tie_word_embeddings=False,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model, folder = TorchRNNForCausalLM(config).eval(), tmp_path / "model"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    hidden = json.dumps(["minrnn", "numba", "llvmlite", "triton"])
+    arguments = (str(folder), hidden, json.dumps(PROMPTS), str(NUM_TOKENS))
+    result = finish(start(HIDE_PACKAGES + GENERATE, tmp_path / "home", *arguments))
+    prompts = [tokenizer(prompt, return_tensors="pt")["input_ids"] for prompt in PROMPTS]
+    expected = [generate(model, ids, NUM_TOKENS)[0, ids.shape[1] :].tolist() for ids in prompts]
+    assert result["alone"] == result["batched"] == expected
 
 
 @pytest.mark.parametrize("cell", CELLS)
