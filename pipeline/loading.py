@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from ..common.errors import UserError
 from ..common.output import warn
 from ..data.tokenizer import needs_code_trust
 from ..models import MinRNNConfig, MinRNNForCausalLM, TorchRNNConfig
 from ..models.dtypes import DTYPES
-from .families.build import causal_lm
+from .families.build import causal_lm, check_memory
 from .families.limits import abilities
 from .families.registry import family_names
 from .machine import (
@@ -151,6 +151,8 @@ def read_weights(name: str, key: str = "MODEL") -> PreTrainedModel:
         own_config = OWN_CONFIGS.get(model_type)
         if own_config is not None:
             _check_size(name, own_config.from_dict(values), key)
+        else:
+            _check_memory(folder, key)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype="auto", output_loading_info=True, trust_remote_code=False
         )
@@ -225,6 +227,15 @@ def _read_tokenizer(name: str, folder: str, trust_remote_code: bool) -> Any:
         message = f"the tokenizer of {name} cannot spell text (a synthetic task's vocabulary?)"
         raise UserError("MODEL", f"{message}, so none can be scored")
     return tokenizer
+
+
+def _check_memory(folder: str, key: str) -> None:
+    """As `_check_size`, for a model of transformers, whose layers may differ."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    try:
+        check_memory(config.model_type, config)
+    except UserError as error:
+        raise UserError.from_list((key, message) for _, message in error.errors) from None
 
 
 def _check_size(name: str, config: Any, key: str) -> None:

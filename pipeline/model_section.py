@@ -118,7 +118,8 @@ class ModelSection(Section):
             {} if self.sizes else size_errors(self.family, self.num_parameters, direct, self.family_config)
         )
         if self.family != OURS:
-            errors = field_errors(self.family, direct, self.family_config) | sized
+            errors = field_errors(self.family, direct, self.family_config)
+            errors |= {} if "family" in errors else sized
             if "preset" in self.model_fields_set and self.preset != "default" and not name_error(self.family):
                 errors["preset"] = f"is a form of minrnn's block; {self.family} has none, so leave it out"
             return errors

@@ -54,8 +54,7 @@ def check_memory(name: str, config: PreTrainedConfig) -> None:
         number = num_parameters(build_causal_lm(name, config))
     if (memory := main_memory()) is not None and 4 * number > memory:
         size = f"{4 * number / 1e9:,.0f} GB in fp32, of {memory / 1e9:,.0f} GB here"
-        advice = "set model.num_parameters and model.num_hidden_layers, or its sizes"
-        raise UserError("model.family", f"this {name} has {number:,} parameters, {size}; {advice}")
+        raise UserError("model.family", f"this {name} has {number:,} parameters, {size}; set its sizes")
 
 
 def _line(error: Exception) -> str:

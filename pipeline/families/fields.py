@@ -48,6 +48,9 @@ def field_errors(name: str, direct: dict[str, Any], family_config: dict[str, Any
         known = registry.config_fields(name)
     except ImportError as error:
         return {"family": f"{name} cannot be used: {error}"}
+    if not registry.has_vocabulary(name):
+        text = f"; use {name}_text" if f"{name}_text" in registry.family_names() else ""
+        return {"family": f"{name} is made of several models, not only of one that reads text{text}"}
     errors = {
         field: f"{_unknown_field(name, field)}; {_advice(name)}" for field in direct if field not in known
     }

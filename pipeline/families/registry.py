@@ -133,6 +133,11 @@ def config_fields(name: str) -> frozenset[str]:
     return frozenset(own - {"cell"} if name in TORCH_RNNS else own)
 
 
+def has_vocabulary(name: str) -> bool:
+    """Whether the configuration itself has the size of the vocabulary, not one of its parts."""
+    return any(field.name == "vocab_size" for field in dataclasses.fields(config_class(name)))
+
+
 def config_of(name: str, fields: dict[str, Any]) -> PreTrainedConfig:
     """The configuration of a family with these fields."""
     return config_class(name)(**({"cell": name} if name in TORCH_RNNS else {}), **fields)

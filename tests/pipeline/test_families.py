@@ -182,8 +182,12 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
         "model.sizes: is what minrnn writes for num_parameters, which is not set; leave it out",
     ),
     "a family without a width": (
-        {"model": {"family": "fuyu", "num_parameters": "3M"}},
-        "model.num_parameters: cannot size fuyu: FuyuConfig has no hidden_size",
+        {"model": {"family": "blt", "num_parameters": "3M"}},
+        "model.num_parameters: cannot size blt: BltConfig has no hidden_size",
+    ),
+    "a family of several models": (
+        {"model": {"family": "gemma3", "num_parameters": "3M"}},
+        "model.family: gemma3 is made of several models, not only of one that reads text; use gemma3_text",
     ),
     "a state that is asked for": (
         {"model": LLAMA, "batch": {"carry_state": True}},
