@@ -41,9 +41,14 @@ def with_sizes(recipe: Recipe, vocab_size: int) -> Recipe:
     model = recipe.model
     if model.num_parameters is None or model.sizes:
         return recipe
-    from .families.build import search_sizes  # imports torch
+    # Imported here, because these import torch.
+    from .classification import classifier_fields, new_model
+    from .families.build import search_sizes
 
-    sizes = search_sizes(model.family, model.num_parameters, recipe.given_model_fields(), vocab_size)
+    fields = {**recipe.given_model_fields(), **classifier_fields(recipe.data.corpus, recipe.data.task)}
+    sizes = search_sizes(
+        model.family, model.num_parameters, fields, vocab_size, lambda config: new_model(model.family, config)
+    )
     return dataclasses.replace(recipe, model=model.model_copy(update={"sizes": sizes}))
 
 

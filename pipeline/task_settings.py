@@ -32,8 +32,6 @@ def _labelled_errors(recipe: Recipe, task: LabelledTask) -> dict[str, str]:
         errors["parallel.context"] = f"cannot divide the examples of {corpus} among processes; use 1"
     if model.family != OURS:
         errors["model.family"] = f"{corpus} is for minrnn's classifier, not for {model.family}"
-    if model.num_parameters is not None:
-        errors["model.num_parameters"] = "is for language models; set the sizes of a classifier"
     if task.train_examples is not None and task.train_examples < recipe.batch.readers:
         message = f"{recipe.batch.readers} readers cannot share {task.train_examples} training examples"
         errors["batch.readers"] = f"{message}; use fewer"

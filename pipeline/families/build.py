@@ -1,6 +1,7 @@
 """Configuration, size and model of any family, from the fields of a recipe."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -87,11 +88,18 @@ def adapt(name: str, model: PreTrainedModel, device: torch.device) -> FamilyMode
     return FamilyModel(model, measured)
 
 
-def search_sizes(name: str, target: int, fields: dict[str, Any], vocab_size: int) -> dict[str, Any]:
+def search_sizes(
+    name: str,
+    target: int,
+    fields: dict[str, Any],
+    vocab_size: int,
+    build: Callable[[PreTrainedConfig], nn.Module] = causal_lm,
+) -> dict[str, Any]:
     """The fields of a family's configuration that make a model of `target` parameters.
 
     Args:
         fields: those that the user set. They are kept.
+        build: the model of a configuration.
 
     Raises:
         UserError: no size has so many parameters, or the model cannot be built.
@@ -110,7 +118,7 @@ def search_sizes(name: str, target: int, fields: dict[str, Any], vocab_size: int
     def count(size: Size) -> int:
         try:
             config = config_of(name, {**fields, **fields_of(size), **special, "vocab_size": vocab_size})
-            return num_parameters(causal_lm(config))
+            return num_parameters(build(config))
         except ImportError:
             raise
         except Exception as error:  # each configuration and model raises its own

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from minrnn.common.errors import UserError
 from minrnn.models.minimal_cells import MinimalMixer
 from minrnn.models.registry import CELLS
-from minrnn.pipeline import classification, family_settings
+from minrnn.pipeline import family_settings
+from minrnn.pipeline.classification import classifier_fields, new_model
 from minrnn.pipeline.export import model_config
 from minrnn.pipeline.families import registry
 from minrnn.pipeline.families.build import build_causal_lm, check_memory, search_sizes
@@ -125,6 +126,20 @@ def test_one_line_of_the_documented_recipe_switches_the_family(name: str):
     recipe = with_sizes(build_recipe(values), VOCAB)
     assert recipe.model.sizes
     assert recipe.batch.carry_state == (name in registry.CARRYING)
+
+
+def test_a_classifier_is_counted_with_its_own_head():
+    values = {
+        "model": {"num_parameters": "200k", "num_hidden_layers": 2},
+        "data": {"corpus": "lra/listops"},
+        "batch": {"chunk": 2000, "carry_state": False},
+    }
+    recipe = with_sizes(build_recipe(values), 32)
+    fields = {**recipe.resolved_model_fields(), **classifier_fields("lra/listops", {})}
+    with torch.device("meta"):
+        model = new_model("minrnn", model_config(fields, NO_TOKENIZER, 32))
+    assert type(model).__name__ == "MinRNNForSequenceClassification"
+    assert abs(model.num_parameters() / 200_000 - 1) <= TOLERANCE
 
 
 def test_fields_of_the_user_are_kept():
@@ -276,4 +291,3 @@ def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setattr("minrnn.pipeline.families.build.causal_lm", fail)
     with pytest.raises(UserError, match=r"model.family: llama needs a package: .*pip install xyz"):
         build_causal_lm("llama", registry.config_of("llama", {}))
-    assert classification.build_causal_lm is build_causal_lm
