@@ -65,7 +65,7 @@ def test_a_compiled_block_is_the_same(autocast, backend):
     """torch.compile without a graph break through our operators, into C++ around them."""
     torch.manual_seed(0)
     config = MinRNNConfig(hidden_size=16, intermediate_size=24)
-    block = MinRNNBlock(config)
+    block = MinRNNBlock(config, 0)
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     where = Boundaries.of(

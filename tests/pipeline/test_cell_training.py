@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -51,7 +52,7 @@ def test_a_killed_run_of_every_cell_resumes_and_its_export_generates(
     assert [step for step, _ in losses(folder)] == list(range(1, 31))
     assert losses(folder)[-1][1] < losses(folder)[0][1] - 0.5
 
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", trust_remote_code=True)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder / "model", trust_remote_code=True)
     assert model.config.cell == cell
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     ids = tokenizer("the state", return_tensors="pt")["input_ids"]
