@@ -54,7 +54,8 @@ class RWKV4(MinRNNMixer):
         w, bonus = self.decay.exp(), k + self.bonus
         m = scans.max_plus(w, k, m0)
         before = scans.previous(m, empty=EMPTY)
-        a, b = torch.exp(before - w - m.h), torch.exp(k - m.h)
+        a = torch.exp(before - w - m.h)
+        b = torch.exp((k - m.h).clamp(max=0))  # above 0 only in padding
         sums = scans.linear(torch.cat([a, a], dim=-1), torch.cat([b * v, b], dim=-1), sums0)
         numerator, denominator = scans.previous(sums).chunk(2, dim=-1)
         top = torch.maximum(before, bonus.detach())

@@ -260,3 +260,18 @@ def test_boundaries_that_do_not_fit_are_refused(columns):
         model(ids, attention_mask=torch.ones(2, 1, 5, 5))
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         model()
+
+
+@cells
+def test_a_row_of_padding_changes_no_gradient(cell):
+    model, ids = shared_model(dtype=torch.float64, cell=cell), random_ids(3, 9)
+    mask = torch.ones(3, 9, dtype=torch.long)
+    mask[1] = 0
+    mask[2, 6:] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+
+    def summed(rows: list[int]) -> dict[str, Tensor]:
+        output = model(ids[rows], attention_mask=mask[rows], labels=labels[rows], num_items_in_batch=1)
+        return gradients(model, output.loss)
+
+    assert_same_gradients(summed([0, 1, 2]), summed([0, 2]), atol=1e-12)
