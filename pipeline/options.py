@@ -2,6 +2,9 @@
 
 import argparse
 import os
+from typing import Any
+
+import yaml
 
 DTYPE_NAMES = ("fp32", "bf16", "fp64")  # the keys of models.dtypes.DTYPES, which needs torch
 
@@ -15,6 +18,14 @@ def new_parser(command: str, description: str, epilog: str) -> argparse.Argument
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+
+
+def parse_mapping(text: str) -> dict[str, Any]:
+    """A mapping in YAML, as the type of an argument."""
+    value = yaml.safe_load(text)
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"must be a mapping such as {{folder: DIR}}, not {text!r}")
+    return value
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:

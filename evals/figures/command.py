@@ -9,6 +9,7 @@ FIGURES = {
     "quickstart": "record the result of the quickstart run, after `make train`",
     "kernels": "compile the Triton kernels and record registers, spills and instructions (no GPU needed)",
     "families": "train all kinds of models on one text, with equal parameters and tokens, and compare them",
+    "lra": "train classifiers on the tasks of Long Range Arena, at sizes that a CPU takes",
     "gpu": "run every check and measurement that needs a GPU, within a time limit",
 }
 

@@ -13,12 +13,10 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import yaml
-
 from ...common.checks import option_minimum_errors
 from ...common.errors import UserError, missing_package_error
 from ...common.files import user_path, write_text
-from ...pipeline.options import add_device, add_dtype, add_model, add_trust, new_parser
+from ...pipeline.options import add_device, add_dtype, add_model, add_trust, new_parser, parse_mapping
 from ...pipeline.processes import run_on_all_ranks
 from ...pipeline.public import public_config, public_value
 from ..output import default_out, out_errors, run_folder
@@ -57,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--task-options",
-        type=_mapping,
+        type=parse_mapping,
         default={},
         metavar="YAML",
         help="options of tasks of Long Range Arena, as data.task: '{folder: DIR}' (default: the run's own)",
@@ -84,13 +82,6 @@ def _parser() -> argparse.ArgumentParser:
 def _batch_size(text: str) -> int | str:
     """Parse a number, or lm-eval's auto and auto:N, which `MinRNNLM` accepts."""
     return text if text.partition(":")[0] == "auto" else int(text)
-
-
-def _mapping(text: str) -> dict[str, Any]:
-    value = yaml.safe_load(text)
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"must be a mapping such as {{folder: DIR}}, not {text!r}")
-    return value
 
 
 def _check(arguments: argparse.Namespace) -> None:
