@@ -8,6 +8,8 @@ Runs that a time limit leaves out are listed with the time that they would take.
 this one stopped: finished runs are read, a stopped run resumes.
 """
 
+import itertools
+import json
 import math
 import statistics
 import subprocess
@@ -22,7 +24,9 @@ import torch
 import yaml
 
 from ...common.errors import UserError
-from ...common.files import user_path, write_json
+from ...common.files import user_path, write_json, write_text
+from ...data import CorpusSpec, open_source
+from ...data.sources import Position
 from ...pipeline.metrics import read_metrics
 from ...pipeline.options import new_parser
 from ..output import RESULTS, out_errors, table
@@ -61,13 +65,24 @@ class Driver:
     Args:
         grid: content of families.yaml.
         corpus: the text, for `data.corpus`.
+        validation: another text, of which pieces are held out.
         runs: folder of the runs.
         deadline: of `time.monotonic`, when no further run begins.
         run_limit: seconds; a model whose short run would take longer is not trained.
     """
 
-    def __init__(self, grid: dict[str, Any], corpus: str, runs: Path, deadline: float, run_limit: float):
+    def __init__(
+        self,
+        grid: dict[str, Any],
+        corpus: str,
+        validation: str,
+        runs: Path,
+        deadline: float,
+        run_limit: float,
+    ):
         self.grid, self.corpus, self.runs = grid, corpus, runs
+        self.validation = runs / "validation.jsonl"
+        write_pieces(validation, self.validation, **grid["validation"])
         self.deadline, self.run_limit = deadline, run_limit
         batch = grid["recipe"]["batch"]
         self.tokens_per_step = batch["readers"] * batch["lanes"] * batch["chunk"]
@@ -88,9 +103,9 @@ class Driver:
         if (folder / ".finished").exists() and _last_step(folder) >= steps:
             return folder
         recipe = {**self.grid["recipe"], "model": {**self.grid["recipe"]["model"], **model.fields}}
-        recipe["data"] = {**recipe["data"], "corpus": self.corpus}
+        recipe["data"] = {**recipe["data"], "corpus": self.corpus, "validation": str(self.validation)}
         recipe["run"] = {"dir": str(folder)}
-        recipe["train"] = {**recipe["train"], "steps": steps, "eval_every": max(1, steps // 8)}
+        recipe["train"] = {**recipe["train"], "steps": steps, "eval_every": max(PROBE_STEPS, steps // 5)}
         folder.parent.mkdir(parents=True, exist_ok=True)
         path = folder.parent / f"{name}.yaml"
         path.write_text(yaml.safe_dump(recipe))
@@ -98,6 +113,7 @@ class Driver:
         command += [
             word for key, value in options.items() for word in (f"--{key.replace('__', '.')}", str(value))
         ]
+        print(f"{model.name}: {name}, {steps:,} steps", file=sys.stderr, flush=True)
         result = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
         if result.returncode != 0:
             lines = [line for line in result.stderr.splitlines() if "rror" in line] or ["it failed"]
@@ -107,7 +123,7 @@ class Driver:
 
     def probe(self, model: Model) -> None:
         """Measure the speed of a few steps."""
-        folder = self.train(model, "probe", PROBE_STEPS, train__log_every=1, data__validation_tokens=1000)
+        folder = self.train(model, "probe", PROBE_STEPS, train__log_every=1)
         if folder is not None:
             rates = [line["tokens_per_second"] for line in _lines(folder, "train")]
             model.tokens_per_second = statistics.median(rates[len(rates) // 2 :])
@@ -153,6 +169,22 @@ class Driver:
             for model in by_speed:
                 self.finish(model, seed)
                 yield
+
+
+def write_pieces(corpus: str, path: Path, documents: int, characters: int) -> None:
+    """Write the middle of the first documents of a corpus as JSON lines, which are quick to validate on."""
+    texts: list[str] = []
+    source = open_source(CorpusSpec(corpus))
+    for document in itertools.chain.from_iterable(
+        source.read(shard, Position()) for shard in range(source.num_shards)
+    ):
+        if len(texts) == documents:
+            break
+        if document.text:
+            begin = max(0, (len(document.text) - characters) // 2)
+            texts.append(document.text[begin : begin + characters])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, "".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
 def _lines(folder: Path, kind: str) -> list[dict[str, Any]]:
@@ -210,9 +242,12 @@ def read_grid(path: Path, names: Sequence[str] | None) -> dict[str, Any]:
 
 def main(argv: list[str]) -> None:
     """Train what there is time for, print the table, and write the results file."""
-    epilog = "example:\n  minrnn figures families --corpus books/ --minutes 120 --runs runs/families"
+    epilog = (
+        "example:\n  minrnn figures families --corpus 'books/*-0000[0-6]-*' --validation 'books/*-00007-*'"
+    )
     parser = new_parser("minrnn figures families", DESCRIPTION, epilog)
     parser.add_argument("--corpus", required=True, help="the text, as data.corpus")
+    parser.add_argument("--validation", required=True, help="a text that --corpus does not contain")
     parser.add_argument("--name", default="books", help="of the text, for the results file (default: books)")
     parser.add_argument(
         "--grid", type=user_path, default=GRID, help="a file like evals/figures/families.yaml"
@@ -228,7 +263,9 @@ def main(argv: list[str]) -> None:
         raise UserError.from_list(errors)
     grid = read_grid(arguments.grid, arguments.models)
     deadline = time.monotonic() + 60 * arguments.minutes
-    driver = Driver(grid, arguments.corpus, arguments.runs, deadline, 60 * arguments.run_minutes)
+    driver = Driver(
+        grid, arguments.corpus, arguments.validation, arguments.runs, deadline, 60 * arguments.run_minutes
+    )
     record = {
         "command": command_line("minrnn figures families", argv),
         "commit": commit(),

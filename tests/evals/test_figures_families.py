@@ -21,6 +21,7 @@ def grid(**changes: Any) -> dict[str, Any]:
         "tuning_tokens": 1000,
         "learning_rates": [1e-3, 2e-3],
         "seeds": [0, 1],
+        "validation": {"documents": 2, "characters": 5},
         "recipe": {"batch": {"readers": 1, "lanes": 2, "chunk": 50}},
         "models": {name: {"cell": name} for name in SECONDS_PER_TOKEN},
         **changes,
@@ -44,13 +45,14 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int]]:
 
     monkeypatch.setattr(families.Driver, "train", train)
     monkeypatch.setattr(families, "_lines", lines)
+    monkeypatch.setattr(families, "write_pieces", lambda *_, **__: None)
     return runs
 
 
 def driver(values: dict[str, Any], seconds: float, run_limit: float) -> families.Driver:
     import time
 
-    made = families.Driver(values, "text", Path("runs"), time.monotonic() + seconds, run_limit)
+    made = families.Driver(values, "text", "other", Path("runs"), time.monotonic() + seconds, run_limit)
     for _ in made.work():
         pass
     return made
@@ -81,6 +83,16 @@ def test_what_a_limit_leaves_out_says_how_long_it_takes(trained):
     assert [run for model, run, _ in trained if model == "slow"] == ["probe"]
 
 
+def test_the_validation_is_the_middle_of_each_document(tmp_path: Path):
+    corpus = tmp_path / "text.jsonl"
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("", "abcdefg", "xy", "12345")))
+    families.write_pieces(str(corpus), tmp_path / "out" / "pieces.jsonl", documents=2, characters=3)
+    pieces = [
+        json.loads(line)["text"] for line in (tmp_path / "out" / "pieces.jsonl").read_text().splitlines()
+    ]
+    assert pieces == ["cde", "xy"]
+
+
 def test_the_committed_grid_is_made_of_recipes():
     values = yaml.safe_load(families.GRID.read_text())
     for fields in values["models"].values():
@@ -100,12 +112,13 @@ def test_a_small_comparison(tmp_path: Path, monkeypatch, capsys):
     values = yaml.safe_load(families.GRID.read_text())
     values |= {"tokens": 4000, "tuning_tokens": 1000, "learning_rates": [2e-3], "seeds": [0]}
     values["recipe"]["model"] = {"num_hidden_layers": 1, "num_parameters": 60_000}
-    values["recipe"]["data"] = {"validation_tokens": 500, "validation_fraction": 0.1}
+    values["recipe"]["data"] = {}
     values["recipe"]["batch"] = {"readers": 1, "lanes": 2, "chunk": 50}
     values["models"] = {"RWKV-4": {"cell": "rwkv4"}}
     path = tmp_path / "grid.yaml"
     path.write_text(yaml.safe_dump(values))
-    command = ["figures", "families", "--corpus", str(corpus), "--grid", str(path)]
+    command = ["figures", "families", "--corpus", str(corpus), "--validation", str(corpus)]
+    command += ["--grid", str(path)]
     command += ["--runs", str(tmp_path / "runs")]
     for _ in range(2):  # the second call reads what the first has trained
         main([*command, "--out", str(tmp_path / "out.json")])
