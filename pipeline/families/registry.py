@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import transformers
 from transformers import PreTrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # pyright: ignore[reportPrivateImportUsage]
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ...models import MinRNNConfig, TorchRNNConfig
@@ -114,14 +115,16 @@ def family_names() -> tuple[str, ...]:
 
 @cache
 def config_class(name: str) -> type[PreTrainedConfig]:
-    """The configuration class of a family.
+    """The configuration class of a family: transformers' own.
+
+    flash-linear-attention, once it is imported, registers classes of its own as mamba and mamba2.
 
     Raises:
         ImportError: a package is missing that it needs.
     """
     if name == OURS:
         return MinRNNConfig
-    return TorchRNNConfig if name in TORCH_RNNS else CONFIG_MAPPING[name]
+    return TorchRNNConfig if name in TORCH_RNNS else getattr(transformers, CONFIG_MAPPING_NAMES[name])
 
 
 @cache
@@ -157,9 +160,11 @@ def family(name: str) -> Family | None:
 @cache
 def _usual_family(name: str) -> Family | None:
     """A family by the fields that its configuration has: width, MLP and heads."""
-    config, fields = None, config_fields(name)
-    with contextlib.suppress(Exception):  # some cannot be built without further fields
+    config = head_dim = None
+    fields = config_fields(name)
+    with contextlib.suppress(Exception):  # some cannot be built without further fields, or lack the last
         config = config_class(name)()
+        head_dim = config.head_dim
     width = getattr(config, "hidden_size", None)
     if config is None or "hidden_size" not in fields or not isinstance(width, int):
         return None
@@ -171,7 +176,7 @@ def _usual_family(name: str) -> Family | None:
         values = _width_and_mlp(size) if has_mlp else _width(size)
         if has_heads:
             values |= {key: value for key, value in _heads(size[0]).items() if key in fields}
-        if has_heads and isinstance(getattr(config, "head_dim", None), int) and "head_dim" in fields:
+        if has_heads and isinstance(head_dim, int) and "head_dim" in fields:
             values["head_dim"] = HEAD
         return canonical(name, values)
 

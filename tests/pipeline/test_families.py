@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
@@ -291,3 +292,17 @@ def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setattr("minrnn.pipeline.families.build.causal_lm", fail)
     with pytest.raises(UserError, match=r"model.family: llama needs a package: .*pip install xyz"):
         build_causal_lm("llama", registry.config_of("llama", {}))
+
+
+def test_other_libraries_cannot_take_a_family_s_name(monkeypatch):
+    """As flash-linear-attention does for mamba, when it is imported."""
+
+    class OtherConfig(transformers.PreTrainedConfig):
+        model_type = "mamba"
+
+    registered = transformers.models.auto.configuration_auto.CONFIG_MAPPING._extra_content
+    monkeypatch.setitem(registered, "mamba", OtherConfig)
+    registry.config_class.cache_clear()
+    assert registry.config_class("mamba") is transformers.MambaConfig
+    config = registry.config_of("mamba", {"hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 264})
+    assert isinstance(build_causal_lm("mamba", config), transformers.MambaForCausalLM)
