@@ -166,18 +166,23 @@ def read_weights(name: str, key: str = "MODEL") -> PreTrainedModel:
         loading_info.pop("unexpected_keys", None)
     else:
         loading_info["unknown setting"] = values.keys() - own_config().to_dict().keys() - NOT_SETTINGS
-    differences = [
-        f"{kind.removesuffix('_keys')} {', '.join(sorted(map(str, keys))[:3])}"
-        for kind, keys in loading_info.items()
-        if keys
-    ]
+    differences = _differences(loading_info)
     if differences and own_config is None:
-        raise UserError(key, f"the weights of {name} do not fit its config.json ({'; '.join(differences)})")
+        raise UserError(key, f"the weights of {name} do not fit its config.json ({differences})")
     if differences:
-        message = f"{name} was exported by another version of minrnn ({'; '.join(differences)})"
+        message = f"{name} was exported by another version of minrnn ({differences})"
         evaluates = "; lm_eval --model hf runs the code it carries" if key == "MODEL" else ""
         raise UserError(key, message + evaluates)
     return model
+
+
+def _differences(loading_info: dict[str, Any]) -> str:
+    """What transformers reports of a load, in words; empty if nothing is missing or differs."""
+    return "; ".join(
+        f"{kind.removesuffix('_keys')} {', '.join(sorted(map(str, keys))[:3])}"
+        for kind, keys in loading_info.items()
+        if keys
+    )
 
 
 def family_limits(model: PreTrainedModel) -> list[str]:

@@ -124,11 +124,9 @@ def search_sizes(
         except Exception as error:  # each configuration and model raises its own
             raise InvalidSizeError(f"of width {size[0]} cannot be built: {_line(error)}") from None
 
-    num_layers = getattr(config_of(name, fields), "num_hidden_layers", None)
-    label = f"{name} of {num_layers} layers" if isinstance(num_layers, int) else name
     try:
         with torch.device("meta"):
-            size, _ = find_size(label, rule, count, target)
+            size, _ = find_size(_label(name, fields), rule, count, target)
     except ImportError as error:
         raise UserError("model.family", _missing(name, error)) from None
     except NoSizeError as error:
@@ -136,6 +134,11 @@ def search_sizes(
     except InvalidSizeError as error:
         raise UserError("model.family_config", f"{name} {error}") from None
     return fields_of(size)
+
+
+def _label(name: str, fields: dict[str, Any]) -> str:
+    num_layers = getattr(config_of(name, fields), "num_hidden_layers", None)
+    return f"{name} of {num_layers} layers" if isinstance(num_layers, int) else name
 
 
 def num_parameters(model: nn.Module) -> int:
