@@ -118,7 +118,7 @@ def load_classifier(name: str, dtype: str = "auto", device: str = "auto") -> Pre
             kind = "a language model" if values.get("model_type") == "minrnn" else values.get("model_type")
             message = f"{name} is {kind}; tasks of Long Range Arena are for classifiers trained on one"
             raise UserError("MODEL", f"{message} (minrnn train --config lra-listops)")
-        model = MinRNNForSequenceClassification.from_pretrained(folder, dtype="auto")
+        model = MinRNNForSequenceClassification.from_pretrained(folder, dtype="auto", trust_remote_code=False)
     except UserError:
         raise
     except Exception as error:  # the hub's client, the file system and the configuration each raise their own
