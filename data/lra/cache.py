@@ -200,7 +200,7 @@ def generate(task: LabelledTask, max_processes: int | None = None) -> Generator[
 def _blocks(task: GeneratedTask, max_processes: int | None) -> Generator[list[Example], None, None]:
     """The blocks of a task in order, a few ahead of the consumer in worker processes."""
     needed = -(-sum(task.sizes().values()) // task.BLOCK)
-    processes = min(len(os.sched_getaffinity(0)), needed // 8, max_processes or needed)
+    processes = min(_num_cores(), needed // 8, max_processes or needed)
     if processes < 2:  # starting a process takes longer than a few blocks
         yield from map(task.block, itertools.count())
         return
@@ -213,6 +213,11 @@ def _blocks(task: GeneratedTask, max_processes: int | None) -> Generator[list[Ex
                 yield waiting.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _ignore_interrupts() -> None:

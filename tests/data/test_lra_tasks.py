@@ -4,7 +4,10 @@ import io
 import itertools
 import re
 import statistics
+import threading
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
@@ -199,6 +202,32 @@ def test_examples_are_made_once(name: str, tmp_path: Path, monkeypatch):
     tokens.write_bytes(tokens.read_bytes()[:-1])
     with pytest.raises(UserError, match=r"tokens-train\.npy has \d+ bytes, not \d+: remove that folder"):
         open_data(task, tmp_path)
+
+
+def test_one_process_makes_the_examples_and_the_others_wait(tmp_path: Path, monkeypatch):
+    """Two at the same time: the generator is called once, and the one that waits reports progress."""
+    task, calls, waiting = tiny("listops"), [], threading.Event()
+    original = type(task).block
+
+    def block(self: Any, number: int) -> Any:
+        calls.append(number)
+        assert waiting.wait(30)
+        return original(self, number)
+
+    monkeypatch.setattr(type(task), "block", block)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(open_data, task, tmp_path)
+        while not calls:
+            time.sleep(0.01)
+        second = pool.submit(open_data, task, tmp_path, waiting.set)
+        assert first.result(60).folder == second.result(60).folder
+    assert calls == [0]
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path):
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(UserError, match=r"data\.cache: .* cannot be used \(.*\); name another folder"):
+        open_data(tiny("listops"), tmp_path / "cache")
 
 
 def write_parquet(path: Path, **columns: list[Any]) -> None:

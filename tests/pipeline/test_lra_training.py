@@ -257,6 +257,37 @@ def test_wrong_rows_stop_a_run_before_training(task_values: Values, run_recipe: 
     assert not list(Path(task_values["run"]["dir"]).glob("metrics.jsonl"))
 
 
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputing_changes_no_loss(task_values: Values, run_recipe: Run, tmp_path: Path, recompute: str):
+    kept = run_recipe(task_values)
+    task_values["run"]["dir"] = str(tmp_path / recompute)
+    task_values["train"]["recompute"] = recompute
+    for (_, first), (_, second) in zip(losses(kept), losses(run_recipe(task_values)), strict=True):
+        assert first == pytest.approx(second, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_short_listops_is_learned(run_recipe: Run, tmp_path: Path):
+    """A constant answer has 20 %."""
+    task = {"min_length": 5, "max_length": 50, "max_depth": 4, "max_args": 4, "train_examples": 20_000}
+    values: Values = {
+        "run": {"dir": str(tmp_path / "run")},
+        "model": {"cell": "minlstm", "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128},
+        "data": {
+            "corpus": "lra/listops",
+            "task": {**task, "validation_examples": 500, "test_examples": 1000},
+            "cache": str(tmp_path / "cache"),
+        },
+        "batch": {"lanes": 64, "chunk": 50},
+        "optim": {"lr": 4e-3},
+        "train": {"steps": 400, "log_every": 50, "precision": "fp32"},
+        "tracking": {"uri": None},
+    }
+    folder = run_recipe(values)
+    assert entries(folder, "test")[0]["accuracy"] > 0.35
+    assert losses(folder)[-1][1] < 0.8 * losses(folder)[0][1]
+
+
 @pytest.mark.slow
 def test_two_processes_have_the_losses_of_one(task_values: Values, run_recipe: Run, tmp_path: Path):
     one = run_recipe(task_values)
