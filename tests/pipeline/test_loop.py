@@ -236,7 +236,7 @@ def test_a_process_without_data_stops_at_another_process_s_signal(
     original = loop.processes.all_reduce_sum
 
     def with_another(accelerator, counts):
-        others = [0, len(rounds) == 4, 0, 0, 0] if len(counts) == 5 else [0] * len(counts)
+        others = [0, 0, len(rounds) == 4, 0, 0, 0] if len(counts) == 6 else [0] * len(counts)
         return [a + b for a, b in zip(original(accelerator, counts), others, strict=True)]
 
     monkeypatch.setattr(loop.processes, "all_reduce_sum", with_another)
