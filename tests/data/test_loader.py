@@ -37,7 +37,7 @@ def steps(
 ) -> list[list[Chunk]]:
     loader = ChunkLoader(spec, readers, states or [None] * len(readers), workers)
     try:
-        return list(islice(loader, count))
+        return [[chunk for chunk in step if isinstance(chunk, Chunk)] for step in islice(loader, count)]
     finally:
         loader.close()
 

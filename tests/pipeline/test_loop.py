@@ -13,7 +13,7 @@ import torch
 from run_helpers import Values, losses
 
 from minrnn.common.errors import UserError
-from minrnn.data import BYTES, Chunk, ChunkLoader, CorpusSpec, Encoder, ReaderSpec, load_tokenizer
+from minrnn.data import BYTES, Batch, Chunk, ChunkLoader, CorpusSpec, Encoder, ReaderSpec, load_tokenizer
 from minrnn.data.loader import open_readers
 from minrnn.models import MinRNNForCausalLM
 from minrnn.pipeline import loop
@@ -42,6 +42,7 @@ def test_losses_equal_those_of_a_plain_torch_loop(values: Values, run_recipe: Ru
         chunks = [reader.next_chunk() for reader in readers]
         total = torch.zeros((), dtype=torch.float64)
         for i, chunk in enumerate(chunks):
+            assert isinstance(chunk, Chunk)
             ids, labels, starts = (
                 torch.from_numpy(x) for x in (chunk.input_ids, chunk.shift_labels, chunk.document_starts)
             )
@@ -204,7 +205,7 @@ def stall(monkeypatch: pytest.MonkeyPatch, after: int, then: Callable[[], object
     """A loader that has no more chunks after some steps, and what happens while the loop waits."""
     take, count = ChunkLoader.take, itertools.count(1)
 
-    def stalled(self: ChunkLoader, timeout: float | None = None) -> list[Chunk] | None:
+    def stalled(self: ChunkLoader, timeout: float | None = None) -> list[Batch] | None:
         if next(count) <= after:
             return take(self)
         assert timeout is not None
