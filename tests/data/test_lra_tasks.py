@@ -207,14 +207,15 @@ def test_examples_are_made_once(name: str, tmp_path: Path, monkeypatch):
 def test_one_process_makes_the_examples_and_the_others_wait(tmp_path: Path, monkeypatch):
     """Two at the same time: the generator is called once, and the one that waits reports progress."""
     task, calls, waiting = tiny("listops"), [], threading.Event()
-    original = type(task).block
+    task_class: Any = type(task)
+    original = task_class.block
 
     def block(self: Any, number: int) -> Any:
         calls.append(number)
         assert waiting.wait(30)
         return original(self, number)
 
-    monkeypatch.setattr(type(task), "block", block)
+    monkeypatch.setattr(task_class, "block", block)
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(open_data, task, tmp_path)
         while not calls:
