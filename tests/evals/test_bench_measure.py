@@ -91,7 +91,8 @@ def test_failure_reasons():
 
 def test_a_process_that_cannot_build_reports_the_reason():
     timings, infos = run_contest({"x": {**SPEC, "params": 10}}, 1, math.inf, True, {}, None)
-    assert timings["x"].reason == "no gru of 1 layers has 10 parameters within 2%; the nearest has 276"
+    message = "no gru of 1 layers has 10 parameters within 2%; the nearest has 276, with a width of 1"
+    assert timings["x"].reason == message
     assert infos == {}
 
 
