@@ -5,6 +5,7 @@ that autograd saves is counted once, except parameters and what is computed from
 copies in the precision of the matrix products). So the numbers hold for every cell, block and precision.
 """
 
+import copy
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ def block_bytes(config: "MinRNNConfig", precision: str) -> dict[str, float]:
     from ..models.block import MinRNNBlock
     from ..models.boundaries import NO_BOUNDARIES
     from ..models.dtypes import DTYPES
+    from ..models.recompute import is_expensive
     from ..models.registry import CELLS
 
     products, weights = Storages(), Storages()
@@ -39,21 +41,17 @@ def block_bytes(config: "MinRNNConfig", precision: str) -> dict[str, float]:
         """Records results that selective recomputation keeps, and what is computed from parameters alone."""
 
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            from ..models.recompute import is_expensive
-
             result = function(*args, **(kwargs or {}))
-            if (
-                args
-                and isinstance(args[0], torch.Tensor)
-                and args[0] in weights
-                and "_to_copy" in str(function)
-            ):
+            tensors = [tensor for tensor in args if isinstance(tensor, torch.Tensor)]
+            if tensors and all(tensor in weights for tensor in tensors) and isinstance(result, torch.Tensor):
                 weights.add(result)
             if is_expensive(function):
                 for tensor in result if isinstance(result, tuple) else (result,):
                     products.add(tensor)
             return result
 
+    config = copy.copy(config)
+    config.scan_backend = None  # the recipe's may not run on this machine
     dtype = DTYPES["fp64" if precision == "fp64" else "fp32"]
     with FakeTensorMode(), default_dtype(dtype):
         block = MinRNNBlock(config, 0)

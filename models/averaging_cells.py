@@ -51,10 +51,10 @@ class RWKV4(MinRNNMixer):
     ) -> tuple[Tensor, Tensor]:
         k, v = (at_least_fp32(part) for part in parts)
         sums0, m0 = (None, None) if state is None else state.split([2 * k.shape[2], k.shape[2]], dim=-1)
-        w, bonus = self.decay.exp(), k + self.bonus
+        w, bonus = at_least_fp32(self.decay).exp(), k + self.bonus
         m = scans.max_plus(w, k, m0)
         before = scans.previous(m, empty=EMPTY)
-        a = torch.exp(before - w - m.h)
+        a = torch.exp(before - m.h - w)  # in this order, a small w is not rounded away
         b = torch.exp((k - m.h).clamp(max=0))  # above 0 only in padding
         sums = scans.linear(torch.cat([a, a], dim=-1), torch.cat([b * v, b], dim=-1), sums0)
         numerator, denominator = scans.previous(sums).chunk(2, dim=-1)

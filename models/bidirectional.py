@@ -11,23 +11,23 @@ state to carry: the right end of a row must be known.
 from torch import Tensor, nn
 
 from .boundaries import Boundaries
+from .mixer import MinRNNMixer
 
 
 class ReverseMixer(nn.Module):
-    """A mixer that reads each row's real tokens in reverse order."""
+    """A mixer that reads each row's real tokens in reverse order.
 
-    def __init__(self, mixer: nn.Module, kernel: int):
-        """
-        Args:
-            mixer: a `MinRNNMixer`.
-            kernel: width of its convolution.
-        """
+    Args:
+        mixer: the mixer.
+    """
+
+    def __init__(self, mixer: MinRNNMixer):
         super().__init__()
-        self.mixer, self.kernel = mixer, kernel
+        self.mixer = mixer
 
     def forward(self, x: Tensor, boundaries: Boundaries, lower_bound: Tensor | None = None) -> Tensor:
         """x [B, T, H] -> [B, T, H]; real tokens on the left of each row."""
-        order, boundaries = boundaries.to(x.device).reversed(x.shape[1], self.kernel)
+        order, boundaries = boundaries.to(x.device).reversed(x.shape[1], self.mixer.kernel)
         if order is None:
             return self.mixer(x.flip(1), (None, None), boundaries, lower_bound)[0].flip(1)
         index = order.unsqueeze(-1).expand_as(x)

@@ -48,7 +48,7 @@ class MinRNNBlock(GradientCheckpointingLayer):
         self.mixer = CELLS[config.cell](config, layer)
         self.reverse = None
         if config.bidirectional:
-            self.reverse = ReverseMixer(CELLS[config.cell](config, layer), self.mixer.kernel)
+            self.reverse = ReverseMixer(CELLS[config.cell](config, layer))
         self.mlp_norm = (
             RMSNorm(config.hidden_size, config.rms_norm_eps, config.scan_backend)
             if config.intermediate_size

@@ -160,6 +160,9 @@ class BoundedScans:
         w [W] or [B, T, W], key [B, T, W] fp32, m0 [B, W].
         """
         w, key = w.detach().expand(key.shape), key.detach()
+        if self.is_single_token and m0 is not None:
+            last = torch.maximum(m0 - w[:, 0], key[:, 0])
+            return Scanned(last.unsqueeze(1), last, m0)
         if self.boundaries.document_starts is not None:
             w = w.masked_fill(self.boundaries.document_starts.unsqueeze(-1), -EMPTY)
         if (padding := self.padding(key)) is not None:

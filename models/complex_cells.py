@@ -54,9 +54,9 @@ class LRU(MinRNNMixer):
     def cell(
         self, parts: tuple[Tensor, ...], state: Tensor | None, scans: BoundedScans, *lower_bound: Tensor
     ) -> tuple[Tensor, Tensor]:
-        scale = self.gamma.exp()
+        rate, theta, scale = (at_least_fp32(x).exp() for x in (self.nu, self.theta, self.gamma))
         b = at_least_fp32(parts[0]) * torch.cat([scale, scale])
-        h = scans.rotating(torch.exp(-self.nu.exp()), self.theta.exp(), b, state)
+        h = scans.rotating(torch.exp(-rate), theta, b, state)
         return h.h, h.last
 
 
@@ -105,8 +105,8 @@ class S4D(MinRNNMixer):
         self, parts: tuple[Tensor, ...], state: Tensor | None, scans: BoundedScans, *lower_bound: Tensor
     ) -> tuple[Tensor, Tensor]:
         u = at_least_fp32(parts[0])
-        dt = self.log_dt.exp().repeat_interleave(self.num_states)
-        real, imaginary = -self.log_real.exp(), self.imaginary
+        dt = at_least_fp32(self.log_dt).exp().repeat_interleave(self.num_states)
+        real, imaginary = -at_least_fp32(self.log_real).exp(), at_least_fp32(self.imaginary)
         theta = dt * imaginary
         b = u.repeat_interleave(self.num_states, dim=-1)
         h = scans.rotating(torch.exp(dt * real), theta, torch.cat([b, torch.zeros_like(b)], dim=-1), state)

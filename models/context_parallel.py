@@ -60,7 +60,8 @@ def use_context_parallel(model: nn.Module, group: ContextGroup | None) -> None:
             match the process group.
     """
     modules: list[Any] = [module for module in model.modules() if hasattr(module, "context_group")]
-    if not modules:
+    # By attributes, since a mixer may be of a remote-code copy's class.
+    if not any(hasattr(module, "convolve_slice") for module in modules):
         raise ValueError(
             f"{type(model).__name__} has no MinRNNMixer: "
             "only models of type minrnn can be cut between processes."
@@ -141,11 +142,36 @@ class _Conv(torch.autograd.Function):
         return dx, d_weight, d_states[0], None, None, None
 
 
+class _Tail(torch.autograd.Function):
+    """The inputs before this process's slice, and the last inputs of the sequence."""
+
+    @staticmethod
+    def forward(ctx, x, state, reach, group):
+        taps = state.shape[1]
+        tails = all_gather_async(_mask_earlier_documents(x[:, x.shape[1] - taps :], reach), group)()
+        ctx.save_for_backward(x, reach)
+        ctx.group, ctx.taps = group, taps
+        return (state if group.rank == 0 else tails[group.rank - 1]).clone(), tails[-1].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
+        (grad_entering, grad_last), group = grads, ctx.group
+        x, reach = ctx.saved_tensors
+        d_states = all_gather_async(grad_entering, group)()
+        dx = torch.zeros_like(x)
+        dx[:, x.shape[1] - ctx.taps :] = _mask_earlier_documents(
+            grad_last if group.rank + 1 == group.size else d_states[group.rank + 1], reach
+        )
+        return dx, d_states[0], None, None
+
+
 def _head(reach: Tensor | None, taps: int) -> Tensor | None:
     return None if reach is None else reach[:, :taps]
 
 
 _slice_conv: Any = torch.compiler.disable(_Conv.apply)
+_slice_tail: Any = torch.compiler.disable(_Tail.apply)
 
 
 def context_conv(
@@ -173,11 +199,30 @@ def context_conv(
     Raises:
         ValueError: the slice has fewer than kernel-1 tokens, the inputs that the next slice needs.
     """
-    (batch, time, width), taps = x.shape, weight.shape[1] - 1
+    state = _checked_state(x, state, weight.shape[1] - 1)
+    return _slice_conv(x, weight, state, reach, group, backend or default_backend(x.device, x.dtype))
+
+
+def context_tail(
+    x: Tensor, taps: int, state: Tensor | None, reach: Tensor | None, group: ContextGroup
+) -> tuple[Tensor, Tensor]:
+    """The `taps` inputs before this process's slice x, and the last ones of the sequence.
+
+    Args:
+        x, state, reach, group: as in `context_conv`, with taps = kernel - 1.
+
+    Returns:
+        Two tensors [batch, taps, width]; the second is the same on every process.
+    """
+    return _slice_tail(x, _checked_state(x, state, taps), reach, group)
+
+
+def _checked_state(x: Tensor, state: Tensor | None, taps: int) -> Tensor:
+    """The inputs before the whole sequence. Raises ValueError if the slice is shorter than them."""
+    batch, time, width = x.shape
     if time < taps:
         raise ValueError(
             f"A slice must hold conv_kernel - 1 = {taps} tokens, but this one has {time}: "
             "use longer chunks, or fewer processes for a sequence."
         )
-    state = x.new_zeros(batch, taps, width) if state is None else state.to(x.dtype)
-    return _slice_conv(x, weight, state, reach, group, backend or default_backend(x.device, x.dtype))
+    return x.new_zeros(batch, taps, width) if state is None else state.to(x.dtype)

@@ -13,7 +13,7 @@ from transformers import initialization as init
 
 from .bounded_scans import BoundedScans
 from .dtypes import at_least_fp32
-from .mixer import MinRNNMixer, inverse_softplus, logit
+from .mixer import MinRNNMixer, gate_bias, inverse_softplus
 from .ternary import linear
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class GILRLSTM(MinRNNMixer):
         return 2 * config.recurrent_size
 
     def init_parameters(self, memory: Tensor) -> None:
-        bias = logit(1 - 1 / memory)
+        bias = gate_bias(memory)
         init.copy_(self.gate_bias, torch.stack([bias, bias, -bias]))
 
     def cell(
@@ -86,7 +86,7 @@ class HGRN(MinRNNMixer):
         return config.recurrent_size
 
     def init_parameters(self, memory: Tensor) -> None:
-        init.copy_(self.gate_bias, bias_above(self.layer / self.num_layers, memory))
+        init.copy_(self.gate_bias, gate_bias(memory, bound=self.layer / self.num_layers))
 
     def cell(
         self, parts: tuple[Tensor, ...], state: Tensor | None, scans: BoundedScans, *lower_bound: Tensor
@@ -96,11 +96,6 @@ class HGRN(MinRNNMixer):
         a, rest = bound + (1 - bound) * torch.sigmoid(f), (1 - bound) * torch.sigmoid(-f)
         h = scans.linear(a, (rest * F.silu(at_least_fp32(u))).to(u.dtype), state)
         return h.h, h.last
-
-
-def bias_above(bound: float, memory: Tensor) -> Tensor:
-    """The gate's bias with bound + (1 - bound) sigmoid(bias) = 1 - 1 / memory, or just above the bound."""
-    return logit(((1 - 1 / memory - bound) / (1 - bound)).clamp(min=0.02))
 
 
 class QRNN(MinRNNMixer):
@@ -124,7 +119,7 @@ class QRNN(MinRNNMixer):
         return dict.fromkeys(("f", "u"), config.recurrent_size)
 
     def init_parameters(self, memory: Tensor) -> None:
-        init.copy_(self.gate_bias, logit(1 - 1 / memory))
+        init.copy_(self.gate_bias, gate_bias(memory))
 
     def cell(
         self, parts: tuple[Tensor, ...], state: Tensor | None, scans: BoundedScans, *lower_bound: Tensor
@@ -166,7 +161,7 @@ class RGLRU(MinRNNMixer):
     ) -> tuple[Tensor, Tensor]:
         u = parts[2]
         r, i = (at_least_fp32(x) + bias for x, bias in zip(parts[:2], self.gate_bias, strict=True))
-        log_a = -8 * torch.sigmoid(r) * F.softplus(self.decay)
+        log_a = -8 * torch.sigmoid(r) * F.softplus(at_least_fp32(self.decay))
         scale = (-torch.expm1(2 * log_a)).clamp(min=self.smallest).sqrt()
         if (starts := scans.starts(u, state)) is not None:
             scale = scale.masked_fill(starts, 1)

@@ -19,10 +19,9 @@ from transformers import initialization as init
 
 from .bounded_scans import BoundedScans
 from .dtypes import at_least_fp32
-from .gated_cells import bias_above
 from .layers import RMSNorm
 from .max_plus import EMPTY
-from .mixer import MinRNNMixer, logit, own_activation_error
+from .mixer import MinRNNMixer, gate_bias, own_activation_error
 from .ternary import linear
 
 if TYPE_CHECKING:
@@ -109,8 +108,8 @@ def resized(memory: Tensor, size: int) -> Tensor:
 
 
 def with_ones(v: Tensor) -> Tensor:
-    """v with a column of ones, whose state is the decayed sum of k."""
-    return F.pad(v, (0, 1), value=1.0)
+    """v with a column of ones, whose state is the decayed sum of k, which fp16 cannot hold."""
+    return F.pad(v.float() if v.dtype == torch.float16 else v, (0, 1), value=1.0)
 
 
 class LinearAttention(MatrixMixer):
@@ -150,7 +149,7 @@ class HGRN2(MatrixMixer):
     Expansion", arXiv 2404.07904, section 3.2; silu as in its published code.
     """
 
-    smallest = 1e-20
+    smallest = 1e-6
     """Of a decay, whose logarithm has no bounded gradient at 0."""
 
     def __init__(self, config: "MinRNNConfig", layer: int):
@@ -168,16 +167,17 @@ class HGRN2(MatrixMixer):
 
     def init_parameters(self, memory: Tensor) -> None:
         memory = resized(memory, self.gate_bias.shape[1])
-        init.copy_(self.gate_bias, bias_above(self.layer / self.num_layers, memory))
+        init.copy_(self.gate_bias, gate_bias(memory, bound=self.layer / self.num_layers))
 
     def cell(
         self, parts: tuple[Tensor, ...], state: Tensor | None, scans: BoundedScans, *lower_bound: Tensor
     ) -> tuple[Tensor, Tensor]:
         (q, f, v), (bound,) = parts, lower_bound
         f = at_least_fp32(f) + self.gate_bias[0]
-        a, k = bound + (1 - bound) * torch.sigmoid(f), (1 - bound) * torch.sigmoid(-f)
-        q, k, v, a = (self.heads(x) for x in (F.silu(q), k, v, a))
-        s = scans.matrix(q, k, v, a.clamp(min=self.smallest).log(), state)
+        k = (1 - bound) * torch.sigmoid(-f)
+        log_decay = torch.log1p(-k.clamp(max=1 - self.smallest))  # log a = log(1 - k)
+        q, k, v, log_decay = (self.heads(x) for x in (F.silu(q), k, v, log_decay))
+        s = scans.matrix(q, k, v, log_decay, state)
         return self.output(s.h), s.last
 
 
@@ -211,7 +211,8 @@ class GLA(MatrixMixer):
 
     def init_parameters(self, memory: Tensor) -> None:
         memory = resized(memory, self.gate_bias.shape[1])
-        init.copy_(self.gate_bias, logit((1 - 1 / memory) ** self.temperature))
+        log_p = self.temperature * torch.log1p(-1 / memory)  # of the gate, sigmoid(bias) = p
+        init.copy_(self.gate_bias, log_p - torch.log(-torch.expm1(log_p)))
 
     def cell(
         self, parts: tuple[Tensor, ...], state: Tensor | None, scans: BoundedScans, *lower_bound: Tensor
@@ -252,7 +253,7 @@ class MLSTM(MatrixMixer):
         return super().state_size(config) + num_heads(config)
 
     def init_parameters(self, memory: Tensor) -> None:
-        forget = logit(1 - 1 / resized(memory, self.num_heads))
+        forget = gate_bias(resized(memory, self.num_heads))
         init.copy_(self.gate_bias, torch.stack([torch.zeros_like(forget), forget]))
 
     def cell(
@@ -263,7 +264,7 @@ class MLSTM(MatrixMixer):
         s0, m0 = (None, None) if state is None else state.split([self.matrix_size, self.num_heads], dim=-1)
         log_f = F.logsigmoid(f)
         m = scans.max_plus(-log_f, i, m0)
-        log_decay = log_f + scans.previous(m, empty=EMPTY) - m.h
+        log_decay = scans.previous(m, empty=EMPTY) - m.h + log_f  # a small log f is not rounded away
         scale = torch.exp((i - m.h).clamp(max=0)) * self.num_keys**-0.5  # i > m in padding only
         s = scans.matrix(q, at_least_fp32(k) * scale.unsqueeze(-1), with_ones(v), log_decay.unsqueeze(-1), s0)
         y = at_least_fp32(s.h)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .operators import define
 
-EMPTY = -1e30  # the maximum of nothing; finite, so that differences of two are no NaN
+EMPTY = -1e30  # the maximum of nothing; finite, so that the difference of two is not NaN
 
 
 def _scan(w: Tensor, key: Tensor, m0: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The cells with fused kernels: minGRU, minLSTM, their signed forms, and GILR.
+"""The cells that `cell_scan` computes: minGRU, minLSTM, their signed forms, and GILR.
 
 `cells.py` holds their equations, `cell_scan.py` computes cell, scan and output gate as one operation.
 """

@@ -10,7 +10,7 @@ step.
 Shapes: B batch, T time, H hidden_size, R recurrent_size, K conv_kernel, S state_size.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from transformers.activations import ACT2FN
 
 from .boundaries import Boundaries
 from .bounded_scans import BoundedScans
-from .context_parallel import ContextGroup, context_conv
+from .context_parallel import ContextGroup, context_conv, context_tail
 from .conv import causal_conv, causal_window, conv_one_token, next_conv_state
 from .numba_support import is_token_step
 from .ternary import linear
@@ -147,10 +147,8 @@ class MinRNNMixer(nn.Module):
         """As `convolve`, for one process's slice of a text."""
         if self.conv_weight is not None:
             return context_conv(x, self.conv_weight, conv, reach, group, self.backend)
-        # Each tap of the window is a convolution that selects it.
-        taps = torch.eye(self.kernel, device=x.device).unsqueeze(1).expand(-1, x.shape[2], -1)
-        outputs = [context_conv(x, tap, conv, reach, group, self.backend) for tap in taps]
-        return torch.cat([y for y, _ in outputs], dim=-1), outputs[0][1]
+        entering, last = context_tail(x, self.kernel - 1, conv, reach, group)
+        return causal_window(x, self.kernel, entering, reach), last
 
     def is_single_token(self, x: Tensor, boundaries: Boundaries) -> bool:
         """Whether this is a step of decoding, for which plain operations have the least overhead."""
@@ -173,7 +171,7 @@ class MinRNNMixer(nn.Module):
         return (y * self.gate(parts[-1]) if self.gate else y), state
 
 
-def own_activation_error(config: Any) -> dict[str, str]:
+def own_activation_error(config: "MinRNNConfig") -> dict[str, str]:
     """The error of a candidate activation for a cell that has its own."""
     if config.candidate_activation == "none":
         return {}
@@ -181,9 +179,12 @@ def own_activation_error(config: Any) -> dict[str, str]:
     return {"candidate_activation": message}
 
 
-def logit(p: Tensor) -> Tensor:
-    """The pre-activation whose sigmoid is p."""
-    return torch.log(p) - torch.log1p(-p)
+def gate_bias(memory: Tensor, bound: float = 0.0) -> Tensor:
+    """The bias x with bound + (1 - bound) sigmoid(x) = 1 - 1 / memory, or just above the bound.
+
+    sigmoid(x) / sigmoid(-x) = exp(x) is (1 - bound) memory - 1, which keeps its digits for long memories.
+    """
+    return torch.log(((1 - bound) * memory - 1).clamp(min=0.02))
 
 
 def inverse_softplus(y: Tensor) -> Tensor:

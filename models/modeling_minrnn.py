@@ -35,6 +35,7 @@ from .boundaries import Boundaries
 from .cache import MinRNNCache, check_state
 from .configuration_minrnn import MinRNNConfig
 from .context_parallel import ContextGroup
+from .dtypes import at_least_fp32
 from .generation import PREFILL, StateGenerationMixin
 from .layers import RMSNorm
 from .loss import LMHead, loss_of_module_head, next_token_loss
@@ -183,7 +184,7 @@ class MinRNNModel(MinRNNPreTrainedModel):
         """
         if self.lower_bounds is None:
             return [None] * len(self.layers)
-        shares = self.lower_bounds.softmax(0)
+        shares = at_least_fp32(self.lower_bounds).softmax(0)
         return list(shares.cumsum(0) - shares[0])
 
     def resolve_document_starts(

@@ -80,6 +80,8 @@ class TorchRNNModel(MinRNNModel):
     config: TorchRNNConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     config_class = TorchRNNConfig
     supports_gradient_checkpointing = False
+    _no_split_modules = []
+    _can_record_outputs = {}
     auto_model = "modeling_torch_rnn.TorchRNNModel"
 
     def __init__(self, config: TorchRNNConfig):

@@ -30,7 +30,7 @@ _EXPENSIVE_OPERATORS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default,
 
 def is_expensive(operator: Any) -> bool:
     """Whether "selective" keeps the operator's results: matrix products and scans."""
-    is_scan = operator.namespace.startswith("minrnn_") and "_scan_" in str(operator)
+    is_scan = operator.namespace.startswith("minrnn_") and "_scan" in str(operator)
     return operator in _EXPENSIVE_OPERATORS or is_scan
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from .config import OptimSection
 
 # Decay to zero would half-open a gate, silence a norm, and erase the embedding of a rare token.
-WITHOUT_DECAY = ("embed_tokens", "in_proj", "norm")
+WITHOUT_DECAY = ("embed_tokens", "in_proj", "decay_proj", "norm")
 
 WITHOUT_DECAY_ELSEWHERE = ("bias", "norm", "A_log")  # in other families
 
