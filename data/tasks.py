@@ -1,5 +1,6 @@
 """Corpora that are tasks: `data.corpus: synthetic/NAME` or `lra/NAME`, with the options in `data.task`."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, get_type_hints
 
@@ -35,7 +36,8 @@ def _checked(task: type[AnyTask], options: Mapping[str, Any]) -> tuple[dict[str,
     # imported here, since data workers do not need it
     from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-    types: dict[str, Any] = get_type_hints(task)
+    hints = get_type_hints(task)
+    types: dict[str, Any] = {field.name: hints[field.name] for field in dataclasses.fields(task)}
     values, errors = {}, []
     for name, value in options.items():
         if name not in types:

@@ -32,7 +32,7 @@ def decaying_parameters(model: Any) -> set[str]:
     return {
         name
         for name, parameter in named
-        if parameter.ndim >= 2
+        if sum(size > 1 for size in parameter.shape) >= 2
         and id(parameter) not in embeddings
         and not any(part in name for part in WITHOUT_DECAY_ELSEWHERE)
     }

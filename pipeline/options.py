@@ -22,8 +22,11 @@ def new_parser(command: str, description: str, epilog: str) -> argparse.Argument
 
 def parse_mapping(text: str) -> dict[str, Any]:
     """A mapping in YAML, as the type of an argument."""
-    value = yaml.safe_load(text)
-    if not isinstance(value, dict):
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = None
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise argparse.ArgumentTypeError(f"must be a mapping such as {{folder: DIR}}, not {text!r}")
     return value
 

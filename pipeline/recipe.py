@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from ..common.errors import UserError
 from ..common.files import user_path
 from ..common.names import did_you_mean, nearest_names
+from ..models import MinRNNConfig
 from .config import SECTIONS, Recipe
 from .families.registry import OURS
 from .family_settings import family_errors, without_carried_state
@@ -51,6 +52,8 @@ FREE_ON_RESUME = {
         "train.sample_tokens",
     ),
 }
+# Fields of the model that config.yaml of a run of version 0.1 lacks.
+NEWER_FIELDS = ("head_dim", "state_expansion", "ternary", "bidirectional", "pooling")
 # Settings that may never change, because saved positions and states would not fit.
 FIXED_ON_RESUME = ("model.", "batch.", "data.", "run.seed")
 
@@ -358,6 +361,8 @@ def check_unchanged(saved: dict[str, Any], recipe: Recipe, folder: str) -> None:
         UserError: each setting that differs, affects the losses and is not named in run.change.
     """
     defaults = {"model.family": OURS, "model.num_parameters": None}  # config.yaml omits them
+    # Runs from before these settings were made with their defaults.
+    defaults |= {f"model.{name}": getattr(MinRNNConfig, name) for name in NEWER_FIELDS}
     old = defaults | flatten(saved) | {"optim.schedule_steps": schedule_steps_of(saved)}
     new = defaults | flatten(resolved_config(with_saved_settings(recipe, saved)))
     allowed = free_on_resume(saved) | set(recipe.run.change)

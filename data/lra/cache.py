@@ -32,9 +32,13 @@ from .examples import ARRAYS, SPLITS, Example, Examples, read_examples, write_ex
 from .reader import LabelledReader, LabelledSet
 from .task import GeneratedTask, LabelledTask
 
-FORMAT = 1  # of the files, and of what the generators draw: a change makes new folders
+FORMAT = 2  # of the files, and of what the generators draw: a change makes new folders
+FIRST_BLOCKS = {"test": 0, "validation": 1 << 32, "train": 1 << 33}
+"""Where each split of a generated task begins, so that its examples do not depend on the others' sizes. An
+example that is drawn in two splits is kept in the first of this order."""
 MANIFEST = "manifest.json"
 KEY = "data.cache"
+MAX_REPEATED = 20  # blocks in a row without a new example
 POLL_SECONDS = 0.5  # how often a process that waits looks for the lock
 
 
@@ -140,16 +144,13 @@ def _make(
     unfinished.mkdir()
     try:
         counts = {}
-        with contextlib.ExitStack() as stack:
+        seen: set[bytes] = set()
+        for split in FIRST_BLOCKS:
             is_generated = isinstance(task, GeneratedTask) and task.folder is None
-            drawn = stack.enter_context(contextlib.closing(generate(task))) if is_generated else None
-            for split in SPLITS:
-                examples = task.examples(split) if drawn is None else _take(drawn, task, split)
-                counts[split] = write_examples(
-                    unfinished, split, _counted(examples, task, split, on_progress)
-                )
-                if not counts[split]:
-                    raise UserError("data.task", f"the {split} split of lra/{task.NAME} has no examples")
+            examples = _take(task, split, seen) if is_generated else task.examples(split)
+            counts[split] = write_examples(unfinished, split, _counted(examples, task, split, on_progress))
+            if not counts[split]:
+                raise UserError("data.task", f"the {split} split of lra/{task.NAME} has no examples")
         files = {}
         for name in (f"{array}-{split}.npy" for split in SPLITS for array in ARRAYS):
             sync(unfinished / name)
@@ -174,41 +175,54 @@ def _counted(
         yield example
 
 
-def _take(drawn: Iterator[Example], task: LabelledTask, split: str) -> Iterator[Example]:
+def _take(task: LabelledTask, split: str, seen: set[bytes]) -> Iterator[Example]:
+    """The examples of a split, which are in no split that was made before."""
     assert isinstance(task, GeneratedTask)
-    for _ in range(task.sizes()[split]):
-        yield next(drawn)
+    with contextlib.closing(generate(task, FIRST_BLOCKS[split], seen)) as drawn:
+        yield from itertools.islice(drawn, task.sizes()[split])
 
 
-def generate(task: LabelledTask, max_processes: int | None = None) -> Generator[Example, None, None]:
+def generate(
+    task: LabelledTask, first_block: int = 0, seen: set[bytes] | None = None, max_processes: int | None = None
+) -> Generator[Example, None, None]:
     """Different examples, endlessly, in the order of their blocks.
 
     Args:
+        seen: digests of examples that are left out; those of the new ones are added.
         max_processes: at most this many worker processes; by default one for each core.
     """
     assert isinstance(task, GeneratedTask)
-    seen: set[bytes] = set()
-    with contextlib.closing(_blocks(task, max_processes)) as blocks:
+    seen = set() if seen is None else seen
+    with contextlib.closing(_blocks(task, first_block, max_processes)) as blocks:
+        num_repeated = 0
         for block in blocks:
+            num_repeated += 1
+            if num_repeated > MAX_REPEATED:
+                message = f"{task.NAME} has too few different examples with these options: ask for fewer"
+                raise UserError("data.task", message)
             for texts, label in block:
                 digest = hashlib.blake2b(b"\xff".join(texts), digest_size=16).digest()
                 if digest not in seen:
                     seen.add(digest)
+                    num_repeated = 0
                     yield texts, label
 
 
-def _blocks(task: GeneratedTask, max_processes: int | None) -> Generator[list[Example], None, None]:
+def _blocks(
+    task: GeneratedTask, first: int, max_processes: int | None
+) -> Generator[list[Example], None, None]:
     """The blocks of a task in order, a few ahead of the consumer in worker processes."""
     needed = -(-sum(task.sizes().values()) // task.BLOCK)
     processes = min(_num_cores(), needed // 8, max_processes or needed)
     if processes < 2:  # starting a process takes longer than a few blocks
-        yield from map(task.block, itertools.count())
+        yield from map(task.block, itertools.count(first))
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, context, initializer=_ignore_interrupts) as pool:
-        waiting = collections.deque(pool.submit(task.block, number) for number in range(2 * processes))
+        ahead = range(first, first + 2 * processes)
+        waiting = collections.deque(pool.submit(task.block, number) for number in ahead)
         try:
-            for number in itertools.count(2 * processes):
+            for number in itertools.count(ahead.stop):
                 waiting.append(pool.submit(task.block, number))
                 yield waiting.popleft().result()
         finally:

@@ -12,11 +12,14 @@ those of S4's pipeline: parentheses are dropped, and the closing bracket is kept
 import random
 from collections.abc import Sequence
 
+from ...common.errors import UserError
+
 DIGITS = 10
 OPERATORS = ("MIN", "MAX", "MED", "SM")
 END = DIGITS + len(OPERATORS)  # the id of the closing bracket
 SYMBOLS = (*map(str, range(DIGITS)), *(f"[{name}" for name in OPERATORS), "]")
 OPERATION_PROBABILITY = 0.25
+MAX_TRIALS = 100_000  # expressions that are drawn for one that is kept; the published sizes need 20
 
 
 def apply_operator(operator: int, values: Sequence[int]) -> int:
@@ -52,11 +55,16 @@ class ExpressionSource:
 
         The outermost expression is an operation: a single digit is too short to be kept.
         """
-        while True:
+        for _ in range(MAX_TRIALS):
             self._tokens.clear()
             value = self._operation(1)
             if self.min_length < len(self._tokens) < self.max_length:
                 return bytes(self._tokens), value
+        raise UserError(
+            "data.task",
+            f"of {MAX_TRIALS:,} expressions none has more than {self.min_length} and fewer than "
+            f"{self.max_length} tokens: change min_length, max_length, max_depth or max_args",
+        )
 
     def _operation(self, depth: int) -> int:
         draw, tokens = self._random, self._tokens

@@ -118,12 +118,16 @@ class PixelTask(LabelledTask):
         if not isinstance(encoded, bytes):
             raise RowError(f"{self.IMAGE_COLUMN} holds no bytes of an image")
         try:
-            image = Image.open(io.BytesIO(encoded)).convert("L")
-        except (OSError, ValueError, SyntaxError) as error:  # all from Pillow
-            raise ValueError(f"the image is damaged ({str(error).splitlines()[0][:100]})") from None
-        if image.size != (self.SIDE, self.SIDE):
-            raise ValueError(f"the image is {image.size[0]} x {image.size[1]}, not {self.SIDE} x {self.SIDE}")
-        return (image.tobytes(),), self.checked_label(row["label"])
+            image = Image.open(io.BytesIO(encoded))
+            width, height = image.size
+            pixels = image.convert("L").tobytes() if width == height == self.SIDE else None
+        # all from Pillow
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            reason = " ".join(str(error).split())[:100] or type(error).__name__
+            raise ValueError(f"the image is damaged ({reason})") from None
+        if pixels is None:
+            raise ValueError(f"the image is {width} x {height}, not {self.SIDE} x {self.SIDE}")
+        return (pixels,), self.checked_label(row["label"])
 
 
 @dataclass(frozen=True, kw_only=True)

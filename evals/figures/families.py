@@ -50,8 +50,12 @@ class Model:
     """Bits per byte after the short run, by learning rate."""
     final: dict[str, float] = field(default_factory=dict)
     """Bits per byte after the full run, by seed."""
+    failure: str | None = None
+    """The error of its last run that failed."""
     reason: str | None = None
     """Why it was not trained."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Of its runs: precision, and what the model cannot do (`model.limits`)."""
 
     @property
     def best_rate(self) -> str:
@@ -100,8 +104,6 @@ class Driver:
     def train(self, model: Model, name: str, steps: int, **options: Any) -> Path | None:
         """Train or resume a run, or find it finished; None if it failed, with the reason in the model."""
         folder = self.runs / model.name.replace(" ", "-") / name
-        if (folder / ".finished").exists() and _last_step(folder) >= steps:
-            return folder
         recipe = {**self.grid["recipe"], "model": {**self.grid["recipe"]["model"], **model.fields}}
         recipe["data"] = {**recipe["data"], "corpus": self.corpus, "validation": str(self.validation)}
         recipe["run"] = {"dir": str(folder)}
@@ -117,16 +119,19 @@ class Driver:
         result = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
         if result.returncode != 0:
             lines = [line for line in result.stderr.splitlines() if "rror" in line] or ["it failed"]
-            model.reason = lines[-1].strip()[:200]
+            model.failure = lines[-1].strip()[:200]
             return None
         return folder
 
     def probe(self, model: Model) -> None:
         """Measure the speed of a few steps."""
         folder = self.train(model, "probe", PROBE_STEPS, train__log_every=1)
-        if folder is not None:
+        if folder is None:
+            model.reason = model.failure
+        else:
             rates = [line["tokens_per_second"] for line in _lines(folder, "train")]
             model.tokens_per_second = statistics.median(rates[len(rates) // 2 :])
+            model.settings = _settings(folder)
             if self.seconds(model, self.grid["tuning_tokens"]) > self.run_limit:
                 model.reason = "a short run is longer than --run-minutes"
 
@@ -137,8 +142,9 @@ class Driver:
             if model.reason or not self.has_time(model, tokens):
                 return
             folder = self.train(model, f"lr-{rate:g}", self.steps(tokens), optim__lr=rate)
-            if folder is not None:
-                model.tuning[f"{rate:g}"] = _bits_per_byte(folder)
+            model.tuning[f"{rate:g}"] = math.inf if folder is None else _bits_per_byte(folder)
+        if all(map(math.isinf, model.tuning.values())):
+            model.reason = model.failure
 
     def finish(self, model: Model, seed: int) -> None:
         """A full run with the best learning rate."""
@@ -191,8 +197,10 @@ def _lines(folder: Path, kind: str) -> list[dict[str, Any]]:
     return [line for line in read_metrics(folder / "metrics.jsonl") if line.get("kind") == kind]
 
 
-def _last_step(folder: Path) -> int:
-    return _lines(folder, "train")[-1]["step"]
+def _settings(folder: Path) -> dict[str, Any]:
+    """Precision and limits of a run."""
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    return {"precision": config["train"]["precision"], "limits": config["model"].get("limits", [])}
 
 
 def _bits_per_byte(folder: Path) -> float:
@@ -204,7 +212,9 @@ def summary(driver: Driver) -> list[dict[str, Any]]:
     rows = []
     for model in driver.models:
         row: dict[str, Any] = {"model": model.name, "fields": model.fields}
-        row |= {"tokens_per_second": model.tokens_per_second, "tuning": model.tuning, "final": model.final}
+        tuning = {rate: value if math.isfinite(value) else None for rate, value in model.tuning.items()}
+        row |= {"tokens_per_second": model.tokens_per_second, "tuning": tuning, "final": model.final}
+        row |= model.settings
         if model.tuning:
             row["learning_rate"] = float(model.best_rate)
         if model.tokens_per_second is not None:
@@ -224,6 +234,7 @@ COLUMNS = {
     "lr": lambda row: f"{row['learning_rate']:g}" if "learning_rate" in row else "-",
     "tokens/s": lambda row: "-" if row["tokens_per_second"] is None else f"{row['tokens_per_second']:,.0f}",
     "hours left": lambda row: f"{row.get('hours_left', 0):.2f}",
+    "limits": lambda row: "; ".join(row.get("limits", [])),
 }
 
 

@@ -43,10 +43,11 @@ class Metric:
 
 
 def _final(name: str) -> Callable[[Seed], float | None]:
-    """Percent: of the test split if the corpus has one, else of the last validation."""
+    """Percent: of the test split if the corpus has one, which only a finished run has; else of the last
+    validation."""
 
     def value_of(seed: Seed) -> float | None:
-        value = getattr(seed.test or seed.final, name, None)
+        value = getattr(seed.test if seed.has_test else seed.final, name, None)
         return None if value is None else 100 * value
 
     return value_of

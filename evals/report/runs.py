@@ -27,6 +27,7 @@ from ...common.errors import UserError
 from ...common.files import user_path, write_json
 from ...common.names import did_you_mean, nearest_names
 from ...common.output import warn
+from ...data import is_labelled
 from ...pipeline.config import SECTIONS
 from ...pipeline.metrics import read_metrics
 from ...pipeline.public import public_config
@@ -89,6 +90,8 @@ class Seed(BaseModel):
     best: Validation | None
     """The validation with the lowest loss."""
     final: Validation | None
+    has_test: bool = False
+    """The corpus has a test split, which is scored after the last step."""
     test: Validation | None = None
     """The score of the test split, after the last step; None if the corpus has none."""
     curve: Curve
@@ -206,7 +209,7 @@ def read_run(run: Path) -> tuple[dict[str, dict[str, Any]], Seed]:
         raise UserError(
             str(run), "metrics.jsonl holds no step yet; wait for the first, or leave this run out"
         )
-    return config, result
+    return config, result.model_copy(update={"has_test": is_labelled(config["data"]["corpus"])})
 
 
 def _read_seed(run: Path, seed: int, steps: int) -> Seed | None:

@@ -100,7 +100,8 @@ def size_errors(
     chosen = [width, "intermediate_size"] if "intermediate_size" in fine else [width]
     # 0 is no MLP, so there is no size to choose
     if fixed := [field for field in chosen if given.get(field)]:
-        message = f"chooses the size, but {' and '.join(fixed)} is set as well; leave either out"
+        verb = "is" if len(fixed) == 1 else "are"
+        message = f"chooses the size, but {' and '.join(fixed)} {verb} set as well; leave either out"
         return {"num_parameters": message}
     return {}
 

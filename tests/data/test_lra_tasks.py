@@ -178,11 +178,28 @@ def test_the_same_seed_makes_the_same_examples_in_any_number_of_processes(name: 
     task = tiny(name)
     assert isinstance(task, GeneratedTask)
     monkeypatch.setattr(type(task), "BLOCK", 2)
-    alone, several = (list(itertools.islice(generate(task, count), 21)) for count in (1, 2))
+    alone, several = (list(itertools.islice(generate(task, max_processes=count), 21)) for count in (1, 2))
     assert alone == several
     assert len({texts for texts, _ in alone}) == 21
     other = tiny(name, data_seed=1)
-    assert next(generate(other, 1)) != alone[0]
+    assert next(generate(other, max_processes=1)) != alone[0]
+
+
+@pytest.mark.parametrize("name", ["listops", "pathfinder"])
+def test_splits_do_not_depend_on_the_sizes_of_others_and_share_no_example(name: str, tmp_path: Path):
+    small, large = (
+        open_data(tiny(name, train_examples=count, validation_examples=more), tmp_path)
+        for count, more in ((8, 3), (30, 6))
+    )
+
+    def texts(data: Any, split: str) -> list[bytes]:
+        examples = data.examples(split)
+        return [examples.texts(number)[0].tobytes() for number in range(len(examples))]
+
+    assert texts(small, "test") == texts(large, "test")
+    assert texts(small, "train") == texts(large, "train")[:8]
+    every = [text for split in ("train", "validation", "test") for text in texts(large, split)]
+    assert len(every) == len(set(every)) == 30 + 6 + 4
 
 
 @pytest.mark.parametrize("name", list(TINY))

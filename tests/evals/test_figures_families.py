@@ -30,11 +30,14 @@ def grid(**changes: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int]]:
-    """(model, run, steps) of each run, in order. Nothing is trained; `slow` fails in its probe."""
+    """(model, run, steps) of each run, in order. Nothing is trained; `middle` diverges at 1e-3."""
     runs = []
 
     def train(self, model: families.Model, name: str, steps: int, **options: Any) -> Path | None:
         runs.append((model.name, name, steps))
+        if (model.name, name) == ("middle", "lr-0.001"):
+            model.failure = "the loss is not finite"
+            return None
         return Path(model.name) / name
 
     def lines(folder: Path, kind: str) -> list[dict[str, Any]]:
@@ -46,6 +49,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int]]:
     monkeypatch.setattr(families.Driver, "train", train)
     monkeypatch.setattr(families, "_lines", lines)
     monkeypatch.setattr(families, "write_pieces", lambda *_, **__: None)
+    monkeypatch.setattr(families, "_settings", lambda folder: {"precision": "bf16", "limits": []})
     return runs
 
 
@@ -71,6 +75,11 @@ def test_rates_are_tuned_and_the_best_is_trained_to_the_end(trained):
     assert [model for model, run, _ in trained if run == "full-0"] == ["fast", "middle", "slow"]
     assert all(row["learning_rate"] == 2e-3 for row in rows)
     assert all(row["final"] == {"0": 2.0, "1": 2.1} and row["hours_left"] == 0 for row in rows)
+    assert {row["model"]: row["tuning"]["0.001"] for row in rows} == {
+        "slow": 3.0,
+        "fast": 3.0,
+        "middle": None,
+    }
 
 
 def test_what_a_limit_leaves_out_says_how_long_it_takes(trained):
@@ -120,7 +129,7 @@ def test_a_small_comparison(tmp_path: Path, capsys):
     command = ["figures", "families", "--corpus", str(corpus), "--validation", str(corpus)]
     command += ["--grid", str(path)]
     command += ["--runs", str(tmp_path / "runs")]
-    for _ in range(2):  # the second call reads what the first has trained
+    for _ in range(2):  # in the second call, each run says that it is finished
         main([*command, "--out", str(tmp_path / "out.json")])
         rows = json.loads((tmp_path / "out.json").read_text())["rows"]
         assert [row["model"] for row in rows] == ["RWKV-4"]

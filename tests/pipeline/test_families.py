@@ -191,7 +191,7 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "the same for ours": (
         {"model": {"hidden_size": 64, "intermediate_size": 64, "num_parameters": 10**6}},
-        "model.num_parameters: chooses the size, but hidden_size and intermediate_size is set as well",
+        "model.num_parameters: chooses the size, but hidden_size and intermediate_size are set as well",
     ),
     "sizes without a number of parameters": (
         {"model": {"sizes": {"hidden_size": 64}}},
