@@ -16,12 +16,15 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .matrix_scan_torch import backward, forward
 
 TOLERANCE = 2e-2
 """Largest difference from the torch backend, relative to the largest value: a few roundings of bf16."""
+MULTIPLE = 16
+"""K and V are padded to multiples of this: the kernels refuse odd ones in 16 bit, and products need 16."""
 SMALLEST_LOG_DECAY = -50.0
 """The kernels subtract cumulative sums, where -inf gives NaN. e^-50 is 0 within the rounding of fp32."""
 
@@ -41,9 +44,26 @@ def fla_scan(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, starts: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """See `matrix_scan.matrix_scan`. The kernels take one dtype: q and k are converted to v's."""
+    num_keys, num_values = k.shape[-1], v.shape[-1]
+    is_per_channel = log_decay.shape[-1] == num_keys
+    log_decay = _padded(log_decay) if is_per_channel else log_decay
+    state = F.pad(state, (0, -num_values % MULTIPLE, 0, -num_keys % MULTIPLE))
+    y, last = _run(_padded(q.to(v.dtype)), _padded(k.to(v.dtype)), _padded(v), log_decay, state, starts)
+    return y[..., :num_values], last[..., :num_keys, :num_values]
+
+
+def _padded(x: Tensor) -> Tensor:
+    """x with columns of zeros up to a multiple of MULTIPLE. Zeros of k and v leave the state as it is."""
+    return F.pad(x, (0, -x.shape[-1] % MULTIPLE))
+
+
+def _run(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, starts: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """As `fla_scan`, for sizes that the kernels take."""
     per_channel, per_head = _kernels()
     log_decay = log_decay.float().clamp(min=SMALLEST_LOG_DECAY)
-    tokens = q.to(v.dtype), k.to(v.dtype), v, log_decay
+    tokens = q, k, v, log_decay
     kernel = per_channel
     if log_decay.shape[-1] != k.shape[-1]:
         kernel, tokens = per_head, (*tokens[:3], log_decay.squeeze(-1))
@@ -95,7 +115,8 @@ def _failure(device: torch.device, dtype: torch.dtype) -> str | None:
 def _compare(device: torch.device, dtype: torch.dtype, per_head: bool) -> None:
     """Run the kernels and the torch backend. Raises ArithmeticError where they differ."""
     random = torch.Generator().manual_seed(0)
-    shapes = [(2, 70, 2, 32)] * 4 + [(2, 2, 32, 32), (2, 70, 2, 32), (2, 2, 32, 32)]
+    keys, values = (2, 70, 2, 32), (2, 70, 2, 33)  # V is padded, as that of a cell with a normalizer
+    shapes = [keys, keys, values, keys, (2, 2, 32, 33), values, (2, 2, 32, 33)]
     tensors = [torch.randn(shape, generator=random).to(device) for shape in shapes]
     q, k, v, grad_y = (tensors[i].to(dtype) for i in (0, 1, 2, 5))
     log_decay, (state, grad_last) = -tensors[3].abs(), (tensors[4], tensors[6])

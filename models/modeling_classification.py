@@ -102,7 +102,7 @@ class MinRNNForSequenceClassification(MinRNNPreTrainedModel):
             inputs_embeds: [..., time, hidden_size] instead of input_ids.
             labels: int64 [batch], -100 for rows that are not scored; for `config.problem_type` `"regression"`
                 and `"multi_label_classification"` float [batch] or [batch, num_labels].
-            use_cache: Return the state after the texts.
+            use_cache: Return the state after the texts, for pooling `"last"` only.
             num_items_in_batch: Number of labels to divide the summed loss by; by default those of this call.
             kwargs: As in `MinRNNForCausalLM`.
 
@@ -122,12 +122,13 @@ class MinRNNForSequenceClassification(MinRNNPreTrainedModel):
                 None if tensor is None else tensor.flatten(0, 1)
                 for tensor in (input_ids, attention_mask, inputs_embeds)
             )
+        can_continue = self.config.pooling == "last" and towers == 1
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
+            use_cache=use_cache if can_continue else False,
             **kwargs,
         )
         hidden = outputs.last_hidden_state

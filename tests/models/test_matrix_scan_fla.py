@@ -28,6 +28,7 @@ CPU = torch.device("cpu")
 def sequences_one_by_one(q, k, v, log_decay, scale, initial_state, cu_seqlens):
     """What both kernels compute; log_decay [batch, time, heads, K]."""
     assert q.dtype == k.dtype == v.dtype
+    assert q.shape[-1] % 16 == v.shape[-1] % 16 == 0
     assert log_decay.isfinite().all()
     edges = None if cu_seqlens is None else cu_seqlens.tolist()
     rows = range(len(v)) if edges is None else [0] * (len(edges) - 1)
