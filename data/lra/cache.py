@@ -145,8 +145,8 @@ def _make(
     try:
         counts = {}
         seen: set[bytes] = set()
-        for split in FIRST_BLOCKS:
-            is_generated = isinstance(task, GeneratedTask) and task.folder is None
+        is_generated = isinstance(task, GeneratedTask) and task.folder is None
+        for split in FIRST_BLOCKS if is_generated else SPLITS:
             examples = _take(task, split, seen) if is_generated else task.examples(split)
             counts[split] = write_examples(unfinished, split, _counted(examples, task, split, on_progress))
             if not counts[split]:
