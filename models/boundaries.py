@@ -39,6 +39,21 @@ class Boundaries:
             document_starts = document_starts & (positions < lengths.unsqueeze(1))
         return cls(document_starts, lengths, reach_within_document(document_starts, kernel))
 
+    def padding(self, time: int) -> Tensor | None:
+        """Which tokens of rows of `time` tokens are padding, bool [batch, time]; None without padding."""
+        if self.lengths is None:
+            return None
+        return torch.arange(time, device=self.lengths.device) >= self.lengths.unsqueeze(1)
+
+    def bound(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Decays and inputs [batch, time, width]: a is 0 at document starts, (a, b) is (1, 0) in padding."""
+        if self.document_starts is not None:
+            a = a.masked_fill(self.document_starts.unsqueeze(-1), 0)
+        if (padding := self.padding(b.shape[1])) is not None:
+            padding = padding.unsqueeze(-1)
+            a, b = a.masked_fill(padding, 1), b.masked_fill(padding, 0)
+        return a, b
+
     def reversed(self, time: int, kernel: int) -> tuple[torch.Tensor | None, "Boundaries"]:
         """The order in which a pass from right to left reads each row, and the boundaries that it meets.
 

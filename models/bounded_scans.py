@@ -72,28 +72,13 @@ class BoundedScans:
             starts = is_first if starts is None else starts | is_first
         return None if starts is None else starts.unsqueeze(-1)
 
-    def padding(self, x: Tensor) -> Tensor | None:
-        """Where x [B, T, W] is padding: bool [B, T, 1]; None without padding."""
-        lengths = self.boundaries.lengths
-        if lengths is None:
-            return None
-        return (torch.arange(x.shape[1], device=x.device) >= lengths.unsqueeze(1)).unsqueeze(-1)
-
-    def bounded(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """Decays and inputs, a 0 at document starts, and (a, b) = (1, 0) at padding."""
-        if self.boundaries.document_starts is not None:
-            a = a.masked_fill(self.boundaries.document_starts.unsqueeze(-1), 0)
-        if (padding := self.padding(b)) is not None:
-            a, b = a.masked_fill(padding, 1), b.masked_fill(padding, 0)
-        return a, b
-
     def linear(self, a: Tensor, b: Tensor, h0: Tensor | None) -> Scanned:
         """The diagonal recurrence. a, b [B, T, W] (a may be [W]), h0 [B, W]; h in b's dtype."""
         a = a.expand(b.shape)
         if self.is_single_token:
             last = at_least_fp32(b[:, 0]) if h0 is None else torch.addcmul(b[:, 0].to(h0.dtype), a[:, 0], h0)
             return Scanned(last.unsqueeze(1).to(b.dtype), last, _zeros(a, b) if h0 is None else h0)
-        a, b = self.bounded(a, b)
+        a, b = self.boundaries.bound(a, b)
         h0 = _zeros(a, b) if h0 is None else h0
         if self.group is not None:
             backend = self.backend or default_backend(b.device, b.dtype)
@@ -119,7 +104,7 @@ class BoundedScans:
             turned = _zeros(a, b) if h0 is None else rotate(h0, theta.cos(), theta.sin())
             last = torch.addcmul(b[:, 0], torch.cat([a, a], dim=-1)[:, 0], turned)
             return Scanned(last.unsqueeze(1), last, turned)
-        a, b = self.bounded(a, b)
+        a, b = self.boundaries.bound(a, b)
         h0 = _zeros(a, b) if h0 is None else h0
         backend = self.backend or default_backend(b.device, b.dtype)
         if self.group is not None:
@@ -165,7 +150,8 @@ class BoundedScans:
             return Scanned(last.unsqueeze(1), last, m0)
         if self.boundaries.document_starts is not None:
             w = w.masked_fill(self.boundaries.document_starts.unsqueeze(-1), -EMPTY)
-        if (padding := self.padding(key)) is not None:
+        if (padding := self.boundaries.padding(key.shape[1])) is not None:
+            padding = padding.unsqueeze(-1)
             w, key = w.masked_fill(padding, 0), key.masked_fill(padding, EMPTY)
         m0 = torch.full_like(key[:, 0], EMPTY) if m0 is None else m0.detach()
         if self.group is not None:

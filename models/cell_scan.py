@@ -122,15 +122,8 @@ def composed(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operation as defined, from its parts: y, h_last, decay (empty without `return_decay`)."""
     projected, gate_bias = inputs.projected, inputs.gate_bias
-    document_starts, lengths = inputs.boundaries.document_starts, inputs.boundaries.lengths
     projections = projected.split(gate_bias.shape[1], dim=-1)
-    a, b = spec.coefficients(projections, gate_bias)
-    if lengths is not None:
-        is_pad = torch.arange(projected.shape[1], device=projected.device) >= lengths.unsqueeze(1)
-        a, b = a.masked_fill(is_pad.unsqueeze(-1), 1), b.masked_fill(is_pad.unsqueeze(-1), 0)
-        document_starts = None if document_starts is None else document_starts & ~is_pad
-    if document_starts is not None:
-        a = a.masked_fill(document_starts.unsqueeze(-1), 0)
+    a, b = inputs.boundaries.bound(*spec.coefficients(projections, gate_bias))
     if return_decay:
         h, h_last, decay = linear_scan_with_decay(a, b, inputs.h0, backend=backend)
     else:

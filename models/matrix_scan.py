@@ -205,9 +205,8 @@ def _without_padding(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """k, v, log_decay and document starts, such that padded tokens leave the state as it is."""
     starts = boundaries.document_starts
-    if boundaries.lengths is None:
+    if (is_pad := boundaries.padding(v.shape[1])) is None:
         return k, v, log_decay, starts
-    is_pad = torch.arange(v.shape[1], device=v.device) >= boundaries.lengths.unsqueeze(1)
     k, v, log_decay = (x.masked_fill(is_pad[..., None, None], 0) for x in (k, v, log_decay))
     return k, v, log_decay, None if starts is None else starts & ~is_pad
 

@@ -183,8 +183,23 @@ class Image(PixelTask):
         yield from rows[:edge] if split == "train" else rows[edge:]
 
 
+@dataclass(frozen=True, kw_only=True)
 class _ByteTask(LabelledTask):
     """A task on texts, read as bytes."""
+
+    max_length: int = 4096
+    """Longer texts are cut to this many bytes."""
+
+    @property
+    def length(self) -> int:
+        return self.max_length
+
+    @property
+    def source(self) -> dict[str, Any]:
+        return {"max_length": self.max_length}
+
+    def errors(self) -> dict[str, str]:
+        return super().errors() | _length_errors(self.max_length)
 
     @property
     def symbols(self) -> list[str]:
@@ -214,23 +229,9 @@ class _ByteTask(LabelledTask):
 class Text(_ByteTask):
     """Text: whether an IMDb review is positive. As published, the validation split is the test split."""
 
-    max_length: int = 4096
-    """Longer texts are cut to this many bytes."""
-
     NAME: ClassVar[str] = "text"
     LABELS: ClassVar[tuple[str, ...]] = ("negative", "positive")
     HUB: ClassVar[str] = "stanfordnlp/imdb"
-
-    @property
-    def length(self) -> int:
-        return self.max_length
-
-    @property
-    def source(self) -> dict[str, Any]:
-        return {"max_length": self.max_length}
-
-    def errors(self) -> dict[str, str]:
-        return super().errors() | _length_errors(self.max_length)
 
     def rows(self, split: str) -> Iterator[NamedRow]:
         source = "train" if split == "train" else "test"
@@ -257,17 +258,6 @@ class Retrieval(_ByteTask):
     HUB: ClassVar[str] = "OpenNLPLab/lra"
     REVISION: ClassVar[str] = "6cb133c44f406da743661488df9e977b87d98775"
     COLUMNS: ClassVar[list[str]] = ["label", "id1", "id2", "text1", "text2"]
-
-    @property
-    def length(self) -> int:
-        return self.max_length
-
-    @property
-    def source(self) -> dict[str, Any]:
-        return {"max_length": self.max_length}
-
-    def errors(self) -> dict[str, str]:
-        return super().errors() | _length_errors(self.max_length)
 
     def rows(self, split: str) -> Iterator[NamedRow]:
         name = f"new_aan_pairs.{'eval' if split == 'validation' else split}.tsv"
