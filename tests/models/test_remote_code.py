@@ -50,7 +50,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 GENERATE = """
 torch.set_num_threads(1)
 prompts, num_tokens = json.loads(sys.argv[3]), int(sys.argv[4])
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)  # else it asks, on stdout
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 assert type(model).__module__.startswith("transformers_modules."), type(model)
 assert not any(name.partition(".")[0] in hidden for name, module in sys.modules.items() if module is not None)
