@@ -117,7 +117,8 @@ import json, sys
 sys.modules["minrnn"] = None
 from transformers import AutoTokenizer
 folder, kinds, prompts = json.loads(sys.argv[1])
-tokenizers = {kind: AutoTokenizer.from_pretrained(f"{folder}/{kind}", trust_remote_code=True) for kind in kinds}
+load = AutoTokenizer.from_pretrained
+tokenizers = {kind: load(f"{folder}/{kind}", trust_remote_code=True) for kind in kinds}
 print(json.dumps({kind: tokenizer(prompts).input_ids for kind, tokenizer in tokenizers.items()}))
 """
     arguments = json.dumps([str(tmp_path), list(KINDS), PROMPTS])
