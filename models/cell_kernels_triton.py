@@ -3,8 +3,8 @@
     projected [batch, time, P * width]  =  gate (minLSTM: forget, input) | candidate u [| output gate o]
     (a, b) = cell(gates + gate_bias, c(u))        h_t = a_t h_{t-1} + b_t        y = h silu(o), or h
 
-`tiles_triton` describes how time and channels are spread over the chip, `cells_triton` the formulas of the
-cells.
+`tiles_triton` describes how time and channels are spread over the chip, `minimal_coefficients_triton` the
+formulas of the cells.
 
 Bytes per element of [batch, time, width] in bf16, minGRU without an output gate: forward 6 (reads k, u,
 writes h), backward 12 (reads k, u, h, g, writes dk, du). With an output gate: 10 (also reads o, writes y) and
@@ -25,7 +25,7 @@ infinities, for which (a, b) = (1, 0).
 
 from __future__ import annotations
 
-from .cells_triton import coefficients, factors, gradients, silu
+from .minimal_coefficients_triton import coefficients, factors, gradients, silu
 from .tiles_triton import (
     as_stored,
     combine_products,

@@ -3,11 +3,11 @@
     projected [B, T, P*R] = gates | candidate u [| output gate o]   P projections of R channels
     y, h_last = cell_scan(projected, gate_bias, h0, spec=...)       y = h [* silu(o)], h_t = a_t h_{t-1} + b_t
 
-The operation is defined as a composition of `cells.py` and `linear_scan`. That form writes a (fp32) and b to
-memory and reads them again, forward and backward. The fused kernels move only projections and outputs over
-the memory bus: per element of a minGRU in bf16, 6 bytes forward (4 read, 2 written) and 12 backward (8 read,
-4 written), where the composed form moves about 40 and 80. The gradient of all projections is one tensor, so
-no concatenation follows.
+The operation is defined as a composition of `minimal_coefficients.py` and `linear_scan`. That form writes a
+(fp32) and b to memory and reads them again, forward and backward. The fused kernels move only projections and
+outputs over the memory bus: per element of a minGRU in bf16, 6 bytes forward (4 read, 2 written) and 12
+backward (8 read, 4 written), where the composed form moves about 40 and 80. The gradient of all projections
+is one tensor, so no concatenation follows.
 
 Both forms treat document starts and padding exactly (boundaries.py).
 """

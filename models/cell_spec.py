@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .boundaries import NO_BOUNDARIES, Boundaries
-from .cells import CANDIDATE_ACTIVATIONS, MINIMAL_CELLS
+from .minimal_coefficients import CANDIDATE_ACTIVATIONS, MINIMAL_CELLS
 
 FUSED_CELLS = ("mingru", "minlstm")
 FUSED_DTYPES = {
@@ -24,9 +24,9 @@ class CellSpec:
     """
 
     cell: str
-    """One of `cells.MINIMAL_CELLS`."""
+    """One of `minimal_coefficients.MINIMAL_CELLS`."""
     activation: str = "none"
-    """Candidate activation, one of `cells.CANDIDATE_ACTIVATIONS`."""
+    """Candidate activation, one of `minimal_coefficients.CANDIDATE_ACTIVATIONS`."""
     output_gate: bool = False
     """Multiply h by silu of the last projection."""
 

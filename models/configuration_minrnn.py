@@ -7,7 +7,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from .cells import CANDIDATE_ACTIVATIONS
+from .minimal_coefficients import CANDIDATE_ACTIVATIONS
 from .registry import CELLS
 from .scan import BACKENDS
 

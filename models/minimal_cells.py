@@ -1,6 +1,7 @@
 """The cells that `cell_scan` computes: minGRU, minLSTM, their signed forms, and GILR.
 
-`cells.py` holds their equations, `cell_scan.py` computes cell, scan and output gate as one operation.
+`minimal_coefficients.py` holds their equations, `cell_scan.py` computes cell, scan and output gate as one
+operation.
 """
 
 from typing import TYPE_CHECKING
@@ -12,8 +13,8 @@ from transformers import initialization as init
 from .boundaries import Boundaries
 from .cell_scan import cell_scan, one_token
 from .cell_spec import CellSpec
-from .cells import MINIMAL_CELLS
 from .context_scan import context_cell_scan
+from .minimal_coefficients import MINIMAL_CELLS
 from .mixer import MinRNNMixer, own_activation_error
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from .cells_triton import sigmoid
 from .launches_triton import Launch
+from .minimal_coefficients_triton import sigmoid
 from .tiles_triton import INTERPRETED, as_stored, jit, tl, triton
 
 SIZE = 32

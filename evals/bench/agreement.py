@@ -22,7 +22,7 @@ from torch import Tensor
 from ...models.boundaries import Boundaries
 from ...models.cell_scan import cell_scan
 from ...models.cell_spec import FUSED_CELLS, CellSpec
-from ...models.cells import CANDIDATE_ACTIVATIONS, MINIMAL_CELLS
+from ...models.minimal_coefficients import CANDIDATE_ACTIVATIONS, MINIMAL_CELLS
 from ...models.scan import default_backend, linear_scan
 from ..memory import release_memory
 from .measure import failure_reason

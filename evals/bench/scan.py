@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ...models.cells import mingru
+from ...models.minimal_coefficients import mingru
 from ...models.scan import linear_scan
 from ...pipeline.machine import supports
 from ..memory import available_bytes

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ...models.cell_scan import cell_scan
 from ...models.cell_spec import CellSpec
-from ...models.cells import mingru
+from ...models.minimal_coefficients import mingru
 from ...models.scan import linear_scan
 from .measure import peer_module, require_cuda
 

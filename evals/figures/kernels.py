@@ -36,8 +36,8 @@ from ...common.files import user_path, write_json
 from ...models import cell_scan_triton, scan_triton
 from ...models.boundaries import Boundaries
 from ...models.cell_spec import FUSED_CELLS, CellInputs, CellSpec
-from ...models.cells import MINIMAL_CELLS
 from ...models.launches_triton import Launch
+from ...models.minimal_coefficients import MINIMAL_CELLS
 from ..output import RESULTS
 from ..record import command_line, commit, versions
 

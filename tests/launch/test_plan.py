@@ -11,7 +11,7 @@ from minrnn.launch import estimates, plan
 from minrnn.launch.activation_memory import block_bytes
 from minrnn.launch.cli import main
 from minrnn.models import MinRNNConfig, MinRNNForCausalLM
-from minrnn.models.cells import MINIMAL_CELLS
+from minrnn.models.minimal_coefficients import MINIMAL_CELLS
 from minrnn.models.recompute import RECOMPUTE, checkpointing_options
 from minrnn.models.registry import CELLS
 from minrnn.pipeline.config import Recipe

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from minrnn.models.boundaries import Boundaries
 from minrnn.models.cell_spec import FUSED_CELLS, CellSpec
-from minrnn.models.cells import CANDIDATE_ACTIVATIONS
+from minrnn.models.minimal_coefficients import CANDIDATE_ACTIVATIONS
 
 # Each spec is a kernel to compile, for a second or two: every cell with every activation once, half of them
 # with an output gate; two of them again in bf16.

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from minrnn.models import MinRNNCache, MinRNNForCausalLM
-from minrnn.models.cells import MINIMAL_CELLS
+from minrnn.models.minimal_coefficients import MINIMAL_CELLS
 from minrnn.models.registry import CELLS
 
 VARIANTS = [

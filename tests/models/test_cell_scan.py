@@ -15,7 +15,7 @@ from torch import Tensor
 from minrnn.models.boundaries import NO_BOUNDARIES, Boundaries
 from minrnn.models.cell_scan import cell_scan, cell_scan_with_decay, one_token
 from minrnn.models.cell_spec import CellSpec
-from minrnn.models.cells import MINIMAL_CELLS, candidate
+from minrnn.models.minimal_coefficients import MINIMAL_CELLS, candidate
 
 Results = dict[str, Tensor]
 

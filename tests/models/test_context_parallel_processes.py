@@ -18,8 +18,8 @@ from torch._dynamo.utils import counters
 from torch.multiprocessing.spawn import spawn
 
 from minrnn.models import MinRNNCache, MinRNNForCausalLM
-from minrnn.models.cells import MINIMAL_CELLS
 from minrnn.models.context_parallel import ContextGroup, use_context_parallel
+from minrnn.models.minimal_coefficients import MINIMAL_CELLS
 from minrnn.models.recompute import checkpointing_options
 from minrnn.models.registry import CELLS
 

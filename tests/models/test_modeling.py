@@ -18,7 +18,7 @@ from torch import Tensor
 
 import minrnn.models.minimal_cells as minimal_cells
 from minrnn.models import MinRNNCache, MinRNNConfig, MinRNNForCausalLM, MinRNNModel
-from minrnn.models.cells import MINIMAL_CELLS
+from minrnn.models.minimal_coefficients import MINIMAL_CELLS
 from minrnn.models.registry import CELLS
 
 cells = pytest.mark.parametrize("cell", CELLS)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from minrnn.models import MinRNNConfig
 from minrnn.models.boundaries import NO_BOUNDARIES
-from minrnn.models.cells import MINIMAL_CELLS
 from minrnn.models.max_plus import EMPTY, max_plus_scan
+from minrnn.models.minimal_coefficients import MINIMAL_CELLS
 from minrnn.models.mixer import MinRNNMixer
 from minrnn.models.registry import CELLS
 from minrnn.models.rotating_scan import rotating_scan

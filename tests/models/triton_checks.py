@@ -14,8 +14,8 @@ from torch import Tensor
 from minrnn.models import cell_scan_triton, scan_triton
 from minrnn.models.boundaries import NO_BOUNDARIES, Boundaries
 from minrnn.models.cell_spec import FUSED_CELLS, CellInputs, CellSpec
-from minrnn.models.cells import MINIMAL_CELLS
 from minrnn.models.launches_triton import Tile, plan_chunks, run_all
+from minrnn.models.minimal_coefficients import MINIMAL_CELLS
 from minrnn.models.probe_triton import SIZE, run_probe
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -14,7 +14,7 @@ import torch
 from run_helpers import Values, losses, recipe_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from minrnn.models.cells import MINIMAL_CELLS
+from minrnn.models.minimal_coefficients import MINIMAL_CELLS
 from minrnn.models.registry import CELLS
 from minrnn.pipeline.checkpoint import checkpoint_paths
 

@@ -1,4 +1,4 @@
-"""The minimal cells: formulas for the coefficients (a, b) of h_t = a_t * h_{t-1} + b_t.
+"""Coefficients (a, b) of h_t = a_t * h_{t-1} + b_t for minGRU, minLSTM and their signed forms.
 
 A cell turns a few projections of the input x into decay a and input b. No gate depends on h_{t-1}, so the
 recurrence is linear and the whole sequence is one scan.

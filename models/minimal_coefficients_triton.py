@@ -1,8 +1,8 @@
 """The cells inside a Triton kernel: from pre-activations to coefficients and their derivatives, in fp32.
 
-These are the functions of `cells`, written for the GPU. Special functions (exp2, reciprocal) are expensive
-there, at an eighth of the rate of a multiply-add. So each pair of sigmoids shares its exponential, and clamps
-replace branches:
+These are the functions of `minimal_coefficients`, written for the GPU. Special functions (exp2, reciprocal)
+are expensive there, at an eighth of the rate of a multiply-add. So each pair of sigmoids shares its
+exponential, and clamps replace branches:
 
     minGRU     t = e^k                       a = 1 / (1 + t)    z = t / (1 + t)
     minLSTM    P = 1 + e^-p,  Q = 1 + e^-q   a = Q / (P + Q)    z = P / (P + Q)    since f = 1 / P, i = 1 / Q

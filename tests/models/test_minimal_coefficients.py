@@ -5,7 +5,13 @@ import torch
 from helpers import assert_close, generator
 from torch import Tensor
 
-from minrnn.models.cells import CANDIDATE_ACTIVATIONS, MINIMAL_CELLS, candidate, mingru, minlstm
+from minrnn.models.minimal_coefficients import (
+    CANDIDATE_ACTIVATIONS,
+    MINIMAL_CELLS,
+    candidate,
+    mingru,
+    minlstm,
+)
 
 activations = pytest.mark.parametrize("activation", CANDIDATE_ACTIVATIONS)
 SIGNED = [name for name in MINIMAL_CELLS if name.endswith("_signed")]
