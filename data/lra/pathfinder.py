@@ -12,6 +12,7 @@ A dash keeps clear if the pixels up to about `margin` around it are free of othe
 made longer by `margin` at both ends touch only if they are neighbours in a contour (tests check labels so).
 """
 
+import dataclasses
 import functools
 import math
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from .contours import Layout, Shapes
 
 ANTIALIAS = 2  # lines are drawn this many times larger, then reduced
+MIN_CONTOUR = 3  # dashes of a long contour: a short one has a third of them
 CLEAR_ABOVE = 0.02  # of the reduced mask of a dash: no other dash may use a pixel that it touches
 
 
@@ -37,8 +39,8 @@ class Parameters:
     thickness: float
     contour_length: int
     """Dashes of a long contour."""
-    distractor_length: int
-    num_distractors: int
+    distractor_dashes: int
+    """Dashes of all short contours together, at most."""
     continuity: float
     """Greater values make straighter contours."""
     seed_distance: int
@@ -49,6 +51,20 @@ class Parameters:
     padding: int = 1
     """Free pixels at the image's edge."""
 
+    @property
+    def distractor_length(self) -> int:
+        """Dashes of a short contour."""
+        return self.contour_length // 3
+
+    @property
+    def num_distractors(self) -> int:
+        """Short contours, if there is room for all."""
+        return self.distractor_dashes // self.distractor_length
+
+    def with_contours(self, length: int) -> "Parameters":
+        """The same with long contours of `length` dashes."""
+        return dataclasses.replace(self, contour_length=length)
+
 
 PATHFINDER_32 = Parameters(
     size=32,
@@ -56,8 +72,7 @@ PATHFINDER_32 = Parameters(
     dash_length=2,
     thickness=0.5,
     contour_length=14,
-    distractor_length=14 // 3,
-    num_distractors=20 // (14 // 3),
+    distractor_dashes=20,
     continuity=1.0,
     seed_distance=7,
     marker_radius=1.5,
@@ -70,8 +85,7 @@ PATHFINDER_128 = Parameters(
     dash_length=5,
     thickness=1.5,
     contour_length=14,
-    distractor_length=14 // 3,
-    num_distractors=35 // (14 // 3),
+    distractor_dashes=35,
     continuity=1.8,
     seed_distance=20,
     marker_radius=3.0,

@@ -134,15 +134,30 @@ class PixelTask(LabelledTask):
 class Pathfinder(PixelTask, GeneratedTask):
     """Pathfinder: whether a dashed contour joins two marked ends, in images of 32 x 32."""
 
+    contour_length: int = 14
+    """Dashes of a long contour. Long Range Arena's easier sets have 6 and 9."""
+
     NAME: ClassVar[str] = "pathfinder"
     LABELS: ClassVar[tuple[str, ...]] = ("apart", "joined")
     SIZES: ClassVar[tuple[int, int, int]] = (160_000, 20_000, 20_000)
     SIDE: ClassVar[int] = 32
     PARAMETERS: ClassVar[pathfinder.Parameters] = pathfinder.PATHFINDER_32
 
+    @property
+    def source(self) -> dict[str, Any]:
+        return {**super().source, "contour_length": self.contour_length}
+
+    def errors(self) -> dict[str, str]:
+        errors = super().errors()
+        if not pathfinder.MIN_CONTOUR <= self.contour_length <= self.PARAMETERS.contour_length:
+            limits = f"{pathfinder.MIN_CONTOUR} to {self.PARAMETERS.contour_length}"
+            errors["contour_length"] = f"must be {limits}, not {self.contour_length}"
+        return errors
+
     def block(self, number: int) -> list[Example]:
         generator = np.random.default_rng([self.data_seed, number])
-        drawings = [pathfinder.draw(self.PARAMETERS, generator) for _ in range(self.BLOCK)]
+        parameters = self.PARAMETERS.with_contours(self.contour_length)
+        drawings = [pathfinder.draw(parameters, generator) for _ in range(self.BLOCK)]
         return [((drawing.image.tobytes(),), drawing.label) for drawing in drawings]
 
 

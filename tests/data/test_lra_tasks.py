@@ -135,7 +135,14 @@ def marker_components(labels: np.ndarray, marker: tuple[int, int], scale: int) -
     return set(window[window > 0].tolist())
 
 
-@pytest.mark.parametrize("parameters", [pathfinder.PATHFINDER_32, pathfinder.PATHFINDER_128])
+PARAMETERS = [
+    pathfinder.PATHFINDER_32,
+    *(pathfinder.PATHFINDER_32.with_contours(length) for length in (3, 6, 9)),
+    pathfinder.PATHFINDER_128,
+]
+
+
+@pytest.mark.parametrize("parameters", PARAMETERS)
 def test_labels_are_those_of_a_tracing_of_the_drawing(parameters: pathfinder.Parameters):
     generator = np.random.default_rng(3)
     drawings = [pathfinder.draw(parameters, generator) for _ in range(60)]
@@ -144,7 +151,7 @@ def test_labels_are_those_of_a_tracing_of_the_drawing(parameters: pathfinder.Par
     assert traced == [bool(drawing.label) for drawing in drawings]
 
 
-@pytest.mark.parametrize("parameters", [pathfinder.PATHFINDER_32, pathfinder.PATHFINDER_128])
+@pytest.mark.parametrize("parameters", PARAMETERS)
 def test_a_drawing_has_the_published_parts(parameters: pathfinder.Parameters):
     generator = np.random.default_rng(4)
     for _ in range(20):

@@ -75,6 +75,11 @@ def errors(arguments: list[str]) -> str:
         ("lra/text", "{}", "--tasks: lra/text has 2 labels, but the model was made for 10"),
         ("lra/listop", "{}", "--tasks: there is no task lra/listop (did you mean lra/listops"),
         ("lra/listops", "{max_args: 1}", "--task-options: of lra/listops: max_args: must be at least 2"),
+        (
+            "lra/pathfinder",
+            "{contour_length: 2}",
+            "of lra/pathfinder: contour_length: must be 3 to 14, not 2",
+        ),
     ],
 )
 def test_wrong_tasks_for_a_classifier(run: Path, tasks: str, options: str, message: str):
