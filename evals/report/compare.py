@@ -30,6 +30,12 @@ CELLS = {
     "gla": "GLA",
 }
 TOLERANCE = {"parameters": 0.25, "tokens": 0.05}  # relative; published sizes are rounded
+# A run with less of one of these than published is a reduced one.
+SIZES = (
+    *("train.steps", "sequences_per_step", "batch.chunk", "parameters", "tokens"),
+    *("model.hidden_size", "model.num_hidden_layers", "model.intermediate_size"),
+    *("data.task.train_examples", "data.task.test_examples", "data.task.max_length"),
+)
 
 
 @dataclass(frozen=True)
@@ -209,6 +215,7 @@ def _settings(pooled: PooledRuns) -> dict[str, Any]:
         f"data.task.{key}": value for key, value in (data.get("task") or {}).items()
     }
     sizes = {"parameters": pooled.seeds[0].parameters, "tokens": max(seed.tokens for seed in pooled.seeds)}
+    sizes |= {"train.steps": min(seed.steps for seed in pooled.seeds)}  # done, not asked for
     return ours | sizes | {"sequences_per_step": batch["readers"] * batch["lanes"]}
 
 
@@ -264,17 +271,32 @@ def pair_rows(
     return pairs + [(None, runs) for runs in unmatched]
 
 
-def differences(experiment: Experiment, pooled: PooledRuns) -> list[str]:
-    """Settings that differ from the published ones, with both values.
+@dataclass(frozen=True)
+class Differences:
+    """Settings of runs that differ from the published ones, each with both values."""
 
-    A task's unset options have the published values.
-    """
-    ours = _settings(pooled)
-    return [
-        f"{key} {_format(ours[key])} (published {_format(value)})"
-        for key, value in _published_setup(experiment).items()
-        if key in ours and ours[key] is not None and not _is_equal(key, ours[key], value)
-    ]
+    reduced: list[str]
+    """Sizes that are smaller."""
+    others: list[str]
+
+    def __len__(self) -> int:
+        return len(self.reduced) + len(self.others)
+
+    def __str__(self) -> str:
+        parts = [f"reduced: {'; '.join(self.reduced)}"] * bool(self.reduced)
+        parts += [f"differs in {'; '.join(self.others)}"] * bool(self.others)
+        return "; ".join(parts) or "set up as published"
+
+
+def differences(experiment: Experiment, pooled: PooledRuns) -> Differences:
+    """How runs differ from the published set-up. A task's unset options have the published values."""
+    ours, result = _settings(pooled), Differences([], [])
+    for key, value in _published_setup(experiment).items():
+        if ours.get(key) is not None and not _is_equal(key, ours[key], value):
+            is_reduced = key in SIZES and ours[key] < value
+            words = f"{key} {_format(ours[key])} (published {_format(value)})"
+            (result.reduced if is_reduced else result.others).append(words)
+    return result
 
 
 def _is_equal(key: str, ours: Any, theirs: Any) -> bool:

@@ -163,8 +163,7 @@ def _setup_differences(experiment: Experiment, pooled: Sequence[PooledRuns]) -> 
         return []
     lines = []
     for runs in pooled:
-        differing = differences(experiment, runs)
-        setup = f"differs in {text('; '.join(differing))}" if differing else "set up as published"
+        setup = text(differences(experiment, runs))
         lines.append(f"- {text(runs.label)}: {'; '.join([setup, *map(text, runs.limits)])}")
     return ["\n".join(lines)]
 
@@ -249,8 +248,8 @@ def headline_rows(quality: Quality) -> list[list[str]]:
         else:
             ours = _lm_eval_cell(lm_eval_scores[0]) if lm_eval_scores else NOT_RUN
         cells = [f"{text(experiment.title)} ({METRICS[metric].title})", label, published_cell(row), ours]
-        differing = len(differences(experiment, runs)) if runs else 0
-        setup = f"settings that differ: {differing}" if differing else "as published"
+        differing = differences(experiment, runs) if runs else []
+        setup = f"settings that differ: {len(differing)}" if differing else "as published"
         run_cells = [str(len(runs.runs)), steps_cell(runs), setup] if runs else ["-", "-", "-"]
         difference = difference_cell(row, runs.value(metric) if runs else None, metric)
         rows.append([*cells, difference, *run_cells])

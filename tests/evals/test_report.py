@@ -56,7 +56,7 @@ def test_our_numbers_stand_beside_published_ones(results: Path, tmp_path: Path):
         f"{interval.mean - 94:+.1f}",
     ]
     assert row[7:9] == ["3", "20"]
-    assert "differs in train.steps 20 (published 500,000)" in section(markdown, "#### Bucket Sort")
+    assert "reduced: train.steps 20 (published 500,000)" in section(markdown, "#### Bucket Sort")
     assert rows(markdown, "Bucket Sort")[0][3] == row[3]
     (text,) = rows(section(markdown, "### Shakespeare, character by character"), "minGRU (paper), 3 layers")
     assert text[1:5] == ["1.548 (reported)", "minrnn", "1.600", "+0.052"]
