@@ -12,7 +12,7 @@ from transformers import initialization as init
 
 from .bounded_scans import BoundedScans
 from .dtypes import at_least_fp32
-from .mixer import MinRNNMixer, own_activation_error
+from .mixer import MinRNNMixer
 
 if TYPE_CHECKING:
     from .configuration_minrnn import MinRNNConfig
@@ -38,11 +38,10 @@ class LRU(MinRNNMixer):
 
     @classmethod
     def config_errors(cls, config: "MinRNNConfig") -> dict[str, str]:
-        errors = own_activation_error(config)
-        if config.recurrent_size % 2:
-            message = f"times hidden_size must give an even number of channels, not {config.recurrent_size}"
-            errors["expansion_factor"] = message
-        return errors
+        if config.recurrent_size % 2 == 0:
+            return {}
+        message = f"times hidden_size must give an even number of channels, not {config.recurrent_size}"
+        return {"expansion_factor": message}
 
     def init_parameters(self, memory: Tensor) -> None:
         memory = memory[: self.nu.shape[0]]
@@ -70,6 +69,7 @@ class S4D(MinRNNMixer):
     arXiv 2206.11893.
     """
 
+    own_fields = ("state_expansion",)
     default_expansion = 8
 
     def __init__(self, config: "MinRNNConfig", layer: int):

@@ -159,7 +159,20 @@ class MinRNNConfig(PreTrainedConfig):
         for name in ("head_dim", "state_expansion"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 errors[name] = f"must be at least 1, not {getattr(self, name)}"
-        return errors if errors else CELLS[self.cell].config_errors(self)
+        if errors:
+            return errors
+        return self.errors_of_unread_fields() | CELLS[self.cell].config_errors(self)
+
+    def errors_of_unread_fields(self) -> dict[str, str]:
+        """Fields that are set and that the cell does not read, by name."""
+        errors = {}
+        for name in ("candidate_activation", "head_dim", "state_expansion"):
+            cells = [cell for cell, mixer in CELLS.items() if name in mixer.own_fields]
+            value = getattr(self, name)
+            if self.cell not in cells and value != getattr(MinRNNConfig, name):
+                source = " (preset paper sets it)" if PRESETS["paper"].get(name) == value else ""
+                errors[name] = f"is for {', '.join(cells)}, and not for {self.cell}: leave it out{source}"
+        return errors
 
     @classmethod
     def from_preset(cls, preset: str, **fields: Any) -> "MinRNNConfig":

@@ -21,7 +21,7 @@ from .bounded_scans import BoundedScans
 from .dtypes import at_least_fp32
 from .layers import RMSNorm
 from .max_plus import EMPTY
-from .mixer import MinRNNMixer, gate_bias, own_activation_error
+from .mixer import MinRNNMixer, gate_bias
 from .ternary import linear
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ def num_heads(config: "MinRNNConfig") -> int:
 class MatrixMixer(MinRNNMixer):
     """Base of the cells with a state matrix in each head."""
 
+    own_fields = ("head_dim", "state_expansion")
     has_normalizer = False
     """The state has one more column, the decayed sum of k, which scales y."""
     has_head_norm = True
@@ -79,7 +80,7 @@ class MatrixMixer(MinRNNMixer):
 
     @classmethod
     def config_errors(cls, config: "MinRNNConfig") -> dict[str, str]:
-        errors = own_activation_error(config)
+        errors = {}
         width, size = config.recurrent_size, head_size(config)
         if width % size:
             errors["head_dim"] = (

@@ -15,7 +15,7 @@ from .cell_scan import cell_scan, one_token
 from .cell_spec import CellSpec
 from .context_scan import context_cell_scan
 from .minimal_coefficients import MINIMAL_CELLS
-from .mixer import MinRNNMixer, own_activation_error
+from .mixer import MinRNNMixer
 
 if TYPE_CHECKING:
     from .configuration_minrnn import MinRNNConfig
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 class MinimalMixer(MinRNNMixer):
     """minGRU and minLSTM (Feng et al., arXiv 2410.01201), and their forms with decays in (-1, 1)."""
+
+    own_fields = ("candidate_activation",)
 
     def __init__(self, config: "MinRNNConfig", layer: int):
         super().__init__(config, layer)
@@ -38,10 +40,6 @@ class MinimalMixer(MinRNNMixer):
     def projections(cls, config: "MinRNNConfig") -> dict[str, int]:
         gates = [f"gate_{i}" for i in range(cls.cell_spec(config).num_gates)]
         return dict.fromkeys([*gates, "candidate"], config.recurrent_size)
-
-    @classmethod
-    def config_errors(cls, config: "MinRNNConfig") -> dict[str, str]:
-        return {}
 
     def init_parameters(self, memory: Tensor) -> None:
         init.copy_(self.gate_bias, MINIMAL_CELLS[self.spec.cell].gate_bias(memory))
@@ -72,10 +70,8 @@ class GILR(MinimalMixer):
     Source: Martin & Cundy, "Parallelizing Linear Recurrent Neural Nets Over Sequence Length", ICLR 2018.
     """
 
+    own_fields = ()
+
     @classmethod
     def cell_spec(cls, config: "MinRNNConfig") -> CellSpec:
         return CellSpec("mingru", "tanh", config.output_gate)
-
-    @classmethod
-    def config_errors(cls, config: "MinRNNConfig") -> dict[str, str]:
-        return own_activation_error(config)

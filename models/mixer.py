@@ -40,6 +40,8 @@ class MinRNNMixer(nn.Module):
     gate_activation: str | None = "silu"
     """Activation of the output gate (`config.output_gate`), a name of `transformers.activations.ACT2FN`; None
     for a cell that applies the gate itself."""
+    own_fields: tuple[str, ...] = ()
+    """Fields of the configuration that not every cell reads, but this one does."""
     has_full_convolution = False
     """The projections read the last K inputs of all channels, instead of one depthwise convolution."""
 
@@ -84,7 +86,7 @@ class MinRNNMixer(nn.Module):
     @classmethod
     def config_errors(cls, config: "MinRNNConfig") -> dict[str, str]:
         """What is wrong with the fields of a configuration for this cell, by field."""
-        return own_activation_error(config)
+        return {}
 
     def init_parameters(self, memory: Tensor) -> None:
         """Set the cell's own parameters before training.
@@ -169,14 +171,6 @@ class MinRNNMixer(nn.Module):
         h, state = self.cell(parts[:-1] if self.gate else parts, state, scans, *lower_bound)
         y = h.to(projected.dtype)
         return (y * self.gate(parts[-1]) if self.gate else y), state
-
-
-def own_activation_error(config: "MinRNNConfig") -> dict[str, str]:
-    """The error of a candidate activation for a cell that has its own."""
-    if config.candidate_activation == "none":
-        return {}
-    message = f"is for minGRU and minLSTM; {config.cell} has its own: leave it out (preset paper sets it)"
-    return {"candidate_activation": message}
 
 
 def gate_bias(memory: Tensor, bound: float = 0.0) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from minrnn.models import MinRNNCache, MinRNNConfig, MinRNNForCausalLM
+from minrnn.models.registry import CELLS
 
 VOCAB = 40
 
@@ -50,8 +51,9 @@ def new_model(
         "num_hidden_layers": 2,
         "intermediate_size": 24,
         "pad_token_id": 0,
-        "head_dim": 8,  # three heads
     }
+    if "head_dim" in CELLS[fields.get("cell", "mingru")].own_fields:
+        sizes["head_dim"] = 8  # three heads
     model = MinRNNForCausalLM(MinRNNConfig.from_preset(preset, **{**sizes, **fields})).eval()
     torch.nn.Module.to(model, dtype)
     with torch.no_grad():

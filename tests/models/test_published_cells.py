@@ -177,7 +177,18 @@ def test_bf16_is_near_fp64(name):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"cell": "hgrn", "candidate_activation": "tanh"}, "candidate_activation: is for minGRU and minLSTM"),
+        (
+            {"cell": "hgrn", "candidate_activation": "g"},
+            "candidate_activation: is for mingru, minlstm, mingru_signed, minlstm_signed, and not for hgrn: "
+            "leave it out \\(preset paper sets it\\)",
+        ),
+        ({"cell": "gilr", "candidate_activation": "silu"}, "and not for gilr: leave it out$"),
+        (
+            {"cell": "rglru", "head_dim": 8, "state_expansion": 4},
+            "head_dim: is for linear_attention, hgrn2, mlstm, gla, and not for rglru: leave it out; "
+            "state_expansion: is for s4d, linear_attention, hgrn2, mlstm, gla, and not for rglru",
+        ),
+        ({"cell": "s4d", "head_dim": 8}, "head_dim: .* not for s4d"),
         (
             {"cell": "lru", "hidden_size": 5, "expansion_factor": 1},
             "must give an even number of channels",

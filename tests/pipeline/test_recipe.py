@@ -59,6 +59,17 @@ def test_all_errors_are_reported_with_their_keys(tmp_path: Path):
         assert expected in text
 
 
+def test_fields_that_the_cell_does_not_read_are_errors():
+    """The defaults, which config.yaml holds, are not."""
+    options = ["--model.cell", "hgrn", "--model.head_dim", "null", "--model.candidate_activation", "none"]
+    assert read_recipe(options).model.cell == "hgrn"
+    assert errors(["--model.cell", "hgrn", "--model.head_dim", "64", "--model.state_expansion", "8"]) == [
+        "error: model.head_dim: is for linear_attention, hgrn2, mlstm, gla, and not for hgrn: leave it out",
+        "error: model.state_expansion: is for s4d, linear_attention, hgrn2, mlstm, gla, and not for hgrn: "
+        "leave it out",
+    ]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
