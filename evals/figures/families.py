@@ -5,12 +5,15 @@
                          -> a full run per seed -> table, evals/results/families-NAME.json
 
 Runs that a time limit leaves out are listed with the time that they would take. The next call goes on where
-this one stopped: finished runs are read, a stopped run resumes.
+this one stopped: finished runs are read, a stopped run resumes. Several calls may share a folder of runs if
+each trains other models (`--models`); a last call with `--minutes 0 --measure-speed`, on a machine that does
+nothing else, then writes the table of all.
 """
 
 import itertools
 import json
 import math
+import shutil
 import statistics
 import subprocess
 import sys
@@ -55,7 +58,7 @@ class Model:
     reason: str | None = None
     """Why it was not trained."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """Of its runs: precision, and what the model cannot do (`model.limits`)."""
+    """Of its runs: precision, parameters, and what the model cannot do (`model.limits`)."""
 
     @property
     def best_rate(self) -> str:
@@ -73,6 +76,7 @@ class Driver:
         runs: folder of the runs.
         deadline: of `time.monotonic`, when no further run begins.
         run_limit: seconds; a model whose short run would take longer is not trained.
+        measure_speed: measure the speed of models again.
     """
 
     def __init__(
@@ -83,11 +87,14 @@ class Driver:
         runs: Path,
         deadline: float,
         run_limit: float,
+        measure_speed: bool = False,
     ):
         self.grid, self.corpus, self.runs = grid, corpus, runs
+        self.commits: set[str] = set()
         self.validation = runs / "validation.jsonl"
-        write_pieces(validation, self.validation, **grid["validation"])
-        self.deadline, self.run_limit = deadline, run_limit
+        if not self.validation.exists():
+            write_pieces(validation, corpus, self.validation, **grid["validation"])
+        self.deadline, self.run_limit, self.measure_speed = deadline, run_limit, measure_speed
         batch = grid["recipe"]["batch"]
         self.tokens_per_step = batch["readers"] * batch["lanes"] * batch["chunk"]
         self.models = [Model(name, fields) for name, fields in grid["models"].items()]
@@ -101,13 +108,17 @@ class Driver:
         assert model.tokens_per_second is not None
         return tokens / model.tokens_per_second
 
-    def train(self, model: Model, name: str, steps: int, **options: Any) -> Path | None:
-        """Train or resume a run, or find it finished; None if it failed, with the reason in the model."""
-        folder = self.runs / model.name.replace(" ", "-") / name
+    def folder(self, model: Model, name: str) -> Path:
+        """Of a run of the model."""
+        return self.runs / model.name.replace(" ", "-") / name
+
+    def train(self, model: Model, name: str, steps: int, eval_every: int, **options: Any) -> Path | None:
+        """Train or resume a run; None if it failed, with the reason in the model."""
+        folder = self.folder(model, name)
         recipe = {**self.grid["recipe"], "model": {**self.grid["recipe"]["model"], **model.fields}}
         recipe["data"] = {**recipe["data"], "corpus": self.corpus, "validation": str(self.validation)}
         recipe["run"] = {"dir": str(folder)}
-        recipe["train"] = {**recipe["train"], "steps": steps, "eval_every": max(PROBE_STEPS, steps // 5)}
+        recipe["train"] = {**recipe["train"], "steps": steps, "eval_every": eval_every}
         folder.parent.mkdir(parents=True, exist_ok=True)
         path = folder.parent / f"{name}.yaml"
         path.write_text(yaml.safe_dump(recipe))
@@ -121,41 +132,68 @@ class Driver:
             lines = [line for line in result.stderr.splitlines() if "rror" in line] or ["it failed"]
             model.failure = lines[-1].strip()[:200]
             return None
+        write_json(folder / "origin.json", {"commit": commit()})
         return folder
 
+    def bits_per_byte(
+        self, model: Model, name: str, tokens: int, checks: int, **options: Any
+    ) -> float | None:
+        """Of a run's end: of the finished run, or of one that is trained now.
+
+        Args:
+            checks: number of validations.
+
+        Returns:
+            infinity if the run fails; None if there is no time for it.
+        """
+        folder, steps = self.folder(model, name), self.steps(tokens)
+        if not _is_finished(folder, steps):
+            if not self.has_time(model, tokens):
+                return None
+            if self.train(model, name, steps, math.ceil(steps / checks), **options) is None:
+                return math.inf
+        self.commits.add(json.loads((folder / "origin.json").read_text())["commit"])
+        return _lines(folder, "validation")[-1]["bits_per_byte"]
+
     def probe(self, model: Model) -> None:
-        """Measure the speed of a few steps."""
-        folder = self.train(model, "probe", PROBE_STEPS, train__log_every=1)
-        if folder is None:
-            model.reason = model.failure
+        """Measure the speed of a few steps, or read what was measured."""
+        folder = self.folder(model, "probe")
+        if self.measure_speed:
+            shutil.rmtree(folder, ignore_errors=True)
+        if _is_finished(folder, PROBE_STEPS):
+            trained = folder
         else:
-            rates = [line["tokens_per_second"] for line in _lines(folder, "train")]
-            model.tokens_per_second = statistics.median(rates[len(rates) // 2 :])
-            model.settings = _settings(folder)
-            if self.seconds(model, self.grid["tuning_tokens"]) > self.run_limit:
-                model.reason = "a short run is longer than --run-minutes"
+            trained = self.train(model, "probe", PROBE_STEPS, PROBE_STEPS, train__log_every=1)
+        if trained is None:
+            model.reason = model.failure
+            return
+        rates = [line["tokens_per_second"] for line in _lines(folder, "train")]
+        model.tokens_per_second = statistics.median(rates[len(rates) // 2 :])
+        model.settings = _settings(folder)
+        if self.seconds(model, self.grid["tuning_tokens"]) > self.run_limit:
+            model.reason = "a short run is longer than --run-minutes"
 
     def tune(self, model: Model) -> None:
         """A short run for each learning rate."""
         for rate in self.grid["learning_rates"]:
-            tokens = self.grid["tuning_tokens"]
-            if model.reason or not self.has_time(model, tokens):
+            if model.reason:
                 return
-            folder = self.train(model, f"lr-{rate:g}", self.steps(tokens), optim__lr=rate)
-            model.tuning[f"{rate:g}"] = math.inf if folder is None else _bits_per_byte(folder)
-        if all(map(math.isinf, model.tuning.values())):
+            name, tokens = f"lr-{rate:g}", self.grid["tuning_tokens"]
+            value = self.bits_per_byte(model, name, tokens, checks=1, optim__lr=rate)
+            if value is not None:
+                model.tuning[f"{rate:g}"] = value
+        if model.tuning and all(map(math.isinf, model.tuning.values())):
             model.reason = model.failure
 
     def finish(self, model: Model, seed: int) -> None:
         """A full run with the best learning rate."""
         is_tuned = len(model.tuning) == len(self.grid["learning_rates"])
-        tokens = self.grid["tokens"]
-        if model.reason or not is_tuned or not self.has_time(model, tokens):
+        if model.reason or not is_tuned:
             return
         options = {"optim__lr": model.best_rate, "run__seed": seed}
-        folder = self.train(model, f"full-{seed}", self.steps(tokens), **options)
-        if folder is not None:
-            model.final[str(seed)] = _bits_per_byte(folder)
+        value = self.bits_per_byte(model, f"full-{seed}", self.grid["tokens"], checks=5, **options)
+        if value is not None and math.isfinite(value):
+            model.final[str(seed)] = value
 
     def has_time(self, model: Model, tokens: int) -> bool:
         """Whether a run would end before the deadline."""
@@ -177,34 +215,45 @@ class Driver:
                 yield
 
 
-def write_pieces(corpus: str, path: Path, documents: int, characters: int) -> None:
-    """Write the middle of the first documents of a corpus as JSON lines, which are quick to validate on."""
-    texts: list[str] = []
+def _documents(corpus: str) -> Iterator[str]:
+    """The texts of a corpus that are not empty."""
     source = open_source(CorpusSpec(corpus))
-    for document in itertools.chain.from_iterable(
-        source.read(shard, Position()) for shard in range(source.num_shards)
-    ):
-        if len(texts) == documents:
-            break
-        if document.text:
-            begin = max(0, (len(document.text) - characters) // 2)
-            texts.append(document.text[begin : begin + characters])
+    for shard in range(source.num_shards):
+        yield from (document.text for document in source.read(shard, Position()) if document.text)
+
+
+def write_pieces(validation: str, corpus: str, path: Path, documents: int, characters: int) -> None:
+    """Write the middle of the first documents of a text as JSON lines, which are quick to validate on.
+
+    Raises:
+        UserError: one of these documents is in the corpus too.
+    """
+    texts = list(itertools.islice(_documents(validation), documents))
+    if any(text in texts for text in _documents(corpus)):
+        raise UserError("--validation", f"a document of {validation} is in {corpus} too")
+    begins = [max(0, (len(text) - characters) // 2) for text in texts]
+    pieces = [text[begin : begin + characters] for text, begin in zip(texts, begins, strict=True)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, "".join(json.dumps({"text": text}) + "\n" for text in texts))
+    write_text(path, "".join(json.dumps({"text": piece}) + "\n" for piece in pieces))
 
 
 def _lines(folder: Path, kind: str) -> list[dict[str, Any]]:
     return [line for line in read_metrics(folder / "metrics.jsonl") if line.get("kind") == kind]
 
 
+def _is_finished(folder: Path, steps: int) -> bool:
+    """Whether the run was trained to its last step and exported."""
+    return (folder / "origin.json").exists() and _lines(folder, "train")[-1]["step"] == steps
+
+
 def _settings(folder: Path) -> dict[str, Any]:
-    """Precision and limits of a run."""
+    """Precision, parameters and limits of a run."""
     config = yaml.safe_load((folder / "config.yaml").read_text())
-    return {"precision": config["train"]["precision"], "limits": config["model"].get("limits", [])}
-
-
-def _bits_per_byte(folder: Path) -> float:
-    return _lines(folder, "validation")[-1]["bits_per_byte"]
+    return {
+        "precision": config["train"]["precision"],
+        "sizes": config["model"].get("sizes"),
+        "limits": config["model"].get("limits", []),
+    }
 
 
 def summary(driver: Driver) -> list[dict[str, Any]]:
@@ -263,8 +312,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--grid", type=user_path, default=GRID, help="a file like evals/figures/families.yaml"
     )
+    parser.add_argument(
+        "--measure-speed", action="store_true", help="measure the speed of all models again, before all runs"
+    )
     parser.add_argument("--models", nargs="+", help="names in the grid (default: all)")
-    parser.add_argument("--runs", type=user_path, default=Path("runs/families"), help="folder of the runs")
+    parser.add_argument("--runs", type=user_path, help="folder of the runs (default: runs/families-NAME)")
     parser.add_argument("--minutes", type=float, default=120, help="no run begins that ends later")
     parser.add_argument("--run-minutes", type=float, default=10, help="limit of a short run")
     parser.add_argument("--out", type=user_path, help="default: evals/results/families-NAME.json")
@@ -273,9 +325,14 @@ def main(argv: list[str]) -> None:
     if errors := out_errors(out):
         raise UserError.from_list(errors)
     grid = read_grid(arguments.grid, arguments.models)
-    deadline = time.monotonic() + 60 * arguments.minutes
     driver = Driver(
-        grid, arguments.corpus, arguments.validation, arguments.runs, deadline, 60 * arguments.run_minutes
+        grid,
+        arguments.corpus,
+        arguments.validation,
+        arguments.runs or Path("runs") / f"families-{arguments.name}",
+        time.monotonic() + 60 * arguments.minutes,
+        60 * arguments.run_minutes,
+        arguments.measure_speed,
     )
     record = {
         "command": command_line("minrnn figures families", argv),
@@ -285,5 +342,6 @@ def main(argv: list[str]) -> None:
         "grid": grid,
     }
     for _ in driver.work():
-        write_json(out, {**record, "rows": summary(driver)})
+        rows = summary(driver)
+        write_json(out, {**record, "commits_of_runs": sorted(driver.commits), "rows": rows})
     print(table(summary(driver), COLUMNS, f"{arguments.name}, {grid['tokens']:,} tokens"))

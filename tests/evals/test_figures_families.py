@@ -1,6 +1,7 @@
 """The comparison of families: which runs are trained in which order, and which a limit leaves out."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,34 +30,41 @@ def grid(**changes: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int]]:
+def trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, str, int]]:
     """(model, run, steps) of each run, in order. Nothing is trained; `middle` diverges at 1e-3."""
     runs = []
 
-    def train(self, model: families.Model, name: str, steps: int, **options: Any) -> Path | None:
+    def train(self, model: families.Model, name: str, steps: int, *_, **options: Any) -> Path | None:
         runs.append((model.name, name, steps))
         if (model.name, name) == ("middle", "lr-0.001"):
             model.failure = "the loss is not finite"
             return None
-        return Path(model.name) / name
+        folder = self.folder(model, name)
+        folder.mkdir(parents=True)
+        (folder / "origin.json").write_text('{"commit": "abc"}')
+        (folder / "steps").write_text(str(steps))
+        return folder
 
     def lines(folder: Path, kind: str) -> list[dict[str, Any]]:
-        model, run = folder.parts
+        model, run = folder.parts[-2:]
         if kind == "train":
-            return [{"step": 1, "tokens_per_second": 1 / SECONDS_PER_TOKEN[model]}] * 4
+            step = int((folder / "steps").read_text())
+            return [{"step": step, "tokens_per_second": 1 / SECONDS_PER_TOKEN[model]}] * 4
         return [{"bits_per_byte": 2.0 + (run == "lr-0.001") + 0.1 * (run == "full-1")}]
 
     monkeypatch.setattr(families.Driver, "train", train)
     monkeypatch.setattr(families, "_lines", lines)
     monkeypatch.setattr(families, "write_pieces", lambda *_, **__: None)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(families, "_settings", lambda folder: {"precision": "bf16", "limits": []})
     return runs
 
 
-def driver(values: dict[str, Any], seconds: float, run_limit: float) -> families.Driver:
-    import time
-
-    made = families.Driver(values, "text", "other", Path("runs"), time.monotonic() + seconds, run_limit)
+def driver(
+    values: dict[str, Any], seconds: float, run_limit: float = 1e6, measure_speed: bool = False
+) -> families.Driver:
+    deadline = time.monotonic() + seconds
+    made = families.Driver(values, "text", "other", Path("runs"), deadline, run_limit, measure_speed)
     for _ in made.work():
         pass
     return made
@@ -92,10 +100,36 @@ def test_what_a_limit_leaves_out_says_how_long_it_takes(trained):
     assert [run for model, run, _ in trained if model == "slow"] == ["probe"]
 
 
+def test_a_second_call_reads_what_is_finished_and_measures_speed_again(trained):
+    first = families.summary(driver(grid(), seconds=1e6))
+    trained.clear()
+    second = driver(grid(), seconds=0)
+    # The run that failed begins again only where there is time.
+    assert trained == []
+    assert {row["model"]: row["final"] for row in families.summary(second) if row["model"] != "middle"} == {
+        row["model"]: row["final"] for row in first if row["model"] != "middle"
+    }
+    assert second.commits == {"abc"}
+    driver(grid(), seconds=0, measure_speed=True)
+    assert [(model, run) for model, run, _ in trained] == [(model, "probe") for model in SECONDS_PER_TOKEN]
+
+
+def test_a_validation_that_the_corpus_holds_is_refused(tmp_path: Path):
+    for name, texts in {"a": ["one", "two"], "b": ["three", "two"]}.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    a, b = str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")
+    families.write_pieces(b, a, tmp_path / "pieces.jsonl", documents=1, characters=9)
+    with pytest.raises(UserError, match=r"--validation: a document of .*b\.jsonl is in .*a\.jsonl too"):
+        families.write_pieces(b, a, tmp_path / "pieces.jsonl", documents=2, characters=9)
+
+
 def test_the_validation_is_the_middle_of_each_document(tmp_path: Path):
     corpus = tmp_path / "text.jsonl"
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("", "abcdefg", "xy", "12345")))
-    families.write_pieces(str(corpus), tmp_path / "out" / "pieces.jsonl", documents=2, characters=3)
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"text": "z"}\n')
+    out = tmp_path / "out" / "pieces.jsonl"
+    families.write_pieces(str(corpus), str(other), out, documents=2, characters=3)
     pieces = [
         json.loads(line)["text"] for line in (tmp_path / "out" / "pieces.jsonl").read_text().splitlines()
     ]
@@ -115,9 +149,10 @@ def test_an_unknown_model_is_refused():
 
 @pytest.mark.slow
 def test_a_small_comparison(tmp_path: Path, capsys):
-    corpus = tmp_path / "text.jsonl"
+    corpus, validation = tmp_path / "text.jsonl", tmp_path / "validation.jsonl"
     documents = [json.dumps({"text": f"{i} words and {i * i} more\n" * 9}) for i in range(60)]
-    corpus.write_text("\n".join(documents))
+    corpus.write_text("\n".join(documents[:50]))
+    validation.write_text("\n".join(documents[50:]))
     values = yaml.safe_load(families.GRID.read_text())
     values |= {"tokens": 4000, "tuning_tokens": 1000, "learning_rates": [2e-3], "seeds": [0]}
     values["recipe"]["model"] = {"num_hidden_layers": 1, "num_parameters": 60_000}
@@ -126,7 +161,7 @@ def test_a_small_comparison(tmp_path: Path, capsys):
     values["models"] = {"RWKV-4": {"cell": "rwkv4"}}
     path = tmp_path / "grid.yaml"
     path.write_text(yaml.safe_dump(values))
-    command = ["figures", "families", "--corpus", str(corpus), "--validation", str(corpus)]
+    command = ["figures", "families", "--corpus", str(corpus), "--validation", str(validation)]
     command += ["--grid", str(path)]
     command += ["--runs", str(tmp_path / "runs")]
     for _ in range(2):  # in the second call, each run says that it is finished
