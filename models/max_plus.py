@@ -1,9 +1,9 @@
 """The scan of a running maximum: m_t = max(m_{t-1} - w_t, k_t).
 
 A cell that sums exp(k_t) keeps its sums divided by exp(m_t), so that nothing overflows. The sums themselves
-do not depend on m, so no gradient flows through it. As in scan_torch.py, about sqrt(T) blocks of about
-sqrt(T) tokens replace one long loop by two short ones. It is one operator, whose loops `torch.compile` does
-not trace.
+do not depend on m, so no gradient flows through it. On the CPU it is one pass of a numba kernel. Elsewhere,
+as in scan_torch.py, about sqrt(T) blocks of about sqrt(T) tokens replace one long loop by two short ones. It
+is one operator, whose loops `torch.compile` does not trace.
 """
 
 import math
@@ -11,12 +11,15 @@ import math
 import torch
 from torch import Tensor
 
+from .numba_support import is_available
 from .operators import define
+from .scan_numba import max_plus
 
 EMPTY = -1e30  # the maximum of nothing; finite, so that the difference of two is not NaN
 
 
-def _scan(w: Tensor, key: Tensor, m0: Tensor) -> tuple[Tensor, Tensor]:
+def in_blocks(w: Tensor, key: Tensor, m0: Tensor) -> tuple[Tensor, Tensor]:
+    """The scan in plain torch, on any device."""
     batch, time, width = key.shape
     if time == 0:
         return key.new_empty(key.shape), m0.clone()
@@ -34,6 +37,10 @@ def _scan(w: Tensor, key: Tensor, m0: Tensor) -> tuple[Tensor, Tensor]:
         torch.maximum(local[:, k - 1, -1], carry[:, k - 1] - fall[:, k - 1, -1], out=carry[:, k])
     m = torch.maximum(local, carry.unsqueeze(2) - fall).view(batch, num_blocks * block, width)[:, :time]
     return m.contiguous(), m[:, -1].clone()
+
+
+def _scan(w: Tensor, key: Tensor, m0: Tensor) -> tuple[Tensor, Tensor]:
+    return (max_plus if is_available() and key.device.type == "cpu" else in_blocks)(w, key, m0)
 
 
 def _fake_scan(w: Tensor, key: Tensor, m0: Tensor) -> tuple[Tensor, Tensor]:

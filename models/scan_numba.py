@@ -68,6 +68,23 @@ if is_available():
             store_output(da_t, d, gradient * load_input(previous, d))
             store_state(carry, d, gradient * load_input(a_t, d))
 
+    @kernel
+    def _max_plus_kernel(w, key, m, last, stripe, first, last_task):
+        """m [batch, time, width] for the tasks first..last_task; `last` [batch, width] holds m0."""
+        time, width = key.shape[1], key.shape[2]
+        num_stripes = (width + stripe - 1) // stripe
+        for task in range(first, last_task):
+            row, low = task // num_stripes, (task % num_stripes) * stripe
+            high = min(low + stripe, width)
+            carry = last[row, low:high]
+            for t in range(time):
+                w_t, key_t, m_t = w[row, t, low:high], key[row, t, low:high], m[row, t, low:high]
+                for d in range(high - low):
+                    fallen, top = load_state(carry, d) - load_input(w_t, d), load_input(key_t, d)
+                    top = fallen if fallen > top else top
+                    store_state(carry, d, top)
+                    store_output(m_t, d, top)
+
 
 def _native(tensor: Tensor) -> Tensor:
     """Contiguous, and in a dtype that the kernels support: fp16 becomes fp32."""
@@ -99,3 +116,13 @@ def backward(
     arrays = tuple(map(as_numpy, (a, h, h0.to(dtype).contiguous(), _native(grad_h), carry, da, db)))
     run_tasks(_backward_kernel, (*arrays, stripe), batch * -(-width // stripe))
     return da.to(a_dtype), db.to(h_dtype), carry
+
+
+def max_plus(w: Tensor, key: Tensor, m0: Tensor) -> tuple[Tensor, Tensor]:
+    """See `max_plus.max_plus_scan`; fp32 or fp64."""
+    batch, _, width = key.shape
+    m, last = torch.empty_like(key, memory_format=torch.contiguous_format), m0.clone().contiguous()
+    stripe = stripe_width(batch, width)
+    arrays = tuple(map(as_numpy, (w.contiguous(), key.contiguous(), m, last)))
+    run_tasks(_max_plus_kernel, (*arrays, stripe), batch * -(-width // stripe))
+    return m, last

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from minrnn.models import MinRNNConfig
 from minrnn.models.boundaries import NO_BOUNDARIES
-from minrnn.models.max_plus import EMPTY, max_plus_scan
+from minrnn.models.max_plus import EMPTY, in_blocks, max_plus_scan
 from minrnn.models.minimal_coefficients import MINIMAL_CELLS
 from minrnn.models.mixer import MinRNNMixer
 from minrnn.models.registry import CELLS
@@ -98,15 +98,16 @@ def test_rwkv4_is_finite_for_keys_of_any_size(size):
         assert gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("scan", [max_plus_scan, in_blocks])
 @settings(max_examples=25)
 @given(time=st.integers(0, 40), starts=st.sets(st.integers(0, 39), max_size=5), seed=st.integers(0, 99))
-def test_the_running_maximum_is_that_of_a_loop(time, starts, seed):
+def test_the_running_maximum_is_that_of_a_loop(scan, time, starts, seed):
     key = 20 * torch.randn(2, time, 3, generator=generator(seed))
     w = torch.rand(2, time, 3, generator=generator(seed + 1)) * 5
     for t in starts:
         w[:, t : t + 1] = -EMPTY
     m0 = torch.randn(2, 3, generator=generator(seed + 2))
-    m, last = max_plus_scan(w, key, m0)
+    m, last = scan(w, key, m0)
     expected = m0
     for t in range(time):
         expected = torch.maximum(expected - w[:, t], key[:, t])
