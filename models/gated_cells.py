@@ -140,8 +140,8 @@ class RGLRU(MinRNNMixer):
     """
 
     gate_activation = "gelu"
-    smallest = 1e-6
-    """Of 1 - a^2 under the root, whose gradient is not bounded at 0."""
+    smallest = 1e-12
+    """Least 1 - a^2 under the root, whose gradient has no bound at 0: that of a memory of 2e12 tokens."""
 
     def __init__(self, config: "MinRNNConfig", layer: int):
         super().__init__(config, layer)

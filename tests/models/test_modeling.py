@@ -17,7 +17,7 @@ from helpers import (
 from torch import Tensor
 
 import minrnn.models.minimal_cells as minimal_cells
-from minrnn.models import MinRNNCache, MinRNNConfig, MinRNNForCausalLM, MinRNNModel
+from minrnn.models import MinRNNCache, MinRNNConfig, MinRNNForCausalLM
 from minrnn.models.minimal_coefficients import MINIMAL_CELLS
 from minrnn.models.registry import CELLS
 
@@ -155,29 +155,6 @@ def test_activation_scale_is_steady_with_depth(preset, cell):
         assert 0.3 < logits.std() < 3
         sizes[depth] = float(norms[0])
     assert 0.6 < sizes[16] / sizes[2] < 1.6, sizes
-
-
-@minimal_cells_only
-@pytest.mark.parametrize("memory_length", [2.0, 64.0, 4096.0])
-def test_memory_lengths_are_spread_log_uniformly(cell, memory_length):
-    torch.manual_seed(0)
-    config = MinRNNConfig(
-        cell=cell, hidden_size=64, num_hidden_layers=4, intermediate_size=0, memory_length=memory_length
-    )
-    for layer in MinRNNModel(config).layers:
-        mixer = layer.get_submodule("mixer")
-        biases = mixer.get_parameter("gate_bias").double()
-        a, _ = MINIMAL_CELLS[cell].coefficients(
-            *biases, torch.zeros(config.recurrent_size, dtype=torch.float64), "none"
-        )
-        octaves = torch.log2(1 / (1 - a)).sort().values
-        longest = torch.log2(torch.tensor(memory_length))
-        assert octaves[0] >= 1 - 1e-5
-        assert octaves[-1] <= longest + 1e-4
-        uniform = torch.linspace(1, float(longest), len(octaves), dtype=torch.float64)
-        assert (octaves - uniform).abs().max() <= 0.25 * (
-            longest - 1
-        ) + 1e-5  # Kolmogorov-Smirnov: 0.2 is p = 0.05 of 1e-2 layers
 
 
 @minimal_cells_only
