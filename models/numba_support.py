@@ -64,7 +64,7 @@ def is_available() -> bool:
 
 
 def serves(tensor: Tensor, backend: str | None) -> bool:
-    """Whether the numba kernels compute this [..., time, width]: fp32 or bf16 on the CPU.
+    """Whether the numba kernels compute this [batch, time, ...]: fp32 or bf16 on the CPU.
 
     By default they do not compute a single token of inference, where an operator call costs more than its
     work.
@@ -76,8 +76,8 @@ def serves(tensor: Tensor, backend: str | None) -> bool:
 
 
 def is_token_step(x: Tensor) -> bool:
-    """Whether x [..., time, width] has one token per row and gradients are off: a decoding step."""
-    return x.shape[-2:-1] == (1,) and not torch.is_grad_enabled()
+    """Whether x [batch, time, ...] has one token per row and gradients are off: a decoding step."""
+    return x.shape[1:2] == (1,) and not torch.is_grad_enabled()
 
 
 if numba is not None:

@@ -450,6 +450,8 @@ def test_one_token_of_inference_uses_torch():
         assert serves(token, "numba")
         assert serves(torch.ones(4, 2, 8), None)
         assert serves(row, None)
+        assert not serves(torch.ones(4, 1, 3, 8), None)  # the heads of one token
+        assert serves(torch.ones(4, 2, 1, 8), None)
     for backend in ("reference", "torch", "triton"):
         assert not serves(token, backend)
     assert not serves(token.double(), None)
