@@ -33,8 +33,11 @@ SMALLEST_HEAD, LARGEST_HEAD = 16, 256  # which the default never leaves in wide 
 
 def nearest_divisor(number: int, target: int) -> int:
     """The divisor of `number` that is nearest to `target`, as a ratio."""
-    divisors = [divisor for divisor in range(1, number + 1) if number % divisor == 0]
-    return min(divisors, key=lambda divisor: abs(math.log(divisor / target)))
+    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    return min(
+        (*small, *(number // divisor for divisor in small)),
+        key=lambda divisor: abs(math.log(divisor / target)),
+    )
 
 
 def head_size(config: "MinRNNConfig") -> int:
