@@ -54,18 +54,19 @@ class Boundaries:
             a, b = a.masked_fill(padding, 1), b.masked_fill(padding, 0)
         return a, b
 
-    def reversed(self, time: int, kernel: int) -> tuple[torch.Tensor | None, "Boundaries"]:
-        """The order in which a pass from right to left reads each row, and the boundaries that it meets.
+    def reversed(self, time: int, kernel: int) -> tuple[Tensor | None, "Boundaries"]:
+        """The order in which a pass from right to left reads each row, and the boundaries in that order.
 
-        Each row's real tokens are read in reverse order; padding stays on the right. The last token of a
-        document is then its start.
+        Real tokens are read in reverse order; padding stays on the right. A document is read from its last
+        token, which is its start in the new order.
 
         Args:
             time: length of the rows.
             kernel: width of the convolution.
 
         Returns:
-            Positions int64 [batch, time], their own inverse; None if whole rows are reversed (`flip`).
+            Index int64 [batch, time] of the token that is read at each step. Applied twice, it restores the
+            row. None without padding, where all rows are flipped. And the boundaries, with `reach`.
         """
         starts, lengths = self.document_starts, self.lengths
         if starts is None and lengths is None:
