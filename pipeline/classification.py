@@ -8,12 +8,11 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..common.errors import UserError
 from ..data import LabelledData, LabelledSet, LabelledTask, build_task, cache_folder, is_labelled, open_data
 from ..models import MinRNNConfig, MinRNNForSequenceClassification
 from .config import Recipe
 from .families.build import build_causal_lm
-from .loading import is_classifier, model_folder, move_model, weights_dtype
+from .loading import move_model, read_weights, weights_dtype
 from .machine import resolve_device
 from .processes import all_reduce_sum, to_device
 
@@ -109,19 +108,9 @@ def load_classifier(name: str, dtype: str = "auto", device: str = "auto") -> Pre
         dtype, device: as in `loading.load`.
 
     Raises:
-        UserError: it cannot be loaded, is no classifier of ours, or the device does not support it.
+        UserError: as `loading.read_weights`, or the device does not support it.
     """
-    target, folder = resolve_device(device), model_folder(name)
-    try:
-        values = PreTrainedConfig.get_config_dict(folder)[0]
-        if not is_classifier(values):
-            kind = "a language model" if values.get("model_type") == "minrnn" else values.get("model_type")
-            message = f"{name} is {kind}; tasks of Long Range Arena are for classifiers trained on one"
-            raise UserError("MODEL", f"{message} (minrnn train --config lra-listops)")
-        model = MinRNNForSequenceClassification.from_pretrained(folder, dtype="auto", trust_remote_code=False)
-    except UserError:
-        raise
-    except Exception as error:  # the hub's client, the file system and the configuration each raise their own
-        raise UserError("MODEL", f"cannot load {name}: {' '.join(str(error).split())[:300]}") from None
+    target = resolve_device(device)
+    model = read_weights(name, wants_classifier=True)
     move_model(model, weights_dtype(model.dtype, dtype, target), target)
     return model.eval()

@@ -3,6 +3,7 @@ a model uses this."""
 
 import copy
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from ..common.errors import UserError
 from ..common.output import warn
 from ..data.tokenizer import needs_code_trust
-from ..models import MinRNNConfig, MinRNNForCausalLM, TorchRNNConfig
+from ..models import MinRNNConfig, MinRNNForCausalLM, MinRNNForSequenceClassification, TorchRNNConfig
 from ..models.dtypes import DTYPES
 from .families.build import causal_lm, check_memory
 from .families.limits import abilities
@@ -127,33 +128,32 @@ def read_model(name: str, trust_remote_code: bool = False) -> tuple[PreTrainedMo
 
 def is_classifier(values: dict[str, Any]) -> bool:
     """Whether a config.json is that of a `MinRNNForSequenceClassification`."""
-    return "MinRNNForSequenceClassification" in (values.get("architectures") or [])
+    is_ours = values.get("model_type") == MinRNNConfig.model_type
+    return is_ours and "MinRNNForSequenceClassification" in (values.get("architectures") or [])
 
 
-def read_weights(name: str, key: str = "MODEL") -> PreTrainedModel:
+def read_weights(name: str, key: str = "MODEL", wants_classifier: bool = False) -> PreTrainedModel:
     """Read the model of an export, a hub id or a run, on the CPU in its stored dtype.
 
     Args:
         key: the setting that names the model, for errors.
+        wants_classifier: read a `MinRNNForSequenceClassification`, not a language model.
 
     Raises:
         UserError: as `read_model`.
     """
     folder = model_folder(name, key)
+    model_class: Any = MinRNNForSequenceClassification if wants_classifier else AutoModelForCausalLM
     try:
         values = PreTrainedConfig.get_config_dict(folder)[0]
-        model_type = str(values.get("model_type"))
-        if model_type not in (*OWN_CONFIGS, *family_names()):
-            raise UserError(key, f"{name} is a {model_type} model, which is no causal language model")
-        if is_classifier(values):
-            message = f"{name} is a classifier, not a language model"
-            raise UserError(key, f"{message}; minrnn eval {name} --tasks lra/NAME evaluates it")
-        own_config = OWN_CONFIGS.get(model_type)
+        _check_kind(name, values, key, wants_classifier)
+        own_config = OWN_CONFIGS.get(values["model_type"])
         if own_config is not None:
-            _check_size(name, own_config.from_dict(values), key)
+            build = MinRNNForSequenceClassification if wants_classifier else causal_lm
+            _check_size(name, own_config.from_dict(values), build, key)
         else:
             _check_memory(folder, key)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = model_class.from_pretrained(
             folder, dtype="auto", output_loading_info=True, trust_remote_code=False
         )
     except UserError:
@@ -172,8 +172,31 @@ def read_weights(name: str, key: str = "MODEL") -> PreTrainedModel:
     if differences:
         message = f"{name} was exported by another version of minrnn ({differences})"
         evaluates = "; lm_eval --model hf runs the code it carries" if key == "MODEL" else ""
-        raise UserError(key, message + evaluates)
+        raise UserError(key, message + ("" if wants_classifier else evaluates))
     return model
+
+
+def _check_kind(name: str, values: dict[str, Any], key: str, wants_classifier: bool) -> None:
+    """Check that a config.json is that of a language model, or of a classifier of ours.
+
+    Raises:
+        UserError: it is not.
+    """
+    model_type = str(values.get("model_type"))
+    is_language_model = model_type in (*OWN_CONFIGS, *family_names())
+    if is_classifier(values) and not wants_classifier:
+        use = (
+            f"minrnn eval {name} --tasks lra/NAME evaluates it"
+            if key == "MODEL"
+            else "a run starts from the weights of a language model"
+        )
+        raise UserError(key, f"{name} is a classifier, not a language model; {use}")
+    if not is_classifier(values) and wants_classifier:
+        kind = "a language model" if is_language_model else f"a {model_type} model"
+        message = f"{name} is {kind}; tasks of Long Range Arena are for classifiers trained on one"
+        raise UserError(key, f"{message} (minrnn train --config lra-listops)")
+    if not is_language_model:
+        raise UserError(key, f"{name} is a {model_type} model, which is no causal language model")
 
 
 def _differences(loading_info: dict[str, Any]) -> str:
@@ -243,7 +266,7 @@ def _check_memory(folder: str, key: str) -> None:
         raise UserError.from_list((key, message) for _, message in error.errors) from None
 
 
-def _check_size(name: str, config: Any, key: str) -> None:
+def _check_size(name: str, config: Any, build: Callable[[Any], PreTrainedModel], key: str) -> None:
     """Check that the weights fit into main memory, before allocating them.
 
     They are counted on the meta device, with one layer and with two: a loop over the configured number of
@@ -258,7 +281,7 @@ def _check_size(name: str, config: Any, key: str) -> None:
         small.num_hidden_layers = num_layers
         try:
             with torch.device("meta"):
-                sizes.append(causal_lm(small).num_parameters())
+                sizes.append(build(small).num_parameters())
         except (RuntimeError, OverflowError):  # torch's: sizes beyond 64 bits
             raise UserError(
                 key, f"{name} is larger than can be counted, by its config.json; is it of this model?"

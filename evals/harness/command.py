@@ -34,6 +34,8 @@ EXAMPLES = """examples:
   minrnn eval runs/quickstart --tasks wikitext --rolling-window 2048
       with the state carried through each document, and with the state reset every 2048 tokens"""
 
+LM_EVAL_OPTIONS = ("include_path", "num_fewshot", "rolling_window", "trust_remote_code", "bootstrap_iters")
+
 
 def _parser() -> argparse.ArgumentParser:
     parser = new_parser("minrnn eval", DESCRIPTION, EXAMPLES)
@@ -84,13 +86,30 @@ def _batch_size(text: str) -> int | str:
     return text if text.partition(":")[0] == "auto" else int(text)
 
 
-def _check(arguments: argparse.Namespace) -> None:
-    """Check the arguments by themselves.
+def _unused_option_errors(
+    parser: argparse.ArgumentParser, arguments: argparse.Namespace, is_labelled: bool
+) -> list[tuple[str, str]]:
+    """The errors of options that tasks of this kind do not read."""
+    options, kind = (
+        (LM_EVAL_OPTIONS, "tasks of lm-eval")
+        if is_labelled
+        else (("task_options",), "tasks of Long Range Arena (lra/NAME)")
+    )
+    return [
+        (f"--{name.replace('_', '-')}", f"is for {kind}; leave it out")
+        for name in options
+        if getattr(arguments, name) != parser.get_default(name)
+    ]
+
+
+def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace, is_labelled: bool) -> None:
+    """Check the arguments, without the model and the tasks.
 
     Raises:
         UserError: all errors in them.
     """
-    errors = option_minimum_errors(arguments, num_fewshot=0, rolling_window=1, bootstrap_iters=0)
+    errors = _unused_option_errors(parser, arguments, is_labelled)
+    errors += option_minimum_errors(arguments, num_fewshot=0, rolling_window=1, bootstrap_iters=0)
     if isinstance(arguments.batch_size, int):
         errors += option_minimum_errors(arguments, batch_size=1)
     if arguments.limit is not None and (
@@ -229,10 +248,12 @@ def main(argv: list[str]) -> None:
         SystemExit: 1 if a task failed. 2 in all processes of a machine but the first where that one raises
             UserError: their message would be the same, unless it is about their own device.
     """
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
     try:
-        _check(arguments)
-        if names := labelled_names(arguments.tasks):
+        names = labelled_names(arguments.tasks)
+        _check(parser, arguments, is_labelled=bool(names))
+        if names:
             evaluate_labelled(arguments, names, argv)
             return
         failures = _evaluate(arguments)

@@ -13,7 +13,15 @@ from accelerate import Accelerator
 
 from ...common.errors import UserError
 from ...common.files import write_json
-from ...data import LabelledSet, LabelledTask, build_task, cache_folder, is_labelled, open_data
+from ...data import (
+    LabelledSet,
+    LabelledTask,
+    build_task,
+    cache_folder,
+    is_labelled,
+    model_vocab_size,
+    open_data,
+)
 from ...pipeline.classification import load_classifier, score_labels
 from ...pipeline.processes import world_size
 from ...pipeline.public import public_config, public_value
@@ -46,20 +54,17 @@ def _saved_options(model: str, name: str) -> tuple[dict[str, Any], str | None]:
 
 def _task_errors(model: Any, name: str, task: LabelledTask) -> list[tuple[str, str]]:
     """Why a classifier cannot be evaluated on a task."""
-    config, vocab_size = model.config, task.pad + 1
+    config = model.config
     checks = (
-        ("labels", config.num_labels, task.num_labels),
-        ("texts in an example", config.num_towers, task.TOWERS),
+        ("labels", ", ".join(task.LABELS), ", ".join(config.id2label.values())),
+        ("texts in an example", task.TOWERS, config.num_towers),
+        ("rows of the embedding", model_vocab_size(task.tokenizer()), config.vocab_size),
     )
-    errors = [
-        ("--tasks", f"{name} has {needed} {what}, but the model was made for {own}")
-        for what, own, needed in checks
-        if own != needed
+    return [
+        ("--tasks", f"{name} is not the task of the model: its {what} are {needed}, the model's {own}")
+        for what, needed, own in checks
+        if needed != own
     ]
-    if config.vocab_size < vocab_size:
-        message = f"{name} has {vocab_size} tokens, but the model's vocabulary is {config.vocab_size}"
-        errors.append(("--tasks", message))
-    return errors
 
 
 def _open(model: Any, arguments: argparse.Namespace, names: list[str]) -> dict[str, LabelledSet]:

@@ -1,12 +1,14 @@
 """`minrnn eval` on tasks of Long Range Arena, and their place on the report."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from minrnn.common.errors import UserError
 from minrnn.data import build_task, model_vocab_size, open_data
@@ -72,7 +74,16 @@ def errors(arguments: list[str]) -> str:
     ("tasks", "options", "message"),
     [
         ("lra/listops,hellaswag", "{}", "lra/listops is for a classifier and hellaswag for a language model"),
-        ("lra/text", "{}", "--tasks: lra/text has 2 labels, but the model was made for 10"),
+        (
+            "lra/text",
+            "{}",
+            "lra/text is not the task of the model: its labels are negative, positive, the model's 0, 1",
+        ),
+        (
+            "lra/image",
+            "{}",
+            "lra/image is not the task of the model: its rows of the embedding are 264",
+        ),
         ("lra/listop", "{}", "--tasks: there is no task lra/listop (did you mean lra/listops"),
         ("lra/listops", "{max_args: 1}", "--task-options: of lra/listops: max_args: must be at least 2"),
         (
@@ -86,9 +97,52 @@ def test_wrong_tasks_for_a_classifier(run: Path, tasks: str, options: str, messa
     assert message in errors([str(run), "--tasks", tasks, "--task-options", options])
 
 
+@pytest.mark.parametrize(
+    ("tasks", "options"),
+    [
+        ("lra/listops", ["--num-fewshot", "2", "--rolling-window", "64", "--bootstrap-iters", "9"]),
+        ("hellaswag", ["--task-options", "{max_args: 3}"]),
+    ],
+)
+def test_options_of_the_other_kind_of_task_are_refused(run: Path, tasks: str, options: list[str]):
+    lines = errors([str(run), "--tasks", tasks, *options]).splitlines()
+    kind = "tasks of lm-eval" if tasks.startswith("lra/") else "tasks of Long Range Arena (lra/NAME)"
+    assert lines == [f"error: {option}: is for {kind}; leave it out" for option in options[::2]]
+
+
+def without_head(weights: dict[str, torch.Tensor]) -> None:
+    del weights["score.weight"]
+
+
+def with_another_head(weights: dict[str, torch.Tensor]) -> None:
+    weights["score.bias"] = torch.zeros(10)
+
+
+def with_a_wider_head(weights: dict[str, torch.Tensor]) -> None:
+    weights["score.weight"] = torch.zeros(11, 16)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without_head, "was exported by another version of minrnn (missing score.weight)"),
+        (with_another_head, "was exported by another version of minrnn (unexpected score.bias)"),
+        (with_a_wider_head, "cannot load"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(run: Path, tmp_path: Path, change: Any, message: str):
+    model = shutil.copytree(run / "model", tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    change(weights)
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    assert message in errors([str(model), "--tasks", "lra/listops"])
+
+
 def test_a_model_of_the_other_kind_is_refused(run: Path, tmp_path: Path):
     with pytest.raises(UserError, match=r"MODEL: .* is a classifier, not a language model; minrnn eval"):
         read_weights(str(run))
+    with pytest.raises(UserError, match=r"model\.init_from: .*; a run starts from the weights of a lang"):
+        read_weights(str(run), key="model.init_from")
     config = MinRNNConfig(hidden_size=16, num_hidden_layers=1, intermediate_size=0)
     MinRNNForCausalLM(config).save_pretrained(tmp_path / "language-model")
     message = errors([str(tmp_path / "language-model"), "--tasks", "lra/listops"])
