@@ -1,30 +1,21 @@
 """Prefetches chunks for the training loop, in worker processes or in a thread.
 
 Each worker serves whole readers, so the chunks of a reader come in order whatever the number of workers. The
-loop always gets one chunk of each of its readers, in their order. A worker is a fresh interpreter that
-imports only what reading needs. torch's DataLoader is not used for two reasons: it forks or re-imports the
-training program, and if a SIGTERM to the process group ends one of its workers, it raises from a signal
-handler, perhaps in the middle of a save.
+loop always gets one chunk of each of its readers, in their order. torch's DataLoader is not used for two
+reasons: it forks or re-imports the training program, and if a SIGTERM to the process group ends one of its
+workers, it raises from a signal handler, perhaps in the middle of a save.
 """
 
-import contextlib
-import pickle
 import queue
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
-from ..common.errors import UserError
 from .lra import LabelledBatch, LabelledData
 from .reader import Chunk, DocumentReader, ReaderSpec, WindowReader, corpus_tokens
 from .synthetic import TaskReader
-
-CLOSE_SECONDS = 10.0  # how long to wait for a killed worker to end
-
+from .worker_process import Job, WorkerProcess, next_ready
 
 Batch = Chunk | LabelledBatch
 
@@ -50,19 +41,6 @@ def open_readers(
         return [DocumentReader(spec, reader, state) for reader, state in pairs]
     tokens = corpus_tokens(spec.corpus, "train", spec.encoder)
     return [WindowReader(tokens, reader, spec.lanes, spec.chunk, spec.seed, state) for reader, state in pairs]
-
-
-def _next_ready(
-    ready: "queue.Queue[Batch | Exception] | queue.SimpleQueue[Batch | Exception]", timeout: float | None
-) -> Batch | None:
-    """The next chunk of a queue, or None if there is none in time; an exception in the queue is raised."""
-    try:
-        item = ready.get(timeout=timeout)
-    except queue.Empty:
-        return None
-    if isinstance(item, Exception):
-        raise item
-    return item
 
 
 class DirectChunks:
@@ -92,7 +70,7 @@ class DirectChunks:
         if not self._has_request:
             self._requests.put(True)
             self._has_request = True
-        chunk = _next_ready(self._ready, timeout)
+        chunk = next_ready(self._ready, timeout)
         self._has_request = chunk is None
         return chunk
 
@@ -108,78 +86,15 @@ class DirectChunks:
         self._requests.put(False)
 
 
-class WorkerChunks:
-    """Reads in another process, endlessly, one reader after another; a few pickled chunks are read ahead over
-    a pipe.
+ADVICE = "use fewer data.workers, a smaller data.shuffle_window, or smaller documents or row groups"
 
-    The worker is the leader of its own process group, so neither Ctrl-C nor a signal to the run's group
-    reaches it. It ends when this end of the pipe is closed, however that happens.
-    """
 
-    READ_AHEAD = 4
+class WorkerChunks(WorkerProcess):
+    """Reads in another process, endlessly, one reader after another."""
 
     def __init__(self, spec: ReaderSpec, readers: Sequence[int], states: Sequence[dict[str, Any] | None]):
-        command = [sys.executable, "-P", "-m", f"{__package__}.worker"]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
-        )
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # the worker has died already: `take` raises the reason
-            pickle.dump((spec, readers, states), self._process.stdin)
-            self._process.stdin.close()
-        self._corpus = spec.corpus.corpus
-        self._ready: queue.Queue[Batch | Exception] = queue.Queue(self.READ_AHEAD)
-        self._thread = threading.Thread(target=self._receive, daemon=True)
-        self._thread.start()
-
-    def _receive(self) -> None:
-        assert self._process.stdout is not None
-        document = None
-        try:
-            while True:
-                item = pickle.load(self._process.stdout)
-                self._ready.put(item)
-                if isinstance(item, Exception):
-                    return
-                document = item.documents[-1][-1]
-        except Exception:  # any error is passed on to the loop
-            progress = "before its first chunk of" if document is None else f"after {document} of"
-            self._ready.put(_worker_died(self._process.wait(), f"{progress} {self._corpus}"))
-
-    def take(self, timeout: float | None) -> Batch | None:
-        """The next chunk, or None if it is not ready in time."""
-        return _next_ready(self._ready, timeout)
-
-    def close(self) -> None:
-        """Stop the process and the thread that reads from it.
-
-        The wait is limited: a process can hang on a dead disk.
-        """
-        end = time.monotonic() + CLOSE_SECONDS
-        self._process.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(CLOSE_SECONDS)
-        while self._thread.is_alive() and time.monotonic() < end:  # it may be blocked on a full queue
-            with contextlib.suppress(queue.Empty):
-                self._ready.get(timeout=0.01)
-        assert self._process.stdout is not None
-        if not self._thread.is_alive():
-            self._process.stdout.close()
-
-
-def _worker_died(status: int, progress: str) -> UserError:
-    """The error for a worker that ended without sending an error; `progress` says how far it came."""
-    if status >= 0:
-        return UserError("data.workers", f"a data worker ended with exit status {status}, {progress}")
-    number = -status
-    name = signal.Signals(number).name if number in set(signal.Signals) else "unknown"
-    problem = f"a data worker was killed by signal {number} ({name}), {progress}"
-    if number == signal.SIGKILL:
-        problem += (
-            "; a system that runs out of memory does that: use fewer data.workers, "
-            "a smaller data.shuffle_window or smaller row groups"
-        )
-    return UserError("data.workers", problem)
+        job = Job(DirectChunks, (spec, readers, states), spec.corpus.corpus, "data.workers", ADVICE)
+        super().__init__(job, lambda chunk: chunk.documents[-1][-1])
 
 
 def _num_workers(max_workers: int, num_readers: int) -> int:

@@ -7,18 +7,15 @@ process, in several worker processes where examples are generated, in a hidden f
 end. So a folder of this name is complete.
 """
 
-import collections
 import contextlib
 import hashlib
 import itertools
 import json
-import multiprocessing
 import os
 import shutil
-import signal
+import socket
 import time
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -28,6 +25,7 @@ from ...common.files import make_folder, sha256_of, sync, write_json
 from ...common.locks import lock
 from ..corpus import CorpusSpec
 from ..fingerprint import corpus_fingerprint
+from ..worker_process import Job, WorkerProcess
 from .examples import ARRAYS, SPLITS, Example, Examples, read_examples, write_examples
 from .reader import LabelledReader, LabelledSet
 from .task import GeneratedTask, LabelledTask
@@ -39,6 +37,7 @@ example that is drawn in two splits is kept in the first of this order."""
 MANIFEST = "manifest.json"
 KEY = "data.cache"
 MAX_REPEATED = 20  # blocks in a row without a new example
+WORKER_ADVICE = "restrict the process to fewer cores (taskset), each of which runs one"
 POLL_SECONDS = 0.5  # how often a process that waits looks for the lock
 
 
@@ -95,8 +94,8 @@ def open_data(
         on_progress: called now and then while they are made, also in a process that waits.
 
     Raises:
-        UserError: rows of the task's files are wrong, the source or the cache cannot be used, or stored files
-            are damaged.
+        UserError: rows of the task's files are wrong or too few, the source or the cache cannot be used, or
+            stored files are damaged.
     """
     made_from = fingerprint(task)
     digest = hashlib.blake2b(json.dumps(made_from, sort_keys=True).encode(), digest_size=8).hexdigest()
@@ -105,21 +104,23 @@ def open_data(
         if not data.folder.exists():
             make_folder(data.folder.parent)
             with (data.folder.parent / f".{data.folder.name}.lock").open("w") as file:
-                _wait_for_lock(file, on_progress)
+                if _wait_for_lock(file, on_progress):
+                    _remove_unfinished(data.folder)
                 if not data.folder.exists():
                     _make(task, data.folder, made_from, on_progress)
         _check_sizes(data)
+        _check_numbers(data)
     except OSError as error:
         message = f"{data.folder} cannot be used ({error.strerror or error}); name another folder"
         raise UserError(KEY, message) from None
     return data
 
 
-def _wait_for_lock(file: IO[str], on_progress: Callable[[], object]) -> None:
+def _wait_for_lock(file: IO[str], on_progress: Callable[[], object]) -> bool:
+    """Wait until the file is locked; False if locks are not supported here."""
     while True:
         try:
-            lock(file, wait=False)
-            return
+            return lock(file, wait=False) is None
         except BlockingIOError:
             on_progress()
             time.sleep(POLL_SECONDS)
@@ -135,12 +136,30 @@ def _check_sizes(data: LabelledData) -> None:
             raise UserError(KEY, message)
 
 
+def _check_numbers(data: LabelledData) -> None:
+    """Check that there are as many examples as the task's options ask for."""
+    task, stored = data.task, data.manifest()["examples"]
+    source = f"the files of {task.folder}" if task.folder else f"lra/{task.NAME}"
+    errors = [
+        ("data.task", f"{split}_examples: {limit:,} of {source}, which have {stored[split]:,}; use fewer")
+        for split in SPLITS
+        if (limit := task.limit(split)) is not None and limit > stored[split]
+    ]
+    if errors:
+        raise UserError.from_list(errors)
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Remove what processes that were killed have left. The caller holds the lock."""
+    for unfinished in folder.parent.glob(f".{folder.name}.*.part"):
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
 def _make(
     task: LabelledTask, folder: Path, made_from: dict[str, Any], on_progress: Callable[[], object]
 ) -> None:
-    """Write a task's examples, then rename the folder."""
-    unfinished = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
+    """Write a task's examples, then rename the folder. Without locks, two processes may do so."""
+    unfinished = folder.with_name(f".{folder.name}.{socket.gethostname()}-{os.getpid()}.part")
     unfinished.mkdir()
     try:
         counts = {}
@@ -156,7 +175,12 @@ def _make(
             sync(unfinished / name)
             files[name] = [(unfinished / name).stat().st_size, sha256_of(unfinished / name)]
         write_json(unfinished / MANIFEST, {"made_from": made_from, "examples": counts, "files": files})
-        os.rename(unfinished, folder)
+        try:
+            os.rename(unfinished, folder)
+        except OSError:
+            if not folder.exists():  # else another process was faster
+                raise
+            shutil.rmtree(unfinished, ignore_errors=True)
         sync(folder.parent)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -183,17 +207,20 @@ def _take(task: LabelledTask, split: str, seen: set[bytes]) -> Iterator[Example]
 
 
 def generate(
-    task: LabelledTask, first_block: int = 0, seen: set[bytes] | None = None, max_processes: int | None = None
+    task: LabelledTask, first_block: int = 0, seen: set[bytes] | None = None, processes: int | None = None
 ) -> Generator[Example, None, None]:
     """Different examples, endlessly, in the order of their blocks.
 
     Args:
         seen: digests of examples that are left out; those of the new ones are added.
-        max_processes: at most this many worker processes; by default one for each core.
+        processes: number of processes that generate; by default one for each core, if there are enough
+            blocks for them.
     """
     assert isinstance(task, GeneratedTask)
     seen = set() if seen is None else seen
-    with contextlib.closing(_blocks(task, first_block, max_processes)) as blocks:
+    if processes is None:  # starting a process takes longer than a few blocks
+        processes = min(_num_cores(), -(-sum(task.sizes().values()) // task.BLOCK) // 8)
+    with contextlib.closing(_blocks(task, first_block, processes)) as blocks:
         num_repeated = 0
         for block in blocks:
             num_repeated += 1
@@ -208,32 +235,28 @@ def generate(
                     yield texts, label
 
 
-def _blocks(
-    task: GeneratedTask, first: int, max_processes: int | None
-) -> Generator[list[Example], None, None]:
-    """The blocks of a task in order, a few ahead of the consumer in worker processes."""
-    needed = -(-sum(task.sizes().values()) // task.BLOCK)
-    processes = min(_num_cores(), needed // 8, max_processes or needed)
-    if processes < 2:  # starting a process takes longer than a few blocks
-        yield from map(task.block, itertools.count(first))
+def _blocks(task: GeneratedTask, first: int, processes: int) -> Generator[list[Example], None, None]:
+    """The blocks of a task in order. Of several worker processes, each makes every n-th, a few ahead."""
+    if processes < 2:
+        yield from _every_block(task, first, 1)
         return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, initializer=_ignore_interrupts) as pool:
-        ahead = range(first, first + 2 * processes)
-        waiting = collections.deque(pool.submit(task.block, number) for number in ahead)
-        try:
-            for number in itertools.count(ahead.stop):
-                waiting.append(pool.submit(task.block, number))
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+    source = f"lra/{task.NAME}"
+    workers = []
+    try:
+        for number in range(processes):
+            job = Job(_every_block, (task, first + number, processes), source, "data.task", WORKER_ADVICE)
+            workers.append(WorkerProcess(job, lambda block: f"a block of {len(block)} examples"))
+        for worker in itertools.cycle(workers):
+            yield worker.take()
+    finally:
+        for worker in workers:
+            worker.close()
+
+
+def _every_block(task: GeneratedTask, first: int, step: int) -> Iterator[list[Example]]:
+    return map(task.block, itertools.count(first, step))
 
 
 def _num_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _ignore_interrupts() -> None:
-    """Ctrl-C reaches the whole group; the process that waits for the results ends the workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

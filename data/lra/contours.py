@@ -9,10 +9,13 @@ the circle around a pivot and points towards the pivot.
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
+
+from minrnn.models.kernel_cache import keep_on_disk  # absolute: a kernel's hash covers relative imports
 
 FIRST_DASHES = 360
 MIN_WEIGHT = 1e-4  # of all directions together, below which a contour has reached a dead end
@@ -47,12 +50,19 @@ class Layout(NamedTuple):
     distractor_length: int
 
 
-@numba.njit(cache=True)
+def _kernel(function: Callable) -> Any:
+    """Decorator: compile at the first call; keep it on disk."""
+    dispatcher = numba.njit(function)
+    is_compiled = hasattr(dispatcher, "py_func")  # not with NUMBA_DISABLE_JIT
+    return keep_on_disk(dispatcher) if is_compiled else dispatcher
+
+
+@numba.njit
 def _shifted(coordinate, offset):
     return math.floor(coordinate + offset + 0.5)
 
 
-@numba.njit(cache=True)
+@numba.njit
 def _is_clear(taken, shapes, y, x, shape):
     for i in range(shapes.num_clear[shape]):
         if taken[y + shapes.clear[shape, i, 0], x + shapes.clear[shape, i, 1]]:
@@ -60,13 +70,13 @@ def _is_clear(taken, shapes, y, x, shape):
     return True
 
 
-@numba.njit(cache=True)
+@numba.njit
 def _take(taken, shapes, dash, count):
     for i in range(shapes.num_clear[dash[2]]):
         taken[dash[0] + shapes.clear[dash[2], i, 0], dash[1] + shapes.clear[dash[2], i, 1]] += count
 
 
-@numba.njit(cache=True)
+@numba.njit
 def _start(taken, shapes, layout, y, x, degrees, dash):
     """Write and take a first dash; returns the pivot and the angle after it."""
     dash[0], dash[1], dash[2] = y, x, degrees
@@ -76,7 +86,7 @@ def _start(taken, shapes, layout, y, x, degrees, dash):
     return _shifted(y, reach * math.sin(angle)), _shifted(x, reach * math.cos(angle)), angle
 
 
-@numba.njit(cache=True)
+@numba.njit
 def _grow(taken, shapes, layout, generator, last, dash, y, x, angle):
     """Write and take the dash after `last` at the pivot (y, x); returns (is there room, pivot, angle).
 
@@ -113,7 +123,7 @@ def _grow(taken, shapes, layout, generator, last, dash, y, x, angle):
     return True, y, x, angle
 
 
-@numba.njit(cache=True)
+@_kernel
 def grow_targets(taken, shapes, layout, generator, dashes):
     """One attempt at the two long contours, grown in turns; returns whether both got their length.
 
@@ -153,7 +163,7 @@ def grow_targets(taken, shapes, layout, generator, dashes):
     return True
 
 
-@numba.njit(cache=True)
+@_kernel
 def grow_distractor(taken, shapes, layout, generator, dashes):
     """A short contour at a random place; returns whether there was room for one.
 

@@ -69,7 +69,7 @@ def tsv_rows(path: Path, columns: list[str], has_header: bool) -> Iterator[Named
             yield f"{path}:{number}", dict(zip(columns, fields, strict=True))
 
 
-def hub_rows(name: str, split: str, columns: list[str], revision: str | None) -> Iterator[NamedRow]:
+def hub_rows(name: str, split: str, columns: list[str], revision: str) -> Iterator[NamedRow]:
     """The rows of a dataset of the hub; images stay encoded.
 
     Raises:

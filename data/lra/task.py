@@ -1,5 +1,6 @@
 """The base of the labelled tasks: options, splits, and where their examples come from."""
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -12,10 +13,6 @@ from .examples import SPLITS, Example
 from .files import KEY, NamedRow
 
 MAX_REPORTED = 20  # rows that one error names
-
-
-class RowError(ValueError):
-    """A row of a data file is wrong."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +32,10 @@ class LabelledTask(ABC):
     LABELS: ClassVar[tuple[str, ...]]
     TOWERS: ClassVar[int] = 1
     """Texts of an example."""
+    HUB: ClassVar[str]
+    """The dataset of the hub with the examples; generated tasks have none."""
+    REVISION: ClassVar[str]
+    """Its commit."""
 
     @property
     @abstractmethod
@@ -74,7 +75,7 @@ class LabelledTask(ABC):
     @property
     def source(self) -> dict[str, Any]:
         """What decides the stored examples, besides NAME and `folder`; JSON."""
-        return {}
+        return {} if self.folder else {"hub": self.HUB, "revision": self.REVISION}
 
     @property
     def pad(self) -> int:
@@ -153,6 +154,8 @@ class GeneratedTask(LabelledTask):
     data_seed: int = 0
     """Seed of the generated examples."""
 
+    GENERATOR_OPTIONS: ClassVar[tuple[str, ...]] = ("data_seed",)
+    """Options that examples of a folder do not depend on."""
     SIZES: ClassVar[tuple[int, int, int]]
     """Published numbers of examples: training, validation, test."""
     BLOCK: ClassVar[int] = 250
@@ -160,6 +163,15 @@ class GeneratedTask(LabelledTask):
     @abstractmethod
     def block(self, number: int) -> list[Example]:
         """BLOCK generated examples."""
+
+    def errors(self) -> dict[str, str]:
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        unused = {
+            name: "is for generated examples, not for those of folder; leave it out"
+            for name in self.GENERATOR_OPTIONS
+            if self.folder and getattr(self, name) != defaults[name]
+        }
+        return super().errors() | unused
 
     def sizes(self) -> dict[str, int]:
         """Number of generated examples of each split."""

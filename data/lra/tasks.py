@@ -11,7 +11,7 @@ from ..tokenizer import SPECIAL_TOKENS, byte_tokenizer
 from . import listops, pathfinder
 from .examples import Example
 from .files import NamedRow, hub_file, hub_rows, parquet_rows, split_files, tsv_rows
-from .task import GeneratedTask, LabelledTask, RowError
+from .task import GeneratedTask, LabelledTask
 
 TO_PARQUET = {"train": "train*.parquet", "validation": "validation*.parquet", "test": "test*.parquet"}
 
@@ -31,6 +31,7 @@ class ListOps(GeneratedTask):
 
     NAME: ClassVar[str] = "listops"
     LABELS: ClassVar[tuple[str, ...]] = tuple(map(str, range(10)))
+    GENERATOR_OPTIONS: ClassVar[tuple[str, ...]] = ("data_seed", "min_length", "max_depth", "max_args")
     SIZES: ClassVar[tuple[int, int, int]] = (96_000, 2_000, 2_000)
     COLUMNS: ClassVar[list[str]] = ["Source", "Target"]
 
@@ -49,6 +50,8 @@ class ListOps(GeneratedTask):
 
     def errors(self) -> dict[str, str]:
         errors = super().errors()
+        if self.folder:
+            return errors | _length_errors(self.max_length)
         if self.max_depth < 2:
             errors["max_depth"] = f"must be at least 2 (one operation on digits), not {self.max_depth}"
         if self.max_args < 2:
@@ -115,8 +118,8 @@ class PixelTask(LabelledTask):
 
         value = row[self.IMAGE_COLUMN]
         encoded = value.get("bytes") if isinstance(value, dict) else value
-        if not isinstance(encoded, bytes):
-            raise RowError(f"{self.IMAGE_COLUMN} holds no bytes of an image")
+        if not (isinstance(encoded, bytes) and encoded):
+            raise ValueError(f"{self.IMAGE_COLUMN} holds no bytes of an image")
         try:
             image = Image.open(io.BytesIO(encoded))
             width, height = image.size
@@ -182,6 +185,7 @@ class Image(PixelTask):
     SIDE: ClassVar[int] = 32
     IMAGE_COLUMN: ClassVar[str] = "img"
     HUB: ClassVar[str] = "uoft-cs/cifar10"
+    REVISION: ClassVar[str] = "0b2714987fa478483af9968de7c934580d0bb9a2"
     HELD_OUT: ClassVar[float] = 0.1
 
     def rows(self, split: str) -> Iterator[NamedRow]:
@@ -189,7 +193,7 @@ class Image(PixelTask):
         if self.folder:
             rows = super().rows(source)
         else:
-            rows = hub_rows(self.HUB, source, [self.IMAGE_COLUMN, "label"], None)
+            rows = hub_rows(self.HUB, source, [self.IMAGE_COLUMN, "label"], self.REVISION)
         if split == "test":
             yield from rows
             return
@@ -211,7 +215,7 @@ class _ByteTask(LabelledTask):
 
     @property
     def source(self) -> dict[str, Any]:
-        return {"max_length": self.max_length}
+        return {**super().source, "max_length": self.max_length}
 
     def errors(self) -> dict[str, str]:
         return super().errors() | _length_errors(self.max_length)
@@ -233,10 +237,9 @@ class _ByteTask(LabelledTask):
         Raises:
             ValueError: it is no text, or an empty one.
         """
-        if not isinstance(text, str):
-            raise RowError(f"{column} holds no text ({type(text).__name__})")
-        if not text:
-            raise ValueError(f"{column} is empty")
+        if not (isinstance(text, str) and text):
+            problem = "is empty" if text == "" else f"holds no text ({type(text).__name__})"
+            raise ValueError(f"{column} {problem}")
         return text.encode()[: self.length]
 
 
@@ -247,11 +250,12 @@ class Text(_ByteTask):
     NAME: ClassVar[str] = "text"
     LABELS: ClassVar[tuple[str, ...]] = ("negative", "positive")
     HUB: ClassVar[str] = "stanfordnlp/imdb"
+    REVISION: ClassVar[str] = "e6281661ce1c48d982bc483cf8a173c1bbeb5d31"
 
     def rows(self, split: str) -> Iterator[NamedRow]:
         source = "train" if split == "train" else "test"
         if not self.folder:
-            yield from hub_rows(self.HUB, source, ["text", "label"], None)
+            yield from hub_rows(self.HUB, source, ["text", "label"], self.REVISION)
             return
         for path in split_files(self.folder_path(), [TO_PARQUET[source]]):
             yield from parquet_rows(path, ["text", "label"])
