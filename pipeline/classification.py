@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..common.errors import UserError
 from ..data import LabelledData, LabelledSet, LabelledTask, build_task, cache_folder, is_labelled, open_data
 from ..models import MinRNNConfig, MinRNNForSequenceClassification
 from .config import Recipe
@@ -57,7 +58,11 @@ def open_labelled(recipe: Recipe, on_progress: Callable[[], object] = lambda: No
     task = recipe.task()
     if not isinstance(task, LabelledTask):
         return None
-    return open_data(task, cache_folder(recipe.data.cache), on_progress)
+    data = open_data(task, cache_folder(recipe.data.cache), on_progress)
+    if (count := len(data.examples("train"))) < recipe.batch.readers:
+        message = f"{recipe.batch.readers} readers cannot share {count} training examples; use fewer"
+        raise UserError("batch.readers", message)
+    return data
 
 
 def test_sets(recipe: Recipe, readers: range) -> list[LabelledSet]:

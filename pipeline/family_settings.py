@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from ..data import is_labelled
 from .config import Recipe
 from .families import registry
 from .families.registry import CARRYING, OURS
@@ -53,7 +54,7 @@ def with_sizes(recipe: Recipe, vocab_size: int) -> Recipe:
 
 
 def without_carried_state(recipe: Recipe) -> Recipe:
-    """The recipe with batch.carry_state false, if its family has no state to carry."""
-    if recipe.model.family in CARRYING:
+    """The recipe with batch.carry_state false, if its family or its task has no state to carry."""
+    if recipe.model.family in CARRYING and not is_labelled(recipe.data.corpus):
         return recipe
     return dataclasses.replace(recipe, batch=recipe.batch.model_copy(update={"carry_state": False}))

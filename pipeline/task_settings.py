@@ -1,6 +1,7 @@
 """Settings of a recipe that do not fit its task, or need one."""
 
 from ..data import LabelledTask, is_labelled
+from ..models import MinRNNConfig
 from .config import Recipe
 from .families.registry import OURS
 
@@ -32,6 +33,10 @@ def _labelled_errors(recipe: Recipe, task: LabelledTask) -> dict[str, str]:
         errors["parallel.context"] = f"cannot divide the examples of {corpus} among processes; use 1"
     if model.family != OURS:
         errors["model.family"] = f"{corpus} is for minrnn's classifier, not for {model.family}"
+    if model.tie_word_embeddings != MinRNNConfig.tie_word_embeddings:
+        errors["model.tie_word_embeddings"] = "is for the head of a language model; leave it out"
+    if recipe.batch.carry_state and "carry_state" in recipe.batch.model_fields_set:
+        errors["batch.carry_state"] = f"{corpus} has whole examples and no state to carry; use false"
     if task.train_examples is not None and task.train_examples < recipe.batch.readers:
         message = f"{recipe.batch.readers} readers cannot share {task.train_examples} training examples"
         errors["batch.readers"] = f"{message}; use fewer"

@@ -182,7 +182,7 @@ def write_data(name: str, folder: Path) -> dict[str, Any]:
             (folder / f"new_aan_pairs.{split}.tsv").write_text("1.0\t1\t2\ta text\tanother\n" * 80)
     else:
         return {"train_examples": 80, "validation_examples": 2, "test_examples": 2}
-    return {"folder": str(folder)}
+    return {"folder": str(folder), "validation_examples": 2}
 
 
 @pytest.mark.parametrize("name", sorted(LRA_TASKS))
@@ -225,6 +225,12 @@ def test_each_recipe_reads_a_batch(name: str, tmp_path: Path):
             "no expression of this depth has more",
         ),
         ({"data.task": {"test_examples": 0}}, "test_examples: must be at least 1, not 0"),
+        (
+            {"data.task": {"folder": "files", "max_depth": 4, "data_seed": 1}},
+            "data_seed: is for generated examples, not for those of folder; leave it out; max_depth: is",
+        ),
+        ({"model.tie_word_embeddings": False}, "model.tie_word_embeddings: is for the head of a language m"),
+        ({"batch.carry_state": True}, "batch.carry_state: lra/listops has whole examples and no state to"),
         ({"model.pooling": "max"}, "model.pooling: 'max' is none of last, mean"),
     ],
 )
@@ -245,7 +251,7 @@ def test_wrong_rows_stop_a_run_before_training(task_values: Values, run_recipe: 
     rows = ["Source\tTarget", "( [MAX 2 9 ] )\t9", "[MAX 2 9\t9", "[MIN 2 9 ]\t3", "[SM 9 9 ]\t18"]
     for split in ("train", "val", "test"):
         (folder / f"basic_{split}.tsv").write_text("\n".join(rows) + "\n")
-    task_values["data"]["task"] = {"folder": str(folder), "min_length": 1, "max_length": 24}
+    task_values["data"]["task"] = {"folder": str(folder), "max_length": 24}
     with pytest.raises(UserError) as raised:
         run_recipe(task_values)
     file = folder / "basic_train.tsv"
@@ -255,6 +261,24 @@ def test_wrong_rows_stop_a_run_before_training(task_values: Values, run_recipe: 
         f"error: data.task: {file}:5: label '18' is not one of 0 to 9",
     ]
     assert not list(Path(task_values["run"]["dir"]).glob("metrics.jsonl"))
+
+
+def test_files_with_too_few_examples(task_values: Values, run_recipe: Run, tmp_path: Path):
+    folder = tmp_path / "listops"
+    folder.mkdir()
+    for split in ("train", "val", "test"):
+        (folder / f"{split}.tsv").write_text("Source\tTarget\n[MAX 2 9 ]\t9\n")
+    task_values["data"]["task"] = {"folder": str(folder), "max_length": 24}
+    with pytest.raises(UserError, match="readers: 2 readers cannot share 1 training examples; use fewer"):
+        run_recipe(task_values)
+    task_values["data"]["task"] |= {"train_examples": 2, "test_examples": 3}
+    with pytest.raises(UserError) as raised:
+        run_recipe(task_values)
+    source = f"of the files of {folder}, which have 1; use fewer"
+    assert str(raised.value).splitlines() == [
+        f"error: data.task: train_examples: 2 {source}",
+        f"error: data.task: test_examples: 3 {source}",
+    ]
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
@@ -300,4 +324,7 @@ def test_two_processes_have_the_losses_of_one(task_values: Values, run_recipe: R
     two = Path(task_values["run"]["dir"])
     for (_, first), (_, second) in zip(losses(one), losses(two), strict=True):
         assert first == pytest.approx(second, rel=1e-4)
-    assert entries(one, "test")[0]["examples"] == entries(two, "test")[0]["examples"]
+    for kind in ("validation", "test"):
+        for first, second in zip(entries(one, kind), entries(two, kind), strict=True):
+            assert first["loss"] == pytest.approx(second["loss"], rel=1e-4)
+            assert {**first, "loss": 0} == {**second, "loss": 0}
