@@ -1,6 +1,6 @@
 """The errors that end a command with a message instead of a traceback."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Self
 
 
@@ -23,6 +23,10 @@ class UserError(ValueError):
         error = cls(*first)
         error.errors += others
         return error
+
+    def with_keys(self, names: Mapping[str, str]) -> Self:
+        """The same errors, with other names of some keys: of options in place of settings."""
+        return self.from_list((names.get(key, key), message) for key, message in self.errors)
 
     def __reduce__(self):  # sent from data workers and between ranks
         return type(self).from_list, (self.errors,)

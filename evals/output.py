@@ -18,23 +18,26 @@ def run_folder(model: str) -> Path | None:
     return None
 
 
-def out_errors(out: Path | None) -> list[tuple[str, str]]:
-    """Errors in the path of a JSON file, found before long work that ends by writing it.
+def out_errors(out: Path | None, key: str = "--out", suffix: str = ".json") -> list[tuple[str, str]]:
+    """Errors in the path of a file, found before long work that ends by writing it.
 
     Its folder is created.
+
+    Args:
+        key: the option that names it.
     """
     if out is None:
         return []
-    if out.suffix != ".json":
-        return [("--out", f"{out} must end in .json")]
+    if out.suffix != suffix:
+        return [(key, f"{out} must end in {suffix}")]
     if out.is_dir():
-        return [("--out", f"{out} is a folder; name a file")]
+        return [(key, f"{out} is a folder; name a file")]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out.parent):
             return []
     except OSError as error:
-        return [("--out", f"cannot write {out} ({error.strerror})")]
+        return [(key, f"cannot write {out} ({error.strerror})")]
 
 
 def default_out(model: str, kind: str) -> Path:

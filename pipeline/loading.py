@@ -263,7 +263,7 @@ def _check_memory(folder: str, key: str) -> None:
     try:
         check_memory(config.model_type, config)
     except UserError as error:
-        raise UserError.from_list((key, message) for _, message in error.errors) from None
+        raise error.with_keys(dict.fromkeys(("model.family", "model.family_config"), key)) from None
 
 
 def _check_size(name: str, config: Any, build: Callable[[Any], PreTrainedModel], key: str) -> None:

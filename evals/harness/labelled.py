@@ -84,8 +84,7 @@ def _open(model: Any, arguments: argparse.Namespace, names: list[str]) -> dict[s
                 continue
             examples = open_data(task, cache_folder(cache)).examples("test")
         except UserError as error:
-            renamed = {"data.corpus": "--tasks", "data.task": "--task-options"}
-            errors += [(renamed.get(key, key), message) for key, message in error.errors]
+            errors += error.with_keys({"data.corpus": "--tasks", "data.task": "--task-options"}).errors
             continue
         limit = arguments.limit
         if limit is not None:
