@@ -91,8 +91,8 @@ def definition_lines(task: LabelledTask) -> list[str]:
         lines.append(f"published   {train:,} / {validation:,} / {test:,} examples")
     if isinstance(task, ListOps):
         lines.append(
-            "published   more than 500 and fewer than 2,000 tokens; operations at depths 1 to 9; each operator "
-            "25.0%; 2 to 10 arguments, 6.00 on average; 25.0% of those above depth 10 are operations"
+            "published   more than 500 and fewer than 2,000 tokens; operations at depths 1 to 9; operators "
+            "25.0% each; 2 to 10 arguments, 6.00 on average; 25.0% of those above depth 10 are operations"
         )
     return lines
 

@@ -142,6 +142,7 @@ class Pathfinder(PixelTask, GeneratedTask):
 
     NAME: ClassVar[str] = "pathfinder"
     LABELS: ClassVar[tuple[str, ...]] = ("apart", "joined")
+    GENERATOR_OPTIONS: ClassVar[tuple[str, ...]] = ("data_seed", "contour_length")
     SIZES: ClassVar[tuple[int, int, int]] = (160_000, 20_000, 20_000)
     SIDE: ClassVar[int] = 32
     PARAMETERS: ClassVar[pathfinder.Parameters] = pathfinder.PATHFINDER_32

@@ -84,7 +84,7 @@ def test_a_killed_generator_is_an_error():
     for worker in psutil.Process().children():
         if "minrnn.data.worker" in worker.cmdline():
             worker.kill()
-    message = r"data\.task: a data worker was killed by signal 9 \(SIGKILL\), after .* of lra/listops; a "
+    message = r"data\.task: a data worker was killed by signal 9 \(SIGKILL\), .* of lra/listops; a "
     with pytest.raises(UserError, match=message):
         collections.deque(examples, maxlen=0)
 
