@@ -19,7 +19,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,36 +33,12 @@ from ...pipeline.metrics import read_metrics
 from ...pipeline.options import new_parser
 from ..output import RESULTS, out_errors, table
 from ..record import command_line, commit, machine, versions
+from .families_table import COLUMNS, Model, curve, draw_curves, summary
 
 GRID = Path(__file__).with_name("families.yaml")
 PROBE_STEPS = 12
 DESCRIPTION = """Train all kinds of models on one text, with equal parameters, equal tokens and tuned learning
 rates, and compare their bits per byte and their speed. Call it again to go on."""
-
-
-@dataclass
-class Model:
-    """One model of the grid, and what is known of it so far."""
-
-    name: str
-    fields: dict[str, Any]
-    tokens_per_second: float | None = None
-    """Of the last steps of the probe."""
-    tuning: dict[str, float] = field(default_factory=dict)
-    """Bits per byte after the short run, by learning rate."""
-    final: dict[str, float] = field(default_factory=dict)
-    """Bits per byte after the full run, by seed."""
-    failure: str | None = None
-    """The error of its last run that failed."""
-    reason: str | None = None
-    """Why it was not trained."""
-    settings: dict[str, Any] = field(default_factory=dict)
-    """Of its runs: precision, parameters, and what the model cannot do (`model.limits`)."""
-
-    @property
-    def best_rate(self) -> str:
-        """The learning rate with the fewest bits per byte."""
-        return min(self.tuning, key=lambda rate: self.tuning[rate])
 
 
 class Driver:
@@ -102,11 +77,6 @@ class Driver:
     def steps(self, tokens: int) -> int:
         """Steps that read this many tokens or a little more."""
         return math.ceil(tokens / self.tokens_per_step)
-
-    def seconds(self, model: Model, tokens: int) -> float:
-        """How long a run takes, by the probe."""
-        assert model.tokens_per_second is not None
-        return tokens / model.tokens_per_second
 
     def folder(self, model: Model, name: str) -> Path:
         """Of a run of the model."""
@@ -170,7 +140,7 @@ class Driver:
         rates = [line["tokens_per_second"] for line in _lines(folder, "train")]
         model.tokens_per_second = statistics.median(rates[len(rates) // 2 :])
         model.settings = _settings(folder)
-        if self.seconds(model, self.grid["tuning_tokens"]) > self.run_limit:
+        if model.seconds(self.grid["tuning_tokens"]) > self.run_limit:
             model.reason = "a short run is longer than --run-minutes"
 
     def tune(self, model: Model) -> None:
@@ -191,13 +161,14 @@ class Driver:
         if model.reason or not is_tuned:
             return
         options = {"optim__lr": model.best_rate, "run__seed": seed}
-        value = self.bits_per_byte(model, f"full-{seed}", self.grid["tokens"], checks=5, **options)
+        value = self.bits_per_byte(model, f"full-{seed}", self.grid["tokens"], checks=10, **options)
         if value is not None and math.isfinite(value):
             model.final[str(seed)] = value
+            model.curves[str(seed)] = curve(_lines(self.folder(model, f"full-{seed}"), "validation"))
 
     def has_time(self, model: Model, tokens: int) -> bool:
         """Whether a run would end before the deadline."""
-        return time.monotonic() + self.seconds(model, tokens) < self.deadline
+        return time.monotonic() + model.seconds(tokens) < self.deadline
 
     def work(self) -> Iterator[None]:
         """All runs, the fast models first; yields after each model's part."""
@@ -256,37 +227,6 @@ def _settings(folder: Path) -> dict[str, Any]:
     }
 
 
-def summary(driver: Driver) -> list[dict[str, Any]]:
-    """A row for each model: what was measured, and the hours that the rest would take."""
-    rows = []
-    for model in driver.models:
-        row: dict[str, Any] = {"model": model.name, "fields": model.fields}
-        tuning = {rate: value if math.isfinite(value) else None for rate, value in model.tuning.items()}
-        row |= {"tokens_per_second": model.tokens_per_second, "tuning": tuning, "final": model.final}
-        row |= model.settings
-        if model.tuning:
-            row["learning_rate"] = float(model.best_rate)
-        if model.tokens_per_second is not None:
-            grid = driver.grid
-            missing = (len(grid["learning_rates"]) - len(model.tuning)) * grid["tuning_tokens"]
-            missing += (len(grid["seeds"]) - len(model.final)) * grid["tokens"]
-            row["hours_left"] = round(driver.seconds(model, missing) / 3600, 2)
-        if model.reason:
-            row["reason"] = model.reason
-        rows.append(row)
-    return rows
-
-
-COLUMNS = {
-    "model": lambda row: row["model"],
-    "bits/byte": lambda row: ", ".join(f"{value:.4f}" for value in row["final"].values()) or "-",
-    "lr": lambda row: f"{row['learning_rate']:g}" if "learning_rate" in row else "-",
-    "tokens/s": lambda row: "-" if row["tokens_per_second"] is None else f"{row['tokens_per_second']:,.0f}",
-    "hours left": lambda row: f"{row.get('hours_left', 0):.2f}",
-    "limits": lambda row: "; ".join(row.get("limits", [])),
-}
-
-
 def read_grid(path: Path, names: Sequence[str] | None) -> dict[str, Any]:
     """The grid, with these models only (all by default).
 
@@ -341,7 +281,10 @@ def main(argv: list[str]) -> None:
         "versions": versions(),
         "grid": grid,
     }
+    rows: list[dict[str, Any]] = []
     for _ in driver.work():
-        rows = summary(driver)
-        write_json(out, {**record, "commits_of_runs": sorted(driver.commits), "rows": rows})
-    print(table(summary(driver), COLUMNS, f"{arguments.name}, {grid['tokens']:,} tokens"))
+        rows = [summary(model, grid) for model in driver.models]
+        origin = {**record, "commits_of_runs": sorted(driver.commits)}
+        write_json(out, {"kind": "families", "text": arguments.name, **origin, "rows": rows})
+    draw_curves(rows, out.with_suffix(".png"))
+    print(table(rows, COLUMNS, f"{arguments.name}, {grid['tokens']:,} tokens"))

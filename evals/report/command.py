@@ -16,6 +16,7 @@ from ...pipeline.options import new_parser
 from ..output import RESULTS
 from . import lm_eval, others, pictures, quality_tables
 from .compare import METRICS, PooledRuns, pool
+from .families import families_blocks
 from .page import NOT_RUN, code, link, table, text, to_html
 from .published import published
 from .quality_tables import Quality
@@ -71,6 +72,8 @@ def check(source: ResultSource) -> None:
     if source.kind == "runs":
         pooled, _ = pool([source])
         _quality_blocks(Quality(pooled, []))
+    elif source.kind == "families":
+        families_blocks(source)
     elif source.kind == "lm-eval":
         lm_eval.scores_table(source)
     elif source.kind == "long-context":
@@ -159,12 +162,28 @@ def _other_files(sources: Sequence[ResultSource], out: Path) -> list[str]:
     blocks += ["## Long context"] if lm_eval_files else [f"lm-eval: {NOT_RUN}.", "## Long context"]
     for source in (long_contexts := [source for source in sources if source.kind == "long-context"]):
         blocks += [f"From {link(text(source.name), source.name)}:", others.long_context_blocks(source)]
-        if (picture := others.picture_beside(source)) is not None:
-            copy = _picture_path(source.name.removesuffix(".json"), "long-context", out)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(picture, copy)
-            blocks.append(_image(f"long context: {source.name}", copy, out))
+        blocks += _copied_picture(source, "long-context", out)
     return blocks if long_contexts else [*blocks, f"Loss by position, and memory: {NOT_RUN}."]
+
+
+def _copied_picture(source: ResultSource, name: str, out: Path) -> list[str]:
+    """The image of the picture beside a results file, copied into the page's folder; empty without one."""
+    picture = others.picture_beside(source)
+    if picture is None:
+        return []
+    copy = _picture_path(source.name.removesuffix(".json"), name, out)
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(picture, copy)
+    return [_image(f"{name}: {source.name}", copy, out)]
+
+
+def _family_blocks(sources: Sequence[ResultSource], out: Path) -> list[str]:
+    """Models of all families on one text, for each such file."""
+    blocks = ["## Families on one text"]
+    for source in (files := [source for source in sources if source.kind == "families"]):
+        blocks += [f"From {link(text(source.name), source.name)}:", families_blocks(source)]
+        blocks += _copied_picture(source, "families", out)
+    return blocks if files else [*blocks, f"Equal parameters, equal tokens, tuned learning rates: {NOT_RUN}."]
 
 
 def _missing_blocks(quality: Quality) -> list[str]:
@@ -222,6 +241,7 @@ def make(
     blocks += ["## Quality", *_quality_blocks(quality), *(text(note) for note in notes)]
     blocks += ["## Accuracy by length", *(lengths or [f"Tasks with test lengths: {NOT_RUN}."])]
     blocks += ["## Learning curves", *(curves or [f"Runs: {NOT_RUN}."])]
+    blocks += _family_blocks(sources, out)
     blocks += _other_files(sources, out)
     blocks += ["## Speed", others.speed_section(sources), *kernels]
     blocks += ["## Tests of transformers", others.transformers_section(sources)]

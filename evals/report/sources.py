@@ -15,7 +15,17 @@ from ...common.errors import UserError
 from .published import published
 from .runs import Entry, Results, is_run, read_run
 
-Kind = Literal["runs", "lm-eval", "long-context", "bench", "soak", "quickstart", "kernels", "transformers"]
+Kind = Literal[
+    "runs",
+    "families",
+    "lm-eval",
+    "long-context",
+    "bench",
+    "soak",
+    "quickstart",
+    "kernels",
+    "transformers",
+]
 # Kinds of files without a field `kind`, by fields that only they have.
 FIELDS: tuple[tuple[Kind, set[str]], ...] = (
     ("bench", {"bench", "rows"}),
@@ -77,7 +87,7 @@ def detect_kind(data: Any) -> Kind:
     if not isinstance(data, dict):
         raise UnreadableError(f"holds no results ({type(data).__name__} instead of an object); {MADE_BY}")
     if "kind" in data:
-        if data["kind"] in ("runs", "long-context"):
+        if data["kind"] in ("runs", "families", "long-context"):
             return data["kind"]
         raise UnreadableError(f"is of the unknown kind {data['kind']!r}; {MADE_BY}")
     for kind, keys in FIELDS:

@@ -50,7 +50,7 @@ def trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, 
         if kind == "train":
             step = int((folder / "steps").read_text())
             return [{"step": step, "tokens_per_second": 1 / SECONDS_PER_TOKEN[model]}] * 4
-        return [{"bits_per_byte": 2.0 + (run == "lr-0.001") + 0.1 * (run == "full-1")}]
+        return [{"tokens": 4000, "bits_per_byte": 2.0 + (run == "lr-0.001") + 0.1 * (run == "full-1")}]
 
     monkeypatch.setattr(families.Driver, "train", train)
     monkeypatch.setattr(families, "_lines", lines)
@@ -70,8 +70,12 @@ def driver(
     return made
 
 
+def table(of: families.Driver) -> list[dict[str, Any]]:
+    return [families.summary(model, of.grid) for model in of.models]
+
+
 def test_rates_are_tuned_and_the_best_is_trained_to_the_end(trained):
-    rows = families.summary(driver(grid(), seconds=1e6, run_limit=1e6))
+    rows = table(driver(grid(), seconds=1e6))
     assert [run for model, run, _ in trained if model == "fast"] == [
         "probe",
         "lr-0.001",
@@ -83,6 +87,7 @@ def test_rates_are_tuned_and_the_best_is_trained_to_the_end(trained):
     assert [model for model, run, _ in trained if run == "full-0"] == ["fast", "middle", "slow"]
     assert all(row["learning_rate"] == 2e-3 for row in rows)
     assert all(row["final"] == {"0": 2.0, "1": 2.1} and row["hours_left"] == 0 for row in rows)
+    assert all(row["curves"] == {"0": [(4000, 2.0)], "1": [(4000, 2.1)]} for row in rows)
     assert {row["model"]: row["tuning"]["0.001"] for row in rows} == {
         "slow": 3.0,
         "fast": 3.0,
@@ -91,7 +96,7 @@ def test_rates_are_tuned_and_the_best_is_trained_to_the_end(trained):
 
 
 def test_what_a_limit_leaves_out_says_how_long_it_takes(trained):
-    rows = {row["model"]: row for row in families.summary(driver(grid(), seconds=30, run_limit=50))}
+    rows = {row["model"]: row for row in table(driver(grid(), seconds=30, run_limit=50))}
     assert rows["fast"]["final"].keys() == {"0", "1"}
     assert rows["middle"]["final"] == {}
     assert rows["middle"]["hours_left"] == round(2 * 4000 * 0.01 / 3600, 2)
@@ -101,12 +106,12 @@ def test_what_a_limit_leaves_out_says_how_long_it_takes(trained):
 
 
 def test_a_second_call_reads_what_is_finished_and_measures_speed_again(trained):
-    first = families.summary(driver(grid(), seconds=1e6))
+    first = table(driver(grid(), seconds=1e6))
     trained.clear()
     second = driver(grid(), seconds=0)
     # The run that failed begins again only where there is time.
     assert trained == []
-    assert {row["model"]: row["final"] for row in families.summary(second) if row["model"] != "middle"} == {
+    assert {row["model"]: row["final"] for row in table(second) if row["model"] != "middle"} == {
         row["model"]: row["final"] for row in first if row["model"] != "middle"
     }
     assert second.commits == {"abc"}
@@ -170,3 +175,4 @@ def test_a_small_comparison(tmp_path: Path, capsys):
         assert [row["model"] for row in rows] == ["RWKV-4"]
         assert all(1 < row["final"]["0"] < 8.5 and row["hours_left"] == 0 for row in rows), rows
     assert "RWKV-4" in capsys.readouterr().out
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
