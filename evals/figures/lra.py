@@ -1,9 +1,10 @@
 """`minrnn figures lra`: trains classifiers on the tasks of Long Range Arena, at sizes that a CPU takes.
 
-    lra.yaml -> a run for each name and seed, in a process of its own -> evals/results/runs-lra-NAME.json
+    lra.yaml -> a run for each name and seed, in a process of its own
+      -> evals/results/runs-lra-NAME.json and .png, written after each run: all seeds of the name so far
 
-The runs are those of `minrnn train`: the next call goes on where this one stopped. The last run, ListOps at
-the published size, takes what time is left; its results file says how many steps that were.
+The runs are those of `minrnn train`: the next call reads finished ones and resumes stopped ones. A run that
+the time limit stops is scored on the test split at the step that it reached.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +20,22 @@ import yaml
 
 from ...common.errors import UserError
 from ...common.files import user_path
+from ...common.names import did_you_mean, nearest_names
+from ...pipeline.checkpoint import checkpoint_paths
 from ...pipeline.options import new_parser
-from ..output import RESULTS
+from ..output import RESULTS, table
 from ..report import runs as results
-from ..report.runs import is_run
+from ..report.compare import pool
+from ..report.pictures import learning_curves
+from ..report.published import published
+from ..report.sources import read_file
 
 GRID = Path(__file__).with_name("lra.yaml")
 DESCRIPTION = """Train classifiers on the tasks of Long Range Arena at sizes that a CPU takes, and ListOps at
 the published size for the time that is left. Call it again to go on."""
-EPILOG = "example:\n  minrnn figures lra --imdb imdb/ --cifar10 cifar10/ --minutes 240"
+EPILOG = """examples:
+  minrnn figures lra --imdb imdb/ --cifar10 cifar10/ --minutes 600
+  minrnn figures lra --only listops --minutes 120"""
 
 
 def command_of(run: dict[str, Any], folder: Path, seed: int, folders: dict[str, Path | None]) -> list[str]:
@@ -41,22 +50,69 @@ def command_of(run: dict[str, Any], folder: Path, seed: int, folders: dict[str, 
     return words
 
 
-def train(command: list[str], seconds: float) -> bool:
-    """Run a command; after this many seconds stop it with SIGTERM, on which it saves. Whether it finished.
+def train(command: list[str], folder: Path, seconds: float) -> bool:
+    """Train or resume a run. After this many seconds it is stopped with SIGTERM, on which it saves, and then
+    scored at the step that it reached.
 
-    Raises:
-        UserError: it failed.
+    Returns:
+        Whether it ended without an error.
     """
     process = subprocess.Popen(command)
     try:
-        status = process.wait(max(seconds, 0.0))
+        return process.wait(seconds) == 0
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGTERM)
         process.wait()
-        return False
-    if status != 0:
-        raise UserError("figures lra", f"a run ended with status {status}: {' '.join(command)}")
-    return True
+    except BaseException:
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+        raise
+    if not (steps := steps_done(folder)):
+        return True
+    return subprocess.run([*command, "--train.steps", str(steps)], check=False).returncode == 0
+
+
+def steps_done(folder: Path) -> int:
+    """The step of a run's newest checkpoint; 0 without one."""
+    paths = checkpoint_paths(folder / "checkpoints")
+    return int(paths[0].name.removeprefix("step-")) if paths else 0
+
+
+def write_results(name: str, recipe: str, folders: Sequence[Path]) -> None:
+    """Write the results file and the curves of the runs of one name that exist."""
+    out = RESULTS / f"runs-lra-{name}.json"
+    results.main([*map(str, folders), "--as", experiment_of(recipe), "--out", str(out)])
+    by_experiment, _ = pool([read_file(out, lambda source: None)])
+    learning_curves(by_experiment[experiment_of(recipe)], out.with_suffix(".png"))
+
+
+def experiment_of(recipe: str) -> str:
+    """The name of a recipe's task in published.yaml."""
+    return recipe.replace("pathx", "path-x")
+
+
+def summary(grid: dict[str, Any], runs: Path) -> list[dict[str, Any]]:
+    """A row for each name of the grid, then one for each published task that was not run, with the reason."""
+    rows: list[dict[str, Any]] = []
+    for name, run in grid.items():
+        folders = [folder for seed in run["seeds"] if steps_done(folder := runs / f"{name}-{seed}")]
+        seeds = [results.read_run(folder)[1] for folder in folders]
+        scores = [f"{100 * seed.test.accuracy:.1f}" for seed in seeds if seed.test and seed.test.accuracy]
+        steps = ", ".join(f"{seed.steps:,}" for seed in seeds)
+        rows.append({"name": name, "steps": steps or "-", "accuracy": ", ".join(scores) or "-"})
+        if not seeds:
+            rows[-1]["reason"] = "not run yet"
+    for name, experiment in published().experiments.items():
+        if experiment.group == "lra" and experiment.not_run:
+            rows.append({"name": name, "reason": f"not run: {experiment.not_run}"})
+    return rows
+
+
+COLUMNS = {
+    "run": lambda row: row["name"],
+    "steps": lambda row: row["steps"],
+    "test accuracy, %": lambda row: row["accuracy"],
+}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -65,36 +121,55 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cifar10", type=user_path, help="folder with CIFAR-10's (default: no Image)")
     parser.add_argument("--runs", type=user_path, default=Path("runs/lra"), help="folder of the runs")
     parser.add_argument("--only", nargs="+", help="names of lra.yaml (default: all)")
-    parser.add_argument("--minutes", type=float, default=240, help="time limit (default: %(default)s)")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=240,
+        help="when training stops (default: %(default)s); the test of the last run comes after that",
+    )
     return parser
 
 
-def main(argv: list[str]) -> None:
-    """Train what there is time for, and write the results files.
+def read_grid(names: Sequence[str] | None) -> dict[str, Any]:
+    """The runs of lra.yaml with these names (all by default).
 
     Raises:
-        UserError: an unknown name, or a run failed.
+        UserError: names that it does not have.
+    """
+    grid = yaml.safe_load(GRID.read_text())["runs"]
+    errors = [
+        f"there is no {name} ({did_you_mean(nearest_names(name, grid), otherwise=', '.join(grid))})"
+        for name in names or ()
+        if name not in grid
+    ]
+    if errors:
+        raise UserError.from_list([("--only", error) for error in errors])
+    return {name: grid[name] for name in names or grid}
+
+
+def main(argv: list[str]) -> None:
+    """Train what there is time for, write the results files, and print the table.
+
+    Raises:
+        UserError: an unknown name; or some runs failed, after the others were trained.
     """
     arguments = _parser().parse_args(argv)
-    grid = yaml.safe_load(GRID.read_text())["runs"]
-    if unknown := [name for name in arguments.only or () if name not in grid]:
-        raise UserError("--only", f"{unknown[0]!r} is none of {', '.join(grid)}")
+    grid = read_grid(arguments.only)
     deadline = time.monotonic() + 60 * arguments.minutes
-    folders = {"IMDB": arguments.imdb, "CIFAR10": arguments.cifar10}
-    trained: dict[str, list[Path]] = {}
-    for name in arguments.only or grid:
-        run = grid[name]
-        needed = [key for key in folders if f"folder: {key}" in str(run["settings"])]
-        if any(folders[key] is None for key in needed):
-            print(f"{name} is left out: it needs --{needed[0].lower()}")
+    data = {"IMDB": arguments.imdb, "CIFAR10": arguments.cifar10}
+    failures = []
+    for name, run in grid.items():
+        needed = [key for key in data if f"folder: {key}" in str(run["settings"])]
+        if any(data[key] is None for key in needed):
+            print(f"{name} is left out: it needs --{needed[0].lower()}", file=sys.stderr)
             continue
-        for seed in run["seeds"]:
-            if time.monotonic() >= deadline:
-                break
-            folder = arguments.runs / f"{name}-{seed}"
-            train(command_of(run, folder, seed, folders), deadline - time.monotonic())
-            if is_run(folder):
-                trained.setdefault(run["recipe"], []).append(folder)
-    for recipe, paths in trained.items():
-        out = RESULTS / f"runs-{recipe}.json"
-        results.main([*map(str, paths), "--as", recipe.replace("pathx", "path-x"), "--out", str(out)])
+        folders = [arguments.runs / f"{name}-{seed}" for seed in run["seeds"]]
+        for seed, folder in zip(run["seeds"], folders, strict=True):
+            left = deadline - time.monotonic()
+            if left > 0 and not train(command_of(run, folder, seed, data), folder, left):
+                failures.append((folder.name, "failed; its messages are above"))
+            if existing := [folder for folder in folders if steps_done(folder)]:
+                write_results(name, run["recipe"], existing)
+    print(table(summary(grid, arguments.runs), COLUMNS, "Long Range Arena"))
+    if failures:
+        raise UserError.from_list(failures)

@@ -193,7 +193,8 @@ def _missing_blocks(quality: Quality) -> list[str]:
         experiment = experiments[name]
         unit = METRICS[experiment.metric].title if experiment.metric else "for reference"
         has_runs = bool(quality.pooled.get(name))
-        note = "; above are runs of another task, or without a validation so far" * has_runs
+        note = f" ({text(experiment.not_run)})" if experiment.not_run else ""
+        note += "; above are runs of another task, or without a validation so far" * has_runs
         lines.append(f"- {code(name)}: {text(experiment.title)} ({unit}): {NOT_RUN}{note}")
     return ["## Not run", "\n".join(lines) or "Nothing is missing."]
 

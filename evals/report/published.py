@@ -60,6 +60,8 @@ class Experiment(_Strict):
     """Published settings: keys of a recipe, or sequences_per_step, parameters, tokens."""
     lm_eval: LmEval | None = None
     note: str = ""
+    not_run: str = ""
+    """Why none of our runs has the published size."""
     rows: list[PublishedRow]
 
 
