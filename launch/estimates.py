@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..common.errors import UserError
+from ..data import LabelledTask
 from ..pipeline.config import Recipe
 from ..pipeline.launch_checks import layout_errors
 from .activation_memory import block_bytes
@@ -56,6 +57,7 @@ class Workload:
     lanes: int
     tokens: int
     """Tokens of a micro batch in one process."""
+    carries_state: bool
 
 
 def measure(recipe: Recipe, vocab_size: int) -> Model:
@@ -90,6 +92,12 @@ def measure(recipe: Recipe, vocab_size: int) -> Model:
     )
 
 
+def num_texts(recipe: Recipe) -> int:
+    """Texts of a lane: two for pairs (Retrieval), else one. Each has at most `batch.chunk` tokens."""
+    task = recipe.task()
+    return task.TOWERS if isinstance(task, LabelledTask) else 1
+
+
 def workload_of(recipe: Recipe, processes: int) -> Workload:
     """Divide a step's readers and chunks among processes.
 
@@ -105,7 +113,8 @@ def workload_of(recipe: Recipe, processes: int) -> Workload:
         context=context,
         readers=batch.readers // groups,
         lanes=batch.lanes,
-        tokens=batch.lanes * batch.chunk // context,
+        tokens=batch.lanes * num_texts(recipe) * batch.chunk // context,
+        carries_state=batch.carry_state,
     )
 
 
@@ -121,20 +130,26 @@ def widths(precision: str) -> tuple[int, int]:
 
 def working_memory(model: Model, workload: Workload, precision: str) -> dict[str, float]:
     """Bytes that do not depend on the engine, by purpose."""
+    (w, c), config = widths(precision), model.config
+    state = config.state_size * w + max(config.conv_kernel - 1, 0) * config.hidden_size * c
+    num_states = workload.readers * workload.lanes * config.num_hidden_layers
+    return {
+        "bf16 copies": c * model.matrices if c < w else 0,
+        "loss": _loss_memory(model, workload, precision),
+        "carried states": num_states * state if workload.carries_state else 0,
+    }
+
+
+def _loss_memory(model: Model, workload: Workload, precision: str) -> float:
     from ..models.loss import BLOCK_ELEMENTS
 
     (w, c), config = widths(precision), model.config
     vocab, hidden = config.vocab_size, config.hidden_size
+    if is_classifier(model):  # the hidden states that are pooled, and their gradient; logits are few
+        return 2 * w * workload.tokens * hidden
     block = min(BLOCK_ELEMENTS // vocab * vocab, workload.tokens * vocab)
     head = vocab * hidden
-    state = config.state_size * w + max(config.conv_kernel - 1, 0) * hidden * c
-    return {
-        "bf16 copies": c * model.matrices if c < w else 0,
-        "loss": (w + c) * block
-        + (w + c + (c if c < w else 0)) * head
-        + (w + 2 * c) * workload.tokens * hidden,
-        "carried states": workload.readers * workload.lanes * config.num_hidden_layers * state,
-    }
+    return (w + c) * block + (w + c + (c if c < w else 0)) * head + (w + 2 * c) * workload.tokens * hidden
 
 
 def activations(model: Model, workload: Workload, precision: str, recompute: str) -> float:
@@ -173,10 +188,18 @@ def bytes_sent(num_parameters: int, workload: Workload, precision: str, engine: 
     return ring * {"DDP": 2, "ZeRO-1": 2, "ZeRO-2": workload.readers + 1}.get(engine, 3 * workload.readers)
 
 
+def is_classifier(model: Model) -> bool:
+    """Whether the model gives each row a label, and so has no logits over the vocabulary."""
+    return model.config.problem_type is not None
+
+
 def flops_per_token(model: Model) -> int:
-    """Training FLOPs per token. An embedding that is not tied costs none, as it is only a lookup."""
+    """Training FLOPs per token. An embedding that is not tied costs none, as it is only a lookup, and a
+    classifier's head costs none, as it is computed once per row."""
     from ..pipeline.machine import training_flops_per_token
 
     config = model.config
+    if is_classifier(model):
+        return training_flops_per_token(model.parameters - model.parts["embedding and head"])
     lookup = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
     return training_flops_per_token(model.parameters - lookup)

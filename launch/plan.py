@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from ..common.checks import option_minimum_errors
 from ..common.errors import UserError
+from ..data import is_labelled
 from ..pipeline.config import Recipe
 from ..pipeline.options import new_parser
 from .estimates import (
@@ -18,6 +19,7 @@ from .estimates import (
     engine_memory,
     flops_per_token,
     measure,
+    num_texts,
     working_memory,
     workload_of,
 )
@@ -46,14 +48,18 @@ def parse_memory(text: str) -> float:
 def heading(recipe: Recipe, model: Model | FamilySize, flops: int, workload: Workload) -> list[str]:
     """Parameters, tokens, FLOPs and the share of a process, one line each."""
     batch, steps = recipe.batch, recipe.train.steps
-    tokens = batch.tokens_per_step * steps
+    texts = num_texts(recipe)
+    tokens_per_step = texts * batch.tokens_per_step
+    tokens = tokens_per_step * steps
     parts = ", ".join(f"{part} {count:,}" for part, count in model.parts.items())
     shape = f"{batch.readers} readers x {batch.lanes} lanes x {batch.chunk}"
+    if is_labelled(recipe.data.corpus):
+        shape = f"at most: {shape}" + (f" x {texts} texts" if texts > 1 else "")
     sharing = f", {workload.context} to a chunk" if workload.context > 1 else ""
     note = " (train.precision auto, on a GPU)" if recipe.train.precision == "auto" else ""
     return [
         f"parameters  {model.parameters:,}: {parts}",
-        f"tokens      {batch.tokens_per_step:,} a step ({shape}), {steps:,} steps: "
+        f"tokens      {tokens_per_step:,} a step ({shape}), {steps:,} steps: "
         f"{tokens / 1e9:.3g}B, {tokens / model.parameters:.1f} per parameter",
         f"FLOPs       {flops:.3g} a token (6 per parameter), {flops * tokens:.3g} in all",
         f"a process   {workload.readers} micro batches of {workload.tokens:,} tokens a step; "
@@ -94,7 +100,7 @@ def memory_table(model: Model, workload: Workload, precision: str, memory: float
 def time_line(recipe: Recipe, flops: int, workload: Workload, tflops: float, fraction: float) -> str:
     """Seconds per step and days in all, at a given rate and number of FLOPs per token."""
     recomputation = 4 / 3 if recipe.train.recompute == "full" else 1.0  # the forward pass runs twice
-    seconds = flops * recomputation * recipe.batch.tokens_per_step
+    seconds = flops * recomputation * num_texts(recipe) * recipe.batch.tokens_per_step
     seconds /= workload.processes * tflops * 1e12 * fraction
     days = seconds * recipe.train.steps / 86400
     rate = f"{fraction:.0%} of {tflops:g} TFLOP/s in each process (an assumption)"
