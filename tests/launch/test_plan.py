@@ -1,5 +1,7 @@
 """The plan agrees with the model, the kernels and the engines."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given
@@ -14,6 +16,7 @@ from minrnn.models import MinRNNConfig, MinRNNForCausalLM
 from minrnn.models.minimal_coefficients import MINIMAL_CELLS
 from minrnn.models.recompute import RECOMPUTE, checkpointing_options
 from minrnn.models.registry import CELLS
+from minrnn.pipeline.classification import new_model
 from minrnn.pipeline.config import Recipe
 from minrnn.pipeline.machine import training_flops_per_token
 from minrnn.pipeline.recipe import build_recipe, read_recipe
@@ -78,6 +81,11 @@ def kept_bytes(recipe: Recipe, recompute: str, layers: int) -> int:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.train.precision == "bf16"):
             return model(input_ids=ids, shift_labels=ids, skip_logits=True).loss
 
+    return kept_by(loss)
+
+
+def kept_by(loss: Callable[[], torch.Tensor]) -> int:
+    """Bytes that a forward pass keeps for its backward pass."""
     loss()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         value = loss()  # its graph holds the activations
@@ -129,6 +137,35 @@ def test_activations_are_what_the_blocks_keep(precision: str, fields: dict, reco
             / model.config.num_hidden_layers
         )
     assert measured / TOKENS == pytest.approx(block_bytes(model.config, precision)[recompute], rel=0.04)
+
+
+@pytest.mark.parametrize(("corpus", "texts"), [("lra/image", 1), ("lra/retrieval", 2)])
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_a_classifier_has_no_logits_of_tokens(corpus: str, texts: int, pooling: str):
+    """It keeps the hidden states of all texts, once or twice, besides what its blocks keep."""
+    values: dict = {"model": {"hidden_size": 64, "num_hidden_layers": 1, "intermediate_size": 128}}
+    values["model"] |= {"pooling": pooling, "bidirectional": True}
+    values |= {"data": {"corpus": corpus}, "batch": {"lanes": 2, "chunk": 4000}}
+    recipe = build_recipe({**values, "train": {"precision": "fp32"}})
+    estimate, workload = estimates.measure(recipe, 264), estimates.workload_of(recipe, 1)
+    assert workload.tokens == 2 * texts * 4000
+    model = new_model("minrnn", estimate.config).train()
+    shape = (2, 4000) if texts == 1 else (2, 2, 4000)
+    ids, labels = torch.zeros(shape, dtype=torch.long), torch.tensor([0, 1])
+    kept = kept_by(lambda: model(input_ids=ids, labels=labels, use_cache=False).loss)
+    common = estimates.working_memory(estimate, workload, "fp32")
+    rest = kept - estimates.activations(estimate, workload, "fp32", "none")
+    assert 0.45 * common["loss"] < rest < 1.1 * common["loss"]
+    assert common["carried states"] == 0
+    head = sum(p.numel() for p in [*model.score.parameters(), *model.get_input_embeddings().parameters()])
+    assert estimates.flops_per_token(estimate) == training_flops_per_token(model.num_parameters() - head)
+
+
+def test_a_plan_counts_both_texts_of_pairs(capsys):
+    main(["plan", "--config", "lra-retrieval", "--processes", "1", "--tflops", "100"])
+    text = capsys.readouterr().out
+    assert "512,000 a step (at most: 1 readers x 64 lanes x 4000 x 2 texts)" in text
+    assert "1 micro batches of 512,000 tokens a step" in text
 
 
 @given(st.integers(1, 6), st.integers(0, 6), st.integers(0, 3), st.integers(1, 8))
