@@ -38,7 +38,9 @@ CURVE_POINTS = 100
 KEPT_SECTIONS = ("model", "data", "batch", "optim", "train")
 # Settings that change how a run is executed and reported, not what it computes.
 IGNORED_SETTINGS = {
+    "data.cache",
     "data.workers",
+    "model.limits",
     "train.keep_checkpoints",
     "train.log_every",
     "train.peer_timeout",
@@ -248,7 +250,7 @@ def _read_seed(run: Path, seed: int, steps: int) -> Seed | None:
 def settings(config: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """{"optim.lr": ...}: the settings that are equal in runs that differ only in their seed.
 
-    Settings that are newer than a run have their defaults.
+    Settings that are newer than a run have their defaults. Of a task's folder, the name counts.
     """
     flat = {
         f"{section}.{name}": value for section, fields in config.items() for name, value in fields.items()
@@ -256,7 +258,10 @@ def settings(config: dict[str, dict[str, Any]]) -> dict[str, Any]:
     for section in config:
         for name, field in SECTIONS[section].model_fields.items():
             flat.setdefault(f"{section}.{name}", field.get_default(call_default_factory=True))
-    return {key: value for key, value in flat.items() if key not in IGNORED_SETTINGS}
+    task = dict(flat.get("data.task") or {})
+    if task.get("folder"):
+        task["folder"] = Path(task["folder"]).name
+    return {key: value for key, value in flat.items() if key not in IGNORED_SETTINGS} | {"data.task": task}
 
 
 def group_runs(runs: Sequence[Path]) -> list[Entry]:

@@ -59,6 +59,15 @@ def test_seeds_are_pooled_despite_settings_without_effect(tmp_path: Path):
         runs.group_runs([first, second, again])
 
 
+def test_seeds_are_pooled_wherever_their_examples_are(tmp_path: Path):
+    """The path of a folder does not matter; another source does."""
+    folders = []
+    for seed, task in enumerate(({"folder": "/a/cifar10"}, {"folder": "data/cifar10"}, {})):
+        data = {"data__cache": str(tmp_path / str(seed)), "data__task": task, "data__corpus": "lra/image"}
+        folders.append(make_run(tmp_path / f"run-{seed}", "lra-image", seed, accuracies=[0.5], **data))
+    assert [[seed.seed for seed in entry.seeds] for entry in runs.group_runs(folders)] == [[0, 1], [2]]
+
+
 def test_seeds_are_pooled_despite_settings_newer_than_a_run(tmp_path: Path):
     folders = [
         make_run(tmp_path / f"run-{seed}", "shakespeare-paper", seed, losses=[1.5 + seed]) for seed in (0, 1)
