@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from ..data import is_labelled
+from ..data import LabelledTask, build_task, is_labelled
 from .public import public_config
 
 NAME = "README.md"
@@ -18,7 +18,7 @@ tags: [minrnn, {cell}]
 # {name}
 
 {introduction} ({cell}, {parameters:,} parameters), \
-pretrained with `minrnn` on `{corpus}`: {tokens:,} tokens{score}.
+{trained} with `minrnn` on `{corpus}`: {tokens:,} tokens{score}.
 {note}
 
 ```python
@@ -40,12 +40,19 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=200, do_sample=Tr
 CLASSIFICATION = """from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 model = AutoModelForSequenceClassification.from_pretrained(PATH, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(PATH, trust_remote_code=True)
-logits = model(**tokenizer(TEXT, return_tensors="pt")).logits
+tokenizer = AutoTokenizer.from_pretrained(PATH)
+inputs = tokenizer({texts}, return_tensors="pt", padding=True)
+logits = model({inputs}).logits
+print(model.config.id2label[int(logits.argmax())])
 """
+ONE_TEXT = CLASSIFICATION.format(texts="[TEXT]", inputs="**inputs")
+PAIR = CLASSIFICATION.format(
+    texts="[TEXT, OTHER_TEXT]", inputs="**{name: value[None] for name, value in inputs.items()}"
+)
 RECURRENT = {
     "task": "text-generation",
     "introduction": "A minimal recurrent language model",
+    "trained": "pretrained",
     "note": "Its state has a fixed size, so time and memory per token do not grow with the context.",
     "usage": GENERATION,
 }
@@ -53,13 +60,20 @@ OTHER = {
     **RECURRENT,
     "introduction": "A language model",
     "note": "It is a model of `transformers`, and needs no code of `minrnn`.",
+    "usage": GENERATION.replace(", trust_remote_code=True", ""),
 }
-CLASSIFIER = {
-    "task": "text-classification",
-    "introduction": "A minimal recurrent classifier",
-    "note": "It gives each text one label.",
-    "usage": CLASSIFICATION,
-}
+
+
+def _classifier(corpus: str, options: dict[str, Any]) -> dict[str, str]:
+    task = build_task(corpus, options)
+    assert isinstance(task, LabelledTask)
+    return {
+        "task": "text-classification",
+        "introduction": "A minimal recurrent classifier",
+        "trained": "trained",
+        "note": f"It reads {task.INPUT}. Its labels are {', '.join(task.LABELS)}.",
+        "usage": ONE_TEXT if task.TOWERS == 1 else PAIR,
+    }
 
 
 def model_card(
@@ -84,7 +98,9 @@ def model_card(
     corpus = published["data"]["corpus"]
     sections = {section: fields for section, fields in published.items() if section != "tracking"}
     text = yaml.safe_dump(sections, sort_keys=False)
-    kind = CLASSIFIER if is_labelled(corpus) else RECURRENT if has_state else OTHER
+    kind = RECURRENT if has_state else OTHER
+    if is_labelled(corpus):
+        kind = _classifier(corpus, published["data"].get("task") or {})
     return CARD.format(
         name=name,
         cell=cell,
@@ -98,13 +114,10 @@ def model_card(
 
 
 def is_card(text: str) -> bool:
-    """Whether a text is exactly what `model_card` makes for some recurrent model, without changes by hand."""
-    return any(_is_made_from(kind, text) for kind in (RECURRENT, CLASSIFIER))
-
-
-def _is_made_from(kind: dict[str, str], text: str) -> bool:
+    """Whether a text is exactly what `model_card` makes for some recurrent language model, without changes
+    by hand."""
     card = CARD
-    for field, value in kind.items():
+    for field, value in RECURRENT.items():
         card = card.replace(f"{{{field}}}", value)
     pattern = re.sub(r"\\\{config\\\}", lambda _: r"(?:(?!```)[\s\S])*", re.escape(card))
     pattern = re.sub(r"\\\{[\w:,]+\\\}", ".*", pattern)

@@ -30,6 +30,8 @@ class LabelledTask(ABC):
 
     NAME: ClassVar[str]
     LABELS: ClassVar[tuple[str, ...]]
+    INPUT: ClassVar[str]
+    """What a model of the task reads, for its card."""
     TOWERS: ClassVar[int] = 1
     """Texts of an example."""
     HUB: ClassVar[str]

@@ -31,6 +31,7 @@ class ListOps(GeneratedTask):
 
     NAME: ClassVar[str] = "listops"
     LABELS: ClassVar[tuple[str, ...]] = tuple(map(str, range(10)))
+    INPUT: ClassVar[str] = "an expression, such as `[MAX 2 9 [MIN 4 7 ] 0 ]`"
     GENERATOR_OPTIONS: ClassVar[tuple[str, ...]] = ("data_seed", "min_length", "max_depth", "max_args")
     SIZES: ClassVar[tuple[int, int, int]] = (96_000, 2_000, 2_000)
     COLUMNS: ClassVar[list[str]] = ["Source", "Target"]
@@ -98,6 +99,7 @@ class ListOps(GeneratedTask):
 class PixelTask(LabelledTask):
     """A task on square grey images, whose pixels are read row by row."""
 
+    INPUT: ClassVar[str] = "the grey levels of a square image, 0 to 255, row by row, with spaces between them"
     SIDE: ClassVar[int]
     IMAGE_COLUMN: ClassVar[str] = "image"
 
@@ -250,6 +252,7 @@ class Text(_ByteTask):
 
     NAME: ClassVar[str] = "text"
     LABELS: ClassVar[tuple[str, ...]] = ("negative", "positive")
+    INPUT: ClassVar[str] = "a review of a film"
     HUB: ClassVar[str] = "stanfordnlp/imdb"
     REVISION: ClassVar[str] = "e6281661ce1c48d982bc483cf8a173c1bbeb5d31"
 
@@ -274,6 +277,7 @@ class Retrieval(_ByteTask):
 
     NAME: ClassVar[str] = "retrieval"
     LABELS: ClassVar[tuple[str, ...]] = ("unrelated", "cites")
+    INPUT: ClassVar[str] = "two papers"
     TOWERS: ClassVar[int] = 2
     HUB: ClassVar[str] = "OpenNLPLab/lra"
     REVISION: ClassVar[str] = "6cb133c44f406da743661488df9e977b87d98775"
