@@ -13,7 +13,6 @@ Both forms treat document starts and padding exactly (boundaries.py).
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -241,11 +240,9 @@ def summarize(inputs: CellInputs, spec: CellSpec, backend: str) -> tuple[Tensor,
 
     The tokens map a state h to decay * h + last. `inputs.h0` is not read.
     """
-    inputs = replace(inputs, h0=zero_state(inputs.projected, inputs.gate_bias))
-    if not spec.is_fused(inputs.projected.dtype, backend):
-        _, last, decay = composed(inputs, spec, backend=backend, return_decay=True)
-    else:  # not the operator, whose outputs selective recomputation would keep
-        _, _, last, decay = _KERNELS[backend][0](inputs, spec, True)
+    _, last, decay = cell_scan_with_decay(
+        inputs.projected, inputs.gate_bias, spec=spec, boundaries=inputs.boundaries, backend=backend
+    )
     return decay, last
 
 

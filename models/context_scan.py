@@ -29,6 +29,7 @@ from .cell_spec import CellInputs, CellSpec
 from .context_parallel import ContextGroup, all_gather_async
 from .matrix_scan import matrix_scan, matrix_scan_summary
 from .max_plus import max_plus_scan
+from .recompute import keep_nothing
 from .rotating_scan import phases, rotate, rotating_scan
 from .scan import default_backend, linear_scan, linear_scan_with_decay
 
@@ -180,7 +181,8 @@ class _ContextScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, scan: AffineScan, group: ContextGroup, h0: Tensor, *tensors: Tensor):
-        decay, last = scan.summarize(h0, *tensors)
+        with keep_nothing():
+            decay, last = scan.summarize(h0, *tensors)
         message = torch.cat([decay.flatten(), last.flatten()])
         decays, lasts = all_gather_async(message, group)().split([decay.numel(), last.numel()], dim=1)
         decays, lasts = decays.unflatten(1, decay.shape), lasts.unflatten(1, last.shape)
@@ -257,7 +259,8 @@ def context_cell_scan(
 
 @torch.no_grad()
 def _max_plus(w: Tensor, key: Tensor, m0: Tensor, group: ContextGroup) -> tuple[Tensor, Tensor, Tensor]:
-    _, own = max_plus_scan(w, key, torch.full_like(m0, -torch.inf))
+    with keep_nothing():
+        _, own = max_plus_scan(w, key, torch.full_like(m0, -torch.inf))
     falls, tops = all_gather_async(torch.stack([w.sum(1), own]), group)().unbind(1)
     states = [m0]
     for fall, top in zip(falls, tops, strict=True):

@@ -17,6 +17,9 @@ and its operands:
 precision by running one block on fake tensors.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -34,8 +37,21 @@ def is_expensive(operator: Any) -> bool:
     return operator in _EXPENSIVE_OPERATORS or is_scan
 
 
+_keeps_nothing = ContextVar("keeps_nothing", default=False)
+
+
+@contextmanager
+def keep_nothing() -> Iterator[None]:
+    """Inside, "selective" keeps no results: those that only the forward pass needs."""
+    token = _keeps_nothing.set(True)
+    try:
+        yield
+    finally:
+        _keeps_nothing.reset(token)
+
+
 def _policy(_, operator, *args, **kwargs) -> CheckpointPolicy:
-    is_kept = is_expensive(operator)
+    is_kept = is_expensive(operator) and not _keeps_nothing.get()
     return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 

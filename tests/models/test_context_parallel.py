@@ -5,17 +5,21 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import assert_close, generator, new_model
+from helpers import assert_close, generator, new_model, random_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
+from minrnn.models import context_parallel, context_scan
 from minrnn.models.boundaries import Boundaries, reach_within_document
 from minrnn.models.cell_scan import cell_scan, scan_gradients, scan_without_graph, summarize
 from minrnn.models.cell_spec import CellInputs, CellSpec
 from minrnn.models.context_parallel import ContextGroup, use_context_parallel
 from minrnn.models.context_scan import fold
 from minrnn.models.conv import causal_conv, conv_gradients
+from minrnn.models.recompute import checkpointing_options
+from minrnn.models.registry import CELLS
 
 BATCH, TIME, WIDTH = 2, 20, 5
 edges_in = st.lists(st.integers(0, TIME), max_size=5).map(lambda cuts: [0, *sorted(cuts), TIME])
@@ -115,3 +119,28 @@ def test_needs_processes_and_a_model_to_cut():
         use_context_parallel(new_model(), group)
     with pytest.raises(ValueError, match="Linear has no MinRNNMixer"):
         use_context_parallel(torch.nn.Linear(2, 2), None)
+
+
+def kept_bytes(cell: str, group: ContextGroup | None, time: int) -> int:
+    """Bytes that "selective" keeps of a forward pass."""
+    model = new_model(cell=cell).train()
+    for module in model.modules():
+        if hasattr(module, "context_group"):
+            module.context_group = group  # pyright: ignore[reportAttributeAccessIssue]
+    options = checkpointing_options("selective")
+    assert options is not None
+    forward, _ = options["context_fn"]()
+    with forward:
+        model.model(random_ids(2, time))
+    kept = [getattr(value, "val", value) for value in tree_leaves(forward.storage)]
+    return sum(value.nbytes for value in kept if isinstance(value, Tensor))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_selective_recomputation_keeps_nothing_of_the_summaries(cell, monkeypatch):
+    """Per token, a slice keeps what a whole sequence keeps. One process holds the whole as its only slice."""
+    for module in (context_parallel, context_scan):
+        monkeypatch.setattr(module, "all_gather_async", lambda tensor, _: lambda: tensor.unsqueeze(0))
+    group = ContextGroup(None, 0, 1)  # pyright: ignore[reportArgumentType]
+    whole, cut = (kept_bytes(cell, g, 128) - kept_bytes(cell, g, 64) for g in (None, group))
+    assert cut == whole > 0

@@ -44,11 +44,12 @@ class Case:
 
 
 MINLSTM = {"cell": "minlstm", "preset": "paper"}  # no output gate
+PUBLISHED = [cell for cell in CELLS if cell not in MINIMAL_CELLS]
 LIGHT = [
     Case("two chunks", chunks=2),
     Case("minlstm fp64", {**MINLSTM, "conv_kernel": 6}, torch.float64),
     Case("bf16, selective", autocast=True, recompute="selective", chunks=2),
-    *(Case(cell, {"cell": cell}, torch.float64) for cell in CELLS if cell not in MINIMAL_CELLS),
+    *(Case(cell, {"cell": cell}, torch.float64) for cell in PUBLISHED),
 ]
 CASES = [
     *LIGHT,
@@ -67,6 +68,7 @@ CASES = [
     Case("rwkv4, selective", {"cell": "rwkv4"}, recompute="selective", chunks=2),
     Case("lru, full", {"cell": "lru"}, recompute="full", chunks=2),
     Case("compiled, selective", compiled=True, recompute="selective", chunks=2),
+    *(Case(f"{cell}, bf16", {"cell": cell}, autocast=True, recompute="selective") for cell in PUBLISHED),
 ]
 
 
