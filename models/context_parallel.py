@@ -13,16 +13,18 @@ Replicated values. The states before and after the sequence have the same bits o
 process holds their total gradients, which are never summed. The gradients of parameters are each slice's
 share, to be summed over the processes, as DDP and ZeRO do.
 
-Messages per layer, to each other process, in bytes (B batch, S numbers of the state, H hidden_size, K
-conv_kernel, w bytes of an activation):
+Messages per layer, to each other process, in bytes (B batch; S numbers of the state of a scan, A of its
+decays; H hidden_size, K conv_kernel, w bytes of an activation):
 
-    forward     8 B S + w B (K-1) H        (A, s) in one message, the last inputs in another
-    backward    4 B S + w B (K-1) H        d in one, the gradients of the last inputs in another
+                       forward          backward
+    convolution        w B (K-1) H      w B (K-1) H       the last inputs; their gradients
+    each scan          4 B (A + S)      4 B S             (A, s); d
+    running maximum    8 B S            -                 how far it falls in the slice; the slice's own
 
-This holds for fp32 and bf16; in fp64 it is 16 B S and 8 B S. A state matrix has one A for each of its rows,
-so the forward's message is little more than 4 B S. The length of the sequence does not matter.
-Recomputation sends the forward's messages again. All processes send in the same order whatever their data
-are, so documents may start in one slice and not in another.
+A is S, but for a state matrix its number of rows, in all heads. The length of the sequence does not matter.
+In fp64, scans and maxima send twice as much. Recomputation sends the forward's messages again.
+docs/context-parallel.md lists the scans of each cell. All processes send in the same order whatever their
+data are, so documents may start in one slice and not in another.
 """
 
 from collections.abc import Callable

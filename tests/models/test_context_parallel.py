@@ -1,7 +1,9 @@
 """States and gradients folded from the slices' summaries, in one process."""
 
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from minrnn.models import context_parallel, context_scan
+from minrnn.models import MinRNNForCausalLM, context_parallel, context_scan
 from minrnn.models.boundaries import Boundaries, reach_within_document
 from minrnn.models.cell_scan import cell_scan, scan_gradients, scan_without_graph, summarize
 from minrnn.models.cell_spec import CellInputs, CellSpec
@@ -121,12 +123,62 @@ def test_needs_processes_and_a_model_to_cut():
         use_context_parallel(torch.nn.Linear(2, 2), None)
 
 
+def model_of_slices(cell: str, group: ContextGroup | None) -> MinRNNForCausalLM:
+    model = new_model(cell=cell).train()
+    modules: list[Any] = [module for module in model.modules() if hasattr(module, "context_group")]
+    for module in modules:
+        module.context_group = group
+    return model
+
+
+@pytest.fixture
+def sent(monkeypatch) -> list[int]:
+    """Bytes of each message of one process that holds the whole sequence as its only slice."""
+    sizes: list[int] = []
+
+    def all_gather_async(tensor: Tensor, _) -> Callable[[], Tensor]:
+        sizes.append(tensor.nbytes)
+        return lambda: tensor.unsqueeze(0)
+
+    for module in (context_parallel, context_scan):
+        monkeypatch.setattr(module, "all_gather_async", all_gather_async)
+    return sizes
+
+
+ALONE = ContextGroup(None, 0, 1)  # pyright: ignore[reportArgumentType]
+
+
+def stated_messages(cell: str, width: int, heads: int, keys: int, values: int) -> tuple[list[int], list[int]]:
+    """Numbers of each scan's messages, forward and backward, as docs/context-parallel.md states them."""
+    matrix, with_normalizer = heads * keys * values, heads * keys * (values + 1)
+    return {
+        "gilr_lstm": ([2 * width] * 2, [width] * 2),
+        "rwkv4": ([2 * width, 4 * width], [2 * width]),
+        "s4d": ([32 * width], [16 * width]),
+        "linear_attention": ([with_normalizer + heads * keys], [with_normalizer]),
+        "hgrn2": ([matrix + heads * keys], [matrix]),
+        "gla": ([matrix + heads * keys], [matrix]),
+        "mlstm": ([2 * heads, with_normalizer + heads * keys], [with_normalizer]),
+    }.get(cell, ([2 * width], [width]))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("time", [6, 60])
+def test_messages_are_as_stated_for_every_cell_and_length(cell, time, sent):
+    model = model_of_slices(cell, ALONE)
+    config = model.config
+    forward, backward = stated_messages(cell, config.recurrent_size, 3, 4 if cell == "gla" else 8, 8)
+    inputs = 4 * BATCH * (config.conv_kernel - 1) * config.hidden_size
+    logits = model(random_ids(BATCH, time)).logits
+    assert sent == config.num_hidden_layers * [inputs, *(4 * BATCH * n for n in forward)]
+    sent.clear()
+    logits.sum().backward()
+    assert sent == config.num_hidden_layers * [*(4 * BATCH * n for n in backward), inputs]
+
+
 def kept_bytes(cell: str, group: ContextGroup | None, time: int) -> int:
     """Bytes that "selective" keeps of a forward pass."""
-    model = new_model(cell=cell).train()
-    for module in model.modules():
-        if hasattr(module, "context_group"):
-            module.context_group = group  # pyright: ignore[reportAttributeAccessIssue]
+    model = model_of_slices(cell, group)
     options = checkpointing_options("selective")
     assert options is not None
     forward, _ = options["context_fn"]()
@@ -137,10 +189,8 @@ def kept_bytes(cell: str, group: ContextGroup | None, time: int) -> int:
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_selective_recomputation_keeps_nothing_of_the_summaries(cell, monkeypatch):
-    """Per token, a slice keeps what a whole sequence keeps. One process holds the whole as its only slice."""
-    for module in (context_parallel, context_scan):
-        monkeypatch.setattr(module, "all_gather_async", lambda tensor, _: lambda: tensor.unsqueeze(0))
-    group = ContextGroup(None, 0, 1)  # pyright: ignore[reportArgumentType]
-    whole, cut = (kept_bytes(cell, g, 128) - kept_bytes(cell, g, 64) for g in (None, group))
+@pytest.mark.usefixtures("sent")
+def test_selective_recomputation_keeps_nothing_of_the_summaries(cell):
+    """Per token, a slice keeps what a whole sequence keeps."""
+    whole, cut = (kept_bytes(cell, group, 128) - kept_bytes(cell, group, 64) for group in (None, ALONE))
     assert cut == whole > 0
