@@ -23,8 +23,9 @@ class LRU(MinRNNMixer):
 
         h_t = exp(-exp(nu) + i exp(theta)) h_{t-1} + exp(gamma) u_t
 
-    The projections are the paper's B, the down-projection its C. Source: Orvieto et al., "Resurrecting
-    Recurrent Neural Networks for Long Sequences", arXiv 2303.06349.
+    The projections are the paper's B, the down-projection its C. Its term D x is left out, because the block
+    adds its input. Angles start uniformly in [0, pi): those in [pi, 2 pi) are the same with conjugate B and
+    C. Source: Orvieto et al., "Resurrecting Recurrent Neural Networks for Long Sequences", arXiv 2303.06349.
     """
 
     def __init__(self, config: "MinRNNConfig", layer: int):

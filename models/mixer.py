@@ -2,10 +2,10 @@
 
     mixer:  x -> causal convolution -> projections -> cell [* activation(output gate)] -> down-projection
 
-A subclass names its projections and its state, and computes outputs and the next state from them in `cell`.
-It uses the scans of `BoundedScans`, which handle document starts, padding, single tokens and sequences that
-are cut between processes, so that a cell is written once, as an equation. docs/new-cell.md adds one step by
-step.
+A cell is the recurrence in it: a subclass names its projections and its state, and computes outputs and the
+next state from them in `cell`. It uses the scans of `BoundedScans`, which handle document starts, padding,
+single tokens and sequences that are cut between processes, so that a cell is written once, as an equation.
+docs/new-cell.md adds one step by step.
 
 Shapes: B batch, T time, H hidden_size, R recurrent_size, K conv_kernel, S state_size.
 """
