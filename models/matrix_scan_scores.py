@@ -11,8 +11,7 @@ halves, the halves into halves, and so on: for i in the second half of a block a
 
 so the scores between the halves of a block are one matrix product over the key channels. (GLA, Yang et al.,
 arXiv 2312.06635, section 4.3, divides once and computes the blocks on the diagonal channel by channel.) With
-one decay per head, the same procedure with q = k = 1 gives the matrix of a(i, j), and s_ij = (q_i . k_j)
-a(i, j).
+one decay per head, the matrix of a(i, j) is a cumulative product, and s_ij = (q_i . k_j) a(i, j).
 
 Backward: the gradient for the logarithm of a product is the product times its gradient, and the logarithm of
 each decay receives it from every product that contains the decay.
@@ -51,8 +50,7 @@ def scores(q: Tensor, k: Tensor, decay: Tensor) -> Tensor:
     """q, k [X, C, K], decay [X, C, G] -> [X, C, C], lower triangular."""
     if decay.shape[-1] == k.shape[-1]:
         return _channel_scores(q, k, decay)
-    one = torch.ones_like(decay)
-    return torch.bmm(q, k.mT).mul_(_channel_scores(one, one, decay))
+    return torch.bmm(q, k.mT).mul_(head_decays(decay))
 
 
 def scores_and_gradients(
@@ -61,10 +59,23 @@ def scores_and_gradients(
     """`scores`, and the gradients for q, k and log(decay) from theirs, d_scores [X, C, C]."""
     if decay.shape[-1] == k.shape[-1]:
         return _channel_scores_and_gradients(q, k, decay, d_scores)
-    one, products = torch.ones_like(decay), torch.bmm(q, k.mT)
-    decays, _, _, d_log = _channel_scores_and_gradients(one, one, decay, products * d_scores)
+    decays, products = head_decays(decay), torch.bmm(q, k.mT)
     d_products = decays * d_scores
+    d_log = _head_log_gradient(products * d_products)
     return products.mul_(decays), torch.bmm(d_products, k), torch.bmm(d_products.mT, q), d_log
+
+
+def head_decays(decay: Tensor) -> Tensor:
+    """a(i, j) for j <= i, else 0: [X, C, 1] -> [X, C, C]."""
+    length = decay.shape[1]
+    is_after = decay.new_ones(length, length, dtype=torch.bool).tril(-1)
+    return torch.where(is_after, decay, 1).cumprod(1).tril_()
+
+
+def _head_log_gradient(grad: Tensor) -> Tensor:
+    """Gradient for log(decay) [X, C, 1] from that for log a(i, j) [X, C, C]: a_t is in it if j < t <= i."""
+    from_token = grad.new_ones(grad.shape[1:]).triu()  # i >= t
+    return (from_token @ grad).tril_(-1).sum(-1, keepdim=True)
 
 
 def _halves(x: Tensor, half: int) -> tuple[Tensor, Tensor]:
