@@ -25,7 +25,8 @@ HALF_TURNS = 2.0**63  # of a full turn, the range of int64
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [..., 2 P], real parts | imaginary parts, turned by an angle: x * (cos + i sin)."""
     real, imaginary = x.chunk(2, dim=-1)
-    return torch.cat([real * cos - imaginary * sin, real * sin + imaginary * cos], dim=-1)
+    turned_real = torch.addcmul(real * cos, imaginary, sin, value=-1)
+    return torch.cat([turned_real, torch.addcmul(real * sin, imaginary, cos)], dim=-1)
 
 
 def phases(theta: Tensor, time: int) -> tuple[Tensor, Tensor]:
