@@ -161,7 +161,7 @@ class RGLRU(MinRNNMixer):
     ) -> tuple[Tensor, Tensor]:
         u = parts[2]
         r, i = (at_least_fp32(x) + bias for x, bias in zip(parts[:2], self.gate_bias, strict=True))
-        log_a = -8 * torch.sigmoid(r) * F.softplus(at_least_fp32(self.decay))
+        log_a = torch.sigmoid(r) * (-8 * F.softplus(at_least_fp32(self.decay)))
         scale = (-torch.expm1(2 * log_a)).clamp(min=self.smallest).sqrt()
         if (starts := scans.starts(u, state)) is not None:
             scale = scale.masked_fill(starts, 1)
