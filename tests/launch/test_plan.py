@@ -1,6 +1,7 @@
 """The plan agrees with the model, the kernels and the engines."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -149,7 +150,7 @@ def test_a_classifier_has_no_logits_of_tokens(corpus: str, texts: int, pooling: 
     recipe = build_recipe({**values, "train": {"precision": "fp32"}})
     estimate, workload = estimates.measure(recipe, 264), estimates.workload_of(recipe, 1)
     assert workload.tokens == 2 * texts * 4000
-    model = new_model("minrnn", estimate.config).train()
+    model: Any = new_model("minrnn", estimate.config).train()
     shape = (2, 4000) if texts == 1 else (2, 2, 4000)
     ids, labels = torch.zeros(shape, dtype=torch.long), torch.tensor([0, 1])
     kept = kept_by(lambda: model(input_ids=ids, labels=labels, use_cache=False).loss)
