@@ -40,6 +40,14 @@ def missing_package_error(key: str, package: str, extra: str) -> UserError:
     return UserError(key, f"{package} is not installed: make setup-{extra}, or pip install 'minrnn[{extra}]'")
 
 
+def one_line_message(error: BaseException) -> str:
+    """The message of an error on one line, with the error's type unless it is an OSError."""
+    text = " ".join(str(error).split())[:300]
+    return (
+        text if isinstance(error, OSError) and text else f"{type(error).__name__}: {text}".removesuffix(": ")
+    )
+
+
 class NonFiniteError(RuntimeError):
     """The loss or the gradient is NaN or infinite."""
 

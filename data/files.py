@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import Literal, cast
 
-from ..common.errors import UserError
+from ..common.errors import UserError, one_line_message
 
 Kind = Literal["text", "jsonl", "csv", "parquet", "binary"]
 
@@ -114,14 +114,6 @@ def convert_read_errors(name: Path | str) -> Iterator[None]:
         ) from None
     except Exception as error:  # pyarrow, datasets and the hub's client each raise their own
         raise UserError("data.corpus", f"{name} cannot be read ({one_line_message(error)})") from error
-
-
-def one_line_message(error: BaseException) -> str:
-    """The message of an error on one line, with the error's type unless it is an OSError."""
-    text = " ".join(str(error).split())[:300]
-    return (
-        text if isinstance(error, OSError) and text else f"{type(error).__name__}: {text}".removesuffix(": ")
-    )
 
 
 def binary_format(head: bytes) -> str | None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..common.errors import UserError
+from ..common.errors import UserError, one_line_message
 from ..common.names import did_you_mean, nearest_names
 from .files import (
     HEAD_BYTES,
@@ -23,7 +23,6 @@ from .files import (
     binary_format,
     convert_read_errors,
     is_damage_error,
-    one_line_message,
     open_decompressed,
 )
 

@@ -9,9 +9,8 @@ import signal
 import sys
 import traceback
 
-from ..common.errors import UserError
+from ..common.errors import UserError, one_line_message
 from ..common.output import secure_output
-from .files import one_line_message
 from .worker_process import Job
 
 

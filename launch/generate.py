@@ -93,8 +93,9 @@ def _print(text: str) -> None:
 
 def _check_length(model: Any, num_tokens: int) -> None:
     """Refuse more tokens than a model of transformers has positions."""
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if isinstance(limit, int) and num_tokens > limit:
+    from ..pipeline.families.registry import max_positions
+
+    if (limit := max_positions(model.config)) is not None and num_tokens > limit:
         name = model.config.model_type
         message = f"with the prompt, the text has {num_tokens} tokens, but this {name} has {limit} positions"
         raise UserError("--max-new-tokens", f"{message}; lower it, or shorten the prompt")

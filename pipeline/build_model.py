@@ -16,8 +16,8 @@ from . import checkpoint
 from .classification import new_model
 from .config import Recipe
 from .families.adapter import FamilyModel
-from .families.build import CARRYING, adapt, check_memory, training_config
-from .families.registry import OURS
+from .families.build import adapt, check_memory, training_config
+from .families.registry import CARRYING, OURS
 from .folder import RunFolder
 from .loading import read_weights
 from .machine import compile_error

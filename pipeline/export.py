@@ -18,7 +18,7 @@ from .checkpoint import checkpoint_name, load_parameters, newest_valid, read_man
 from .classification import classifier_fields, new_model
 from .export_folder import check_export, write_export
 from .families.decoding import FamilyDecoder
-from .families.registry import OURS, config_of
+from .families.registry import OURS, config_of, max_positions
 from .model_section import saved_fields
 
 TEMPERATURE = 0.8  # of samples
@@ -175,7 +175,7 @@ def _decode(
 ) -> tuple[list[int], list[int]]:
     """The same for one prompt and a model of transformers, without padding, which not all can skip."""
     ids, new = prompt_tokens(tokenizer, prompt), []
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = max_positions(model.config)
     step = FamilyDecoder(model, torch.tensor([ids]))
     logits = step.logits
     for count in range(num_tokens if limit is None else min(num_tokens, limit - len(ids))):

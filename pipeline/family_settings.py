@@ -24,8 +24,8 @@ def family_errors(recipe: Recipe) -> dict[str, str]:
     if train.compile:
         errors["train.compile"] = f"is for minrnn's blocks, not for {name}; use false"
     config = registry.config_of(name, recipe.resolved_model_fields())
-    limit = getattr(config, "max_position_embeddings", None)
-    if name not in CARRYING and isinstance(limit, int) and batch.chunk > limit:
+    limit = registry.max_positions(config)
+    if name not in CARRYING and limit is not None and batch.chunk > limit:
         errors["batch.chunk"] = (
             f"{name} has {limit} positions, and a chunk {batch.chunk} tokens; lower it, or raise "
             "model.max_position_embeddings"

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from ..common.errors import UserError
+from ..common.errors import UserError, one_line_message
 from ..common.output import warn
 from ..data.tokenizer import needs_code_trust
 from ..models import MinRNNConfig, MinRNNForCausalLM, MinRNNForSequenceClassification, TorchRNNConfig
@@ -159,8 +159,7 @@ def read_weights(name: str, key: str = "MODEL", wants_classifier: bool = False) 
     except UserError:
         raise
     except Exception as error:  # the hub's client, the file system and the configuration each raise their own
-        message = " ".join(str(error).split())[:300]
-        raise UserError(key, f"cannot load {name}: {message}") from None
+        raise UserError(key, f"cannot load {name}: {one_line_message(error)}") from None
     model, loading_info = loaded
     if own_config is None:  # models of the hub may hold more than they need
         loading_info.pop("unexpected_keys", None)
@@ -219,8 +218,8 @@ def family_limits(model: PreTrainedModel) -> list[str]:
     try:
         measured = abilities(model)
     except Exception as error:
-        name, message = model.config.model_type, f"{type(error).__name__}: {error}"
-        raise UserError("MODEL", f"{name} cannot run on {model.device.type}: {message[:300]}") from None
+        where = f"{model.config.model_type} cannot run on {model.device.type}"
+        raise UserError("MODEL", f"{where}: {one_line_message(error)}") from None
     if not measured.is_causal:
         raise UserError("MODEL", f"{model.config.model_type} reads the tokens that it should predict")
     return measured.limits

@@ -6,7 +6,8 @@ from pydantic import Field, field_validator
 
 from ..models import MinRNNConfig
 from ..models.configuration_minrnn import PRESETS
-from .families.fields import OURS, field_errors, merged_fields, name_error, parse_count, size_errors
+from .families.fields import field_errors, merged_fields, name_error, parse_count, size_errors
+from .families.registry import OURS
 from .section import Section, expand_home
 
 # Settings of the section `model` that are no fields of MinRNNConfig.
@@ -43,7 +44,8 @@ class ModelSection(Section):
     preset: Literal["default", "paper"] = "default"
     """Defaults of the fields below. paper: the block as published. default: minrnn's own."""
     init_from: str | None = None
-    """An export (a folder or a hub id) of the same shape. The run starts from its weights."""
+    """An export (a folder or a hub id) of a language model of the same shape. The run starts from its
+    weights; a classifier (lra/NAME) from all but those of its head."""
     _expand = field_validator("init_from")(expand_home)
     _parse = field_validator("num_parameters", mode="before")(parse_count)
 

@@ -97,6 +97,13 @@ def open_data(
         UserError: rows of the task's files are wrong or too few, the source or the cache cannot be used, or
             stored files are damaged.
     """
+    try:
+        return _open(task, cache, on_progress)
+    except UserError as error:  # the files are those of data.task
+        raise error.with_keys({"data.corpus": "data.task"}) from None
+
+
+def _open(task: LabelledTask, cache: Path, on_progress: Callable[[], object]) -> LabelledData:
     made_from = fingerprint(task)
     digest = hashlib.blake2b(json.dumps(made_from, sort_keys=True).encode(), digest_size=8).hexdigest()
     data = LabelledData(task, cache / "lra" / f"{task.NAME}-{digest}")

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from ...common.errors import one_line_message
 from ..tokenizer import SPECIAL_TOKENS, byte_tokenizer
 from . import listops, pathfinder
 from .examples import Example
@@ -128,8 +129,7 @@ class PixelTask(LabelledTask):
             pixels = image.convert("L").tobytes() if width == height == self.SIDE else None
         # all from Pillow
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            reason = " ".join(str(error).split())[:100] or type(error).__name__
-            raise ValueError(f"the image is damaged ({reason})") from None
+            raise ValueError(f"the image is damaged ({one_line_message(error)})") from None
         if pixels is None:
             raise ValueError(f"the image is {width} x {height}, not {self.SIDE} x {self.SIDE}")
         return (pixels,), self.checked_label(row["label"])

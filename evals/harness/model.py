@@ -15,6 +15,7 @@ lm-eval (0.4.13) has a fixed table of models, so importing this module registers
     minrnn lm-eval --model minrnn --model_args pretrained=MODEL ...    every option of lm_eval
 """
 
+import functools
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -41,10 +42,12 @@ from ...data.prompts import prompt_tokens
 from ...models import MinRNNForCausalLM
 from ...models.decoding import TokenStep
 from ...models.modeling_minrnn import PREFILL
+from ...pipeline.families.decoding import has_exact_cache
+from ...pipeline.families.registry import max_positions
 from ...pipeline.loading import family_limits, move_model, read_model, weights_dtype
 from ...pipeline.processes import broadcast_from_main, connect, local_device, run_on_all_ranks, world_size
 from .likelihood import Score, make_batches, read_contexts, read_rows, score_continuations, select_rows
-from .whole_rows import decoder, max_positions, same_lengths, score_rows
+from .whole_rows import decoder, same_lengths, score_rows
 
 DEFAULT_BATCH = 32
 # text (None if it is not a request by itself), context, continuation
@@ -163,13 +166,17 @@ class MinRNNLM(TemplateLM):
             return "the whole document at once"
         return "state carried through the document"
 
+    @functools.cached_property
+    def _has_cache(self) -> bool:
+        return has_exact_cache(self.model)
+
     def _window(self) -> int | None:
         """Tokens of a window of `loglikelihood_rolling`: as requested, at most the model's positions.
 
         Raises:
             ValueError: more are requested.
         """
-        limit = None if self.has_state else max_positions(self.model)
+        limit = None if self.has_state else max_positions(self.model.config)
         if limit is not None and self.rolling_window is not None and self.rolling_window > limit:
             raise ValueError(f"a window of {self.rolling_window} tokens, but the model has {limit} positions")
         return self.rolling_window or limit
@@ -337,7 +344,7 @@ class MinRNNLM(TemplateLM):
             logits, cache = read_rows(self.model, contexts, None, self.piece)
             step = TokenStep(self.model, cache)
         else:
-            logits, step = decoder(self.model, contexts, kwargs["max_gen_toks"])
+            logits, step = decoder(self.model, contexts, kwargs["max_gen_toks"], self._has_cache)
         rows: list[list[int]] = [[] for _ in contexts]
         unfinished = set(range(len(rows)))
         for count in range(kwargs["max_gen_toks"]):

@@ -13,17 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...pipeline.families.decoding import FamilyDecoder
+from ...pipeline.families.registry import max_positions
 from .likelihood import NUM_LOGITS, Score, log_likelihood, make_batches
 
 
-def max_positions(model: PreTrainedModel) -> int | None:
-    """Tokens that a model can read at once; None if its configuration has no limit."""
-    limit = getattr(model.config, "max_position_embeddings", None)
-    return limit if isinstance(limit, int) else None
-
-
 def _check_length(model: PreTrainedModel, num_tokens: int) -> None:
-    if (limit := max_positions(model)) is not None and num_tokens > limit:
+    if (limit := max_positions(model.config)) is not None and num_tokens > limit:
         raise ValueError(
             f"a text of {num_tokens} tokens is longer than the {limit} positions of this "
             f"{model.config.model_type}"
@@ -82,12 +77,17 @@ def same_lengths(contexts: Sequence[list[int]]) -> list[list[int]]:
     return list(groups.values())
 
 
-def decoder(model: PreTrainedModel, contexts: list[list[int]], max_new_tokens: int) -> tuple[Tensor, Any]:
+def decoder(
+    model: PreTrainedModel, contexts: list[list[int]], max_new_tokens: int, has_cache: bool
+) -> tuple[Tensor, Any]:
     """Logits of the token after contexts of one length [rows, vocab_size], and the step for further tokens.
+
+    Args:
+        has_cache: `has_exact_cache(model)`.
 
     Raises:
         ValueError: the text becomes longer than the model's positions.
     """
     _check_length(model, len(contexts[0]) + max_new_tokens)
-    step = FamilyDecoder(model, torch.tensor(contexts))
+    step = FamilyDecoder(model, torch.tensor(contexts), has_cache)
     return step.logits, step

@@ -23,7 +23,7 @@ import yaml
 from pydantic import BaseModel, Field
 from safetensors import SafetensorError, safe_open
 
-from ...common.errors import UserError
+from ...common.errors import UserError, one_line_message
 from ...common.files import user_path, write_json
 from ...common.names import did_you_mean, nearest_names
 from ...common.output import warn
@@ -205,8 +205,8 @@ def read_run(run: Path) -> tuple[dict[str, dict[str, Any]], Seed]:
     try:
         result = _read_seed(run, seed, steps)
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise UserError(str(run), f"metrics.jsonl is not what a run writes ({reason})") from None
+        message = f"metrics.jsonl is not what a run writes ({one_line_message(error)})"
+        raise UserError(str(run), message) from None
     if result is None:
         raise UserError(
             str(run), "metrics.jsonl holds no step yet; wait for the first, or leave this run out"

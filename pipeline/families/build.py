@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from ...common.errors import UserError
+from ...common.errors import UserError, one_line_message
 from ..machine import main_memory
 from .adapter import FamilyModel
 from .limits import abilities
-from .registry import CARRYING, FAMILIES, OURS, canonical, config_of, family
+from .registry import FAMILIES, OURS, canonical, config_of, family
 from .sizes import InvalidSizeError, NoSizeError, Size, SizeRule, find_size
 
 
@@ -33,7 +33,7 @@ def build_causal_lm(name: str, config: PreTrainedConfig) -> PreTrainedModel:
     except ImportError as error:
         raise UserError("model.family", _missing(name, error)) from None
     except Exception as error:  # each model raises its own
-        raise UserError("model.family_config", f"{name} cannot be built: {_line(error)}") from None
+        raise UserError("model.family_config", f"{name} cannot be built: {one_line_message(error)}") from None
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     is_tied = head is not None and head.weight is embedding.weight
     if head is not None and getattr(config, "tie_word_embeddings", False) and not is_tied:
@@ -58,10 +58,6 @@ def check_memory(name: str, config: PreTrainedConfig) -> None:
         raise UserError("model.family", f"this {name} has {number:,} parameters, {size}; set its sizes")
 
 
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
 def training_config(name: str, config: PreTrainedConfig) -> PreTrainedConfig:
     """The configuration with what is for training only."""
     config = copy.deepcopy(config)
@@ -80,7 +76,9 @@ def adapt(name: str, model: PreTrainedModel, device: torch.device) -> FamilyMode
     try:
         measured = abilities(model)
     except Exception as error:
-        raise UserError("model.family", f"{name} cannot run on {device.type}: {_line(error)}") from None
+        raise UserError(
+            "model.family", f"{name} cannot run on {device.type}: {one_line_message(error)}"
+        ) from None
     if not measured.is_causal:
         message = f"{name} reads the tokens that it should predict"
         hint = "; set family_config {is_decoder: true}" if hasattr(model.config, "is_decoder") else ""
@@ -122,7 +120,7 @@ def search_sizes(
         except ImportError:
             raise
         except Exception as error:  # each configuration and model raises its own
-            raise InvalidSizeError(f"of width {size[0]} cannot be built: {_line(error)}") from None
+            raise InvalidSizeError(f"of width {size[0]} cannot be built: {one_line_message(error)}") from None
 
     try:
         with torch.device("meta"):
@@ -148,15 +146,3 @@ def num_parameters(model: nn.Module) -> int:
 
 def _missing(name: str, error: ImportError) -> str:
     return f"{name} needs a package: {' '.join(str(error).split())}"
-
-
-__all__ = [
-    "CARRYING",
-    "adapt",
-    "build_causal_lm",
-    "causal_lm",
-    "check_memory",
-    "num_parameters",
-    "search_sizes",
-    "training_config",
-]

@@ -20,11 +20,13 @@ class FamilyDecoder:
     Args:
         model: in eval mode.
         input_ids: [batch, time], rows of equal length, at least one token.
+        has_cache: `has_exact_cache(model)`, if it is known; None to measure it.
     """
 
-    def __init__(self, model: PreTrainedModel, input_ids: Tensor):
+    def __init__(self, model: PreTrainedModel, input_ids: Tensor, has_cache: bool | None = None):
         self.model, self.text = model, input_ids.to(model.device)
-        self.cache: dict[str, Any] | None = {} if has_exact_cache(model) else None
+        has_cache = has_exact_cache(model) if has_cache is None else has_cache
+        self.cache: dict[str, Any] | None = {} if has_cache else None
         self.logits = self._read(self.text)
         """Logits of the token after the last, [batch, vocab_size]."""
 

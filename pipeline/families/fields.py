@@ -5,7 +5,7 @@ from typing import Any
 
 from ...common.names import did_you_mean, nearest_names
 from . import registry
-from .registry import OURS, TOKENIZER_FIELDS, TORCH_RNNS
+from .registry import TOKENIZER_FIELDS
 
 COUNT = re.compile(r"(\d+(?:\.\d+)?)([kMGB])")
 UNITS = {"k": 1e3, "M": 1e6, "G": 1e9, "B": 1e9}
@@ -111,6 +111,3 @@ def merged_fields(
 ) -> dict[str, Any]:
     """All fields of the configuration that a recipe sets: sizes that were searched for, then the user's."""
     return {**sizes, **registry.canonical(name, direct), **registry.canonical(name, family_config)}
-
-
-__all__ = ["OURS", "TORCH_RNNS", "field_errors", "merged_fields", "name_error", "parse_count", "size_errors"]

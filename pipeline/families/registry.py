@@ -201,3 +201,9 @@ def kernel_names(name: str, compiled: bool = False) -> str:
         "recurrent_gemma": "transformers' loop over time in Python",
         "rwkv": "transformers' loop over time in Python",
     }.get(name, "torch")
+
+
+def max_positions(config: PreTrainedConfig) -> int | None:
+    """Tokens that a model of this configuration can read at once; None if it has no limit."""
+    limit = getattr(config, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) else None

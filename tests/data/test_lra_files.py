@@ -119,6 +119,12 @@ def test_a_broken_expression_is_named(tmp_path: Path, text: str, message: str):
     assert message in str(raised.value)
 
 
+def test_a_damaged_file_is_named(tmp_path: Path):
+    (tmp_path / "train.parquet").write_bytes(b"PAR1, but no parquet")
+    with pytest.raises(UserError, match=r"^error: data\.task: .*/train\.parquet cannot be read \("):
+        open_data(LRA_TASKS["text"](folder=str(tmp_path)), tmp_path / "cache")
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
