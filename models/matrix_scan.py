@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from .boundaries import NO_BOUNDARIES, Boundaries
 from .dtypes import at_least_fp32
-from .matrix_scan_fla import fla_problem, fla_scan
+from .matrix_scan_fla import Sizes, fla_problem, fla_scan
 from .matrix_scan_torch import backward as torch_backward
 from .matrix_scan_torch import forward as torch_forward
 from .matrix_scan_torch import summarize
@@ -64,8 +64,11 @@ def matrix_scan(
     _check(q, k, v, log_decay, state, boundaries)
     dtype = _state_dtype(q, k, v, log_decay, state)
     precision = dtype if dtype == torch.float64 else v.dtype
-    backend = backend or ("reference" if v.shape[1] <= 1 else default_matrix_backend(v.device, precision))
-    check_matrix_backend(backend, v.device, precision)
+    sizes = k.shape[-1], v.shape[-1], log_decay.shape[-1]
+    if backend is None:
+        is_short = v.shape[1] <= 1
+        backend = "reference" if is_short else default_matrix_backend(v.device, precision, sizes)
+    check_matrix_backend(backend, v.device, precision, sizes)
     state = _zero_state(k, v, dtype) if state is None else state.to(dtype)
     k, v, log_decay, starts = _without_padding(k, v, log_decay, boundaries)
     if v.shape[1] == 0:
@@ -152,17 +155,17 @@ _torch_scan = define("matrix_scan_torch", _scan, _fake_scan, _differentiate, _sa
 
 
 @torch.compiler.assume_constant_result
-def default_matrix_backend(device: torch.device, dtype: torch.dtype) -> str:
-    """The fastest backend for tensors of `dtype` on `device`.
+def default_matrix_backend(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> str:
+    """The fastest backend for tensors of `dtype` on `device`, for heads of these sizes.
 
     On a GPU this is "fla", unless the numbers are fp64, or are fp32 and torch must not round them to TF32
-    (`torch.set_float32_matmul_precision`). Logs a warning if its kernels cannot run, or if their results
-    differ from those of "torch".
+    (`torch.set_float32_matmul_precision`). Logs a warning if its kernel cannot run, or if its results differ
+    from those of "torch".
     """
     is_exact = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
     if device.type != "cuda" or dtype == torch.float64 or is_exact:
         return "torch"
-    problem = fla_problem(device, dtype)
+    problem = fla_problem(device, dtype, sizes)
     if problem is None:
         return "fla"
     logger.warning_once(
@@ -173,12 +176,12 @@ def default_matrix_backend(device: torch.device, dtype: torch.dtype) -> str:
 
 
 @torch.compiler.assume_constant_result
-def check_matrix_backend(backend: str, device: torch.device, dtype: torch.dtype) -> None:
+def check_matrix_backend(backend: str, device: torch.device, dtype: torch.dtype, sizes: Sizes) -> None:
     """Raises ValueError if `backend` does not exist, or cannot run on tensors of `dtype` on `device`."""
     if backend not in MATRIX_BACKENDS:
         choice = f"choose one of {', '.join(MATRIX_BACKENDS)}, or none for the fastest here"
         raise ValueError(f"There is no backend {backend!r} of the matrix scan; {choice}.")
-    problem = fla_problem(device, dtype) if backend == "fla" else None
+    problem = fla_problem(device, dtype, sizes) if backend == "fla" else None
     if problem is not None:
         raise ValueError(
             f"The kernels of flash-linear-attention cannot run here: {problem}; "

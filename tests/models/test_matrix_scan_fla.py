@@ -7,10 +7,12 @@ v, fp32 states. It is a loop over sequences and tokens, and refuses what the ker
 import ast
 import importlib.util
 import inspect
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -107,6 +109,18 @@ def wrong_decay(*inputs, **options):
     return chunk_gla(q, k, v, log_decay * 0.69, **options)
 
 
+def rounded_decay(*inputs, **options):
+    """A kernel that rounds the decay itself to bf16."""
+    q, k, v, log_decay = inputs
+    return chunk_gla(q, k, v, log_decay + (log_decay.exp().bfloat16().log() - log_decay).detach(), **options)
+
+
+def overflowing(*inputs, **options):
+    """A kernel that divides by the product of 16 decays."""
+    q, k, v, log_decay = inputs
+    return chunk_gla(q, k * (0 * (-16 * log_decay).exp() + 1), v, log_decay, **options)
+
+
 def wrong_gradient(*inputs, **options):
     """A kernel whose values are right and whose gradients are not."""
     y, last = chunk_gla(*inputs, **options)
@@ -176,39 +190,53 @@ def test_q_and_k_are_converted_to_the_dtype_of_v(install, monkeypatch):
     assert (y.dtype, last.dtype) == (torch.bfloat16, torch.float32)
 
 
+PER_CHANNEL, PER_HEAD = (20, 33, 20), (20, 33, 1)
+
+
 @pytest.mark.parametrize(
-    ("kernels", "problem"),
+    ("kernel", "sizes", "problem"),
     [
-        ({}, None),
         (
-            {"chunk_gla": wrong_decay},
-            "ArithmeticError: with one decay per channel, y differs from the torch backend's by ",
+            wrong_decay,
+            PER_CHANNEL,
+            "^ArithmeticError: with decays of all sizes, 20 in each head of K = 20 and V = 33, y differs "
+            "from the torch backend's by ",
         ),
-        (
-            {"chunk_gla": wrong_gradient},
-            "ArithmeticError: with one decay per channel, the gradient of q differs",
-        ),
-        ({"chunk_simple_gla": failing}, "RuntimeError: out of resource: shared memory"),
+        (wrong_gradient, PER_CHANNEL, "and V = 33, the gradient of q differs"),
+        (rounded_decay, PER_CHANNEL, "with decays near 1, "),
+        (overflowing, PER_CHANNEL, "with decays near 0, .* by nan of"),
+        (chunk_gla, PER_CHANNEL, None),
+        (chunk_gla, (16, 16, 16), None),
+        (failing, PER_HEAD, "^RuntimeError: out of resource: shared memory$"),
+        (chunk_simple_gla, PER_HEAD, None),
+        (chunk_simple_gla, (3, 1, 1), None),
     ],
 )
-def test_kernels_that_disagree_are_not_used(install, kernels, problem):
-    install(**kernels)
-    reason = fla._failure(CPU, torch.float32)
-    assert reason == problem if problem is None else str(reason).startswith(problem)
-    assert "\n" not in str(reason)
+def test_kernels_that_disagree_are_not_used(install, kernel, sizes, problem):
+    install(**{"chunk_simple_gla" if sizes[2] == 1 else "chunk_gla": kernel})
+    reason = fla._failure(CPU, torch.float32, sizes)
+    if problem is None:
+        assert reason is None
+    else:
+        assert re.search(problem, str(reason))
+        assert "\n" not in str(reason)
 
 
-def test_kernels_are_compared_once(install):
-    calls = []
+def test_the_tolerance_is_that_of_the_dtype(install):
+    """A difference of 1 % is rounding in bf16, and an error in fp32 (TF32)."""
+    install(chunk_gla=lambda *inputs, **options: tuple(1.01 * x for x in chunk_gla(*inputs, **options)))
+    assert fla._failure(CPU, torch.bfloat16, PER_CHANNEL) is None
+    assert fla._failure(CPU, torch.float32, PER_CHANNEL) is not None
 
-    def counting(*inputs, **options):
-        calls.append(1)
-        return chunk_gla(*inputs, **options)
 
-    install(chunk_gla=counting)
-    assert fla._failure(CPU, torch.float32) is None
-    assert fla._failure(CPU, torch.float32) is None
-    assert len(calls) == 1
+def test_kernels_are_compared_once(install, monkeypatch):
+    compared: list[Any] = []
+    monkeypatch.setattr(fla, "_compare", lambda *arguments: compared.append(arguments))
+    install()
+    for _ in range(2):
+        for sizes in (PER_CHANNEL, PER_HEAD):
+            assert fla._failure(CPU, torch.float32, sizes) is None
+    assert compared == [(CPU, torch.float32, PER_CHANNEL), (CPU, torch.float32, PER_HEAD)]
 
 
 @pytest.fixture
@@ -216,7 +244,7 @@ def gpu(monkeypatch):
     """The choice of a backend on a GPU, whose kernels are compared on the CPU; returns the warnings."""
     warnings: list[str] = []
     compare = fla._compare
-    monkeypatch.setattr(fla, "_compare", lambda device, dtype, per_head: compare(CPU, dtype, per_head))
+    monkeypatch.setattr(fla, "_compare", lambda device, dtype, sizes: compare(CPU, dtype, sizes))
     monkeypatch.setattr(matrix_scan_module.logger, "warning_once", warnings.append)
     return SimpleNamespace(device=torch.device("cuda:0"), warnings=warnings)
 
@@ -225,20 +253,21 @@ def test_default_backend(install, gpu, monkeypatch):
     install()
     for precision, expected in (("highest", "torch"), ("high", "fla")):
         monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda precision=precision: precision)
-        assert default_matrix_backend(gpu.device, torch.bfloat16) == "fla"
-        assert default_matrix_backend(gpu.device, torch.float32) == expected
-        assert default_matrix_backend(gpu.device, torch.float64) == "torch"
-        assert default_matrix_backend(CPU, torch.bfloat16) == "torch"
+        assert default_matrix_backend(gpu.device, torch.bfloat16, PER_CHANNEL) == "fla"
+        assert default_matrix_backend(gpu.device, torch.float32, PER_CHANNEL) == expected
+        assert default_matrix_backend(gpu.device, torch.float64, PER_CHANNEL) == "torch"
+        assert default_matrix_backend(CPU, torch.bfloat16, PER_CHANNEL) == "torch"
     assert not gpu.warnings
 
 
 def test_a_disagreement_is_one_line_and_the_torch_backend(install, gpu):
     install(chunk_gla=wrong_decay)
-    assert default_matrix_backend(gpu.device, torch.bfloat16) == "torch"
+    assert default_matrix_backend(gpu.device, torch.bfloat16, PER_CHANNEL) == "torch"
+    assert default_matrix_backend(gpu.device, torch.bfloat16, PER_HEAD) == "fla"
     (warning,) = gpu.warnings
     assert warning.startswith(
         "warning: the kernels of flash-linear-attention cannot run on cuda:0: "
-        "ArithmeticError: with one decay per channel, y differs"
+        "ArithmeticError: with decays of all sizes, 20 in each head of K = 20 and V = 33, y differs"
     )
     assert warning.endswith(
         "the torch backend takes their place, with the same results and more memory traffic"
@@ -261,7 +290,7 @@ def test_a_missing_package_is_named(install, monkeypatch):
     install()
     monkeypatch.setitem(sys.modules, "fla.ops.gla", None)
     fla._kernels.cache_clear()
-    reason = fla.fla_problem(torch.device("cuda:0"), torch.bfloat16)
+    reason = fla.fla_problem(torch.device("cuda:0"), torch.bfloat16, PER_CHANNEL)
     assert reason == "the package flash-linear-attention is missing, or older than 0.6"
 
 
