@@ -256,7 +256,7 @@ class Recipe:
         model = self.model
         if model.family != OURS:
             return merged_fields(model.family, model.user_fields(), model.family_config, {})
-        free = {"hidden_size", "intermediate_size"} - model.user_fields().keys()
+        free = ({"hidden_size", "intermediate_size"} - model.user_fields().keys()) | model.sizes.keys()
         return {name: value for name, value in self.resolved_model_fields().items() if name not in free}
 
     def resolved_model_fields(self) -> dict[str, Any]:

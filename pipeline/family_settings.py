@@ -1,6 +1,7 @@
 """Settings of a recipe that depend on the model's family: what it does not support, and its sizes."""
 
 import dataclasses
+from typing import Any
 
 from ..data import is_labelled
 from .config import Recipe
@@ -34,22 +35,30 @@ def family_errors(recipe: Recipe) -> dict[str, str]:
 
 
 def with_sizes(recipe: Recipe, vocab_size: int) -> Recipe:
-    """The recipe with the sizes of model.num_parameters, if it names a number and they are not known yet.
+    """The recipe with the sizes of model.num_parameters, if it names a number.
+
+    Sizes that the recipe has, as config.yaml of a run does, are kept if they still make this number: another
+    number, or another number of layers, may have been set since.
 
     Raises:
         UserError: no size has this number of parameters.
     """
     model = recipe.model
-    if model.num_parameters is None or model.sizes:
+    if model.num_parameters is None:
         return recipe
     # Imported here, because these import torch.
     from .classification import classifier_fields, new_model
-    from .families.build import search_sizes
+    from .families.build import has_size, search_sizes
 
     fields = {**recipe.given_model_fields(), **classifier_fields(recipe.data.corpus, recipe.data.task)}
-    sizes = search_sizes(
-        model.family, model.num_parameters, fields, vocab_size, lambda config: new_model(model.family, config)
-    )
+
+    def build(config: Any) -> Any:
+        return new_model(model.family, config)
+
+    target = model.num_parameters
+    if model.sizes and has_size(model.family, target, {**fields, **model.sizes}, vocab_size, build):
+        return recipe
+    sizes = search_sizes(model.family, target, fields, vocab_size, build)
     return dataclasses.replace(recipe, model=model.model_copy(update={"sizes": sizes}))
 
 

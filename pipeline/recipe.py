@@ -15,7 +15,6 @@ from pydantic import ValidationError
 from ..common.errors import UserError
 from ..common.files import user_path
 from ..common.names import did_you_mean, nearest_names
-from ..models import MinRNNConfig
 from .config import SECTIONS, Recipe
 from .families.registry import OURS
 from .family_settings import family_errors, without_carried_state
@@ -52,8 +51,6 @@ FREE_ON_RESUME = {
         "train.sample_tokens",
     ),
 }
-# Fields of the model that config.yaml of a run of version 0.1 lacks.
-NEWER_FIELDS = ("head_dim", "state_expansion", "ternary", "bidirectional", "pooling")
 # Settings that may never change, because saved positions and states would not fit.
 FIXED_ON_RESUME = ("model.", "batch.", "data.", "run.seed")
 
@@ -299,6 +296,18 @@ def _resolved_model(recipe: Recipe) -> dict[str, Any]:
     }
 
 
+def _defaults() -> dict[str, Any]:
+    """{"run.dir": ...}: the default of every setting."""
+    return flatten(
+        {
+            section: {
+                name: field.get_default(call_default_factory=True) for name, field in cls.model_fields.items()
+            }
+            for section, cls in SECTIONS.items()
+        }
+    )
+
+
 def flatten(values: dict[str, Any]) -> dict[str, Any]:
     """{"run": {"dir": ...}} -> {"run.dir": ...}"""
     return {
@@ -360,16 +369,13 @@ def check_unchanged(saved: dict[str, Any], recipe: Recipe, folder: str) -> None:
     Raises:
         UserError: each setting that differs, affects the losses and is not named in run.change.
     """
-    defaults = {"model.family": OURS, "model.num_parameters": None}  # config.yaml omits them
-    # Runs from before these settings were made with their defaults.
-    defaults |= {f"model.{name}": getattr(MinRNNConfig, name) for name in NEWER_FIELDS}
-    old = defaults | flatten(saved) | {"optim.schedule_steps": schedule_steps_of(saved)}
-    new = defaults | flatten(resolved_config(with_saved_settings(recipe, saved)))
+    omitted = {"model.family": OURS, "model.num_parameters": None}  # by config.yaml
+    new = omitted | flatten(resolved_config(with_saved_settings(recipe, saved)))
+    # A run from before a setting was made with its default.
+    old = _defaults() | omitted | flatten(saved) | {"optim.schedule_steps": schedule_steps_of(saved)}
     allowed = free_on_resume(saved) | set(recipe.run.change)
     different = [
-        key
-        for key in new
-        if key in old and old[key] != new[key] and key not in allowed and not key.startswith("tracking.")
+        key for key in new if old[key] != new[key] and key not in allowed and not key.startswith("tracking.")
     ]
 
     def message(key: str) -> str:

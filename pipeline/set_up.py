@@ -119,8 +119,10 @@ def _with_precision(recipe: Recipe, precision: str) -> Recipe:
 
 
 def _with_sizes(recipe: Recipe, folder: RunFolder) -> Recipe:
-    """The recipe with the sizes of model.num_parameters, for the tokenizer's vocabulary."""
-    if recipe.model.num_parameters is None or recipe.model.sizes:
+    """The recipe with the sizes of model.num_parameters, for the tokenizer's vocabulary. A run that resumes
+    keeps its own."""
+    is_saved = recipe.model.sizes == folder.saved.get("model", {}).get("sizes")
+    if recipe.model.num_parameters is None or is_saved:
         return recipe
     return with_sizes(recipe, model_vocab_size(_open_tokenizer(recipe, folder)))
 

@@ -13,7 +13,7 @@ from ..machine import main_memory
 from .adapter import FamilyModel
 from .limits import abilities
 from .registry import FAMILIES, OURS, canonical, config_of, family
-from .sizes import InvalidSizeError, NoSizeError, Size, SizeRule, find_size
+from .sizes import TOLERANCE, InvalidSizeError, NoSizeError, Size, SizeRule, find_size
 
 
 def causal_lm(config: PreTrainedConfig) -> PreTrainedModel:
@@ -107,7 +107,6 @@ def search_sizes(
     rule = known.rule
     if name == OURS and fields.get("intermediate_size") == 0:
         rule = SizeRule(8, None, finest_step=1)  # there is no MLP
-    special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
 
     def fields_of(size: Size) -> dict[str, Any]:
         own = canonical(name, known.fields(size))
@@ -115,16 +114,14 @@ def search_sizes(
 
     def count(size: Size) -> int:
         try:
-            config = config_of(name, {**fields, **fields_of(size), **special, "vocab_size": vocab_size})
-            return num_parameters(build(config))
+            return _count(name, {**fields, **fields_of(size)}, vocab_size, build)
         except ImportError:
             raise
         except Exception as error:  # each configuration and model raises its own
             raise InvalidSizeError(f"of width {size[0]} cannot be built: {one_line_message(error)}") from None
 
     try:
-        with torch.device("meta"):
-            size, _ = find_size(_label(name, fields), rule, count, target)
+        size, _ = find_size(_label(name, fields), rule, count, target)
     except ImportError as error:
         raise UserError("model.family", _missing(name, error)) from None
     except NoSizeError as error:
@@ -132,6 +129,29 @@ def search_sizes(
     except InvalidSizeError as error:
         raise UserError("model.family_config", f"{name} {error}") from None
     return fields_of(size)
+
+
+def has_size(
+    name: str,
+    target: int,
+    fields: dict[str, Any],
+    vocab_size: int,
+    build: Callable[[PreTrainedConfig], nn.Module] = causal_lm,
+) -> bool:
+    """Whether fields of a family's configuration make a model of `target` parameters; as `search_sizes`."""
+    try:
+        number = _count(name, fields, vocab_size, build)
+    except Exception:  # each configuration and model raises its own
+        return False
+    return abs(number - target) <= TOLERANCE * target
+
+
+def _count(
+    name: str, fields: dict[str, Any], vocab_size: int, build: Callable[[PreTrainedConfig], nn.Module]
+) -> int:
+    special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    with torch.device("meta"):
+        return num_parameters(build(config_of(name, {**fields, **special, "vocab_size": vocab_size})))
 
 
 def _label(name: str, fields: dict[str, Any]) -> str:

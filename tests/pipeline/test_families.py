@@ -10,13 +10,12 @@ import pytest
 import torch
 import transformers
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minrnn.common.errors import UserError
 from minrnn.models.minimal_cells import MinimalMixer
 from minrnn.models.registry import CELLS
-from minrnn.pipeline import family_settings
 from minrnn.pipeline.classification import classifier_fields, new_model
 from minrnn.pipeline.export import model_config
 from minrnn.pipeline.families import registry
@@ -31,7 +30,7 @@ from minrnn.pipeline.families.sizes import (
     mlp,
 )
 from minrnn.pipeline.family_settings import with_sizes
-from minrnn.pipeline.recipe import build_recipe, check_unchanged, resolved_config
+from minrnn.pipeline.recipe import build_recipe, check_unchanged, resolved_config, with_saved_settings
 
 VOCAB = 264
 NO_TOKENIZER = SimpleNamespace(bos_token_id=None, eos_token_id=None, pad_token_id=None)
@@ -251,19 +250,38 @@ def test_a_target_that_cannot_be_met_names_the_nearest():
 
 
 @pytest.mark.parametrize("name", ["minrnn", "llama", "gru"])
-def test_resolved_sizes_are_read_back_and_kept_on_resume(name: str, monkeypatch):
+def test_resolved_sizes_are_read_back_and_kept_on_resume(name: str):
     fields = {"family": name, "num_parameters": "1M", "num_hidden_layers": 2}
     values = {"model": fields, "train": {"precision": "fp32"}}
     recipe = with_sizes(build_recipe(values), 264)
     saved = yaml.safe_load(yaml.safe_dump(resolved_config(recipe)))
     assert saved["model"]["sizes"] == recipe.model.sizes != {}
-    again = build_recipe(saved)
-    assert again.resolved_model_fields() == recipe.resolved_model_fields()
-    monkeypatch.setattr(family_settings, "with_sizes", lambda *_: pytest.fail("searched again"))
+    assert with_sizes(build_recipe(saved), 264).resolved_model_fields() == recipe.resolved_model_fields()
+    assert build_recipe(values).model.sizes == {}
+    assert with_saved_settings(build_recipe(values), saved).model.sizes == saved["model"]["sizes"]
     check_unchanged(saved, build_recipe(values), "run")
     fields["num_parameters"] = "2M"
+    assert with_saved_settings(build_recipe(values), saved).model.sizes == {}
     with pytest.raises(UserError, match=r"model.num_parameters: is 2000000, but the run in run was started"):
         check_unchanged(saved, build_recipe(values), "run")
+
+
+@pytest.mark.parametrize("name", ["minrnn", "llama", "gru"])
+@given(target=st.integers(300_000, 3_000_000), layers=st.integers(1, 4))
+@settings(max_examples=5)
+def test_sizes_of_another_number_are_searched_again(name: str, target: int, layers: int):
+    """As in a config.yaml that becomes the recipe of another run."""
+    model = {"family": name, "num_parameters": "1M", "num_hidden_layers": 2}
+    values = resolved_config(with_sizes(build_recipe({"model": model}), VOCAB))
+    fields = values["model"] if name == "minrnn" else values["model"]["family_config"]
+    fields["num_hidden_layers"] = layers
+    values["model"]["num_parameters"] = target
+    recipe = with_sizes(build_recipe(values), VOCAB)
+    config = model_config(recipe.resolved_model_fields(), NO_TOKENIZER, VOCAB, name)
+    with torch.device("meta"):
+        built = build_causal_lm(name, config)
+    assert abs(built.num_parameters() - target) <= TOLERANCE * target
+    assert config.num_hidden_layers == layers
 
 
 def test_a_run_does_not_resume_with_another_family():

@@ -5,10 +5,12 @@ what followed (expected.json). All of it was computed in fp64, so that another m
 changes the last digits only.
 """
 
+import dataclasses
 import json
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +19,14 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import minrnn.models
+from minrnn.common.errors import UserError
+from minrnn.pipeline.recipe import (
+    FREE_ON_RESUME,
+    build_recipe,
+    check_unchanged,
+    flatten,
+    resolved_config,
+)
 
 
 @pytest.fixture
@@ -36,6 +46,27 @@ def test_a_checkpoint_resumes(expected: dict, run_recipe: Callable[[dict], Path]
     assert kinds == [(entry["kind"], entry["step"]) for entry in expected["entries"]]
     losses = [entry["loss"] for entry in resumed]
     np.testing.assert_allclose(losses, [entry["loss"] for entry in expected["entries"]], rtol=1e-9)
+
+
+def changed(value: Any) -> Any:
+    """Another value of a setting."""
+    if isinstance(value, bool):
+        return not value
+    return f"{value}-other" if isinstance(value, str) else (value or 0) + 1
+
+
+def test_settings_that_the_run_did_not_have_cannot_change(expected: dict):
+    saved = yaml.safe_load(Path("run", "config.yaml").read_text())
+    recipe = build_recipe(saved)
+    check_unchanged(saved, recipe, "run")
+    newer = flatten(resolved_config(recipe)).keys() - flatten(saved).keys() - FREE_ON_RESUME
+    assert {"model.ternary", "model.head_dim", "model.pooling"} <= newer
+    for key in newer:
+        section, name = key.split(".")
+        value = getattr(getattr(recipe, section), name)
+        other = getattr(recipe, section).model_copy(update={name: changed(value)})
+        with pytest.raises(UserError, match=f"{key}: is .*, but the run in run was started with"):
+            check_unchanged(saved, dataclasses.replace(recipe, **{section: other}), "run")
 
 
 @pytest.mark.parametrize("trust", [True, False], ids=["with its code", "with ours"])
