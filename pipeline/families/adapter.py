@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ...models.loss import LMHead, next_token_loss
-from .limits import NO_ROUTER_LOSS, Abilities, positions_in_documents
+from .limits import NO_ROUTER_LOSS, Abilities, active_dropout, positions_in_documents
 
 
 class FamilyModel(nn.Module):
@@ -37,9 +37,10 @@ class FamilyModel(nn.Module):
 
     @property
     def limits(self) -> list[str]:
-        """What the model cannot do in this pipeline."""
+        """What the model cannot do in this pipeline, and its dropout, which minrnn has only if it is set."""
         has_router = getattr(self.config, "router_aux_loss_coef", None) is not None
-        return [*self.abilities.limits, *([NO_ROUTER_LOSS] if has_router else [])]
+        router = [NO_ROUTER_LOSS] if has_router else []
+        return [*self.abilities.limits, *router, *active_dropout(self.config)]
 
     def num_parameters(self) -> int:
         """Number of parameters; shared ones are counted once."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 NO_STATE = "no state is carried from chunk to chunk"
 NO_DOCUMENTS = "documents in a chunk are not separated"
@@ -40,6 +40,17 @@ class Abilities:
 def tolerance(model: PreTrainedModel) -> float:
     """Difference of logits that counts as rounding, as a part of the largest: 1e-4 in fp32, 0.03 in bf16."""
     return max(1e-4, 4 * torch.finfo(model.dtype).eps)
+
+
+def active_dropout(config: PreTrainedConfig) -> list[str]:
+    """The dropout that a language model's configuration asks for, in words, for results; empty if none."""
+    fields = {name: value for name, value in config.to_dict().items() if "dropout" in name or "pdrop" in name}
+    active = [
+        f"{name} {value:g}"
+        for name, value in fields.items()
+        if isinstance(value, float) and value > 0 and not name.startswith(("summary", "classifier"))
+    ]
+    return [f"trains with dropout: {', '.join(active)}"] if active else []
 
 
 def positions_in_documents(document_starts: Tensor) -> Tensor:

@@ -57,8 +57,22 @@ def test_the_loss_is_that_of_the_logits(name: str):
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_limits_are_measured(name: str):
     model = adapt(name, tiny_model(name), CPU)
-    assert model.limits == [NO_STATE, *([] if name in SEPARATING else [NO_DOCUMENTS])]
+    dropout = ["trains with dropout: resid_pdrop 0.1, embd_pdrop 0.1, attn_pdrop 0.1"] * (name == "gpt2")
+    assert model.limits == [NO_STATE, *([] if name in SEPARATING else [NO_DOCUMENTS]), *dropout]
     assert model.abilities.is_causal
+
+
+def test_dropout_is_mentioned_where_it_is_active():
+    """And only there: the loss of a chunk depends on the random state."""
+    ids = ids_of(2, 9)
+    for more, is_random in (
+        ({}, True),
+        (dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0), False),
+    ):
+        model = adapt("gpt2", tiny_model("gpt2", **more), CPU).train()
+        one, other = (model(ids, shift_labels=ids, skip_logits=True).loss.item() for _ in range(2))
+        assert (one != other) == is_random
+        assert any("dropout" in limit for limit in model.limits) == is_random
 
 
 MODELS = {name: adapt(name, tiny_model(name, torch.float64), CPU) for name in SEPARATING}
