@@ -23,7 +23,7 @@ USAGE = """usage: minrnn COMMAND ...
                     minrnn data lra/listops
   export        write a run's checkpoint as a transformers model
                     minrnn export runs/quickstart --out my-model
-  eval          run tasks of lm-eval
+  eval          run tasks of lm-eval, or score a classifier on its task's test split
                     minrnn eval runs/quickstart --tasks lambada_openai,hellaswag
   long-context  measure the loss by position on one long document, and how far back the model looks
                     minrnn long-context runs/quickstart --tokens 200000

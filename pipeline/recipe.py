@@ -57,7 +57,8 @@ FIXED_ON_RESUME = ("model.", "batch.", "data.", "run.seed")
 USAGE = """usage: minrnn train --config RECIPE [--section.field VALUE ...]
        accelerate launch [--num_processes N ...] -m minrnn.pipeline.train --config RECIPE [...]
 
-Train a minimal RNN language model. RECIPE is a YAML file or the name of a recipe that comes with minrnn:
+Train a language model (a minimal RNN, or any model.family), or a classifier (data.corpus lra/NAME). RECIPE is
+a YAML file or the name of a recipe that comes with minrnn:
 {recipes}.
 
 The same command resumes a run that was interrupted. Examples:

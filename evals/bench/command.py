@@ -125,7 +125,8 @@ def _parser(kind: str) -> argparse.ArgumentParser:
         "--limit",
         type=float,
         default=120,
-        help="seconds after which a contender gets no further turn (default: %(default)s)",
+        help="seconds after which a contender gets no further turn, and that each turn may take (default: "
+        "%(default)s); models that loop over time in Python need more",
     )
     parser.add_argument(
         "--seed", type=int, default=0, help="seed of weights and inputs (default: %(default)s)"

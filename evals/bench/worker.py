@@ -87,7 +87,10 @@ class ProcessWork:
         timeout = None if math.isinf(self.limit) else self.limit
         if not select.select([self._process.stdout], [], [], timeout)[0]:
             self._process.kill()
-            raise Unavailable(f"no answer within {self.limit:g} s (--limit)")
+            raise Unavailable(
+                f"no answer within {self.limit:g} s; it is slow here, or the machine is busy: "
+                f"--limit {10 * self.limit:g} waits longer"
+            )
         answer = self._process.stdout.readline()
         if not answer:
             status = self._process.wait()

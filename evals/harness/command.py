@@ -25,8 +25,9 @@ from .results import Results, merge, rename_windowed, track
 from .tasks import evaluation_units, load_tasks, task_manager, task_names
 
 DESCRIPTION = """Evaluate a language model on tasks of lm-eval, or a classifier on the test splits of Long
-Range Arena (lra/NAME). Texts of any length are read whole. A prefix that requests share is read once.
-Several processes share the requests: accelerate launch -m minrnn.launch.cli eval MODEL --tasks ..."""
+Range Arena (lra/NAME). A model with a state reads texts of any length, and a prefix that requests share once;
+a model of transformers reads each request whole, up to its positions. Several processes share the requests:
+accelerate launch -m minrnn.launch.cli eval MODEL --tasks ..."""
 EXAMPLES = """examples:
   minrnn eval runs/quickstart --tasks lambada_openai,hellaswag
   minrnn eval my-model --tasks my_task --include-path my-tasks --limit 100 --out results.json
@@ -62,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="YAML",
         help="options of tasks of Long Range Arena, as data.task: '{folder: DIR}' (default: the run's own)",
     )
-    size = "rows at once (default: %(default)s); auto is 32, since memory does not grow with the length"
+    size = "rows at once (default: %(default)s); auto is 32"
     parser.add_argument("--batch-size", type=_batch_size, default=32, metavar="N", help=size)
     add_device(parser)
     add_trust(parser)
