@@ -18,6 +18,7 @@ from .config import Recipe
 from .families.adapter import FamilyModel
 from .families.build import adapt, check_memory, training_config
 from .families.registry import CARRYING, OURS
+from .families.saved import check_defaults
 from .folder import RunFolder
 from .loading import read_weights
 from .machine import compile_error
@@ -72,6 +73,7 @@ def build_model(
     if recipe.train.compile:
         _compile_blocks(model, device)
     if folder.checkpoint is not None:
+        check_defaults(name, folder.checkpoint, config)
         try:
             checkpoint.load_parameters(folder.checkpoint, model)
         except ValueError as error:

@@ -6,6 +6,7 @@
         reader-0000.safetensors   the carried state of a reader's lanes
         reader-0000.json          the reader's position in the corpus
         config.yaml               the resolved recipe
+        model.json                the model's configuration, of a family whose defaults transformers decides
         manifest.json             every file's size and SHA-256, written last
 
 A checkpoint is built in a hidden folder, synced to disk and renamed (`saving.Saver`), so a folder of this
@@ -33,6 +34,7 @@ from ..common.files import read_with_retries, sha256_of, sync
 from ..models import MinRNNCache
 
 MANIFEST = "manifest.json"
+MODEL_CONFIG = "model.json"
 FORMAT = 2  # of the manifest, which has its own checksum since format 2
 INVALID_KEPT = 3  # number of newest damaged checkpoints to keep
 

@@ -19,6 +19,7 @@ from .classification import classifier_fields, new_model
 from .export_folder import check_export, write_export
 from .families.decoding import FamilyDecoder
 from .families.registry import OURS, config_of, max_positions
+from .families.saved import saved_defaults
 from .model_section import saved_fields
 
 TEMPERATURE = 0.8  # of samples
@@ -128,6 +129,7 @@ def load_checkpoint(
         config["data"]["corpus"], config["data"]["tokenizer"], config["data"].get("task"), trust_remote_code
     )
     family, fields = saved_fields(config["model"])
+    fields = saved_defaults(family, path) | fields
     fields |= classifier_fields(config["data"]["corpus"], config["data"].get("task"))
     model = new_model(family, model_config(fields, tokenizer, vocab_size, family))
     nn.Module.to(model, DTYPES[dtype])

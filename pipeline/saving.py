@@ -25,8 +25,10 @@ from safetensors.torch import save_file
 
 from ..common.files import NO_SPACE, make_folder, system_error
 from . import checkpoint
-from .checkpoint import ReaderState, checkpoint_name
+from .checkpoint import MODEL_CONFIG, ReaderState, checkpoint_name
 from .engine import Engine
+from .families.registry import OURS
+from .families.saved import saved_config
 from .processes import ProcessLayout
 
 Files = dict[str, Callable[[Path], object]]
@@ -51,6 +53,8 @@ def snapshot(
     if is_first:
         files["model.safetensors"] = lambda path: save_file(weights, path, metadata={"format": "pt"})
         files["config.yaml"] = lambda path: path.write_text(yaml.safe_dump(config, sort_keys=False))
+        if (model := saved_config(config["model"].get("family", OURS), engine.module.config)) is not None:
+            files[MODEL_CONFIG] = lambda path: path.write_text(model)
     if is_last:
         files["optimizer.safetensors"] = lambda path: save_file(moments, path)
     return files

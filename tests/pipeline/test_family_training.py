@@ -22,8 +22,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from minrnn.common.errors import UserError
 from minrnn.launch.cli import main
 from minrnn.models import TorchRNNForCausalLM
-from minrnn.pipeline import set_up
+from minrnn.pipeline import export, set_up
 from minrnn.pipeline.checkpoint import checkpoint_paths
+from minrnn.pipeline.families import registry
 from minrnn.pipeline.families.limits import NO_DOCUMENTS, NO_STATE
 
 Run = Callable[[Values], Path]
@@ -99,6 +100,23 @@ def test_sizes_are_searched_once(values: Values, run_recipe: Run, monkeypatch, n
     run_recipe(values)
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     assert abs(model.num_parameters() / 80_000 - 1) <= 0.02
+
+
+def test_defaults_of_another_transformers_are_refused_on_resume_and_kept_in_an_export(
+    values: Values, run_recipe: Run, monkeypatch, tmp_path: Path
+):
+    values["train"]["steps"] = 2
+    folder = run_recipe(with_family(values, "llama"))
+    values["train"]["steps"] = 3
+    monkeypatch.setattr(
+        export, "config_of", lambda name, fields: registry.config_of(name, {"rms_norm_eps": 0.5, **fields})
+    )
+    with pytest.raises(
+        UserError, match=r"model.family: rms_norm_eps is 0.5 in transformers .*, but was 1e-06 when"
+    ):
+        run_recipe(with_family(values, "llama"))
+    export.export_run(folder, tmp_path / "export")
+    assert json.loads((tmp_path / "export" / "config.json").read_text())["rms_norm_eps"] == 1e-6
 
 
 def test_a_target_that_cannot_be_met_stops_before_training(values: Values, run_recipe: Run):
