@@ -375,6 +375,8 @@ def check_unchanged(saved: dict[str, Any], recipe: Recipe, folder: str) -> None:
     # A run from before a setting was made with its default.
     old = _defaults() | omitted | flatten(saved) | {"optim.schedule_steps": schedule_steps_of(saved)}
     allowed = free_on_resume(saved) | set(recipe.run.change)
+    if old["model.family"] != new["model.family"]:  # the fields of one are not those of the other
+        allowed |= {key for key in new if key.startswith("model.")} - {"model.family"}
     different = [
         key for key in new if old[key] != new[key] and key not in allowed and not key.startswith("tracking.")
     ]

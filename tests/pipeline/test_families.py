@@ -284,12 +284,17 @@ def test_sizes_of_another_number_are_searched_again(name: str, target: int, laye
     assert config.num_hidden_layers == layers
 
 
-def test_a_run_does_not_resume_with_another_family():
-    saved = resolved_config(build_recipe({}))
-    with pytest.raises(
-        UserError, match=r"model.family: is 'gru', but the run in run was started with 'minrnn'"
-    ):
-        check_unchanged(saved, build_recipe({"model": {"family": "gru"}}), "run")
+@pytest.mark.parametrize(("first", "second"), [("minrnn", "gru"), ("gru", "minrnn"), ("llama", "gpt2")])
+def test_a_run_does_not_resume_with_another_family(first: str, second: str):
+    fields = {"num_hidden_layers": 3}
+    saved = resolved_config(build_recipe({"model": {"family": first, **fields}}))
+    recipe = build_recipe(
+        {"model": {"family": second, **fields}, "batch": {"carry_state": saved["batch"]["carry_state"]}}
+    )
+    with pytest.raises(UserError) as raised:
+        check_unchanged(saved, recipe, "run")
+    message = f"model.family: is '{second}', but the run in run was started with '{first}'"
+    assert [message in line for line in str(raised.value).splitlines()] == [True]
 
 
 def test_a_model_that_does_not_fit_into_memory_is_refused(monkeypatch):
