@@ -47,6 +47,22 @@ def prompt_tokens(tokenizer: Any, text: str) -> list[int]:
     ]
 
 
+def begin_token(tokenizer: Any) -> int:
+    """The token before a text without context: bos, else eos, as in lm-eval's own class."""
+    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+
+
+def family_prompt_tokens(tokenizer: Any, text: str, add_special_tokens: bool = True) -> list[int]:
+    """Encode a prompt for a model of transformers as its tokenizer does, as lm-eval's own class reads it.
+
+    It has bos only if the tokenizer writes it: those of exports do, those of the hub may not. Names of
+    special tokens in the text are tokens, if the tokenizer reads them so. Without text there may be no token
+    at all; a model then reads `begin_token`.
+    """
+    is_begun = text.startswith(tokenizer.decode([begin_token(tokenizer)]))
+    return tokenizer.encode(text, add_special_tokens=add_special_tokens and not is_begun, verbose=False)
+
+
 def prompt_batch(tokenizer: Any, texts: Sequence[str]) -> Any:
     """`input_ids` and `attention_mask` [texts, longest] of the encoded prompts, padded on the left."""
     rows = [prompt_tokens(tokenizer, text) for text in texts]

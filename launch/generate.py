@@ -8,7 +8,7 @@ from typing import Any
 from ..common.checks import option_minimum_errors
 from ..common.errors import UserError
 from ..common.files import user_path
-from ..data.prompts import TextStream, prompt_tokens, read_prompt
+from ..data.prompts import TextStream, begin_token, family_prompt_tokens, prompt_tokens, read_prompt
 from ..data.sources import is_text
 from ..pipeline.options import add_device, add_dtype, add_model, add_trust
 
@@ -71,12 +71,16 @@ def main(argv: list[str]) -> None:
 
     import transformers
 
+    from ..models import MinRNNForCausalLM
     from ..pipeline.loading import load
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     model, tokenizer = load(arguments.model, arguments.dtype, arguments.device, arguments.trust_remote_code)
-    ids = prompt_tokens(tokenizer, prompt)
+    if isinstance(model, MinRNNForCausalLM):
+        ids = prompt_tokens(tokenizer, prompt)
+    else:
+        ids = family_prompt_tokens(tokenizer, prompt) or [begin_token(tokenizer)]
     output = TextStream(tokenizer, ids)
     _print(prompt)
     transformers.set_seed(arguments.seed)

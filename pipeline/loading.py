@@ -123,7 +123,8 @@ def read_model(name: str, trust_remote_code: bool = False) -> tuple[PreTrainedMo
             memory, or contain code that is not trusted.
     """
     model = read_weights(name)
-    return model.eval(), _read_tokenizer(name, model_folder(name), trust_remote_code)
+    needs_both = isinstance(model, MinRNNForCausalLM)
+    return model.eval(), _read_tokenizer(name, model_folder(name), trust_remote_code, needs_both)
 
 
 def is_classifier(values: dict[str, Any]) -> bool:
@@ -237,7 +238,15 @@ def require_state(model: PreTrainedModel) -> MinRNNForCausalLM:
     raise UserError("MODEL", f"{message}; minrnn, gru and lstm do (minrnn eval takes any family)")
 
 
-def _read_tokenizer(name: str, folder: str, trust_remote_code: bool) -> Any:
+def _read_tokenizer(name: str, folder: str, trust_remote_code: bool, needs_both: bool) -> Any:
+    """The tokenizer of a model.
+
+    Args:
+        needs_both: documents stand between bos and eos, as in training; else one of them is enough.
+
+    Raises:
+        UserError: there is none, its code is not trusted, it lacks these tokens, or it cannot spell text.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:  # all from transformers
@@ -246,9 +255,10 @@ def _read_tokenizer(name: str, folder: str, trust_remote_code: bool) -> Any:
             raise UserError("MODEL", f"{message}; read it, and add --trust-remote-code to run it") from None
         message = f"{name} has no tokenizer; minrnn export writes one beside the weights"
         raise UserError("MODEL", message) from None
-    if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
-        message = f"the tokenizer of {name} has no bos or no eos token, between which a document stands"
-        raise UserError("MODEL", message)
+    bounds = [token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None]
+    if len(bounds) < (2 if needs_both else 1):
+        missing = "no bos or no eos" if needs_both else "neither a bos nor an eos"
+        raise UserError("MODEL", f"the tokenizer of {name} has {missing} token, so no document can begin")
     ids = tokenizer.encode(SENTENCE, add_special_tokens=False)
     if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
         message = f"the tokenizer of {name} cannot spell text (a synthetic task's vocabulary?)"

@@ -7,7 +7,7 @@ Nothing is truncated, since memory does not grow with the length: a text of any 
 `piece` tokens. A document begins with <bos>, as in training. Its perplexity (`loglikelihood_rolling`) is
 measured with the state carried through the whole document, or, for comparison with published numbers, in
 windows without a carried state. Models of transformers carry no state and read every request whole
-(whole_rows.py).
+(whole_rows.py); their texts begin as their tokenizer says, as in lm-eval's own class.
 
 lm-eval (0.4.13) has a fixed table of models, so importing this module registers the name `minrnn`:
 
@@ -38,7 +38,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from ...data.prompts import prompt_tokens
+from ...data.prompts import begin_token, family_prompt_tokens, prompt_tokens
 from ...models import MinRNNForCausalLM
 from ...models.decoding import TokenStep
 from ...models.modeling_minrnn import PREFILL
@@ -150,7 +150,7 @@ class MinRNNLM(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         """The token that begins a document; an empty context is replaced by it."""
-        return self.tokenizer.bos_token_id
+        return begin_token(self.tokenizer)
 
     @property
     def tokenizer_name(self) -> str:
@@ -191,7 +191,10 @@ class MinRNNLM(TemplateLM):
         }
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Encode as training does, with <bos> unless `add_special_tokens` is False."""
+        """Encode as training does, with <bos> unless `add_special_tokens` is False; for a model of
+        transformers as its tokenizer does."""
+        if not self.has_state:
+            return family_prompt_tokens(self.tokenizer, string, add_special_tokens is not False)
         if self._has_template:  # special tokens in the text are tokens, including <bos>
             ids = self.tokenizer.encode(string, add_special_tokens=False, split_special_tokens=False)
             has_bos = add_special_tokens is False or ids[:1] == [self.prefix_token_id]
@@ -265,7 +268,8 @@ class MinRNNLM(TemplateLM):
         """As `_loglikelihood_tokens`, for a model without a state."""
         scores: list[Score] = [(0.0, True)] * len(requests)
         numbers = [number for number, (_, _, continuation) in enumerate(requests) if continuation]
-        rows = [(list(requests[number][1]), list(requests[number][2])) for number in numbers]
+        begin = [self.prefix_token_id]
+        rows = [(list(requests[number][1]) or begin, list(requests[number][2])) for number in numbers]
         with tqdm(total=len(rows), disable=disable_tqdm or self.rank != 0, desc="loglikelihood") as progress:
             values = score_rows(self.model, rows, self.batch_size, progress.update)
         for number, value in zip(numbers, values, strict=True):
@@ -304,7 +308,7 @@ class MinRNNLM(TemplateLM):
         by_settings: dict[str, list[int]] = defaultdict(list)
         for number, (_, settings) in enumerate(arguments):
             by_settings[repr(settings)].append(number)
-        contexts = [self.tok_encode(context) for context, _ in arguments]
+        contexts = [self.tok_encode(context) or [self.prefix_token_id] for context, _ in arguments]
         texts = [""] * len(requests)
         progress = tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="generate_until")
         for members in by_settings.values():

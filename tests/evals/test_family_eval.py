@@ -7,18 +7,21 @@ from typing import Any
 import pytest
 import torch
 from datasets import config as datasets_config
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from tiny_families import tiny_model
+from tiny_families import FIELDS, tiny_model
+from tokenizers_of_each_kind import KINDS
 from transformers import PreTrainedModel
 
 from minrnn.common.errors import UserError
 from minrnn.data import byte_tokenizer
 from minrnn.evals.harness.command import main
 from minrnn.evals.harness.model import MinRNNLM
+from minrnn.pipeline.families.build import build_causal_lm
 from minrnn.pipeline.families.limits import NO_DOCUMENTS, NO_STATE
+from minrnn.pipeline.families.registry import config_of
 from minrnn.pipeline.loading import family_limits, read_weights
 
 TOKENIZER = byte_tokenizer()
@@ -75,6 +78,41 @@ def test_llama_scores_and_writes_as_with_lm_evals_own_class():
     assert lm.generate_until(requests("generate_until", *contexts), disable_tqdm=True) == hf.generate_until(
         requests("generate_until", *contexts), disable_tqdm=True
     )
+
+
+def without_bos() -> Any:
+    """Of gpt2's kind with <s> for the end and nothing for the beginning, as Qwen's."""
+    tokenizer = KINDS["gpt2"]()
+    tokenizer.bos_token = None
+    return tokenizer
+
+
+HUB: dict[str, Any] = {"gpt2": KINDS["gpt2"](), "llama": KINDS["llama"](), "no bos": without_bos()}
+HUB_MODEL = build_causal_lm("llama", config_of("llama", {**FIELDS["llama"], "vocab_size": 400})).eval()
+PIECES = st.lists(st.sampled_from(["the cat", " sat", "\n", " ", "x", "<s>", "<|endoftext|>"]), max_size=4)
+
+
+@pytest.mark.parametrize("kind", HUB)
+@settings(max_examples=10)
+@given(context=PIECES.map("".join), continuation=PIECES.map("".join).filter(bool))
+def test_models_of_the_hub_read_what_lm_evals_own_class_reads(kind: str, context: str, continuation: str):
+    tokenizer, factory = HUB[kind], HFLM
+    hf: Any = factory(pretrained=HUB_MODEL, tokenizer=tokenizer, batch_size=1)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    lm = MinRNNLM(HUB_MODEL, tokenizer, batch_size=1)
+    assert lm.prefix_token_id == hf.prefix_token_id
+    assert lm.tok_encode(context) == hf.tok_encode(context)
+    assume(context.strip())  # hf's own asserts that there is a context
+    pair = requests("loglikelihood", (context, continuation))
+    ((value, _),), ((expected, _),) = (each.loglikelihood(pair, disable_tqdm=True) for each in (lm, hf))
+    assert value == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
+def test_a_context_without_a_token_begins_as_an_empty_one():
+    """A space moves to the continuation, and this tokenizer writes no token of its own."""
+    lm = MinRNNLM(HUB_MODEL, HUB["no bos"])
+    ((value, _),) = lm.loglikelihood(requests("loglikelihood", (" ", "x")), disable_tqdm=True)
+    tokens = [lm.eot_token_id, *HUB["no bos"].encode(" x")]
+    assert value == pytest.approx(score(HUB_MODEL, tokens, len(tokens) - 1)[0], rel=1e-4)
 
 
 @pytest.mark.parametrize("name", NAMES)
