@@ -59,19 +59,6 @@ class BoundedScans:
         self.boundaries, self.backend, self.group = boundaries, backend, group
         self.is_single_token = is_single_token
 
-    def starts(self, x: Tensor, state: Tensor | None) -> Tensor | None:
-        """Where no state precedes a token of x [B, T, W]: bool [B, T, 1]; None for nowhere.
-
-        The first token counts where the state is missing or all zero, as after a piece of padding only.
-        """
-        starts = self.boundaries.document_starts
-        if self.group is None or self.group.rank == 0:
-            is_first = torch.arange(x.shape[1], device=x.device) == 0
-            is_empty = x.new_ones(x.shape[0], dtype=torch.bool) if state is None else (state == 0).all(1)
-            is_first = is_first & is_empty.unsqueeze(1)
-            starts = is_first if starts is None else starts | is_first
-        return None if starts is None else starts.unsqueeze(-1)
-
     def linear(self, a: Tensor, b: Tensor, h0: Tensor | None) -> Scanned:
         """The diagonal recurrence. a, b [B, T, W] (a may be [W]), h0 [B, W]; h in b's dtype."""
         a = a.expand(b.shape)

@@ -12,10 +12,10 @@ is one tensor, so no concatenation follows.
 Both forms treat document starts and padding exactly (boundaries.py).
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .boundaries import NO_BOUNDARIES, Boundaries
@@ -23,7 +23,7 @@ from .cell_scan_numba import backward as numba_backward
 from .cell_scan_numba import forward as numba_forward
 from .cell_scan_triton import backward as triton_backward
 from .cell_scan_triton import forward as triton_forward
-from .cell_spec import CellInputs, CellSpec, check_shapes, zero_state
+from .cell_spec import CellInputs, CellSpec, check_shapes, empty_rows, zero_state
 from .dtypes import at_least_fp32
 from .operators import define
 from .scan import check_backend, check_one_device, default_backend, linear_scan, linear_scan_with_decay
@@ -43,12 +43,13 @@ def cell_scan(
     Args:
         projected: [batch, time, spec.num_projections * width]: the gates' pre-activations in the order of the
             cell's formula, then the candidate's, then the output gate's.
-        gate_bias: [num_gates, width], added to the gates in fp32.
-        h0: state before the first token, [batch, width] fp32; zeros if None.
+        gate_bias: [spec.num_rows, width]: biases, added to the gates in fp32, and the cell's constants.
+        h0: state before the first token, [batch, width] fp32; zeros if None. A row of zeros is no state: the
+            RG-LRU does not scale the token after it.
         spec: cell, candidate activation, output gate.
         boundaries: document starts and padding; `reach` is not read.
-        backend: as in `linear_scan`. "numba" and "triton" are fused for "mingru" and "minlstm" in fp32 and
-            bf16 (triton: fp16 too); other cells, fp64 and the other backends are composed.
+        backend: as in `linear_scan`. "numba" and "triton" are fused for their `FUSED_CELLS` in fp32 and bf16
+            (triton: fp16 too); other cells, fp64 and the other backends are composed.
 
     Returns:
         y [batch, time, width] in projected's dtype (undefined at padding), and h_last [batch, width] in fp32
@@ -57,7 +58,9 @@ def cell_scan(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or a backend that cannot run here.
     """
-    y, h_last, _ = _run(projected, gate_bias, h0, spec, boundaries, backend=backend, return_decay=False)
+    backend = backend or default_backend(projected.device, projected.dtype)
+    inputs = checked_inputs(projected, gate_bias, h0, spec, boundaries, backend=backend)
+    y, h_last, _ = _run(inputs, spec, backend=backend, return_decay=False)
     return y, h_last
 
 
@@ -72,26 +75,19 @@ def cell_scan_with_decay(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`cell_scan`, and the product of all decays, [batch, width] in the state's dtype.
 
-    h_last = decay * h0 + (h_last from h0 = 0). A document start makes the product 0; padding counts as 1. No
-    gradient flows through it.
+    h_last = decay * h0 + (h_last from h0 = 0; RG-LRU: from h0 near 0). A document start makes the product 0;
+    padding counts as 1. No gradient flows through it.
     """
-    y, h_last, decay = _run(projected, gate_bias, h0, spec, boundaries, backend=backend, return_decay=True)
+    backend = backend or default_backend(projected.device, projected.dtype)
+    inputs = checked_inputs(projected, gate_bias, h0, spec, boundaries, backend=backend)
+    y, h_last, decay = _run(inputs, spec, backend=backend, return_decay=True)
     return y, h_last, decay.detach()
 
 
 def _run(
-    projected: Tensor,
-    gate_bias: Tensor,
-    h0: Tensor | None,
-    spec: CellSpec,
-    boundaries: Boundaries,
-    *,
-    backend: str | None,
-    return_decay: bool,
+    inputs: CellInputs, spec: CellSpec, *, backend: str, return_decay: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    backend = backend or default_backend(projected.device, projected.dtype)
-    inputs = checked_inputs(projected, gate_bias, h0, spec, boundaries, backend=backend)
-    if not spec.is_fused(projected.dtype, backend):
+    if not spec.is_fused(inputs.projected.dtype, backend):
         return composed(inputs, spec, backend=backend, return_decay=return_decay)
     y, _, h_last, decay = _call_operator(inputs, spec, backend=backend, return_decay=return_decay)
     return y, h_last, decay
@@ -113,7 +109,7 @@ def checked_inputs(
     tensors |= {"document_starts": boundaries.document_starts, "lengths": boundaries.lengths}
     check_one_device(tensors, projected.device)
     h0 = zero_state(projected, gate_bias) if h0 is None else h0
-    return CellInputs(projected, gate_bias, h0, boundaries)
+    return CellInputs(projected, gate_bias, h0, boundaries, empty_rows(h0, spec))
 
 
 def composed(
@@ -122,12 +118,12 @@ def composed(
     """The operation as defined, from its parts: y, h_last, decay (empty without `return_decay`)."""
     projected, gate_bias = inputs.projected, inputs.gate_bias
     projections = projected.split(gate_bias.shape[1], dim=-1)
-    a, b = inputs.boundaries.bound(*spec.coefficients(projections, gate_bias))
+    a, b = inputs.boundaries.bound(*spec.coefficients(projections, gate_bias, inputs.starts()))
     if return_decay:
         h, h_last, decay = linear_scan_with_decay(a, b, inputs.h0, backend=backend)
     else:
         (h, h_last), decay = linear_scan(a, b, inputs.h0, backend=backend), a.new_empty(0)
-    return (h * F.silu(projections[-1]) if spec.output_gate else h), h_last, decay
+    return spec.gated(h, projections), h_last, decay
 
 
 def one_token(
@@ -138,18 +134,19 @@ def one_token(
     These are plain operations, which `torch.compile` fuses into one kernel.
     """
     projections = at_least_fp32(projected).split(gate_bias.shape[1], dim=-1)
-    a, b = spec.coefficients(projections, gate_bias)
+    start = zero_state(projected, gate_bias) if h0 is None else h0
+    inputs = CellInputs(projected, gate_bias, start, is_empty=empty_rows(start, spec))
+    a, b = spec.coefficients(projections, gate_bias, inputs.starts())
     h = b[:, 0] if h0 is None else torch.addcmul(b[:, 0], a[:, 0], h0.to(a.dtype))
-    y = h.unsqueeze(1)
-    return (y * F.silu(projections[-1]) if spec.output_gate else y).to(projected.dtype), h
+    return spec.gated(h.unsqueeze(1), projections).to(projected.dtype), h
 
 
 # The torch operators. Their schemas take only tensors, strings and bools: inputs and spec are flattened here.
 
 
-def _flatten(inputs: CellInputs) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    boundaries = inputs.boundaries
-    return inputs.projected, inputs.gate_bias, inputs.h0, boundaries.document_starts, boundaries.lengths
+def _flatten(inputs: CellInputs) -> tuple[Tensor | None, ...]:
+    tensors, boundaries = (inputs.projected, inputs.gate_bias, inputs.h0), inputs.boundaries
+    return *tensors, boundaries.document_starts, boundaries.lengths, inputs.is_empty
 
 
 def _fake(projected, gate_bias, h0, *others):
@@ -183,12 +180,13 @@ def _register(name: str, forward: Callable, backward: Callable) -> Callable:
         h0: Tensor,
         document_starts: Tensor | None,
         lengths: Tensor | None,
+        is_empty: Tensor | None,
         cell: str,
         activation: str,
         output_gate: bool,
         return_decay: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        inputs = CellInputs(projected, gate_bias, h0, Boundaries(document_starts, lengths))
+        inputs = CellInputs(projected, gate_bias, h0, Boundaries(document_starts, lengths), is_empty)
         return forward(inputs, CellSpec(cell, activation, output_gate), return_decay)
 
     def scan_backward(
@@ -197,6 +195,7 @@ def _register(name: str, forward: Callable, backward: Callable) -> Callable:
         h0: Tensor,
         document_starts: Tensor | None,
         lengths: Tensor | None,
+        is_empty: Tensor | None,
         h: Tensor,
         grad_y: Tensor,
         grad_last: Tensor,
@@ -204,7 +203,7 @@ def _register(name: str, forward: Callable, backward: Callable) -> Callable:
         activation: str,
         output_gate: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        inputs = CellInputs(projected, gate_bias, h0, Boundaries(document_starts, lengths))
+        inputs = CellInputs(projected, gate_bias, h0, Boundaries(document_starts, lengths), is_empty)
         return backward(inputs, CellSpec(cell, activation, output_gate), h, grad_y, grad_last)
 
     backward_operator = define(f"cell_scan_backward_{name}", scan_backward, _fake_backward)
@@ -215,7 +214,7 @@ def _register(name: str, forward: Callable, backward: Callable) -> Callable:
         grad_y = torch.zeros_like(h) if grad_y is None else grad_y
         grad_last = torch.zeros_like(h0, dtype=torch.float32) if grad_last is None else grad_last
         d_projected, d_bias, dh0 = backward_operator(*tensors, h, grad_y, grad_last, *ctx.spec)
-        return d_projected, d_bias.to(gate_bias.dtype), dh0.to(h0.dtype), None, None, None, None, None, None
+        return d_projected, d_bias.to(gate_bias.dtype), dh0.to(h0.dtype), *(None,) * 7
 
     return define(f"cell_scan_{name}", scan, _fake, differentiate, _save)
 
@@ -240,9 +239,8 @@ def summarize(inputs: CellInputs, spec: CellSpec, backend: str) -> tuple[Tensor,
 
     The tokens map a state h to decay * h + last. `inputs.h0` is not read.
     """
-    _, last, decay = cell_scan_with_decay(
-        inputs.projected, inputs.gate_bias, spec=spec, boundaries=inputs.boundaries, backend=backend
-    )
+    inputs = dataclasses.replace(inputs, h0=zero_state(inputs.projected, inputs.gate_bias))
+    _, last, decay = _run(inputs, spec, backend=backend, return_decay=True)
     return decay, last
 
 
@@ -265,7 +263,7 @@ def scan_gradients(
     with torch.enable_grad():
         tensors = inputs.projected, inputs.gate_bias, inputs.h0
         projected, gate_bias, h0 = leaves = [tensor.detach().requires_grad_() for tensor in tensors]
-        inputs = CellInputs(projected, gate_bias, h0, inputs.boundaries)
+        inputs = CellInputs(projected, gate_bias, h0, inputs.boundaries, inputs.is_empty)
         y, h_last, _ = composed(inputs, spec, backend=backend, return_decay=False)
         d_projected, d_gate_bias, dh0 = torch.autograd.grad((y, h_last), leaves, (grad_y, grad_last))
     return d_projected, d_gate_bias, dh0

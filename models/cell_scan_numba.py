@@ -17,10 +17,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .cell_spec import CellInputs, CellSpec
+from .cell_spec import SCANNED_CELLS, CellInputs, CellSpec
+from .gated_coefficients import SMALLEST
 from .numba_support import as_numpy, is_available, run_tasks, stripe_width
 
-_CELL_CODES = {"mingru": 0, "minlstm": 1}
+_CELL_CODES = {"mingru": 0, "minlstm": 1, "hgrn": 2, "rglru": 3}
+_NUM_GATES = [SCANNED_CELLS[cell].num_gates for cell in _CELL_CODES]
 _ACTIVATION_CODES = {"none": 0, "g": 1, "tanh": 2, "silu": 3}
 
 if is_available():
@@ -31,6 +33,7 @@ if is_available():
         ONE,
         ZERO,
         exp,
+        expm1,
         inlined,
         kernel,
         load_input,
@@ -45,6 +48,10 @@ if is_available():
     _T3, _T5, _T7, _T9, _T11 = map(
         np.float32,
         (-3.33332819422e-1, 1.33314422036e-1, -5.37397155531e-2, 2.06390887954e-2, -5.70498872745e-3),
+    )
+    _SMALLEST, _NORMAL, _P = map(np.float32, (SMALLEST, (2 * np.pi) ** -0.5, 0.3275911 * 0.5**0.5))
+    _P1, _P2, _P3, _P4, _P5 = map(
+        np.float32, (0.127414796, -0.142248368, 0.7107068705, -0.7265760135, 0.5307027145)
     )
 
     @inlined
@@ -64,14 +71,42 @@ if is_available():
         return (one + enter) * scale, (one + forget) * scale
 
     @inlined
-    def _factors(p, q, cell):
-        """a, z of h_t = a h_{t-1} + z c(u), from the gates' pre-activations; the minGRU has one gate, p."""
-        return _both_sigmoids(p) if cell == 0 else _ratio(p, q)
+    def _input_scale(log_a, a, is_first):
+        """The RG-LRU's factor sqrt(1 - a^2), and its derivative for log a; 1 and 0 at a first token."""
+        share = -expm1(TWO * log_a)
+        scale = np.sqrt(max(share, _SMALLEST))
+        slope = -a * a / scale if share >= _SMALLEST else ZERO
+        return (ONE, ZERO) if is_first else (scale, slope)
 
     @inlined
-    def _gate_slopes(p, q, cell):
-        """The derivatives of log(z / a) for p and q: dz = a z d log(z / a) = -da."""
-        return (ONE, ZERO) if cell == 0 else (-sigmoid(-p), sigmoid(-q))
+    def _factors(p, q, constant, is_first, cell):
+        """a, z of h_t = a h_{t-1} + z c(u), from the gates' pre-activations; with one gate, that is p."""
+        if cell == 0:
+            return _both_sigmoids(p)
+        if cell == 1:
+            return _ratio(p, q)
+        if cell == 2:
+            small, large = _both_sigmoids(p)
+            return multiply_add(ONE - constant, large, constant), (ONE - constant) * small
+        log_a = constant * sigmoid(p)
+        a = exp(log_a)
+        return a, _input_scale(log_a, a, is_first)[0] * sigmoid(q)
+
+    @inlined
+    def _gate_gradients(p, q, constant, is_first, a, z, c, previous, cell):
+        """The derivatives of a previous + z c for p, q and the constant."""
+        if cell == 3:
+            r, i = sigmoid(p), sigmoid(q)
+            log_a = constant * r
+            d_log_a = multiply_add(c * i, _input_scale(log_a, a, is_first)[1], a * previous)
+            return d_log_a * log_a * sigmoid(-p), c * z * sigmoid(-q), d_log_a * r
+        difference = c - previous  # as a + z = 1
+        if cell == 2:
+            small, large = _both_sigmoids(p)
+            return -difference * z * large, ZERO, -difference * small
+        # dz = a z d log(z / a) = -da
+        slope = difference * a * z
+        return (slope, ZERO, ZERO) if cell == 0 else (-slope * sigmoid(-p), slope * sigmoid(-q), ZERO)
 
     @inlined
     def _tanh(u):
@@ -101,26 +136,30 @@ if is_available():
             return np.float32(4) * s * (ONE - s)
         return s * multiply_add(u, ONE - s, ONE)
 
-    @kernel
-    def _backward_output_gate(o, h_t, g_t, d_o, carry):
-        """y = h silu(o) of one token: writes d_o, and adds the gradient of h_t to `carry`."""
-        for d in range(carry.size - 1, -1, -1):
-            x, g = load_input(o, d), load_input(g_t, d)
+    @inlined
+    def _output_gate(x, cell):
+        """silu(x), or gelu(x) for the RG-LRU, and its derivative."""
+        if cell < 3:
             s = sigmoid(x)
-            store_output(d_o, d, g * load_input(h_t, d) * s * multiply_add(x, ONE - s, ONE))
-            store_state(carry, d, multiply_add(g * x, s, load_state(carry, d)))
+            return x * s, s * multiply_add(x, ONE - s, ONE)
+        # The normal distribution by Abramowitz & Stegun, 7.1.26: an absolute error of 1e-7.
+        bell, t = exp(-HALF * x * x), ONE / multiply_add(_P, abs(x), ONE)
+        tail = multiply_add(multiply_add(multiply_add(multiply_add(_P5, t, _P4), t, _P3), t, _P2), t, _P1)
+        tail = tail * t * bell
+        below = tail if x < ZERO else ONE - tail
+        return x * below, multiply_add(x * _NORMAL, bell, below)
 
 
 @functools.cache
 def _forward_kernel(cell: int, activation: int, gated: bool) -> Callable:
-    num_gates = cell + 1
+    num_gates = _NUM_GATES[cell]
 
     @kernel
-    def forward(projected, bias, h0, starts, lengths, y, h, h_last, decay, stripe, first, last):
+    def forward(projected, bias, h0, starts, lengths, is_empty, y, h, h_last, decay, stripe, first, last):
         """projected [B, T, P*R], bias [G, R], h0 [B, R] -> y, h [B, T, R], h_last, decay [B, R].
 
-        starts is [B, T] or [0, 0], lengths [B]. h is not written without an output gate; decay is not written
-        if it is [0, 0].
+        starts is [B, T] or [0, 0], lengths and is_empty [B]. h is not written without an output gate; decay
+        is not written if it is [0, 0].
         """
         time, width = y.shape[1], y.shape[2]
         num_stripes = (width + stripe - 1) // stripe
@@ -128,6 +167,7 @@ def _forward_kernel(cell: int, activation: int, gated: bool) -> Callable:
             row, low = task // num_stripes, (task % num_stripes) * stripe
             high = min(low + stripe, width)
             carry, bias_p, bias_q = h_last[row, low:high], bias[0, low:high], bias[num_gates - 1, low:high]
+            constants = bias[-1, low:high]
             carry[:] = h0[row, low:high]
             for t in range(time):
                 tokens, y_t = projected[row, t], y[row, t, low:high]
@@ -136,7 +176,9 @@ def _forward_kernel(cell: int, activation: int, gated: bool) -> Callable:
                     tokens[(num_gates - 1) * width + low :],
                     tokens[num_gates * width + low :],
                 )
-                if starts.size > 0 and starts[row, t] and t < lengths[row]:
+                is_start = starts.size > 0 and starts[row, t] != 0
+                is_first = is_start or (t == 0 and is_empty[row] != 0)
+                if is_start and t < lengths[row]:
                     carry[:] = ZERO
                     if decay.size > 0:
                         decay[row, low:high] = ZERO
@@ -146,7 +188,7 @@ def _forward_kernel(cell: int, activation: int, gated: bool) -> Callable:
                             load_input(gate_p, d) + load_input(bias_p, d),
                             load_input(gate_q, d) + load_input(bias_q, d),
                         )
-                        a, z = _factors(p, q, cell)
+                        a, z = _factors(p, q, load_input(constants, d), is_first, cell)
                         store_state(
                             carry,
                             d,
@@ -160,13 +202,13 @@ def _forward_kernel(cell: int, activation: int, gated: bool) -> Callable:
                                 load_input(gate_p, d) + load_input(bias_p, d),
                                 load_input(gate_q, d) + load_input(bias_q, d),
                             )
-                            decay[row, low + d] *= _factors(p, q, cell)[0]
+                            decay[row, low + d] *= _factors(p, q, load_input(constants, d), is_first, cell)[0]
                 if gated:
                     o, h_t = tokens[(num_gates + 1) * width + low :], h[row, t, low:high]
                     for d in range(high - low):
-                        value, gate_input = load_state(carry, d), load_input(o, d)
+                        value = load_state(carry, d)
                         store_output(h_t, d, value)
-                        store_output(y_t, d, value * gate_input * sigmoid(gate_input))
+                        store_output(y_t, d, value * _output_gate(load_input(o, d), cell)[0])
                 else:
                     for d in range(high - low):
                         store_output(y_t, d, load_state(carry, d))
@@ -177,11 +219,24 @@ def _forward_kernel(cell: int, activation: int, gated: bool) -> Callable:
 @functools.cache
 def _backward_kernel(cell: int, activation: int, gated: bool) -> Callable:
     # Only numbers may be captured: numba would not find a kernel on disk that captures another kernel.
-    num_gates = cell + 1
+    num_gates = _NUM_GATES[cell]
 
     @kernel
     def backward(
-        projected, bias, h0, starts, lengths, h, grad_y, state, d_projected, d_bias, stripe, first, last
+        projected,
+        bias,
+        h0,
+        starts,
+        lengths,
+        is_empty,
+        h,
+        grad_y,
+        state,
+        d_projected,
+        d_bias,
+        stripe,
+        first,
+        last,
     ):
         """`state` [B, R] holds the gradient of h_last and is overwritten with dh0.
 
@@ -194,6 +249,7 @@ def _backward_kernel(cell: int, activation: int, gated: bool) -> Callable:
             high = min(low + stripe, width)
             carry, bias_p, bias_q = state[row, low:high], bias[0, low:high], bias[num_gates - 1, low:high]
             d_bias_p, d_bias_q = d_bias[row, 0, low:high], d_bias[row, num_gates - 1, low:high]
+            constants, d_constants = bias[-1, low:high], d_bias[row, -1, low:high]
             for t in range(time - 1, -1, -1):
                 tokens, d_tokens, g_t = projected[row, t], d_projected[row, t], grad_y[row, t, low:high]
                 gate_p, gate_q, u = (
@@ -208,7 +264,12 @@ def _backward_kernel(cell: int, activation: int, gated: bool) -> Callable:
                 )
                 if gated:
                     offset = (num_gates + 1) * width + low
-                    _backward_output_gate(tokens[offset:], h[row, t, low:high], g_t, d_tokens[offset:], carry)
+                    o, h_t, d_o = tokens[offset:], h[row, t, low:high], d_tokens[offset:]
+                    for d in range(high - low - 1, -1, -1):
+                        value, slope = _output_gate(load_input(o, d), cell)
+                        gradient = load_input(g_t, d)
+                        store_output(d_o, d, gradient * load_input(h_t, d) * slope)
+                        store_state(carry, d, multiply_add(gradient, value, load_state(carry, d)))
                 else:
                     for d in range(high - low - 1, -1, -1):
                         store_state(carry, d, load_state(carry, d) + load_input(g_t, d))
@@ -219,6 +280,7 @@ def _backward_kernel(cell: int, activation: int, gated: bool) -> Callable:
                         store_output(d_u, d, ZERO)
                     continue
                 is_start = starts.size > 0 and starts[row, t] != 0
+                is_first = is_start or (t == 0 and is_empty[row] != 0)
                 previous = h[row, t - 1, low:high] if t > 0 else h0[row, low:high]
                 for d in range(high - low - 1, -1, -1):
                     p, q, x = (
@@ -226,30 +288,35 @@ def _backward_kernel(cell: int, activation: int, gated: bool) -> Callable:
                         load_input(gate_q, d) + load_input(bias_q, d),
                         load_input(u, d),
                     )
-                    a, z = _factors(p, q, cell)
-                    gradient = load_state(carry, d)
+                    constant, gradient = load_input(constants, d), load_state(carry, d)
+                    a, z = _factors(p, q, constant, is_first, cell)
                     previous_h = ZERO if is_start else load_input(previous, d)
-                    slope = gradient * (_candidate(x, activation) - previous_h) * a * z
-                    d_p, d_q = _gate_slopes(p, q, cell)
+                    d_p, d_q, d_constant = _gate_gradients(
+                        p, q, constant, is_first, a, z, _candidate(x, activation), previous_h, cell
+                    )
                     store_output(d_u, d, gradient * z * _candidate_slope(x, activation))
-                    store_output(d_gate_p, d, slope * d_p)
-                    store_state(d_bias_p, d, multiply_add(slope, d_p, load_state(d_bias_p, d)))
+                    store_output(d_gate_p, d, gradient * d_p)
+                    store_state(d_bias_p, d, multiply_add(gradient, d_p, load_state(d_bias_p, d)))
                     if num_gates == 2:
-                        store_output(d_gate_q, d, slope * d_q)
-                        store_state(d_bias_q, d, multiply_add(slope, d_q, load_state(d_bias_q, d)))
+                        store_output(d_gate_q, d, gradient * d_q)
+                        store_state(d_bias_q, d, multiply_add(gradient, d_q, load_state(d_bias_q, d)))
+                    if cell >= 2:
+                        store_state(
+                            d_constants, d, multiply_add(gradient, d_constant, load_state(d_constants, d))
+                        )
                     store_state(carry, d, ZERO if is_start else gradient * a)
 
     return backward
 
 
-def _boundary_arrays(inputs: CellInputs) -> tuple[Tensor, Tensor]:
-    """(document starts, lengths) for the kernels; None becomes an empty array, and `time` in each row."""
-    batch, time, _ = inputs.shape
+def _boundary_arrays(inputs: CellInputs) -> tuple[Tensor, Tensor, Tensor]:
+    """(document starts, lengths, is_empty) for the kernels, with what None stands for; no starts: [0, 0]."""
+    (batch, time, _), is_empty = inputs.shape, inputs.is_empty
     starts, lengths = inputs.boundaries.document_starts, inputs.boundaries.lengths
     starts = torch.empty(0, 0, dtype=torch.bool, device="cpu") if starts is None else starts.contiguous()
-    if lengths is None:
-        return starts, torch.full((batch,), time, device="cpu")
-    return starts, lengths.to(torch.int64).contiguous()
+    lengths = torch.full((batch,), time, device="cpu") if lengths is None else lengths.to(torch.int64)
+    is_empty = starts.new_zeros(batch) if is_empty is None else is_empty
+    return starts, lengths.contiguous(), is_empty.contiguous()
 
 
 def forward(

@@ -139,10 +139,11 @@ class FusedScan(AffineScan):
     spec: CellSpec
     backend: str
     document_starts: Tensor | None
+    is_empty: Tensor | None
 
     def _inputs(self, h0: Tensor, tensors: Tensors) -> CellInputs:
         projected, gate_bias = tensors
-        return CellInputs(projected, gate_bias, h0, Boundaries(self.document_starts))
+        return CellInputs(projected, gate_bias, h0, Boundaries(self.document_starts), self.is_empty)
 
     def summarize(self, h0: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         return summarize(self._inputs(h0, tensors), self.spec, self.backend)
@@ -252,7 +253,8 @@ def context_cell_scan(
     backend = backend or default_backend(projected.device, projected.dtype)
     inputs = checked_inputs(projected, gate_bias, h0, spec, boundaries, backend=backend)
     h0 = inputs.h0.to(torch.promote_types(projected.dtype, torch.float32))
-    scan = FusedScan(spec, backend, boundaries.document_starts)
+    is_empty = inputs.is_empty if group.rank == 0 else None
+    scan = FusedScan(spec, backend, boundaries.document_starts, is_empty)
     y, last, _ = context_scan(scan, group, h0, projected, gate_bias)
     return y, last
 

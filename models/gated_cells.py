@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from .bounded_scans import BoundedScans
+from .cell_spec import CellSpec
 from .dtypes import at_least_fp32
+from .minimal_cells import MinimalMixer
 from .mixer import MinRNNMixer, gate_bias, inverse_softplus
 from .ternary import linear
 
@@ -65,7 +67,7 @@ class GILRLSTM(MinRNNMixer):
         return h, torch.cat([g.last, c.last], dim=-1)
 
 
-class HGRN(MinRNNMixer):
+class HGRN(MinimalMixer):
     """Hierarchically gated recurrence, with real decays above a bound that rises from layer to layer.
 
         a_t = lb + (1 - lb) sigmoid(f_t),   h_t = a_t h_{t-1} + (1 - a_t) silu(u_t)
@@ -73,13 +75,11 @@ class HGRN(MinRNNMixer):
     Source: Qin et al., "Hierarchically Gated Recurrent Neural Network", arXiv 2311.04823.
     """
 
-    def __init__(self, config: "MinRNNConfig", layer: int):
-        super().__init__(config, layer)
-        self.gate_bias = nn.Parameter(torch.empty(1, config.recurrent_size))
+    own_fields = ()
 
     @classmethod
-    def projections(cls, config: "MinRNNConfig") -> dict[str, int]:
-        return dict.fromkeys(("f", "u"), config.recurrent_size)
+    def cell_spec(cls, config: "MinRNNConfig") -> CellSpec:
+        return CellSpec("hgrn", "silu", config.output_gate)
 
     @classmethod
     def lower_bound_size(cls, config: "MinRNNConfig") -> int:
@@ -88,14 +88,9 @@ class HGRN(MinRNNMixer):
     def init_parameters(self, memory: Tensor) -> None:
         init.copy_(self.gate_bias, gate_bias(memory, bound=self.layer / self.num_layers))
 
-    def cell(
-        self, parts: tuple[Tensor, ...], state: Tensor | None, scans: BoundedScans, *lower_bound: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        (f, u), (bound,) = parts, lower_bound
-        f = at_least_fp32(f) + self.gate_bias[0]
-        a, rest = bound + (1 - bound) * torch.sigmoid(f), (1 - bound) * torch.sigmoid(-f)
-        h = scans.linear(a, (rest * F.silu(at_least_fp32(u))).to(u.dtype), state)
-        return h.h, h.last
+    def channel_rows(self, *lower_bound: Tensor) -> Tensor:
+        (bound,) = lower_bound
+        return torch.cat([self.gate_bias, bound.unsqueeze(0)])
 
 
 class QRNN(MinRNNMixer):
@@ -130,7 +125,7 @@ class QRNN(MinRNNMixer):
         return h.h, h.last
 
 
-class RGLRU(MinRNNMixer):
+class RGLRU(MinimalMixer):
     """The real-gated linear recurrent unit of Hawk and Griffin.
 
         a_t = exp(-8 sigmoid(r_t) softplus(L)),   h_t = a_t h_{t-1} + sqrt(1 - a_t^2) sigmoid(i_t) u_t
@@ -139,31 +134,21 @@ class RGLRU(MinRNNMixer):
     2.4; the gates are dense projections here.
     """
 
+    own_fields = ()
     gate_activation = "gelu"
-    smallest = 1e-12
-    """Least 1 - a^2 under the root, whose gradient has no bound at 0: that of a memory of 2e12 tokens."""
 
     def __init__(self, config: "MinRNNConfig", layer: int):
         super().__init__(config, layer)
-        self.gate_bias = nn.Parameter(torch.empty(2, config.recurrent_size))  # of r, i
         self.decay = nn.Parameter(torch.empty(config.recurrent_size))  # L
 
     @classmethod
-    def projections(cls, config: "MinRNNConfig") -> dict[str, int]:
-        return dict.fromkeys(("r", "i", "u"), config.recurrent_size)
+    def cell_spec(cls, config: "MinRNNConfig") -> CellSpec:
+        return CellSpec("rglru", "none", config.output_gate)
 
     def init_parameters(self, memory: Tensor) -> None:
         init.zeros_(self.gate_bias)
         init.copy_(self.decay, inverse_softplus(-torch.log1p(-1 / memory) / 4))  # sigmoid(0) * 8 = 4
 
-    def cell(
-        self, parts: tuple[Tensor, ...], state: Tensor | None, scans: BoundedScans, *lower_bound: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        u = parts[2]
-        r, i = (at_least_fp32(x) + bias for x, bias in zip(parts[:2], self.gate_bias, strict=True))
-        log_a = torch.sigmoid(r) * (-8 * F.softplus(at_least_fp32(self.decay)))
-        scale = (-torch.expm1(2 * log_a)).clamp(min=self.smallest).sqrt()
-        if (starts := scans.starts(u, state)) is not None:
-            scale = scale.masked_fill(starts, 1)
-        h = scans.linear(log_a.exp(), (scale * torch.sigmoid(i) * u).to(u.dtype), state)
-        return h.h, h.last
+    def channel_rows(self, *lower_bound: Tensor) -> Tensor:
+        rate = -8 * F.softplus(at_least_fp32(self.decay))
+        return torch.cat([self.gate_bias, rate.unsqueeze(0)])

@@ -44,24 +44,27 @@ class MinimalMixer(MinRNNMixer):
     def init_parameters(self, memory: Tensor) -> None:
         init.copy_(self.gate_bias, MINIMAL_CELLS[self.spec.cell].gate_bias(memory))
 
+    def channel_rows(self, *lower_bound: Tensor) -> Tensor:
+        """The gates' biases and the cell's constants, [spec.num_rows, R]."""
+        return self.gate_bias
+
     def recur(
         self, projected: Tensor, state: Tensor | None, boundaries: Boundaries, *lower_bound: Tensor
     ) -> tuple[Tensor, Tensor]:
+        rows = self.channel_rows(*lower_bound)
         if self.is_single_token(projected, boundaries):
-            return one_token(projected, self.gate_bias, state, self.spec)
+            return one_token(projected, rows, state, self.spec)
         if self.context_group is not None:
             return context_cell_scan(
                 projected,
-                self.gate_bias,
+                rows,
                 state,
                 spec=self.spec,
                 boundaries=boundaries,
                 group=self.context_group,
                 backend=self.backend,
             )
-        return cell_scan(
-            projected, self.gate_bias, state, spec=self.spec, boundaries=boundaries, backend=self.backend
-        )
+        return cell_scan(projected, rows, state, spec=self.spec, boundaries=boundaries, backend=self.backend)
 
 
 class GILR(MinimalMixer):

@@ -60,14 +60,22 @@ def minlstm(p: Tensor, q: Tensor, u: Tensor, activation: str) -> tuple[Tensor, T
 
 @dataclass(frozen=True)
 class MinimalCell:
-    """An entry of `MINIMAL_CELLS`."""
+    """An entry of `MINIMAL_CELLS` or of `gated_coefficients.GATED_CELLS`."""
 
     num_gates: int
     """Number of gate projections; the candidate's projection follows them."""
     coefficients: Callable[..., tuple[Tensor, Tensor]]
-    """(gate, ..., candidate pre-activation, activation name) -> (a, b)."""
+    """(gate, ..., constant, ..., candidate pre-activation, activation name) -> (a, b); with `reads_starts`,
+    `CellInputs.starts()` is the last argument."""
     gate_bias: Callable[[Tensor], Tensor]
-    """Memory lengths [width] -> gate biases [num_gates, width]: at zero input, 1 / (1 - a) is the length."""
+    """Memory lengths [width] -> gate biases, and constants below them, [num_gates + num_constants, width]: at
+    zero input, 1 / (1 - a) is the length."""
+    num_constants: int = 0
+    """Numbers of each channel beside the gates' biases."""
+    reads_starts: bool = False
+    """b depends on whether a state precedes the token."""
+    output_gate: str = "silu"
+    """Activation of the output gate."""
 
 
 def _mingru_bias(memory: Tensor) -> Tensor:

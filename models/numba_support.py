@@ -203,8 +203,8 @@ if numba is not None:
     )
 
     @inlined
-    def exp(x):
-        """e^x in float32, to about one unit in the last place, clamped to e^-87.3 .. e^88.3 (Cephes)."""
+    def _exp_parts(x):
+        """e^r - 1 and 2^n of e^x = 2^n e^r, |r| <= log(2) / 2, in float32 (Cephes); x in -87.3 .. 88.3."""
         x = _LOWEST if x < _LOWEST else x  # written so that NaN passes
         x = _HIGHEST if x > _HIGHEST else x
         shifted = multiply_add(x, _LOG2_E, _SHIFT)
@@ -212,7 +212,19 @@ if numba is not None:
         r = multiply_add(n, _LN2_LOW, multiply_add(n, _LN2_HIGH, x))
         p = multiply_add(multiply_add(multiply_add(_C7, r, _C6), r, _C5), r, _C4)
         p = multiply_add(multiply_add(p, r, _C3), r, _C2)
-        return (multiply_add(p * r, r, r) + ONE) * _power_of_two(shifted)
+        return multiply_add(p * r, r, r), _power_of_two(shifted)
+
+    @inlined
+    def exp(x):
+        """e^x in float32, to about one unit in the last place, clamped to e^-87.3 .. e^88.3."""
+        grown, scale = _exp_parts(x)
+        return (grown + ONE) * scale
+
+    @inlined
+    def expm1(x):
+        """e^x - 1 in float32, to about two units in the last place, up to x = 88.3."""
+        grown, scale = _exp_parts(x)
+        return multiply_add(grown, scale, scale - ONE)
 
     @inlined
     def sigmoid(x):

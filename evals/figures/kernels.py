@@ -121,12 +121,12 @@ def all_launches() -> Iterator[tuple[str, Launch]]:
     for dtype, num_chunks in itertools.product(dtypes, (1, NUM_CHUNKS)):
         yield from general_launches(dtype, num_chunks)
     for cell, output_gate, dtype, num_chunks in itertools.product(
-        FUSED_CELLS, (False, True), dtypes, (1, NUM_CHUNKS)
+        FUSED_CELLS["triton"], (False, True), dtypes, (1, NUM_CHUNKS)
     ):
         yield from cell_launches(cell, "none", output_gate, dtype, num_chunks)
-    for cell, activation in itertools.product(FUSED_CELLS, ("g", "tanh", "silu")):
+    for cell, activation in itertools.product(FUSED_CELLS["triton"], ("g", "tanh", "silu")):
         yield from cell_launches(cell, activation, False, torch.bfloat16, 1)
-    for cell in FUSED_CELLS:
+    for cell in FUSED_CELLS["triton"]:
         yield from cell_launches(cell, "none", True, torch.bfloat16, 1, boundaries=True)
     yield from (
         (f"{name}, one token", launch)

@@ -6,7 +6,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from cell_scan_cases import all_cases, few_cases, random_boundaries, random_inputs, real_tokens
+from cell_scan_cases import (
+    all_cases,
+    few_cases,
+    random_boundaries,
+    random_constants,
+    random_inputs,
+    real_tokens,
+)
 from helpers import assert_close, generator
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,7 +22,7 @@ from torch import Tensor
 from minrnn.models.boundaries import NO_BOUNDARIES, Boundaries
 from minrnn.models.cell_scan import cell_scan, cell_scan_with_decay, one_token
 from minrnn.models.cell_spec import CellSpec
-from minrnn.models.minimal_coefficients import MINIMAL_CELLS, candidate
+from minrnn.models.minimal_coefficients import candidate
 
 Results = dict[str, Tensor]
 
@@ -88,7 +95,24 @@ def exact(
 ) -> Results:
     """The same of the composition over the plain loop, in fp64."""
     h0 = None if h0 is None else h0.double()
-    return run(spec, projected.double(), gate_bias.double(), h0, boundaries, use=use, backend="reference")
+    projected, gate_bias = projected.double(), gate_bias.double()
+    results = run(spec, projected, gate_bias, h0, boundaries, use=use, backend="reference")
+    return results | {"d_gate_bias_terms": bias_terms(spec, projected, gate_bias, results["d_projected"])}
+
+
+def bias_terms(spec: CellSpec, projected: Tensor, gate_bias: Tensor, d_projected: Tensor) -> Tensor:
+    """The largest sum of the sizes of what is summed in d_gate_bias: [num_rows, 1].
+
+    The gradient for a constant of one token is that for the first gate's sigmoid, but for a factor.
+    """
+    width, num_gates = gate_bias.shape[1], spec.num_gates
+    gates = d_projected[..., : num_gates * width].unflatten(-1, (num_gates, width)).unbind(2)
+    p, constant = projected[..., :width] + gate_bias[0], gate_bias[-1]
+    factor = (1 - constant) * p.sigmoid() if spec.cell == "hgrn" else constant * (-p).sigmoid()
+    terms = [*gates, *[gates[0] / factor] * spec.equation.num_constants]
+    sums = [term.nan_to_num(0, 0, 0).abs().sum((0, 1)).amax() for term in terms]
+    largest = torch.stack(sums[:num_gates]).amax()
+    return torch.stack([*[largest] * num_gates, *sums[num_gates:]]).unsqueeze(1)
 
 
 def assert_results(
@@ -103,14 +127,8 @@ def assert_results(
     if "dh0" in actual:
         assert_close(actual["dh0"], expected["dh0"], atol=FP32, name="dh0")
     num_gates = spec.num_gates
-    terms = (
-        expected["d_projected"][..., : num_gates * width].abs().sum((0, 1)).max()
-        if expected["y"].numel()
-        else 0.0
-    )  # of a sum that may cancel
-    assert (actual["d_gate_bias"].double() - expected["d_gate_bias"]).abs().max() <= (
-        FP32 + saved_h
-    ) * terms, "d_gate_bias"
+    error = (actual["d_gate_bias"].double() - expected["d_gate_bias"]).abs()
+    assert (error <= (FP32 + saved_h) * expected["d_gate_bias_terms"]).all(), "d_gate_bias"
     names = ["gate"] * num_gates + ["candidate"] + ["output gate"] * spec.output_gate
     for name, value, other in zip(
         names, actual["d_projected"].split(width, -1), expected["d_projected"].split(width, -1), strict=True
@@ -275,7 +293,8 @@ def test_extreme_pre_activations(spec, dtype, other):
     grid = torch.meshgrid(*[extremes] * num_gates, *[others] * (1 + spec.output_gate), indexing="ij")
     width = grid[0].numel()
     projected = torch.cat([part.flatten() for part in grid]).to(dtype).view(1, 1, -1)
-    arguments = (spec, projected, torch.zeros(num_gates, width), torch.ones(1, width))
+    rows = torch.cat([torch.zeros(num_gates, width), random_constants(spec, width, generator(0))])
+    arguments = (spec, projected, rows, torch.ones(1, width))
     actual = run(*arguments)
     assert all(value.isfinite().all() for value in actual.values())
     assert_results(actual, exact(*arguments), spec, dtype, width)
@@ -285,7 +304,7 @@ def test_extreme_pre_activations(spec, dtype, other):
 def test_long_memory_is_kept(spec, dtype):
     """A memory of a million tokens with bf16 projections: a = 1 - 1e-6 is not rounded to bf16."""
     width, time, memory = 16, 4096, 1e6
-    gate_bias = MINIMAL_CELLS[spec.cell].gate_bias(torch.full((width,), memory))
+    gate_bias = spec.equation.gate_bias(torch.full((width,), memory))
     projected = torch.zeros(1, time, spec.num_projections * width, dtype=dtype)
     _, h_last, decay = cell_scan_with_decay(projected, gate_bias, torch.ones(1, width), spec=spec)
     expected_decay = torch.tensor((1 - 1 / memory) ** time).expand(1, width)
@@ -381,6 +400,7 @@ def test_decay_is_the_product(spec, dtype, shape, with_starts, with_lengths, see
     """The product of all decays: 0 after a document start, 1 for padding. It does not change the outputs."""
     batch, time, width = shape
     projected, gate_bias, h0 = random_inputs(seed, spec, dtype, shape)
+    h0 = h0.where(h0 != 0, 1)  # no state is another case of the RG-LRU
     boundaries = random_boundaries(seed, batch, time, with_starts, with_lengths)
     scan = functools.partial(cell_scan_with_decay, spec=spec, boundaries=boundaries)
     y, h_last, decay = scan(projected.requires_grad_(), gate_bias, h0)
@@ -390,10 +410,8 @@ def test_decay_is_the_product(spec, dtype, shape, with_starts, with_lengths, see
     ):
         assert torch.equal(value, other)
 
-    parts = [part.double() for part in projected.detach().split(width, dim=-1)]
-    a, _ = MINIMAL_CELLS[spec.cell].coefficients(
-        *(parts[i] + gate_bias[i] for i in range(spec.num_gates)), parts[spec.num_gates], spec.activation
-    )
+    parts = tuple(part.double() for part in projected.detach().split(width, dim=-1))
+    a, _ = spec.coefficients(parts, gate_bias.double())
     real, starts = real_tokens(batch, time, boundaries.lengths), boundaries.document_starts
     if starts is not None:
         a = a.masked_fill(starts.unsqueeze(-1), 0)
@@ -410,7 +428,8 @@ def test_decay_is_the_product(spec, dtype, shape, with_starts, with_lengths, see
     for backend in ("reference", "torch"):
         results = scan(projected.detach().double(), gate_bias, h0, backend=backend)
         assert_close(results[2], expected, atol=1e-15, name=backend)
-        from_zero = cell_scan(projected.double(), gate_bias, None, spec=spec, boundaries=boundaries)[1]
+        tiny = torch.full_like(h0, 1e-300, dtype=torch.float64)
+        from_zero = cell_scan(projected.double(), gate_bias, tiny, spec=spec, boundaries=boundaries)[1]
         assert_close(results[2] * h0 + from_zero, results[1], atol=1e-12)
     if starts is not None and batch:
         has_start = (starts.unsqueeze(-1) & real).any(1).expand(batch, width)

@@ -15,7 +15,7 @@ import minrnn.models.cell_scan_numba as kernels
 from minrnn.models.block import MinRNNBlock
 from minrnn.models.boundaries import Boundaries
 from minrnn.models.cell_scan import cell_scan, cell_scan_with_decay
-from minrnn.models.cell_spec import CellSpec
+from minrnn.models.cell_spec import CellSpec, empty_rows
 from minrnn.models.configuration_minrnn import MinRNNConfig
 from minrnn.models.operators import namespace
 
@@ -33,7 +33,8 @@ def test_opcheck(spec, dtype, time, plain):
     for tensor in arguments:
         tensor.requires_grad_()
     boundaries = random_boundaries(13, 2, time, not plain, not plain)
-    where, options = (boundaries.document_starts, boundaries.lengths), dataclasses.astuple(spec)
+    where = boundaries.document_starts, boundaries.lengths, empty_rows(arguments[2], spec)
+    options = dataclasses.astuple(spec)
     tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-6
     torch.library.opcheck(
         operator("cell_scan_numba"),
@@ -151,7 +152,8 @@ def test_shapes_that_do_not_fit_are_refused():
 
 def test_names_and_devices_that_do_not_fit_are_refused():
     refused(
-        "There is no cell 'lstm'; choose one of mingru, minlstm, mingru_signed, minlstm_signed.", cell="lstm"
+        "There is no cell 'lstm'; choose one of mingru, minlstm, mingru_signed, minlstm_signed, hgrn, rglru.",
+        cell="lstm",
     )
     refused("There is no candidate activation 'relu'; choose one of g, none, tanh, silu.", activation="relu")
     refused(

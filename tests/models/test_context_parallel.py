@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from cell_scan_cases import DEFAULT, HGRN, PAPER, RGLRU, random_inputs
 from helpers import assert_close, generator, new_model, random_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from minrnn.models import MinRNNForCausalLM, context_parallel, context_scan
 from minrnn.models.boundaries import Boundaries, reach_within_document
 from minrnn.models.cell_scan import cell_scan, scan_gradients, scan_without_graph, summarize
-from minrnn.models.cell_spec import CellInputs, CellSpec
+from minrnn.models.cell_spec import CellInputs, empty_rows
 from minrnn.models.context_parallel import ContextGroup, use_context_parallel
 from minrnn.models.context_scan import fold
 from minrnn.models.conv import causal_conv, conv_gradients
@@ -43,23 +44,29 @@ def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor
 
 @pytest.mark.parametrize(
     ("cell", "backend", "atol"),
-    [("mingru", "numba", 2e-6), ("minlstm", "numba", 2e-6), ("minlstm", "torch", 1e-13)],
+    [
+        ("mingru", "numba", 2e-6),
+        ("minlstm", "numba", 2e-6),
+        ("hgrn", "numba", 2e-6),
+        ("rglru", "numba", 2e-6),
+        ("minlstm", "torch", 1e-13),
+        ("rglru", "torch", 1e-13),
+    ],
 )
 @settings(max_examples=15)
 @given(edges=edges_in, starts=starts_in)
 def test_folded_summaries_equal_the_whole_scan(cell, backend, atol, edges, starts):
     dtype = torch.float32 if backend == "numba" else torch.float64
     where = mask_of(starts)
-    spec = CellSpec("mingru", "none", True) if cell == "mingru" else CellSpec(cell, "g", False)
-    projected, gate_bias = (
-        normal(0, BATCH, TIME, spec.num_projections * WIDTH, dtype=dtype),
-        normal(1, spec.num_gates, WIDTH, dtype=dtype),
-    )
+    spec = {"minlstm": PAPER, "mingru": DEFAULT, "hgrn": HGRN, "rglru": RGLRU}[cell]
+    projected, gate_bias, _ = random_inputs(0, spec, dtype, (BATCH, TIME, WIDTH))
+    gate_bias = gate_bias.to(dtype)
     h0, grad_y, grad_last = (
         normal(2, BATCH, WIDTH, dtype=dtype),
         normal(3, BATCH, TIME, WIDTH, dtype=dtype),
         normal(4, BATCH, WIDTH, dtype=dtype),
     )
+    h0[0] = 0  # no state, which an RG-LRU asks of the first slice only
     leaves = projected.requires_grad_(), gate_bias.requires_grad_(), h0.requires_grad_()
     y, h_last = cell_scan(*leaves, spec=spec, boundaries=Boundaries(where), backend=backend)
     expected = torch.autograd.grad((y, h_last), leaves, (grad_y, grad_last))
@@ -67,7 +74,11 @@ def test_folded_summaries_equal_the_whole_scan(cell, backend, atol, edges, start
     slices = [slice(low, high) for low, high in itertools.pairwise(edges) if low < high]
     inputs = [
         CellInputs(
-            projected[:, tokens], gate_bias, h0, Boundaries(None if where is None else where[:, tokens])
+            projected[:, tokens],
+            gate_bias,
+            h0,
+            Boundaries(None if where is None else where[:, tokens]),
+            None if tokens.start else empty_rows(h0, spec),
         )
         for tokens in slices
     ]

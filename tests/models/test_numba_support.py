@@ -14,7 +14,7 @@ import torch
 from helpers import generator
 
 import minrnn.models.numba_support as support
-from minrnn.models.cell_scan_numba import _factors, _tanh
+from minrnn.models.cell_scan_numba import _factors, _output_gate, _tanh
 
 UNIT = 2.0**-23  # one unit in the last place of an fp32 number, relative to it
 
@@ -49,6 +49,28 @@ def test_exp_is_right_to_the_last_place(normal_range):
         relative_error(mapped(support.exp, normal_range), np.exp(normal_range.astype(np.float64)))
         < 0.8 * UNIT
     )
+
+
+def test_expm1_is_right_to_the_last_places(normal_range):
+    exact = np.expm1(normal_range.astype(np.float64))
+    assert relative_error(mapped(support.expm1, normal_range), exact) < 2 * UNIT
+
+
+def test_gelu_and_its_derivative():
+    """Within 2e-7 of the larger of 1 and |x|; finite, however large x is."""
+    x = torch.cat([torch.linspace(-12, 12, 100_001), torch.tensor([1e4, -1e4, 1e30, -1e30])])
+
+    @numba.njit(error_model="numpy")
+    def loop(x, y, slope):
+        for i in range(x.size):
+            y[i], slope[i] = _output_gate(x[i], 3)
+
+    y, slope, exact = torch.empty_like(x), torch.empty_like(x), x.double().requires_grad_()
+    loop(x.numpy(), y.numpy(), slope.numpy())
+    expected = torch.nn.functional.gelu(exact)
+    (expected_slope,) = torch.autograd.grad(expected.sum(), exact)
+    assert ((y - expected).abs() <= 2e-7 * exact.abs().clamp(min=1)).all()
+    assert ((slope - expected_slope).abs() <= 3e-7).all()
 
 
 def test_sigmoid_is_right_to_the_last_places(normal_range):
@@ -93,7 +115,7 @@ def test_factors(cell, scale):
     @numba.njit(error_model="numpy")
     def loop(p, q, a, z):
         for i in range(p.size):
-            a[i], z[i] = _factors(p[i], q[i], cell)
+            a[i], z[i] = _factors(p[i], q[i], support.ZERO, False, cell)
 
     p, q = (scale * torch.randn(2, 200_000, generator=generator(1))).numpy()
     a, z = np.full_like(p, np.nan), np.full_like(p, np.nan)
