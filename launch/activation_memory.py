@@ -26,30 +26,14 @@ def block_bytes(config: "MinRNNConfig", precision: str) -> dict[str, float]:
     """
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.utils._python_dispatch import TorchDispatchMode
 
     from ..models.block import MinRNNBlock
     from ..models.boundaries import NO_BOUNDARIES
     from ..models.dtypes import DTYPES
-    from ..models.recompute import is_expensive
     from ..models.registry import CELLS
 
-    products, weights = Storages(), Storages()
+    results, weights = Storages(), Storages()
     saved: list[weakref.ref[Saved]] = []
-
-    class Recorder(TorchDispatchMode):
-        """Records results that selective recomputation keeps, and what is computed from parameters alone."""
-
-        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            result = function(*args, **(kwargs or {}))
-            tensors = [tensor for tensor in args if isinstance(tensor, torch.Tensor)]
-            if tensors and all(tensor in weights for tensor in tensors) and isinstance(result, torch.Tensor):
-                weights.add(result)
-            if is_expensive(function):
-                for tensor in result if isinstance(result, tuple) else (result,):
-                    products.add(tensor)
-            return result
-
     config = copy.copy(config)
     config.scan_backend = None  # the recipe's may not run on this machine
     dtype = DTYPES["fp64" if precision == "fp64" else "fp32"]
@@ -64,7 +48,7 @@ def block_bytes(config: "MinRNNConfig", precision: str) -> dict[str, float]:
         hooks = torch.autograd.graph.saved_tensors_hooks(
             lambda tensor: remember(tensor, saved), lambda saved: saved.tensor
         )
-        with autocast, hooks, Recorder():
+        with autocast, hooks, recorder(results, weights):
             output = block(x, None, None, NO_BOUNDARIES, bound)  # keeps its graph, and so what is saved
         kept = Storages()
         for reference in saved:
@@ -74,9 +58,33 @@ def block_bytes(config: "MinRNNConfig", precision: str) -> dict[str, float]:
     own = x.numel() * x.element_size()
     return {
         "none": sum(kept.sizes.values()) / TOKENS,
-        "selective": (own + sum(products.sizes.values())) / TOKENS,
+        "selective": (own + sum(results.sizes.values())) / TOKENS,
         "full": own / TOKENS,
     }
+
+
+def recorder(results: "Storages", weights: "Storages") -> Any:
+    """A context that records in `results` what selective recomputation keeps.
+
+    What is computed from `weights` alone is added to them.
+    """
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from ..models.recompute import is_expensive
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = function(*args, **(kwargs or {}))
+            tensors = [tensor for tensor in args if isinstance(tensor, torch.Tensor)]
+            if tensors and all(tensor in weights for tensor in tensors) and isinstance(result, torch.Tensor):
+                weights.add(result)
+            if is_expensive(function):
+                for tensor in result if isinstance(result, tuple) else (result,):
+                    results.add(tensor)
+            return result
+
+    return Recorder()
 
 
 @contextmanager
