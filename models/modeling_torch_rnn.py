@@ -9,12 +9,15 @@ once as a `PackedSequence`: a document reads nothing of its neighbours, and padd
 Shapes: B batch, T time, H hidden_size, L layers, S segments, N real tokens.
 """
 
+import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .boundaries import Boundaries
@@ -64,25 +67,29 @@ class Segments:
         return cls(order, offset.bincount().cpu(), *parts)
 
 
-def initialize(module: nn.Module, config: TorchRNNConfig) -> None:
-    """Draw a module's weights; those of `nn.RNNBase` as torch does, uniform within hidden_size ** -0.5."""
-    std = config.hidden_size**-0.5
-    if isinstance(module, nn.RNNBase):
-        for parameter in module.parameters():
-            init.uniform_(parameter, -std, std)
-    elif isinstance(module, nn.Embedding | nn.Linear):
-        init.normal_(module.weight, std=config.initializer_range or std)
+class TorchRNNPreTrainedModel(MinRNNPreTrainedModel):
+    """Initialisation, and the class attributes that transformers reads."""
 
-
-class TorchRNNModel(MinRNNModel):
-    """The model without its head."""
-
-    config: TorchRNNConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+    config: Any  # a TorchRNNConfig
     config_class = TorchRNNConfig
     supports_gradient_checkpointing = False
     _no_split_modules = []
     _can_record_outputs = {}
     auto_model = "modeling_torch_rnn.TorchRNNModel"
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """As torch does in `nn.RNNBase`, uniform within hidden_size ** -0.5; others normal."""
+        std = self.config.hidden_size**-0.5
+        if isinstance(module, nn.RNNBase):
+            for parameter in module.parameters():
+                init.uniform_(parameter, -std, std)
+        elif isinstance(module, nn.Embedding | nn.Linear):
+            init.normal_(module.weight, std=self.config.initializer_range or std)
+
+
+class TorchRNNModel(TorchRNNPreTrainedModel, MinRNNModel):
+    """The model without its head."""
 
     def __init__(self, config: TorchRNNConfig):
         MinRNNPreTrainedModel.__init__(self, config)
@@ -95,9 +102,14 @@ class TorchRNNModel(MinRNNModel):
         self.context_group = None
         self.post_init()
 
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        initialize(module, self.config)
+    @functools.wraps(MinRNNModel.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if kwargs.get("output_hidden_states", getattr(self.config, "output_hidden_states", False)):
+            raise ValueError(
+                f"output_hidden_states: torch's nn.{type(self.rnn).__name__} returns its last layer only; "
+                "leave it out, and read last_hidden_state of the model without its head."
+            )
+        return super().forward(*args, **kwargs)
 
     def run_layers(
         self, x: Tensor, states: list[State], boundaries: Boundaries
@@ -138,23 +150,14 @@ class TorchRNNModel(MinRNNModel):
         return outputs.view(batch, time, width), state
 
 
-class TorchRNNForCausalLM(MinRNNForCausalLM):
+class TorchRNNForCausalLM(TorchRNNPreTrainedModel, MinRNNForCausalLM):
     """The language model: [`TorchRNNModel`] and a linear head. `forward` is that of `MinRNNForCausalLM`."""
-
-    config: TorchRNNConfig  # pyright: ignore[reportIncompatibleVariableOverride]
-    config_class = TorchRNNConfig
-    supports_gradient_checkpointing = False
-    auto_model = "modeling_torch_rnn.TorchRNNModel"
 
     def __init__(self, config: TorchRNNConfig):
         MinRNNPreTrainedModel.__init__(self, config)
         self.model = TorchRNNModel(config)
         self.lm_head = LMHead(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        initialize(module, self.config)
 
 
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["torch_rnn"] = TorchRNNForCausalLM.__name__

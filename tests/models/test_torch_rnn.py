@@ -3,6 +3,7 @@
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from minrnn.data import byte_tokenizer
 from minrnn.models import TorchRNNConfig, TorchRNNForCausalLM
+from minrnn.models.context_parallel import ContextGroup, use_context_parallel
 from minrnn.models.decoding import TokenStep, prefill
 
 CELLS = ("gru", "lstm")
@@ -154,6 +156,53 @@ def test_an_export_loads_without_the_package(cell: str, tmp_path: Path):
     prompts = [tokenizer(prompt, return_tensors="pt")["input_ids"] for prompt in PROMPTS]
     expected = [generate(model, ids, NUM_TOKENS)[0, ids.shape[1] :].tolist() for ids in prompts]
     assert result["alone"] == result["batched"] == expected
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("is_autocast", [False, True])
+def test_bf16_is_near_fp64(cell: str, is_autocast: bool):
+    """With padding, a document start and a carried state, which stays fp32."""
+    ids, starts, mask = random_ids(2, TIME), torch.zeros(2, TIME, dtype=torch.bool), torch.ones(2, TIME)
+    starts[0, 5], mask[1, :3] = True, 0
+    model, outputs, state = new_model(cell), [], None
+    for dtype in (torch.float64, torch.float32 if is_autocast else torch.bfloat16):
+        torch.nn.Module.to(model, dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_autocast and dtype == torch.float32):
+            state = model(ids, use_cache=True).past_key_values
+            output = model(ids, document_starts=starts, attention_mask=mask, past_key_values=state)
+        outputs.append(output.logits[mask.bool()])
+        output.logits.float().sum().backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+        model.zero_grad()
+    assert state is not None
+    assert state.layers[0].recurrent.dtype == torch.float32
+    assert_close(outputs[1], outputs[0], atol=0.03)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_what_torch_s_module_does_not_give_is_refused(cell: str):
+    model, ids = new_model(cell), random_ids(2, 5)
+    message = f"output_hidden_states: torch's nn.{cell.upper()} returns its last layer only"
+    with pytest.raises(ValueError, match=message):
+        model(ids, output_hidden_states=True)
+    assert model(ids, output_hidden_states=False).hidden_states is None
+    with pytest.raises(ValueError, match="does not support activation checkpointing"):
+        model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="TorchRNNForCausalLM has no MinRNNMixer"):
+        use_context_parallel(model, ContextGroup(None, 0, 2))  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match=r"argument 'docment_starts' \(did you mean document_starts"):
+        model.model(ids, docment_starts=None)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_device_map_keeps_the_layers_together(cell: str, tmp_path: Path):
+    """They are one module of torch. There is no memory for it, so each call reads it from the disk."""
+    model, ids = new_model(cell), random_ids(2, 5)
+    model.save_pretrained(tmp_path)
+    options = {"device_map": "auto", "max_memory": {"cpu": "1KB", "disk": "1GB"}, "dtype": torch.float64}
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path, **options, offload_folder=tmp_path / "disk")
+    assert all(parameter.is_meta for parameter in loaded.model.rnn.parameters())
+    assert_close(loaded(ids).logits, model(ids).logits, atol=1e-12)
 
 
 @pytest.mark.parametrize("cell", CELLS)
