@@ -1,10 +1,14 @@
 """Ternary projections: what they compute, and their straight-through gradients."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from helpers import assert_close, generator, logits_of, new_model, random_ids
-from torch import nn
+import torch.nn.functional as F
+from helpers import assert_close, generator, new_model, random_ids
+from torch import Tensor, nn
 
+from minrnn.models import ternary
 from minrnn.models.registry import CELLS
 from minrnn.models.ternary import LEVELS, TernaryLinear, eight_bit_activations, ternary_weights
 
@@ -39,7 +43,14 @@ def test_a_row_of_zeros_stays_zero():
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_every_projection_of_every_cell_is_ternary(cell):
+def test_every_projection_of_every_cell_is_ternary(cell, monkeypatch):
+    products: list[tuple[Tensor, Tensor]] = []
+
+    def product(x: Tensor, weight: Tensor) -> Tensor:
+        products.append((x, weight))
+        return F.linear(x, weight)
+
+    monkeypatch.setattr(ternary, "F", SimpleNamespace(linear=product, rms_norm=F.rms_norm))
     model = new_model(cell=cell, ternary=True)
     layers = [module for module in model.model.layers.modules() if isinstance(module, nn.Linear)]
     assert layers
@@ -49,4 +60,8 @@ def test_every_projection_of_every_cell_is_ternary(cell):
     loss = model(ids, labels=ids).loss
     loss.backward()
     assert all(layer.weight.grad is not None and layer.weight.grad.abs().max() > 0 for layer in layers)
-    assert not torch.equal(logits_of(model, ids), logits_of(new_model(cell=cell), ids))
+    assert len(products) == len(layers)
+    for x, weight in products:
+        levels = x / x.abs().amax(-1, keepdim=True).clamp(min=1e-9) * LEVELS  # a state may be 0
+        assert_close(levels, levels.round(), atol=1e-5)
+        assert len((weight / weight.abs().max()).round(decimals=4).unique()) == 3

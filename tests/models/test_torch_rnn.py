@@ -187,7 +187,7 @@ def test_what_torch_s_module_does_not_give_is_refused(cell: str):
         model(ids, output_hidden_states=True)
     assert model(ids, output_hidden_states=False).hidden_states is None
     with pytest.raises(ValueError, match="does not support activation checkpointing"):
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     with pytest.raises(ValueError, match="TorchRNNForCausalLM has no MinRNNMixer"):
         use_context_parallel(model, ContextGroup(None, 0, 2))  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match=r"argument 'docment_starts' \(did you mean document_starts"):

@@ -72,12 +72,20 @@ def test_one_compilation_trains_every_length(skip_logits, fresh_dynamo):
     assert counter.frame_count == 2
 
 
-@pytest.mark.parametrize("strict", [False, True])
-def test_an_exported_program_reads_any_length(strict):
+@pytest.mark.parametrize(
+    ("cell", "strict"),
+    [
+        ("mingru", False),
+        ("mingru", True),
+        pytest.param("lru", False, marks=pytest.mark.slow),
+        pytest.param("gla", False, marks=pytest.mark.slow),
+    ],
+)
+def test_an_exported_program_reads_any_length(cell, strict):
     class Logits(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.model = new_model()
+            self.model = new_model(cell=cell)
 
         def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
             return self.model(ids, attention_mask=mask, use_cache=False).logits
