@@ -2,6 +2,7 @@
 
     linear      h_t = a_t h_{t-1} + b_t                       per channel
     rotating    h_t = a_t exp(i theta) h_{t-1} + b_t          per pair of channels, a complex number
+    readout     y_t = sum_n Re(w_n h_{t,n}), rotating h      n complex states for each channel
     matrix      S_t = diag(a_t) S_{t-1} + k_t v_t^T           per head, read out as y_t = S_t^T q_t
     max_plus    m_t = max(m_{t-1} - w_t, k_t)                 per channel, without gradients
     previous    h_{t-1}
@@ -19,10 +20,12 @@ from torch import Tensor
 
 from .boundaries import Boundaries
 from .context_parallel import ContextGroup
-from .context_scan import LinearScan, MatrixScan, RotatingScan, context_max_plus, context_scan
+from .context_scan import LinearScan, MatrixScan, ReadoutScan, RotatingScan, context_max_plus, context_scan
 from .dtypes import accumulate_dtype, at_least_fp32
 from .matrix_scan import matrix_scan
 from .max_plus import EMPTY, max_plus_scan
+from .numba_support import serves
+from .readout_scan import readout_scan
 from .rotating_scan import rotate, rotating_scan
 from .scan import default_backend, linear_scan
 
@@ -98,6 +101,37 @@ class BoundedScans:
             return Scanned(*context_scan(RotatingScan(backend), self.group, h0, a, theta, b))
         h, last = rotating_scan(a, theta, b, h0, backend)
         return Scanned(h, last if self.boundaries.lengths is None else self._last_real(h, h0), h0)
+
+    def readout(self, a: Tensor, theta: Tensor, weight: Tensor, u: Tensor, h0: Tensor | None) -> Scanned:
+        """Complex states that are only read out as a sum: N for each channel of a real input.
+
+            h_{t,n} = a_n exp(i theta_n) h_{t-1,n} + u_t,   y_t = sum_n Re(weight_n h_{t,n})
+
+        Args:
+            a, theta: absolute values and angles of the decays, [W, N].
+            weight: real and imaginary parts, [2, W, N].
+            u: inputs, [B, T, W].
+            h0: state before the first token, real parts | imaginary parts, [B, 2 W N].
+
+        Returns:
+            y [B, T, W], in at least fp32, and the state as h0.
+        """
+        if serves(u, self.backend):
+            shape = (len(u), 2, *a.shape)
+            state = a.new_zeros(shape) if h0 is None else h0.view(shape)
+            decay = torch.stack([a * theta.cos(), a * theta.sin()])
+            decay, weight, state = (x.transpose(-1, -2).float() for x in (decay, weight, state))
+            if self.group is None:
+                y, last = readout_scan(u, decay, weight, state, self.boundaries)
+            else:
+                scan = ReadoutScan(self.boundaries)
+                y, last, state = context_scan(scan, self.group, state, u, decay, weight)
+            return Scanned(y, *(x.transpose(-1, -2).flatten(1) for x in (last, state)))
+        b = at_least_fp32(u).repeat_interleave(a.shape[1], dim=-1)
+        b = torch.cat([b, torch.zeros_like(b)], dim=-1)
+        h, last, entering = self.rotating(a.flatten(), theta.flatten(), b, h0)
+        y = h * torch.cat([weight[0].flatten(), -weight[1].flatten()])
+        return Scanned(y.unflatten(-1, (2, *a.shape)).sum((-3, -1)), last, entering)
 
     def matrix(
         self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, state: Tensor | None

@@ -11,7 +11,10 @@ from .gated_coefficients import GATED_CELLS
 from .minimal_coefficients import CANDIDATE_ACTIVATIONS, MINIMAL_CELLS, MinimalCell
 
 SCANNED_CELLS = MINIMAL_CELLS | GATED_CELLS
-FUSED_CELLS = {"numba": ("mingru", "minlstm", "hgrn", "rglru"), "triton": ("mingru", "minlstm")}
+FUSED_CELLS: dict[str, tuple[str, ...]] = {
+    "numba": ("mingru", "minlstm", "hgrn", "rglru"),
+    "triton": ("mingru", "minlstm"),
+}
 FUSED_DTYPES = {
     "numba": (torch.float32, torch.bfloat16),
     "triton": (torch.float32, torch.bfloat16, torch.float16),

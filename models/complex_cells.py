@@ -105,16 +105,16 @@ class S4D(MinRNNMixer):
     def cell(
         self, parts: tuple[Tensor, ...], state: Tensor | None, scans: BoundedScans, *lower_bound: Tensor
     ) -> tuple[Tensor, Tensor]:
-        u = at_least_fp32(parts[0])
-        dt = at_least_fp32(self.log_dt).exp().repeat_interleave(self.num_states)
-        real, imaginary = -at_least_fp32(self.log_real).exp(), at_least_fp32(self.imaginary)
-        theta = dt * imaginary
-        b = u.repeat_interleave(self.num_states, dim=-1)
-        h = scans.rotating(torch.exp(dt * real), theta, torch.cat([b, torch.zeros_like(b)], dim=-1), state)
-        c, hold = self.readout.chunk(2), _hold(dt, real, imaginary)
-        weights = _times(c[0], c[1], *hold)
-        y = 2 * (h.h * torch.cat([weights[0], -weights[1]])).unflatten(-1, (2, -1, self.num_states))
-        return y.sum((-3, -1)) + self.skip * u, h.last
+        (u,) = parts
+        dt = at_least_fp32(self.log_dt).exp().unsqueeze(1)
+        real, imaginary, c, ci = (
+            at_least_fp32(x).view(-1, self.num_states)
+            for x in (self.log_real, self.imaginary, *self.readout.chunk(2))
+        )
+        real = -real.exp()
+        weight = 2 * torch.stack(_times(c, ci, *_hold(dt, real, imaginary)))
+        y = scans.readout(torch.exp(dt * real), dt * imaginary, weight, u, state)
+        return torch.addcmul(y.h, at_least_fp32(self.skip), u), y.last
 
 
 def _times(x: Tensor, xi: Tensor, y: Tensor, yi: Tensor) -> tuple[Tensor, Tensor]:

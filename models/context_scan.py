@@ -29,6 +29,7 @@ from .cell_spec import CellInputs, CellSpec
 from .context_parallel import ContextGroup, all_gather_async
 from .matrix_scan import matrix_scan, matrix_scan_summary
 from .max_plus import max_plus_scan
+from .readout_scan import readout_scan
 from .recompute import keep_nothing
 from .rotating_scan import phases, rotate, rotating_scan
 from .scan import default_backend, linear_scan, linear_scan_with_decay
@@ -112,6 +113,34 @@ class RotatingScan(AffineScan):
     def apply_adjoint(self, decay: Tensor, gradient: Tensor) -> Tensor:
         cos, sin = decay.chunk(2, dim=-1)
         return rotate(gradient, cos, -sin)
+
+
+@dataclass(frozen=True)
+class ReadoutScan(AffineScan):
+    """`readout_scan` of u, decay, weight; states are [batch, 2, N, width], real and imaginary parts."""
+
+    boundaries: Boundaries
+
+    def scan(self, h0: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        u, decay, weight = tensors
+        return readout_scan(u, decay, weight, h0, self.boundaries)
+
+    def summarize(self, h0: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        u, decay, weight = tensors
+        zeros = torch.zeros_like(h0)
+        ones = torch.stack([torch.ones_like(h0[:, 0]), zeros[:, 1]], dim=1)
+        _, product = self.scan(ones, torch.zeros_like(u), decay, weight)
+        return product, self.scan(zeros, *tensors)[1]
+
+    def apply(self, decay: Tensor, h: Tensor) -> Tensor:
+        return torch.view_as_real(_complex(decay) * _complex(h)).movedim(-1, 1)
+
+    def apply_adjoint(self, decay: Tensor, gradient: Tensor) -> Tensor:
+        return torch.view_as_real(_complex(decay).conj() * _complex(gradient)).movedim(-1, 1)
+
+
+def _complex(pairs: Tensor) -> Tensor:
+    return torch.complex(pairs[:, 0], pairs[:, 1])
 
 
 @dataclass(frozen=True)
