@@ -33,7 +33,7 @@ from ...common.output import warn
 from ..bench.agreement import run_checks
 from ..bench.command import run_bench
 from ..memory import release_memory
-from ..record import commit, machine, versions
+from ..record import command_line, commit, machine, versions
 
 NO_SWEEP, NO_LAYERS = ("--lengths", "none"), ("--layers", "none")
 BIG = ("--params", "350M", "--layers", "24", "--peers", "llama,mamba2", "--rounds", "3", "--limit", "20")
@@ -120,9 +120,9 @@ def _write(path: Path, value: Any) -> None:
     write_json(path, value)
 
 
-def _checks(device: torch.device, tiny: bool, out: Path) -> None:
+def _checks(device: torch.device, tiny: bool, out: Path, command: str) -> None:
     """Run the section `checks`."""
-    header = {"commit": commit(), "machine": machine(device), "versions": versions()}
+    header = {"command": command, "commit": commit(), "machine": machine(device), "versions": versions()}
 
     def report(rows: list[dict[str, Any]]) -> None:
         failed = [row for row in rows if not row["passed"]]
@@ -138,11 +138,14 @@ def _checks(device: torch.device, tiny: bool, out: Path) -> None:
         print(f"  {json.dumps(row)}")
 
 
-def run(device: torch.device, out: Path, minutes: float, tiny: bool, names: list[str]) -> dict[str, Any]:
-    """Run all sections; returns and writes how each of them ended."""
+def run(
+    device: torch.device, out: Path, minutes: float, tiny: bool, names: list[str], command: str
+) -> dict[str, Any]:
+    """Run all sections; returns and writes how each of them ended. The files record `command`."""
     out.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * minutes
     summary: dict[str, Any] = {
+        "command": command,
         "commit": commit(),
         "machine": machine(device),
         "versions": versions(),
@@ -156,7 +159,7 @@ def run(device: torch.device, out: Path, minutes: float, tiny: bool, names: list
         path = out / f"{name}.json"
         argv = [*(TINY[name] if tiny else arguments), "--device", device.type, "--out", str(path)]
         work: Callable[[], None] = (
-            (lambda path=path: _checks(device, tiny, path))
+            (lambda path=path: _checks(device, tiny, path, command))
             if not bench
             else (lambda b=bench, a=argv: run_bench(b, a))
         )
@@ -207,6 +210,8 @@ def main(argv: list[str]) -> None:
         errors.append(("--minutes", f"must be more than 0, not {arguments.minutes:g}"))
     if errors:
         raise UserError.from_list(errors)
-    summary = run(torch.device(arguments.device), arguments.out, arguments.minutes, arguments.tiny, names)
+    command = command_line("minrnn figures gpu", argv)
+    device = torch.device(arguments.device)
+    summary = run(device, arguments.out, arguments.minutes, arguments.tiny, names, command)
     if any(section["end"].startswith("failed") for section in summary["sections"].values()):
         raise SystemExit(1)

@@ -49,7 +49,7 @@ def test_a_section_that_runs_out_of_time_keeps_its_results(tmp_path: Path, monke
             pytest.fail("a contender's failure must not swallow the end of the time")
 
     monkeypatch.setattr(gpu, "_checks", slow)
-    summary = gpu.run(torch.device("cpu"), tmp_path, minutes=0.01, tiny=True, names=["checks"])
+    summary = gpu.run(torch.device("cpu"), tmp_path, minutes=0.01, tiny=True, names=["checks"], command="c")
     assert summary["sections"]["checks"]["end"].startswith("cut off after")
     assert json.loads((tmp_path / "gpu.json").read_text())["sections"].keys() == {"checks"}
 
