@@ -97,7 +97,11 @@ def summary(grid: dict[str, Any], runs: Path) -> list[dict[str, Any]]:
     for name, run in grid.items():
         folders = [folder for seed in run["seeds"] if steps_done(folder := runs / f"{name}-{seed}")]
         seeds = [results.read_run(folder)[1] for folder in folders]
-        scores = [f"{100 * seed.test.accuracy:.1f}" for seed in seeds if seed.test and seed.test.accuracy]
+        scores = [
+            f"{100 * seed.test.accuracy:.1f}"
+            for seed in seeds
+            if seed.test and seed.test.accuracy is not None
+        ]
         steps = ", ".join(f"{seed.steps:,}" for seed in seeds)
         rows.append({"name": name, "steps": steps or "-", "accuracy": ", ".join(scores) or "-"})
         if not seeds:
