@@ -6,6 +6,7 @@ from typing import Any
 from ..data import is_labelled
 from .config import Recipe
 from .families import registry
+from .families.fields import checked_config
 from .families.registry import CARRYING, OURS
 
 
@@ -24,7 +25,7 @@ def family_errors(recipe: Recipe) -> dict[str, str]:
         errors["train.recompute"] = f"is for minrnn's blocks, not for {name}; use none"
     if train.compile:
         errors["train.compile"] = f"is for minrnn's blocks, not for {name}; use false"
-    config = registry.config_of(name, recipe.resolved_model_fields())
+    config = checked_config(name, recipe.resolved_model_fields(), recipe.model.num_parameters is not None)
     limit = registry.max_positions(config)
     if name not in CARRYING and limit is not None and batch.chunk > limit:
         errors["batch.chunk"] = (

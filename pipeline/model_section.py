@@ -6,7 +6,14 @@ from pydantic import Field, field_validator
 
 from ..models import MinRNNConfig
 from ..models.configuration_minrnn import PRESETS
-from .families.fields import field_errors, merged_fields, name_error, parse_count, size_errors
+from .families.fields import (
+    field_errors,
+    merged_fields,
+    name_error,
+    parse_count,
+    size_errors,
+    sizes_to_check,
+)
 from .families.registry import OURS
 from .section import Section, expand_home
 
@@ -120,17 +127,22 @@ class ModelSection(Section):
             {} if self.sizes else size_errors(self.family, self.num_parameters, direct, self.family_config)
         )
         if self.family != OURS:
-            errors = field_errors(self.family, direct, self.family_config)
+            errors = field_errors(self.family, direct, self.family_config, self.num_parameters is not None)
             errors |= {} if "family" in errors else sized
             if "preset" in self.model_fields_set and self.preset != "default" and not name_error(self.family):
                 errors["preset"] = f"is a form of minrnn's block; {self.family} has none, so leave it out"
             return errors
-        config = MinRNNConfig()
-        for name, value in {**PRESETS[self.preset], **direct}.items():
-            setattr(config, name, value)
-        errors = config.errors() | sized
+        sizes = sizes_to_check(OURS, direct, self.num_parameters is not None)
+        errors = min((self._value_errors(size) for size in sizes), key=len) | sized
         if self.family_config:
             errors["family_config"] = (
                 "is for other families; minrnn's fields are set in the section model itself"
             )
         return errors
+
+    def _value_errors(self, size: dict[str, Any]) -> dict[str, str]:
+        """What MinRNNConfig says about the fields, with those of a size where the user set none."""
+        config = MinRNNConfig()
+        for name, value in {**PRESETS[self.preset], **size, **self.user_fields(), **self.sizes}.items():
+            setattr(config, name, value)
+        return config.errors()

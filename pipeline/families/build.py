@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from ...common.errors import UserError, one_line_message
 from ..machine import main_memory
 from .adapter import FamilyModel
+from .fields import checked_config
 from .limits import abilities
-from .registry import FAMILIES, OURS, canonical, config_of, family
+from .registry import FAMILIES, OURS, config_of, family, size_fields
 from .sizes import TOLERANCE, InvalidSizeError, NoSizeError, Size, SizeRule, find_size
 
 
@@ -108,17 +109,15 @@ def search_sizes(
     if name == OURS and fields.get("intermediate_size") == 0:
         rule = SizeRule(8, None, finest_step=1)  # there is no MLP
 
-    def fields_of(size: Size) -> dict[str, Any]:
-        own = canonical(name, known.fields(size))
-        return {field: value for field, value in own.items() if field not in fields}
-
     def count(size: Size) -> int:
         try:
-            return _count(name, {**fields, **fields_of(size)}, vocab_size, build)
+            return _count(name, {**fields, **size_fields(name, size, fields)}, vocab_size, build)
         except ImportError:
             raise
         except Exception as error:  # each configuration and model raises its own
-            raise InvalidSizeError(f"of width {size[0]} cannot be built: {one_line_message(error)}") from None
+            raise InvalidSizeError(
+                f"of width {size[0]} cannot be built: {one_line_message(error)}"
+            ) from error
 
     try:
         size, _ = find_size(_label(name, fields), rule, count, target)
@@ -127,8 +126,10 @@ def search_sizes(
     except NoSizeError as error:
         raise UserError("model.num_parameters", f"{error}; change it, or model.num_hidden_layers") from None
     except InvalidSizeError as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
         raise UserError("model.family_config", f"{name} {error}") from None
-    return fields_of(size)
+    return size_fields(name, size, fields)
 
 
 def has_size(
@@ -155,7 +156,7 @@ def _count(
 
 
 def _label(name: str, fields: dict[str, Any]) -> str:
-    num_layers = getattr(config_of(name, fields), "num_hidden_layers", None)
+    num_layers = getattr(checked_config(name, fields, is_sized=True), "num_hidden_layers", None)
     return f"{name} of {num_layers} layers" if isinstance(num_layers, int) else name
 
 

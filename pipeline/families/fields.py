@@ -1,20 +1,28 @@
 """What a recipe says about a family: fields of its configuration, checked before anything is built."""
 
 import re
+from collections.abc import Iterator
 from typing import Any
+
+from pydantic_core import PydanticCustomError
+from transformers import PreTrainedConfig
 
 from ...common.names import did_you_mean, nearest_names
 from . import registry
 from .registry import TOKENIZER_FIELDS
 
-COUNT = re.compile(r"(\d+(?:\.\d+)?)([kMGB])")
-UNITS = {"k": 1e3, "M": 1e6, "G": 1e9, "B": 1e9}
+COUNT = re.compile(r"(\d+(?:\.\d+)?)([kMGB]?)")
+UNITS = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "B": 1e9}
+NUM_WIDTHS = 64  # to check the fields at
 
 
 def parse_count(value: Any) -> Any:
-    """The number that a text such as 10.7M names; any other value unchanged."""
-    match = COUNT.fullmatch(value.strip()) if isinstance(value, str) else None
-    return round(float(match[1]) * UNITS[match[2]]) if match else value
+    """The number that a text such as 10.7M names; what is no text is unchanged."""
+    if not isinstance(value, str):
+        return value
+    if (match := COUNT.fullmatch(value.strip())) is None:
+        raise PydanticCustomError("count", "must be a number such as 150000, 300k, 10M or 1.5B")
+    return round(float(match[1]) * UNITS[match[2]])
 
 
 def name_error(name: str) -> str | None:
@@ -35,12 +43,15 @@ def _hint(names: list[str]) -> str:
     return f" ({did_you_mean(names)})" if names else ""
 
 
-def field_errors(name: str, direct: dict[str, Any], family_config: dict[str, Any]) -> dict[str, str]:
+def field_errors(
+    name: str, direct: dict[str, Any], family_config: dict[str, Any], is_sized: bool = False
+) -> dict[str, str]:
     """Errors in the fields of a family other than ours, by setting of the section `model`.
 
     Args:
         direct: what the user set in the section itself.
         family_config: `model.family_config`.
+        is_sized: `model.num_parameters` chooses the size.
     """
     if (error := name_error(name)) is not None:
         return {"family": error}
@@ -63,7 +74,7 @@ def field_errors(name: str, direct: dict[str, Any], family_config: dict[str, Any
     if twice := [field for field in registry.canonical(name, family_config) if field in canonical]:
         wrong.append(f"{', '.join(twice)} is also set in the section model itself; say it once")
     if not errors and not wrong:
-        wrong = _value_errors(name, {**canonical, **family_config})
+        wrong = _value_errors(name, {**canonical, **family_config}, is_sized)
     return errors | ({"family_config": "; ".join(wrong)} if wrong else {})
 
 
@@ -75,13 +86,38 @@ def _advice(name: str) -> str:
 SHARED = ("hidden_size", "num_hidden_layers", "intermediate_size", "tie_word_embeddings")
 
 
-def _value_errors(name: str, fields: dict[str, Any]) -> list[str]:
+def _value_errors(name: str, fields: dict[str, Any], is_sized: bool) -> list[str]:
     """What the configuration's own checks say about the values."""
     try:
-        registry.config_of(name, fields)
+        checked_config(name, fields, is_sized)
     except Exception as error:  # each class raises its own
         return [" ".join(str(error).split())]
     return []
+
+
+def checked_config(name: str, fields: dict[str, Any], is_sized: bool) -> PreTrainedConfig:
+    """The configuration with these fields: of the first of `sizes_to_check` that they fit.
+
+    Raises:
+        Exception: what the class says about its default size, if they fit none.
+    """
+    first: Exception | None = None
+    for size in sizes_to_check(name, fields, is_sized):
+        try:
+            return registry.config_of(name, {**size, **fields})
+        except Exception as error:  # each class raises its own
+            first = first or error
+    assert first is not None
+    raise first
+
+
+def sizes_to_check(name: str, given: dict[str, Any], is_sized: bool) -> Iterator[dict[str, Any]]:
+    """Fields of the sizes at which the other fields are checked: none, which is the default size, and some
+    that `model.num_parameters` may choose. 6 heads do not divide Llama's default width, but 384."""
+    yield {}
+    if is_sized and (family := registry.family(name)) is not None:
+        for width in range(family.rule.step, NUM_WIDTHS * family.rule.step + 1, family.rule.step):
+            yield registry.size_fields(name, (width, width), given)
 
 
 def size_errors(

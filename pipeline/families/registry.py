@@ -157,6 +157,19 @@ def family(name: str) -> Family | None:
     return FAMILIES.get(name) or _usual_family(name)
 
 
+def size_fields(name: str, size: Size, given: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a family's configuration that make a size, without those that the user has given.
+
+    There are as many heads for keys as for queries, also where the user gives the number for queries.
+    """
+    known = family(name)
+    assert known is not None, "only a family with a width has sizes"
+    fields = canonical(name, known.fields(size))
+    if "num_attention_heads" in given and "num_key_value_heads" in fields:
+        fields["num_key_value_heads"] = given["num_attention_heads"]
+    return {field: value for field, value in fields.items() if field not in given}
+
+
 @cache
 def _usual_family(name: str) -> Family | None:
     """A family by the fields that its configuration has: width, MLP and heads."""

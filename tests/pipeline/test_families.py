@@ -148,6 +148,50 @@ def test_fields_of_the_user_are_kept():
     assert search_sizes("gpt2", 51_840_256, {"n_layer": 6}, 1300).keys() == {"n_embd", "n_head"}
 
 
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"family": "llama", "family_config": {"num_attention_heads": 6, "num_key_value_heads": 3}},
+        {"cell": "mlstm", "head_dim": 80},
+        {"cell": "lru", "expansion_factor": 0.3},
+    ],
+)
+def test_fields_need_fit_the_width_that_is_chosen_only(model: dict[str, Any]):
+    fits_default = {**model, "num_hidden_layers": 2}
+    assert errors_of({"model": fits_default})
+    recipe = with_sizes(build_recipe({"model": {**fits_default, "num_parameters": "3M"}}), VOCAB)
+    saved = resolved_config(recipe)
+    assert build_recipe(saved).model.sizes == recipe.model.sizes
+
+
+@pytest.mark.parametrize("heads", [4, 8])
+def test_a_given_number_of_heads_is_that_of_keys_too(heads: int):
+    fields = {"num_hidden_layers": 2, "num_attention_heads": heads}
+    for name in ("llama", "qwen3"):
+        sizes = search_sizes(name, 3_000_000, fields, VOCAB)
+        assert sizes["num_key_value_heads"] == heads
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (
+            {"family": "xlstm", "tie_word_embeddings": True},
+            "error: model.tie_word_embeddings: xlstm cannot tie its head to the embedding; use false",
+        ),
+        (
+            {"family": "llama", "family_config": {"hidden_act": "foo"}},
+            "error: model.family_config: llama cannot be built: KeyError: 'foo'",
+        ),
+    ],
+)
+def test_an_error_of_every_size_is_said_as_without_a_search(model: dict[str, Any], message: str, monkeypatch):
+    monkeypatch.setattr("minrnn.pipeline.families.sizes.MAX_INVALID", 2)
+    with pytest.raises(UserError) as raised:
+        with_sizes(build_recipe({"model": {**model, "num_parameters": "3M", "num_hidden_layers": 2}}), VOCAB)
+    assert str(raised.value) == message
+
+
 LLAMA = {"family": "llama", "num_hidden_layers": 2, "hidden_size": 64}
 ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown family": (
@@ -187,6 +231,10 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "a number of parameters and a width": (
         {"model": {**LLAMA, "num_parameters": "3M"}},
         "model.num_parameters: chooses the size, but hidden_size is set as well; leave either out",
+    ),
+    "an unknown unit": (
+        {"model": {"num_parameters": "1T"}},
+        "model.num_parameters: must be a number such as 150000, 300k, 10M or 1.5B, not '1T'",
     ),
     "the same for ours": (
         {"model": {"hidden_size": 64, "intermediate_size": 64, "num_parameters": 10**6}},
