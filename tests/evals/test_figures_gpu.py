@@ -42,7 +42,7 @@ def test_every_section_has_tiny_sizes():
 
 
 def test_a_section_that_runs_out_of_time_keeps_its_results(tmp_path: Path, monkeypatch):
-    def slow(device, tiny, out):
+    def slow(device, tiny, out, command):
         try:
             time.sleep(30)
         except Exception:
