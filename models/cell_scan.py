@@ -134,9 +134,9 @@ def one_token(
     These are plain operations, which `torch.compile` fuses into one kernel.
     """
     projections = at_least_fp32(projected).split(gate_bias.shape[1], dim=-1)
-    start = zero_state(projected, gate_bias) if h0 is None else h0
-    inputs = CellInputs(projected, gate_bias, start, is_empty=empty_rows(start, spec))
-    a, b = spec.coefficients(projections, gate_bias, inputs.starts())
+    is_empty = empty_rows(zero_state(projected, gate_bias) if h0 is None else h0, spec)
+    starts = None if is_empty is None else is_empty[:, None, None]
+    a, b = spec.coefficients(projections, gate_bias, starts)
     h = b[:, 0] if h0 is None else torch.addcmul(b[:, 0], a[:, 0], h0.to(a.dtype))
     return spec.gated(h.unsqueeze(1), projections).to(projected.dtype), h
 
