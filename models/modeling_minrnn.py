@@ -11,7 +11,7 @@ Shapes: B batch, T time, H hidden_size.
 
 import math
 import os
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -54,16 +54,21 @@ class MinRNNPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _is_stateful = True
     _can_record_outputs = {"hidden_states": MinRNNBlock}
-    auto_model = "modeling_minrnn.MinRNNModel"
-    """The module and class of an export that `AutoModel` loads."""
+    auto_classes: ClassVar[dict[str, str]] = {
+        "AutoModel": "modeling_minrnn.MinRNNModel",
+        "AutoModelForSequenceClassification": "modeling_classification.MinRNNForSequenceClassification",
+    }
+    """The modules and classes of an export that other auto classes load."""
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """As in transformers. Also writes the `auto_map` entry of `AutoModel`, which transformers omits."""
+        """As in transformers. Also writes the `auto_map` entries of other auto classes, which transformers
+        omits: a classifier can begin with an exported language model."""
+        # transformers copies the files that this one imports, and the classifier's imports this one.
+        from .modeling_classification import MinRNNForSequenceClassification  # noqa: F401
+
         if self._auto_class is not None:
-            self.config.auto_map = {
-                **(getattr(self.config, "auto_map", None) or {}),
-                "AutoModel": self.auto_model,
-            }
+            saved = getattr(self.config, "auto_map", None) or {}
+            self.config.auto_map = {**saved, **self.auto_classes}
         super().save_pretrained(save_directory, **kwargs)
 
     @torch.no_grad()

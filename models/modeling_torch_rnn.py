@@ -11,7 +11,7 @@ Shapes: B batch, T time, H hidden_size, L layers, S segments, N real tokens.
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +75,7 @@ class TorchRNNPreTrainedModel(MinRNNPreTrainedModel):
     supports_gradient_checkpointing = False
     _no_split_modules = []
     _can_record_outputs = {}
-    auto_model = "modeling_torch_rnn.TorchRNNModel"
+    auto_classes: ClassVar[dict[str, str]] = {"AutoModel": "modeling_torch_rnn.TorchRNNModel"}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

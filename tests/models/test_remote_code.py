@@ -43,7 +43,8 @@ for name in hidden:
     raise SystemExit(f"{name} can still be imported")
 
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoTokenizer, pipeline
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 """
 
@@ -70,6 +71,9 @@ if "numba" in hidden:  # otherwise the backward kernel would be compiled again, 
 model.save_pretrained(f"{folder}-again-{len(hidden)}")
 body = AutoModel.from_pretrained(f"{folder}-again-{len(hidden)}", trust_remote_code=True)
 assert torch.equal(body(ids).last_hidden_state, model.model(ids).last_hidden_state)
+again = {"trust_remote_code": True, "num_labels": 3}
+classifier = AutoModelForSequenceClassification.from_pretrained(f"{folder}-again-{len(hidden)}", **again)
+assert torch.equal(classifier.model(ids).last_hidden_state, body(ids).last_hidden_state)
 assert type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()  # Trainer's label smoothing shifts
 options = {"model": folder, "tokenizer": tokenizer, "trust_remote_code": True, "device": "cpu"}
 features = pipeline("feature-extraction", **options)(prompts[0])
@@ -172,6 +176,7 @@ def test_the_saved_folder_holds_the_code(tmp_path):
         "AutoConfig": "configuration_minrnn.MinRNNConfig",
         "AutoModel": "modeling_minrnn.MinRNNModel",
         "AutoModelForCausalLM": "modeling_minrnn.MinRNNForCausalLM",
+        "AutoModelForSequenceClassification": "modeling_classification.MinRNNForSequenceClassification",
     }
 
 
