@@ -81,6 +81,7 @@ def main(argv: list[str]) -> None:
         ids = prompt_tokens(tokenizer, prompt)
     else:
         ids = family_prompt_tokens(tokenizer, prompt) or [begin_token(tokenizer)]
+        _check_length(model, len(ids) + arguments.max_new_tokens)
     output = TextStream(tokenizer, ids)
     _print(prompt)
     transformers.set_seed(arguments.seed)
@@ -124,7 +125,6 @@ def _continue(model: Any, ids: list[int], arguments: argparse.Namespace) -> Iter
         logits, cache = prefill(model, text, piece=arguments.prefill)
         step = TokenStep(model, cache)
     else:
-        _check_length(model, len(ids) + arguments.max_new_tokens)
         step = FamilyDecoder(model, text)
         logits = step.logits
     for count in range(arguments.max_new_tokens):

@@ -19,6 +19,7 @@ from minrnn.common.errors import UserError
 from minrnn.data import byte_tokenizer
 from minrnn.evals.harness.command import main
 from minrnn.evals.harness.model import MinRNNLM
+from minrnn.launch.generate import main as generate
 from minrnn.pipeline.families.build import build_causal_lm
 from minrnn.pipeline.families.limits import NO_DOCUMENTS, NO_STATE
 from minrnn.pipeline.families.registry import config_of
@@ -159,6 +160,14 @@ def test_the_command_records_what_a_model_cannot_do(tmp_path: Path, monkeypatch,
     config = json.loads(out.read_text())["config"]
     assert config["limits"] == [NO_STATE, NO_DOCUMENTS]
     capsys.readouterr()
+
+
+def test_more_tokens_than_positions_are_refused_before_the_prompt_is_printed(tmp_path: Path, capsys):
+    tiny_model("llama", max_position_embeddings=16).save_pretrained(tmp_path)
+    TOKENIZER.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="the text has 17 tokens, but this llama has 16 positions"):
+        generate([str(tmp_path), "--prompt", "abcd", "--max-new-tokens", "12", "--device", "cpu"])
+    assert "abcd" not in capsys.readouterr().out
 
 
 def test_weights_that_do_not_fit_are_refused(tmp_path: Path):
