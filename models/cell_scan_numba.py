@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .cell_spec import SCANNED_CELLS, CellInputs, CellSpec
 from .gated_coefficients import SMALLEST
-from .numba_support import as_numpy, is_available, run_tasks, stripe_width
+from .numba_support import as_numpy, boundary_arrays, is_available, run_tasks, stripe_width
 
 _CELL_CODES = {"mingru": 0, "minlstm": 1, "hgrn": 2, "rglru": 3}
 _NUM_GATES = [SCANNED_CELLS[cell].num_gates for cell in _CELL_CODES]
@@ -310,13 +310,11 @@ def _backward_kernel(cell: int, activation: int, gated: bool) -> Callable:
 
 
 def _boundary_arrays(inputs: CellInputs) -> tuple[Tensor, Tensor, Tensor]:
-    """(document starts, lengths, is_empty) for the kernels, with what None stands for; no starts: [0, 0]."""
-    (batch, time, _), is_empty = inputs.shape, inputs.is_empty
-    starts, lengths = inputs.boundaries.document_starts, inputs.boundaries.lengths
-    starts = torch.empty(0, 0, dtype=torch.bool, device="cpu") if starts is None else starts.contiguous()
-    lengths = torch.full((batch,), time, device="cpu") if lengths is None else lengths.to(torch.int64)
-    is_empty = starts.new_zeros(batch) if is_empty is None else is_empty
-    return starts, lengths.contiguous(), is_empty.contiguous()
+    """(document starts, lengths, is_empty) for the kernels."""
+    batch, time, _ = inputs.shape
+    is_empty = inputs.is_empty
+    is_empty = torch.zeros(batch, dtype=torch.bool, device="cpu") if is_empty is None else is_empty
+    return *boundary_arrays(inputs.boundaries, batch, time), is_empty.contiguous()
 
 
 def forward(

@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .boundaries import Boundaries
 from .kernel_cache import keep_on_disk
 
 try:  # optional: without numba, the CPU uses torch, and remote code still loads
@@ -262,6 +263,14 @@ def run_tasks(kernel_function, arguments: tuple, num_tasks: int) -> None:
     kernel_function(*arguments, edges[0], edges[1])
     for future in futures:
         future.result()
+
+
+def boundary_arrays(boundaries: Boundaries, batch: int, time: int) -> tuple[Tensor, Tensor]:
+    """Document starts [batch, time], [0, 0] for none, and lengths int64 [batch], for the kernels."""
+    starts, lengths = boundaries.document_starts, boundaries.lengths
+    starts = torch.empty(0, 0, dtype=torch.bool, device="cpu") if starts is None else starts
+    lengths = torch.full((batch,), time, device="cpu") if lengths is None else lengths.to(torch.int64)
+    return starts.contiguous(), lengths.contiguous()
 
 
 def stripe_width(batch: int, width: int) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .boundaries import Boundaries
-from .numba_support import as_numpy, is_available, run_tasks, stripe_width
+from .numba_support import as_numpy, boundary_arrays, is_available, run_tasks, stripe_width
 
 if is_available():
     import numpy as np
@@ -135,13 +135,6 @@ if is_available():
                     store_output(du_t, d, load_state(total, d))
 
 
-def _boundary_arrays(u: Tensor, boundaries: Boundaries) -> tuple[Tensor, Tensor]:
-    starts, lengths = boundaries.document_starts, boundaries.lengths
-    starts = torch.empty(0, 0, dtype=torch.bool, device="cpu") if starts is None else starts
-    lengths = torch.full(u.shape[:1], u.shape[1], device="cpu") if lengths is None else lengths
-    return starts.contiguous(), lengths.to(torch.int64).contiguous()
-
-
 def _run(kernel_function, tensors: tuple[Tensor, ...], batch: int, width: int) -> None:
     stripe = stripe_width(batch, width)
     run_tasks(kernel_function, (*map(as_numpy, tensors), stripe), batch * -(-width // stripe))
@@ -151,9 +144,9 @@ def forward(
     u: Tensor, decay: Tensor, weight: Tensor, h0: Tensor, boundaries: Boundaries
 ) -> tuple[Tensor, Tensor]:
     """See `readout_scan.readout_scan`."""
-    batch, _, width = u.shape
+    batch, time, width = u.shape
     y, state = torch.zeros_like(u, dtype=torch.float32), h0.clone(memory_format=torch.contiguous_format)
-    where = _boundary_arrays(u, boundaries)
+    where = boundary_arrays(boundaries, batch, time)
     tensors = (u.contiguous(), decay.contiguous(), weight.contiguous(), *where, state, y.contiguous())
     _run(_forward, tensors, batch, width)
     return tensors[-1], state
@@ -169,9 +162,9 @@ def backward(
     grad_last: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients for u, decay, weight and h0."""
-    batch, _, width = u.shape
+    batch, time, width = u.shape
     u, decay, weight, grad_y = (x.contiguous() for x in (u, decay, weight, grad_y))
-    where, du = _boundary_arrays(u, boundaries), torch.zeros_like(u)
+    where, du = boundary_arrays(boundaries, batch, time), torch.zeros_like(u)
     states, sums = torch.cat([h0, torch.zeros_like(h0)], dim=1), h0.new_zeros(batch, 4, *h0.shape[2:])
     _run(_sums, (u, decay, *where, grad_y, states, sums), batch, width)
     state = grad_last.clone(memory_format=torch.contiguous_format)

@@ -130,11 +130,8 @@ class Driver:
         folder = self.folder(model, "probe")
         if self.measure_speed:
             shutil.rmtree(folder, ignore_errors=True)
-        if _is_finished(folder, PROBE_STEPS):
-            trained = folder
-        else:
-            trained = self.train(model, "probe", PROBE_STEPS, PROBE_STEPS, train__log_every=1)
-        if trained is None:
+        is_finished = _is_finished(folder, PROBE_STEPS)
+        if not is_finished and not self.train(model, "probe", PROBE_STEPS, PROBE_STEPS, train__log_every=1):
             model.reason = model.failure
             return
         rates = [line["tokens_per_second"] for line in _lines(folder, "train")]
