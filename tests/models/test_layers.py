@@ -1,6 +1,5 @@
-"""Norm, convolution and gated activation as CPU kernels against plain torch in fp64."""
+"""Norm and gated activation as CPU kernels against plain torch in fp64; layouts and threads of all three."""
 
-import itertools
 from collections.abc import Callable
 
 import pytest
@@ -8,87 +7,29 @@ import torch
 from helpers import assert_close, generator
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layer_cases import (
+    DTYPES,
+    FP32,
+    HALF_UNIT,
+    assert_results,
+    assert_same_bits,
+    conv_of,
+    doubled,
+    draw,
+    dtypes,
+    norm_dtypes,
+    norm_of,
+    outputs_and_gradients,
+    plain_norm,
+    random_conv_inputs,
+    row_counts,
+    widths,
+)
 from torch import Tensor
 
 from minrnn.models.boundaries import reach_within_document
-from minrnn.models.conv import causal_conv, conv_one_token, next_conv_state
 from minrnn.models.layers import RMSNorm, swiglu
-from minrnn.models.layers_numba import ROWS
 from minrnn.models.numba_support import serves
-
-# dtypes of (input, output): alone, and under an autocast that the matrix product after a norm will be in
-DTYPES = {
-    "fp32": (torch.float32, torch.float32),
-    "bf16": (torch.bfloat16, torch.bfloat16),
-    "fp32-bf16": (torch.float32, torch.bfloat16),
-}
-dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-norm_dtypes = pytest.mark.parametrize("kind", DTYPES)
-
-# Tolerances: fp32 arithmetic of a few operations (sums over a row or over tokens: relative to what is
-# summed), and one rounding of the result to nearest, half a unit in the last place.
-FP32 = 1e-6
-HALF_UNIT = {torch.float32: 2**-24, torch.bfloat16: 2**-8}
-
-row_counts = st.sampled_from([0, 1, 2, ROWS - 1, ROWS, ROWS + 1, 3 * ROWS + 7])
-widths = st.sampled_from([1, 2, 3, 15, 16, 17, 70])
-Results = dict[str, Tensor]
-
-
-def draw(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=generator(seed)).to(dtype)
-
-
-def outputs_and_gradients(function: Callable[..., Tensor], **leaves: Tensor) -> Results:
-    """y, and the gradients of a sum of it weighted by bf16 numbers."""
-    tensors = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
-    y = function(**tensors)
-    weights = torch.randint(-8, 9, y.shape, generator=generator(99)) / 4
-    loss = (y * weights.to(y.dtype)).double().sum() + sum(
-        (0 * leaf.double()).sum() for leaf in tensors.values()
-    )
-    gradients = torch.autograd.grad(loss, list(tensors.values()))
-    return {"y": y.detach()} | {
-        f"d_{name}": gradient for name, gradient in zip(tensors, gradients, strict=True)
-    }
-
-
-def doubled(**tensors: Tensor) -> dict[str, Tensor]:
-    return {name: tensor.double() for name, tensor in tensors.items()}
-
-
-def assert_results(
-    actual: Results, expected: Results, dtypes: dict[str, torch.dtype], **sizes: Tensor
-) -> None:
-    """Each within half a unit of its dtype, and FP32 of the `sizes` of its terms, which may cancel."""
-    assert {name: value.dtype for name, value in actual.items()} == dtypes
-    for name, exact in expected.items():
-        assert actual[name].shape == exact.shape, name
-        error, bound = (
-            (actual[name].double() - exact).abs(),
-            FP32 * sizes[name] + HALF_UNIT[dtypes[name]] * exact.abs(),
-        )
-        assert (error <= bound).all(), (
-            f"{name}: off by {error.max():.3g}, {(error / bound).max():.3g} times the bound"
-        )
-
-
-def assert_same_bits(actual: Results, expected: Results) -> None:
-    for name, value in expected.items():
-        assert torch.equal(actual[name], value), name
-
-
-def norm_of(backend: str | None = None, eps: float = 1e-6) -> Callable[..., Tensor]:
-    """RMSNorm as a function of x and its weight."""
-
-    def function(x: Tensor, weight: Tensor) -> Tensor:
-        return torch.func.functional_call(RMSNorm(weight.numel(), eps, backend), {"weight": weight}, (x,))
-
-    return function
-
-
-def plain_norm(x: Tensor, weight: Tensor) -> Tensor:
-    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
 
 
 @norm_dtypes
@@ -170,136 +111,6 @@ def test_swiglu_of_extremes(dtype):
     actual, expected = outputs_and_gradients(swiglu, x=x), outputs_and_gradients(swiglu, **doubled(x=x))
     for name, value in actual.items():
         assert_close(value, expected[name], atol=1e-30, rtol=2 * HALF_UNIT[dtype] + FP32, name=name)
-
-
-def conv_of(backend: str | None = None, reach: Tensor | None = None) -> Callable[..., Tensor]:
-    return lambda x, weight, state=None: causal_conv(x, weight, state, reach, backend)
-
-
-def random_conv_inputs(
-    seed: int, dtype: torch.dtype, batch: int, time: int, width: int, kernel: int
-) -> dict[str, Tensor]:
-    x, state = (
-        draw(seed, batch, time, width, dtype=dtype),
-        draw(seed + 1, batch, kernel - 1, width, dtype=dtype),
-    )
-    return {"x": x, "weight": draw(seed + 2, width, kernel), "state": state}
-
-
-@dtypes
-@settings(max_examples=25)
-@given(
-    batch=st.integers(0, 3),
-    time=st.sampled_from([0, 1, 2, 3, 5, ROWS - 1, ROWS, ROWS + 1, 2 * ROWS + 3]),
-    width=widths,
-    kernel=st.integers(2, 7),
-    with_state=st.booleans(),
-    begins=st.sampled_from([0, 0.05, 0.5]),
-    seed=st.integers(0, 2**20),
-)
-def test_conv(dtype, batch, time, width, kernel, with_state, begins, seed):
-    problem = random_conv_inputs(seed, dtype, batch, time, width, kernel)
-    if not with_state:
-        del problem["state"]
-    starts = torch.rand(batch, time, generator=generator(seed)) < begins
-    reach = reach_within_document(starts, kernel) if begins else None
-    actual, expected = (
-        outputs_and_gradients(conv_of(None, reach), **problem),
-        outputs_and_gradients(conv_of("torch", reach), **doubled(**problem)),
-    )
-    absolute = {name: tensor.double().abs() for name, tensor in problem.items()}
-    sizes = {f"d_{name}": tensor for name, tensor in gradient_term_sizes(absolute, reach).items()}
-    outputs = {"y": dtype, "d_x": dtype, "d_weight": torch.float32} | (
-        {"d_state": dtype} if with_state else {}
-    )
-    assert_results(
-        actual,
-        expected,
-        outputs,
-        y=causal_conv(absolute["x"], absolute["weight"], absolute.get("state"), reach, "torch"),
-        **sizes,
-    )
-
-
-def gradient_term_sizes(absolute: dict[str, Tensor], reach: Tensor | None) -> dict[str, Tensor]:
-    """The same sums over the sizes of their terms; a gradient is at most 2."""
-    leaves = {name: leaf.requires_grad_() for name, leaf in absolute.items()}
-    y = conv_of("torch", reach)(**leaves)
-    loss = 2 * y.sum() + sum(0 * leaf.sum() for leaf in leaves.values())
-    return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
-
-
-@dtypes
-@settings(max_examples=15)
-@given(
-    cuts=st.lists(st.integers(0, 80), max_size=4),
-    begins=st.sampled_from([0, 0.1]),
-    seed=st.integers(0, 2**20),
-)
-def test_conv_cuts_change_no_bit(dtype, cuts, begins, seed):
-    """Whole = cut in pieces; the gradient through the state is added to the others."""
-    time, kernel = 80, 4
-    problem = random_conv_inputs(seed, dtype, 2, time, 17, kernel)
-    starts = torch.rand(2, time, generator=generator(seed)) < begins
-    reach = reach_within_document(starts, kernel) if begins else None
-
-    def in_pieces(x: Tensor, weight: Tensor, state: Tensor) -> Tensor:
-        pieces = []
-        for low, high in itertools.pairwise([0, *sorted(cuts), time]):
-            piece_starts = starts[:, low:high] if begins else None
-            piece = x[:, low:high]
-            pieces.append(
-                causal_conv(
-                    piece,
-                    weight,
-                    state,
-                    None if piece_starts is None else reach_within_document(piece_starts, kernel),
-                )
-            )
-            state = next_conv_state(piece, state, kernel, piece_starts)
-        return torch.cat(pieces, dim=1)
-
-    actual, whole = (
-        outputs_and_gradients(in_pieces, **problem),
-        outputs_and_gradients(conv_of(None, reach), **problem),
-    )
-    assert torch.equal(actual["y"], whole["y"])
-    for name in ("d_x", "d_weight", "d_state"):  # each rounded once for every piece it is in
-        assert_close(
-            actual[name], whole[name], atol=1e-6 + 4 * HALF_UNIT[dtype] * (name != "d_weight"), name=name
-        )
-
-
-@dtypes
-@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
-def test_conv_reads_no_other_document(dtype, poison):
-    """NaN in a document or the state reaches no other document, row or channel, forward or backward."""
-    problem, starts = random_conv_inputs(3, dtype, 2, 90, 5, 4), torch.zeros(2, 90, dtype=torch.bool)
-    starts[:, [0, 20, 62, 65]] = True
-    reach = reach_within_document(starts, 4)
-    sound = outputs_and_gradients(conv_of(None, reach), **problem)
-    broken = {name: tensor.clone() for name, tensor in problem.items()}
-    broken["x"][0, 62:65, 2] = broken["state"][0, :, 2] = poison
-    actual = outputs_and_gradients(conv_of(None, reach), **broken)
-    assert not actual["y"][0, 62:65, 2].isfinite().any()
-    hit = torch.zeros_like(starts)
-    hit[0, 62:65] = True
-    assert torch.equal(actual["y"][~hit], sound["y"][~hit])
-    assert torch.equal(actual["y"][..., [0, 1, 3, 4]], sound["y"][..., [0, 1, 3, 4]])
-    assert torch.equal(actual["d_x"], sound["d_x"])
-    assert torch.equal(actual["d_weight"][[0, 1, 3, 4]], sound["d_weight"][[0, 1, 3, 4]])
-
-
-@dtypes
-def test_conv_reaches_no_further_than_its_kernel(dtype):
-    """A reach that was computed for a wider one reads no memory beyond the weights."""
-    problem, starts = random_conv_inputs(4, dtype, 2, 20, 5, 3), torch.zeros(2, 20, dtype=torch.bool)
-    starts[:, [0, 7]] = True
-    actual, expected = (
-        outputs_and_gradients(conv_of(None, reach_within_document(starts, kernel)), **problem)
-        for kernel in (9, 3)
-    )
-    assert_same_bits(actual, expected)
 
 
 @norm_dtypes
@@ -417,27 +228,6 @@ def test_dimensions_before_the_last_are_rows(name):
         0,
         3,
         expected.shape[1],
-    )
-
-
-@dtypes
-@pytest.mark.parametrize("with_state", [False, True])
-def test_conv_of_one_token(dtype, with_state):
-    """What decoding takes instead is the same but for rounding: each product in bf16 before the sum."""
-    problem = random_conv_inputs(10, dtype, 3, 1, 17, 4)
-    state = problem["state"] if with_state else None
-    y, after = conv_one_token(problem["x"], problem["weight"], state)
-    expected = causal_conv(
-        problem["x"].double(),
-        problem["weight"].double(),
-        None if state is None else state.double(),
-        backend="torch",
-    )
-    assert y.dtype == dtype
-    assert_close(y, expected, atol=1e-6 if dtype == torch.float32 else 2**-7)
-    assert torch.equal(after, next_conv_state(problem["x"], state, 4))
-    assert after.untyped_storage().nbytes() == after.numel() * after.element_size(), (
-        "a view would keep more alive"
     )
 
 
