@@ -23,7 +23,7 @@ def apply(x, y):
     for i in range(x.size):
         store_output(y, i, sigmoid(load_input(x, i)))
 """
-COPIED = ("numba_support", "kernel_cache", "operators")
+COPIED = ("numba_support", "kernel_cache", "operators", "boundaries")
 SIGMOID = "return ONE / (ONE + exp(-x))"
 
 
