@@ -184,7 +184,7 @@ class BoundedScans:
     def previous(self, scanned: Scanned, empty: float = 0.0) -> Tensor:
         """h_{t-1} of a scan's result, `empty` at document starts: [B, T, W]."""
         entering = scanned.entering.to(scanned.h.dtype).unsqueeze(1)
-        before = torch.cat([entering, scanned.h[:, :-1]], dim=1)
+        before = torch.cat([entering, scanned.h], dim=1)[:, :-1]
         starts = self.boundaries.document_starts
         return before if starts is None else before.masked_fill(starts.unsqueeze(-1), empty)
 

@@ -77,6 +77,7 @@ def test_one_compilation_trains_every_length(skip_logits, fresh_dynamo):
     [
         ("mingru", False),
         ("mingru", True),
+        ("rwkv4", False),
         pytest.param("lru", False, marks=pytest.mark.slow),
         pytest.param("gla", False, marks=pytest.mark.slow),
     ],
