@@ -1,4 +1,4 @@
-"""Runs `triton_checks` in a new process, because Triton's interpreter is chosen before the import."""
+"""Runs the checks of the Triton kernels in new processes: the interpreter is chosen before the import."""
 
 import os
 import subprocess
@@ -10,11 +10,12 @@ import torch
 
 from minrnn.models.tiles_triton import triton
 
-CHECKS = Path(__file__).with_name("triton_checks.py")
+FOLDER = Path(__file__).parent
+SCAN, CELLS = "triton_scan_checks.py", "triton_cell_checks.py"
 pytestmark = pytest.mark.skipif(triton is None, reason="needs the package triton")
 
 
-def run_checks(selection: str, interpret: bool) -> None:
+def run_checks(*files: str, selection: str = "test", interpret: bool) -> None:
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "TRITON_"))
     }
@@ -31,19 +32,24 @@ def run_checks(selection: str, interpret: bool) -> None:
         "no:cacheprovider",
         "-k",
         selection,
-        str(CHECKS),
+        *(str(FOLDER / file) for file in files),
     ]
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=CHECKS.parents[2])
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=FOLDER.parents[1])
     assert finished.returncode == 0, finished.stdout[-6000:] + finished.stderr[-2000:]
 
 
 @pytest.mark.parametrize(
-    "selection", ["test_cells or test_boundaries", "not (test_cells or test_boundaries)"]
+    ("file", "selection"),
+    [
+        (SCAN, "test"),
+        (CELLS, "test_cells or test_boundaries"),
+        (CELLS, "not (test_cells or test_boundaries)"),
+    ],
 )
-def test_interpreted(selection):
-    run_checks(selection, interpret=True)
+def test_interpreted(file, selection):
+    run_checks(file, selection=selection, interpret=True)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_the_gpu():
-    run_checks("test", interpret=False)
+    run_checks(SCAN, CELLS, interpret=False)
