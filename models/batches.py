@@ -57,6 +57,38 @@ def check_keyword_arguments(function: Callable, arguments: dict[str, Any]) -> No
         raise ValueError("is_causal=False: a recurrent model reads from left to right only.")
 
 
+def check_tokens(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[int, int]:
+    """(batch, time) of a batch, which must have at least one token in each row.
+
+    Raises:
+        ValueError: both or none are given, or shape or dtype are wrong.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
+    name, tokens = ("input_ids", input_ids) if input_ids is not None else ("inputs_embeds", inputs_embeds)
+    assert tokens is not None
+    form = "[batch, time]" if input_ids is not None else "[batch, time, hidden_size]"
+    if tokens.ndim != form.count(",") + 1:
+        raise ValueError(f"{name} must be {form}, but is {tuple(tokens.shape)}.")
+    if input_ids is not None and input_ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"input_ids must be int64 or int32, but is {input_ids.dtype}.")
+    if tokens.shape[1] == 0:
+        raise ValueError(f"{name} is {tuple(tokens.shape)}: a row must have at least one token.")
+    return tokens.shape[0], tokens.shape[1]
+
+
+def check_targets(name: str, targets: Tensor | None, shape: tuple[int, int]) -> None:
+    """Refuse targets of another shape or dtype than int64 `shape`.
+
+    Raises:
+        ValueError: they are.
+    """
+    if targets is not None and (targets.shape != shape or targets.dtype != torch.int64):
+        raise ValueError(
+            f"{name} must be int64 [batch, time] = {shape}, but is {targets.dtype} {tuple(targets.shape)}."
+        )
+
+
 def left_align_order(attention_mask: Tensor | None, time: int) -> Tensor | None:
     """Indices [B, T] that move each row's real tokens to the left, in order; None without padding.
 

@@ -45,6 +45,30 @@ def pool(hidden: Tensor, attention_mask: Tensor | None, pooling: str) -> Tensor:
     return total / real.sum(1, keepdim=True).to(total)
 
 
+def check_labels(labels: Tensor, num_labels: int, batch: int, problem_type: str | None) -> None:
+    """Refuse labels that the loss of a problem type would not take, or would broadcast.
+
+    Args:
+        problem_type: of the configuration; None is decided as in transformers, by number and dtype of labels.
+
+    Raises:
+        ValueError: wrong shape or dtype.
+    """
+    if problem_type is None and num_labels > 1:
+        is_single = labels.dtype in (torch.int64, torch.int32)
+        problem_type = "single_label_classification" if is_single else "multi_label_classification"
+    shapes, fits, kind = [(batch, num_labels)], labels.is_floating_point(), "float"
+    if problem_type == "single_label_classification":
+        shapes, fits, kind = [(batch,), (batch, 1)], labels.dtype == torch.int64, "int64"
+    elif num_labels == 1:
+        shapes = [(batch,), (batch, 1)]
+    if labels.shape not in shapes or not fits:
+        raise ValueError(
+            f"labels must be {kind} {shapes[0]} for problem_type {problem_type or 'regression'}, "
+            f"but are {labels.dtype} {tuple(labels.shape)}."
+        )
+
+
 class PairHead(nn.Module):
     """Logits from two texts: an MLP of the features [u, v, u * v, u - v]."""
 
@@ -111,7 +135,8 @@ class MinRNNForSequenceClassification(MinRNNPreTrainedModel):
 
         Raises:
             TypeError: an unknown keyword argument.
-            ValueError: a row without a token, shapes that do not fit, or a state that pooling cannot use.
+            ValueError: a row without a token, shapes or labels that do not fit, or a state that pooling
+                cannot use.
         """
         towers = self.config.num_towers
         if past_key_values is not None and (self.config.pooling != "last" or towers > 1):
@@ -139,6 +164,7 @@ class MinRNNForSequenceClassification(MinRNNPreTrainedModel):
         logits = self.score(pooled if towers == 1 else pooled.unflatten(0, (-1, towers)))
         loss = None
         if labels is not None:
+            check_labels(labels, self.num_labels, len(logits), self.config.problem_type)
             loss = self.loss_function(
                 labels=labels,
                 pooled_logits=logits,

@@ -26,6 +26,8 @@ from .batches import (
     PACKING,
     check_keyword_arguments,
     check_padding_of_counted_labels,
+    check_targets,
+    check_tokens,
     document_starts_from_packing,
     left_align_order,
     shifted_labels,
@@ -126,8 +128,7 @@ class MinRNNModel(MinRNNPreTrainedModel):
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """As `MinRNNForCausalLM.forward`, up to the last hidden state [B, T, H]."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("MinRNNModel takes exactly one of input_ids and inputs_embeds.")
+        batch, time = check_tokens(input_ids, inputs_embeds)
         # transformers switches the cache off under gradient checkpointing, where keys and values would be
         # written twice. These blocks return their state, and training carries it from chunk to chunk, so it
         # stays on.
@@ -140,10 +141,9 @@ class MinRNNModel(MinRNNPreTrainedModel):
             use_cache = False
         use_cache = self.config.use_cache if use_cache is None else use_cache
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        time = x.shape[1]
         check_keyword_arguments(type(self).forward, kwargs)
         document_starts = self.resolve_document_starts(
-            x.shape[:2], attention_mask, past_key_values, document_starts, kwargs
+            (batch, time), attention_mask, past_key_values, document_starts, kwargs
         )
         if use_cache and past_key_values is None:
             past_key_values = MinRNNCache(self.config.num_hidden_layers)
@@ -194,7 +194,7 @@ class MinRNNModel(MinRNNPreTrainedModel):
 
     def resolve_document_starts(
         self,
-        shape: tuple[int, ...],
+        shape: tuple[int, int],
         attention_mask: Tensor | None,
         state: MinRNNCache | None,
         document_starts: Tensor | None,
@@ -211,8 +211,7 @@ class MinRNNModel(MinRNNPreTrainedModel):
         batch, time = shape
         if document_starts is not None and document_starts.shape != shape:
             raise ValueError(
-                f"document_starts must be [batch, time] = {tuple(shape)}, "
-                f"but is {tuple(document_starts.shape)}."
+                f"document_starts must be [batch, time] = {shape}, but is {tuple(document_starts.shape)}."
             )
         if state is not None:
             config, taps = self.config, self.config.conv_kernel - 1
@@ -311,9 +310,12 @@ class MinRNNForCausalLM(MinRNNPreTrainedModel, StateGenerationMixin):
             ValueError: shapes that do not fit, contradictions, or a state of another model or batch.
         """
         check_keyword_arguments(type(self).forward, kwargs)
+        shape = check_tokens(input_ids, inputs_embeds)
+        check_targets("labels", labels, shape)
+        check_targets("shift_labels", shift_labels, shape)
         if labels is not None:  # otherwise self.model resolves them
             document_starts = self.model.resolve_document_starts(
-                labels.shape, attention_mask, past_key_values, document_starts, kwargs
+                shape, attention_mask, past_key_values, document_starts, kwargs
             )
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,

@@ -192,6 +192,35 @@ def test_loss_does_not_depend_on_the_split_of_a_batch(side, mark_first):
         assert_same_gradients(grads, results[0][1], atol=1e-11)
 
 
+IDS = torch.ones(2, 3, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({}, "Pass exactly one of input_ids and inputs_embeds"),
+        ({"input_ids": IDS[0]}, r"input_ids must be \[batch, time\], but is \(3,\)"),
+        ({"input_ids": IDS[:, :0]}, r"input_ids is \(2, 0\): a row must have at least one token"),
+        ({"input_ids": IDS.float()}, "input_ids must be int64 or int32, but is torch.float32"),
+        (
+            {"inputs_embeds": torch.ones(3, 8)},
+            r"inputs_embeds must be \[batch, time, hidden_size\], but is \(3",
+        ),
+        (
+            {"input_ids": IDS, "labels": IDS[0]},
+            r"labels must be int64 .* = \(2, 3\), but is torch.int64 \(3,\)",
+        ),
+        (
+            {"input_ids": IDS, "shift_labels": IDS.int()},
+            r"shift_labels must be int64 .*, but is torch.int32 \(",
+        ),
+    ],
+)
+def test_wrong_shapes_and_dtypes_are_refused(inputs, message):
+    with pytest.raises(ValueError, match=message):
+        shared_model()(**inputs)
+
+
 @pytest.mark.parametrize("size", [2, 4, 8])
 def test_labels_that_are_counted_but_not_scored_are_refused(size):
     model = shared_model()

@@ -176,6 +176,7 @@ def test_a_text_read_in_pieces_has_the_logits_of_the_whole():
     [
         ({}, {"attention_mask": torch.tensor([[1, 1], [0, 0]])}, "row 1 has no token"),
         ({"num_towers": 2}, {}, r"\[batch, 2, time\], not \(2, 2\)"),
+        ({}, {"input_ids": torch.ones(2, 0, dtype=torch.long)}, "a row must have at least one token"),
         ({"bidirectional": True}, {"use_cache": True}, "A bidirectional model reads whole rows"),
         ({"pooling": "mean"}, {"past_key_values": "state"}, "only one tower with pooling 'last'"),
         ({}, {"document_strats": None}, "did you mean"),
@@ -186,7 +187,43 @@ def test_wrong_inputs_are_refused(fields, inputs, message):
     if inputs.get("past_key_values") == "state":
         inputs = {"past_key_values": new_classifier().model(ids, use_cache=True).past_key_values}
     with pytest.raises((ValueError, TypeError), match=message):
-        model(ids, **inputs)
+        model(**{"input_ids": ids, **inputs})
+
+
+SINGLE, MULTI = "single_label_classification", "multi_label_classification"
+
+
+@pytest.mark.parametrize(
+    ("fields", "labels", "message"),
+    [
+        (
+            {},
+            torch.ones(2),
+            rf"must be float \(2, 3\) for problem_type {MULTI}, but are torch.float32 \(2,\)",
+        ),
+        ({}, torch.ones(3, dtype=torch.long), r"must be int64 \(2,\) .*, but are torch.int64 \(3,\)"),
+        (
+            {"problem_type": SINGLE},
+            torch.ones(2),
+            rf"must be int64 \(2,\) for problem_type {SINGLE}, but are t",
+        ),
+        (
+            {"problem_type": MULTI},
+            torch.ones(2, 3, dtype=torch.long),
+            r"must be float \(2, 3\) .* torch.int64",
+        ),
+        (
+            {"problem_type": "regression"},
+            torch.ones(1),
+            r"must be float \(2, 3\) for problem_type regression",
+        ),
+        ({"num_labels": 1}, torch.ones(2, dtype=torch.long), r"must be float \(2,\) for .* regression"),
+    ],
+)
+def test_wrong_labels_are_refused(fields, labels, message):
+    """Also where torch would broadcast them."""
+    with pytest.raises(ValueError, match=f"labels {message}"):
+        new_classifier(**fields)(random_ids(2, 2), labels=labels)
 
 
 def test_wrong_configurations_are_refused():
