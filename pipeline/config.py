@@ -117,7 +117,8 @@ class BatchSection(Section):
     lanes: int = Field(default=16, ge=1)
     """Rows of a reader's chunk. Each lane is a stream of documents."""
     chunk: int = Field(default=256, ge=1)
-    """Tokens of a lane in one step. Gradients do not reach further back."""
+    """Tokens of a lane in one step. Gradients do not reach further back. For lra/NAME the default is the
+    length of the longest example that data.task allows."""
     carry_state: bool = True
     """Carry the state from one chunk to the next. It is reset at document starts."""
 
@@ -198,7 +199,7 @@ class TrainSection(Section):
     """Seconds without progress in any process until the one that hangs is named and all exit. It must
     exceed the longest step, save and export."""
     prompts: list[str] = [""]
-    """Prompts of the samples in samples.txt."""
+    """Prompts of the samples in samples.txt, for language models of text."""
     sample_tokens: int = Field(default=200, ge=0)
     """Tokens per sample; 0 for no samples."""
 

@@ -20,7 +20,7 @@ from .families.registry import OURS
 from .family_settings import family_errors, without_carried_state
 from .public import config_without_credentials
 from .section import docstring_of
-from .task_settings import task_errors
+from .task_settings import task_errors, with_family_error, with_whole_examples
 
 # Settings that may change on resume, because they do not affect the losses. parallel.context affects them
 # only with dropout (`free_on_resume`).
@@ -206,12 +206,13 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
                 else:
                     message = _error_message(error)
                 errors.setdefault(key, message)
+    errors = with_family_error(errors, sections)
     changes = sections["run"].change if "run" in sections else []
     if refused := [reason for key in changes if (reason := _reason_not_changeable(key))]:
         errors["run.change"] = "; ".join(refused)
     if errors:
         raise UserError.from_list(errors.items())
-    recipe = Recipe(**sections)
+    recipe = with_whole_examples(Recipe(**sections))
     if errors := {**family_errors(recipe), **task_errors(recipe)}:
         raise UserError.from_list(errors.items())
     return without_carried_state(recipe)
@@ -377,6 +378,8 @@ def check_unchanged(saved: dict[str, Any], recipe: Recipe, folder: str) -> None:
     allowed = free_on_resume(saved) | set(recipe.run.change)
     if old["model.family"] != new["model.family"]:  # the fields of one are not those of the other
         allowed |= {key for key in new if key.startswith("model.")} - {"model.family"}
+    if any(old[key] != new[key] for key in ("model.family", "data.corpus", "data.task")):
+        allowed |= {"batch.carry_state", "batch.chunk"}  # their defaults follow from these
     different = [
         key for key in new if old[key] != new[key] and key not in allowed and not key.startswith("tracking.")
     ]

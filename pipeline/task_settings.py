@@ -1,9 +1,35 @@
 """Settings of a recipe that do not fit its task, or need one."""
 
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
 from ..data import LabelledTask, is_labelled
 from ..models import MinRNNConfig
-from .config import Recipe
+from .config import Recipe, TrainSection
 from .families.registry import OURS
+
+SAMPLES = {"prompts": [], "sample_tokens": 0}
+"""Settings of `train` for samples of text, with the value that asks for none."""
+
+
+def with_family_error(errors: dict[str, str], sections: Mapping[str, Any]) -> dict[str, str]:
+    """The errors of sections. If a classifier is asked of another family, this is the model's only error: its
+    fields are not to be corrected one by one."""
+    model, data = sections.get("model"), sections.get("data")
+    if model is None or data is None or model.family == OURS or not is_labelled(data.corpus):
+        return errors
+    message = f"{data.corpus} is for minrnn's classifier, not for {model.family}; leave it out"
+    others = {key: error for key, error in errors.items() if not key.startswith("model.")}
+    return {"model.family": message, **others}
+
+
+def with_whole_examples(recipe: Recipe) -> Recipe:
+    """The recipe with a batch.chunk that holds every example of its labelled task, unless it sets one."""
+    task = recipe.task()
+    if not isinstance(task, LabelledTask) or "chunk" in recipe.batch.model_fields_set:
+        return recipe
+    return dataclasses.replace(recipe, batch=recipe.batch.model_copy(update={"chunk": task.length}))
 
 
 def task_errors(recipe: Recipe) -> dict[str, str]:
@@ -22,6 +48,9 @@ def task_errors(recipe: Recipe) -> dict[str, str]:
     if recipe.batch.chunk < longest:
         message = f"{recipe.batch.chunk} does not hold the longest sequence of {corpus}"
         errors["batch.chunk"] = f"{message}: set it to {longest} or more"
+    for name, none in SAMPLES.items():
+        if getattr(recipe.train, name) not in (none, TrainSection.model_fields[name].default):
+            errors[f"train.{name}"] = f"is for samples of text, and {corpus} has none; leave it out"
     if isinstance(task, LabelledTask):
         errors |= _labelled_errors(recipe, task)
     return errors
@@ -31,8 +60,6 @@ def _labelled_errors(recipe: Recipe, task: LabelledTask) -> dict[str, str]:
     errors, corpus, model = {}, recipe.data.corpus, recipe.model
     if recipe.parallel.context > 1:
         errors["parallel.context"] = f"cannot divide the examples of {corpus} among processes; use 1"
-    if model.family != OURS:
-        errors["model.family"] = f"{corpus} is for minrnn's classifier, not for {model.family}"
     if model.tie_word_embeddings != MinRNNConfig.tie_word_embeddings:
         errors["model.tie_word_embeddings"] = "is for the head of a language model; leave it out"
     if recipe.batch.carry_state and "carry_state" in recipe.batch.model_fields_set:

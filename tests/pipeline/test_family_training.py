@@ -253,7 +253,7 @@ def test_torch_rnns_train_in_bf16(values: Values, run_recipe: Run):
 def test_a_synthetic_task_is_scored(values: Values, run_recipe: Run, name: str):
     task = {"max_length": 12, "test_lengths": [12, 30], "validation_examples": 10}
     values["data"] = {"corpus": "synthetic/cycle-navigation", "task": task, "workers": 0}
-    values["train"] |= {"steps": 2, "save_every": None, "eval_every": None}
+    values["train"] |= {"steps": 2, "sample_tokens": 0, "save_every": None, "eval_every": None}
     folder = run_recipe(with_family(values, name))
     entry = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     assert entry["kind"] == "validation"

@@ -30,6 +30,7 @@ TASK: dict[str, Any] = {**SIZES, "min_length": 4, "max_length": 24, "max_depth":
 def task_values(values: Values, tmp_path: Path) -> Values:
     """A tiny run on short ListOps."""
     values["data"] = {"corpus": "lra/listops", "task": TASK, "cache": str(tmp_path / "cache"), "workers": 0}
+    del values["batch"]["chunk"], values["train"]["sample_tokens"]
     values["model"] |= {"pooling": "mean", "bidirectional": True}
     return values
 
@@ -141,7 +142,7 @@ def test_a_classifier_begins_with_a_language_models_weights(values: Values, run_
     values["model"] |= {"init_from": str(language_model)}
     task = {"folder": str(folder), "max_length": 24}
     values["data"] = {"corpus": "lra/text", "task": task, "cache": str(tmp_path / "cache"), "workers": 0}
-    values["train"]["steps"] = 1
+    values["train"] |= {"steps": 1, "sample_tokens": 0}
     assert entries(run_recipe(values), "test")[0]["chance"] == 0.5
     values["model"] |= {"bidirectional": True}
     values["run"]["dir"] = str(tmp_path / "other")
@@ -211,6 +212,11 @@ def test_each_recipe_reads_a_batch(name: str, tmp_path: Path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (
+            {"train.prompts": ["a"]},
+            "train.prompts: is for samples of text, and lra/listops has none; leave it",
+        ),
+        ({"train.sample_tokens": 7}, "train.sample_tokens: is for samples of text, and lra/listops has none"),
         ({"data.task": {"max_lenght": 3}}, "unknown option max_lenght (did you mean max_length"),
         ({"data.corpus": "lra/listop"}, "there is no task lra/listop (did you mean lra/listops"),
         (
@@ -245,6 +251,28 @@ def test_errors_in_a_recipe(task_values: Values, changes: dict[str, Any], messag
     with pytest.raises(UserError) as raised:
         build_recipe(task_values)
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("name", sorted(LRA_TASKS))
+@pytest.mark.parametrize("family", ["llama", "gru", "lama"])
+def test_another_family_is_the_only_error_of_the_model(name: str, family: str):
+    """Not each of the fields that a recipe sets for minrnn."""
+    with pytest.raises(UserError) as raised:
+        read_recipe(["--config", f"lra-{name}", "--model.family", family, "--optim.lr", "-1"])
+    assert [line.split(": ")[1] for line in str(raised.value).splitlines()] == ["model.family", "optim.lr"]
+    assert f"lra/{name} is for minrnn's classifier, not for {family}; leave it out" in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["listops", "text", "retrieval"])
+def test_a_chunk_holds_the_longest_example(name: str):
+    """Also in the recipe for the published length; a greater chunk may be set."""
+    short = ["--config", f"lra-{name}", "--data.task", "{max_length: 700}"]
+    longest = read_recipe(short).batch.chunk
+    assert longest == 700 - (name == "listops")
+    assert read_recipe(["--config", f"lra-{name}"]).batch.chunk > 1000
+    assert read_recipe([*short, "--batch.chunk", "800"]).batch.chunk == 800
+    with pytest.raises(UserError, match=rf"batch.chunk: {longest - 1} does not hold the longest"):
+        read_recipe([*short, "--batch.chunk", str(longest - 1)])
 
 
 def test_wrong_rows_stop_a_run_before_training(task_values: Values, run_recipe: Run, tmp_path: Path):

@@ -24,6 +24,7 @@ def task_values(values: Values) -> Values:
     """A tiny run on cycle navigation."""
     task = {"max_length": 12, "test_lengths": [12, 30], "validation_examples": 10}
     values["data"] = {"corpus": "synthetic/cycle-navigation", "task": task, "workers": 0}
+    del values["train"]["sample_tokens"]
     return values
 
 
