@@ -36,12 +36,13 @@ def measure_family(recipe: Recipe, vocab_size: int) -> FamilySize:
     import torch
     from torch import nn
 
-    from ..pipeline.families.build import build_causal_lm, num_parameters
+    from ..pipeline.families.build import NO_SPECIAL_TOKENS, build_causal_lm, faults_named, num_parameters
     from ..pipeline.families.registry import config_of
 
-    name, special = recipe.model.family, dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-    config = config_of(name, {**recipe.resolved_model_fields(), **special, "vocab_size": vocab_size})
-    with torch.device("meta"):
+    name, fields = recipe.model.family, {**recipe.resolved_model_fields(), "vocab_size": vocab_size}
+    config = config_of(name, {**fields, **NO_SPECIAL_TOKENS})
+    given, setting_of = recipe.given_model_fields(), recipe.model.setting_of
+    with torch.device("meta"), faults_named(name, fields, given, setting_of):
         model = build_causal_lm(name, config)
     embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     head = model.get_output_embeddings()

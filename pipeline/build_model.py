@@ -16,7 +16,7 @@ from . import checkpoint
 from .classification import new_model
 from .config import Recipe
 from .families.adapter import FamilyModel
-from .families.build import adapt, check_memory, training_config
+from .families.build import adapt, check_memory, faults_named, training_config
 from .families.registry import CARRYING, OURS
 from .families.saved import check_defaults
 from .folder import RunFolder
@@ -60,12 +60,14 @@ def build_model(
     """
     torch.manual_seed(recipe.run.seed)
     name = recipe.model.family
-    if name != OURS:
-        check_memory(name, config)
-    inner: Any = new_model(name, training_config(name, config))
-    nn.Module.to(inner, DTYPES["fp64" if recipe.train.precision == "fp64" else "fp32"])
-    # New weights are measured, so that a resumed run measures the same.
-    model: Any = inner if name in CARRYING else adapt(name, inner, device)
+    fields = {**recipe.resolved_model_fields(), "vocab_size": config.vocab_size}
+    with faults_named(name, fields, recipe.given_model_fields(), recipe.model.setting_of):
+        if name != OURS:
+            check_memory(name, config)
+        inner: Any = new_model(name, training_config(name, config))
+        nn.Module.to(inner, DTYPES["fp64" if recipe.train.precision == "fp64" else "fp32"])
+        # New weights are measured, so that a resumed run measures the same.
+        model: Any = inner if name in CARRYING else adapt(name, inner, device)
     if recipe.model.init_from and folder.checkpoint is None:
         _load_export(inner, recipe.model.init_from)
     if (options := checkpointing_options(recipe.train.recompute)) is not None:

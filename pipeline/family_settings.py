@@ -1,7 +1,6 @@
 """Settings of a recipe that depend on the model's family: what it does not support, and its sizes."""
 
 import dataclasses
-from typing import Any
 
 from ..data import is_labelled
 from .config import Recipe
@@ -53,13 +52,10 @@ def with_sizes(recipe: Recipe, vocab_size: int) -> Recipe:
 
     fields = {**recipe.given_model_fields(), **classifier_fields(recipe.data.corpus, recipe.data.task)}
 
-    def build(config: Any) -> Any:
-        return new_model(model.family, config)
-
     target = model.num_parameters
-    if model.sizes and has_size(model.family, target, {**fields, **model.sizes}, vocab_size, build):
+    if model.sizes and has_size(model.family, target, {**fields, **model.sizes}, vocab_size, new_model):
         return recipe
-    sizes = search_sizes(model.family, target, fields, vocab_size, build)
+    sizes = search_sizes(model.family, target, fields, vocab_size, new_model, model.setting_of)
     return dataclasses.replace(recipe, model=model.model_copy(update={"sizes": sizes}))
 
 

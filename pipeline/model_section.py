@@ -11,6 +11,7 @@ from .families.fields import (
     merged_fields,
     name_error,
     parse_count,
+    setting_of,
     size_errors,
     sizes_to_check,
 )
@@ -118,6 +119,10 @@ class ModelSection(Section):
             for name, value in self.model_dump(exclude=set(NO_CONFIG_FIELDS)).items()
             if name in self.model_fields_set
         }
+
+    def setting_of(self, field: str | None) -> str:
+        """The setting that a field of the configuration comes from; of None, that of a family's fields."""
+        return f"model.{setting_of(self.family, self.user_fields(), field)}"
 
     def errors(self) -> dict[str, str]:
         direct = self.user_fields()

@@ -1,7 +1,7 @@
 """What a recipe says about a family: fields of its configuration, checked before anything is built."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from pydantic_core import PydanticCustomError
@@ -73,9 +73,22 @@ def field_errors(
     canonical = registry.canonical(name, direct)
     if twice := [field for field in registry.canonical(name, family_config) if field in canonical]:
         wrong.append(f"{', '.join(twice)} is also set in the section model itself; say it once")
-    if not errors and not wrong:
-        wrong = _value_errors(name, {**canonical, **family_config}, is_sized)
-    return errors | ({"family_config": "; ".join(wrong)} if wrong else {})
+    if errors or wrong:
+        return errors | ({"family_config": "; ".join(wrong)} if wrong else {})
+    values = {**canonical, **registry.canonical(name, family_config)}
+    errors = _range_errors(name, values) or _value_errors(name, values, is_sized)
+    return {setting_of(name, direct, field): message for field, message in errors.items()}
+
+
+def setting_of(name: str, direct: Iterable[str], field: str | None) -> str:
+    """The setting of the section model that a field of the configuration comes from.
+
+    Args:
+        direct: what the user set in the section itself.
+        field: None for the whole configuration.
+    """
+    own = {registry.canonical_name(name, setting): setting for setting in direct}
+    return "family_config" if field is None else own.get(field, f"family_config.{field}")
 
 
 def _advice(name: str) -> str:
@@ -86,13 +99,52 @@ def _advice(name: str) -> str:
 SHARED = ("hidden_size", "num_hidden_layers", "intermediate_size", "tie_word_embeddings")
 
 
-def _value_errors(name: str, fields: dict[str, Any], is_sized: bool) -> list[str]:
-    """What the configuration's own checks say about the values."""
-    try:
-        checked_config(name, fields, is_sized)
-    except Exception as error:  # each class raises its own
-        return [" ".join(str(error).split())]
-    return []
+def is_number(value: Any) -> bool:
+    """Whether a value is a number; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+COUNTS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+
+
+def _range_errors(name: str, fields: dict[str, Any]) -> dict[str | None, str]:
+    """Values that no family can have, and that transformers does not check, by field."""
+    counts, errors = {registry.canonical_name(name, count) for count in COUNTS}, {}
+    for field, value in fields.items():
+        if not is_number(value):
+            continue
+        if field in counts and value < 1:
+            errors[field] = f"must be at least 1, not {value}"
+        if ("dropout" in field or "pdrop" in field) and not 0 <= value <= 1:
+            errors[field] = f"must be in [0, 1], not {value}"
+    return errors
+
+
+def _value_errors(name: str, fields: dict[str, Any], is_sized: bool) -> dict[str | None, str]:
+    """What the configuration's own checks say about the values, by the fields at fault; by None if no single
+    one is."""
+
+    def message(fields: dict[str, Any]) -> str:
+        try:
+            checked_config(name, fields, is_sized)
+        except Exception as error:  # each class raises its own
+            return " ".join(str(error).split())
+        return ""
+
+    if not (text := message(fields)):
+        return {}
+    return dict.fromkeys(faulty_fields(fields, fields, lambda others: not message(others)), text)
+
+
+def faulty_fields(
+    fields: dict[str, Any], given: Iterable[str], works: Callable[[dict[str, Any]], bool]
+) -> list[str | None]:
+    """The fields whose values do not fit: those of `given` without which the others work; [None] if there is
+    none such."""
+    faulty: list[str | None] = [
+        name for name in given if works({other: value for other, value in fields.items() if other != name})
+    ]
+    return faulty or [None]
 
 
 def checked_config(name: str, fields: dict[str, Any], is_sized: bool) -> PreTrainedConfig:

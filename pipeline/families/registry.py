@@ -146,10 +146,14 @@ def config_of(name: str, fields: dict[str, Any]) -> PreTrainedConfig:
     return config_class(name)(**({"cell": name} if name in TORCH_RNNS else {}), **fields)
 
 
+def canonical_name(name: str, field: str) -> str:
+    """The configuration's own name of a field (GPT-2 calls hidden_size n_embd)."""
+    return config_class(name).attribute_map.get(field, field)
+
+
 def canonical(name: str, fields: dict[str, Any]) -> dict[str, Any]:
-    """The same fields under the configuration's own names (GPT-2 calls hidden_size n_embd)."""
-    names = config_class(name).attribute_map
-    return {names.get(field, field): value for field, value in fields.items()}
+    """The same fields under the configuration's own names."""
+    return {canonical_name(name, field): value for field, value in fields.items()}
 
 
 def family(name: str) -> Family | None:

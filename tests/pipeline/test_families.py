@@ -181,12 +181,12 @@ def test_a_given_number_of_heads_is_that_of_keys_too(heads: int):
         ),
         (
             {"family": "llama", "family_config": {"hidden_act": "foo"}},
-            "error: model.family_config: llama cannot be built: KeyError: 'foo'",
+            "error: model.family_config.hidden_act: llama cannot be built: KeyError: 'foo'",
         ),
     ],
 )
-def test_an_error_of_every_size_is_said_as_without_a_search(model: dict[str, Any], message: str, monkeypatch):
-    monkeypatch.setattr("minrnn.pipeline.families.sizes.MAX_INVALID", 2)
+def test_an_error_of_every_size_is_said_without_a_search(model: dict[str, Any], message: str, monkeypatch):
+    monkeypatch.setattr("minrnn.pipeline.families.build.find_size", lambda *_: pytest.fail("searched"))
     with pytest.raises(UserError) as raised:
         with_sizes(build_recipe({"model": {**model, "num_parameters": "3M", "num_hidden_layers": 2}}), VOCAB)
     assert str(raised.value) == message
@@ -210,7 +210,23 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a wrong value": (
         {"model": {**LLAMA, "family_config": {"num_attention_heads": "four"}}},
-        "model.family_config: Validation error for field 'num_attention_heads'",
+        "model.family_config.num_attention_heads: Validation error for field 'num_attention_heads'",
+    ),
+    "a width that does not fit": (
+        {"model": {**LLAMA, "hidden_size": 50}},
+        "model.hidden_size: Class validation error for validator 'validate_architecture'",
+    ),
+    "a dropout that is no probability": (
+        {"model": {**LLAMA, "family_config": {"attention_dropout": 2}}},
+        "model.family_config.attention_dropout: must be in [0, 1], not 2",
+    ),
+    "no layers": (
+        {"model": {"family": "gpt2", "family_config": {"n_layer": 0}}},
+        "model.family_config.n_layer: must be at least 1, not 0",
+    ),
+    "no layers, by the general name": (
+        {"model": {"family": "gpt2", "num_hidden_layers": -1}},
+        "model.num_hidden_layers: must be at least 1, not -1",
     ),
     "a vocabulary": (
         {"model": {**LLAMA, "family_config": {"vocab_size": 9}}},
@@ -332,7 +348,7 @@ def test_sizes_of_another_number_are_searched_again(name: str, target: int, laye
     assert config.num_hidden_layers == layers
 
 
-@pytest.mark.parametrize(("first", "second"), itertools.permutations(["minrnn", "gru", "llama"], 2))
+@pytest.mark.parametrize(("first", "second"), [*itertools.permutations(["minrnn", "gru", "llama"], 2)])
 def test_a_run_does_not_resume_with_another_family(first: str, second: str):
     """Its fields, and the state that it carries, are no errors of their own."""
     fields = {"num_hidden_layers": 3}

@@ -119,6 +119,31 @@ def test_defaults_of_another_transformers_are_refused_on_resume_and_kept_in_an_e
     assert json.loads((tmp_path / "export" / "config.json").read_text())["rms_norm_eps"] == 1e-6
 
 
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        (
+            "llama",
+            {"num_attention_heads": 4, "num_key_value_heads": 3},
+            "num_key_value_heads: llama cannot run",
+        ),
+        ("llama", {"hidden_act": "foo"}, "hidden_act: llama cannot be built: KeyError: 'foo'"),
+        ("gpt2", {"n_inner": -3}, "n_inner: gpt2 cannot be built: RuntimeError: "),
+    ],
+)
+def test_the_field_at_fault_is_named(
+    values: Values, run_recipe: Run, name: str, fields: dict[str, Any], message: str
+):
+    """Before training, where the configuration's own checks accept it."""
+    values["model"] = {"family": name, "family_config": {**FIELDS[name], **fields}}
+    values["batch"]["carry_state"] = False
+    with pytest.raises(UserError) as raised:
+        run_recipe(values)
+    (line,) = str(raised.value).splitlines()
+    assert line.startswith(f"error: model.family_config.{message}")
+    assert not (Path(values["run"]["dir"]) / "metrics.jsonl").exists()
+
+
 def test_a_target_that_cannot_be_met_stops_before_training(values: Values, run_recipe: Run):
     values["model"] = {"family": "llama", "num_hidden_layers": 2, "num_parameters": 1000}
     with pytest.raises(UserError, match=r"model.num_parameters: no llama of 2 layers has 1,000 parameters"):
