@@ -1,6 +1,7 @@
 """The model card of an export, README.md."""
 
 import re
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
@@ -21,7 +22,7 @@ tags: [minrnn, {cell}]
 {trained} with `minrnn` on `{corpus}`: {tokens:,} tokens{score}.
 {note}
 
-```python
+```{language}
 {usage}```
 
 ## Training configuration
@@ -32,10 +33,12 @@ tags: [minrnn, {cell}]
 
 GENERATION = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained(PATH, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(PATH, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(PATH{trust})
+tokenizer = AutoTokenizer.from_pretrained(PATH{trust})
 inputs = tokenizer("def main", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=200, do_sample=True)[0]))
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens={count}, do_sample=True)[0]))
+"""
+COMMAND = """minrnn generate PATH --prompt "def main" --max-new-tokens {count}
 """
 CLASSIFICATION = """from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -49,19 +52,43 @@ ONE_TEXT = CLASSIFICATION.format(texts="[TEXT]", inputs="**inputs")
 PAIR = CLASSIFICATION.format(
     texts="[TEXT, OTHER_TEXT]", inputs="**{name: value[None] for name, value in inputs.items()}"
 )
+NUM_TOKENS = 200  # to generate
 RECURRENT = {
     "task": "text-generation",
     "introduction": "A minimal recurrent language model",
     "trained": "pretrained",
     "note": "Its state has a fixed size, so time and memory per token do not grow with the context.",
-    "usage": GENERATION,
+    "language": "python",
+    "usage": GENERATION.format(trust=", trust_remote_code=True", count=NUM_TOKENS),
 }
-OTHER = {
-    **RECURRENT,
-    "introduction": "A language model",
-    "note": "It is a model of `transformers`, and needs no code of `minrnn`.",
-    "usage": GENERATION.replace(", trust_remote_code=True", ""),
-}
+OTHER = "It is a model of `transformers`, and needs no code of `minrnn`."
+NO_CACHE = "`generate()` has no exact cache for it, and may fail; `minrnn generate` works without one."
+NO_PADDING = "Padding before a text is read as text, so give `generate()` prompts of one length."
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What a language model can do when it generates."""
+
+    has_state: bool = True
+    """Of fixed size, as ours have."""
+    has_exact_cache: bool = True
+    skips_padding: bool = True
+    max_positions: int | None = None
+    """None for no limit."""
+
+
+def _language_model(generation: Generation) -> dict[str, str]:
+    if generation.has_state:
+        return RECURRENT
+    limit = generation.max_positions
+    count = NUM_TOKENS if limit is None else max(1, min(NUM_TOKENS, limit // 2))
+    notes, texts = [OTHER], {"language": "python", "usage": GENERATION.format(trust="", count=count)}
+    if not generation.has_exact_cache:
+        notes, texts = [*notes, NO_CACHE], {"language": "bash", "usage": COMMAND.format(count=count)}
+    elif not generation.skips_padding:
+        notes.append(NO_PADDING)
+    return {**RECURRENT, "introduction": "A language model", "note": " ".join(notes), **texts}
 
 
 def _classifier(corpus: str, options: dict[str, Any]) -> dict[str, str]:
@@ -72,6 +99,7 @@ def _classifier(corpus: str, options: dict[str, Any]) -> dict[str, str]:
         "introduction": "A minimal recurrent classifier",
         "trained": "trained",
         "note": f"It reads {task.INPUT}. Its labels are {', '.join(task.LABELS)}.",
+        "language": "python",
         "usage": ONE_TEXT if task.TOWERS == 1 else PAIR,
     }
 
@@ -83,7 +111,7 @@ def model_card(
     tokens: int,
     score: str,
     config: dict[str, Any],
-    has_state: bool = True,
+    generation: Generation = Generation(),
 ) -> str:
     """The text of a model card.
 
@@ -92,15 +120,16 @@ def model_card(
         tokens: number of tokens that the model was trained on.
         score: a validation result, as a clause for the first sentence.
         config: the resolved recipe; what must not be published is removed.
-        has_state: whether the model has a state of fixed size.
+        generation: of a language model.
     """
     published = public_config(config)
     corpus = published["data"]["corpus"]
     sections = {section: fields for section, fields in published.items() if section != "tracking"}
     text = yaml.safe_dump(sections, sort_keys=False)
-    kind = RECURRENT if has_state else OTHER
     if is_labelled(corpus):
         kind = _classifier(corpus, published["data"].get("task") or {})
+    else:
+        kind = _language_model(generation)
     return CARD.format(
         name=name,
         cell=cell,

@@ -11,13 +11,14 @@ from transformers import GenerationConfig, PreTrainedModel
 from ..common.errors import UserError
 from ..common.output import warn
 from ..data import TextStream, prompt_batch, prompt_tokens, run_tokenizer
-from ..models import MinRNNForCausalLM
+from ..models import MinRNNForCausalLM, MinRNNForSequenceClassification
 from ..models.dtypes import DTYPES
 from . import card
 from .checkpoint import checkpoint_name, load_parameters, newest_valid, read_manifest
 from .classification import classifier_fields, new_model
 from .export_folder import check_export, write_export
-from .families.decoding import FamilyDecoder
+from .families.decoding import FamilyDecoder, has_exact_cache
+from .families.limits import NO_PADDING
 from .families.registry import OURS, config_of, max_positions
 from .families.saved import saved_defaults
 from .model_section import saved_fields
@@ -59,8 +60,8 @@ def export_model(
     )
     name = folder.resolve().parent.name if folder.name == "model" else folder.name
     kind = getattr(model.config, "cell", model.config.model_type)
-    has_state = isinstance(model, MinRNNForCausalLM)
-    text = card.model_card(name, kind, model.num_parameters(), tokens, score, config, has_state)
+    generation = _generation(model, config["model"].get("limits") or [])
+    text = card.model_card(name, kind, model.num_parameters(), tokens, score, config, generation)
 
     def write(staged: Path) -> None:
         model.save_pretrained(staged, max_shard_size=NO_SHARDS)
@@ -68,6 +69,15 @@ def export_model(
         (staged / card.NAME).write_text(text)
 
     return write_export(folder, write, key, force)
+
+
+def _generation(model: PreTrainedModel, limits: list[str]) -> card.Generation:
+    if isinstance(model, MinRNNForCausalLM | MinRNNForSequenceClassification):
+        return card.Generation()
+    was_training = model.training
+    has_cache = has_exact_cache(model.eval())
+    model.train(was_training)
+    return card.Generation(False, has_cache, NO_PADDING not in limits, max_positions(model.config))
 
 
 def model_config(fields: dict[str, Any], tokenizer: Any, vocab_size: int, family: str = OURS) -> Any:

@@ -55,18 +55,19 @@ def _read_with_cache(
 def has_exact_cache(model: PreTrainedModel) -> bool:
     """Whether two steps from the model's cache give the logits of reading the whole text, measured.
 
-    In transformers 5.23, RecurrentGemma returns no cache, and RWKV's gives other logits.
+    In transformers 5.23, RecurrentGemma returns no cache, and RWKV's gives other logits. `model` is in eval
+    mode.
     """
     draw = torch.Generator().manual_seed(0)
     vocab_size = model.config.get_text_config().vocab_size
     ids = torch.randint(vocab_size, (1, 8), generator=draw).to(model.device)
-    whole, cache = model(input_ids=ids, use_cache=False).logits[:, -1].float(), {}
-    logits = whole
-    for first, last in ((0, 6), (6, 7), (7, 8)):
-        try:
+    cache: dict[str, Any] = {}
+    try:
+        whole = logits = model(input_ids=ids, use_cache=False).logits[:, -1].float()
+        for first, last in ((0, 6), (6, 7), (7, 8)):
             logits, cache = _read_with_cache(model, ids[:, first:last], cache)
-        except Exception:  # not every model can be called like this
-            return False
-        if not cache:
-            return False
+            if not cache:
+                return False
+    except Exception:  # not every model can be called like this
+        return False
     return bool((logits.float() - whole).abs().max() <= tolerance(model) * whole.abs().max())

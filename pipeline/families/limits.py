@@ -2,6 +2,7 @@
 
     a token in the end is changed         earlier logits must not change: otherwise it is no language model
     a document before another is changed  the second's logits must not change if position_ids restart there
+    padding before the text is masked     the text's logits must not change: generate() pads prompts like this
     the head is applied to the last hidden state: equal to the logits, or there is more after the head
 
 Attention masks make the first two equal to rounding where they hold, so the tolerance is small, and it is
@@ -17,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 NO_STATE = "no state is carried from chunk to chunk"
 NO_DOCUMENTS = "documents in a chunk are not separated"
+NO_PADDING = "padding before a text is read as text"
 NO_ROUTER_LOSS = "the routers' balancing loss is left out"
 NUM_TOKENS = 20  # of each input
 
@@ -28,13 +30,16 @@ class Abilities:
     is_causal: bool
     separates_documents: bool
     """With position_ids that restart at a document's start."""
+    skips_padding: bool
+    """Before a text, where attention_mask is 0."""
     has_plain_head: bool
     """The logits are a linear map of the last hidden state, without bias or cap."""
 
     @property
     def limits(self) -> list[str]:
-        """What it cannot do in training, in words, for results."""
-        return [NO_STATE, *([] if self.separates_documents else [NO_DOCUMENTS])]
+        """What it cannot do, in words, for results."""
+        documents = [] if self.separates_documents else [NO_DOCUMENTS]
+        return [NO_STATE, *documents, *([] if self.skips_padding else [NO_PADDING])]
 
 
 def tolerance(model: PreTrainedModel) -> float:
@@ -107,7 +112,25 @@ def _measure(model: PreTrainedModel) -> Abilities:
             differ(packed[:, half:], alone) <= close
             and differ(packed[:, half:], other[:, half:]) <= 1e-3 * reach
         )
-    return Abilities(is_causal, separates, _has_plain_head(model, ids, plain, close))
+    padded = _padded_logits(model, ids[:, :half])
+    skips_padding = padded is not None and bool(differ(padded, plain[:, :half]) <= close)
+    return Abilities(is_causal, separates, skips_padding, _has_plain_head(model, ids, plain, close))
+
+
+def _padded_logits(model: PreTrainedModel, ids: Tensor) -> Tensor | None:
+    """Logits of a text behind padding, passed as generate() does; None if the model cannot be called so."""
+    num_padding = 3
+    mask = nn.functional.pad(torch.ones_like(ids), (num_padding, 0))
+    inputs = {"input_ids": nn.functional.pad(ids, (num_padding, 0)), "attention_mask": mask}
+    positions = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    for more in (positions, {}):
+        try:
+            return model(**inputs, **more, use_cache=False).logits[:, num_padding:].float()
+        except TypeError:  # it takes no position_ids
+            continue
+        except Exception:  # each model raises its own
+            break
+    return None
 
 
 def _has_plain_head(model: PreTrainedModel, ids: Tensor, logits: Tensor, close: Tensor) -> bool:

@@ -10,11 +10,9 @@ import torch
 from run_helpers import contents
 
 from minrnn.common.errors import UserError
-from minrnn.data import LabelledTask, build_task, model_vocab_size
 from minrnn.data.tokenizer import byte_tokenizer
 from minrnn.models import MinRNNForCausalLM
-from minrnn.pipeline.card import is_card, model_card
-from minrnn.pipeline.classification import classifier_fields, new_model
+from minrnn.pipeline.card import is_card
 from minrnn.pipeline.export import export_model, model_config
 from minrnn.pipeline.export_folder import LIST, STAGED, check_export, write_export
 from minrnn.pipeline.recipe import build_recipe, resolved_config
@@ -225,35 +223,3 @@ def test_config_yaml_contains_no_credentials(tmp_path: Path):
     assert recipe.tracking.uri == f"https://me:{SECRET}@mlflow.org"
     assert resolved_config(recipe)["tracking"]["uri"] == "https://mlflow.org"
     assert resolved_config(recipe)["run"]["dir"] == str(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("name", "texts"),
-    [
-        ("listops", ["[MAX 2 9 ]"]),
-        ("image", ["0 255 7"]),
-        ("text", ["good"]),
-        ("retrieval", ["one", "other"]),
-    ],
-)
-def test_the_code_on_a_classifiers_card_runs(name: str, texts: list[str], tmp_path: Path, capsys):
-    config = resolved_config(build_recipe({"data": {"corpus": f"lra/{name}"}, "batch": {"chunk": 4096}}))
-    task = build_task(f"lra/{name}")
-    assert isinstance(task, LabelledTask)
-    tokenizer = task.tokenizer()
-    fields = {"hidden_size": 8, "num_hidden_layers": 1, **classifier_fields(f"lra/{name}", {})}
-    model = new_model("minrnn", model_config(fields, tokenizer, model_vocab_size(tokenizer)))
-    export_model(model, tokenizer, tmp_path / "out", config, tokens=7)
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert f"trained with `minrnn` on `lra/{name}`: 7 tokens.\nIt reads {task.INPUT}. Its labels are" in card
-    code = card.split("```python\n")[1].split("```")[0]
-    names = dict(zip(("TEXT", "OTHER_TEXT"), texts, strict=False))
-    exec(code, {"PATH": str(tmp_path / "out"), **names})
-    assert capsys.readouterr().out.strip() in task.LABELS
-
-
-def test_a_card_trusts_code_only_where_there_is_some():
-    config = resolved_config(build_recipe({}))
-    ours, other = (model_card("name", "cell", 1, 1, "", config, has_state) for has_state in (True, False))
-    assert "trust_remote_code=True" in ours
-    assert "trust_remote_code=True" not in other

@@ -14,7 +14,13 @@ from minrnn.models.loss import IGNORE_INDEX, next_token_loss
 from minrnn.pipeline.families.adapter import FamilyModel
 from minrnn.pipeline.families.build import adapt, build_causal_lm, training_config
 from minrnn.pipeline.families.decoding import FamilyDecoder, has_exact_cache
-from minrnn.pipeline.families.limits import NO_DOCUMENTS, NO_ROUTER_LOSS, NO_STATE, positions_in_documents
+from minrnn.pipeline.families.limits import (
+    NO_DOCUMENTS,
+    NO_PADDING,
+    NO_ROUTER_LOSS,
+    NO_STATE,
+    positions_in_documents,
+)
 from minrnn.pipeline.families.registry import config_of
 from minrnn.pipeline.optim import decaying_parameters
 
@@ -58,8 +64,30 @@ def test_the_loss_is_that_of_the_logits(name: str):
 def test_limits_are_measured(name: str):
     model = adapt(name, tiny_model(name), CPU)
     dropout = ["trains with dropout: resid_pdrop 0.1, embd_pdrop 0.1, attn_pdrop 0.1"] * (name == "gpt2")
-    assert model.limits == [NO_STATE, *([] if name in SEPARATING else [NO_DOCUMENTS]), *dropout]
+    documents = [NO_DOCUMENTS] * (name not in SEPARATING)
+    padding = [NO_PADDING] * (name in ("xlstm", "recurrent_gemma"))
+    assert model.limits == [NO_STATE, *documents, *padding, *dropout]
     assert model.abilities.is_causal
+
+
+@settings(max_examples=5)
+@given(left=st.integers(1, 6), right=st.integers(0, 6), seed=st.integers(0, 99))
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_padding_is_skipped_or_said_to_be_read(name: str, left: int, right: int, seed: int):
+    """Behind a text it changes nothing; before a text, only where the limits say so."""
+    model, ids = PADDED[name], ids_of(1, 11, seed)
+    expected = model.inner(input_ids=ids, use_cache=False).logits[0]
+    for padding in ((0, right), (left, right)):
+        mask = torch.nn.functional.pad(torch.ones_like(ids), padding)
+        padded = torch.nn.functional.pad(ids, padding, value=256)
+        inputs = {
+            "input_ids": padded,
+            "attention_mask": mask,
+            "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
+        }
+        actual = model.inner(**inputs, use_cache=False).logits[mask.bool()]
+        is_same = torch.allclose(actual, expected, rtol=1e-3, atol=1e-4)
+        assert is_same == (padding[0] == 0 or NO_PADDING not in model.limits)
 
 
 def test_dropout_is_mentioned_where_it_is_active():
@@ -75,6 +103,7 @@ def test_dropout_is_mentioned_where_it_is_active():
         assert any("dropout" in limit for limit in model.limits) == is_random
 
 
+PADDED = {name: adapt(name, tiny_model(name), CPU).eval() for name in TRANSFORMERS}
 MODELS = {name: adapt(name, tiny_model(name, torch.float64), CPU) for name in SEPARATING}
 
 
