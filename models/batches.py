@@ -58,7 +58,7 @@ def check_keyword_arguments(function: Callable, arguments: dict[str, Any]) -> No
 
 
 def check_tokens(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[int, int]:
-    """(batch, time) of a batch, which must have at least one token in each row.
+    """(batch, time) of a batch. Rows may be empty: they leave a state as it is.
 
     Raises:
         ValueError: both or none are given, or shape or dtype are wrong.
@@ -72,8 +72,6 @@ def check_tokens(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tupl
         raise ValueError(f"{name} must be {form}, but is {tuple(tokens.shape)}.")
     if input_ids is not None and input_ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"input_ids must be int64 or int32, but is {input_ids.dtype}.")
-    if tokens.shape[1] == 0:
-        raise ValueError(f"{name} is {tuple(tokens.shape)}: a row must have at least one token.")
     return tokens.shape[0], tokens.shape[1]
 
 

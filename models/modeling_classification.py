@@ -30,6 +30,8 @@ def pool(hidden: Tensor, attention_mask: Tensor | None, pooling: str) -> Tensor:
     Raises:
         ValueError: a row has no real token.
     """
+    if hidden.shape[1] == 0:
+        raise ValueError("The rows have no tokens, so there is nothing to classify.")
     if attention_mask is None:
         return hidden[:, -1] if pooling == "last" else hidden.mean(1)
     real = attention_mask.bool()
