@@ -269,11 +269,11 @@ def shifted_labels(
         ValueError: a counted label that nothing predicts. The loss would be too small and depend on the
             padding.
     """
-    targets, unpredicted = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX), None
+    targets, unpredicted = F.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:], None
     if attention_mask is not None:
         unpredicted = attention_mask[:, attention_mask.shape[1] - labels.shape[1] :] == 0
     if document_starts is not None:
-        is_last = F.pad(document_starts[:, 1:], (0, 1))
+        is_last = F.pad(document_starts, (0, 1))[:, 1:]
         unpredicted = is_last if unpredicted is None else is_last | unpredicted
     if unpredicted is None:
         return targets

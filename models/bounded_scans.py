@@ -174,7 +174,7 @@ class BoundedScans:
         if (padding := self.boundaries.padding(key.shape[1])) is not None:
             padding = padding.unsqueeze(-1)
             w, key = w.masked_fill(padding, 0), key.masked_fill(padding, EMPTY)
-        m0 = torch.full_like(key[:, 0], EMPTY) if m0 is None else m0.detach()
+        m0 = key.new_full((key.shape[0], key.shape[2]), EMPTY) if m0 is None else m0.detach()
         if self.group is not None:
             m, last, entering = context_max_plus(w, key, m0, self.group)
             return Scanned(m, last, entering)

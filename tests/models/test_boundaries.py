@@ -137,10 +137,10 @@ def test_padding_has_no_effect(variant, dtype, atol, side):
         )
 
 
-@pytest.mark.parametrize("kernel", [0, 4])
+@pytest.mark.parametrize(("cell", "kernel"), [("mingru", 0), *((cell, 4) for cell in CELLS)])
 @pytest.mark.parametrize("whole_mask", [False, True])
-def test_an_empty_chunk_keeps_the_state(kernel, whole_mask):
-    model, ids = shared_model(conv_kernel=kernel), random_ids(2, 9)
+def test_an_empty_chunk_keeps_the_state(cell, kernel, whole_mask):
+    model, ids = shared_model(cell=cell, conv_kernel=kernel), random_ids(2, 9)
     mask = torch.ones(2, 9, dtype=torch.long)
     mask[0, :2] = 0
     starts = torch.zeros(2, 9, dtype=torch.bool)
@@ -154,6 +154,15 @@ def test_an_empty_chunk_keeps_the_state(kernel, whole_mask):
     assert all(
         torch.equal(tensor, state.state_dict()[name]) for name, tensor in our_state.state_dict().items()
     )
+
+
+@pytest.mark.parametrize("options", [{}, {"attention_mask": torch.ones(2, 0, dtype=torch.long)}])
+@pytest.mark.parametrize("cell", CELLS)
+def test_an_empty_batch_has_empty_logits(cell, options):
+    """Without a state, with labels and without; the mean over no labels is NaN, as torch's."""
+    model, ids = shared_model(cell=cell), torch.zeros(2, 0, dtype=torch.long)
+    assert logits_of(model, ids, **options).shape == (2, 0, VOCAB)
+    assert torch.isnan(model(ids, labels=ids, **options).loss)
 
 
 @variants
