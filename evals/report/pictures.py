@@ -1,5 +1,6 @@
 """Draws learning curves and accuracies by length."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from .compare import PooledRuns
 from .runs import Seed
 
 COLORS = [f"C{i}" for i in range(10)]
+LABEL_WIDTH, LINE_HEIGHT = 120, 0.15  # of the legend: characters, inches
 
 
 def _figure(columns: int) -> tuple[Any, list[Any]]:
@@ -17,6 +19,16 @@ def _figure(columns: int) -> tuple[Any, list[Any]]:
     figure = Figure(figsize=(8 if columns == 1 else 11, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, list(figure.subplots(1, columns, squeeze=False)[0])
+
+
+def _add_legend(figure: Any, ax: Any) -> None:
+    """A legend below all axes, so that long labels do not narrow them."""
+    lines, labels = ax.get_legend_handles_labels()
+    labels = [textwrap.fill(label, LABEL_WIDTH) for label in labels]
+    figure.set_figheight(
+        figure.get_figheight() + LINE_HEIGHT * sum(len(label.splitlines()) for label in labels)
+    )
+    figure.legend(lines, labels, loc="outside lower center", fontsize=8)
 
 
 def _save(figure: Any, picture: Path) -> None:
@@ -58,7 +70,7 @@ def learning_curves(pooled: Sequence[PooledRuns], picture: Path) -> None:
         axes[1].set(xlabel="steps", ylabel="accuracy (%), lengths as in training", ylim=(-2, 102))
     for ax in axes:
         ax.grid(alpha=0.3)
-    axes[-1].legend(fontsize=8)
+    _add_legend(figure, axes[-1])
     _save(figure, picture)
 
 
@@ -101,7 +113,7 @@ def loss_by_tokens_and_seconds(pooled: Sequence[PooledRuns], picture: Path) -> N
         ax.set(xlabel=label, ylabel="held-out loss (nats per token)", xscale="log")
         ax.set_ylim(top=highest)
         ax.grid(alpha=0.3, which="both")
-    axes[0].legend(fontsize=7)
+    _add_legend(figure, axes[0])
     _save(figure, picture)
 
 
@@ -139,5 +151,5 @@ def accuracy_by_length(pooled: Sequence[PooledRuns], picture: Path) -> None:
     ax.set_xscale("log", base=2)
     ax.set(xlabel="length", ylabel="accuracy (%)", ylim=(-2, 102))
     ax.grid(alpha=0.3)
-    ax.legend(fontsize=8)
+    _add_legend(figure, ax)
     _save(figure, picture)
