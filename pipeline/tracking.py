@@ -16,6 +16,7 @@ step, the artifacts and its end.
 import json
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,8 @@ class Tracker:
         """Of the latest failure."""
         self._warned: set[str] = set()
         self._wake.set()
+        # requests hides this warning of its import, but the filters of warnings are not safe between threads.
+        warnings.filterwarnings("ignore", message="SOCKS support in urllib3")
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
         self._thread.start()
 

@@ -11,6 +11,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,14 @@ def test_more_than_one_batch_is_sent_in_order(uri: str, folder: Path):
     write_lines(folder, *range(1, 901))
     assert mirror(folder, uri, **{f"key.{number}": "x" * 7000 for number in range(150)}) == []
     assert len(check_mirrored(folder, uri).data.params) == 150
+
+
+def test_the_import_of_requests_prints_no_warning(uri: str, folder: Path, recwarn: pytest.WarningsRecorder):
+    """Also if another thread resets the filters of warnings meanwhile, as when it leaves catch_warnings."""
+    tracker = Tracker(folder, uri, "tests", {}, Warnings())
+    warnings.warn("SOCKS support in urllib3 requires the installation of PySocks", stacklevel=1)
+    tracker.close("KILLED")
+    assert not [warning for warning in recwarn if "SOCKS" in str(warning.message)]
 
 
 def test_a_failed_request_is_retried(uri: str, folder: Path, tmp_path: Path, capfd):
