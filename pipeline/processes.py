@@ -23,6 +23,7 @@ from torch.distributed import distributed_c10d as c10d
 from ..common.errors import StorageError, UserError
 from ..data import Batch, Chunk
 from ..models.context_parallel import ContextGroup
+from .deepspeed_operator import compile_operator
 from .machine import num_cores, resolve_device, share_of_threads
 
 T = TypeVar("T")
@@ -121,6 +122,9 @@ def connect(timeout: timedelta, device: torch.device) -> Accelerator:
     Args:
         timeout: after which an unanswered collective fails.
         device: of this process (`local_device`).
+
+    Raises:
+        OSError: if DeepSpeed's operator for CPUs cannot be compiled, because its folder is not writable.
     """
     on_cpu, deepspeed = device.type == "cpu", uses_deepspeed()
     if on_cpu:
@@ -134,6 +138,7 @@ def connect(timeout: timedelta, device: torch.device) -> Accelerator:
         _init_process_group(device, timeout)
     if deepspeed and on_cpu:
         os.environ.pop("ACCELERATE_USE_CPU", None)  # with it, Accelerate silently ignores DeepSpeed
+        compile_operator()
         PartialState(backend="gloo")
         accelerator = Accelerator(mixed_precision="no")
     else:

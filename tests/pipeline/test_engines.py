@@ -64,7 +64,7 @@ def launch(
         env=environment,
         capture_output=True,
         text=True,
-        timeout=1200,
+        timeout=600,
         check=False,
     )
 
@@ -148,10 +148,11 @@ def background() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Starts launchers, and kills them at the end."""
     processes = []
 
-    def start(words: list[str], folder: Path) -> subprocess.Popen[str]:
+    def start(words: list[str], folder: Path, **more: str) -> subprocess.Popen[str]:
+        environment = ENVIRONMENT | more
         with (folder / "stderr.txt").open("w") as stderr:
             processes.append(
-                subprocess.Popen(words, env=ENVIRONMENT, stderr=stderr, text=True, start_new_session=True)
+                subprocess.Popen(words, env=environment, stderr=stderr, text=True, start_new_session=True)
             )
         return processes[-1]
 
@@ -168,6 +169,23 @@ def wait_for(condition: Callable[[], bool], seconds: float = 600) -> None:
     while not condition():
         assert time.monotonic() < end, "nothing happened"
         time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_deepspeed_starts_after_a_kill_during_its_compilation(values: Values, tmp_path: Path, background):
+    """torch marks a compilation with a file that a killed process leaves behind; nobody may wait for it."""
+    values["train"] |= {"steps": 3, "save_every": None, "eval_every": None, "sample_tokens": 0}
+    folder, recipe = tmp_path / "extensions", recipe_file(values, tmp_path)
+    environment = {"TORCH_EXTENSIONS_DIR": str(folder), "DS_ACCELERATOR": "cpu"}
+    process = background(command(zero(1), recipe), tmp_path, **environment)
+    wait_for(lambda: any(folder.rglob("lock")))
+    for worker in workers(process).values():
+        os.kill(worker, signal.SIGKILL)
+    process.wait()
+    assert any(folder.rglob("lock"))
+    result = launch(zero(1), recipe, **environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert not any(folder.rglob("lock"))
 
 
 @pytest.mark.slow
