@@ -10,8 +10,8 @@ from minrnn.pipeline.deepspeed_operator import compile_operator
 comm = pytest.importorskip("deepspeed.comm.torch")
 
 
-def test_marks_of_killed_compilations_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Only in the folder of this package: other programs may be compiling in the others."""
+def test_interrupted_builds_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Only in the folder of this package: other programs may be compiling in other folders."""
     seen: list[Path] = []
     monkeypatch.setattr(comm, "build_shm_op", lambda: seen.append(Path(os.environ["TORCH_EXTENSIONS_DIR"])))
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
@@ -47,3 +47,24 @@ def test_the_environment_is_as_before(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(RuntimeError, match="the compiler failed"):
         compile_operator()
     assert os.environ.get("TORCH_EXTENSIONS_DIR") == given
+
+
+def test_an_interrupted_build_is_named_where_files_cannot_be_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Another process may be compiling there, so nothing is removed."""
+    reason = "the file system has no locks"
+    monkeypatch.setattr("minrnn.pipeline.deepspeed_operator.lock", lambda file, wait: reason)
+    monkeypatch.setattr(comm, "build_shm_op", lambda: None)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    compile_operator()
+    assert capsys.readouterr().err == ""
+    (folder,) = (path.parent for path in tmp_path.rglob("minrnn.lock"))
+    left = folder / "killed" / "lock"
+    left.parent.mkdir()
+    left.touch()
+    compile_operator()
+    error = capsys.readouterr().err
+    assert f"DeepSpeed waits until {left} is gone" in error
+    assert reason in error
+    assert left.exists()

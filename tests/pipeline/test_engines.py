@@ -64,7 +64,7 @@ def launch(
         env=environment,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1200,
         check=False,
     )
 
@@ -173,7 +173,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 600) -> None:
 
 @pytest.mark.slow
 def test_deepspeed_starts_after_a_kill_during_its_compilation(values: Values, tmp_path: Path, background):
-    """torch marks a compilation with a file that a killed process leaves behind; nobody may wait for it."""
+    """The killed process leaves torch's file `lock` behind. The next launch must not wait for its removal."""
     values["train"] |= {"steps": 3, "save_every": None, "eval_every": None, "sample_tokens": 0}
     folder, recipe = tmp_path / "extensions", recipe_file(values, tmp_path)
     environment = {"TORCH_EXTENSIONS_DIR": str(folder), "DS_ACCELERATOR": "cpu"}
