@@ -161,7 +161,7 @@ def test_launch_files_are_in_the_package():
 
 STANDINS = {
     "srun": """
-trap 'kill -TERM ${tasks[@]}' TERM
+trap 'kill -TERM $(jobs -p)' TERM
 while [[ $1 == --* ]]; do echo "$1" >> "$LOG/srun"; shift; done
 for ((node = 0; node < SLURM_JOB_NUM_NODES; node++)); do SLURM_NODEID=$node "$@" & tasks+=($!); done
 status=0
@@ -176,10 +176,10 @@ if [[ $1 == show ]]; then printf 'first\\nsecond\\n'; else echo "$@" >> "$LOG/sc
 """,
     "squeue": 'echo "$JOB_STATE"',
     "accelerate": """
-trap 'echo saved > "$LOG/saved.$SLURM_NODEID"; kill $waiting; exit 1' TERM
+trap 'echo saved > "$LOG/saved.$SLURM_NODEID"; kill $(jobs -p); exit 1' TERM
 printf '%s\\n' "$PET_RDZV_ID" "$PET_SHUTDOWN_TIMEOUT" "$@" > "$LOG/building.$SLURM_NODEID"
 mv "$LOG/building.$SLURM_NODEID" "$LOG/launched.$SLURM_NODEID"
-[[ $LASTS == 0 ]] || { sleep $LASTS & waiting=$!; wait $waiting; }
+[[ $LASTS == 0 ]] || { sleep $LASTS & wait $!; }
 exit $STATUS
 """,
 }
