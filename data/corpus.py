@@ -83,17 +83,20 @@ def stdlib_files(part: Split) -> tuple[list[Path], Path]:
 def local_files(pattern: str, excluded: Sequence[str] = ()) -> tuple[list[Path], Path]:
     """Files that a path, folder or glob names, sorted and without hidden ones, and the folder they are in.
 
-    The list is empty if nothing matches.
+    The list is empty if nothing matches. Characters of a pattern (`*?[`) are literal in folders of that name.
 
     Args:
         excluded: as in `CorpusSpec`.
+
+    Raises:
+        UserError: a folder or a match contains a broken link, or something that is neither file nor folder.
     """
 
     def visible(paths: Iterable[Path], root: Path) -> list[Path]:
         files = sorted(
             p
             for p in paths
-            if p.is_file() and not any(part.startswith(".") for part in p.relative_to(root).parts)
+            if not p.is_dir() and not any(part.startswith(".") for part in p.relative_to(root).parts)
         )
         resolved = Path(os.path.realpath(root))
         inside = {path for path in map(Path, excluded) if path.is_relative_to(resolved) and path != resolved}
@@ -104,21 +107,35 @@ def local_files(pattern: str, excluded: Sequence[str] = ()) -> tuple[list[Path],
                 for p in files
                 if inside.isdisjoint((full := Path(resolve(p.parent), p.name), *full.parents))
             ]
+        for path in files:
+            if not path.is_file():
+                raise _not_a_file_error(path)
         return files
 
     pattern = os.path.expanduser(pattern)
     path = Path(pattern)
     if path.is_file():
         return [path], path.parent
+    if path.exists() and not path.is_dir():
+        raise _not_a_file_error(path)
     if path.is_dir():
         return visible(path.rglob("*"), path), path
     if not any(character in pattern for character in "*?["):
         return [], path
     anchor = Path(path.anchor) if path.is_absolute() else Path()
-    # folders before the first wildcard may be hidden
-    while not re.search(r"[*?[]", path.parts[len(anchor.parts)]):
-        anchor = anchor / path.parts[len(anchor.parts)]
+    # folders before the first wildcard may be hidden; a folder with a wildcard's character is itself
+    while not re.search(r"[*?[]", part := path.parts[len(anchor.parts)]) or (anchor / part).is_dir():
+        anchor = anchor / part
     return visible(anchor.glob(str(path.relative_to(anchor))), anchor), anchor
+
+
+def _not_a_file_error(path: Path) -> UserError:
+    advice = "remove it, or name the files to read with a glob such as DIR/*.txt"
+    if path.is_symlink() and not path.exists():
+        return UserError(
+            "data.corpus", f"{path} is a link to {os.readlink(path)}, which is not there; {advice}"
+        )
+    return UserError("data.corpus", f"{path} is a pipe, socket or device, not a file; {advice}")
 
 
 def _common_kind(files: list[Path], spec: CorpusSpec) -> tuple[Kind, list[Path]]:
@@ -157,6 +174,22 @@ def open_source(spec: CorpusSpec, part: Split = "train") -> Source:
     return join_documents(_open_unjoined(spec, part), spec.join)
 
 
+def is_hub_dataset(corpus: str) -> bool:
+    """Whether a corpus name is that of a dataset of the hub: neither a task's nor a local one.
+
+    Raises:
+        UserError: a folder of that name holds something that cannot be read.
+    """
+    if corpus == PYTHON_STDLIB or local_files(corpus)[0] or os.path.isdir(os.path.expanduser(corpus)):
+        return False
+    return _looks_like_hub_id(corpus)
+
+
+def _looks_like_hub_id(corpus: str) -> bool:
+    is_id = re.fullmatch(r"\w[\w-]*(/\w[\w.-]*)?", corpus) is not None
+    return is_id and not corpus.lower().endswith(FILE_SUFFIXES)
+
+
 def _open_unjoined(spec: CorpusSpec, part: Split) -> Source:
     if spec.corpus == PYTHON_STDLIB:
         files, root = stdlib_files(part)
@@ -166,10 +199,7 @@ def _open_unjoined(spec: CorpusSpec, part: Split) -> Source:
         if os.path.isdir(os.path.expanduser(spec.corpus)):
             only = " but those of the run" if local_files(spec.corpus)[0] else ""
             raise UserError("data.corpus", f"the folder {spec.corpus} holds no files{only}")
-        looks_like_hub_id = re.fullmatch(
-            r"\w[\w-]*(/\w[\w.-]*)?", spec.corpus
-        ) and not spec.corpus.lower().endswith(FILE_SUFFIXES)
-        if not looks_like_hub_id:
+        if not _looks_like_hub_id(spec.corpus):
             raise UserError(
                 "data.corpus",
                 f"there is no file, folder or match for {spec.corpus} (looked from {Path.cwd()})",
@@ -243,6 +273,8 @@ class DocumentStream:
         self.spec, self.part, self.reader, self.num_readers = spec, part, reader, num_readers
         self.size, self.seed = window, seed
         self.shares, self._by_hash = open_shares(spec, part, num_readers)
+        self.num_read = 0
+        """Documents read so far, those of other parts of the corpus included."""
         self._documents: Iterator[Document] | None = None
         self._next: WindowAddress | None = None
 
@@ -262,7 +294,7 @@ class DocumentStream:
                     break
                 self._documents = self._read(Position())
                 continue
-            self._index = document.index + 1
+            self._index, self.num_read = document.index + 1, self.num_read + 1
             num_skipped += document.num_skipped
             if document.text is not None and self._is_in_part(document.text):
                 documents.append(document)
@@ -280,6 +312,13 @@ class DocumentStream:
             generator = np.random.default_rng([self.seed, self.reader, address.epoch, address.number])
             documents = [documents[i] for i in generator.permutation(len(documents))]
         return Window(address, documents, next_address, num_skipped)
+
+    @property
+    def is_as_before(self) -> bool:
+        """Whether the documents come in the order of the versions up to 0.2, which cut and shuffled no
+        shards."""
+        parts, num_shards = self.shares.owned[self.reader], self.shares.source.num_shards
+        return len(parts) == 1 and parts[0].within is None and self.shares.num_parts == num_shards
 
     def _shards(self, epoch: int) -> list[Part]:
         """The reader's parts in the order in which they are read in an epoch."""

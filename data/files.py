@@ -59,9 +59,10 @@ def open_binary(path: Path | str) -> Any:
     """Open a local file, or a remote one by its URL, for reading bytes at any position."""
     if isinstance(path, Path):
         return path.open("rb")
-    import fsspec
+    from fsspec.core import url_to_fs
 
-    return fsspec.open(path, "rb").open()
+    system, name = url_to_fs(path)
+    return system.open(name, "rb")
 
 
 def compression(path: Path) -> Literal["gzip", "zstd"] | None:

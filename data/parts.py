@@ -29,6 +29,8 @@ class Shares:
     source: Source
     owned: list[list[Part]]
     """For each reader, its parts."""
+    num_parts: int = 0
+    """Number of parts that were divided: that of all shards, unless some are held out."""
     note: str | None = None
     """What an uneven or repeated reading costs, for a message."""
 
@@ -83,7 +85,7 @@ def divide(source: Source, parts: Sequence[Part], num_readers: int) -> Shares:
     num_whole, num_others = divmod(len(parts), num_readers)
     owned = [list(parts[reader::num_readers]) for reader in range(num_readers)]
     if num_others == 0 or num_whole >= EVEN_SHARDS:
-        return Shares(source, owned)
+        return Shares(source, owned, len(parts))
     whole = [list(parts[reader : num_whole * num_readers : num_readers]) for reader in range(num_readers)]
     others = parts[num_whole * num_readers :]
     if getattr(source, "skips_unread", False):
@@ -91,19 +93,20 @@ def divide(source: Source, parts: Sequence[Part], num_readers: int) -> Shares:
             [replace(part, first=reader, step=num_readers) for part in others]
             for reader in range(num_readers)
         ]
-        return Shares(source, [a + b for a, b in zip(whole, strided, strict=True)])
+        return Shares(source, [a + b for a, b in zip(whole, strided, strict=True)], len(parts))
     units = [unit for part in others for unit in units_of(source, part)]
     if len(units) >= num_readers:
         edges = [reader * len(units) // num_readers for reader in range(num_readers + 1)]
         runs = [joined_units(units[a:b]) for a, b in pairwise(edges)]
-        return Shares(source, [a + b for a, b in zip(whole, runs, strict=True)])
+        return Shares(source, [a + b for a, b in zip(whole, runs, strict=True)], len(parts))
     if num_whole:
         note = (
             f"{len(parts)} shards do not divide by {num_readers} readers and cannot be cut, so some readers "
             f"own {num_whole + 1} shards and begin their second epoch later than those that own {num_whole}"
         )
-        return Shares(source, owned, note)
-    return Shares(source, *_shared(units, num_readers))
+        return Shares(source, owned, len(parts), note)
+    owned, note = _shared(units, num_readers)
+    return Shares(source, owned, len(parts), note)
 
 
 def _shared(units: Sequence[Part], num_readers: int) -> tuple[list[list[Part]], str]:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .lra import LabelledData
     from .synthetic.task import Task
 
+STATE_VERSION = 2  # of a reader's position: 2 reads parts of shards, in an order of (seed, epoch, reader)
 IGNORE_INDEX = -100  # target of a position that is not scored, as everywhere in transformers
 
 
@@ -196,6 +197,10 @@ class DocumentReader:
             )
 
     def _restore(self, state: dict[str, Any]) -> None:
+        if state.get("version") != STATE_VERSION and not self.stream.is_as_before:
+            problem = "was saved by a version of minrnn that read this corpus in another order"
+            advice = "finish it with that version, or name another run.dir (model.init_from takes its export)"
+            raise UserError("run.dir", f"{problem}; {advice}")
         windows: dict[tuple[int, int], Window] = {}  # most lanes share a few windows
 
         def find(address: dict[str, Any]) -> Window:
@@ -260,6 +265,7 @@ class DocumentReader:
         """The reader's position; JSON."""
         lanes = [None if lane.num_remaining == 0 else lane.position() for lane in self.lanes]
         return {
+            "version": STATE_VERSION,
             "window": asdict(self.window.address),
             "number": self.number,
             "num_skipped": self.num_skipped,
