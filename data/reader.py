@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .lra import LabelledData
     from .synthetic.task import Task
 
+STATE_VERSION = 2  # of a reader's position: 2 reads parts of shards, in an order of (seed, epoch, reader)
 IGNORE_INDEX = -100  # target of a position that is not scored, as everywhere in transformers
 
 
@@ -196,6 +197,10 @@ class DocumentReader:
             )
 
     def _restore(self, state: dict[str, Any]) -> None:
+        if state.get("version") != STATE_VERSION and not self.stream.is_as_before:
+            problem = "was saved by a version of minrnn that read this corpus in another order"
+            advice = "finish it with that version, or name another run.dir (model.init_from takes its export)"
+            raise UserError("run.dir", f"{problem}; {advice}")
         windows: dict[tuple[int, int], Window] = {}  # most lanes share a few windows
 
         def find(address: dict[str, Any]) -> Window:
@@ -207,7 +212,10 @@ class DocumentReader:
         for lane, saved in zip(self.lanes, state["lanes"], strict=True):
             if saved is not None:
                 self._start(lane, find(saved["window"]), saved["number"])
-                if (lane.name, len(lane.tokens)) != (saved["name"], saved["length"]):
+                digest = saved.get("digest")  # older checkpoints have none
+                # the name may differ: a corpus can move
+                name = lane.name if digest == lane.digest else saved["name"]
+                if (lane.name, len(lane.tokens)) != (name, saved["length"]):
                     was, now = (
                         f"{saved['name']} of {saved['length']} tokens",
                         f"{lane.name} of {len(lane.tokens)}",
@@ -217,7 +225,7 @@ class DocumentReader:
                         f"has changed: where {was} was being read there is {now}; "
                         "a run can resume only with the corpus it began with",
                     )
-                if lane.digest != saved.get("digest", lane.digest):  # older checkpoints have no digest
+                if digest is not None and lane.digest != digest:
                     raise UserError(
                         "data.corpus",
                         f"has changed: {lane.name}, which was being read, has other text; "
@@ -257,6 +265,7 @@ class DocumentReader:
         """The reader's position; JSON."""
         lanes = [None if lane.num_remaining == 0 else lane.position() for lane in self.lanes]
         return {
+            "version": STATE_VERSION,
             "window": asdict(self.window.address),
             "number": self.number,
             "num_skipped": self.num_skipped,

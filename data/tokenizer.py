@@ -90,9 +90,33 @@ def word_tokenizer(symbols: Sequence[str]) -> Any:
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """SHA-256 of the vocabulary with its ids."""
+    """A hash of what decides the tokens of a text: `rules:` and SHA-256 of normalizer, pre-tokenizer, model
+    (vocabulary and merges) and added tokens.
+
+    What is empty or false is left out, so that a new version of `tokenizers` with more options changes
+    nothing.
+    """
+    values = json.loads(tokenizer.backend_tokenizer.to_str())
+    rules = {name: values.get(name) for name in ("normalizer", "pre_tokenizer", "model", "added_tokens")}
+    return f"rules:{hashlib.sha256(json.dumps(_without_empty(rules), sort_keys=True).encode()).hexdigest()}"
+
+
+def _without_empty(value: Any) -> Any:
+    if isinstance(value, dict):
+        # ids are numbers: 0 is no empty value
+        kept = {key: _without_empty(item) for key, item in value.items()}
+        return {
+            key: item for key, item in kept.items() if item is not None and item is not False and item != []
+        }
+    return [_without_empty(item) for item in value] if isinstance(value, list) else value
+
+
+def has_fingerprint(tokenizer: Any, saved: str) -> bool:
+    """Whether a tokenizer has this fingerprint, which older versions made of the vocabulary with its ids."""
+    if saved.startswith("rules:"):
+        return saved == tokenizer_fingerprint(tokenizer)
     numbered = sorted((number, token) for token, number in tokenizer.get_vocab().items())
-    return hashlib.sha256(json.dumps(numbered).encode()).hexdigest()
+    return saved == hashlib.sha256(json.dumps(numbered).encode()).hexdigest()
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:

@@ -23,8 +23,8 @@ class RunSection(Section):
     """The run: its folder, seed and resume."""
 
     dir: str = Field(default="runs/default", min_length=1)
-    """The run's folder. It holds config.yaml, metrics.jsonl, loss.png, samples.txt, checkpoints/ and
-    model/."""
+    """The run's folder. It holds config.yaml, metrics.jsonl, loss.png, samples.txt, checkpoints/,
+    validation/ and model/."""
     seed: int = Field(default=0, ge=0)
     """Seed of the weights, the data order and dropout. The same seed gives the same run."""
     resume: Literal["auto", "never", "must"] = "auto"
@@ -32,7 +32,7 @@ class RunSection(Section):
     a folder that has a checkpoint. must: refuse a folder without one."""
     change: list[str] = []
     """Settings that may differ from those the run was started with, e.g. [optim.lr]. Any other difference
-    stops a resume."""
+    stops a resume. data.corpus and data.validation may only name another place of the same text."""
     _expand = field_validator("dir")(expand_home)
 
 
@@ -53,7 +53,11 @@ class DataSection(Section):
     split: str = "train"
     """Split of a hub dataset."""
     revision: str | None = None
-    """Commit, tag or branch of a hub dataset. Pin a commit for a run that can be repeated."""
+    """Commit, tag or branch of a hub dataset; null for its main branch. It is resolved to a commit at the
+    start, and the run keeps that commit."""
+    commit: str | None = None
+    """The commit that `revision` was resolved to. minrnn writes it to config.yaml; leave it out of a
+    recipe."""
     text_field: str = "text"
     """Column or key that holds a document's text."""
     skip_broken: bool = False
@@ -77,12 +81,25 @@ class DataSection(Section):
     validation: str | None = None
     """A separate corpus for validation. null: python-stdlib's held-out modules, or `validation_fraction`
     of the corpus."""
+    validation_subset: str | None = None
+    """Configuration of the hub dataset in `validation`."""
     validation_split: str = "validation"
     """Split of the hub dataset in `validation`."""
+    validation_revision: str | None = None
+    """Commit, tag or branch of the hub dataset in `validation`, as `revision`."""
+    validation_commit: str | None = None
+    """The commit that `validation_revision` was resolved to. minrnn writes it to config.yaml; leave it out
+    of a recipe."""
     validation_fraction: float = Field(default=0.01, gt=0.0, lt=1.0)
-    """Fraction of the documents that is held out; with order windows, the end of the text."""
+    """Fraction of the corpus that is held out; with order windows, the end of the text."""
+    hold_out: Literal["auto", "documents", "shards"] = "auto"
+    """What is held out. documents: those whose text has a small hash; finding them reads the corpus up to
+    the last of them. shards: whole shards, or the end of one, so nothing else is read. auto: shards for
+    hub datasets and for files of rows of more than 256 MB, unless that holds out over a tenth of the
+    corpus; otherwise documents."""
     validation_tokens: int | None = Field(default=500_000, ge=1)
-    """Validate on whole documents until they have this many tokens in all; null for all documents."""
+    """Validate on whole documents until they have this many tokens in all; null for all documents. They
+    are kept in run.dir/validation."""
     workers: int = Field(default=1, ge=0)
     """Processes that read ahead; 0 reads in the training process."""
 
@@ -106,6 +123,16 @@ class DataSection(Section):
         except UserError as error:
             errors |= {key.removeprefix("data."): message for key, message in error.errors}
         return errors
+
+    def commits_of(self, saved: dict[str, Any]) -> dict[str, str]:
+        """The commits of a saved run's section, for the datasets and revisions that this one names too."""
+        commits = {}
+        for corpus, prefix in (("corpus", ""), ("validation", "validation_")):
+            revision, commit = f"{prefix}revision", f"{prefix}commit"
+            is_same = all(getattr(self, name) == saved.get(name) for name in (corpus, revision))
+            if is_same and getattr(self, commit) is None and saved.get(commit):
+                commits[commit] = saved[commit]
+        return commits
 
 
 class BatchSection(Section):

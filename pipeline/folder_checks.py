@@ -19,7 +19,7 @@ FILES = (
     ".finished",
     ".lock",
 )
-FOLDERS = ("checkpoints", "model")
+FOLDERS = ("checkpoints", "model", "validation")
 LONGEST_NAME = Path("checkpoints", ".step-00000000.building", "optimizer.safetensors")
 # Sections of every config.yaml that a run has written, in any version.
 OLDEST_SECTIONS = {"run", "model", "data", "batch", "optim", "train"}

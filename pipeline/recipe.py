@@ -53,6 +53,8 @@ FREE_ON_RESUME = {
 }
 # Settings that may never change, because saved positions and states would not fit.
 FIXED_ON_RESUME = ("model.", "batch.", "data.", "run.seed")
+# Settings that name the place of a text. The place may change, the text is compared.
+PLACES = ("data.corpus", "data.validation")
 
 USAGE = """usage: minrnn train --config RECIPE [--section.field VALUE ...]
        accelerate launch [--num_processes N ...] -m minrnn.pipeline.train --config RECIPE [...]
@@ -174,7 +176,7 @@ def _reason_not_changeable(key: str) -> str | None:
     """Why run.change cannot name a setting, or None."""
     if key not in _known_keys():
         return ": ".join(_unknown_key_error(key))
-    if key.startswith(FIXED_ON_RESUME):
+    if key.startswith(FIXED_ON_RESUME) and key not in PLACES:
         return (
             f"{key} cannot change within a run; start another with its own run.dir "
             "(model.init_from takes the weights along)"
@@ -326,8 +328,8 @@ def schedule_steps_of(saved: dict[str, Any]) -> int:
 def with_saved_settings(recipe: Recipe, saved: dict[str, Any]) -> Recipe:
     """The recipe with the settings that a run keeps from its start, unless run.change names them.
 
-    These are `optim.schedule_steps` where it is null, `train.precision` where it is auto, and the sizes that
-    `model.num_parameters` was resolved to.
+    These are `optim.schedule_steps` where it is null, `train.precision` where it is auto, the sizes that
+    `model.num_parameters` was resolved to, and the commits of hub datasets.
 
     Args:
         saved: the resolved recipe of the checkpoint to resume from; empty for a new run.
@@ -348,6 +350,7 @@ def with_saved_settings(recipe: Recipe, saved: dict[str, Any]) -> Recipe:
         model = model.model_copy(update={"sizes": saved_model["sizes"]})
     return dataclasses.replace(
         recipe,
+        data=recipe.data.model_copy(update=recipe.data.commits_of(saved.get("data", {}))),
         model=model,
         optim=recipe.optim.model_copy(update={"schedule_steps": steps}),
         train=recipe.train.model_copy(update={"precision": precision}),
@@ -388,6 +391,8 @@ def check_unchanged(saved: dict[str, Any], recipe: Recipe, folder: str) -> None:
         dropout = " (with model.dropout it decides which values are dropped)"
         reason = dropout if key == "parallel.context" else ""
         advice = "set it back, or name another run.dir"
+        if key in PLACES and old[key] is not None and new[key] is not None:
+            advice += f", or, if the same text has only moved, say so with --run.change [{key}]"
         if not key.startswith(FIXED_ON_RESUME):
             advice += f", or accept the change with --run.change [{key}]"
         return f"is {new[key]!r}, but the run in {folder} was started with {old[key]!r}{reason}; {advice}"

@@ -189,7 +189,7 @@ def test_the_state_stays_small(tmp_path: Path):
     setup = Setup(write_corpus("jsonl", tmp_path, some_texts(200)), lanes=4)
     states = [chunk.state for chunk in setup.chunks(60)]
     assert max(len(json.dumps(state)) for state in states) < 1200
-    assert set(states[0]) == {"window", "number", "num_skipped", "lanes"}
+    assert set(states[0]) == {"version", "window", "number", "num_skipped", "lanes"}
 
 
 def test_names_say_where_each_lane_reads(tmp_path: Path):
@@ -349,3 +349,25 @@ def test_resuming_refuses_a_current_document_whose_text_has_changed(tmp_path: Pa
         Setup(spec, lanes=1, chunk=4, window=2, seed=0).open(state)
     del state["lanes"][0]["digest"]
     Setup(spec, lanes=1, chunk=4, window=2, seed=0).open(state)
+
+
+def test_states_of_older_versions_are_read_only_if_the_order_is_the_same(tmp_path: Path):
+    one = Setup(write_corpus("jsonl", tmp_path / "one", some_texts(40)), 1, 2)
+    state = one.chunks(3)[-1].state
+    expected = one.chunks(4)[-1]
+    del state["version"]
+    assert_same_chunk(one.chunks(1, state)[0], expected)
+    several = Setup(write_corpus("jsonl", tmp_path / "several", some_texts(40), 4))
+    state = several.chunks(3)[-1].state
+    del state["version"]
+    with pytest.raises(UserError, match=r"run\.dir: was saved by a version .* another order"):
+        several.open(state)
+
+
+def test_a_corpus_that_moved_is_read_on(tmp_path: Path):
+    before = Setup(write_corpus("jsonl", tmp_path / "one", some_texts(40), 3))
+    whole = before.chunks(6)
+    (tmp_path / "one").rename(tmp_path / "two")
+    resumed = replace(before, spec=CorpusSpec(str(tmp_path / "two"))).chunks(3, whole[2].state)
+    for chunk, expected in zip(resumed, whole[3:], strict=True):
+        np.testing.assert_array_equal(as_array(chunk), as_array(expected))

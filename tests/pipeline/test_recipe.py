@@ -14,6 +14,7 @@ import yaml
 from minrnn.common.errors import UserError
 from minrnn.models import MinRNNConfig
 from minrnn.pipeline.config import SECTIONS
+from minrnn.pipeline.corpora import corpus_spec
 from minrnn.pipeline.model_section import NO_CONFIG_FIELDS, ModelSection
 from minrnn.pipeline.recipe import (
     build_recipe,
@@ -22,7 +23,6 @@ from minrnn.pipeline.recipe import (
     resolved_config,
 )
 from minrnn.pipeline.section import docstring_of
-from minrnn.pipeline.set_up import corpus_spec
 
 
 def errors(argv: list[str]) -> list[str]:
