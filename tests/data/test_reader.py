@@ -318,7 +318,7 @@ def test_a_joined_text_is_split_by_position(fraction: float, tmp_path: Path):
     np.testing.assert_array_equal(np.concatenate([train, validation]), everything)
     assert len(validation) == pytest.approx(fraction * len(everything), abs=1)
     assert EOS not in everything
-    assert train.dtype == validation.dtype == np.int32
+    assert train.dtype == validation.dtype == ENCODER.dtype
 
 
 def test_positions_compare_without_hints():
