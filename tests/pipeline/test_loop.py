@@ -177,6 +177,7 @@ def test_a_run_writes_the_files_that_the_readme_lists(values: Values, run_recipe
         "lr",
         "tokens_per_second",
         "matmul_fraction",
+        "data_seconds",
     } <= entry.keys()
     assert entry["tokens"] == 2 * 2 * 24
 
