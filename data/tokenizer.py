@@ -4,18 +4,21 @@ The byte tokenizer is an ordinary `PreTrainedTokenizerFast` that needs no downlo
 by <bos>, <eos> and <pad>. The names of these special tokens in a text are encoded as text.
 """
 
+import array
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from ..common.errors import UserError
+from .cutting import PIECE, TextCutter
 
 BYTES = "bytes"
+BATCH = 2**19  # characters that are tokenized in one call
 SPECIAL_TOKENS = ("<bos>", "<eos>", "<pad>")
 WORD_SPECIAL_TOKENS = (*SPECIAL_TOKENS, "<unk>")  # of `word_tokenizer`
 SAVED_SETTINGS = {  # of every tokenizer that is saved with a run or an export (tokenizer_config.json)
@@ -258,6 +261,8 @@ class Encoder:
     backend_json: str | None
     """The `tokenizers` tokenizer as JSON; None for bytes."""
     _backend: Any = field(default=None, repr=False)
+    _cutter: Any = field(default=None, repr=False)
+    _dtype: Any = field(default=None, repr=False)
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Any, name: str) -> "Encoder":
@@ -266,17 +271,69 @@ class Encoder:
         return cls(tokenizer.bos_token_id, tokenizer.eos_token_id, backend_json)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_backend": None}
+        return self.__dict__ | {"_backend": None, "_cutter": None}
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The narrowest of uint16 and uint32 that holds every token."""
+        if self._dtype is None:
+            largest = 255 if self.backend_json is None else max(self._tokenizer().get_vocab().values())
+            self._dtype = np.dtype(np.uint16 if max(largest, self.bos, self.eos) < 2**16 else np.uint32)
+        return self._dtype
 
     def __call__(self, text: str) -> np.ndarray:
-        """Encode a document, int32 [1 + tokens + 1]; names of special tokens in the text are text."""
-        return np.concatenate([[self.bos], self.encode(text), [self.eos]], dtype=np.int32)
+        """Encode a document, `dtype` [1 + tokens + 1]; names of special tokens in the text are text."""
+        return self.documents([text])[0]
+
+    def documents(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Encode documents as `__call__`, many in each call of the tokenizer, which uses all cores and
+        releases the GIL.
+
+        A text of n bytes takes at most 5 n bytes besides itself and the result of one call: long texts are
+        encoded piece by piece, unless `TextCutter` cannot cut them.
+        """
+        if self.backend_json is None:
+            return [self._with_ends(np.frombuffer(text.encode(), np.uint8)) for text in texts]
+        documents = [array.array(self.dtype.char, [self.bos]) for _ in texts]
+        for batch in self._batches(texts):
+            encodings = self._tokenizer().encode_batch_fast(
+                [piece for _, piece in batch], add_special_tokens=False
+            )
+            for (number, _), encoding in zip(batch, encodings, strict=True):
+                documents[number].extend(encoding.ids)
+        for document in documents:
+            document.append(self.eos)
+        return [np.frombuffer(document, self.dtype) for document in documents]
+
+    def _batches(self, texts: Sequence[str]) -> Iterator[list[tuple[int, str]]]:
+        """The pieces of all texts, each with the number of its text, in groups of about BATCH characters."""
+        batch: list[tuple[int, str]] = []
+        size = 0
+        for number, text in enumerate(texts):
+            for piece in self._pieces(text):
+                batch.append((number, piece))
+                size += len(piece)
+                if size >= BATCH:
+                    yield batch
+                    batch, size = [], 0
+        if batch:
+            yield batch
+
+    def _pieces(self, text: str) -> Iterable[str]:
+        if len(text) <= PIECE:
+            return [text]
+        if self._cutter is None:
+            self._cutter = TextCutter(self._tokenizer())
+        return self._cutter.pieces(text)
+
+    def _with_ends(self, text: np.ndarray) -> np.ndarray:
+        tokens = np.empty(len(text) + 2, self.dtype)
+        tokens[0], tokens[1:-1], tokens[-1] = self.bos, text, self.eos
+        return tokens
 
     def encode(self, text: str) -> np.ndarray:
-        """The tokens of the text alone, without bos and eos."""
-        if self.backend_json is None:
-            return np.frombuffer(text.encode(), dtype=np.uint8)
-        return np.asarray(self._tokenizer().encode(text, add_special_tokens=False).ids, dtype=np.int32)
+        """The tokens of the text alone, `dtype`, without bos and eos."""
+        return self(text)[1:-1]
 
     def num_bytes(self, tokens: np.ndarray) -> int:
         """Number of bytes of the text that the tokens decode to."""

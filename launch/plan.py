@@ -15,6 +15,7 @@ from .estimates import (
     Workload,
     activations,
     assumed_precision,
+    by_micro_lanes,
     bytes_sent,
     engine_memory,
     flops_per_token,
@@ -56,14 +57,16 @@ def heading(recipe: Recipe, model: Model | FamilySize, flops: int, workload: Wor
     if is_labelled(recipe.data.corpus):
         shape = f"at most: {shape}" + (f" x {texts} texts" if texts > 1 else "")
     sharing = f", {workload.context} to a chunk" if workload.context > 1 else ""
+    micro_lanes = recipe.train.micro_lanes
+    micro_lanes = "" if micro_lanes is None else f" ({micro_lanes} of {batch.lanes} lanes: train.micro_lanes)"
     note = " (train.precision auto, on a GPU)" if recipe.train.precision == "auto" else ""
     return [
         f"parameters  {model.parameters:,}: {parts}",
         f"tokens      {tokens_per_step:,} a step ({shape}), {steps:,} steps: "
         f"{tokens / 1e9:.3g}B, {tokens / model.parameters:.1f} per parameter",
         f"FLOPs       {flops:.3g} a token (6 per parameter), {flops * tokens:.3g} in all",
-        f"a process   {workload.readers} micro batches of {workload.tokens:,} tokens a step; "
-        f"{workload.processes} processes{sharing}; {assumed_precision(recipe)}{note}",
+        f"a process   {workload.micro_batches} micro batches of {workload.tokens:,} tokens a step"
+        f"{micro_lanes}; {workload.processes} processes{sharing}; {assumed_precision(recipe)}{note}",
     ]
 
 
@@ -94,6 +97,9 @@ def memory_table(model: Model, workload: Workload, precision: str, memory: float
         "none, selective, full: in all, by train.recompute. "
         f"* fits in {USABLE:.0%} of {memory / 1e9:.0f} GB. sent: per step."
     )
+    sizes = by_micro_lanes(model, workload, precision, kept["none"])
+    by_lanes = ", ".join(f"{size / 1e9:.2f} ({lanes})" for lanes, size in sizes.items())
+    lines.append(f"GB of activations (none) and loss by train.micro_lanes: {by_lanes}")
     return lines
 
 

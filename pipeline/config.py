@@ -101,7 +101,9 @@ class DataSection(Section):
     """Validate on whole documents until they have this many tokens in all; null for all documents. They
     are kept in run.dir/validation."""
     workers: int = Field(default=1, ge=0)
-    """Processes that read ahead; 0 reads in the training process."""
+    """Processes that read and tokenize ahead, for each training process; 0 reads in a thread of the training
+    process. They share its readers. If there are more of them than readers, several work for one reader. The
+    data and their order are the same for any number."""
 
     def errors(self) -> dict[str, str]:
         if not is_task(self.corpus):
@@ -200,6 +202,10 @@ class TrainSection(Section):
     recompute: Literal["none", "selective", "full"] = "none"
     """What the backward pass computes again to save memory. none: nothing. selective: all but matrix
     products and scans. full: whole blocks."""
+    micro_lanes: int | None = Field(default=None, ge=1)
+    """Lanes that are computed at a time, a divisor of batch.lanes; null for all lanes of a reader. Fewer
+    need less memory and more time for the same losses, so a recipe fits a smaller GPU without being another
+    run. With dropout, it decides which values are dropped. `minrnn plan` shows the memory."""
     compile: bool = False
     """Apply torch.compile to each block. For GPUs: on a CPU the kernels are fused already. The first step
     takes longer, and dropout uses other random numbers."""

@@ -22,8 +22,9 @@ from .public import config_without_credentials
 from .section import docstring_of
 from .task_settings import task_errors, with_family_error, with_whole_examples
 
-# Settings that may change on resume, because they do not affect the losses. parallel.context affects them
-# only with dropout (`free_on_resume`).
+# Settings that may change on resume, because they do not affect the losses. Those of DECIDE_DROPOUT affect
+# them only with dropout (`free_on_resume`).
+DECIDE_DROPOUT = {"parallel.context", "train.micro_lanes"}
 FREE_ON_RESUME = {
     *(
         "run.dir",
@@ -47,6 +48,7 @@ FREE_ON_RESUME = {
         "train.save_in_background",
         "train.peer_timeout",
         "train.recompute",
+        "train.micro_lanes",
         "train.prompts",
         "train.sample_tokens",
     ),
@@ -359,9 +361,10 @@ def with_saved_settings(recipe: Recipe, saved: dict[str, Any]) -> Recipe:
 
 def free_on_resume(saved: dict[str, Any]) -> set[str]:
     """Settings that do not affect the losses of a run, by its saved recipe."""
-    # With dropout, each process of a context group draws its own masks.
-    fixed = {"parallel.context"} if saved["model"].get("dropout") else set()
-    return FREE_ON_RESUME - fixed
+    # Each process of a context group, and each micro-batch, draws its own masks.
+    model = saved["model"]
+    drops = model.get("dropout") or any("dropout" in limit for limit in model.get("limits") or ())
+    return FREE_ON_RESUME - (DECIDE_DROPOUT if drops else set())
 
 
 def check_unchanged(saved: dict[str, Any], recipe: Recipe, folder: str) -> None:
@@ -389,7 +392,7 @@ def check_unchanged(saved: dict[str, Any], recipe: Recipe, folder: str) -> None:
 
     def message(key: str) -> str:
         dropout = " (with model.dropout it decides which values are dropped)"
-        reason = dropout if key == "parallel.context" else ""
+        reason = dropout if key in DECIDE_DROPOUT else ""
         advice = "set it back, or name another run.dir"
         if key in PLACES and old[key] is not None and new[key] is not None:
             advice += f", or, if the same text has only moved, say so with --run.change [{key}]"
