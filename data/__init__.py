@@ -4,6 +4,7 @@ from .corpus import CorpusSpec, DocumentStream, open_source
 from .fingerprint import check_corpus, corpus_fingerprint
 from .loader import Batch, ChunkLoader
 from .lra import LabelledBatch, LabelledData, LabelledSet, LabelledTask, cache_folder, open_data
+from .prepared import PreparedCorpus, is_prepared, prepared_tokenizer
 from .prompts import TextStream, prompt_batch, prompt_tokens, read_prompt
 from .reader import IGNORE_INDEX, Chunk, DocumentReader, ReaderSpec, WindowReader, corpus_tokens
 from .synthetic import Task, TaskValidation
@@ -25,6 +26,7 @@ __all__ = [
     "LabelledData",
     "LabelledSet",
     "LabelledTask",
+    "PreparedCorpus",
     "ReaderSpec",
     "Task",
     "TaskValidation",
@@ -39,11 +41,13 @@ __all__ = [
     "corpus_tokens",
     "document_validation",
     "is_labelled",
+    "is_prepared",
     "is_task",
     "load_tokenizer",
     "model_vocab_size",
     "open_data",
     "open_source",
+    "prepared_tokenizer",
     "prompt_batch",
     "prompt_tokens",
     "read_prompt",

@@ -23,6 +23,7 @@ import numpy as np
 from ..common.errors import UserError
 from .files import COMPRESSED, ROWS, Kind, binary_file_error, file_kind
 from .joined import join_documents
+from .prepared import PreparedCorpus, is_prepared
 from .rows import Csv, JsonLines, Parquet
 from .sources import Document, HubDataset, Position, Source, TextFiles
 
@@ -144,12 +145,16 @@ def _common_kind(files: list[Path], spec: CorpusSpec) -> tuple[Kind, list[Path]]
 def open_source(spec: CorpusSpec, part: Split = "train") -> Source:
     """The source behind a corpus name: python-stdlib, a local file, folder or glob, or a dataset of the hub.
 
-    With `spec.join` its documents are joined.
+    With `spec.join` its documents are joined. The folder of a prepared corpus has the documents of the corpus
+    that it was made of.
 
     Raises:
-        UserError: nothing has that name, there are no documents, the files are of several kinds, or
-            `spec.join` does not apply to them.
+        UserError: nothing has that name, there are no documents, the files are of several kinds,
+            `spec.join` does not apply to them, or a prepared corpus is unfinished or was made with other
+            settings.
     """
+    if is_prepared(spec.corpus):
+        return PreparedCorpus(spec, part)
     return join_documents(_open_unjoined(spec, part), spec.join)
 
 
@@ -182,13 +187,22 @@ def _open_unjoined(spec: CorpusSpec, part: Split) -> Source:
     return rows(files, spec.text_field, spec.skip_broken, spec.join)
 
 
-def is_held_out(text: str, fraction: float) -> bool:
-    """Whether a document is for validation.
+def text_digest(text: str) -> int:
+    """A hash of a text, uniform in [0, 2^64)."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def is_held_out(text: str | int, fraction: float) -> bool:
+    """Whether a document is for validation, by its text or the digest of it.
 
     Depends on its text alone, so copies of a document are treated alike.
     """
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < fraction * 2**64
+    return (text_digest(text) if isinstance(text, str) else text) < fraction * 2**64
+
+
+def has_fixed_parts(spec: CorpusSpec, source: Source) -> bool:
+    """Whether files, not hashes of texts, decide what a corpus holds out."""
+    return spec.corpus == PYTHON_STDLIB or (isinstance(source, PreparedCorpus) and source.has_fixed_parts)
 
 
 @dataclass(frozen=True)
@@ -260,7 +274,7 @@ class DocumentStream:
             if not self.owns_shards and global_index % self.num_readers != self.reader:
                 continue
             num_skipped += document.num_skipped
-            if document.text is not None and self._is_in_part(document.text):
+            if not document.is_broken and self._is_in_part(document):
                 documents.append(document)
         if self._shard == len(self.shards):
             next_address = WindowAddress(address.epoch + 1)
@@ -282,9 +296,10 @@ class DocumentStream:
     def _read(self, shard: int, position: Position) -> Iterator[Document]:
         yield from self.source.read(self.shards[shard], position)
 
-    def _is_in_part(self, text: str) -> bool:
-        if self.part == "all" or self.spec.corpus == PYTHON_STDLIB:  # chosen by file already
+    def _is_in_part(self, document: Document) -> bool:
+        if self.part == "all" or has_fixed_parts(self.spec, self.source):  # chosen by file already
             return True
+        text = document.prepared.digest if document.prepared else document.text or ""
         return is_held_out(text, self.spec.held_out) == (self.part == "validation")
 
     def one_epoch(self) -> Iterator[Document]:

@@ -12,8 +12,10 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from ..common.errors import UserError
+from ..common.files import user_path
 from .corpus import PYTHON_STDLIB, CorpusSpec, local_files
 from .files import convert_read_errors, file_kind
+from .prepared import is_prepared, read_manifest
 
 MAX_HASHED_FILES = 256
 BLOCK_BYTES = 4096
@@ -28,6 +30,8 @@ def corpus_fingerprint(spec: CorpusSpec) -> dict[str, Any] | None:
     """
     if spec.corpus == PYTHON_STDLIB:
         return {"python": platform.python_version()}
+    if is_prepared(spec.corpus):  # the same text, so a run may go from one to the other
+        return read_manifest(user_path(spec.corpus))["fingerprint"]
     sizes = _sizes(spec)
     if not sizes:
         return None
@@ -57,6 +61,8 @@ def check_corpus(before: dict[str, Any], spec: CorpusSpec, order: str, num_reade
     if "python" in now:
         changes = [f"was the library of Python {before['python']}, this is {now['python']}"] * (before != now)
         additions = []
+    elif is_prepared(spec.corpus):
+        changes, additions = ["it was prepared from other text"] * (before != now), []
     else:
         changes, additions = _compare(before, _sizes(spec))
     if not changes and not additions:

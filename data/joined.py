@@ -68,6 +68,11 @@ class JoinedFiles:
             groups.setdefault(group, []).append(index)
         self._groups = list(groups.items())
 
+    @property
+    def group_paths(self) -> list[Path]:
+        """For each document, the folder whose files it joins, or its only file; relative to the root."""
+        return [group for group, _ in self._groups]
+
     def read(self, shard: int, start: Position) -> Iterator[Document]:
         for index in range(start.index, len(self._groups)):
             group, members = self._groups[index]

@@ -135,6 +135,8 @@ def encode_document(encoder: Encoder, document: Document) -> np.ndarray:
         UserError: the tokenizer fails, or the document does not fit into memory; the message names the
             document.
     """
+    if document.prepared is not None:
+        return encoder.with_bounds(document.prepared.tokens)
     with convert_read_errors(document.name):
         return encoder(document.text or "")
 

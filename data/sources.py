@@ -13,7 +13,9 @@ import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
 
 from ..common.errors import UserError, one_line_message
 from ..common.names import did_you_mean, nearest_names
@@ -35,9 +37,21 @@ class Position:
     hint: Any = None
 
 
+class PreparedText(NamedTuple):
+    """What a prepared corpus holds of a text."""
+
+    tokens: np.ndarray
+    """Of the text, without bos and eos; any unsigned integer type, read only."""
+    num_bytes: int
+    """Of the text in UTF-8."""
+    digest: int
+    """`corpus.text_digest` of the text."""
+
+
 @dataclass(frozen=True)
 class Document:
-    """One document; `text` is None if it is broken and broken documents are skipped."""
+    """One document. It has a text, or what a prepared corpus holds of it; neither if it is broken and broken
+    documents are skipped."""
 
     text: str | None
     name: str
@@ -49,6 +63,16 @@ class Document:
     """Number of broken parts left out: 1 for a document, perhaps more for a joined one."""
     group: Any = None
     """The row's value in the column that rows are joined by (joined.py), if there is one."""
+    prepared: PreparedText | None = None
+
+    @property
+    def is_broken(self) -> bool:
+        return self.text is None and self.prepared is None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the text in UTF-8: the divisor of bits per byte."""
+        return len((self.text or "").encode()) if self.prepared is None else self.prepared.num_bytes
 
 
 class Source(Protocol):

@@ -246,13 +246,30 @@ class Encoder:
 
     def __call__(self, text: str) -> np.ndarray:
         """Encode a document, int32 [1 + tokens + 1]; names of special tokens in the text are text."""
-        return np.concatenate([[self.bos], self.encode(text), [self.eos]], dtype=np.int32)
+        return self.with_bounds(self.encode(text))
+
+    def with_bounds(self, tokens: np.ndarray) -> np.ndarray:
+        """The tokens of a text between bos and eos, int32."""
+        return np.concatenate([[self.bos], tokens, [self.eos]], dtype=np.int32)
 
     def encode(self, text: str) -> np.ndarray:
         """The tokens of the text alone, without bos and eos."""
         if self.backend_json is None:
             return np.frombuffer(text.encode(), dtype=np.uint8)
         return np.asarray(self._tokenizer().encode(text, add_special_tokens=False).ids, dtype=np.int32)
+
+    def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The tokens of each text, as `encode`; in several threads, unless TOKENIZERS_PARALLELISM is false."""
+        if self.backend_json is None:
+            return [self.encode(text) for text in texts]
+        encodings = self._tokenizer().encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.asarray(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+    def num_ids(self) -> int:
+        """All ids are below this number."""
+        if self.backend_json is None:
+            return max(256, self.bos + 1, self.eos + 1)
+        return max(self._tokenizer().get_vocab(with_added_tokens=True).values()) + 1
 
     def num_bytes(self, tokens: np.ndarray) -> int:
         """Number of bytes of the text that the tokens decode to."""

@@ -15,7 +15,7 @@ import numpy as np
 from ..common.errors import UserError
 from .corpus import CorpusSpec, DocumentStream, Split
 from .reader import Chunk, Lane, empty_chunk, encode_document
-from .tokenizer import Encoder, num_bytes
+from .tokenizer import Encoder
 
 VALIDATION_SEED = 0  # of the order in which held-out documents are taken: the same for every run
 
@@ -94,13 +94,12 @@ def document_validation(
     stream = DocumentStream(spec, part, 0, 1, window=64, seed=VALIDATION_SEED)
     documents, size, total, has_text = [], 0, 0, False
     for i, document in enumerate(stream.one_epoch()):
-        assert document.text is not None
         tokens = encode_document(encoder, document)
         total += len(tokens) - 1
-        has_text = has_text or bool(document.text)
+        has_text = has_text or document.num_bytes > 0
         if i % num_readers == reader:
             documents.append(tokens)
-            size += num_bytes(document.text)
+            size += document.num_bytes
         if max_tokens is not None and total >= max_tokens:
             break
     if total == 0:

@@ -19,6 +19,8 @@ USAGE = """usage: minrnn COMMAND ...
                     minrnn generate runs/quickstart/model --prompt "def main"
   plan          estimate memory, FLOPs and traffic of a run before it is started
                     minrnn plan --config fineweb-1b --processes 16
+  prepare       write the tokens of a corpus to disk, for runs that start at once
+                    minrnn prepare quickstart --out prepared/stdlib
   data          make the examples of a task of Long Range Arena, and print their statistics
                     minrnn data lra/listops
   export        write a run's checkpoint as a transformers model
@@ -47,6 +49,7 @@ accelerate launch -m minrnn.pipeline.train --config RECIPE ...
 MODULES = {
     "generate": ".generate",
     "plan": ".plan",
+    "prepare": ".prepare",
     "data": ".show_data",
     "eval": "..evals.harness.command",
     "long-context": "..evals.long_context.command",
