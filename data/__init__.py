@@ -9,7 +9,15 @@ from .prompts import TextStream, prompt_batch, prompt_tokens, read_prompt
 from .reader import IGNORE_INDEX, Chunk, DocumentReader, ReaderSpec, WindowReader, corpus_tokens
 from .synthetic import Task, TaskValidation
 from .tasks import build_task, is_labelled, is_task, run_tokenizer
-from .tokenizer import BYTES, Encoder, byte_tokenizer, load_tokenizer, model_vocab_size, tokenizer_fingerprint
+from .tokenizer import (
+    BYTES,
+    Encoder,
+    byte_tokenizer,
+    load_tokenizer,
+    model_vocab_size,
+    num_token_ids,
+    tokenizer_fingerprint,
+)
 from .validation import ValidationSet, document_validation, window_validation
 
 __all__ = [
@@ -45,6 +53,7 @@ __all__ = [
     "is_task",
     "load_tokenizer",
     "model_vocab_size",
+    "num_token_ids",
     "open_data",
     "open_source",
     "prepared_tokenizer",

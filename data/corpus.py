@@ -274,7 +274,7 @@ class DocumentStream:
             if not self.owns_shards and global_index % self.num_readers != self.reader:
                 continue
             num_skipped += document.num_skipped
-            if not document.is_broken and self._is_in_part(document):
+            if not document.is_broken and self.is_in_part(document):
                 documents.append(document)
         if self._shard == len(self.shards):
             next_address = WindowAddress(address.epoch + 1)
@@ -296,7 +296,8 @@ class DocumentStream:
     def _read(self, shard: int, position: Position) -> Iterator[Document]:
         yield from self.source.read(self.shards[shard], position)
 
-    def _is_in_part(self, document: Document) -> bool:
+    def is_in_part(self, document: Document) -> bool:
+        """Whether a document that is not broken belongs to the part that is read."""
         if self.part == "all" or has_fixed_parts(self.spec, self.source):  # chosen by file already
             return True
         text = document.prepared.digest if document.prepared else document.text or ""

@@ -17,6 +17,7 @@ from ..common.errors import UserError
 
 BYTES = "bytes"
 SPECIAL_TOKENS = ("<bos>", "<eos>", "<pad>")
+SMALL_VOCABULARY = 512
 WORD_SPECIAL_TOKENS = (*SPECIAL_TOKENS, "<unk>")  # of `word_tokenizer`
 SAVED_SETTINGS = {  # of every tokenizer that is saved with a run or an export (tokenizer_config.json)
     "padding_side": "left",
@@ -294,6 +295,18 @@ def num_bytes(text: str) -> int:
     return len(text.encode())
 
 
-def model_vocab_size(tokenizer: Any, multiple: int = 8) -> int:
-    """Number of rows of the model's embedding: the number of ids, rounded up for the matrix units."""
-    return -(-(max(tokenizer.get_vocab().values()) + 1) // multiple) * multiple
+def num_token_ids(tokenizer: Any) -> int:
+    """All ids of a tokenizer are below this number."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def model_vocab_size(tokenizer: Any, multiple: int | None = None) -> int:
+    """Number of rows of the model's embedding: the number of ids, rounded up for the matrix units.
+
+    Args:
+        multiple: what the number is a multiple of; None: 64, and 8 for fewer than 512 ids (bytes, the symbols
+            of a task), whose products are one tile wide in any case.
+    """
+    num_ids = num_token_ids(tokenizer)
+    multiple = multiple or (8 if num_ids < SMALL_VOCABULARY else 64)
+    return -(-num_ids // multiple) * multiple

@@ -21,6 +21,8 @@ USAGE = """usage: minrnn COMMAND ...
                     minrnn plan --config fineweb-1b --processes 16
   prepare       write the tokens of a corpus to disk, for runs that start at once
                     minrnn prepare quickstart --out prepared/stdlib
+  tokenizer     train a byte-level BPE tokenizer on a corpus
+                    minrnn tokenizer train python-stdlib --vocab-size 8192 --out my-tokenizer
   data          make the examples of a task of Long Range Arena, and print their statistics
                     minrnn data lra/listops
   export        write a run's checkpoint as a transformers model
@@ -50,6 +52,7 @@ MODULES = {
     "generate": ".generate",
     "plan": ".plan",
     "prepare": ".prepare",
+    "tokenizer": ".train_tokenizer",
     "data": ".show_data",
     "eval": "..evals.harness.command",
     "long-context": "..evals.long_context.command",

@@ -145,7 +145,9 @@ def _check_same(out: Path, found: dict[str, Any], wanted: dict[str, Any]) -> Non
         differences.append(f"the corpus {found['corpus']}, not {wanted['corpus']}")
     elif found["fingerprint"] != wanted["fingerprint"]:
         is_other = found["corpus"] != wanted["corpus"]
-        change = f"the corpus {found['corpus']}" if is_other else f"{found['corpus']} as it was before it changed"
+        change = (
+            f"the corpus {found['corpus']}" if is_other else f"{found['corpus']} as it was before it changed"
+        )
         differences.append(change + (f", not {wanted['corpus']}" if is_other else ""))
     if differences:
         raise UserError(OUT, f"{out} was begun with {'; '.join(differences)}; name another folder")
@@ -157,9 +159,7 @@ def _discard_damaged(out: Path, found: dict[str, Any], verify: bool) -> None:
     for path in sorted(out.glob("shard-*.json")):
         shards.setdefault(path.with_suffix(".arrow").name, (-1, Shard(**json.loads(path.read_text()))))
     for name, (number, shard) in shards.items():
-        is_intact = _size(out / name) == shard.size and (
-            not verify or sha256_of(out / name) == shard.sha256
-        )
+        is_intact = _size(out / name) == shard.size and (not verify or sha256_of(out / name) == shard.sha256)
         if is_intact and number >= 0:
             write_json(summary_path(out, number), asdict(shard))
         elif not is_intact:
