@@ -260,7 +260,7 @@ class Encoder:
         return np.asarray(self._tokenizer().encode(text, add_special_tokens=False).ids, dtype=np.int32)
 
     def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The tokens of each text, as `encode`; in several threads, unless TOKENIZERS_PARALLELISM is false."""
+        """The tokens of each text, as `encode`, in several threads unless TOKENIZERS_PARALLELISM is false."""
         if self.backend_json is None:
             return [self.encode(text) for text in texts]
         encodings = self._tokenizer().encode_batch_fast(list(texts), add_special_tokens=False)

@@ -7,24 +7,22 @@ Any text can be encoded, since every byte is a token, and decoding restores it e
 tokens, and the sample depends on the corpus only.
 """
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from ..common.errors import UserError
-from .corpus import CorpusSpec, DocumentStream
-from .sources import Position
+from .corpus import CorpusSpec
+from .sample import sample_documents
 from .tokenizer import SAVED_SETTINGS, SPECIAL_TOKENS, num_bytes
 
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
-SHARDS_AT_ONCE = 16  # shards that a sample takes documents from in turn
 MAX_TOKEN_CHARACTERS = 128  # a longer one would be a run of spaces or a copied line
 
 
 def sample_texts(
     spec: CorpusSpec, max_bytes: int, on_progress: Callable[[int], object] = lambda size: None
 ) -> Iterator[str]:
-    """Training documents, up to `max_bytes` bytes: one of each of 16 shards spread over the corpus in turn.
+    """Training documents, up to `max_bytes` bytes, spread over the corpus (`sample_documents`).
 
     Args:
         on_progress: called with the bytes of each text.
@@ -32,25 +30,19 @@ def sample_texts(
     Raises:
         UserError: the corpus cannot be read, or is a prepared one.
     """
-    stream = DocumentStream(spec, "train", 0, 1, window=1, seed=None)
-    source, count = stream.source, stream.source.num_shards
-    stride = -(-count // SHARDS_AT_ONCE)
     size = 0
-    for first in range(stride):
-        opened = [source.read(shard, Position()) for shard in range(first, count, stride)]
-        for document in itertools.chain.from_iterable(itertools.zip_longest(*opened)):
-            if document is None or document.is_broken or not stream.is_in_part(document):
-                continue
-            if document.text is None:
-                raise UserError(
-                    "data.corpus", f"{spec.corpus} is prepared and has no text; name the original"
-                )
-            text = document.text[: max_bytes - size]
-            size += num_bytes(text)
-            on_progress(num_bytes(text))
-            yield text
-            if size >= max_bytes:
-                return
+    for document, is_in_part in sample_documents(spec, "train"):
+        if not is_in_part:
+            continue
+        if document.text is None:
+            message = f"{spec.corpus} is prepared and has no text; name the corpus that it was made of"
+            raise UserError("data.corpus", message)
+        text = document.text[: max_bytes - size]
+        size += num_bytes(text)
+        on_progress(num_bytes(text))
+        yield text
+        if size >= max_bytes:
+            return
 
 
 def check_vocab_size(vocab_size: int) -> None:

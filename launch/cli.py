@@ -23,8 +23,8 @@ USAGE = """usage: minrnn COMMAND ...
                     minrnn prepare quickstart --out prepared/stdlib
   tokenizer     train a byte-level BPE tokenizer on a corpus
                     minrnn tokenizer train python-stdlib --vocab-size 8192 --out my-tokenizer
-  data          make the examples of a task of Long Range Arena, and print their statistics
-                    minrnn data lra/listops
+  data          print what a run will see; make the examples of a task of Long Range Arena
+                    minrnn data show quickstart        minrnn data lra/listops
   export        write a run's checkpoint as a transformers model
                     minrnn export runs/quickstart --out my-model
   eval          run tasks of lm-eval, or score a classifier on its task's test split

@@ -1,4 +1,4 @@
-"""`minrnn prepare`: the tokens of a corpus on disk, so that training needs no tokenizer and starts at once."""
+"""`minrnn prepare`: the tokens of a corpus on disk, so that training starts at once and tokenizes nothing."""
 
 import argparse
 from pathlib import Path
@@ -7,11 +7,11 @@ from ..common.errors import UserError
 from ..common.files import user_path
 from ..pipeline.options import new_parser
 
-DESCRIPTION = """Write the tokens of a recipe's corpus to a folder, one file for each file or shard of the corpus.
-Train from it with --data.corpus DIR: the documents, their order, what is held out and the losses are those of
-the original corpus, but nothing is parsed or tokenized. Settings of the recipe may follow, as for minrnn
-train; those that decide the text are fixed by this command (data.corpus, subset, split, revision, text_field,
-skip_broken, join, tokenizer). The same command goes on after an interruption."""
+DESCRIPTION = """Write the tokens of a recipe's corpus to a folder, one file for each shard of the corpus.
+Train from it with --data.corpus DIR: the documents, their order, what is held out and the losses are those
+of the original corpus, but nothing is parsed or tokenized. Settings of the recipe may follow, as for minrnn
+train; those that decide the tokens are fixed by this command (data.corpus, subset, split, revision,
+text_field, skip_broken, join, tokenizer). The same command goes on after an interruption."""
 EPILOG = """examples:
   minrnn prepare quickstart --out prepared/stdlib
   minrnn train --config quickstart --data.corpus prepared/stdlib
@@ -37,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
         "--workers",
         type=int,
         metavar="N",
-        help="processes, each of which writes whole shards; 0 writes in this one (default: one for each core)",
+        help="processes, each of which writes whole shards; 0 writes in this one (default: one per core)",
     )
     parser.add_argument(
         "--verify",

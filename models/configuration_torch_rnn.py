@@ -66,9 +66,8 @@ class TorchRNNConfig(PreTrainedConfig):
         if self.initializer_range is not None and self.initializer_range <= 0:
             errors.append(f"initializer_range: must be positive or null, not {self.initializer_range}")
         if self.num_tokens is not None and not 0 < self.num_tokens <= self.vocab_size:
-            errors.append(
-                f"num_tokens: must be from 1 to vocab_size ({self.vocab_size}), not {self.num_tokens}"
-            )
+            most = f"vocab_size ({self.vocab_size})"
+            errors.append(f"num_tokens: must be from 1 to {most}, not {self.num_tokens}")
         if errors:
             raise ValueError(f"TorchRNNConfig: {'; '.join(errors)}")
 

@@ -144,11 +144,9 @@ def _check_same(out: Path, found: dict[str, Any], wanted: dict[str, Any]) -> Non
     if found["fingerprint"] is None and found["corpus"] != wanted["corpus"]:
         differences.append(f"the corpus {found['corpus']}, not {wanted['corpus']}")
     elif found["fingerprint"] != wanted["fingerprint"]:
-        is_other = found["corpus"] != wanted["corpus"]
-        change = (
-            f"the corpus {found['corpus']}" if is_other else f"{found['corpus']} as it was before it changed"
-        )
-        differences.append(change + (f", not {wanted['corpus']}" if is_other else ""))
+        before, now = found["corpus"], wanted["corpus"]
+        other = f"the corpus {before}, not {now}"
+        differences.append(f"{before} as it was before it changed" if before == now else other)
     if differences:
         raise UserError(OUT, f"{out} was begun with {'; '.join(differences)}; name another folder")
 

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 from ...common.errors import UserError
 from ...common.files import user_path
-
 from ..tokenizer import BYTES
 
 if TYPE_CHECKING:

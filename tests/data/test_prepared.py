@@ -118,7 +118,7 @@ def test_the_standard_library_keeps_its_held_out_modules(tmp_path: Path, monkeyp
     for name in ("a.py", "json/x.py", "json/y.py", "os/b.py", "os/sub/c.py", "queue.py", "z.py"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(f"# {name}\n")
-    monkeypatch.setattr("sysconfig.get_paths", lambda: {"stdlib": str(root)})
+    monkeypatch.setattr("sysconfig.get_paths", lambda *_: {"stdlib": str(root)})
     spec = CorpusSpec("python-stdlib", held_out=0.5, join=join)
     prepared = prepare_bytes(spec, tmp_path / "out")
     for part in ("train", "validation", "all"):
@@ -157,7 +157,7 @@ def test_bpe_tokens_are_narrow_and_equal(tmp_path: Path):
             assert document.prepared.tokens.tolist() == encoder.encode(original.text or "").tolist()
     copy = run_tokenizer(str(tmp_path / "out"), str(tmp_path / "out" / "tokenizer"))
     assert tokenizer_fingerprint(copy) == tokenizer_fingerprint(tokenizer)
-    with pytest.raises(UserError, match="bytes is not the tokenizer that .* was prepared with"):
+    with pytest.raises(UserError, match=r"bytes is not the tokenizer that .* was prepared with"):
         run_tokenizer(str(tmp_path / "out"), BYTES)
 
 
@@ -213,13 +213,13 @@ def test_another_corpus_tokenizer_or_setting_is_refused(tmp_path: Path):
     refused = "was begun with .*name another folder"
     with pytest.raises(UserError, match=refused):
         prepare_bytes(other, out)
-    with pytest.raises(UserError, match="data.text_field 'text', not 'other'"):
+    with pytest.raises(UserError, match=r"data.text_field 'text', not 'other'"):
         prepare_bytes(dataclasses.replace(spec, text_field="other"), out)
     with pytest.raises(UserError, match="the tokenizer bytes, not"):
         prepare(spec, load_tokenizer(name), name, out)
     with pytest.raises(UserError, match="is prepared already"):
         prepare_bytes(prepared, tmp_path / "again")
-    with pytest.raises(UserError, match="data.text_field: is 'other', but .* was prepared with 'text'"):
+    with pytest.raises(UserError, match=r"data.text_field: is 'other', but .* was prepared with 'text'"):
         open_source(dataclasses.replace(prepared, text_field="other"))
     with pytest.raises(UserError, match="holds other files"):
         prepare_bytes(spec, tmp_path / "corpus")

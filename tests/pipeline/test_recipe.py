@@ -13,8 +13,8 @@ import yaml
 
 from minrnn.common.errors import UserError
 from minrnn.models import MinRNNConfig
-from minrnn.pipeline.families.registry import TOKENIZER_FIELDS
 from minrnn.pipeline.config import SECTIONS
+from minrnn.pipeline.families.registry import TOKENIZER_FIELDS
 from minrnn.pipeline.model_section import NO_CONFIG_FIELDS, ModelSection
 from minrnn.pipeline.recipe import (
     build_recipe,
