@@ -274,7 +274,7 @@ class DocumentStream:
             if not self.owns_shards and global_index % self.num_readers != self.reader:
                 continue
             num_skipped += document.num_skipped
-            if not document.is_broken and self.is_in_part(document):
+            if not document.is_left_out and self.is_in_part(document):
                 documents.append(document)
         if self._shard == len(self.shards):
             next_address = WindowAddress(address.epoch + 1)

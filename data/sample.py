@@ -18,7 +18,7 @@ SHARDS_AT_ONCE = 16
 
 
 def sample_documents(spec: CorpusSpec, part: Split) -> Iterator[tuple[Document, bool]]:
-    """All documents, broken ones included, and whether each belongs to the part and is not broken.
+    """All documents, those that are left out included, and whether each is read and belongs to the part.
 
     Raises:
         UserError: the corpus cannot be read.
@@ -30,7 +30,7 @@ def sample_documents(spec: CorpusSpec, part: Split) -> Iterator[tuple[Document, 
         opened = [source.read(shard, Position()) for shard in range(first, count, stride)]
         for document in itertools.chain.from_iterable(itertools.zip_longest(*opened)):
             if document is not None:
-                yield document, not document.is_broken and stream.is_in_part(document)
+                yield document, not document.is_left_out and stream.is_in_part(document)
 
 
 @dataclass
@@ -72,7 +72,7 @@ def count(
             counts.bytes += document.num_bytes
             counts.empty += document.num_bytes == 0
         else:
-            counts.others += not document.is_broken
+            counts.others += not document.is_left_out
         if number == max_documents or time.monotonic() > end:
             return counts
     counts.is_whole = True

@@ -66,7 +66,8 @@ class Document:
     prepared: PreparedText | None = None
 
     @property
-    def is_broken(self) -> bool:
+    def is_left_out(self) -> bool:
+        """Whether nothing is left to read."""
         return self.text is None and self.prepared is None
 
     @property

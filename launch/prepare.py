@@ -27,9 +27,11 @@ shard-*.arrow, which `datasets`, polars or duckdb also read. Tokens take 1, 2 or
 
 def _parser() -> argparse.ArgumentParser:
     parser = new_parser("minrnn prepare", DESCRIPTION, EPILOG)
-    text = "a YAML file, or the name of a recipe that comes with minrnn"
-    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help=text)
-    parser.add_argument("--config", metavar="RECIPE", help="the same, as for minrnn train")
+    parser.usage = (
+        "minrnn prepare RECIPE [--out DIR] [--workers N] [--verify] [--section.field VALUE ...]\n\n"
+        "RECIPE is a YAML file, or the name of a recipe that comes with minrnn."
+    )
+    parser.add_argument("--config", metavar="RECIPE", help="another way to name it, as for minrnn train")
     parser.add_argument(
         "--out", type=user_path, metavar="DIR", help="folder to write (default: prepared/RECIPE)"
     )
@@ -48,7 +50,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def split_recipe(argv: list[str]) -> tuple[str | None, list[str]]:
-    """The recipe named first in a command line, if any, and the other words."""
+    """The recipe named first in a command line, if any, and the other words.
+
+    argparse would take the value of an option that it does not know (--data.corpus VALUE) for the recipe.
+    """
     return (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
 
 

@@ -26,6 +26,7 @@ from ..pipeline.config import Recipe
 from ..pipeline.options import new_parser
 from ..pipeline.recipe import read_recipe
 from ..pipeline.set_up import corpus_spec
+from .prepare import split_recipe
 from .train_tokenizer import recipe_arguments
 
 DESCRIPTION = """Print what the model will see: shards and their sizes, counts of documents and tokens, what
@@ -43,8 +44,10 @@ INDENT = " " * 12
 
 def _parser() -> argparse.ArgumentParser:
     parser = new_parser("minrnn data show", DESCRIPTION, EPILOG)
-    text = "the name of a recipe that comes with minrnn, a YAML file, or a corpus (as data.corpus)"
-    parser.add_argument("recipe", metavar="RECIPE", help=text)
+    parser.usage = (
+        "minrnn data show RECIPE [--documents N] [--seconds S] [--lanes N] [--section.field VALUE ...]\n\n"
+        "RECIPE is the name of a recipe that comes with minrnn, a YAML file, or a corpus (as data.corpus)."
+    )
     number = {"type": int, "metavar": "N"}
     parser.add_argument(
         "--documents", default=2000, help="documents to count, at most (default: %(default)s)", **number
@@ -264,8 +267,11 @@ def main(argv: list[str]) -> None:
     Raises:
         UserError: the recipe, an option or the corpus is wrong.
     """
-    arguments, overrides = _parser().parse_known_args(argv)
-    recipe = read_recipe(recipe_arguments(arguments.recipe, overrides))
+    name, others = split_recipe(argv)
+    arguments, overrides = _parser().parse_known_args(others)
+    if name is None:
+        raise UserError("RECIPE", "name a recipe or a corpus first: minrnn data show quickstart")
+    recipe = read_recipe(recipe_arguments(name, overrides))
     _check(arguments)
     data, batch = recipe.data, recipe.batch
     tokenizer = run_tokenizer(data.corpus, data.tokenizer, data.task, data.trust_remote_code)

@@ -10,6 +10,7 @@ from ..common.errors import UserError
 from ..common.files import user_path
 from ..common.names import did_you_mean, nearest_names
 from ..pipeline.options import new_parser
+from .prepare import split_recipe
 
 DESCRIPTION = """Train a byte-level BPE tokenizer on a corpus: a file, a folder, a glob, a dataset of the hub,
 python-stdlib, or the corpus of a recipe. Settings of a recipe may follow, e.g. --data.text_field content.
@@ -30,8 +31,11 @@ MAX_BYTES = 200_000_000
 
 def _parser() -> argparse.ArgumentParser:
     parser = new_parser("minrnn tokenizer train", DESCRIPTION, EPILOG)
-    text = "a corpus (as data.corpus), the name of a recipe that comes with minrnn, or a YAML file"
-    parser.add_argument("corpus", metavar="CORPUS|RECIPE", help=text)
+    parser.usage = (
+        "minrnn tokenizer train CORPUS|RECIPE --out DIR [--vocab-size N] [--max-bytes N] "
+        "[--section.field VALUE ...]\n\n"
+        "CORPUS is as data.corpus; RECIPE is the name of a recipe that comes with minrnn, or a YAML file."
+    )
     parser.add_argument(
         "--vocab-size",
         type=int,
@@ -69,13 +73,17 @@ def main(argv: list[str]) -> None:
     if argv[0] != "train":
         advice = did_you_mean(nearest_names(argv[0], ["train"]), otherwise="there is minrnn tokenizer train")
         raise UserError("tokenizer", f"unknown command {argv[0]} ({advice})")
-    arguments, overrides = _parser().parse_known_args(argv[1:])
+    name, others = split_recipe(argv[1:])
+    arguments, overrides = _parser().parse_known_args(others)
+    if name is None:
+        example = "minrnn tokenizer train python-stdlib --out DIR"
+        raise UserError("CORPUS", f"name a corpus or a recipe first: {example}")
     from ..data.train_tokenizer import check_vocab_size, sample_texts, train_tokenizer
     from ..pipeline.recipe import read_recipe
     from ..pipeline.set_up import corpus_spec
 
     errors = []
-    recipe = read_recipe(recipe_arguments(arguments.corpus, overrides))
+    recipe = read_recipe(recipe_arguments(name, overrides))
     if recipe.task() is not None:
         errors.append(("data.corpus", f"{recipe.data.corpus} is a task with its own vocabulary"))
     if arguments.max_bytes < 1:

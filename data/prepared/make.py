@@ -80,6 +80,8 @@ def prepare(
         "tokenizer": {"name": tokenizer_name, "fingerprint": tokenizer_fingerprint(tokenizer)},
         "dtype": token_type(encoder),
         "fixed_parts": spec.corpus == PYTHON_STDLIB,
+        "is_stream": getattr(source, "is_stream", False),
+        "skips_unread": getattr(source, "skips_unread", False),
     }
     try:
         with _locked(out):

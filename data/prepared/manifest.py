@@ -11,7 +11,7 @@ index of the documents needs no format of its own.
 """
 
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +27,9 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 KIND = "minrnn_prepared"
 """The key that marks a manifest as that of a prepared corpus."""
-SOURCE_FIELDS = ("subset", "split", "revision", "text_field", "skip_broken", "join")
-"""The fields of a CorpusSpec that decide the documents. They are fixed when the corpus is prepared."""
+FREE_FIELDS = ("corpus", "held_out", "hold_out", "excluded", "network", "passages")
+"""The fields of a CorpusSpec that do not decide the documents. All others are fixed when the corpus is
+prepared."""
 
 
 def shard_name(shard: int) -> str:
@@ -50,11 +51,13 @@ def schema(dtype: str) -> Any:
         [
             ("tokens", pa.large_list(pa.from_numpy_dtype(dtype))),  # of the text, without bos and eos
             ("index", pa.int64()),  # of the document in the source's shard
+            ("place", pa.int64()),  # in the units in which the shard can be cut (places.py)
             ("name", pa.string()),
             ("num_bytes", pa.int64()),  # of the text in UTF-8
             ("digest", pa.uint64()),  # of the text; decides whether it is held out
             ("num_skipped", pa.int32()),  # broken parts that were left out
-            ("is_broken", pa.bool_()),
+            ("num_filtered", pa.int32()),  # parts that data.filter left out
+            ("is_left_out", pa.bool_()),
             ("is_validation", pa.bool_()),  # where files, not digests, decide what is held out
         ]
     )
@@ -94,8 +97,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def source_fields(spec: "CorpusSpec") -> dict[str, Any]:
     """What decides the documents of a corpus, apart from its name."""
-    values = asdict(spec)
-    return {name: values[name] for name in SOURCE_FIELDS}
+    values = {name: value for name, value in asdict(spec).items() if name not in FREE_FIELDS}
+    return json.loads(json.dumps(values, default=repr))
 
 
 def check_source_fields(spec: "CorpusSpec", manifest: dict[str, Any]) -> None:
@@ -104,11 +107,11 @@ def check_source_fields(spec: "CorpusSpec", manifest: dict[str, Any]) -> None:
     Raises:
         UserError: each setting that differs.
     """
-    defaults = {field.name: field.default for field in fields(spec)}
+    defaults = source_fields(type(spec)(spec.corpus))
     errors = [
         (f"data.{name}", f"is {value!r}, but {spec.corpus} was prepared with {made!r}; leave it out")
         for name, value in source_fields(spec).items()
-        if value not in (defaults[name], made := manifest["source"][name])
+        if value not in (defaults[name], made := manifest["source"].get(name))
     ]
     if errors:
         raise UserError.from_list(errors)

@@ -4,7 +4,7 @@ Shards, indices, names and hashes of the texts are those of the original corpus.
 documents, what is held out and every chunk are the same, and a position in one is a position in the other.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ import numpy as np
 from ...common.errors import UserError
 from ...common.files import user_path
 from ..files import convert_read_errors
-from ..sources import Document, Position, PreparedText
+from ..sources import Document, Part, Position, PreparedText
 from .manifest import check_source_fields, read_manifest, shard_name
 
 if TYPE_CHECKING:
@@ -22,46 +22,62 @@ if TYPE_CHECKING:
 
 
 class _Shard:
-    """A memory-mapped shard."""
+    """The documents of a memory-mapped shard that belong to a part of the corpus.
 
-    def __init__(self, path: Path):
+    The system may drop mapped pages at any time, so they cost no memory that others need.
+
+    Args:
+        validation: whether to keep the documents that files hold out, or the others; None keeps all.
+    """
+
+    def __init__(self, path: Path, validation: bool | None):
         import pyarrow as pa
 
         try:
-            self._file = pa.ipc.open_file(pa.memory_map(str(path)))
-            self._batches = [self._file.get_batch(i) for i in range(self._file.num_record_batches)]
+            file = pa.ipc.open_file(pa.memory_map(str(path)))
+            self._batches = [file.get_batch(i) for i in range(file.num_record_batches)]
         except pa.ArrowInvalid as error:
             advice = "run the same minrnn prepare command with --verify, which makes damaged shards anew"
             raise UserError("data.corpus", f"{path} is damaged ({error}); {advice}") from None
-        self.index = self._column("index")
-        self.is_validation = self._column("is_validation")
-        self._starts = np.cumsum([0, *(len(batch) for batch in self._batches)])  # first row of each batch
+        self._starts = np.cumsum([0, *map(len, self._batches)])  # the first row of each batch
+        if validation is None:
+            self.rows = np.arange(self._starts[-1])
+            self.index, self.place = self._column("index"), self._column("place")
+        else:  # the source of such a part lists its own files only
+            self.rows = np.flatnonzero(self._column("is_validation") == validation)
+            self.index = self.place = np.arange(len(self.rows))
 
     def _column(self, name: str) -> np.ndarray:
         parts = [batch.column(name).to_numpy(zero_copy_only=False) for batch in self._batches]
         return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
-    def rows(self, start: int) -> Iterator[tuple[int, str, int, bool, PreparedText]]:
-        """(row, name, number of skipped parts, whether it is broken, text) of each document from a row on."""
-        first = int(np.searchsorted(self._starts, start, side="right")) - 1
-        for number in range(first, len(self._batches)):
-            batch, row = self._batches[number], max(start, int(self._starts[number]))
-            offset = row - int(self._starts[number])
-            lists = batch.column("tokens")
-            values, ends = lists.values.to_numpy(), lists.offsets.to_numpy()
-            columns = ("name", "num_skipped", "is_broken", "num_bytes", "digest")
-            lists_of = [batch.column(column).slice(offset).to_pylist() for column in columns]
-            for i, (name, num_skipped, is_broken, num_bytes, digest) in enumerate(
-                zip(*lists_of, strict=True), offset
+    def documents(self, chosen: np.ndarray) -> Iterator[tuple[str, int, int, bool, PreparedText]]:
+        """(name, skipped and filtered parts, whether it is left out, text) of documents, by their positions
+        in `index`, int64 increasing."""
+        import pyarrow as pa
+
+        columns = ("name", "num_skipped", "num_filtered", "is_left_out", "num_bytes", "digest")
+        rows = self.rows[chosen]
+        edges = np.searchsorted(rows, self._starts)
+        for number in np.flatnonzero(np.diff(edges)):
+            batch = self._batches[number]
+            offsets = rows[edges[number] : edges[number + 1]] - self._starts[number]
+            picked = pa.array(offsets)
+            tokens = batch.column("tokens")
+            values, ends = tokens.values.to_numpy(), tokens.offsets.to_numpy()
+            cells = [batch.column(column).take(picked).to_pylist() for column in columns]
+            begins, stops = ends[offsets].tolist(), ends[offsets + 1].tolist()
+            for begin, stop, name, skipped, filtered, is_left_out, num_bytes, digest in zip(
+                begins, stops, *cells, strict=True
             ):
-                text = PreparedText(values[ends[i] : ends[i + 1]], num_bytes, digest)
-                yield row, name, num_skipped, is_broken, text
-                row += 1
+                yield name, skipped, filtered, is_left_out, PreparedText(values[begin:stop], num_bytes, digest)
 
 
 @dataclass
 class PreparedCorpus:
     """The documents of a part of a prepared corpus, as tokens.
+
+    It is divided among readers as the original corpus is (places.py).
 
     Args:
         spec: `corpus` is the folder; settings of the original corpus are left out, or equal to those it was
@@ -90,28 +106,64 @@ class PreparedCorpus:
         """Whether files, not hashes of texts, decide what is held out."""
         return self.manifest["fixed_parts"]
 
+    @property
+    def is_stream(self) -> bool:
+        """Whether the original takes long to read, which decides how documents are held out."""
+        return self.manifest["is_stream"]
+
+    @property
+    def skips_unread(self) -> bool:
+        """As of the original, whose readers then share a shard document by document."""
+        return self.manifest["skips_unread"]
+
+    def cuts(self, shard: int) -> Sequence[int]:
+        if self.has_fixed_parts and self.part != "all":
+            return range(len(self._open(shard).rows) + 1)
+        cuts = self.manifest["shards"][shard]["cuts"]
+        return range(cuts + 1) if isinstance(cuts, int) else cuts
+
+    def _open(self, shard: int) -> _Shard:
+        if self._opened is None or self._opened[0] != shard:
+            path = self.folder / shard_name(shard)
+            is_split = self.has_fixed_parts and self.part != "all"
+            with convert_read_errors(path):
+                self._opened = shard, _Shard(path, self.part == "validation" if is_split else None)
+        return self._opened[1]
+
     def read(self, shard: int, start: Position) -> Iterator[Document]:
-        path = self.folder / shard_name(shard)
-        with convert_read_errors(path):
-            if self._opened is None or self._opened[0] != shard:
-                self._opened = shard, _Shard(path)
-            opened = self._opened[1]
-            if not self.has_fixed_parts or self.part == "all":
-                row = int(np.searchsorted(opened.index, start.index))
-                for number, name, num_skipped, is_broken, text in opened.rows(row):
-                    index = int(opened.index[number])
-                    yield Document(None, name, index, num_skipped, None, None if is_broken else text)
-                return
-            chosen = np.flatnonzero(opened.is_validation == (self.part == "validation"))
-            if start.index >= len(chosen):
-                return
-            index = start.index
-            for number, name, num_skipped, is_broken, text in opened.rows(int(chosen[index])):
-                if number == chosen[index]:
-                    yield Document(None, name, index, num_skipped, None, None if is_broken else text)
-                    index += 1
-                    if index == len(chosen):
-                        return
+        return self.read_part(Part(shard), start)
+
+    def read_part(self, part: Part, start: Position) -> Iterator[Document]:
+        opened = self._open(part.shard)
+        first, last, lines_before = 0, len(opened.index), 0
+        if part.within is not None:
+            first, last = np.searchsorted(opened.place, part.within).tolist()
+            lines_before = self._lines_before(part)
+        index = opened.index[first:last] - lines_before
+        is_chosen = (index >= start.index) & (index % part.step == part.first)
+        chosen = np.flatnonzero(is_chosen) + first
+        with convert_read_errors(self.folder / shard_name(part.shard)):
+            for number, (name, skipped, filtered, is_left_out, text) in zip(
+                chosen.tolist(), opened.documents(chosen), strict=True
+            ):
+                if part.within is not None and lines_before:
+                    # as in a part of JSON lines, where the number of the line is unknown
+                    name = f"{name.rpartition(':')[0]}@{opened.place[number]}"
+                yield Document(
+                    None,
+                    name,
+                    int(opened.index[number]) - lines_before,
+                    num_skipped=skipped,
+                    prepared=None if is_left_out else text,
+                    **({"num_filtered": filtered} if filtered else {}),
+                )
+
+    def _lines_before(self, part: Part) -> int:
+        """What is subtracted from indices in the shard for those in a part."""
+        lines_before = self.manifest["shards"][part.shard]["lines_before"]
+        if lines_before is None or part.within is None:
+            return 0
+        return lines_before[self.cuts(part.shard).index(part.within[0])]
 
     def hint(self) -> None:
         return None

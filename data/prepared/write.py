@@ -14,6 +14,7 @@ from ..files import convert_read_errors
 from ..sources import Document, Position
 from ..tokenizer import Encoder, num_bytes
 from .manifest import schema, shard_name
+from .places import Places, places
 
 BATCH_TOKENS = 2**20  # of a record batch, at least, except the last
 CALL_CHARACTERS, CALL_DOCUMENTS = 2**20, 1024  # encoded in one call, at most, unless a document is longer
@@ -34,6 +35,10 @@ class Shard:
     size: int = 0
     """Bytes of the file."""
     sha256: str = ""
+    cuts: list[int] | int = 1
+    """Where the source's shard can be cut; n for 0, 1, ..., n."""
+    lines_before: list[int] | None = None
+    """See `places.Places`."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +86,12 @@ def write_shards(job: ShardJob, shards: Sequence[int], one_of_many: bool = False
     source = open_source(job.spec, "all")
     for shard in shards:
         path, summary = job.folder / shard_name(shard), Shard()
+        where = places(source, shard)
+        is_range = isinstance(where.cuts, range) and (where.cuts.start, where.cuts.step) == (0, 1)
+        summary.cuts = where.cuts[-1] if is_range else list(where.cuts)
+        summary.lines_before = where.lines_before
         with atomic_write(path) as unfinished:
-            yield from _write(job, shard, source.read(shard, Position()), unfinished, summary)
+            yield from _write(job, shard, source.read(shard, Position()), where, unfinished, summary)
         summary.size, summary.sha256 = path.stat().st_size, sha256_of(path)
         write_json(summary_path(job.folder, shard), asdict(summary))
         yield Written(shard, path.name, 0, summary)
@@ -90,7 +99,7 @@ def write_shards(job: ShardJob, shards: Sequence[int], one_of_many: bool = False
 
 
 def _write(
-    job: ShardJob, shard: int, documents: Iterable[Document], path: Path, summary: Shard
+    job: ShardJob, shard: int, documents: Iterable[Document], where: Places, path: Path, summary: Shard
 ) -> Iterator[Written]:
     import pyarrow as pa
 
@@ -102,11 +111,11 @@ def _write(
             rows += zip(call, _encode(job, call), strict=True)
             num_tokens += sum(len(tokens) for _, tokens in rows[-len(call) :])
             if num_tokens >= BATCH_TOKENS:
-                writer.write_batch(_batch(job, rows, summary))
+                writer.write_batch(_batch(job, rows, where, summary))
                 yield Written(shard, rows[-1][0].name, num_tokens)
                 rows, num_tokens = [], 0
         if rows:
-            writer.write_batch(_batch(job, rows, summary))
+            writer.write_batch(_batch(job, rows, where, summary))
             yield Written(shard, rows[-1][0].name, num_tokens)
 
 
@@ -132,7 +141,7 @@ def _encode(job: ShardJob, documents: list[Document]) -> list[np.ndarray]:
         return job.encoder.encode_many([document.text or "" for document in documents])
 
 
-def _batch(job: ShardJob, rows: list[tuple[Document, np.ndarray]], summary: Shard) -> Any:
+def _batch(job: ShardJob, rows: list[tuple[Document, np.ndarray]], where: Places, summary: Shard) -> Any:
     """The rows as a record batch, counted in the summary."""
     import pyarrow as pa
 
@@ -148,14 +157,17 @@ def _batch(job: ShardJob, rows: list[tuple[Document, np.ndarray]], summary: Shar
     summary.tokens += len(values)
     summary.bytes += sum(sizes)
     held_out = job.validation or frozenset()
+    index = np.array([document.index for document in documents], np.int64)
     return pa.record_batch(
         [
             pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values)),
-            [document.index for document in documents],
+            pa.array(index),
+            pa.array(where.of(index)),
             [document.name for document in documents],
             sizes,
             pa.array([0 if text is None else text_digest(text) for text in texts], pa.uint64()),
             pa.array(skipped, pa.int32()),
+            pa.array([getattr(document, "num_filtered", 0) for document in documents], pa.int32()),
             [text is None for text in texts],
             [document.index in held_out for document in documents],
         ],

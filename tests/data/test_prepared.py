@@ -103,8 +103,8 @@ def test_documents_are_found_from_any_position(tmp_path_factory, seed: int, data
     original, source = open_source(spec, "all"), open_source(prepared, "all")
     start = Position(data.draw(st.integers(0, len(lines) + 1)))
     expected, found = list(original.read(0, start)), list(source.read(0, start))
-    assert [(d.index, d.name, d.num_skipped, d.is_broken, d.num_bytes) for d in found] == [
-        (d.index, d.name, d.num_skipped, d.is_broken, d.num_bytes) for d in expected
+    assert [(d.index, d.name, d.num_skipped, d.is_left_out, d.num_bytes) for d in found] == [
+        (d.index, d.name, d.num_skipped, d.is_left_out, d.num_bytes) for d in expected
     ]
     for document, other in zip(found, expected, strict=True):
         if document.prepared is not None:
