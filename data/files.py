@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePath
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from ..common.errors import UserError, one_line_message
 
@@ -53,6 +53,15 @@ SIGNATURES = {
     b"\xff\xfe": "UTF-16; convert it to UTF-8",
     b"\xfe\xff": "UTF-16; convert it to UTF-8",
 }
+
+
+def open_binary(path: Path | str) -> Any:
+    """Open a local file, or a remote one by its URL, for reading bytes at any position."""
+    if isinstance(path, Path):
+        return path.open("rb")
+    import fsspec
+
+    return fsspec.open(path, "rb").open()
 
 
 def compression(path: Path) -> Literal["gzip", "zstd"] | None:

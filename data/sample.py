@@ -9,7 +9,8 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from .corpus import CorpusSpec, DocumentStream, Split
+from .corpus import CorpusSpec, DocumentStream, Split, open_source
+from .parts import read_part
 from .reader import encode_document
 from .sources import Document, Position
 from .tokenizer import Encoder
@@ -24,10 +25,15 @@ def sample_documents(spec: CorpusSpec, part: Split) -> Iterator[tuple[Document, 
         UserError: the corpus cannot be read.
     """
     stream = DocumentStream(spec, part, 0, 1, window=1, seed=None)
-    source, count = stream.source, stream.source.num_shards
-    stride = -(-count // SHARDS_AT_ONCE)
+    parts = stream.shares.owned[0]
+    stride = -(-len(parts) // SHARDS_AT_ONCE)
+    # each has its own source, which remembers where it reads
+    sources = [open_source(spec, part) for _ in parts[:SHARDS_AT_ONCE]]
     for first in range(stride):
-        opened = [source.read(shard, Position()) for shard in range(first, count, stride)]
+        opened = [
+            read_part(source, chosen, Position())
+            for source, chosen in zip(sources, parts[first::stride], strict=False)
+        ]
         for document in itertools.chain.from_iterable(itertools.zip_longest(*opened)):
             if document is not None:
                 yield document, not document.is_left_out and stream.is_in_part(document)

@@ -3,17 +3,17 @@
 A source has shards; a shard is an ordered sequence of documents, readable from any position.
 
     source.read(shard, start) -> Iterator[Document]       start = the `Position` of the first document
+    source.read_part(part, start) -> Iterator[Document]   a `Part` of a shard, without reading the rest of it
 
 The order never depends on the file system: paths are sorted. A position is the index of a document within its
 shard and an optional hint that makes finding it faster (a byte offset, the state of a streamed dataset). Both
-are JSON.
+are JSON. parts.py divides the shards of a source among readers.
 """
 
-import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -45,7 +45,7 @@ class PreparedText(NamedTuple):
     num_bytes: int
     """Of the text in UTF-8."""
     digest: int
-    """`corpus.text_digest` of the text."""
+    """`hold_out.text_digest` of the text."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,22 @@ class Document:
         return len((self.text or "").encode()) if self.prepared is None else self.prepared.num_bytes
 
 
+@dataclass(frozen=True)
+class Part:
+    """A part of a shard; by default the whole shard."""
+
+    shard: int
+    within: tuple[int, int] | None = None
+    """Where the part begins and ends: two of the shard's `cuts`. None: the whole shard."""
+    first: int = 0
+    step: int = 1
+    """Of these documents, those whose index has the remainder `first` when divided by `step`."""
+
+    def has(self, index: int) -> bool:
+        """Whether the document with this index belongs to the part, as far as `first` and `step` say."""
+        return index % self.step == self.first
+
+
 class Source(Protocol):
     """Documents in shards, in a fixed order."""
 
@@ -90,6 +106,26 @@ class Source(Protocol):
 
     def hint(self) -> Any:
         """The hint for the document that the latest `read` would yield next."""
+        ...
+
+
+@runtime_checkable
+class DivisibleSource(Protocol):
+    """A source that can read parts of its shards; any other source is divided by reading whole shards."""
+
+    skips_unread: bool
+    """Whether documents are left out (`Part.step`) without reading them."""
+
+    def cuts(self, shard: int) -> Sequence[int]:
+        """Where a shard can be cut, increasing, from its beginning to its end (at least those two)."""
+        ...
+
+    def read_part(self, part: Part, start: Position) -> Iterator[Document]:
+        """Documents of a part from `start` on.
+
+        An index counts the documents of the whole shard, or those of the part if the number of documents
+        before it is unknown.
+        """
         ...
 
 
@@ -157,7 +193,7 @@ def missing_text_error(row: Any, text_field: str, name: str) -> UserError:
     return UserError("data.corpus", f"{name} holds {problem} in field {text_field!r} instead of text; {skip}")
 
 
-def damaged_file_error(path: Path, error: Exception, problem: str = "is damaged") -> UserError:
+def damaged_file_error(path: Path | str, error: Exception, problem: str = "is damaged") -> UserError:
     """The error for a file whose content is damaged; `problem` says where ("is damaged in row group 3")."""
     advice = "fetch it again, or set data.skip_broken to leave the damaged part out"
     return UserError("data.corpus", f"{path} {problem} ({one_line_message(error)}); {advice}")
@@ -188,19 +224,27 @@ def group_value(row: Mapping[str, Any], column: str | None, name: str) -> Any:
 
 @dataclass
 class TextFiles:
-    """Text files: each file is a document; one shard."""
+    """Text files: each file is a document; one shard, which can be cut between files."""
 
     paths: list[Path]
     root: Path
     skip_broken: bool = False
     num_shards: int = field(default=1, init=False)
+    skips_unread: ClassVar[bool] = True
 
     def relative(self, path: Path) -> Path:
         """A file's path relative to the root, as messages show it."""
         return path.relative_to(self.root) if path.is_relative_to(self.root) else path
 
+    def cuts(self, shard: int) -> range:
+        return range(len(self.paths) + 1)
+
     def read(self, shard: int, start: Position) -> Iterator[Document]:
-        for index in range(start.index, len(self.paths)):
+        return self.read_part(Part(shard), start)
+
+    def read_part(self, part: Part, start: Position) -> Iterator[Document]:
+        begin, end = part.within or (0, len(self.paths))
+        for index in filter(part.has, range(max(begin, start.index), end)):
             path = self.paths[index]
             name = str(self.relative(path))
             with convert_read_errors(path):
@@ -221,60 +265,3 @@ class TextFiles:
 
     def hint(self) -> None:
         return None
-
-
-@dataclass
-class HubDataset:
-    """A dataset of the Hugging Face hub, or a local folder in its layout, streamed with `datasets`.
-
-    Its shards are the dataset's, its documents the rows. The hint is the state of the streamed dataset, so
-    resuming does not read a shard from its beginning.
-    """
-
-    path: str
-    subset: str | None
-    split: str
-    revision: str | None
-    text_field: str
-    skip_broken: bool = False
-    group_field: str | None = None
-    _reading: Any = field(default=None, init=False)
-
-    def __post_init__(self) -> None:
-        from datasets import load_dataset
-
-        try:
-            self._dataset = load_dataset(
-                self.path, self.subset, split=self.split, revision=self.revision, streaming=True
-            )
-        except Exception as error:  # datasets, the hub client and the file system each raise their own
-            raise UserError(
-                "data.corpus", f"cannot open the dataset {self.path!r} ({type(error).__name__}: {error})"
-            ) from error
-
-    @property
-    def num_shards(self) -> int:
-        return self._dataset.num_shards
-
-    def read(self, shard: int, start: Position) -> Iterator[Document]:
-        self._reading = self._dataset.shard(self.num_shards, shard)
-        index = 0
-        if start.hint is not None:
-            self._reading.load_state_dict(start.hint)
-            index = start.index
-        with convert_read_errors(f"{self.path}[{shard}]"):
-            for row in self._reading:
-                if index >= start.index:
-                    name = f"{self.path}[{shard}][{index}]"
-                    if is_text(row.get(self.text_field)):
-                        yield Document(
-                            row[self.text_field], name, index, group=group_value(row, self.group_field, name)
-                        )
-                    else:
-                        yield skip_or_raise(
-                            self.skip_broken, missing_text_error(row, self.text_field, name), name, index
-                        )
-                index += 1
-
-    def hint(self) -> Any:
-        return json.loads(json.dumps(self._reading.state_dict()))

@@ -43,7 +43,7 @@ def places(source: Source, shard: int) -> Places:
         return Places((0, 1), np.zeros_like)
     if source.skips_unread:  # files: an index is a place
         return Places(cuts, lambda index: index)
-    rows: Any = getattr(source, "parquet", None) or source
+    rows: Any = getattr(source, "_parquet", None) or source  # of a hub dataset
     if isinstance(rows, JsonLines):
         starts = _line_starts(Path(rows.paths[shard]))
         return Places(cuts, lambda index: starts[index], np.searchsorted(starts, cuts).tolist())

@@ -70,7 +70,8 @@ class _Shard:
             for begin, stop, name, skipped, filtered, is_left_out, num_bytes, digest in zip(
                 begins, stops, *cells, strict=True
             ):
-                yield name, skipped, filtered, is_left_out, PreparedText(values[begin:stop], num_bytes, digest)
+                text = PreparedText(values[begin:stop], num_bytes, digest)
+                yield name, skipped, filtered, is_left_out, text
 
 
 @dataclass

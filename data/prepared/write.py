@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from ...common.files import atomic_write, sha256_of, write_json
-from ..corpus import CorpusSpec, open_source, text_digest
+from ..corpus import CorpusSpec, open_source
 from ..files import convert_read_errors
+from ..hold_out import text_digest
 from ..sources import Document, Position
 from ..tokenizer import Encoder, num_bytes
 from .manifest import schema, shard_name

@@ -57,21 +57,35 @@ def local_hub(monkeypatch: pytest.MonkeyPatch, local_hub_datasets):
     monkeypatch.setattr("minrnn.data.prepared.write.open_source", open_any)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "num_shards", "is_stream"),
+    [
+        *((kind, 3, False) for kind in KINDS),
+        *((kind, n, True) for kind in ("jsonl", "parquet") for n in (1, 6)),
+    ],
+)
 @pytest.mark.usefixtures("local_hub")
-def test_prepared_and_original_give_equal_chunks_and_resume_each_other(kind: str, tmp_path: Path):
-    """Chunks, names and positions, over two epochs, while the reader moves between both at random."""
+def test_prepared_and_original_give_equal_chunks_and_resume_each_other(
+    kind: str, num_shards: int, is_stream: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Chunks, names and positions, over two epochs, while the reader moves between both at random.
+
+    Shards are whole or cut, and documents or parts of shards are held out.
+    """
+    monkeypatch.setattr("minrnn.data.rows.MIN_PART_BYTES", 64)
+    if is_stream:
+        monkeypatch.setattr("minrnn.data.rows.STREAM_BYTES", 1)
     folder = tmp_path / kind
-    spec = dataclasses.replace(write_corpus(kind, folder, some_texts(40), num_shards=3), held_out=0.2)
+    spec = dataclasses.replace(write_corpus(kind, folder, some_texts(40), num_shards), held_out=0.2)
     prepared = prepare_bytes(spec, tmp_path / "prepared")
     for num_readers, reader in ((1, 0), (3, 2), (2, 1)):
         specs = [
-            ReaderSpec(corpus, "documents", ENCODER, num_readers, 2, 16, window=5, seed=3)
+            ReaderSpec(corpus, "documents", ENCODER, num_readers, 2, 32, window=5, seed=3)
             for corpus in (spec, prepared)
         ]
         original = DocumentReader(specs[0], reader)
         moving, draw = DocumentReader(specs[1], reader), random.Random(reader)
-        for _ in range(30):
+        for _ in range(24):
             chunk, other = original.next_chunk(), moving.next_chunk()
             assert_same_chunk(chunk, other)
             if draw.random() < 0.3:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from data_helpers import some_texts, write_corpus
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minrnn.common.errors import UserError
@@ -19,6 +19,7 @@ from minrnn.data.train_tokenizer import sample_texts, train_tokenizer
 
 TEXTS = [f"def name_{i % 7}(value): return value + {i}\n" for i in range(60)] + some_texts(60)
 SIZE = 300
+FEW = settings(max_examples=12)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,8 @@ def test_a_vocabulary_that_does_not_fit(texts: list[str], size: int, message: st
         train_tokenizer(texts, size)
 
 
-@given(num_shards=st.integers(1, 40), max_bytes=st.integers(1, 1500))
+@FEW
+@given(num_shards=st.integers(1, 20), max_bytes=st.integers(1, 1500))
 def test_a_sample_is_bounded_and_spread_over_the_corpus(tmp_path_factory, num_shards: int, max_bytes: int):
     spec = write_corpus("jsonl", tmp_path_factory.mktemp("corpus"), some_texts(40), num_shards=num_shards)
     spec = dataclasses.replace(spec, held_out=0.2)
@@ -92,6 +94,7 @@ def test_a_prepared_corpus_has_no_text(tmp_path: Path):
         list(sample_texts(dataclasses.replace(spec, corpus=str(tmp_path / "out")), 100))
 
 
+@FEW
 @given(limit=st.integers(1, 50))
 def test_counts_are_those_of_the_documents(tmp_path_factory, limit: int):
     spec = write_corpus("jsonl", tmp_path_factory.mktemp("corpus"), some_texts(30), num_shards=2)
