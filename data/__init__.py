@@ -4,7 +4,7 @@ from .corpus import CorpusSpec, DocumentStream, open_source
 from .fingerprint import check_corpus, corpus_fingerprint
 from .loader import Batch, ChunkLoader
 from .lra import LabelledBatch, LabelledData, LabelledSet, LabelledTask, cache_folder, open_data
-from .prepared import PreparedCorpus, is_prepared, prepared_tokenizer
+from .prepared import PreparedCorpus, is_prepared, prepared_corpora, prepared_tokenizer
 from .prompts import TextStream, prompt_batch, prompt_tokens, read_prompt
 from .reader import IGNORE_INDEX, Chunk, DocumentReader, ReaderSpec, WindowReader, corpus_tokens
 from .synthetic import Task, TaskValidation
@@ -56,6 +56,7 @@ __all__ = [
     "num_token_ids",
     "open_data",
     "open_source",
+    "prepared_corpora",
     "prepared_tokenizer",
     "prompt_batch",
     "prompt_tokens",

@@ -7,7 +7,7 @@ from typing import Any, get_type_hints
 from ..common.errors import UserError
 from ..common.names import did_you_mean, nearest_names
 from .lra import LRA_TASKS, LabelledTask
-from .prepared import check_prepared_tokenizer, is_prepared
+from .prepared import check_prepared_tokenizer, prepared_corpora
 from .synthetic import SYNTHETIC_TASKS, Task
 
 AnyTask = Task | LabelledTask
@@ -87,6 +87,6 @@ def run_tokenizer(
     if is_task(corpus):
         return build_task(corpus, options).tokenizer()
     loaded = load_tokenizer(tokenizer, trust_remote_code)
-    if is_prepared(corpus):
-        check_prepared_tokenizer(corpus, tokenizer, tokenizer_fingerprint(loaded))
+    for name in prepared_corpora(corpus):
+        check_prepared_tokenizer(name, tokenizer, tokenizer_fingerprint(loaded))
     return loaded

@@ -83,6 +83,11 @@ def main(argv: list[str]) -> None:
     if recipe.task() is not None:
         message = f"{recipe.data.corpus} makes its own examples, which need no preparation"
         errors.append(("data.corpus", message))
+    if not isinstance(recipe.data.corpus, str):
+        message = "is a mixture: prepare each of its corpora, and name their folders in the mixture"
+        errors.append(("data.corpus", message))
+    if str(recipe.data.order) == "continuous":
+        errors.append(("data.order", "continuous reads the text files themselves, so leave it out"))
     if errors:
         raise UserError.from_list(errors)
     out: Path = arguments.out or Path("prepared") / Path(name or "default").stem

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from ..data import LabelledTask, is_labelled, is_prepared, prepared_tokenizer
+from ..data import LabelledTask, is_labelled, prepared_corpora, prepared_tokenizer
 from ..models import MinRNNConfig
 from .config import Recipe, TrainSection
 from .families.registry import OURS
@@ -33,11 +33,12 @@ def with_whole_examples(recipe: Recipe) -> Recipe:
 
 
 def with_prepared_tokenizer(recipe: Recipe) -> Recipe:
-    """The recipe with the tokenizer of its prepared corpus, unless it sets one."""
+    """The recipe with the tokenizer of its (first) prepared corpus, unless it sets one."""
     data = recipe.data
-    if not is_prepared(data.corpus) or "tokenizer" in data.model_fields_set:
+    prepared = prepared_corpora(data.corpus)
+    if not prepared or "tokenizer" in data.model_fields_set:
         return recipe
-    tokenizer = prepared_tokenizer(data.corpus)
+    tokenizer = prepared_tokenizer(prepared[0])
     return dataclasses.replace(recipe, data=data.model_copy(update={"tokenizer": tokenizer}))
 
 

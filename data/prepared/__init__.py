@@ -3,7 +3,14 @@
 corpus -> shards of tokens, in parallel (make.py, write.py)    prepared folder -> documents (source.py)
 """
 
-from .manifest import MANIFEST, check_prepared_tokenizer, is_prepared, prepared_tokenizer, read_manifest
+from .manifest import (
+    MANIFEST,
+    check_prepared_tokenizer,
+    is_prepared,
+    prepared_corpora,
+    prepared_tokenizer,
+    read_manifest,
+)
 from .source import PreparedCorpus
 
 __all__ = [
@@ -11,6 +18,7 @@ __all__ = [
     "PreparedCorpus",
     "check_prepared_tokenizer",
     "is_prepared",
+    "prepared_corpora",
     "prepared_tokenizer",
     "read_manifest",
 ]

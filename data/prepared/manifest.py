@@ -72,6 +72,13 @@ def is_prepared(corpus: str) -> bool:
         return False
 
 
+def prepared_corpora(corpus: object) -> list[str]:
+    """The prepared corpora that `data.corpus` names: itself, or those of a list of names or mappings."""
+    names = corpus if isinstance(corpus, list) else [corpus]
+    names = [name.get("corpus") if isinstance(name, dict) else name for name in names]
+    return [name for name in names if isinstance(name, str) and is_prepared(name)]
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a finished prepared corpus whose files have their sizes.
 
