@@ -22,7 +22,7 @@ EPILOG = """examples:
   minrnn prepare quickstart --data.corpus 'books/*.txt' --data.tokenizer my-tokenizer --out prepared/books
 
 The folder holds manifest.json (what it was made of, sizes and SHA-256 of all files), tokenizer/, and
-shard-*.arrow, which `datasets`, polars or duckdb also read. Tokens take 1, 2 or 4 bytes each."""
+shard-*.arrow, which pandas (read_feather) and polars also read. Tokens take 1, 2 or 4 bytes each."""
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -5,7 +5,7 @@
     DIR/shard-00000.arrow    the documents of the source's first shard, one a row
 
 A shard is an Arrow IPC file. Arrow is memory-mapped, holds lists of a narrow integer type without copies, and
-is read by other libraries (`datasets`, polars, duckdb). Its footer is written last, so a truncated file is
+is read by other libraries (pandas, polars). Its footer is written last, so a truncated file is
 recognized. A slice of tokens is a NumPy view of the mapped file, as it would be of an .npy file, and the
 index of the documents needs no format of its own.
 """

@@ -1,6 +1,7 @@
 """Training from a prepared corpus is training from its original; a vocabulary's padding stays unused."""
 
 import json
+import random
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -24,7 +25,9 @@ NUM_TOKENS = 515  # padded to 576
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A BPE tokenizer with more tokens than bytes."""
-    texts = [f"{word}{i % 90} goes on and on" for i in range(900) for word in ("state", "lane", "cut", "doc")]
+    draw = random.Random(0)
+    words = ["".join(draw.choices("etaoinshrdlu", k=draw.randint(2, 6))) for _ in range(1600)]
+    texts = [" ".join(words), "the state of a lane goes on where it was cut"]
     folder = tmp_path_factory.mktemp("tokenizer")
     train_tokenizer(texts, NUM_TOKENS).save_pretrained(folder)
     return str(folder)
