@@ -5,6 +5,7 @@ from .fingerprint import check_corpus, check_same_text, corpus_fingerprint
 from .hub import resolve_commit
 from .loader import Batch, ChunkLoader
 from .lra import LabelledBatch, LabelledData, LabelledSet, LabelledTask, cache_folder, open_data
+from .prepared import PreparedCorpus, is_prepared, prepared_corpora, prepared_tokenizer
 from .prompts import TextStream, prompt_batch, prompt_tokens, read_prompt
 from .reader import IGNORE_INDEX, Chunk, DocumentReader, ReaderSpec, WindowReader, corpus_tokens
 from .synthetic import Task, TaskValidation
@@ -16,6 +17,7 @@ from .tokenizer import (
     has_fingerprint,
     load_tokenizer,
     model_vocab_size,
+    num_token_ids,
     tokenizer_fingerprint,
 )
 from .validation import HeldOut, ValidationSet, held_out_documents, held_out_text
@@ -36,6 +38,7 @@ __all__ = [
     "LabelledData",
     "LabelledSet",
     "LabelledTask",
+    "PreparedCorpus",
     "ReaderSpec",
     "Task",
     "TaskValidation",
@@ -54,14 +57,18 @@ __all__ = [
     "held_out_text",
     "is_hub_dataset",
     "is_labelled",
+    "is_prepared",
     "is_task",
     "load_held_out",
     "load_tokenizer",
     "made_from",
     "model_vocab_size",
+    "num_token_ids",
     "open_data",
     "open_shares",
     "open_source",
+    "prepared_corpora",
+    "prepared_tokenizer",
     "prompt_batch",
     "prompt_tokens",
     "read_prompt",

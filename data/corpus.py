@@ -27,6 +27,8 @@ from .hub import HubDataset
 from .joined import join_documents
 from .parquet import Parquet
 from .parts import Shares, divide
+from .prepared.manifest import is_prepared
+from .prepared.source import PreparedCorpus
 from .rows import Csv, JsonLines
 from .sources import Document, Part, Position, Source, TextFiles
 
@@ -165,12 +167,16 @@ def _common_kind(files: list[Path], spec: CorpusSpec) -> tuple[Kind, list[Path]]
 def open_source(spec: CorpusSpec, part: Split = "train") -> Source:
     """The source behind a corpus name: python-stdlib, a local file, folder or glob, or a dataset of the hub.
 
-    With `spec.join` its documents are joined.
+    With `spec.join` its documents are joined. The folder of a prepared corpus has the documents of the corpus
+    that it was made of.
 
     Raises:
-        UserError: nothing has that name, there are no documents, the files are of several kinds, or
-            `spec.join` does not apply to them.
+        UserError: nothing has that name, there are no documents, the files are of several kinds,
+            `spec.join` does not apply to them, or a prepared corpus is unfinished or was made with other
+            settings.
     """
+    if is_prepared(spec.corpus):
+        return PreparedCorpus(spec, part)
     return join_documents(_open_unjoined(spec, part), spec.join)
 
 
@@ -216,6 +222,11 @@ def _open_unjoined(spec: CorpusSpec, part: Split) -> Source:
     return rows(files, spec.text_field, spec.skip_broken, spec.join)
 
 
+def has_fixed_parts(spec: CorpusSpec, source: Source) -> bool:
+    """Whether files, not hashes of texts, decide what a corpus holds out."""
+    return spec.corpus == PYTHON_STDLIB or (isinstance(source, PreparedCorpus) and source.has_fixed_parts)
+
+
 @dataclass(frozen=True)
 class WindowAddress:
     """Where a window begins."""
@@ -247,8 +258,7 @@ def open_shares(spec: CorpusSpec, part: Split, num_readers: int) -> tuple[Shares
     """
     source = open_source(spec, part)
     parts = None
-    # python-stdlib is split by file
-    is_split = part == "all" or spec.corpus == PYTHON_STDLIB
+    is_split = part == "all" or has_fixed_parts(spec, source)
     if not is_split and (split := held_out_parts(source, spec.held_out, spec.hold_out)) is not None:
         parts = split[part == "validation"]
     shares = divide(
@@ -296,7 +306,7 @@ class DocumentStream:
                 continue
             self._index, self.num_read = document.index + 1, self.num_read + 1
             num_skipped += document.num_skipped
-            if document.text is not None and self._is_in_part(document.text):
+            if not document.is_left_out and self.is_in_part(document):
                 documents.append(document)
         if self._shard >= len(self._order):
             next_address, self._next = WindowAddress(address.epoch + 1), None
@@ -333,8 +343,12 @@ class DocumentStream:
         if self._shard < len(self._order):  # a reader may own nothing
             yield from self.shares.read(self._order[self._shard], position)
 
-    def _is_in_part(self, text: str) -> bool:
-        return not self._by_hash or is_held_out(text, self.spec.held_out) == (self.part == "validation")
+    def is_in_part(self, document: Document) -> bool:
+        """Whether a document that is not left out belongs to the part that is read."""
+        if not self._by_hash:
+            return True
+        text = document.prepared.digest if document.prepared else document.text or ""
+        return is_held_out(text, self.spec.held_out) == (self.part == "validation")
 
     def one_epoch(self) -> Iterator[Document]:
         """Every document once."""

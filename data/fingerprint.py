@@ -16,8 +16,10 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from ..common.errors import UserError
+from ..common.files import user_path
 from .corpus import PYTHON_STDLIB, CorpusSpec, local_files, open_shares
 from .files import convert_read_errors, file_kind
+from .prepared import is_prepared, read_manifest
 
 MAX_HASHED_FILES = 256
 MAX_NAMED_FILES = 10_000
@@ -32,6 +34,8 @@ def corpus_fingerprint(spec: CorpusSpec) -> dict[str, Any] | None:
     """
     if spec.corpus == PYTHON_STDLIB:
         return {"python": platform.python_version()}
+    if is_prepared(spec.corpus):  # the same text, so a run may go from one to the other
+        return read_manifest(user_path(spec.corpus))["fingerprint"]
     sizes = _sizes(spec)
     if not sizes:
         is_commit = re.fullmatch("[0-9a-f]{40}", spec.revision or "")
@@ -98,6 +102,9 @@ def _changed_error(spec: CorpusSpec, differences: list[str]) -> UserError:
 
 def _differences(before: dict[str, Any], spec: CorpusSpec) -> tuple[list[str], list[str]]:
     """Changes of what the fingerprint describes, and additions, as texts."""
+    if is_prepared(spec.corpus):
+        own = {key: value for key, value in before.items() if key != "validation"}
+        return ["it was prepared from other text"] * (own != corpus_fingerprint(spec)), []
     if "files" in before:
         if not (sizes := _sizes(spec)):
             return ["it had files of its own"], []

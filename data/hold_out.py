@@ -24,13 +24,17 @@ HOLD_OUT_SEED = (0, 1)  # of the order of the shards: the same for every run
 LARGEST_SHARE = 0.1  # of a corpus that `auto` holds out if the fraction cannot be met exactly
 
 
-def is_held_out(text: str, fraction: float) -> bool:
-    """Whether a document is for validation.
+def text_digest(text: str) -> int:
+    """A hash of a text, uniform in [0, 2^64)."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def is_held_out(text: str | int, fraction: float) -> bool:
+    """Whether a document is for validation, by its text or the digest of it.
 
     Depends on its text alone, so copies of a document are treated alike.
     """
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < fraction * 2**64
+    return (text_digest(text) if isinstance(text, str) else text) < fraction * 2**64
 
 
 def held_out_parts(

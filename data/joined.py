@@ -69,6 +69,11 @@ class JoinedFiles:
             groups.setdefault(group, []).append(index)
         self._groups = list(groups.items())
 
+    @property
+    def group_paths(self) -> list[Path]:
+        """For each document, the folder whose files it joins, or its only file; relative to the root."""
+        return [group for group, _ in self._groups]
+
     def cuts(self, shard: int) -> range:
         return range(len(self._groups) + 1)
 

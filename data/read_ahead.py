@@ -36,6 +36,14 @@ def encode_documents(encoder: Encoder, documents: Sequence[Document]) -> list[np
         UserError: the tokenizer fails, or a document does not fit into memory; the message names the
             document.
     """
+    encoded = iter(_encode_texts(encoder, [document for document in documents if document.prepared is None]))
+    return [
+        next(encoded) if document.prepared is None else encoder.with_bounds(document.prepared.tokens)
+        for document in documents
+    ]
+
+
+def _encode_texts(encoder: Encoder, documents: Sequence[Document]) -> list[np.ndarray]:
     try:
         return encoder.documents([document.text or "" for document in documents])
     except BaseException as error:  # a panic of a tokenizer (Rust) is no Exception
@@ -45,6 +53,11 @@ def encode_documents(encoder: Encoder, documents: Sequence[Document]) -> list[np
             with convert_read_errors(document.name):
                 encoder(document.text or "")
         raise
+
+
+def _size(document: Document) -> int:
+    """Characters of a document, or tokens if it is prepared."""
+    return len(document.text or "") if document.prepared is None else len(document.prepared.tokens)
 
 
 @dataclass
@@ -150,7 +163,10 @@ class GroupStream:
             done.set_exception(error)
             raise
         done.set_result(None)
-        group.documents = encode(documents) if documents else []
+        if any(document.prepared is None for document in documents):
+            group.documents = encode(documents)
+        else:  # no work for another process
+            group.documents = self._encoders[0](documents)
         return group
 
     def _read(self) -> tuple[Group, list[Document]]:
@@ -165,10 +181,10 @@ class GroupStream:
         window, first = self._window, self._number
         assert isinstance(window, Window)
         documents, size = [], 0
-        while self._waiting and (not documents or size + len(self._waiting[0].text or "") < GROUP_CHARACTERS):
+        while self._waiting and (not documents or size + _size(self._waiting[0]) < GROUP_CHARACTERS):
             document = self._waiting.popleft()
             documents.append(document)
-            size += len(document.text or "")
+            size += _size(document)
         self._number += len(documents)
         is_last = not self._waiting
         if is_last:

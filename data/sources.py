@@ -13,7 +13,9 @@ are JSON. parts.py divides the shards of a source among readers.
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
 
 from ..common.errors import UserError, one_line_message
 from ..common.names import did_you_mean, nearest_names
@@ -35,9 +37,21 @@ class Position:
     hint: Any = None
 
 
+class PreparedText(NamedTuple):
+    """What a prepared corpus holds of a text."""
+
+    tokens: np.ndarray
+    """Of the text, without bos and eos; any unsigned integer type, read only."""
+    num_bytes: int
+    """Of the text in UTF-8."""
+    digest: int
+    """`hold_out.text_digest` of the text."""
+
+
 @dataclass(frozen=True)
 class Document:
-    """One document; `text` is None if it is broken and broken documents are skipped."""
+    """One document. It has a text, or what a prepared corpus holds of it; neither if it is broken and broken
+    documents are skipped."""
 
     text: str | None
     name: str
@@ -49,6 +63,17 @@ class Document:
     """Number of broken parts left out: 1 for a document, perhaps more for a joined one."""
     group: Any = None
     """The row's value in the column that rows are joined by (joined.py), if there is one."""
+    prepared: PreparedText | None = None
+
+    @property
+    def is_left_out(self) -> bool:
+        """Whether nothing is left to read."""
+        return self.text is None and self.prepared is None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the text in UTF-8: the divisor of bits per byte."""
+        return len((self.text or "").encode()) if self.prepared is None else self.prepared.num_bytes
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from .cutting import PIECE, TextCutter
 BYTES = "bytes"
 BATCH = 2**19  # characters that are tokenized in one call
 SPECIAL_TOKENS = ("<bos>", "<eos>", "<pad>")
+SMALL_VOCABULARY = 512
 WORD_SPECIAL_TOKENS = (*SPECIAL_TOKENS, "<unk>")  # of `word_tokenizer`
 SAVED_SETTINGS = {  # of every tokenizer that is saved with a run or an export (tokenizer_config.json)
     "padding_side": "left",
@@ -293,7 +294,7 @@ class Encoder:
         encoded piece by piece, unless `TextCutter` cannot cut them.
         """
         if self.backend_json is None:
-            return [self._with_ends(np.frombuffer(text.encode(), np.uint8)) for text in texts]
+            return [self.with_bounds(np.frombuffer(text.encode(), np.uint8)) for text in texts]
         documents = [array.array(self.dtype.char, [self.bos]) for _ in texts]
         for batch in self._batches(texts):
             encodings = self._tokenizer().encode_batch_fast(
@@ -326,14 +327,25 @@ class Encoder:
             self._cutter = TextCutter(self._tokenizer())
         return self._cutter.pieces(text)
 
-    def _with_ends(self, text: np.ndarray) -> np.ndarray:
-        tokens = np.empty(len(text) + 2, self.dtype)
-        tokens[0], tokens[1:-1], tokens[-1] = self.bos, text, self.eos
-        return tokens
+    def with_bounds(self, tokens: np.ndarray) -> np.ndarray:
+        """The tokens of a text between bos and eos, `dtype`."""
+        document = np.empty(len(tokens) + 2, self.dtype)
+        document[0], document[1:-1], document[-1] = self.bos, tokens, self.eos
+        return document
 
     def encode(self, text: str) -> np.ndarray:
         """The tokens of the text alone, `dtype`, without bos and eos."""
         return self(text)[1:-1]
+
+    def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The tokens of each text, as `encode`, many in each call of the tokenizer."""
+        return [document[1:-1] for document in self.documents(texts)]
+
+    def num_ids(self) -> int:
+        """All ids are below this number."""
+        if self.backend_json is None:
+            return max(256, self.bos + 1, self.eos + 1)
+        return max(self._tokenizer().get_vocab(with_added_tokens=True).values()) + 1
 
     def num_bytes(self, tokens: np.ndarray) -> int:
         """Number of bytes of the text that the tokens decode to."""
@@ -358,6 +370,18 @@ def num_bytes(text: str) -> int:
     return len(text.encode())
 
 
-def model_vocab_size(tokenizer: Any, multiple: int = 8) -> int:
-    """Number of rows of the model's embedding: the number of ids, rounded up for the matrix units."""
-    return -(-(max(tokenizer.get_vocab().values()) + 1) // multiple) * multiple
+def num_token_ids(tokenizer: Any) -> int:
+    """All ids of a tokenizer are below this number."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def model_vocab_size(tokenizer: Any, multiple: int | None = None) -> int:
+    """Number of rows of the model's embedding: the number of ids, rounded up for the matrix units.
+
+    Args:
+        multiple: what the number is a multiple of; None: 64, and 8 for fewer than 512 ids (bytes, the symbols
+            of a task), whose products are one tile wide in any case.
+    """
+    num_ids = num_token_ids(tokenizer)
+    multiple = multiple or (8 if num_ids < SMALL_VOCABULARY else 64)
+    return -(-num_ids // multiple) * multiple

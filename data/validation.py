@@ -16,7 +16,7 @@ import numpy as np
 from ..common.errors import UserError
 from .corpus import CorpusSpec, DocumentStream, Split
 from .reader import Chunk, Lane, empty_chunk, encode_document
-from .tokenizer import Encoder, num_bytes
+from .tokenizer import Encoder
 
 VALIDATION_SEED = 0  # of the order in which held-out documents are taken: the same for every run
 
@@ -121,9 +121,8 @@ def held_out_documents(
     stream = DocumentStream(spec, part, 0, 1, window=64, seed=VALIDATION_SEED)
     documents, sizes, total = [], [], 0
     for document in stream.one_epoch():
-        assert document.text is not None
         documents.append(encode_document(encoder, document))
-        sizes.append(num_bytes(document.text))
+        sizes.append(document.num_bytes)
         total += len(documents[-1]) - 1
         after_document()
         if max_tokens is not None and total >= max_tokens:

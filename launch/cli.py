@@ -19,8 +19,12 @@ USAGE = """usage: minrnn COMMAND ...
                     minrnn generate runs/quickstart/model --prompt "def main"
   plan          estimate memory, FLOPs and traffic of a run before it is started
                     minrnn plan --config fineweb-1b --processes 16
-  data          make the examples of a task of Long Range Arena, and print their statistics
-                    minrnn data lra/listops
+  prepare       write the tokens of a corpus to disk, for runs that start at once
+                    minrnn prepare quickstart --out prepared/stdlib
+  tokenizer     train a byte-level BPE tokenizer on a corpus
+                    minrnn tokenizer train python-stdlib --vocab-size 8192 --out my-tokenizer
+  data          print what a run will see; make the examples of a task of Long Range Arena
+                    minrnn data show quickstart        minrnn data lra/listops
   export        write a run's checkpoint as a transformers model
                     minrnn export runs/quickstart --out my-model
   eval          run tasks of lm-eval, or score a classifier on its task's test split
@@ -47,6 +51,8 @@ accelerate launch -m minrnn.pipeline.train --config RECIPE ...
 MODULES = {
     "generate": ".generate",
     "plan": ".plan",
+    "prepare": ".prepare",
+    "tokenizer": ".train_tokenizer",
     "data": ".show_data",
     "eval": "..evals.harness.command",
     "long-context": "..evals.long_context.command",

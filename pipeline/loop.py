@@ -20,6 +20,7 @@ from ..data import Batch, tokenizer_fingerprint
 from . import processes
 from .config import Recipe
 from .evaluation import ValidationSets, validate, validation_summary
+from .export import masks_padding
 from .finish import finish
 from .folder import RunFolder, open_folder
 from .forecast import Forecast
@@ -367,6 +368,7 @@ def _save(run: Run, is_last: bool) -> None:
         info = {
             "tokens": progress.tokens,
             "vocab_size": run.engine.module.config.vocab_size,
+            "masks_padding": masks_padding(run.engine.module.config),
             "tokenizer": tokenizer_fingerprint(run.data.tokenizer),
             "corpus": run.data.corpus,
             "recent_losses": progress.recent_losses,

@@ -20,7 +20,7 @@ from .families.registry import OURS
 from .family_settings import family_errors, without_carried_state
 from .public import config_without_credentials
 from .section import docstring_of
-from .task_settings import task_errors, with_family_error, with_whole_examples
+from .task_settings import task_errors, with_family_error, with_prepared_tokenizer, with_whole_examples
 
 # Settings that may change on resume, because they do not affect the losses. Those of DECIDE_DROPOUT affect
 # them only with dropout (`free_on_resume`).
@@ -216,7 +216,7 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
         errors["run.change"] = "; ".join(refused)
     if errors:
         raise UserError.from_list(errors.items())
-    recipe = with_whole_examples(Recipe(**sections))
+    recipe = with_prepared_tokenizer(with_whole_examples(Recipe(**sections)))
     if errors := {**family_errors(recipe), **task_errors(recipe)}:
         raise UserError.from_list(errors.items())
     return without_carried_state(recipe)

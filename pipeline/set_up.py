@@ -173,7 +173,8 @@ def _open(
     vocab_size = folder.manifest.get("vocab_size") or model_vocab_size(tokenizer)
     fields, family = recipe.resolved_model_fields(), recipe.model.family
     fields |= classifier_fields(recipe.data.corpus, recipe.data.task)
-    config = model_config(fields, tokenizer, vocab_size, family)
+    mask = folder.checkpoint is None or folder.manifest.get("masks_padding", False)
+    config = model_config(fields, tokenizer, vocab_size, family, mask)
     local_readers = layout.readers(recipe.batch.readers)
     num_layers = getattr(config, "num_hidden_layers", 0)  # of a carried state
     readers = _load_readers(folder, local_readers, num_layers, device)
