@@ -18,15 +18,15 @@ from .files import (
     is_damage_error,
     open_decompressed,
 )
+from .row_filter import EVERY_ROW, RowRules
 from .sources import (
     Document,
     Position,
     damaged_file_error,
     decode_document,
-    group_value,
     is_text,
     missing_join_column_error,
-    missing_text_error,
+    row_document,
     skip_or_raise,
 )
 
@@ -39,15 +39,14 @@ class _RowFiles:
     text_field: str
     skip_broken: bool = False
     group_field: str | None = None
+    rules: RowRules = EVERY_ROW
 
     @property
     def num_shards(self) -> int:
         return len(self.paths)
 
     def _document(self, row: Any, name: str, index: int) -> Document:
-        if isinstance(row, dict) and is_text(row.get(self.text_field)):
-            return Document(row[self.text_field], name, index, group=group_value(row, self.group_field, name))
-        return skip_or_raise(self.skip_broken, missing_text_error(row, self.text_field, name), name, index)
+        return row_document(row, name, index, self.text_field, self.group_field, self.rules, self.skip_broken)
 
     def _damaged_document(self, path: Path, error: Exception, index: int, problem: str) -> Document:
         """The document for content that cannot be read.
@@ -134,11 +133,8 @@ class Csv(_RowFiles):
                     yield document
 
     def _check_header(self, header: list[str], path: Path) -> None:
-        if header and self.text_field not in header:
-            raise missing_column_error(self.text_field, header, path)
-        if header and self.group_field is not None and self.group_field not in header:
-            raise missing_join_column_error(self.group_field, header, str(path))
-        check_unique(header, self.text_field, self.group_field, path)
+        if header:
+            check_columns(header, self.text_field, self.group_field, self.rules, path)
 
     def _row(self, header: list[str], cells: list[str], name: str, index: int) -> Document:
         if len(cells) != len(header):
@@ -151,8 +147,10 @@ class Csv(_RowFiles):
                 self.skip_broken, UserError("data.corpus", f"{problem}, or {advice}"), name, index
             )
         row: dict[str, Any] = dict(zip(header, cells, strict=True))
-        if not is_text(row[self.text_field]):  # bytes that are not UTF-8 were read as surrogates
-            row[self.text_field] = row[self.text_field].encode(errors="surrogateescape")
+        for name_of_field in self.rules.fields(self.text_field):
+            value = row[name_of_field]
+            if not is_text(value):  # bytes that are not UTF-8 were read as surrogates
+                row[name_of_field] = value.encode(errors="surrogateescape")
         return self._document(row, name, index)
 
     def hint(self) -> None:
@@ -163,6 +161,22 @@ def _text_of(file: io.BufferedReader) -> io.TextIOWrapper:
     return io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
+def check_columns(
+    columns: list[str], text_field: str, group_field: str | None, rules: RowRules, path: Path
+) -> None:
+    """Check that a file has the columns to read, each once.
+
+    Raises:
+        UserError: a column is missing or there are several of its name.
+    """
+    if rules.template is None and text_field not in columns:
+        raise missing_column_error(text_field, columns, path)
+    if group_field is not None and group_field not in columns:
+        raise missing_join_column_error(group_field, columns, str(path))
+    rules.check_columns(columns, str(path))
+    check_unique(columns, rules.fields(text_field), group_field, path)
+
+
 def missing_column_error(column: str, columns: list[str], path: Path) -> UserError:
     """The error for a file without the text column."""
     return UserError(
@@ -170,13 +184,14 @@ def missing_column_error(column: str, columns: list[str], path: Path) -> UserErr
     )
 
 
-def check_unique(columns: list[str], text_field: str, group_field: str | None, path: Path) -> None:
+def check_unique(columns: list[str], fields: list[str], group_field: str | None, path: Path) -> None:
     """Check that no column to be read has a duplicate name.
 
     Raises:
         UserError: there are several columns of that name.
     """
-    for key, column in (("data.text_field", text_field), ("data.join", group_field)):
+    keys = [*(("data.text_field", field) for field in fields), ("data.join", group_field)]
+    for key, column in keys:
         if columns.count(column or "") > 1:
             raise UserError(
                 key,
@@ -194,21 +209,24 @@ class Parquet(_RowFiles):
 
         path = self.paths[shard]
         with convert_read_errors(path):
-            path.open("rb").close()  # raises the system's own error, if any
+            source: Any = path
+            if isinstance(path, Path):
+                path.open("rb").close()  # raises the system's own error, if any
+            else:
+                source = path.open_exact()
             try:
-                file = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
+                # pre_buffer joins neighbouring column chunks into one read
+                file = pyarrow.parquet.ParquetFile(
+                    source, page_checksum_verification=True, pre_buffer=source is not path
+                )
             except (OSError, pyarrow.ArrowInvalid) as error:
                 document = self._damaged_document(path, error, 0, "is not a parquet file, or not a whole one")
                 if start.index == 0:
                     yield document
                 return
             with file:
-                names = file.schema_arrow.names
-                if self.text_field not in names:
-                    raise missing_column_error(self.text_field, names, path)
-                if self.group_field is not None and self.group_field not in names:
-                    raise missing_join_column_error(self.group_field, names, str(path))
-                check_unique(names, self.text_field, self.group_field, path)
+                columns = file.schema_arrow.names
+                check_columns(columns, self.text_field, self.group_field, self.rules, path)
                 first = 0
                 for group in range(file.num_row_groups):
                     end = first + file.metadata.row_group(group).num_rows
@@ -219,7 +237,8 @@ class Parquet(_RowFiles):
     def _row_group(self, file: Any, group: int, rows: range, start: int, path: Path) -> Iterator[Document]:
         import pyarrow
 
-        names = [self.text_field] if self.group_field is None else [self.text_field, self.group_field]
+        fields = self.rules.fields(self.text_field)
+        names = fields if self.group_field in (None, *fields) else [*fields, self.group_field]
         try:
             table = file.read_row_group(group, columns=names)
             if len(table) != len(rows):
