@@ -4,8 +4,10 @@ from .corpus import CorpusSpec, DocumentStream, open_source
 from .fingerprint import check_corpus, corpus_fingerprint
 from .loader import Batch, ChunkLoader
 from .lra import LabelledBatch, LabelledData, LabelledSet, LabelledTask, cache_folder, open_data
+from .outages import RetryPolicy
 from .prompts import TextStream, prompt_batch, prompt_tokens, read_prompt
 from .reader import IGNORE_INDEX, Chunk, DocumentReader, ReaderSpec, WindowReader, corpus_tokens
+from .row_filter import RowRules
 from .synthetic import Task, TaskValidation
 from .tasks import build_task, is_labelled, is_task, run_tokenizer
 from .tokenizer import BYTES, Encoder, byte_tokenizer, load_tokenizer, model_vocab_size, tokenizer_fingerprint
@@ -26,6 +28,8 @@ __all__ = [
     "LabelledSet",
     "LabelledTask",
     "ReaderSpec",
+    "RetryPolicy",
+    "RowRules",
     "Task",
     "TaskValidation",
     "TextStream",

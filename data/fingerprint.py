@@ -12,8 +12,9 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from ..common.errors import UserError
-from .corpus import PYTHON_STDLIB, CorpusSpec, local_files
+from .corpus import PYTHON_STDLIB, CorpusSpec, corpus_files
 from .files import convert_read_errors, file_kind
+from .remote import RemotePath
 
 MAX_HASHED_FILES = 256
 BLOCK_BYTES = 4096
@@ -111,7 +112,7 @@ def _keeps_document_order(
 
 def _sizes(spec: CorpusSpec) -> dict[str, tuple[Path, int]]:
     """Path and size of each file, keyed by its path relative to the corpus's folder."""
-    files, root = local_files(spec.corpus, spec.excluded)
+    files, root = corpus_files(spec)
     with convert_read_errors(spec.corpus):
         return {path.relative_to(root).as_posix(): (path, path.stat().st_size) for path in files}
 
@@ -125,8 +126,11 @@ def _names_and_sizes(sizes: dict[str, tuple[Path, int]], last: str) -> str:
     )
 
 
-def _blocks(path: Path, size: int) -> str:
-    """A hash of the first, middle and last block of a file's first `size` bytes."""
+def _blocks(path: Path | RemotePath, size: int) -> str:
+    """A hash of the first, middle and last block of a file's first `size` bytes; of a remote file, its
+    version if the server gives one."""
+    if isinstance(path, RemotePath) and (version := path.info.version) is not None:
+        return _hash(version)
     blocks = []
     with convert_read_errors(path), path.open("rb") as file:
         for start in (0, size // 2, max(size - BLOCK_BYTES, 0)):

@@ -157,7 +157,7 @@ class DocumentReader:
         self.lanes = [Lane() for _ in range(spec.lanes)]
         if state is None:
             self.window, self.number = self.stream.window(WindowAddress()), 0
-            self.num_skipped = self.window.num_skipped
+            self.num_skipped, self.num_filtered = self.window.num_skipped, self.window.num_filtered
             self._check_size(spec.corpus.corpus, spec.num_readers)
         else:
             self._restore(state)
@@ -177,6 +177,11 @@ class DocumentReader:
         share = (
             f"reader {self.reader}'s share (1 of {num_readers}) of {corpus}" if num_readers > 1 else corpus
         )
+        if not documents and self.num_filtered:
+            raise UserError(
+                "data.filter",
+                f"leaves nothing of {share}: none of {self.num_filtered:,} documents passes; widen it",
+            )
         if not documents:
             raise UserError(
                 "data.corpus",
@@ -226,6 +231,7 @@ class DocumentReader:
                 lane.offset = saved["offset"]
         self.window, self.number = find(state["window"]), state["number"]
         self.num_skipped = state["num_skipped"]
+        self.num_filtered = state.get("num_filtered", 0)  # older checkpoints have none
 
     def _start(self, lane: Lane, window: Window, number: int) -> None:
         if number >= len(window.documents):
@@ -244,6 +250,7 @@ class DocumentReader:
         while self.number == len(self.window.documents):
             self.window, self.number = self.stream.window(self.window.next_address), 0
             self.num_skipped += self.window.num_skipped
+            self.num_filtered += self.window.num_filtered
             if self.window.address.epoch > epoch + 1:  # a whole epoch without a document: there are none
                 corpus = self.stream.spec.corpus
                 raise UserError(
@@ -260,6 +267,7 @@ class DocumentReader:
             "window": asdict(self.window.address),
             "number": self.number,
             "num_skipped": self.num_skipped,
+            "num_filtered": self.num_filtered,
             "lanes": lanes,
         }
 

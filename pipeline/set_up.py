@@ -292,6 +292,8 @@ def corpus_spec(recipe: Recipe) -> CorpusSpec:
         held_out=0.0 if data.validation is not None else data.validation_fraction,
         join=data.join,
         excluded=_output_paths(recipe),
+        rules=data.rules(),
+        network=data.network(),
     )
 
 
