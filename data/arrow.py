@@ -56,6 +56,9 @@ class SavedDataset:
                     "data.split", f"{self.folder} has no split {self.split!r}; it has {known} ({advice})"
                 )
             saved = saved[self.split]
+        elif self.split not in ("train", str(saved.split)):
+            message = f"{self.folder} is one dataset without splits, so it has no {self.split!r}"
+            raise UserError("data.split", f"{message}; leave data.split out")
         self._files = max(len(saved.cache_files), 1)
         check_columns(saved.column_names, self.text_field, self.group_field, self.rules, self.folder)
         fields = self.rules.fields(self.text_field)

@@ -21,7 +21,7 @@ from ..common.errors import UserError
 from .files import convert_read_errors
 
 PYTHON_PACKAGES = "python-packages"
-HELD_OUT = 0.05  # of the packages; a few at least, since one is no sample
+HELD_OUT, MIN_HELD_OUT = 0.05, 3  # of the packages, and at least so many, since one is no sample
 EXCLUDED = {
     *("test", "tests", "testing", "testdata", "__pycache__", "node_modules"),
     *(
@@ -63,7 +63,7 @@ def held_out_packages(packages: set[str]) -> set[str]:
 
     A name's hash does not depend on the other packages, so an installation moves few packages.
     """
-    count = max(round(len(packages) * HELD_OUT), 1) if len(packages) > 1 else 0
+    count = max(round(len(packages) * HELD_OUT), min(MIN_HELD_OUT, len(packages) // 2))
     by_hash = sorted(packages, key=lambda name: hashlib.blake2b(name.encode(), digest_size=8).digest())
     return set(by_hash[:count])
 
