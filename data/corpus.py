@@ -23,6 +23,7 @@ import numpy as np
 from ..common.errors import UserError
 from .arrow import SavedDataset, is_saved_dataset
 from .files import COMPRESSED, ROWS, Kind, binary_file_error, convert_read_errors, file_kind
+from .hub_network import check_dataset_name
 from .joined import join_documents
 from .outages import DEFAULT_POLICY, RetryPolicy
 from .packages import PYTHON_PACKAGES, package_files
@@ -204,6 +205,7 @@ def _open_unjoined(spec: CorpusSpec, part: Split) -> Source:
                 "data.corpus",
                 f"there is no file, folder or match for {spec.corpus} (looked from {Path.cwd()})",
             )
+        check_dataset_name(spec.corpus, spec.network)
         return HubDataset(
             spec.corpus,
             spec.subset,
@@ -213,6 +215,7 @@ def _open_unjoined(spec: CorpusSpec, part: Split) -> Source:
             spec.skip_broken,
             spec.join,
             spec.rules,
+            spec.network,
         )
     with convert_read_errors(spec.corpus):
         if all(path.stat().st_size == 0 for path in files):

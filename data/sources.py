@@ -25,6 +25,8 @@ from .files import (
     is_damage_error,
     open_decompressed,
 )
+from .hub_network import retried_rows, retry_outages, set_up_hub
+from .outages import DEFAULT_POLICY, RemoteError, RetryPolicy
 from .row_filter import EVERY_ROW, RowRules
 
 
@@ -248,15 +250,20 @@ class HubDataset:
     skip_broken: bool = False
     group_field: str | None = None
     rules: RowRules = EVERY_ROW
+    network: RetryPolicy = DEFAULT_POLICY
     _reading: Any = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         from datasets import load_dataset
 
+        set_up_hub(self.network.timeout)
+        arguments = {"split": self.split, "revision": self.revision, "streaming": True}
         try:
-            self._dataset = load_dataset(
-                self.path, self.subset, split=self.split, revision=self.revision, streaming=True
+            self._dataset: Any = retry_outages(
+                lambda: load_dataset(self.path, self.subset, **arguments), self.path, self.network
             )
+        except RemoteError as error:
+            raise UserError("data.corpus", str(error)) from error
         except Exception as error:  # datasets, the hub client and the file system each raise their own
             raise UserError(
                 "data.corpus", f"cannot open the dataset {self.path!r} ({type(error).__name__}: {error})"
@@ -273,7 +280,7 @@ class HubDataset:
             self._reading.load_state_dict(start.hint)
             index = start.index
         with convert_read_errors(f"{self.path}[{shard}]"):
-            for row in self._reading:
+            for row in retried_rows(self._reading, f"{self.path}[{shard}]", self.network):
                 if index >= start.index:
                     name = f"{self.path}[{shard}][{index}]"
                     yield row_document(

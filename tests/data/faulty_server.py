@@ -48,7 +48,7 @@ class Handler(BaseHTTPRequestHandler):
         self.served = served
         super().__init__(*args)
 
-    def log_message(self, *args) -> None:
+    def log_message(self, format, *args) -> None:
         pass
 
     def do_GET(self) -> None:
