@@ -1,19 +1,19 @@
 """Datasets that `datasets` saved with `save_to_disk`: Arrow files, memory-mapped, each row a document."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ..common.errors import UserError, one_line_message
 from ..common.names import did_you_mean, nearest_names
 from .files import convert_read_errors
 from .row_filter import EVERY_ROW, RowRules
-from .rows import check_columns
-from .sources import Document, Position, row_document
+from .rows import STREAM_BYTES, check_columns
+from .sources import Document, Part, Position, row_document
 
 DATASET, DATASET_DICT = "state.json", "dataset_dict.json"  # the files that tell such a folder
-BATCH_ROWS = 64
+BATCH_ROWS, PART_ROWS = 64, 256
 
 
 def is_saved_dataset(folder: Path) -> bool:
@@ -37,6 +37,7 @@ class SavedDataset:
     skip_broken: bool = False
     group_field: str | None = None
     rules: RowRules = EVERY_ROW
+    skips_unread: ClassVar[bool] = True
     _dataset: Any = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -59,6 +60,7 @@ class SavedDataset:
         elif self.split not in ("train", str(saved.split)):
             message = f"{self.folder} is one dataset without splits, so it has no {self.split!r}"
             raise UserError("data.split", f"{message}; leave data.split out")
+        self._size = saved.data.nbytes
         self._files = max(len(saved.cache_files), 1)
         check_columns(saved.column_names, self.text_field, self.group_field, self.rules, self.folder)
         fields = self.rules.fields(self.text_field)
@@ -74,14 +76,28 @@ class SavedDataset:
         size = len(self._dataset)
         return range(shard * size // self._files, (shard + 1) * size // self._files)
 
+    @property
+    def is_stream(self) -> bool:
+        """Whether reading all of it takes long."""
+        return self._size >= STREAM_BYTES
+
+    def cuts(self, shard: int) -> Sequence[int]:
+        rows = len(self.rows(shard))
+        return [*range(0, rows, PART_ROWS), rows] if rows else (0, 0)
+
     def read(self, shard: int, start: Position) -> Iterator[Document]:
-        rows = self.rows(shard)
+        return self.read_part(Part(shard), start)
+
+    def read_part(self, part: Part, start: Position) -> Iterator[Document]:
+        rows = self.rows(part.shard)
+        begin, end = part.within or (0, len(rows))
+        wanted = list(filter(part.has, range(max(begin, start.index), end)))
         with convert_read_errors(self.folder):
-            for first in range(rows.start + start.index, rows.stop, BATCH_ROWS):
-                table = self._dataset[first : min(first + BATCH_ROWS, rows.stop)]
-                for offset, row in enumerate(table_rows(table)):
-                    index = first + offset - rows.start
-                    name = f"{self.folder}[{first + offset}]"
+            for number in range(0, len(wanted), BATCH_ROWS):
+                indices = wanted[number : number + BATCH_ROWS]
+                table = self._dataset[[rows.start + index for index in indices]]
+                for index, row in zip(indices, table_rows(table), strict=True):
+                    name = f"{self.folder}[{rows.start + index}]"
                     yield row_document(
                         row, name, index, self.text_field, self.group_field, self.rules, self.skip_broken
                     )

@@ -1,7 +1,8 @@
 """Corpora: the source behind a corpus name, each reader's share of it, and the order of the documents.
 
-    corpus name -> Source -> share of a reader
-      -> windows of W documents, each permuted by (seed, epoch, window) -> documents
+    corpus name -> Source -> parts for training or validation (hold_out.py) -> parts of a reader (parts.py)
+      -> permuted by (seed, epoch, reader)
+      -> windows of W documents, each permuted by (seed, epoch, reader, window) -> documents
 
 A window is the unit of position. Its address (epoch, number, shard, index, hint) is known before it is read,
 and its k-th document is always the same. So a few numbers identify a document, and finding it again reads at
@@ -9,7 +10,6 @@ most W documents.
 """
 
 import functools
-import hashlib
 import os
 import re
 import sysconfig
@@ -23,15 +23,19 @@ import numpy as np
 from ..common.errors import UserError
 from .arrow import SavedDataset, is_saved_dataset
 from .files import COMPRESSED, ROWS, Kind, binary_file_error, convert_read_errors, file_kind
+from .hold_out import HoldOut, held_out_parts, is_held_out
+from .hub import HubDataset
 from .hub_network import check_dataset_name
 from .joined import join_documents
 from .outages import DEFAULT_POLICY, RetryPolicy
 from .packages import PYTHON_PACKAGES, package_files
+from .parquet import Parquet
+from .parts import Shares, divide
 from .remote import is_url, remote_files
 from .row_filter import EVERY_ROW, RowRules
-from .rows import Csv, JsonLines, Parquet
+from .rows import Csv, JsonLines
 from .servers import shown_url
-from .sources import Document, HubDataset, Position, Source, TextFiles
+from .sources import Document, Part, Position, Source, TextFiles
 
 PYTHON_STDLIB = "python-stdlib"
 FILE_SUFFIXES = (".txt", ".md", ".py", ".json", *COMPRESSED, *ROWS)  # names with these are not hub ids
@@ -55,9 +59,7 @@ class CorpusSpec:
     text_field: str = "text"
     skip_broken: bool = False
     held_out: float = 0.0
-    """Fraction of documents for validation, chosen by a hash of their text (python-stdlib holds out modules
-    instead).
-    """
+    """Fraction of the corpus for validation (python-stdlib holds out modules instead)."""
     join: str | None = None
     excluded: tuple[str, ...] = ()
     """Files and folders that a run writes (absolute, links resolved): left out where a folder or glob
@@ -65,6 +67,8 @@ class CorpusSpec:
 
     A corpus that is named by a path within such a folder is still read.
     """
+    hold_out: HoldOut = "auto"
+    """How the fraction is chosen (hold_out.py)."""
     rules: RowRules = EVERY_ROW
     """How a row becomes a text, and which rows are left out."""
     network: RetryPolicy = DEFAULT_POLICY
@@ -242,15 +246,6 @@ def _text_files(files: list[Path], root: Path, spec: CorpusSpec) -> TextFiles:
     return TextFiles(files, root, spec.skip_broken, spec.rules)
 
 
-def is_held_out(text: str, fraction: float) -> bool:
-    """Whether a document is for validation.
-
-    Depends on its text alone, so copies of a document are treated alike.
-    """
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < fraction * 2**64
-
-
 @dataclass(frozen=True)
 class WindowAddress:
     """Where a window begins."""
@@ -258,7 +253,7 @@ class WindowAddress:
     epoch: int = 0
     number: int = 0
     shard: int = 0
-    """Index among the reader's own shards, from 0."""
+    """Place of the shard in the reader's order of the epoch, from 0."""
     index: int = 0
     hint: Any = None
 
@@ -274,16 +269,33 @@ class Window:
     num_filtered: int = 0
 
 
+def open_shares(spec: CorpusSpec, part: Split, num_readers: int) -> tuple[Shares, bool]:
+    """What each reader reads of a part of a corpus, and whether its documents are those that `is_held_out`
+    chooses.
+
+    Raises:
+        UserError: as `open_source`; `spec.hold_out` does not apply.
+    """
+    source = open_source(spec, part)
+    parts = None
+    # these two are split by file
+    is_split = part == "all" or spec.corpus in (PYTHON_STDLIB, PYTHON_PACKAGES)
+    if not is_split and (split := held_out_parts(source, spec.held_out, spec.hold_out)) is not None:
+        parts = split[part == "validation"]
+    shares = divide(
+        source, list(map(Part, range(source.num_shards))) if parts is None else parts, num_readers
+    )
+    return shares, not is_split and parts is None
+
+
 class DocumentStream:
     """A reader's share of a corpus as an endless stream of windows.
 
     Args:
         spec, part: the corpus and the part of it to read.
-        reader, num_readers: if the number of shards is a multiple of num_readers, this reader owns the shards
-            `reader`, `reader + num_readers`, ...; otherwise it reads all shards and keeps every
-            num_readers-th document.
+        reader, num_readers: which share of it (parts.py).
         window: documents per window.
-        seed: of the permutations; None keeps the order of the corpus.
+        seed: of the permutations of shards and documents; None keeps the order of the corpus.
     """
 
     def __init__(
@@ -291,66 +303,61 @@ class DocumentStream:
     ):
         self.spec, self.part, self.reader, self.num_readers = spec, part, reader, num_readers
         self.size, self.seed = window, seed
-        self.source = open_source(spec, part)
-        self.owns_shards = self.source.num_shards % num_readers == 0
-        self.shards = (
-            range(reader, self.source.num_shards, num_readers)
-            if self.owns_shards
-            else range(self.source.num_shards)
-        )
+        self.shares, self._by_hash = open_shares(spec, part, num_readers)
         self._documents: Iterator[Document] | None = None
         self._next: WindowAddress | None = None
 
     def window(self, address: WindowAddress) -> Window:
         """Read a window. The window after the previous one is read without seeking."""
         if address != self._next or self._documents is None:
-            self._documents = self._read(address.shard, Position(address.index, address.hint))
+            self._order = self._shards(address.epoch)
             self._shard, self._index = address.shard, address.index
+            self._documents = self._read(Position(address.index, address.hint))
         documents: list[Document] = []
         num_skipped = num_filtered = 0
         while len(documents) < self.size:
             document = next(self._documents, None)
             if document is None:
-                self._shard += 1
-                if self._shard == len(self.shards):
+                self._shard, self._index = self._shard + 1, 0
+                if self._shard >= len(self._order):
                     break
-                self._documents, self._index = self._read(self._shard, Position()), 0
+                self._documents = self._read(Position())
                 continue
             self._index = document.index + 1
-            global_index = self.shards[self._shard] + document.index
-            if not self.owns_shards and global_index % self.num_readers != self.reader:
-                continue
             num_skipped += document.num_skipped
             num_filtered += document.num_filtered
             if document.text is not None and self._is_in_part(document.text):
                 documents.append(document)
-        if self._shard == len(self.shards):
-            next_address = WindowAddress(address.epoch + 1)
+        if self._shard >= len(self._order):
+            next_address, self._next = WindowAddress(address.epoch + 1), None
         else:
-            next_address = replace(
+            next_address = self._next = replace(
                 address,
                 number=address.number + 1,
                 shard=self._shard,
                 index=self._index,
-                hint=self.source.hint(),
+                hint=self.shares.hint(),
             )
-        # an epoch begins with a fresh iterator
-        self._next = next_address if self._shard < len(self.shards) else None
         if self.seed is not None:
             generator = np.random.default_rng([self.seed, self.reader, address.epoch, address.number])
             documents = [documents[i] for i in generator.permutation(len(documents))]
         return Window(address, documents, next_address, num_skipped, num_filtered)
 
-    def _read(self, shard: int, position: Position) -> Iterator[Document]:
-        yield from self.source.read(self.shards[shard], position)
+    def _shards(self, epoch: int) -> list[Part]:
+        """The reader's parts in the order in which they are read in an epoch."""
+        parts = self.shares.owned[self.reader]
+        if self.seed is None:
+            return parts
+        # five words: the generators of windows have four
+        generator = np.random.default_rng([self.seed, self.reader, epoch, 0, 1])
+        return [parts[i] for i in generator.permutation(len(parts))]
+
+    def _read(self, position: Position) -> Iterator[Document]:
+        if self._shard < len(self._order):  # a reader may own nothing
+            yield from self.shares.read(self._order[self._shard], position)
 
     def _is_in_part(self, text: str) -> bool:
-        if self.part == "all" or self.spec.corpus in (
-            PYTHON_STDLIB,
-            PYTHON_PACKAGES,
-        ):  # chosen by file already
-            return True
-        return is_held_out(text, self.spec.held_out) == (self.part == "validation")
+        return not self._by_hash or is_held_out(text, self.spec.held_out) == (self.part == "validation")
 
     def one_epoch(self) -> Iterator[Document]:
         """Every document once."""

@@ -18,6 +18,7 @@ from pathlib import Path, PurePath
 from typing import Any, Literal, cast
 
 from ..common.errors import StorageError, UserError, one_line_message
+from .remote import RemotePath
 
 Kind = Literal["text", "jsonl", "csv", "parquet", "binary"]
 
@@ -53,6 +54,11 @@ SIGNATURES = {
     b"\xff\xfe": "UTF-16; convert it to UTF-8",
     b"\xfe\xff": "UTF-16; convert it to UTF-8",
 }
+
+
+def open_binary(path: Path) -> Any:
+    """Open a file for reading bytes here and there. Of a remote file, nothing is read ahead."""
+    return path.open_exact() if isinstance(path, RemotePath) else path.open("rb")
 
 
 def compression(path: Path) -> Literal["gzip", "zstd"] | None:

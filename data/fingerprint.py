@@ -126,7 +126,7 @@ def _names_and_sizes(sizes: dict[str, tuple[Path, int]], last: str) -> str:
     )
 
 
-def _blocks(path: Path | RemotePath, size: int) -> str:
+def _blocks(path: Path, size: int) -> str:
     """A hash of the first, middle and last block of a file's first `size` bytes; of a remote file, its
     version if the server gives one."""
     if isinstance(path, RemotePath) and (version := path.info.version) is not None:

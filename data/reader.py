@@ -212,7 +212,10 @@ class DocumentReader:
         for lane, saved in zip(self.lanes, state["lanes"], strict=True):
             if saved is not None:
                 self._start(lane, find(saved["window"]), saved["number"])
-                if (lane.name, len(lane.tokens)) != (saved["name"], saved["length"]):
+                digest = saved.get("digest")  # older checkpoints have none
+                # the name may differ: a corpus can move
+                name = lane.name if digest == lane.digest else saved["name"]
+                if (lane.name, len(lane.tokens)) != (name, saved["length"]):
                     was, now = (
                         f"{saved['name']} of {saved['length']} tokens",
                         f"{lane.name} of {len(lane.tokens)}",
@@ -222,7 +225,7 @@ class DocumentReader:
                         f"has changed: where {was} was being read there is {now}; "
                         "a run can resume only with the corpus it began with",
                     )
-                if lane.digest != saved.get("digest", lane.digest):  # older checkpoints have no digest
+                if digest is not None and lane.digest != digest:
                     raise UserError(
                         "data.corpus",
                         f"has changed: {lane.name}, which was being read, has other text; "

@@ -12,9 +12,9 @@ import functools
 import io
 import re
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 from .outages import RemoteError, RetryPolicy
 from .servers import HTTP, Info, Server, server, shown_url
@@ -97,6 +97,13 @@ class RemotePath:
     def open_exact(self) -> "RemoteFile":
         """Open for reading ranges here and there: nothing is read ahead."""
         return RemoteFile(self, reads_ahead=False)
+
+
+def path_of(name: str, policy: RetryPolicy) -> Path:
+    """A local path, or a remote one for a URL. A RemotePath has the methods of Path that sources use."""
+    if not is_url(name):
+        return Path(name)
+    return cast(Path, RemotePath(name, server(name.partition("://")[0].lower(), policy)))
 
 
 class RemoteFile(io.RawIOBase):

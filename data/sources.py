@@ -3,17 +3,17 @@
 A source has shards; a shard is an ordered sequence of documents, readable from any position.
 
     source.read(shard, start) -> Iterator[Document]       start = the `Position` of the first document
+    source.read_part(part, start) -> Iterator[Document]   a `Part` of a shard, without reading the rest of it
 
 The order never depends on the file system: paths are sorted. A position is the index of a document within its
 shard and an optional hint that makes finding it faster (a byte offset, the state of a streamed dataset). Both
-are JSON.
+are JSON. parts.py divides the shards of a source among readers.
 """
 
-import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from ..common.errors import UserError, one_line_message
 from ..common.names import did_you_mean, nearest_names
@@ -25,8 +25,6 @@ from .files import (
     is_damage_error,
     open_decompressed,
 )
-from .hub_network import retried_rows, retry_outages, set_up_hub
-from .outages import DEFAULT_POLICY, RemoteError, RetryPolicy
 from .row_filter import EVERY_ROW, RowRules
 
 
@@ -56,6 +54,22 @@ class Document:
     """The row's value in the column that rows are joined by (joined.py), if there is one."""
 
 
+@dataclass(frozen=True)
+class Part:
+    """A part of a shard; by default the whole shard."""
+
+    shard: int
+    within: tuple[int, int] | None = None
+    """Where the part begins and ends: two of the shard's `cuts`. None: the whole shard."""
+    first: int = 0
+    step: int = 1
+    """Of these documents, those whose index has the remainder `first` when divided by `step`."""
+
+    def has(self, index: int) -> bool:
+        """Whether the document with this index belongs to the part, as far as `first` and `step` say."""
+        return index % self.step == self.first
+
+
 class Source(Protocol):
     """Documents in shards, in a fixed order."""
 
@@ -70,6 +84,26 @@ class Source(Protocol):
 
     def hint(self) -> Any:
         """The hint for the document that the latest `read` would yield next."""
+        ...
+
+
+@runtime_checkable
+class DivisibleSource(Protocol):
+    """A source that can read parts of its shards; any other source is divided by reading whole shards."""
+
+    skips_unread: bool
+    """Whether documents are left out (`Part.step`) without reading them."""
+
+    def cuts(self, shard: int) -> Sequence[int]:
+        """Where a shard can be cut, increasing, from its beginning to its end (at least those two)."""
+        ...
+
+    def read_part(self, part: Part, start: Position) -> Iterator[Document]:
+        """Documents of a part from `start` on.
+
+        An index counts the documents of the whole shard, or those of the part if the number of documents
+        before it is unknown.
+        """
         ...
 
 
@@ -137,7 +171,7 @@ def missing_text_error(row: Any, text_field: str, name: str) -> UserError:
     return UserError("data.corpus", f"{name} holds {problem} in field {text_field!r} instead of text; {skip}")
 
 
-def damaged_file_error(path: Path, error: Exception, problem: str = "is damaged") -> UserError:
+def damaged_file_error(path: Path | str, error: Exception, problem: str = "is damaged") -> UserError:
     """The error for a file whose content is damaged; `problem` says where ("is damaged in row group 3")."""
     advice = "fetch it again, or set data.skip_broken to leave the damaged part out"
     return UserError("data.corpus", f"{path} {problem} ({one_line_message(error)}); {advice}")
@@ -196,20 +230,28 @@ def row_document(
 
 @dataclass
 class TextFiles:
-    """Text files: each file is a document; one shard."""
+    """Text files: each file is a document; one shard, which can be cut between files."""
 
     paths: list[Path]
     root: Path
     skip_broken: bool = False
     rules: RowRules = EVERY_ROW
     num_shards: int = field(default=1, init=False)
+    skips_unread: ClassVar[bool] = True
 
     def relative(self, path: Path) -> Path:
         """A file's path relative to the root, as messages show it."""
         return path.relative_to(self.root) if path.is_relative_to(self.root) else path
 
+    def cuts(self, shard: int) -> range:
+        return range(len(self.paths) + 1)
+
     def read(self, shard: int, start: Position) -> Iterator[Document]:
-        for index in range(start.index, len(self.paths)):
+        return self.read_part(Part(shard), start)
+
+    def read_part(self, part: Part, start: Position) -> Iterator[Document]:
+        begin, end = part.within or (0, len(self.paths))
+        for index in filter(part.has, range(max(begin, start.index), end)):
             path = self.paths[index]
             name = str(self.relative(path))
             with convert_read_errors(path):
@@ -232,61 +274,3 @@ class TextFiles:
 
     def hint(self) -> None:
         return None
-
-
-@dataclass
-class HubDataset:
-    """A dataset of the Hugging Face hub, or a local folder in its layout, streamed with `datasets`.
-
-    Its shards are the dataset's, its documents the rows. The hint is the state of the streamed dataset, so
-    resuming does not read a shard from its beginning.
-    """
-
-    path: str
-    subset: str | None
-    split: str
-    revision: str | None
-    text_field: str
-    skip_broken: bool = False
-    group_field: str | None = None
-    rules: RowRules = EVERY_ROW
-    network: RetryPolicy = DEFAULT_POLICY
-    _reading: Any = field(default=None, init=False)
-
-    def __post_init__(self) -> None:
-        from datasets import load_dataset
-
-        set_up_hub(self.network.timeout)
-        arguments = {"split": self.split, "revision": self.revision, "streaming": True}
-        try:
-            self._dataset: Any = retry_outages(
-                lambda: load_dataset(self.path, self.subset, **arguments), self.path, self.network
-            )
-        except RemoteError as error:
-            raise UserError("data.corpus", str(error)) from error
-        except Exception as error:  # datasets, the hub client and the file system each raise their own
-            raise UserError(
-                "data.corpus", f"cannot open the dataset {self.path!r} ({type(error).__name__}: {error})"
-            ) from error
-
-    @property
-    def num_shards(self) -> int:
-        return self._dataset.num_shards
-
-    def read(self, shard: int, start: Position) -> Iterator[Document]:
-        self._reading = self._dataset.shard(self.num_shards, shard)
-        index = 0
-        if start.hint is not None:
-            self._reading.load_state_dict(start.hint)
-            index = start.index
-        with convert_read_errors(f"{self.path}[{shard}]"):
-            for row in retried_rows(self._reading, f"{self.path}[{shard}]", self.network):
-                if index >= start.index:
-                    name = f"{self.path}[{shard}][{index}]"
-                    yield row_document(
-                        row, name, index, self.text_field, self.group_field, self.rules, self.skip_broken
-                    )
-                index += 1
-
-    def hint(self) -> Any:
-        return json.loads(json.dumps(self._reading.state_dict()))

@@ -5,50 +5,31 @@ from pathlib import Path
 
 import datasets
 import pytest
-from data_helpers import reading_error, some_texts, write_corpus
+from data_helpers import reading_error
 from faulty_server import serve
 
 from minrnn.data import CorpusSpec, RetryPolicy
 from minrnn.data.hub_network import retried_rows, retry_outages
 from minrnn.data.outages import RemoteError
-from minrnn.data.sources import HubDataset, Position
 
 FAST = RetryPolicy(retries=3, timeout=0.5, first_wait=0.001)
 
 
-class FailingReads:
-    """Makes the reads of local files of `datasets` fail at given times."""
-
-    def __init__(self, fail_at: set[int], error: Exception):
-        self.fail_at, self.error, self.count = fail_at, error, 0
-
-    def __call__(self) -> None:
-        self.count += 1
-        if self.count in self.fail_at:
-            raise self.error
-
-
 @pytest.mark.parametrize("error", [ConnectionError("reset"), TimeoutError()])
-def test_a_streamed_dataset_goes_on_at_the_row_that_failed(
-    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    texts = some_texts(60)
-    spec = write_corpus("hub", tmp_path / "hub", texts, num_shards=2)  # row groups of 3
-    from datasets.packaged_modules.parquet.parquet import Parquet
+def test_a_streamed_dataset_goes_on_at_the_row_that_failed(error: Exception):
+    fails_before = {0, 1, 7, 8, 30}
 
-    fail = FailingReads({2, 3, 7, 15}, error)
-    generate = Parquet._generate_tables
+    def rows(numbers: list[int]):
+        for number in numbers:
+            if number in fails_before:
+                fails_before.remove(number)
+                raise error
+            yield {"text": str(number)}
 
-    def failing(self, *args, **kwargs):
-        for item in generate(self, *args, **kwargs):
-            fail()
-            yield item
-
-    monkeypatch.setattr(Parquet, "_generate_tables", failing)
-    source = HubDataset(spec.corpus, None, "train", None, "text", network=FAST)
-    read = [document for shard in range(2) for document in source.read(shard, Position())]
-    assert [document.text for document in read] == texts
-    assert fail.count > 20
+    dataset = datasets.IterableDataset.from_generator(rows, gen_kwargs={"numbers": list(range(40))})
+    texts = [row["text"] for row in retried_rows(dataset, "name", FAST)]
+    assert texts == [str(number) for number in range(40)]
+    assert not fails_before
 
 
 def test_an_outage_that_lasts_is_an_error(tmp_path: Path):
