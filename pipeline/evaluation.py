@@ -60,8 +60,8 @@ def validation_sets(recipe: Recipe, corpus: CorpusSpec, encoder: Encoder, reader
         0.0,
         data.join,
         corpus.excluded,
-        corpus.rules,
-        corpus.network,
+        rules=corpus.rules,
+        network=corpus.network,
     )
     try:
         return _sets(recipe, spec, "all", encoder, readers)
