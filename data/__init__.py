@@ -5,9 +5,11 @@ from .fingerprint import check_corpus, check_same_text, corpus_fingerprint
 from .hub import resolve_commit
 from .loader import Batch, ChunkLoader
 from .lra import LabelledBatch, LabelledData, LabelledSet, LabelledTask, cache_folder, open_data
+from .outages import RetryPolicy
 from .prepared import PreparedCorpus, is_prepared, prepared_corpora, prepared_tokenizer
 from .prompts import TextStream, prompt_batch, prompt_tokens, read_prompt
 from .reader import IGNORE_INDEX, Chunk, DocumentReader, ReaderSpec, WindowReader, corpus_tokens
+from .row_filter import RowRules
 from .synthetic import Task, TaskValidation
 from .tasks import build_task, is_labelled, is_task, run_tokenizer
 from .tokenizer import (
@@ -40,6 +42,8 @@ __all__ = [
     "LabelledTask",
     "PreparedCorpus",
     "ReaderSpec",
+    "RetryPolicy",
+    "RowRules",
     "Task",
     "TaskValidation",
     "TextStream",

@@ -16,20 +16,27 @@ import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 
 from ..common.errors import UserError
-from .files import COMPRESSED, ROWS, Kind, binary_file_error, file_kind
+from .arrow import SavedDataset, is_saved_dataset
+from .files import COMPRESSED, ROWS, Kind, binary_file_error, convert_read_errors, file_kind
 from .hold_out import HoldOut, held_out_parts, is_held_out
 from .hub import HubDataset
+from .hub_network import check_dataset_name
 from .joined import join_documents
+from .outages import DEFAULT_POLICY, RetryPolicy
+from .packages import PYTHON_PACKAGES, package_files
 from .parquet import Parquet
 from .parts import Shares, divide
 from .prepared.manifest import is_prepared
 from .prepared.source import PreparedCorpus
+from .remote import is_url, remote_files
+from .row_filter import EVERY_ROW, RowRules
 from .rows import Csv, JsonLines
+from .servers import shown_url
 from .sources import Document, Part, Position, Source, TextFiles
 
 PYTHON_STDLIB = "python-stdlib"
@@ -64,6 +71,10 @@ class CorpusSpec:
     """
     hold_out: HoldOut = "auto"
     """How the fraction is chosen (hold_out.py)."""
+    rules: RowRules = EVERY_ROW
+    """How a row becomes a text, and which rows are left out."""
+    network: RetryPolicy = DEFAULT_POLICY
+    """How long an outage of a remote corpus is waited for."""
 
 
 def stdlib_files(part: Split) -> tuple[list[Path], Path]:
@@ -140,6 +151,22 @@ def _not_a_file_error(path: Path) -> UserError:
     return UserError("data.corpus", f"{path} is a pipe, socket or device, not a file; {advice}")
 
 
+def corpus_files(spec: CorpusSpec) -> tuple[list[Path], Path]:
+    """The files of a corpus that is made of files, sorted, and the folder they are in.
+
+    The list is empty if nothing matches. Remote files have the methods of Path that sources use.
+
+    Raises:
+        UserError: a remote corpus cannot be listed.
+    """
+    if spec.corpus == PYTHON_PACKAGES:
+        return package_files("all")
+    if is_url(spec.corpus):
+        with convert_read_errors(shown_url(spec.corpus)):
+            return cast(tuple[list[Path], Path], remote_files(spec.corpus, spec.network))
+    return local_files(spec.corpus, spec.excluded)
+
+
 def _common_kind(files: list[Path], spec: CorpusSpec) -> tuple[Kind, list[Path]]:
     """The kind that all files share, and the files to read.
 
@@ -199,8 +226,16 @@ def _looks_like_hub_id(corpus: str) -> bool:
 def _open_unjoined(spec: CorpusSpec, part: Split) -> Source:
     if spec.corpus == PYTHON_STDLIB:
         files, root = stdlib_files(part)
-        return TextFiles(files, root, spec.skip_broken)
-    files, root = local_files(spec.corpus, spec.excluded)
+        return _text_files(files, root, spec)
+    if spec.corpus == PYTHON_PACKAGES:
+        files, root = package_files(part)
+        return _text_files(files, root, spec)
+    folder = Path(os.path.expanduser(spec.corpus))
+    if is_saved_dataset(folder):
+        return SavedDataset(folder, spec.split, spec.text_field, spec.skip_broken, spec.join, spec.rules)
+    files, root = corpus_files(spec)
+    if not files and is_url(spec.corpus):
+        raise UserError("data.corpus", f"there is no file that matches {shown_url(spec.corpus)}")
     if not files:
         if os.path.isdir(os.path.expanduser(spec.corpus)):
             only = " but those of the run" if local_files(spec.corpus)[0] else ""
@@ -210,21 +245,47 @@ def _open_unjoined(spec: CorpusSpec, part: Split) -> Source:
                 "data.corpus",
                 f"there is no file, folder or match for {spec.corpus} (looked from {Path.cwd()})",
             )
+        check_dataset_name(spec.corpus, spec.network)
         return HubDataset(
-            spec.corpus, spec.subset, spec.split, spec.revision, spec.text_field, spec.skip_broken, spec.join
+            spec.corpus,
+            spec.subset,
+            spec.split,
+            spec.revision,
+            spec.text_field,
+            spec.skip_broken,
+            spec.join,
+            spec.rules,
+            spec.network,
         )
-    if all(path.stat().st_size == 0 for path in files):
-        raise UserError("data.corpus", f"{spec.corpus} is empty")
+    with convert_read_errors(spec.corpus):
+        if all(path.stat().st_size == 0 for path in files):
+            raise UserError("data.corpus", f"{spec.corpus} is empty")
     kind, files = _common_kind(files, spec)
     if kind == "text":
-        return TextFiles(files, root, spec.skip_broken)
+        return _text_files(files, root, spec)
     rows = {"jsonl": JsonLines, "csv": Csv, "parquet": Parquet}[kind]
-    return rows(files, spec.text_field, spec.skip_broken, spec.join)
+    return rows(files, spec.text_field, spec.skip_broken, spec.join, spec.rules)
+
+
+def _text_files(files: list[Path], root: Path, spec: CorpusSpec) -> TextFiles:
+    """The source of text files.
+
+    Raises:
+        UserError: the recipe asks for fields, which they do not have.
+    """
+    if spec.rules.needs_fields:
+        keys = ["data.template"] * (spec.rules.template is not None)
+        keys += ["data.filter"] * bool(spec.rules.conditions)
+        message = f"{shown_url(spec.corpus)} is made of files of text, which have no fields; leave it out"
+        lengths = ", or filter by min_bytes and max_bytes only"
+        raise UserError.from_list((key, message + lengths * (key == "data.filter")) for key in keys)
+    return TextFiles(files, root, spec.skip_broken, spec.rules)
 
 
 def has_fixed_parts(spec: CorpusSpec, source: Source) -> bool:
     """Whether files, not hashes of texts, decide what a corpus holds out."""
-    return spec.corpus == PYTHON_STDLIB or (isinstance(source, PreparedCorpus) and source.has_fixed_parts)
+    is_split = spec.corpus in (PYTHON_STDLIB, PYTHON_PACKAGES)
+    return is_split or (isinstance(source, PreparedCorpus) and source.has_fixed_parts)
 
 
 @dataclass(frozen=True)
@@ -247,6 +308,7 @@ class Window:
     documents: list[Document]
     next_address: WindowAddress
     num_skipped: int
+    num_filtered: int = 0
 
 
 def open_shares(spec: CorpusSpec, part: Split, num_readers: int) -> tuple[Shares, bool]:
@@ -295,7 +357,7 @@ class DocumentStream:
             self._shard, self._index = address.shard, address.index
             self._documents = self._read(Position(address.index, address.hint))
         documents: list[Document] = []
-        num_skipped = 0
+        num_skipped = num_filtered = 0
         while len(documents) < self.size:
             document = next(self._documents, None)
             if document is None:
@@ -306,6 +368,7 @@ class DocumentStream:
                 continue
             self._index, self.num_read = document.index + 1, self.num_read + 1
             num_skipped += document.num_skipped
+            num_filtered += document.num_filtered
             if not document.is_left_out and self.is_in_part(document):
                 documents.append(document)
         if self._shard >= len(self._order):
@@ -321,7 +384,7 @@ class DocumentStream:
         if self.seed is not None:
             generator = np.random.default_rng([self.seed, self.reader, address.epoch, address.number])
             documents = [documents[i] for i in generator.permutation(len(documents))]
-        return Window(address, documents, next_address, num_skipped)
+        return Window(address, documents, next_address, num_skipped, num_filtered)
 
     @property
     def is_as_before(self) -> bool:

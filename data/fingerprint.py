@@ -17,9 +17,10 @@ from typing import Any
 
 from ..common.errors import UserError
 from ..common.files import user_path
-from .corpus import PYTHON_STDLIB, CorpusSpec, local_files, open_shares
+from .corpus import PYTHON_STDLIB, CorpusSpec, corpus_files, open_shares
 from .files import convert_read_errors, file_kind
 from .prepared import is_prepared, read_manifest
+from .remote import RemotePath
 
 MAX_HASHED_FILES = 256
 MAX_NAMED_FILES = 10_000
@@ -148,7 +149,7 @@ def _keeps_order(spec: CorpusSpec, num_readers: int, additions: list[str]) -> bo
     A text file is one document. More files of rows change the order in which shards are read; a file of rows
     may grow if no shard is cut.
     """
-    files, _ = local_files(spec.corpus, spec.excluded)
+    files, _ = corpus_files(spec)
     has_grown = any("has grown" in addition for addition in additions)
     if file_kind(files[-1]) in ("text", "binary", None):
         return not has_grown
@@ -161,7 +162,7 @@ def _keeps_order(spec: CorpusSpec, num_readers: int, additions: list[str]) -> bo
 
 def _sizes(spec: CorpusSpec) -> dict[str, tuple[Path, int]]:
     """Path and size of each file, keyed by its path relative to the corpus's folder."""
-    files, root = local_files(spec.corpus, spec.excluded)
+    files, root = corpus_files(spec)
     with convert_read_errors(spec.corpus):
         return {path.relative_to(root).as_posix(): (path, path.stat().st_size) for path in files}
 
@@ -176,7 +177,10 @@ def _names_and_sizes(sizes: dict[str, tuple[Path, int]], last: str) -> str:
 
 
 def _blocks(path: Path, size: int) -> str:
-    """A hash of the first, middle and last block of a file's first `size` bytes."""
+    """A hash of the first, middle and last block of a file's first `size` bytes; of a remote file, its
+    version if the server gives one."""
+    if isinstance(path, RemotePath) and (version := path.info.version) is not None:
+        return _hash(version)
     blocks = []
     with convert_read_errors(path), path.open("rb") as file:
         for start in (0, size // 2, max(size - BLOCK_BYTES, 0)):

@@ -12,8 +12,12 @@ from typing import Any, ClassVar
 
 from ..common.errors import UserError, one_line_message
 from .files import convert_read_errors
+from .hub_network import retried_rows, retry_outages, set_up_hub
+from .outages import DEFAULT_POLICY, RemoteError, RetryPolicy
 from .parquet import Parquet
-from .sources import Document, Part, Position, group_value, is_text, missing_text_error, skip_or_raise
+from .remote import path_of
+from .row_filter import EVERY_ROW, RowRules
+from .sources import Document, Part, Position, row_document
 
 
 @dataclass
@@ -31,15 +35,22 @@ class HubDataset:
     text_field: str
     skip_broken: bool = False
     group_field: str | None = None
+    rules: RowRules = EVERY_ROW
+    network: RetryPolicy = DEFAULT_POLICY
     skips_unread: ClassVar[bool] = False
     is_stream: ClassVar[bool] = True
     _reading: Any = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        self._dataset, files = resolve_dataset(self.path, self.subset, self.split, self.revision)
-        self._parquet = (
-            None if files is None else Parquet(files, self.text_field, self.skip_broken, self.group_field)
+        self._dataset, files = resolve_dataset(
+            self.path, self.subset, self.split, self.revision, self.network
         )
+        self._parquet = None
+        if files is not None:
+            paths = [path_of(file, self.network) for file in files]
+            self._parquet = Parquet(
+                paths, self.text_field, self.skip_broken, self.group_field, rules=self.rules
+            )
 
     @property
     def num_shards(self) -> int:
@@ -64,16 +75,13 @@ class HubDataset:
             self._reading.load_state_dict(start.hint)
             index = start.index
         with convert_read_errors(f"{self.path}[{shard}]"):
-            for row in self._reading:
+            for row in retried_rows(self._reading, f"{self.path}[{shard}]", self.network):
                 if index >= start.index and part.has(index):
-                    yield self._document(row, f"{self.path}[{shard}][{index}]", index)
+                    name = f"{self.path}[{shard}][{index}]"
+                    yield row_document(
+                        row, name, index, self.text_field, self.group_field, self.rules, self.skip_broken
+                    )
                 index += 1
-
-    def _document(self, row: Any, name: str, index: int) -> Document:
-        if is_text(row.get(self.text_field)):
-            return Document(row[self.text_field], name, index, group=group_value(row, self.group_field, name))
-        error = missing_text_error(row, self.text_field, name)
-        return skip_or_raise(self.skip_broken, error, name, index)
 
     def hint(self) -> Any:
         return None if self._parquet is not None else json.loads(json.dumps(self._reading.state_dict()))
@@ -81,7 +89,11 @@ class HubDataset:
 
 @functools.lru_cache(maxsize=16)
 def resolve_dataset(
-    path: str, subset: str | None, split: str, revision: str | None
+    path: str,
+    subset: str | None,
+    split: str,
+    revision: str | None,
+    network: RetryPolicy = DEFAULT_POLICY,
 ) -> tuple[Any, list[str] | None]:
     """The streamed dataset, and its parquet files in the order of its shards (None: other formats).
 
@@ -90,8 +102,11 @@ def resolve_dataset(
     """
     from datasets import load_dataset_builder
 
+    set_up_hub(network.timeout)
     try:
-        builder = load_dataset_builder(path, subset, revision=revision)
+        builder = retry_outages(
+            lambda: load_dataset_builder(path, subset, revision=revision), f"the dataset {path}", network
+        )
         data_files = builder.config.data_files or {}
         if data_files and split not in data_files:
             known = ", ".join(map(str, data_files))
@@ -99,6 +114,8 @@ def resolve_dataset(
         dataset: Any = builder.as_streaming_dataset(split=split)
     except UserError:
         raise
+    except RemoteError as error:
+        raise UserError("data.corpus", str(error)) from error
     except Exception as error:  # datasets, the hub client and the file system each raise their own
         raise _resolving_error(path, subset, error) from error
     files = list(map(str, data_files.get(split, []))) if builder.name == "parquet" else None

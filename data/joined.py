@@ -40,6 +40,7 @@ def _joined(parts: list[Document], name: str, index: int) -> Document:
         name,
         index,
         num_skipped=sum(part.num_skipped for part in parts),
+        num_filtered=sum(part.num_filtered for part in parts),
     )
 
 

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from .files import convert_read_errors, open_binary
-from .rows import RowFiles, check_unique, missing_column_error
-from .sources import Document, Part, Position, missing_join_column_error
+from .remote import RemotePath
+from .rows import RowFiles, check_columns
+from .sources import Document, Part, Position
 
-READ_BYTES = 1 << 20  # of one read from a file
+READ_BYTES, REMOTE_READ_BYTES = 1 << 20, 1 << 23  # of one read from a column of a row group
 BATCH_BYTES = 8 << 20  # of the text column in a batch, about
 BATCH_ROWS = 1024  # at most
 
@@ -53,7 +54,7 @@ class Parquet(RowFiles):
                     stream,
                     metadata=metadata_of(path, *_version_of(path)),
                     page_checksum_verification=True,
-                    buffer_size=READ_BYTES,
+                    buffer_size=REMOTE_READ_BYTES if isinstance(path, RemotePath) else READ_BYTES,
                     pre_buffer=False,
                 )
             except (OSError, pyarrow.ArrowInvalid) as error:
@@ -62,21 +63,11 @@ class Parquet(RowFiles):
                     yield document
                 return
             with file:
-                self._check_columns(file.schema_arrow.names, path)
+                names = file.schema_arrow.names
+                check_columns(names, self.text_field, self.group_field, self.rules, path)
                 for group in self._row_groups(file, part):
                     if group.rows.stop > start.index:
                         yield from self._read_group(file, group, part, start.index)
-
-    @property
-    def _columns(self) -> list[str]:
-        return [self.text_field, *([] if self.group_field is None else [self.group_field])]
-
-    def _check_columns(self, names: list[str], path: Path | str) -> None:
-        if self.text_field not in names:
-            raise missing_column_error(self.text_field, names, path)
-        if self.group_field is not None and self.group_field not in names:
-            raise missing_join_column_error(self.group_field, names, str(path))
-        check_unique(names, self.text_field, self.group_field, path)
 
     def _row_groups(self, file: Any, part: Part) -> Iterator[_RowGroup]:
         metadata = file.metadata
@@ -88,12 +79,12 @@ class Parquet(RowFiles):
             num_bytes = sum(
                 column.total_uncompressed_size
                 for column in columns
-                if column.path_in_schema.split(".")[0] in self._columns
+                if column.path_in_schema.split(".")[0] in self.columns
             )
             yield _RowGroup(number, range(starts[number], starts[number + 1]), num_bytes)
 
     def _read_group(self, file: Any, group: _RowGroup, part: Part, start: int) -> Iterator[Document]:
-        path, columns, index = self.paths[part.shard], self._columns, group.rows.start
+        path, columns, index = self.paths[part.shard], self.columns, group.rows.start
         batch_rows = BATCH_BYTES * len(group.rows) // max(group.num_bytes, 1)
         batches = file.iter_batches(
             min(max(batch_rows, 1), BATCH_ROWS), [group.number], columns, use_threads=False
@@ -131,16 +122,16 @@ def _python_value(value: Any) -> Any:
         return value.cast(pyarrow.binary()).as_py()
 
 
-def _version_of(path: Path | str) -> tuple[int, int]:
+def _version_of(path: Path) -> tuple[int, int]:
     """What changes when a local file is written again."""
-    if isinstance(path, str):
+    if isinstance(path, RemotePath):  # a change stops its reading
         return 0, 0
     status = path.stat()
     return status.st_size, status.st_mtime_ns
 
 
 @functools.lru_cache(maxsize=64)  # all readers of a process ask for the files that are cut
-def metadata_of(path: Path | str, size: int, modified: int) -> Any:
+def metadata_of(path: Path, size: int, modified: int) -> Any:
     """The metadata of a file of this version; None if it is not a parquet file."""
     import pyarrow.parquet
 

@@ -77,6 +77,8 @@ class Group:
     next_address: WindowAddress
     num_skipped: int
     """Broken documents of the window, counted in its first group."""
+    num_filtered: int
+    """Documents of the window that `data.filter` leaves out, counted likewise."""
 
     @property
     def end(self) -> int:
@@ -171,11 +173,11 @@ class GroupStream:
 
     def _read(self) -> tuple[Group, list[Document]]:
         """The next group, still without tokens, and its documents."""
-        skipped = 0
+        skipped = filtered = 0
         if self._waiting is None:
             if isinstance(self._window, WindowAddress):
                 self._window = self._stream.window(self._window)
-            skipped = self._window.num_skipped
+            skipped, filtered = self._window.num_skipped, self._window.num_filtered
             self._waiting = collections.deque(self._window.documents[self._number :])
             self._window.documents = []  # a text is freed when it has been tokenized
         window, first = self._window, self._number
@@ -198,6 +200,7 @@ class GroupStream:
             is_last,
             window.next_address,
             skipped,
+            filtered,
         )
         return group, documents
 

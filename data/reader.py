@@ -185,12 +185,16 @@ class DocumentReader:
             spec.corpus, "train", reader, spec.num_readers, window=spec.window, seed=spec.seed
         )
         self.lanes = [Lane() for _ in range(spec.lanes)]
+        self.num_filtered = 0
         window, self.number, skipped = (WindowAddress(), 0, None) if state is None else self._restore(state)
         self.groups = GroupStream(self.stream, spec.encoder, window, self.number, helpers)
         if state is None:
             self._check_size(spec.corpus.corpus, spec.num_readers)
         self.group = self.groups.take()
-        self.num_skipped = self.group.num_skipped if skipped is None else skipped
+        if skipped is None:
+            self.num_skipped, self.num_filtered = self.group.num_skipped, self.group.num_filtered
+        else:
+            self.num_skipped = skipped
 
     def _check_size(self, corpus: str, num_readers: int) -> None:
         """Check that the first chunk does not need a second epoch."""
@@ -208,6 +212,12 @@ class DocumentReader:
         share = (
             f"reader {self.reader}'s share (1 of {num_readers}) of {corpus}" if num_readers > 1 else corpus
         )
+        num_filtered = sum(group.num_filtered for group in groups)
+        if not num_documents and num_filtered:
+            raise UserError(
+                "data.filter",
+                f"leaves nothing of {share}: none of {num_filtered:,} documents passes; widen it",
+            )
         if not num_documents:
             raise UserError(
                 "data.corpus",
@@ -249,6 +259,7 @@ class DocumentReader:
             lane.start(its_tokens, document.name, saved["window"], saved["number"])
             _check_unchanged(lane, saved)
             lane.offset = saved["offset"]
+        self.num_filtered = state.get("num_filtered", 0)  # older checkpoints have none
         return find(state["window"]), state["number"], state["num_skipped"]
 
     def _next_document(self, lane: Lane) -> None:
@@ -258,6 +269,7 @@ class DocumentReader:
                 self.number = 0
             self.group = self.groups.take()
             self.num_skipped += self.group.num_skipped
+            self.num_filtered += self.group.num_filtered
             if self.group.window.epoch > epoch + 1:  # a whole epoch without a document: there are none
                 corpus = self.stream.spec.corpus
                 raise UserError(
@@ -277,6 +289,7 @@ class DocumentReader:
             "window": self.group.position,
             "number": self.number,
             "num_skipped": self.num_skipped,
+            "num_filtered": self.num_filtered,
             "lanes": lanes,
         }
 

@@ -22,16 +22,17 @@ from .files import (
     is_damage_error,
     open_decompressed,
 )
+from .remote import RemotePath
+from .row_filter import EVERY_ROW, RowRules
 from .sources import (
     Document,
     Part,
     Position,
     damaged_file_error,
     decode_document,
-    group_value,
     is_text,
     missing_join_column_error,
-    missing_text_error,
+    row_document,
     skip_or_raise,
 )
 
@@ -41,12 +42,13 @@ STREAM_BYTES = 1 << 28  # of files that are read as a stream: what a disk reads 
 
 @dataclass
 class RowFiles:
-    """Fields and methods that the sources of rows share. `paths` holds URLs where files are remote."""
+    """Fields and methods that the sources of rows share. A RemotePath has the methods of Path."""
 
-    paths: Sequence[Path | str]
+    paths: Sequence[Path]
     text_field: str
     skip_broken: bool = False
     group_field: str | None = None
+    rules: RowRules = EVERY_ROW
     skips_unread: ClassVar[bool] = False
 
     @property
@@ -56,9 +58,9 @@ class RowFiles:
     @property
     def is_stream(self) -> bool:
         """Whether reading all of it takes long: remote files, and large ones."""
-        if any(isinstance(path, str) for path in self.paths):
+        if any(isinstance(path, RemotePath) for path in self.paths):
             return True
-        return sum(Path(path).stat().st_size for path in self.paths) >= STREAM_BYTES
+        return sum(path.stat().st_size for path in self.paths) >= STREAM_BYTES
 
     def cuts(self, shard: int) -> Sequence[int]:
         return 0, 1
@@ -69,10 +71,14 @@ class RowFiles:
     def read_part(self, part: Part, start: Position) -> Iterator[Document]:
         raise NotImplementedError
 
+    @property
+    def columns(self) -> list[str]:
+        """The columns to read, each once."""
+        fields = self.rules.fields(self.text_field)
+        return fields if self.group_field in (None, *fields) else [*fields, self.group_field]
+
     def _document(self, row: Any, name: str, index: int) -> Document:
-        if isinstance(row, dict) and is_text(row.get(self.text_field)):
-            return Document(row[self.text_field], name, index, group=group_value(row, self.group_field, name))
-        return skip_or_raise(self.skip_broken, missing_text_error(row, self.text_field, name), name, index)
+        return row_document(row, name, index, self.text_field, self.group_field, self.rules, self.skip_broken)
 
     def _damaged_document(self, path: Path | str, error: Exception, index: int, problem: str) -> Document:
         """The document for content that cannot be read.
@@ -96,7 +102,7 @@ class JsonLines(RowFiles):
     _offset: int | None = field(default=None, init=False)
 
     def cuts(self, shard: int) -> Sequence[int]:
-        path = Path(self.paths[shard])
+        path = self.paths[shard]
         with convert_read_errors(path):
             size = path.stat().st_size
             if size < 2 * MIN_PART_BYTES or compression(path) is not None:
@@ -104,7 +110,7 @@ class JsonLines(RowFiles):
         return [*range(0, size - MIN_PART_BYTES + 1, MIN_PART_BYTES), size]
 
     def read_part(self, part: Part, start: Position) -> Iterator[Document]:
-        path, index = Path(self.paths[part.shard]), 0
+        path, index = self.paths[part.shard], 0
         begin, end = part.within or (0, None)
         with convert_read_errors(path):
             is_plain = compression(path) is None
@@ -155,7 +161,7 @@ class Csv(RowFiles):
     """CSV: each row of a .csv or .tsv file (plain, gzip or zstd) below its header is a document."""
 
     def read_part(self, part: Part, start: Position) -> Iterator[Document]:
-        path, index = Path(self.paths[part.shard]), 0
+        path, index = self.paths[part.shard], 0
         csv.field_size_limit(2**31 - 1)  # for the whole process; the default is too small for long documents
         delimiter = "\t" if inner_suffix(path) == ".tsv" else ","
         with convert_read_errors(path), open_decompressed(path) as file, _text_of(file) as text:
@@ -176,11 +182,8 @@ class Csv(RowFiles):
                     yield document
 
     def _check_header(self, header: list[str], path: Path) -> None:
-        if header and self.text_field not in header:
-            raise missing_column_error(self.text_field, header, path)
-        if header and self.group_field is not None and self.group_field not in header:
-            raise missing_join_column_error(self.group_field, header, str(path))
-        check_unique(header, self.text_field, self.group_field, path)
+        if header:
+            check_columns(header, self.text_field, self.group_field, self.rules, path)
 
     def _row(self, header: list[str], cells: list[str], name: str, index: int) -> Document:
         if len(cells) != len(header):
@@ -193,8 +196,10 @@ class Csv(RowFiles):
                 self.skip_broken, UserError("data.corpus", f"{problem}, or {advice}"), name, index
             )
         row: dict[str, Any] = dict(zip(header, cells, strict=True))
-        if not is_text(row[self.text_field]):  # bytes that are not UTF-8 were read as surrogates
-            row[self.text_field] = row[self.text_field].encode(errors="surrogateescape")
+        for name_of_field in self.rules.fields(self.text_field):
+            value = row[name_of_field]
+            if not is_text(value):  # bytes that are not UTF-8 were read as surrogates
+                row[name_of_field] = value.encode(errors="surrogateescape")
         return self._document(row, name, index)
 
     def hint(self) -> None:
@@ -205,6 +210,22 @@ def _text_of(file: io.BufferedReader) -> io.TextIOWrapper:
     return io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
+def check_columns(
+    columns: list[str], text_field: str, group_field: str | None, rules: RowRules, path: Path | str
+) -> None:
+    """Check that a file has the columns to read, each once.
+
+    Raises:
+        UserError: a column is missing or there are several of its name.
+    """
+    if rules.template is None and text_field not in columns:
+        raise missing_column_error(text_field, columns, path)
+    if group_field is not None and group_field not in columns:
+        raise missing_join_column_error(group_field, columns, str(path))
+    rules.check_columns(columns, str(path))
+    check_unique(columns, rules.fields(text_field), group_field, path)
+
+
 def missing_column_error(column: str, columns: list[str], path: Path | str) -> UserError:
     """The error for a file without the text column."""
     return UserError(
@@ -212,13 +233,14 @@ def missing_column_error(column: str, columns: list[str], path: Path | str) -> U
     )
 
 
-def check_unique(columns: list[str], text_field: str, group_field: str | None, path: Path | str) -> None:
+def check_unique(columns: list[str], fields: list[str], group_field: str | None, path: Path | str) -> None:
     """Check that no column to be read has a duplicate name.
 
     Raises:
         UserError: there are several columns of that name.
     """
-    for key, column in (("data.text_field", text_field), ("data.join", group_field)):
+    keys = [*(("data.text_field", field) for field in fields), ("data.join", group_field)]
+    for key, column in keys:
         if columns.count(column or "") > 1:
             raise UserError(
                 key,

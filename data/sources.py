@@ -27,6 +27,7 @@ from .files import (
     is_damage_error,
     open_decompressed,
 )
+from .row_filter import EVERY_ROW, RowRules
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ class Document:
     index: int
     num_skipped: int = 0
     """Number of broken parts left out: 1 for a document, perhaps more for a joined one."""
+    num_filtered: int = 0
+    """Number of parts that `data.filter` left out; `text` is None if nothing is left."""
     group: Any = None
     """The row's value in the column that rows are joined by (joined.py), if there is one."""
     prepared: PreparedText | None = None
@@ -222,6 +225,34 @@ def group_value(row: Mapping[str, Any], column: str | None, name: str) -> Any:
     return row[column]
 
 
+def row_document(
+    row: Any,
+    name: str,
+    index: int,
+    text_field: str,
+    group_field: str | None,
+    rules: RowRules,
+    skip_broken: bool,
+) -> Document:
+    """The document of a row, or what is left of a broken one or one that `data.filter` leaves out.
+
+    Raises:
+        UserError: the row is broken, or lacks a field that the recipe names.
+    """
+    try:
+        if rules.template is not None and isinstance(row, Mapping):
+            text = rules.template.text(row, name)
+        elif isinstance(row, Mapping) and is_text(row.get(text_field)):
+            text = row[text_field]
+        else:
+            raise missing_text_error(row, text_field, name)
+        passes = rules.passes_fields(row, name) and rules.passes_length(text)
+    except UserError as error:
+        return skip_or_raise(skip_broken, error, name, index)
+    group = group_value(row, group_field, name)
+    return Document(text if passes else None, name, index, num_filtered=int(not passes), group=group)
+
+
 @dataclass
 class TextFiles:
     """Text files: each file is a document; one shard, which can be cut between files."""
@@ -229,6 +260,7 @@ class TextFiles:
     paths: list[Path]
     root: Path
     skip_broken: bool = False
+    rules: RowRules = EVERY_ROW
     num_shards: int = field(default=1, init=False)
     skips_unread: ClassVar[bool] = True
 
@@ -249,7 +281,9 @@ class TextFiles:
             name = str(self.relative(path))
             with convert_read_errors(path):
                 try:
-                    yield Document(self._text(path), name, index)
+                    text = self._text(path)
+                    passes = self.rules.passes_length(text)
+                    yield Document(text if passes else None, name, index, num_filtered=int(not passes))
                 except UserError as error:
                     yield skip_or_raise(self.skip_broken, error, name, index)
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from ..common.errors import UserError
-from ..data import LabelledTask, Task, build_task, is_task
+from ..data import LabelledTask, RetryPolicy, RowRules, Task, build_task, is_task
 from ..models.configuration_minrnn import PRESETS
 from .families.fields import merged_fields
 from .families.registry import OURS
@@ -40,8 +40,10 @@ class DataSection(Section):
     """The corpus, its order and its tokenizer."""
 
     corpus: str = Field(default="python-stdlib", min_length=1)
-    """python-stdlib; a file, folder or glob (parquet, JSON lines, csv, tsv or text; plain, .gz or .zst); a
-    hub dataset; a synthetic task, synthetic/NAME; or a task of Long Range Arena, lra/NAME."""
+    """python-stdlib; python-packages (the source of the installed packages); a file, folder or glob
+    (parquet, JSON lines, csv, tsv or text; plain, .gz or .zst), local or a URL (https://, s3://, gs://,
+    hf://); a folder of datasets' save_to_disk; a hub dataset; a synthetic task, synthetic/NAME; or a task
+    of Long Range Arena, lra/NAME."""
     task: dict[str, Any] = {}
     """Options of a task (docs/synthetic.md, docs/lra.md), e.g. {length: 64, num_tokens: 4}. With a task,
     settings for text are errors."""
@@ -51,7 +53,7 @@ class DataSection(Section):
     subset: str | None = None
     """Configuration of a hub dataset, e.g. sample-10BT."""
     split: str = "train"
-    """Split of a hub dataset."""
+    """Split of a hub dataset, or of a DatasetDict of save_to_disk."""
     revision: str | None = None
     """Commit, tag or branch of a hub dataset; null for its main branch. It is resolved to a commit at the
     start, and the run keeps that commit."""
@@ -60,6 +62,13 @@ class DataSection(Section):
     recipe."""
     text_field: str = "text"
     """Column or key that holds a document's text."""
+    template: str | None = Field(default=None, min_length=1)
+    """Several fields as one text, instead of `text_field`, e.g. "{title}\\n\\n{text}". Fields hold text or
+    numbers. {{ and }} are braces, \\n is a newline."""
+    filter: dict[str, Any] = {}
+    """Leave out the rows that do not pass, and count them (documents_filtered in metrics.jsonl). min_bytes
+    and max_bytes are of the text. Any other key is a field with a value, a list of values, or a range,
+    e.g. {min_bytes: 200, language: [en, de], score: {min: 0.5}}. Null does not pass."""
     skip_broken: bool = False
     """Skip and count damaged data instead of stopping: documents that are not UTF-8, not JSON or without
     text; damaged row groups of parquet files; everything after the damage in other files."""
@@ -104,12 +113,39 @@ class DataSection(Section):
     """Processes that read and tokenize ahead, for each training process; 0 reads in a thread of the training
     process. They share its readers. If there are more of them than readers, several work for one reader. The
     data and their order are the same for any number."""
+    retries: int = Field(default=10, ge=0)
+    """How often a read of a remote corpus is tried again after an error that may pass (no answer, a broken
+    connection, status 429 or 5xx), from the byte where it broke. Then the run saves and exits; the same
+    command resumes it."""
+    retry_wait: float = Field(default=1.0, gt=0)
+    """Seconds before the first retry. Each further wait is twice as long, up to 60 seconds, or as long as
+    the server asks for."""
+    timeout: float = Field(default=60.0, gt=0)
+    """Seconds without a byte from a remote corpus after which the connection counts as broken."""
+
+    def rules(self) -> RowRules:
+        """How a row becomes a text, and which rows are left out.
+
+        Raises:
+            UserError: `template` or `filter` is malformed.
+        """
+        return RowRules.from_settings(self.template, self.filter)
+
+    def network(self) -> RetryPolicy:
+        """How long an outage of a remote corpus is waited for."""
+        return RetryPolicy(self.retries, self.timeout, self.retry_wait)
 
     def errors(self) -> dict[str, str]:
         if not is_task(self.corpus):
             errors = {}
             if self.task:
                 errors["task"] = f"is for tasks (synthetic/NAME, lra/NAME), not for {self.corpus}"
+            try:
+                self.rules()
+            except UserError as error:
+                errors |= {key.removeprefix("data."): message for key, message in error.errors}
+            if self.template is not None and self.text_field != "text":
+                errors["text_field"] = "is for a single field; name it in data.template and leave this out"
             if self.join is not None and self.order == "windows":
                 errors["join"] = (
                     "is for data.order documents; windows reads the whole corpus as one text, so leave it out"

@@ -49,6 +49,8 @@ def corpus_spec(recipe: Recipe) -> CorpusSpec:
         join=data.join,
         excluded=_output_paths(recipe),
         hold_out=data.hold_out,
+        rules=data.rules(),
+        network=data.network(),
     )
 
 

@@ -277,6 +277,10 @@ def _log(run: Run, entry: dict[str, Any], rates: Rates) -> None:
         skipped = sum(reader.position["num_skipped"] for reader in readers if reader.position)
         (skipped,) = processes.all_reduce_sum(run.accelerator, [skipped / run.layout.context])
         entry["documents_skipped"] = int(skipped)
+    if recipe.data.filter and recipe.data.order == "documents":
+        filtered = sum(reader.position["num_filtered"] for reader in readers if reader.position)
+        (filtered,) = processes.all_reduce_sum(run.accelerator, [filtered / run.layout.context])
+        entry["documents_filtered"] = int(filtered)
     _record(run, entry)
     if run.output.bar is not None:
         message = f"loss {entry['loss']:.3f}, {tokens_per_second:,.0f} tokens/s"

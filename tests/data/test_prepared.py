@@ -90,7 +90,7 @@ def test_prepared_and_original_give_equal_chunks_and_resume_each_other(
             assert_same_chunk(chunk, other)
             if draw.random() < 0.3:
                 moving = DocumentReader(specs[draw.randrange(2)], reader, other.state)
-        assert original.window.address.epoch >= 1
+        assert original.group.window.epoch >= 1
     for part in ("train", "validation", "all"):
         np.testing.assert_array_equal(
             corpus_tokens(spec, part, ENCODER), corpus_tokens(prepared, part, ENCODER)

@@ -196,7 +196,8 @@ def test_the_state_stays_small(tmp_path: Path):
     setup = Setup(write_corpus("jsonl", tmp_path, some_texts(200)), lanes=4)
     states = [chunk.state for chunk in setup.chunks(60)]
     assert max(len(json.dumps(state)) for state in states) < 1200
-    assert set(states[0]) == {"version", "window", "number", "num_skipped", "lanes"}
+    expected = {"version", "window", "number", "num_skipped", "num_filtered", "lanes"}
+    assert set(states[0]) == expected
 
 
 def test_names_say_where_each_lane_reads(tmp_path: Path):
