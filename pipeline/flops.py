@@ -17,7 +17,7 @@ it does not see, are added by formula (RECURRENCES).
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -102,10 +102,12 @@ RECURRENCES: dict[str, Recurrence] = {
     * (config.v_head_dim + 1),
     # Numerator, denominator and their maximum: 2 each.
     "rwkv": lambda config: 6 * config.num_hidden_layers * config.attention_hidden_size,
-    "recurrent_gemma": lambda config: 2 * config.lru_width * config.layers_block_type.count("recurrent"),
+    "recurrent_gemma": lambda config: 2 * config.lru_width * config.layers_block_type.count("linear_attention"),
 }
 # Their other products of two activations are a recurrence in chunks, or its readout.
 WITHOUT_ATTENTION = ("mamba", "falcon_mamba", "mamba2", "xlstm", "rwkv")
+# They loop over time in Python. Attention grows linearly with the length, so two short ones tell all.
+EXTRAPOLATED = ("recurrent_gemma",)
 
 
 def model_size(recipe: Recipe, vocab_size: int) -> ModelSize:
@@ -176,6 +178,10 @@ def _counted_by_formula(model: Any) -> Flops:
 def _counted_by_torch(name: str, config: PreTrainedConfig, length: int) -> Flops:
     """Of a model of transformers."""
     has_attention = name not in WITHOUT_ATTENTION
+    if name in EXTRAPOLATED and length > 2 * SHORT:
+        short, long = (_counted_by_torch(name, config, tokens) for tokens in (SHORT, 2 * SHORT))
+        slope = (long.attention - short.attention) / SHORT
+        return replace(short, attention=short.attention + slope * (length - SHORT))
     tokens = length if has_attention else min(SHORT, length)
     try:
         config._attn_implementation = "eager"  # as products, which the counter sees on every device
