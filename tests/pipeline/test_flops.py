@@ -23,14 +23,13 @@ def products_of_torch(model: Any) -> float:
     """Products per token in a forward pass, counted by torch."""
     ids = torch.zeros(1, TOKENS, dtype=torch.long)
     with torch.no_grad():
-        model(input_ids=ids)  # decides on kernels
         with FlopCounterMode(display=False) as counter:
             model(input_ids=ids)
     counts = {str(operation): flops for operation, flops in counter.get_flop_counts()["Global"].items()}
     return sum(flops for operation, flops in counts.items() if operation in ("aten.mm", "aten.addmm")) / TOKENS
 
 
-@settings(max_examples=12)
+@settings(max_examples=10)
 @given(
     st.sampled_from(sorted(CELLS)),
     st.fixed_dictionaries(
@@ -46,6 +45,7 @@ def products_of_torch(model: Any) -> float:
     ),
 )
 def test_products_of_every_cell_are_those_that_torch_counts(cell: str, fields: dict):
+    fields |= {"scan_backend": "torch"}  # compiles nothing
     recipe = build_recipe({"model": {"cell": cell, "hidden_size": 32, **fields}})
     config = MinRNNConfig(**recipe.resolved_model_fields(), vocab_size=VOCAB)
     model = new_model("minrnn", config).eval()
