@@ -5,7 +5,7 @@
 A run that was stopped, or whose worker died, resumes from its newest checkpoint. A run that failed is started
 again `retries` times, after all others; then `failed/NAME.json` marks it. Training is a process of its own,
 started by the same command as by hand. If its worker was killed, it goes on alone: it holds the lock of its run's
-folder, so no other worker touches the run until it ends.
+folder, and the worker that takes the run over waits until it ends.
 """
 
 import contextlib
@@ -119,8 +119,6 @@ class Runner:
             state = states[name]
             if state.is_done or state.is_held or self.has_failed(state) or not self._is_ready(name, states):
                 continue
-            if _is_locked(self.run_dir(name)):
-                continue
             lease = self.leases.take(name, state, f"{place.name}@{socket.gethostname()}")
             if lease is not None:
                 return name, lease, state
@@ -152,6 +150,9 @@ class Runner:
     def _attempt(self, name: str, lease: Lease, place: Place) -> tuple[str, str]:
         """Outcome and message of one attempt."""
         log = self.folder / "logs" / f"{name}.log"
+        while _is_locked(self.run_dir(name)):
+            if self.stop.wait(self.poll) or lease.is_lost.is_set():
+                return "stopped", ""
         with log.open("ab") as output:
             recipe = self._write_recipe(name, self._branch(name, output))
             process = subprocess.Popen(
