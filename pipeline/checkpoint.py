@@ -99,9 +99,7 @@ def remove_leftovers(folder: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def make_room(
-    folder: Path, newest: int | None, always_keep: frozenset[int] = frozenset()
-) -> str | None:
+def make_room(folder: Path, newest: int | None, always_keep: frozenset[int] = frozenset()) -> str | None:
     """Remove the least useful checkpoint: a damaged one, else the oldest, but never the newest valid one, and
     none of the steps in `always_keep`.
 

@@ -86,23 +86,20 @@ Recurrence = Callable[[Any], float]
 RECURRENCES: dict[str, Recurrence] = {
     # a h + b with a product for b, and the readout: 5 per number of the state.
     "mamba": lambda config: 5 * config.num_hidden_layers * config.intermediate_size * config.state_size,
-    "falcon_mamba": lambda config: 5
-    * config.num_hidden_layers
-    * config.intermediate_size
-    * config.state_size,
-    "mamba2": lambda config: 5
-    * config.num_hidden_layers
-    * config.num_heads
-    * config.head_dim
-    * config.state_size,
-    "xlstm": lambda config: 5
-    * config.num_hidden_layers
-    * config.num_heads
-    * config.qk_head_dim
-    * (config.v_head_dim + 1),
+    "falcon_mamba": lambda config: (
+        5 * config.num_hidden_layers * config.intermediate_size * config.state_size
+    ),
+    "mamba2": lambda config: (
+        5 * config.num_hidden_layers * config.num_heads * config.head_dim * config.state_size
+    ),
+    "xlstm": lambda config: (
+        5 * config.num_hidden_layers * config.num_heads * config.qk_head_dim * (config.v_head_dim + 1)
+    ),
     # Numerator, denominator and their maximum: 2 each.
     "rwkv": lambda config: 6 * config.num_hidden_layers * config.attention_hidden_size,
-    "recurrent_gemma": lambda config: 2 * config.lru_width * config.layers_block_type.count("linear_attention"),
+    "recurrent_gemma": lambda config: (
+        2 * config.lru_width * config.layers_block_type.count("linear_attention")
+    ),
 }
 # Their other products of two activations are a recurrence in chunks, or its readout.
 WITHOUT_ATTENTION = ("mamba", "falcon_mamba", "mamba2", "xlstm", "rwkv")

@@ -38,7 +38,9 @@ def main(argv: Sequence[str]) -> None:
         UserError: points that cannot be read or are too few, or a wrong option.
     """
     parser = new_parser("minrnn fit", DESCRIPTION, EPILOG)
-    parser.add_argument("path", type=user_path, metavar="PATH", help="a sweep, a folder of runs, or a CSV file")
+    parser.add_argument(
+        "path", type=user_path, metavar="PATH", help="a sweep, a folder of runs, or a CSV file"
+    )
     parser.add_argument(
         "--out", type=user_path, help="folder to write to (default: PATH/fit; of a CSV, NAME-fit beside it)"
     )
@@ -53,7 +55,9 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the resampling (default: %(default)s)")
     parser.add_argument(
-        "--leave-out-failed", action="store_true", help="leave out runs that diverged or failed, and count them"
+        "--leave-out-failed",
+        action="store_true",
+        help="leave out runs that diverged or failed, and count them",
     )
     arguments = parser.parse_args(argv)
     if errors := option_minimum_errors(arguments, replicates=20, seed=0):
@@ -66,11 +70,11 @@ def main(argv: Sequence[str]) -> None:
     if missing:
         raise UserError.from_list((str(path), text) for text in missing)
     _check_out(out)
-    fitted = [fit_family(each, arguments.replicates, [arguments.seed, i]) for i, each in enumerate(points.families)]
+    fitted = [
+        fit_family(each, arguments.replicates, [arguments.seed, i]) for i, each in enumerate(points.families)
+    ]
     comparisons = [
-        comparison
-        for pair in itertools.combinations(fitted, 2)
-        if (comparison := compare(*pair)) is not None
+        comparison for pair in itertools.combinations(fitted, 2) if (comparison := compare(*pair)) is not None
     ]
     text = paragraph(fitted, comparisons, points.unit, points.notes)
     print(_table(fitted))
@@ -127,13 +131,18 @@ def _family(each: Fitted) -> dict[str, Any]:
     return {
         **{name: interval.to_json() for name, interval in each.intervals().items()},
         "exponent_of_compute": exponent.to_json(),
-        "flops": {"is_counted": points.flops is not None, "factor": each.cost.factor, "power": each.cost.power},
+        "flops": {
+            "is_counted": points.flops is not None,
+            "factor": each.cost.factor,
+            "power": each.cost.power,
+        },
         "resampled": "runs" if each.is_by_run else "points",
         "root_mean_square_of_log_residuals": float(np.sqrt((each.residuals() ** 2).mean())),
         "leave_largest_out": each.leave_largest_out,
         "frontier": _frontier(each),
         "points": [
-            {"run": run, "parameters": n, "tokens": d, "flops": c, "loss": loss} for run, n, d, c, loss in rows
+            {"run": run, "parameters": n, "tokens": d, "flops": c, "loss": loss}
+            for run, n, d, c, loss in rows
         ],
     }
 

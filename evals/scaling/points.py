@@ -69,9 +69,7 @@ class Points:
         keep = ~left_out
         flops = None if self.flops is None else self.flops[keep]
         runs = [run for run, is_kept in zip(self.runs, keep, strict=True) if is_kept]
-        return Points(
-            self.family, self.parameters[keep], self.tokens[keep], self.losses[keep], flops, runs
-        )
+        return Points(self.family, self.parameters[keep], self.tokens[keep], self.losses[keep], flops, runs)
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,9 @@ def read_points(path: Path, count: Count, leave_out_failed: bool) -> PointSet:
     diverged = [point for point in points if not math.isfinite(point.loss)]
     if diverged and not leave_out_failed:
         names = ", ".join(point.run for point in diverged)
-        message = f"{len(diverged)} of {len(points)} runs diverged: {names}; --leave-out-failed fits the others"
+        message = (
+            f"{len(diverged)} of {len(points)} runs diverged: {names}; --leave-out-failed fits the others"
+        )
         raise UserError(str(path), message)
     if diverged:
         notes.append(f"{len(diverged)} diverged: {', '.join(point.run for point in diverged)}")
@@ -120,7 +120,10 @@ def _gathered(family: str, points: list[Point]) -> Points:
     flops = [point.flops for point in own if point.flops is not None]
     return Points(
         family,
-        *(np.array([getattr(point, name) for point in own], float) for name in ("parameters", "tokens", "loss")),
+        *(
+            np.array([getattr(point, name) for point in own], float)
+            for name in ("parameters", "tokens", "loss")
+        ),
         flops=np.array(flops, float) if len(flops) == len(own) else None,
         runs=[point.run for point in own],
     )
@@ -248,9 +251,7 @@ def _end_of(folder: Path) -> dict[str, Any] | None:
     return end
 
 
-def _of_run(
-    folder: Path, entry: dict[str, Any], end: dict[str, Any], count: Count
-) -> tuple[Point, str]:
+def _of_run(folder: Path, entry: dict[str, Any], end: dict[str, Any], count: Count) -> tuple[Point, str]:
     """The point of a finished run, and the unit of its loss."""
     config = yaml.safe_load((folder / "config.yaml").read_text())
     size = entry or _size(folder)
@@ -280,7 +281,11 @@ def _size(folder: Path) -> dict[str, Any]:
     """Parameters and FLOPs of a run's model."""
     config = yaml.safe_load((folder / "config.yaml").read_text())
     vocab_size = json.loads((folder / "model" / "config.json").read_text())["vocab_size"]
-    settings = {"model": config["model"], "data": config["data"], "batch": {"chunk": config["batch"]["chunk"]}}
+    settings = {
+        "model": config["model"],
+        "data": config["data"],
+        "batch": {"chunk": config["batch"]["chunk"]},
+    }
     return _model_size(json.dumps(settings), vocab_size)
 
 

@@ -62,9 +62,7 @@ class Fitted:
 
     def intervals(self) -> dict[str, Interval]:
         """The five numbers."""
-        return {
-            name: interval_of(getattr(self.law, name), getattr(self.replicates, name)) for name in NAMES
-        }
+        return {name: interval_of(getattr(self.law, name), getattr(self.replicates, name)) for name in NAMES}
 
     def residuals(self) -> Array:
         """log L - log L(N, D) of each point."""

@@ -53,9 +53,7 @@ def _comparison(each: Comparison, unit: str) -> str:
         text = f"{lower} has a lower loss than {higher} {at}: the difference is {_interval(each.difference)} {unit}."
     else:
         text = f"{pair} are not distinguishable {at}: the difference is {_interval(each.difference)} {unit}."
-    different = [
-        name for name in ("alpha", "beta") if not getattr(each, name).contains(0.0)
-    ]
+    different = [name for name in ("alpha", "beta") if not getattr(each, name).contains(0.0)]
     text += f" Their exponents are {'distinguishable' if different else 'not distinguishable'}"
     text += f" ({' and '.join(different)})." if different else "."
     if each.crossing is None:

@@ -44,11 +44,18 @@ a ladder:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = new_parser("minrnn sweep", DESCRIPTION.format(sweeps=", ".join(shipped_sweeps()) or "none"), EPILOG)
-    parser.add_argument("sweep", metavar="SWEEP", help="a YAML file, or the name of a sweep that comes with minrnn")
+    parser = new_parser(
+        "minrnn sweep", DESCRIPTION.format(sweeps=", ".join(shipped_sweeps()) or "none"), EPILOG
+    )
+    parser.add_argument(
+        "sweep", metavar="SWEEP", help="a YAML file, or the name of a sweep that comes with minrnn"
+    )
     parser.add_argument("--plan", action="store_true", help="print runs, FLOPs and estimated hours, and stop")
     parser.add_argument(
-        "--workers", type=int, default=1, help="runs at the same time; they share the GPUs or the cores (default: 1)"
+        "--workers",
+        type=int,
+        default=1,
+        help="runs at the same time; they share the GPUs or the cores (default: 1)",
     )
     parser.add_argument("--out", help="the sweep's folder, in place of that in SWEEP")
     parser.add_argument(
@@ -151,7 +158,10 @@ def _run(runner: Runner, places: list[Place]) -> None:
     print(text)
     failed = [name for name, state in states.items() if state == FAILED]
     if failed:
-        print(f"error: sweep: {len(failed)} runs failed; {runner.folder / 'logs'} and failed/ say why", file=sys.stderr)
+        print(
+            f"error: sweep: {len(failed)} runs failed; {runner.folder / 'logs'} and failed/ say why",
+            file=sys.stderr,
+        )
         raise SystemExit(1)
     assert all(state == DONE for state in states.values())
 
@@ -177,7 +187,9 @@ def _plan_text(runs: list[dict[str, Any]], arguments: argparse.Namespace) -> str
     alone = sum(run["flops_per_token"] * run["tokens"] for run in runs)
     lines = [table(runs, columns, f"{len(runs)} runs").lstrip("\n")]
     saved = f" ({alone / total:.2g} times as many without branches)" if alone > total else ""
-    lines.append(f"in all {total:.3g} FLOPs{saved}, {hours(total)} hours at {arguments.fraction:.0%} of {source}")
+    lines.append(
+        f"in all {total:.3g} FLOPs{saved}, {hours(total)} hours at {arguments.fraction:.0%} of {source}"
+    )
     return "\n".join(lines)
 
 
@@ -190,5 +202,6 @@ def _rate(runs: list[dict[str, Any]], arguments: argparse.Namespace) -> tuple[fl
     device = resolve_device("auto")
     rates = measure_rates(device, ["fp32", "bf16"])
     best = max(rates, key=rates.__getitem__)
-    return rates[best], f"{rates[best] / 1e12:.3g} TFLOP/s, measured here in {best}; divide by the number of machines"
-
+    return rates[
+        best
+    ], f"{rates[best] / 1e12:.3g} TFLOP/s, measured here in {best}; divide by the number of machines"

@@ -52,7 +52,9 @@ def expand(sweep: Sweep) -> list[PlannedRun]:
     for name, parts in _parts(sweep, base):
         settings = {**sweep.settings, **parts.pop("settings")}
         if refused := [key for key in settings if key in OF_THE_RUNNER]:
-            errors |= dict.fromkeys((key, "is set by the sweep for each run; leave it out") for key in refused)
+            errors |= dict.fromkeys(
+                (key, "is set by the sweep for each run; leave it out") for key in refused
+            )
             continue
         try:
             recipe = build_recipe(_nested(base, settings))

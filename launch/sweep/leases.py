@@ -174,7 +174,10 @@ def host() -> str:
     """Where a process number means this process: the machine, its start, and the namespace of processes."""
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):  # not Linux
-        parts += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
+        parts += [
+            Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+            os.readlink("/proc/self/ns/pid"),
+        ]
     return " ".join(parts)
 
 

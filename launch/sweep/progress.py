@@ -60,7 +60,9 @@ def progress_table(runner: Runner) -> tuple[str, dict[str, str]]:
     rows = [row_of(runner, name, state) for name, state in runner.states().items()]
     columns = {column: lambda row, column=column: row[column] for column in rows[0]}
     states = {row["run"]: row["state"] for row in rows}
-    counts = ", ".join(f"{list(states.values()).count(kind)} {kind}" for kind in (DONE, TRAINING, WAITING, FAILED))
+    counts = ", ".join(
+        f"{list(states.values()).count(kind)} {kind}" for kind in (DONE, TRAINING, WAITING, FAILED)
+    )
     return table(rows, columns, f"{runner.folder}: {counts}").lstrip("\n"), states
 
 

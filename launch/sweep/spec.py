@@ -137,7 +137,9 @@ def read_sweep(name: str) -> Sweep:
         values = yaml.safe_load(path.read_text())
     except OSError as error:
         shipped = ", ".join(shipped_sweeps())
-        raise UserError(name, f"cannot be read: {error.strerror}; sweeps that come with minrnn: {shipped}") from None
+        raise UserError(
+            name, f"cannot be read: {error.strerror}; sweeps that come with minrnn: {shipped}"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(name, f"is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):

@@ -81,7 +81,11 @@ def test_resampling_depends_on_the_seed_only_and_draws_whole_runs():
     first, second = (fit_family(noisy, 20, 3) for _ in range(2))
     np.testing.assert_array_equal(first.replicates.E, second.replicates.E)
     assert first.is_by_run
-    few = Points(noisy.family, *(getattr(noisy, n) for n in ("parameters", "tokens", "losses", "flops")), runs=["a", "b"] * 12 + ["a"])
+    few = Points(
+        noisy.family,
+        *(getattr(noisy, n) for n in ("parameters", "tokens", "losses", "flops")),
+        runs=["a", "b"] * 12 + ["a"],
+    )
     assert not fit_family(few, 20, 3).is_by_run
 
 
@@ -151,7 +155,9 @@ def write_csv(path: Path, given: list[Points]) -> Path:
 
 
 def test_the_command_writes_numbers_words_and_a_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    path = write_csv(tmp_path / "losses.csv", [points(CHINCHILLA, 0.01, 0, "a"), points(CHINCHILLA, 0.01, 1, "b")])
+    path = write_csv(
+        tmp_path / "losses.csv", [points(CHINCHILLA, 0.01, 0, "a"), points(CHINCHILLA, 0.01, 1, "b")]
+    )
     main([str(path), "--replicates", "20"])
     result = json.loads((tmp_path / "losses-fit" / "fit.json").read_text())
     assert {"command", "commit", "time", "machine", "versions", "config"} <= result.keys()
@@ -171,9 +177,15 @@ def test_the_command_writes_numbers_words_and_a_figure(tmp_path: Path, capsys: p
     [
         ("", "no column family, parameters, tokens, loss"),
         ("family,parameters,tokens,lss\n", r"no column loss \(did you mean lss\?\)"),
-        ("family,parameters,tokens,loss\na,1e6,x,3\na,1e6,-5,3\na,1e6,5\n", "line 2.*'x'.*line 3.*line 4 has 3 values"),
+        (
+            "family,parameters,tokens,loss\na,1e6,x,3\na,1e6,-5,3\na,1e6,5\n",
+            "line 2.*'x'.*line 3.*line 4 has 3 values",
+        ),
         ("family,parameters,tokens,loss\na,1e6,1e7,3\na,2e6,1e7,nan\n", "1 of 2 runs diverged: line 3"),
-        ("family,parameters,tokens,loss\na,1e6,1e7,3\na,2e6,1e7,2.9\n", "a has 2 runs of 2 sizes and 1 numbers of tokens"),
+        (
+            "family,parameters,tokens,loss\na,1e6,1e7,3\na,2e6,1e7,2.9\n",
+            "a has 2 runs of 2 sizes and 1 numbers of tokens",
+        ),
     ],
 )
 def test_broken_files_are_named(tmp_path: Path, text: str, message: str):

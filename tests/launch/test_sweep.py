@@ -101,9 +101,9 @@ def test_the_rules_are_those_of_the_published_ladder():
     assert rules.learning_rate(8 * 108_000_000) == pytest.approx(0.0047 / 4)
     assert rules.lanes(108_000_000, readers=4, chunk=2048) == 40
     assert rules.lanes(8 * 108_000_000, readers=4, chunk=2048) == 160
-    assert rules.settings(10**6, 1, 64)["optim.warmup_steps"] * rules.lanes(10**6, 1, 64) * 64 == pytest.approx(
-        10**6, rel=0.01
-    )
+    assert rules.settings(10**6, 1, 64)["optim.warmup_steps"] * rules.lanes(
+        10**6, 1, 64
+    ) * 64 == pytest.approx(10**6, rel=0.01)
     assert [rules.layers(size) for size in (10**4, 10**6, 10**7, 10**8)] == [2, 3, 6, 13]
 
 
@@ -118,10 +118,16 @@ def test_the_rules_are_those_of_the_published_ladder():
         ({"grid": {"run.dir": ["a"]}}, r"run\.dir: is set by the sweep"),
         ({"grid": {"optim.lr": [-1.0, 2.0]}}, r"optim\.lr: .*greater than 0"),
         ({"grid": {"train.precision": ["auto"]}}, r"train\.precision: auto is measured by each run"),
-        ({"ladder": {**LADDER, "budgets": [0.001]}}, r"ladder\.budgets: minGRU-20k-0.001x would have 0 steps"),
+        (
+            {"ladder": {**LADDER, "budgets": [0.001]}},
+            r"ladder\.budgets: minGRU-20k-0.001x would have 0 steps",
+        ),
         ({"ladder": {**LADDER, "budgets": [1, 1]}}, r"ladder\.budgets: names a value twice"),
         ({"ladder": {**LADDER, "size": [1]}}, r"ladder\.size: unknown key \(did you mean sizes\?\)"),
-        ({"random": {"runs": 1, "settings": {"optim.lr": {"low": 2, "high": 1}}}}, "high: must be at least low"),
+        (
+            {"random": {"runs": 1, "settings": {"optim.lr": {"low": 2, "high": 1}}}},
+            "high: must be at least low",
+        ),
         ({"outt": "x", "grid": {"optim.lr": [1e-3]}}, r"outt: unknown key \(did you mean out\?\)"),
     ],
 )
@@ -149,7 +155,9 @@ def test_the_plan_is_the_same_for_all_workers_and_no_other_sweep(tmp_path: Path)
         publish(sweep(out=str(tmp_path / "full"), grid={"optim.lr": [1.0]}), runs)
 
 
-def test_plan_prints_runs_flops_and_hours_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_plan_prints_runs_flops_and_hours_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     path = tmp_path / "sweep.yaml"
     fields = {"out": str(tmp_path / "out"), "settings": COMMON, "grid": {"model.hidden_size": [16, 32]}}
     path.write_text(yaml.safe_dump(fields))

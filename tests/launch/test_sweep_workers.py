@@ -46,7 +46,8 @@ def runner(folder: Path, runs: list[dict[str, Any]], program: str = FAKE, **opti
 
 def work(runners: list[Runner]) -> None:
     threads = [
-        threading.Thread(target=each.work, args=(Place(str(i)),), daemon=True) for i, each in enumerate(runners)
+        threading.Thread(target=each.work, args=(Place(str(i)),), daemon=True)
+        for i, each in enumerate(runners)
     ]
     for thread in threads:
         thread.start()
@@ -88,7 +89,15 @@ def test_the_run_of_a_dead_worker_is_taken_over(tmp_path: Path):
     (tmp_path / "leases" / "run.000002").touch()  # one that died before it wrote its name
     assert first.states()["run"].is_held
     clock = [0.0]
-    work([runner(tmp_path, [entry("run")], leases=Leases(tmp_path / "leases", expiry=-1, clock=lambda: clock[0]))])
+    work(
+        [
+            runner(
+                tmp_path,
+                [entry("run")],
+                leases=Leases(tmp_path / "leases", expiry=-1, clock=lambda: clock[0]),
+            )
+        ]
+    )
     assert (tmp_path / "starts-run").read_text() == "x"
 
 
@@ -99,7 +108,9 @@ def test_a_lease_expires_when_its_beat_stands_still_on_the_observers_clock(tmp_p
 
     def is_held(beat: int, after: float) -> bool:
         clock[0] += after
-        path.write_text(json.dumps({"worker": "0", "host": "elsewhere", "pid": 1, "started": 0, "beat": beat}))
+        path.write_text(
+            json.dumps({"worker": "0", "host": "elsewhere", "pid": 1, "started": 0, "beat": beat})
+        )
         return leases.survey(["run"])["run"].is_held
 
     assert is_held(1, 0)
@@ -192,7 +203,9 @@ def test_a_sweep_whose_worker_is_killed_equals_direct_runs_to_the_bit(tmp_path: 
         fields = {"out": str(tmp_path / out), **TINY, "ladder": {**TINY["ladder"], **ladder}}
         path = tmp_path / f"{out}.yaml"
         path.write_text(yaml.safe_dump(fields))
-        return subprocess.Popen([sys.executable, "-m", "minrnn.launch.cli", "sweep", str(path), "--workers", "2"])
+        return subprocess.Popen(
+            [sys.executable, "-m", "minrnn.launch.cli", "sweep", str(path), "--workers", "2"]
+        )
 
     assert start("direct", branch=False).wait() == 0
     first = start("branched")

@@ -26,7 +26,9 @@ def products_of_torch(model: Any) -> float:
         with FlopCounterMode(display=False) as counter:
             model(input_ids=ids)
     counts = {str(operation): flops for operation, flops in counter.get_flop_counts()["Global"].items()}
-    return sum(flops for operation, flops in counts.items() if operation in ("aten.mm", "aten.addmm")) / TOKENS
+    return (
+        sum(flops for operation, flops in counts.items() if operation in ("aten.mm", "aten.addmm")) / TOKENS
+    )
 
 
 @settings(max_examples=10)
@@ -71,7 +73,9 @@ def test_a_real_state_takes_two_operations_and_a_matrix_five():
 @pytest.mark.parametrize("length", [16, 64])
 def test_attention_grows_with_the_length_and_products_do_not(length: int):
     fields = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = config_of("llama", {**fields, "num_key_value_heads": 2, "vocab_size": VOCAB, **NO_SPECIAL_TOKENS})
+    config = config_of(
+        "llama", {**fields, "num_key_value_heads": 2, "vocab_size": VOCAB, **NO_SPECIAL_TOKENS}
+    )
     model = new_model("llama", config)
     flops = count_flops("llama", model, length)
     assert flops.attention == 2 * 4 * length * 32
