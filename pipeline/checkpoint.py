@@ -79,7 +79,7 @@ def _with_checksum(manifest: dict[str, Any]) -> str:
 
 
 def remove_old(folder: Path, keep: int, step: int, always_keep: frozenset[int] = frozenset()) -> None:
-    """Keep the newest `keep` checkpoints up to `step` and those of the steps in `always_keep`, and rename newer
+    """Keep the newest `keep` checkpoints up to `step`, and those of the steps in `always_keep`. Rename newer
     ones than `step` as invalid.
 
     A newer one cannot be valid, otherwise the run would have resumed from it.

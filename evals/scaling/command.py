@@ -23,9 +23,9 @@ from .resample import NAMES, Fitted, fit_family, interval_of, missing_for_a_fit
 from .words import BEYOND, paragraph
 
 NUM_FRONTIER = 5  # computes of the frontier in the results
-DESCRIPTION = """Fit L(N, D) = E + A / N^alpha + B / D^beta to the losses of runs: N parameters, D tokens. PATH
-is a sweep's folder, a folder of runs, or a CSV file with the columns family, parameters, tokens, loss (and
-flops, run). Intervals come from resampling the runs. Writes fit.json, fit.png and fit.txt."""
+DESCRIPTION = """Fit L(N, D) = E + A / N^alpha + B / D^beta to the losses of runs: N parameters, D tokens.
+PATH is a sweep's folder, a folder of runs, or a CSV file with the columns family, parameters, tokens, loss
+(and flops, run). Intervals come from resampling the runs. Writes fit.json, fit.png and fit.txt."""
 EPILOG = """examples:
   minrnn fit runs/laptop
   minrnn fit losses.csv --out fits/losses --replicates 1000"""

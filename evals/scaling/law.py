@@ -5,9 +5,10 @@ N is a number of parameters, D of tokens. The fit minimises the sum over the poi
     huber(log L_i - log L(N_i, D_i)),   huber(r) = r^2 / 2 for |r| <= DELTA, else DELTA (|r| - DELTA / 2)
 
 (Hoffmann et al., arXiv 2203.15556). It is a sum and not a mean: the gradient of the mean is so small that
-their optimiser stopped early (Besiroglu et al., arXiv 2404.10102). For given exponents the law is linear in E, A
-and B. So a grid of exponents with non-negative least squares of the relative error inside (variable projection,
-arXiv 2603.22339) finds the starts, and L-BFGS with the exact gradient finds the minimum of all five.
+their optimiser stopped early (Besiroglu et al., arXiv 2404.10102). For given exponents the law is linear in
+E, A and B. So a grid of exponents with non-negative least squares of the relative error inside (variable
+projection, arXiv 2603.22339) finds the starts; reweighted least squares and then L-BFGS find the minimum of
+all five.
 """
 
 from dataclasses import dataclass

@@ -25,10 +25,11 @@ COUNTS: tuple[Count, ...] = ("all", "without_embeddings", "blocks_and_head")
 REQUIRED, OPTIONAL = ("family", "parameters", "tokens", "loss"), ("flops", "run")
 MAX_ERRORS = 10  # broken rows that are listed
 # Two runs with different values of these do not have comparable losses.
-SAME_DATA = tuple(
-    f"data.{name}"
-    for name in ("corpus", "task", "subset", "split", "revision", "text_field", "join", "tokenizer")
-) + ("data.validation", "data.validation_split", "data.validation_fraction", "data.validation_tokens")
+SAME_DATA = (
+    *("data.corpus", "data.task", "data.subset", "data.split", "data.revision", "data.text_field"),
+    *("data.join", "data.tokenizer", "data.validation", "data.validation_split"),
+    *("data.validation_fraction", "data.validation_tokens"),
+)
 
 
 @dataclass(frozen=True)

@@ -75,8 +75,8 @@ def missing_for_a_fit(points: Points) -> str | None:
     if len(points.losses) >= MIN_POINTS and sizes >= MIN_DISTINCT and budgets >= MIN_DISTINCT:
         return None
     return (
-        f"{points.family} has {len(points.losses)} runs of {sizes} sizes and {budgets} numbers of tokens; the "
-        f"five numbers of the law need at least {MIN_POINTS} runs, {MIN_DISTINCT} sizes (for alpha) and "
+        f"{points.family} has {len(points.losses)} runs of {sizes} sizes and {budgets} numbers of tokens; "
+        f"the five numbers of the law need at least {MIN_POINTS} runs, {MIN_DISTINCT} sizes (for alpha) and "
         f"{MIN_DISTINCT} numbers of tokens (for beta)"
     )
 

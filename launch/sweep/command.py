@@ -25,10 +25,10 @@ from .spec import read_sweep, shipped_sweeps
 
 REFRESH = 5.0  # seconds
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-DESCRIPTION = """Train all runs of a sweep: a grid, a random search, or a ladder of sizes and token budgets. SWEEP is a
-YAML file, or the name of a sweep that comes with minrnn ({sweeps}). The same command resumes a sweep that was
-stopped. Started again, also on other machines that share the sweep's folder, it adds workers: each takes the next
-run that nobody holds, and takes over the runs of workers that died."""
+DESCRIPTION = """Train all runs of a sweep: a grid, a random search, or a ladder of sizes and token budgets.
+SWEEP is a YAML file, or the name of a sweep that comes with minrnn ({sweeps}). The same command resumes a
+sweep that was stopped. Started again, also on other machines that share the sweep's folder, it adds workers:
+each takes the next run that nobody holds, and takes over the runs of workers that died."""
 EPILOG = """examples:
   minrnn sweep laptop --plan            what would be trained, and how long it takes
   minrnn sweep laptop --workers 2       two runs at a time, each on half of the cores
@@ -40,7 +40,10 @@ a grid:
   settings: {train.precision: fp32}
   grid: {model.cell: [mingru, minlstm], optim.lr: [2.0e-3, 4.0e-3]}
 a ladder:
-  ladder: {sizes: [100k, 300k, 1M], budgets: [5, 10, 20], families: {minGRU: {}, Llama: {model.family: llama}}}"""
+  ladder:
+    sizes: [100k, 300k, 1M]
+    budgets: [5, 10, 20]
+    families: {minGRU: {}, Llama: {model.family: llama}}"""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -111,7 +114,8 @@ def places_of(workers: int, processes: int) -> list[Place]:
 
     num_gpus = torch.cuda.device_count()
     if num_gpus and workers * processes > num_gpus:
-        message = f"{workers} workers with {processes} processes need {workers * processes} GPUs; there are {num_gpus}"
+        need = f"{workers} workers with {processes} processes need {workers * processes} GPUs"
+        message = f"{need}; there are {num_gpus}"
         raise UserError("--workers", message)
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(num_gpus)))).split(",")

@@ -183,10 +183,10 @@ def _ladder(ladder: Ladder, sweep: Sweep, base: dict[str, Any]) -> Iterator[Name
 
 
 def _too_small(name: str, steps: int, recipe: Recipe) -> str:
-    tokens = recipe.batch.tokens_per_step
+    tokens, warmup = recipe.batch.tokens_per_step, recipe.optim.warmup_steps
     return (
-        f"{name} would have {steps} steps of {tokens:,} tokens, {recipe.optim.warmup_steps} of them warmup, before "
-        "the decay; use a larger budget, or lower ladder.rules.warmup or ladder.rules.batch_tokens"
+        f"{name} would have {steps} steps of {tokens:,} tokens, and {warmup} steps of warmup before the decay; "
+        "use a larger budget, or lower ladder.rules.warmup or ladder.rules.batch_tokens"
     )
 
 

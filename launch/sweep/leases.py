@@ -1,11 +1,11 @@
 """Who trains what: leases in a folder that all workers share.
 
-    leases/NAME.000003      the third lease of a run: {"worker", "host", "pid", "started", "beat", "outcome", ...}
+    leases/NAME.000003      the third lease of a run: {"worker", "host", "pid", "started", "beat", ...}
 
-A run's lease of the highest number counts. A worker takes a run by creating the next number with O_EXCL, which
-one process on all machines can do. It then writes a higher `beat` every few seconds, and at the end an
-`outcome`: done, failed or stopped. A lease whose beat does not change for EXPIRY seconds on the observer's own
-clock has expired, so clocks of machines are never compared; on the same machine it expires as soon as its
+A run's lease of the highest number counts. A worker takes a run by creating the next number with O_EXCL,
+which one process on all machines can do. It then writes a higher `beat` every few seconds, and at the end an
+`outcome`: done, failed or stopped. A lease whose beat does not change for EXPIRY seconds on the observer's
+own clock has expired, so clocks of machines are never compared; on the same machine it expires as soon as its
 process is gone. A worker that finds a higher number than its own has lost the run and stops training it.
 """
 

@@ -52,7 +52,8 @@ def publish(sweep: Sweep, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if path.exists():
             return planned(sweep)
         if foreign := [entry.name for entry in folder.iterdir() if not entry.name.startswith(".")]:
-            message = f"{folder} holds {', '.join(sorted(foreign)[:3])} and no {PLAN}; name a folder of the sweep's own"
+            names = ", ".join(sorted(foreign)[:3])
+            message = f"{folder} holds {names} and no {PLAN}; name a folder of the sweep's own"
             raise UserError("out", message)
         with tempfile.NamedTemporaryFile("w", dir=folder, prefix=".sweep-", delete=False) as file:
             file.write(text + "\n")

@@ -5,10 +5,10 @@
     warmup          N tokens
     beta2           0.99 for batches below 0.5M tokens, else 0.95
     decay           the last tenth of the steps, linearly to 0 (wsd)
-    depth           (N / 49,152)^(1/3) layers, so that the width is about 64 times the depth (N = 12 depth width^2)
+    depth           (N / 49,152)^(1/3) layers: the width is about 64 times the depth, N = 12 depth width^2
 
-The first five are those of OLMo-core's model ladder (allenai/OLMo-core: src/olmo_core/model_ladder), the last is
-that of nanochat (karpathy/nanochat). `ladder.rules` in SWEEP.yaml changes their numbers.
+The first five are those of OLMo-core's model ladder (allenai/OLMo-core: src/olmo_core/model_ladder), the last
+is that of nanochat (karpathy/nanochat). `ladder.rules` in SWEEP.yaml changes their numbers.
 """
 
 from typing import Any

@@ -4,8 +4,8 @@
 
 A run that was stopped, or whose worker died, resumes from its newest checkpoint. A run that failed is started
 again `retries` times, after all others; then `failed/NAME.json` marks it. Training is a process of its own,
-started by the same command as by hand. If its worker was killed, it goes on alone: it holds the lock of its run's
-folder, and the worker that takes the run over waits until it ends.
+started by the same command as by hand. If its worker was killed, it goes on alone: it holds the lock of its
+run's folder, and the worker that takes the run over waits until it ends.
 """
 
 import contextlib
@@ -125,7 +125,7 @@ class Runner:
         return None
 
     def _is_ready(self, name: str, states: dict[str, RunState]) -> bool:
-        """Whether a run can start: it is no branch, or its trunk has come to its branch point or to its end."""
+        """Whether a run can start: it is no branch, or its trunk has come to the branch point or its end."""
         trunk, step = self.runs[name]["trunk"], self.runs[name]["branch_step"]
         if trunk is None or has_branch_point(self.run_dir(trunk), step):
             return True
@@ -178,8 +178,9 @@ class Runner:
         try:
             start_branch(self.run_dir(run["trunk"]), self.run_dir(name), run["branch_step"])
         except (ValueError, OSError) as error:
-            message = f"warning: {name} starts from the beginning, with the same result: no checkpoint of {run['trunk']} "
-            output.write(f"{message}at step {run['branch_step']} ({error})\n".encode())
+            lacks = f"no checkpoint of {run['trunk']} at step {run['branch_step']} ({error})"
+            message = f"warning: {name} starts from the beginning, with the same result: {lacks}\n"
+            output.write(message.encode())
             output.flush()
             return False
         return True

@@ -22,9 +22,8 @@ VOCAB, TOKENS = 40, 16
 def products_of_torch(model: Any) -> float:
     """Products per token in a forward pass, counted by torch."""
     ids = torch.zeros(1, TOKENS, dtype=torch.long)
-    with torch.no_grad():
-        with FlopCounterMode(display=False) as counter:
-            model(input_ids=ids)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(input_ids=ids)
     counts = {str(operation): flops for operation, flops in counter.get_flop_counts()["Global"].items()}
     return (
         sum(flops for operation, flops in counts.items() if operation in ("aten.mm", "aten.addmm")) / TOKENS
