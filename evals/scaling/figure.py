@@ -4,10 +4,12 @@ from typing import Any
 
 import numpy as np
 
+from ..output import si
 from .resample import LEVEL, Fitted
 from .words import BEYOND
 
 NUM_COMPUTES, NUM_ISO = 80, 4
+NEAR = 0.25  # in log FLOPs, of the runs that are drawn at an iso-FLOP line
 
 
 def draw(figure: Any, fitted: list[Fitted], unit: str) -> None:
@@ -44,7 +46,9 @@ def _draw_iso_tokens(axes: Any, each: Fitted, color: str) -> None:
     parameters = np.geomspace(points.parameters.min(), points.parameters.max(), 50)
     axes.plot(points.parameters, points.losses, ".", color=color)
     for tokens in np.geomspace(points.tokens.min(), points.tokens.max(), NUM_ISO):
-        axes.plot(parameters, each.law.loss(parameters, tokens), color=color, lw=0.8)
+        losses = each.law.loss(parameters, tokens)
+        axes.plot(parameters, losses, color=color, lw=0.8)
+        axes.annotate(f"{si(float(tokens))} tokens", (parameters[0], losses[0]), color=color, fontsize=7)
 
 
 def _draw_iso_flops(axes: Any, each: Fitted, color: str) -> None:
@@ -52,7 +56,12 @@ def _draw_iso_flops(axes: Any, each: Fitted, color: str) -> None:
     points = each.points
     parameters = np.geomspace(points.parameters.min(), points.parameters.max(), 50)
     for compute in np.geomspace(points.compute.min(), points.compute.max(), NUM_ISO + 2)[1:-1]:
-        tokens = each.cost.tokens(compute, parameters)
-        axes.plot(parameters, each.law.loss(parameters, tokens), color=color, lw=0.8)
+        losses = each.law.loss(parameters, each.cost.tokens(compute, parameters))
+        axes.plot(parameters, losses, color=color, lw=0.8)
+        axes.annotate(
+            f"{compute:.1g} FLOPs", (parameters[-1], losses[-1]), color=color, fontsize=7, ha="right"
+        )
+        is_near = np.abs(np.log(points.compute / compute)) < NEAR
+        axes.plot(points.parameters[is_near], points.losses[is_near], ".", color=color)
         best, tokens = each.law.optimum(compute, each.cost)
         axes.plot(best, each.law.loss(best, tokens), "*", color=color)

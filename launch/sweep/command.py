@@ -97,7 +97,7 @@ def main(argv: Sequence[str]) -> None:
         Path(sweep.out),
         publish(sweep, planned(sweep)),
         recipe_values(sweep.base) if sweep.base else {},
-        train_command(sweep.processes, sweep.launcher),
+        train_command(sweep.processes, sweep.launcher, has_gpus=bool(places[0].environment)),
         sweep.retries,
         Leases(Path(sweep.out) / "leases"),
     )

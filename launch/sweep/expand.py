@@ -18,6 +18,8 @@ from .spec import Ladder, Random, Range, Sweep
 
 LONGEST_NAME = 80
 MAX_RUNS = 100_000
+# A ladder sets these for each run.
+OF_THE_LADDER = ("train.steps", "model.num_parameters", "optim.schedule_steps")
 # The runner sets these for each run.
 OF_THE_RUNNER = ("run.dir", "run.resume", "run.change", "train.save_at")
 
@@ -163,10 +165,12 @@ def _ladder(ladder: Ladder, sweep: Sweep, base: dict[str, Any]) -> Iterator[Name
         recipe = build_recipe(_nested(base, common))
         rule = ladder.rules.settings(size, recipe.batch.readers, recipe.batch.chunk)
         rule["optim.lr"] *= factor
-        settings = {**rule, **own}
-        built = build_recipe(_nested(base, {**common, **settings}))
+        settings = {**rule, **common}
+        built = build_recipe(_nested(base, settings))
+        _check_ladder(ladder, common, built)
         steps = [round(budget * size / built.batch.tokens_per_step) for budget in ladder.budgets]
-        starts = [decay_start(number, built.optim.decay_fraction) for number in steps]
+        is_wsd = built.optim.schedule == "wsd"
+        starts = [decay_start(number, built.optim.decay_fraction) if is_wsd else number for number in steps]
         prefix = re.sub(r"[^\w.+-]+", "_", family) + f"-{_short(size)}"
         prefix += f"-lr{factor:g}x" if len(ladder.lr_factors) > 1 else ""
         names = [f"{prefix}-{budget:g}x" for budget in ladder.budgets]
@@ -182,11 +186,28 @@ def _ladder(ladder: Ladder, sweep: Sweep, base: dict[str, Any]) -> Iterator[Name
             yield name, parts
 
 
+def _check_ladder(ladder: Ladder, common: dict[str, Any], recipe: Recipe) -> None:
+    """Refuse settings that contradict the ladder.
+
+    Args:
+        common: settings of the sweep and of the family.
+        recipe: with them.
+    """
+    errors = [(key, "follows from the ladder; leave it out") for key in OF_THE_LADDER if key in common]
+    if "optim.lr" in common and ladder.lr_factors != [1.0]:
+        errors.append(("ladder.lr_factors", "multiply the rule's learning rate, but optim.lr is set"))
+    if ladder.branch and recipe.optim.schedule != "wsd":
+        message = f"is for optim.schedule wsd, not {recipe.optim.schedule}; set ladder.branch to false"
+        errors.append(("ladder.branch", message))
+    if errors:
+        raise UserError.from_list(errors)
+
+
 def _too_small(name: str, steps: int, recipe: Recipe) -> str:
     tokens, warmup = recipe.batch.tokens_per_step, recipe.optim.warmup_steps
     return (
-        f"{name} would have {steps} steps of {tokens:,} tokens, and {warmup} steps of warmup before the decay; "
-        "use a larger budget, or lower ladder.rules.warmup or ladder.rules.batch_tokens"
+        f"{name} would have {steps} steps of {tokens:,} tokens, and {warmup} steps of warmup before the "
+        "decay; use a larger budget, or lower ladder.rules.warmup or ladder.rules.batch_tokens"
     )
 
 

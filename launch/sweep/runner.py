@@ -166,7 +166,8 @@ class Runner:
             status = self._wait(process, lease)
         if status == 0:
             return "done", ""
-        if status in STOPPED or -status + 128 in STOPPED:
+        is_told = self.stop.is_set() or lease.is_lost.is_set()  # accelerate launch then exits with 1
+        if is_told or status in STOPPED or 128 - status in STOPPED:
             return "stopped", ""
         return "failed", _last_error(log, status)
 
@@ -213,16 +214,23 @@ class Runner:
                 is_told = True
 
 
-def train_command(processes: int, launcher: str | None) -> Command:
-    """The command that trains: `minrnn train`, or accelerate launch with several processes."""
+def train_command(processes: int, launcher: str | None, has_gpus: bool) -> Command:
+    """The command that trains: `minrnn train`, or accelerate launch with several processes.
+
+    Args:
+        launcher: a configuration file for accelerate launch; None for DDP, over gloo on CPUs.
+    """
+    if launcher is not None:
+        kind = ["--config_file", launcher]
+    else:
+        cpu = Path(__file__).resolve().parent.parent / "accelerate" / "cpu.yaml"
+        kind = ["--multi_gpu"] if has_gpus else ["--config_file", str(cpu)]
+    options = [*kind, "--num_processes", str(processes), "--main_process_port", "0"]  # a free one
 
     def command(run: dict[str, Any], recipe: Path) -> list[str]:
         words = ["-m", "minrnn.pipeline.train", "--config", str(recipe)]
         if processes == 1 and launcher is None:
             return [sys.executable, *words]
-        options = ["--num_processes", str(processes), "--main_process_port", "0"]  # a free one
-        if launcher is not None:
-            options = ["--config_file", launcher, *options]
         return [sys.executable, "-m", "accelerate.commands.launch", *options, *words]
 
     return command

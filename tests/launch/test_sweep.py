@@ -122,6 +122,8 @@ def test_the_rules_are_those_of_the_published_ladder():
             {"ladder": {**LADDER, "budgets": [0.001]}},
             r"ladder\.budgets: minGRU-20k-0.001x would have 0 steps",
         ),
+        ({"ladder": {**LADDER, "families": {"a": {"optim.schedule": "cosine"}}}}, r"ladder\.branch: is for"),
+        ({"ladder": {**LADDER, "families": {"a": {"train.steps": 5}}}}, r"train\.steps: follows from"),
         ({"ladder": {**LADDER, "budgets": [1, 1]}}, r"ladder\.budgets: names a value twice"),
         ({"ladder": {**LADDER, "size": [1]}}, r"ladder\.size: unknown key \(did you mean sizes\?\)"),
         (
