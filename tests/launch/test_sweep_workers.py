@@ -15,8 +15,10 @@ import pytest
 import yaml
 
 from minrnn.common.locks import lock
+from minrnn.launch.sweep.branch import has_branch_point, start_branch
 from minrnn.launch.sweep.leases import Lease, Leases, host
-from minrnn.launch.sweep.runner import Place, Runner
+from minrnn.launch.sweep.runner import Place, Runner, train_command
+from minrnn.pipeline.checkpoint import checkpoint_name, publish, read_manifest, write_file
 
 # In place of training: counts its starts; runs of some names fail always, or the first time.
 FAKE = """
@@ -169,6 +171,80 @@ time.sleep(60)
     state = own.states()["run"]
     assert (state.is_done, state.is_held, state.failures) == (False, False, [])
     assert state.content["outcome"] == "stopped"
+
+
+def write_checkpoint(run: Path, step: int) -> None:
+    """A valid checkpoint of a few bytes, and metrics up to step 9."""
+    building = run / "building"
+    building.mkdir(parents=True)
+    names = ("model.safetensors", "optimizer.safetensors", "config.yaml")
+    entries = dict(write_file(building / name, lambda path: path.write_text(path.name)) for name in names)
+    (run / "checkpoints").mkdir()
+    publish(building, run / "checkpoints" / checkpoint_name(step), {"step": step, "files": entries})
+    lines = [json.dumps({"kind": "train", "step": each}) for each in range(1, 10)]
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def test_a_branch_starts_from_a_copy_of_the_trunks_checkpoint_and_metrics(tmp_path: Path):
+    trunk, run = tmp_path / "trunk", tmp_path / "run"
+    write_checkpoint(trunk, 5)
+    assert has_branch_point(trunk, 5)
+    assert not has_branch_point(trunk, 6)
+    leftover = run / "checkpoints" / ".step-000005.copy"
+    leftover.mkdir(parents=True)
+    (leftover / "half").touch()
+    start_branch(trunk, run, 5)
+    copy = run / "checkpoints" / "step-000005"
+    assert read_manifest(copy) == read_manifest(trunk / "checkpoints" / "step-000005")
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [
+        *range(1, 6)
+    ]
+    (run / "metrics.jsonl").write_text("")
+    start_branch(trunk, run, 5)  # it has begun
+    assert (run / "metrics.jsonl").read_text() == ""
+
+
+def test_a_branch_refuses_a_damaged_checkpoint(tmp_path: Path):
+    write_checkpoint(tmp_path / "trunk", 5)
+    (tmp_path / "trunk" / "checkpoints" / "step-000005" / "model.safetensors").write_text("other")
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
+        start_branch(tmp_path / "trunk", tmp_path / "run", 5)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_branch_waits_for_its_trunk_and_its_recipe_changes_the_schedule_only(tmp_path: Path):
+    program = """
+import os, sys
+folder, name = sys.argv[1:]
+with open(os.path.join(folder, "order"), "a") as file:
+    file.write(name + " ")
+"""
+    branch = entry("branch", trunk="trunk", branch_step=5, flops=9.0, settings={"optim.lr": 0.5})
+    own = runner(tmp_path, [branch, entry("trunk")], program)
+    write_checkpoint(own.run_dir("trunk"), 6)
+    work([own])
+    assert (tmp_path / "order").read_text() == "trunk branch "
+    direct = yaml.safe_load((tmp_path / "recipes" / "branch.yaml").read_text())
+    assert direct["optim"] == {"lr": 0.5}
+    assert direct["run"] == {"change": [], "dir": str(own.run_dir("branch"))}
+    other = runner(tmp_path / "other", [branch, entry("trunk")], program)
+    write_checkpoint(other.run_dir("trunk"), 5)
+    work([other])
+    branched = yaml.safe_load((tmp_path / "other" / "recipes" / "branch.yaml").read_text())
+    assert branched["run"]["change"] == ["optim.schedule_steps"]
+    assert (other.run_dir("branch") / "checkpoints" / "step-000005").exists()
+
+
+@pytest.mark.parametrize("has_gpus", [False, True])
+def test_training_is_started_as_by_hand(tmp_path: Path, has_gpus: bool):
+    recipe = tmp_path / "recipe.yaml"
+    alone = train_command(1, None, has_gpus)({}, recipe)
+    assert alone == [sys.executable, "-m", "minrnn.pipeline.train", "--config", str(recipe)]
+    several = train_command(2, None, has_gpus)({}, recipe)
+    assert several[1:3] == ["-m", "accelerate.commands.launch"]
+    assert several[-4:] == alone[1:]
+    assert ("--multi_gpu" in several) == has_gpus
+    assert "my.yaml" in train_command(2, "my.yaml", has_gpus)({}, recipe)
 
 
 # --- End to end
