@@ -191,7 +191,7 @@ def _counted_by_torch(name: str, config: PreTrainedConfig, length: int) -> Flops
     except Exception as error:  # each model raises its own
         message = f"the FLOPs of {name} cannot be counted: {one_line_message(error)}"
         raise UserError("model.family", message) from None
-    by_kind = dict.fromkeys(("products", "convolution", "attention"), 0.0)
+    by_kind: dict[str, float] = dict.fromkeys(("products", "convolution", "attention"), 0.0)
     for operation, flops in counter.get_flop_counts()["Global"].items():
         by_kind[_kind(str(operation))] += flops / tokens
     if not has_attention:

@@ -153,7 +153,7 @@ def _frontier(each: Fitted) -> list[dict[str, Any]]:
     rows = []
     for flops in np.geomspace(compute.min(), BEYOND * compute.max(), NUM_FRONTIER):
         best, replicates = (law.optimum(flops, each.cost) for law in (each.law, laws))
-        row = {"flops": float(flops)}
+        row: dict[str, Any] = {"flops": float(flops)}
         values = (*best, each.law.loss(*best))
         others = (*replicates, laws.loss(*replicates))
         for name, value, other in zip(("parameters", "tokens", "loss"), values, others, strict=True):

@@ -166,9 +166,9 @@ class Fit:
             jacobian[is_better], loss[is_better] = trial_jacobian[is_better], trial_loss[is_better]
             damping = np.where(is_better, damping / 4, damping * 4)
             results[left] = values
-            left, values, damping, residuals, jacobian, loss = (
-                part[~is_done] for part in (left, values, damping, residuals, jacobian, loss)
-            )
+            go_on = ~is_done
+            left, values, damping, loss = left[go_on], values[go_on], damping[go_on], loss[go_on]
+            residuals, jacobian = residuals[go_on], jacobian[go_on]
             if not len(left):
                 break
         return results

@@ -1,5 +1,6 @@
 """The runs of a sweep, each with all its settings."""
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -17,6 +18,7 @@ from .rules import decay_start
 from .spec import Ladder, Random, Range, Sweep
 
 LONGEST_NAME = 80
+ANY_RUN = {"run.seed": 0, "train.steps": 1}
 MAX_RUNS = 100_000
 # A ladder sets these for each run.
 OF_THE_LADDER = ("train.steps", "model.num_parameters", "optim.schedule_steps")
@@ -48,10 +50,10 @@ def expand(sweep: Sweep) -> list[PlannedRun]:
     Raises:
         UserError: all errors of all runs, two runs of the same settings, or a budget that is too small.
     """
-    base = recipe_values(sweep.base) if sweep.base else {}
+    builder = Builder(recipe_values(sweep.base) if sweep.base else {})
     errors: dict[tuple[str, str], None] = {}
     runs: list[PlannedRun] = []
-    for name, parts in _parts(sweep, base):
+    for name, parts in _parts(sweep, builder):
         settings = {**sweep.settings, **parts.pop("settings")}
         if refused := [key for key in settings if key in OF_THE_RUNNER]:
             errors |= dict.fromkeys(
@@ -59,7 +61,7 @@ def expand(sweep: Sweep) -> list[PlannedRun]:
             )
             continue
         try:
-            recipe = build_recipe(_nested(base, settings))
+            recipe = builder.build(settings)
         except UserError as error:
             errors |= dict.fromkeys(error.errors)
             continue
@@ -82,6 +84,39 @@ def _errors_together(runs: list[PlannedRun]) -> Iterator[tuple[str, str]]:
         if run.recipe.train.precision == "auto":
             message = "auto is measured by each run, on its own machine; set fp32 or bf16 for the sweep"
             yield "train.precision", message
+
+
+class Builder:
+    """Builds the recipes of runs. Runs that differ in their steps or seed only are checked once.
+
+    Args:
+        base: values of the base recipe, section -> field -> value.
+    """
+
+    def __init__(self, base: dict[str, Any]):
+        self.base = base
+        self._built: dict[str, Recipe] = {}
+
+    def build(self, settings: dict[str, Any]) -> Recipe:
+        """The recipe of these settings over the base.
+
+        Raises:
+            UserError: all errors.
+        """
+        seed, steps = settings.get("run.seed"), settings.get("train.steps")
+        is_checked = isinstance(seed, int) and seed >= 0 and isinstance(steps, int) and steps >= 1
+        if not is_checked:
+            return build_recipe(_nested(self.base, settings))
+        others = {key: value for key, value in settings.items() if key not in ("run.seed", "train.steps")}
+        key = json.dumps(others, sort_keys=True, default=str)
+        if key not in self._built:
+            self._built[key] = build_recipe(_nested(self.base, others))
+        recipe = self._built[key]
+        return dataclasses.replace(
+            recipe,
+            run=recipe.run.model_copy(update={"seed": seed}),
+            train=recipe.train.model_copy(update={"steps": steps}),
+        )
 
 
 def _nested(base: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
@@ -107,10 +142,10 @@ Named = tuple[str, dict[str, Any]]
 """A run's name, and the arguments of PlannedRun for it."""
 
 
-def _parts(sweep: Sweep, base: dict[str, Any]) -> Iterator[Named]:
+def _parts(sweep: Sweep, builder: Builder) -> Iterator[Named]:
     """Name and own settings of each run."""
     if sweep.ladder is not None:
-        named = _ladder(sweep.ladder, sweep, base)
+        named = _ladder(sweep.ladder, sweep, builder)
     elif sweep.random is not None:
         named = _random(sweep.random)
     else:
@@ -156,17 +191,17 @@ def _draw(drawn: Range | list[Any], generator: np.random.Generator) -> Any:
     return round(value) if drawn.integer else float(f"{value:.6g}")
 
 
-def _ladder(ladder: Ladder, sweep: Sweep, base: dict[str, Any]) -> Iterator[Named]:
+def _ladder(ladder: Ladder, sweep: Sweep, builder: Builder) -> Iterator[Named]:
     """Sizes times budgets of each family. The largest budget of a size is the trunk of the others."""
     for (family, own), size, factor in itertools.product(
         ladder.families.items(), ladder.sizes, ladder.lr_factors
     ):
         common = {**sweep.settings, **own}
-        recipe = build_recipe(_nested(base, common))
+        recipe = builder.build({**common, **ANY_RUN})
         rule = ladder.rules.settings(size, recipe.batch.readers, recipe.batch.chunk)
         rule["optim.lr"] *= factor
         settings = {**rule, **common}
-        built = build_recipe(_nested(base, settings))
+        built = builder.build({**settings, **ANY_RUN})
         _check_ladder(ladder, common, built)
         steps = [round(budget * size / built.batch.tokens_per_step) for budget in ladder.budgets]
         is_wsd = built.optim.schedule == "wsd"

@@ -8,7 +8,7 @@
 
 import json
 import os
-import tempfile
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -55,15 +55,15 @@ def publish(sweep: Sweep, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
             names = ", ".join(sorted(foreign)[:3])
             message = f"{folder} holds {names} and no {PLAN}; name a folder of the sweep's own"
             raise UserError("out", message)
-        with tempfile.NamedTemporaryFile("w", dir=folder, prefix=".sweep-", delete=False) as file:
-            file.write(text + "\n")
-        sync(Path(file.name))
+        unfinished = folder / f".{PLAN}.{uuid.uuid4().hex}"
+        unfinished.write_text(text + "\n")
+        sync(unfinished)
         try:
-            os.link(file.name, path)  # fails if another worker was first
+            os.link(unfinished, path)  # fails if another worker was first
         except FileExistsError:
             return planned(sweep)
         finally:
-            os.unlink(file.name)
+            unfinished.unlink()
     except OSError as error:
         raise UserError("out", f"cannot use {folder}: {error.strerror}") from None
     return runs
