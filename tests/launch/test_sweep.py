@@ -173,3 +173,11 @@ def test_plan_prints_runs_flops_and_hours_and_writes_nothing(
 @pytest.mark.parametrize("name", sorted(shipped_sweeps()))
 def test_shipped_sweeps_are_valid(name: str):
     assert len(expand(read_sweep(name))) >= 15
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(shipped_sweeps()))
+def test_every_family_of_a_shipped_sweep_has_its_sizes(name: str, tmp_path: Path):
+    shipped = read_sweep(name)
+    shipped.out = str(tmp_path / "out")
+    assert all(run["flops"] > 0 for run in planned(shipped))
