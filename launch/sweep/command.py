@@ -41,7 +41,7 @@ a grid:
   grid: {model.cell: [mingru, minlstm], optim.lr: [2.0e-3, 4.0e-3]}
 a ladder:
   ladder:
-    sizes: [100k, 300k, 1M]
+    sizes: [100k, 350k, 1M]
     budgets: [5, 10, 20]
     families: {minGRU: {}, Llama: {model.family: llama}}"""
 
