@@ -214,15 +214,3 @@ def bytes_sent(num_parameters: int, workload: Workload, precision: str, engine: 
 def is_classifier(model: Model) -> bool:
     """Whether the model gives each row a label, and so has no logits over the vocabulary."""
     return model.config.problem_type is not None
-
-
-def flops_per_token(model: Model) -> int:
-    """Training FLOPs per token. An embedding that is not tied costs none, as it is only a lookup, and a
-    classifier's head costs none, as it is computed once per row."""
-    from ..pipeline.machine import training_flops_per_token
-
-    config = model.config
-    if is_classifier(model):
-        return training_flops_per_token(model.parameters - model.parts["embedding and head"])
-    lookup = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
-    return training_flops_per_token(model.parameters - lookup)

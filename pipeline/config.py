@@ -6,7 +6,7 @@ A recipe is YAML with these sections. `--section.field value` on the command lin
 
 import os
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -251,6 +251,8 @@ class TrainSection(Section):
     """Steps between validations; null for a single one at the end."""
     save_every: int | None = Field(default=None, ge=1)
     """Steps between checkpoints, in addition to those of `save_minutes`; null for none."""
+    save_at: list[Annotated[int, Field(ge=1)]] = []
+    """More steps to save, whose checkpoints are kept until the end. Other runs can branch off them."""
     save_minutes: float | None = Field(default=15.0, gt=0)
     """Minutes between checkpoints, in addition to those of `save_every`; null for none. A checkpoint is
     always written at the end and on signals."""

@@ -137,7 +137,8 @@ def take_steps(run: Run, interrupt: Interrupt) -> int | None:
             run.output.bar.update()
         forecast.after_step(run, is_logged)
         with throughput.paused():
-            if is_last or step.is_save_due or _is_due(progress.step, train.save_every):
+            is_save_due = step.is_save_due or progress.step in train.save_at
+            if is_last or is_save_due or _is_due(progress.step, train.save_every):
                 _save(run, is_last)
                 saved_at = time.monotonic()
             if is_last or _is_due(progress.step, train.eval_every):

@@ -46,6 +46,7 @@ FREE_ON_RESUME = {
         "train.log_every",
         "train.eval_every",
         "train.save_every",
+        "train.save_at",
         "train.save_minutes",
         "train.keep_checkpoints",
         "train.save_in_background",
@@ -133,7 +134,15 @@ def parse_arguments(argv: list[str]) -> tuple[str | None, dict[str, str]]:
     return config, overrides
 
 
-def _load_yaml(name: str) -> dict[str, Any]:
+def recipe_values(name: str) -> dict[str, Any]:
+    """The values in a recipe's file, section -> field -> value, unchecked.
+
+    Args:
+        name: of a recipe that comes with minrnn, or a path.
+
+    Raises:
+        UserError: the file cannot be read, or is no mapping.
+    """
     path = shipped_recipes().get(name, user_path(name))
     try:
         loaded = yaml.safe_load(path.read_text())
@@ -159,7 +168,7 @@ def _is_option(word: str) -> bool:
     return word.startswith("--") and word.removeprefix("--").partition("=")[0] in ("config", *_known_keys())
 
 
-def _unknown_key_error(key: str) -> tuple[str, str]:
+def unknown_key_error(key: str) -> tuple[str, str]:
     """The error of an unknown key, with the most similar known key."""
     known = _known_keys()
     similar = nearest_names(key, known)
@@ -180,7 +189,7 @@ def _error_message(error: Any) -> str:
 def _reason_not_changeable(key: str) -> str | None:
     """Why run.change cannot name a setting, or None."""
     if key not in _known_keys():
-        return ": ".join(_unknown_key_error(key))
+        return ": ".join(unknown_key_error(key))
     if key.startswith(FIXED_ON_RESUME) and key not in PLACES:
         return (
             f"{key} cannot change within a run; start another with its own run.dir "
@@ -209,7 +218,7 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
             for error in invalid.errors():
                 key = ".".join([section, *map(str, error["loc"][:1])])
                 if error["type"] == "extra_forbidden":
-                    key, message = _unknown_key_error(key)
+                    key, message = unknown_key_error(key)
                 else:
                     message = _error_message(error)
                 errors.setdefault(key, message)
@@ -232,12 +241,12 @@ def read_recipe(argv: list[str]) -> Recipe:
         UserError: all errors.
     """
     config, overrides = parse_arguments(argv)
-    values = _load_yaml(config) if config else {}
+    values = recipe_values(config) if config else {}
     errors = []
     for key, text in overrides.items():
         section, dot, name = key.partition(".")
         if not dot or section not in SECTIONS:
-            errors.append(_unknown_key_error(key))
+            errors.append(unknown_key_error(key))
             continue
         if values.get(section) is None:
             values[section] = {}

@@ -246,6 +246,7 @@ def _open_output(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, st
         timeout=collective_timeout(recipe),
         warn=warn,
         before_publishing=folder.metrics.sync,
+        always_keep=frozenset(recipe.train.save_at),
     )
     if not accelerator.is_main_process:
         return RunOutput(folder, saver, tracker=None, bar=None)
