@@ -22,8 +22,7 @@ from .public import config_without_credentials
 from .section import docstring_of
 from .task_settings import task_errors, with_family_error, with_whole_examples
 
-# Settings that may change on resume, because they do not affect the losses. parallel.context affects them
-# only with dropout (`free_on_resume`).
+# These may change on resume: they do not affect the losses, parallel.context only without dropout.
 FREE_ON_RESUME = {
     *(
         "run.dir",
@@ -51,9 +50,9 @@ FREE_ON_RESUME = {
         "train.sample_tokens",
     ),
 }
-# Settings that may never change, because saved positions and states would not fit.
+# These may never change, because saved positions and states would not fit.
 FIXED_ON_RESUME = ("model.", "batch.", "data.", "run.seed")
-# Settings that name the place of a text. The place may change, the text is compared.
+# The place of a text may change; the text is compared.
 PLACES = ("data.corpus", "data.validation")
 
 USAGE = """usage: minrnn train --config RECIPE [--section.field VALUE ...]
