@@ -23,7 +23,7 @@ from .tokenizer import (
     tokenizer_fingerprint,
 )
 from .validation import HeldOut, ValidationSet, held_out_documents, held_out_text
-from .validation_file import load_held_out, made_from, save_held_out
+from .validation_file import is_held_out_folder, load_held_out, made_from, save_held_out
 
 __all__ = [
     "BYTES",
@@ -59,6 +59,7 @@ __all__ = [
     "has_fingerprint",
     "held_out_documents",
     "held_out_text",
+    "is_held_out_folder",
     "is_hub_dataset",
     "is_labelled",
     "is_prepared",

@@ -106,7 +106,8 @@ def divide(source: Source, parts: Sequence[Part], num_readers: int) -> Shares:
         )
         return Shares(source, owned, len(parts), note)
     owned, note = _shared(units, num_readers)
-    return Shares(source, owned, len(parts), note)
+    # a small corpus is read several times within seconds
+    return Shares(source, owned, len(parts), note if getattr(source, "is_stream", False) else None)
 
 
 def _shared(units: Sequence[Part], num_readers: int) -> tuple[list[list[Part]], str]:

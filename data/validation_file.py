@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from .tokenizer import Encoder
 from .validation import HeldOut
 
 FORMAT = 1
+_OWN_NAME = re.compile(r"\.?((tokens|documents)-[0-9a-f]{16}\.npy|manifest\.json)(\.part)?")
 
 
 def made_from(
@@ -51,6 +53,11 @@ def made_from(
 
 def _hash(source: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(source, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def is_held_out_folder(folder: Path) -> bool:
+    """Whether a folder holds only what `save_held_out` writes, finished or not."""
+    return folder.is_dir() and all(_OWN_NAME.fullmatch(path.name) for path in folder.iterdir())
 
 
 def save_held_out(folder: Path, held_out: HeldOut, source: dict[str, Any]) -> None:

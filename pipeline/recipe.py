@@ -57,9 +57,9 @@ FREE_ON_RESUME = {
         "train.sample_tokens",
     ),
 }
-# Settings that may never change, because saved positions and states would not fit.
+# These may never change, because saved positions and states would not fit.
 FIXED_ON_RESUME = ("model.", "batch.", "data.", "run.seed")
-# Settings that name the place of a text. The place may change, the text is compared.
+# The place of a text may change; the text is compared.
 PLACES = ("data.corpus", "data.validation")
 
 USAGE = """usage: minrnn train --config RECIPE [--section.field VALUE ...]

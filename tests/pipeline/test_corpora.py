@@ -87,3 +87,17 @@ def test_a_hub_revision_is_resolved_once_and_kept(monkeypatch: pytest.MonkeyPatc
 def test_local_corpora_have_no_commit(values: Values):
     recipe = build_recipe(values)
     assert with_commits(recipe) == recipe
+
+
+def test_a_run_killed_while_it_made_its_validation_starts_again(values: Values, run_recipe: Run):
+    """Its folder has no config.yaml yet, but holds nothing that somebody else has written."""
+    folder = Path(values["run"]["dir"], "validation")
+    folder.mkdir(parents=True)
+    for name in (f"tokens-{'0' * 16}.npy", f".documents-{'0' * 16}.npy.part", ".manifest.json.part"):
+        (folder / name).touch()
+    (folder / "thesis.txt").touch()
+    with pytest.raises(UserError, match=r"run\.dir: .* holds validation, which the run would overwrite"):
+        run_recipe(values)
+    (folder / "thesis.txt").unlink()
+    values["train"]["steps"] = 1
+    run_recipe(values)
