@@ -26,7 +26,7 @@ from .sources import Document
 from .tokenizer import Encoder
 from .worker_process import ADVICE, Job, WorkerProcess
 
-GROUP_CHARACTERS = 2**22  # of a group's documents together, at least one document
+GROUP_CHARACTERS = 2**21  # of a group's documents together, at least one document
 
 
 def encode_documents(encoder: Encoder, documents: Sequence[Document]) -> list[np.ndarray]:

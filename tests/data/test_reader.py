@@ -37,6 +37,7 @@ from minrnn.data import (
     ReaderSpec,
     WindowReader,
     corpus_tokens,
+    read_ahead,
 )
 
 pytestmark = pytest.mark.usefixtures("local_hub_datasets")
@@ -129,14 +130,20 @@ def test_documents_come_back_whole(data: st.DataObject, tmp_path_factory: pytest
 
 
 @FEW_EXAMPLES
-@given(data=st.data())
+@given(data=st.data(), group=st.sampled_from([1, 20, 100, 10**6]))
 def test_chunks_equal_those_of_the_naive_reader(
-    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+    data: st.DataObject, group: int, tmp_path_factory: pytest.TempPathFactory
 ):
+    """However many documents are tokenized together."""
     setup, _ = data.draw(setups(tmp_path_factory.mktemp("naive")))
     expected = naive_chunks(setup.documents(), setup.lanes, setup.chunk)
-    for chunk in setup.chunks(12):
-        np.testing.assert_array_equal(as_array(chunk), next(expected))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(read_ahead, "GROUP_CHARACTERS", group)
+        chunks = setup.chunks(12)
+        for chunk in chunks:
+            np.testing.assert_array_equal(as_array(chunk), next(expected))
+        for chunk, same in zip(chunks[6:], setup.chunks(6, chunks[5].state), strict=True):
+            assert_same_chunk(chunk, same)
 
 
 @FEW_EXAMPLES
