@@ -40,9 +40,10 @@ def test_training_over_a_failing_server_ends_with_the_losses_of_local_files(
         values["run"]["dir"] = str(tmp_path / "stopped")
         values["train"]["save_every"] = None
         values["data"]["retries"] = 2
-        with monkeypatch.context() as patched, pytest.raises(UserError, match=r"503 \(2 retries over"):
+        with monkeypatch.context() as patched:
             before_step(patched, 4, lambda: setattr(server, "always", "status 503"))
-            run_recipe(values)
+            with pytest.raises(UserError, match=r"503 \(2 retries over"):
+                run_recipe(values)
         (saved,) = (tmp_path / "stopped/checkpoints").iterdir()
         assert 4 <= int(saved.name.partition("-")[2]) < values["train"]["steps"]
         server.always = None
