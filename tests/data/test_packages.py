@@ -1,6 +1,7 @@
 """python-packages and datasets of save_to_disk."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
@@ -19,7 +20,7 @@ SPEC = CorpusSpec(PYTHON_PACKAGES)
 
 
 @pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A site-packages folder with 60 packages of two files, and what has to be left out."""
     for i in range(60):
         write(tmp_path / f"package{i}/core.py", f"core = {i}\n")
@@ -123,8 +124,10 @@ def test_a_shuffled_dataset_is_read_in_its_order(tmp_path: Path):
 
 
 def test_a_dataset_dict_asks_for_a_split(tmp_path: Path):
-    parts = {name: datasets.Dataset.from_dict({"text": [name]}) for name in ("training", "test")}
-    datasets.DatasetDict(parts).save_to_disk(tmp_path)
+    parts = datasets.DatasetDict()
+    for name in ("training", "test"):
+        parts[name] = datasets.Dataset.from_dict({"text": [name]})
+    parts.save_to_disk(tmp_path)
     error = reading_error(CorpusSpec(str(tmp_path)))
     assert "data.split: " in error
     assert "has no split 'train'; it has 'training', 'test' (did you mean 'training'?)" in error

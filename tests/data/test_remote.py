@@ -1,6 +1,7 @@
 """Remote files: read like local ones, whatever the network does, and with one line where they cannot be."""
 
 import contextlib
+import gzip
 import json
 import os
 import time
@@ -23,7 +24,7 @@ from minrnn.common.errors import UserError
 from minrnn.data import ChunkLoader, CorpusSpec, DocumentReader, ReaderSpec, RetryPolicy, corpus_fingerprint
 from minrnn.data.corpus import open_source
 from minrnn.data.outages import classify
-from minrnn.data.remote import FIRST_BLOCK, RemoteFile, remote_files
+from minrnn.data.remote import FIRST_BLOCK, LAST_BLOCK, RemoteFile, remote_files
 from minrnn.data.sources import Document, Position
 
 FAST = RetryPolicy(retries=12, timeout=0.2, first_wait=0.001)
@@ -309,6 +310,33 @@ def test_the_fingerprint_of_remote_files_is_their_version(server: FaultyServer):
     path.write_text('{"text": "b"}\n')
     os.utime(path, (1, 1))
     assert fingerprint() != before
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet"])
+def test_a_document_longer_than_a_block_is_read_whole(server: FaultyServer, kind: str):
+    texts = ["a", "é" * LAST_BLOCK, "", "b"]
+    spec = write_corpus(kind, server.root / "long", texts)
+    server.faults.extend(["none", "none", "cut", "reset"])
+    assert documents(spec_of(server, "long/")) == documents(spec)
+
+
+@pytest.mark.parametrize("skip_broken", [False, True])
+def test_bad_content_of_a_remote_file_is_named_and_skipped_as_that_of_a_local_one(
+    server: FaultyServer, skip_broken: bool
+):
+    lines = [b'{"text": "a"}', b'{"text": null}', b'{"text": "\xff"}', b"not json", b'{"text": ""}']
+    bad = {"bad.jsonl": b"\n".join(lines), "bad.parquet": b"PAR1" + bytes(500), "empty.jsonl": b"\n"}
+    bad["bad.jsonl.gz"] = gzip.compress(b'{"text": "a"}\n' * 5000) + b"garbage after the end"
+    for name, data in bad.items():
+        (server.root / name).write_bytes(data)
+
+        def read(corpus: CorpusSpec, name: str = name) -> object:
+            try:
+                return documents(replace(corpus, skip_broken=skip_broken))
+            except UserError as error:
+                return str(error).replace(server.url(name), str(server.root / name))
+
+        assert read(spec_of(server, name)) == read(CorpusSpec(str(server.root / name)))
 
 
 class ServerError(Exception):
