@@ -20,7 +20,7 @@ import numpy as np
 from ..common.errors import UserError
 from ..data import Chunk, CorpusSpec, Encoder, PreparedCorpus, ReaderSpec, open_source, run_tokenizer
 from ..data.corpus import Split
-from ..data.loader import open_readers
+from ..data.loader import Share, open_readers
 from ..data.sample import Counts, count, sample_documents
 from ..pipeline.config import Recipe
 from ..pipeline.options import new_parser
@@ -221,7 +221,7 @@ def chunk_lines(
         seed=recipe.run.seed,
         task=recipe.synthetic_task(),
     )
-    chunk: Any = open_readers(reader_spec, [0], [None])[0].next_chunk()
+    chunk: Any = open_readers(reader_spec, Share([0]), [None])[0].next_chunk()
     color = arguments.color == "always" or (arguments.color == "auto" and sys.stdout.isatty())
     shown = min(arguments.lanes, len(chunk.input_ids))
     tokens = min(arguments.tokens, chunk.input_ids.shape[1])
