@@ -174,11 +174,12 @@ def _check_device(recipe: Recipe) -> tuple[torch.device, Errors]:
 
 def deepspeed_values(recipe: Recipe) -> dict[str, Any]:
     """The recipe's batch and clipping as keys of a DeepSpeed configuration."""
-    accumulation = recipe.batch.readers * recipe.parallel.context // world_size()
+    batch = recipe.batch
+    accumulation = batch.readers * batch.backprop_chunks * recipe.parallel.context // world_size()
     return {
-        "train_micro_batch_size_per_gpu": recipe.batch.lanes,
+        "train_micro_batch_size_per_gpu": batch.lanes,
         "gradient_accumulation_steps": accumulation,
-        "train_batch_size": recipe.batch.lanes * accumulation * world_size(),
+        "train_batch_size": batch.lanes * accumulation * world_size(),
         "gradient_clipping": recipe.optim.clip or 0.0,
     }
 

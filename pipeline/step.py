@@ -10,9 +10,12 @@ import statistics
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..common.errors import NonFiniteError
 from ..data import Batch, Chunk
+from ..models import MinRNNCache
+from ..models.backprop import backpropagate, model_inputs
 from . import checkpoint, processes
 from .optim import learning_rate
 from .run import Run
@@ -26,7 +29,7 @@ def take_step(run: Run, step: int, batch: list[Batch], num_scored: float) -> dic
 
     Args:
         step: number of this step, from 1.
-        batch: one chunk for each reader of this process.
+        batch: one chunk for each reader of this process, or several as one (batch.backprop_chunks).
         num_scored: scored tokens of the global batch.
 
     Returns:
@@ -60,6 +63,9 @@ def _forward_backward(run: Run, step: int, batch: list[Batch], num_scored: float
     recipe, accelerator, engine = run.recipe, run.accelerator, run.engine
     losses = []
     for i, chunk in enumerate(batch):
+        if isinstance(chunk, Chunk) and chunk.num_chunks > 1:
+            losses.append(_through_chunks(run, step, chunk, num_scored, is_last=i == len(batch) - 1))
+            continue
         reader = run.data.readers[chunk.reader]
         inputs: dict[str, Any] = {
             name: processes.to_device(array, accelerator) for name, array in chunk.model_inputs().items()
@@ -83,13 +89,41 @@ def _forward_backward(run: Run, step: int, batch: list[Batch], num_scored: float
     return [loss / accelerator.num_processes for loss in torch.stack(losses).tolist()]
 
 
-def _seed(seed: int, step: int, reader: int, context_rank: int) -> None:
-    """Seed dropout by (seed, step, reader, context rank).
+def _through_chunks(run: Run, step: int, chunks: Chunk, num_scored: float, *, is_last: bool) -> Tensor:
+    """Add the gradients through several chunks of a reader and move it on; returns its share of the loss.
+
+    Args:
+        is_last: whether gradients are reduced after this reader.
+    """
+    engine, reader, singles = run.engine, run.data.readers[chunks.reader], chunks.single_chunks()
+
+    def forward(index: int, state: MinRNNCache | None, needs_loss: bool) -> Any:
+        run.watchdog.move()
+        arrays = singles[index].model_inputs()
+        inputs = {name: processes.to_device(array, run.accelerator) for name, array in arrays.items()}
+        _seed(run.recipe.run.seed, step, chunks.reader, run.layout.context_rank, index)
+        inputs = model_inputs(inputs, num_scored / run.accelerator.num_processes, needs_loss)
+        return engine.forward(**inputs, past_key_values=state, use_cache=True)
+
+    losses, reader.cache = backpropagate(
+        forward,
+        len(singles),
+        reader.cache,
+        backward=engine.backward,
+        around=lambda index: engine.accumulating(is_last=is_last and index == 0),
+    )
+    reader.position = chunks.state
+    return torch.stack(losses).sum()
+
+
+def _seed(seed: int, step: int, reader: int, context_rank: int, chunk: int = 0) -> None:
+    """Seed dropout by (seed, step, reader, context rank, chunk of the step).
 
     So a checkpoint saves no random state, and the masks are the same for any number of processes, unless
     processes share sequences.
     """
     part = f"/{context_rank}" if context_rank else ""
+    part += f"/chunk {chunk}" if chunk else ""
     digest = hashlib.blake2b(f"{seed}/{step}/{reader}{part}".encode(), digest_size=7).digest()
     torch.manual_seed(int.from_bytes(digest, "big"))
 

@@ -71,7 +71,8 @@ class Driver:
             write_pieces(validation, corpus, self.validation, **grid["validation"])
         self.deadline, self.run_limit, self.measure_speed = deadline, run_limit, measure_speed
         batch = grid["recipe"]["batch"]
-        self.tokens_per_step = batch["readers"] * batch["lanes"] * batch["chunk"]
+        sizes = (batch["readers"], batch["lanes"], batch["chunk"], batch.get("backprop_chunks", 1))
+        self.tokens_per_step = math.prod(sizes)
         self.models = [Model(name, fields) for name, fields in grid["models"].items()]
 
     def steps(self, tokens: int) -> int:
