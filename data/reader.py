@@ -205,8 +205,10 @@ class DocumentReader:
             )
         if count < needed:
             chunks = f"{self.num_chunks} chunks" if self.num_chunks > 1 else "one chunk"
-            names = "batch.lanes, batch.chunk or batch.backprop_chunks" if self.num_chunks > 1 else (
-                "batch.lanes or batch.chunk"
+            names = (
+                "batch.lanes, batch.chunk or batch.backprop_chunks"
+                if self.num_chunks > 1
+                else ("batch.lanes or batch.chunk")
             )
             raise UserError(
                 "data.corpus",

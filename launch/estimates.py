@@ -13,8 +13,10 @@ w N four times is the 16 bytes per parameter of fp32 training with AdamW. The ow
 DeepSpeed updates. The sizes of buckets are DeepSpeed's defaults. All engines also need autocast's copies of
 the matrices, activations (activation_memory.py), the loss (models/loss.py) and the carried states.
 
-Sent per process and step, with ring algorithms and k readers per process, in units of w N (P - 1) / P: DDP
-and ZeRO-1 2, ZeRO-2 k + 1, ZeRO-3 3 k.
+Sent per process and step, with ring algorithms and k micro batches per process, in units of w N (P - 1) / P:
+DDP and ZeRO-1 2, ZeRO-2 k + 1, ZeRO-3 3 k. With K = batch.backprop_chunks, k is K times the readers; all but
+the last chunk are computed forward twice, for which ZeRO-3 gathers the weights once more; and the states
+before K - 1 chunks and the gradient of one are kept.
 """
 
 from dataclasses import dataclass
@@ -53,11 +55,18 @@ class Workload:
     context: int
     """Processes that share a reader's chunk along time."""
     readers: int
-    """Readers of a process, so micro batches per step."""
+    """Readers of a process."""
+    chunks: int
+    """Consecutive chunks that a step reads from each reader."""
     lanes: int
     tokens: int
     """Tokens of a micro batch in one process."""
     carries_state: bool
+
+    @property
+    def micro_batches(self) -> int:
+        """Forward and backward passes of a process in a step."""
+        return self.readers * self.chunks
 
 
 def measure(recipe: Recipe, vocab_size: int) -> Model:
@@ -112,6 +121,7 @@ def workload_of(recipe: Recipe, processes: int) -> Workload:
         processes=processes,
         context=context,
         readers=batch.readers // groups,
+        chunks=batch.backprop_chunks,
         lanes=batch.lanes,
         tokens=batch.lanes * num_texts(recipe) * batch.chunk // context,
         carries_state=batch.carry_state,
@@ -132,7 +142,8 @@ def working_memory(model: Model, workload: Workload, precision: str) -> dict[str
     """Bytes that do not depend on the engine, by purpose."""
     (w, c), config = widths(precision), model.config
     state = config.state_size * w + max(config.conv_kernel - 1, 0) * config.hidden_size * c
-    num_states = workload.readers * workload.lanes * config.num_hidden_layers
+    of_chunks = workload.chunks if workload.chunks > 1 else 0
+    num_states = (workload.readers + of_chunks) * workload.lanes * config.num_hidden_layers
     return {
         "bf16 copies": c * model.matrices if c < w else 0,
         "loss": _loss_memory(model, workload, precision),
@@ -185,7 +196,9 @@ def engine_memory(num_parameters: int, processes: int, precision: str, engine: s
 def bytes_sent(num_parameters: int, workload: Workload, precision: str, engine: str) -> float:
     """Bytes that a process sends per step. The states passed between the pieces of a chunk are negligible."""
     ring = widths(precision)[0] * num_parameters * (workload.processes - 1) / workload.processes
-    return ring * {"DDP": 2, "ZeRO-1": 2, "ZeRO-2": workload.readers + 1}.get(engine, 3 * workload.readers)
+    batches = workload.micro_batches
+    stage3 = 3 * batches + batches - workload.readers  # and the passes without gradients
+    return ring * {"DDP": 2, "ZeRO-1": 2, "ZeRO-2": batches + 1}.get(engine, stage3)
 
 
 def is_classifier(model: Model) -> bool:

@@ -1,8 +1,8 @@
 """Exact gradients through several chunks of a text, in the memory of one.
 
-    forward, without gradients:    s_0 -> chunk 0 -> s_1 -> ... -> chunk K-2 -> s_{K-1}       keeps s_1 .. s_{K-1}
-    backward, from the last chunk: s_k -> chunk k -> loss_k, s_{k+1}                           computed again
-                                   d s_k = d loss_k / d s_k + (d s_{k+1} / d s_k)^T d s_{k+1}
+    forward, no gradients:    s_0 -> chunk 0 -> s_1 -> ... -> chunk K-2 -> s_{K-1}     keeps s_1 .. s_{K-1}
+    backward, from k = K-1:   s_k -> chunk k -> loss_k, s_{k+1}                        computed again
+                              d s_k = d loss_k / d s_k + (d s_{k+1} / d s_k)^T d s_{k+1}
 
 s_k is the state of all layers before chunk k (cache.py): the recurrent states and the last inputs of the
 convolutions. It is all that a chunk knows of those before it, so the gradients of the parameters, summed over

@@ -107,10 +107,12 @@ class MinRNNCache(Cache):
     def mapped(self, function: Callable[[Tensor], Tensor]) -> "MinRNNCache":
         """Another state after the same tokens, whose tensors are `function` of this one's."""
         other = type(self)(len(self.layers))
-        for mine, layer in zip(other.layers, self.layers, strict=True):
-            states = (None if tensor is None else function(tensor) for tensor in (layer.recurrent, layer.conv))
-            mine.replace(*states, num_tokens=0)
-            mine.num_tokens = layer.num_tokens
+        for new, layer in zip(other.layers, self.layers, strict=True):
+            states = (
+                None if tensor is None else function(tensor) for tensor in (layer.recurrent, layer.conv)
+            )
+            new.replace(*states, num_tokens=0)
+            new.num_tokens = layer.num_tokens
         return other
 
     def detach_(self) -> "MinRNNCache":
