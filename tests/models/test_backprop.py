@@ -2,8 +2,10 @@
 
 import contextlib
 import itertools
+import re
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -346,3 +348,13 @@ def test_compiled_blocks(dropout):
     torch.manual_seed(3)
     loss, state = backprop_through_chunks(model, chunks)
     assert_same(results(model, loss, state, None), expected, atol=1e-5)
+
+
+def test_the_example_of_the_docs_runs():
+    """docs/long-context.md: two steps on a long text, and the state after it."""
+    page = Path(__file__).parents[2] / "docs" / "long-context.md"
+    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(block.replace("MinRNNConfig(", "MinRNNConfig(hidden_size=16, num_hidden_layers=1, "), names)
+    assert names["loss"].isfinite()
+    assert names["state"].get_seq_length() == names["text"].shape[1] - 1
