@@ -98,18 +98,17 @@ def distance(actual: Results, expected: Results) -> float:
 
 
 @pytest.mark.parametrize("cell", CELLS)
-@example(time=16, num_chunks=16, carried=True, documents=True, backend=None)
+@example(time=9, num_chunks=9, carried=True, documents=True)
 @given(
     time=st.integers(8, 40),
     num_chunks=st.integers(1, 6),
     carried=st.booleans(),
     documents=st.booleans(),
-    backend=st.sampled_from([None, "torch"]),
 )
-@settings(max_examples=3)
-def test_chunks_equal_one_pass(cell, time, num_chunks, carried, documents, backend):
+@settings(max_examples=2)
+def test_chunks_equal_one_pass(cell, time, num_chunks, carried, documents):
     """Loss, end state and all gradients in fp64, also of the state before the first chunk."""
-    model = new_model(cell=cell, dtype=torch.float64, scan_backend=backend).train()
+    model = new_model(cell=cell, dtype=torch.float64).train()
     start = carried_state(model, 2) if carried else None
     inputs = text(2, time, documents)
     if documents:
@@ -230,20 +229,15 @@ def results_kept(model: Any) -> Results:
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("num_chunks", [3, 8, 16])
+@pytest.mark.parametrize("num_chunks", [3, 16])
 def test_repeated_runs_give_the_same_bits(num_chunks):
     """The kernels read and write memory that tensors own: none of it may be freed before its last use."""
-    inputs = text(2, 16 * num_chunks)
-    torch.set_num_threads(2)
-    try:
-        for cell in ("mingru", "hgrn", "s4d"):
-            model = new_model(cell=cell, hidden_size=64).train()
-            first = in_chunks(model, inputs, even_edges(16 * num_chunks, num_chunks))
-            for _ in range(2):
-                again = in_chunks(model, inputs, even_edges(16 * num_chunks, num_chunks))
-                assert_same(again, first, atol=0.0)
-    finally:
-        torch.set_num_threads(1)
+    inputs, edges = text(2, 8 * num_chunks), even_edges(8 * num_chunks, num_chunks)
+    for cell in ("mingru", "s4d"):
+        model = new_model(cell=cell, hidden_size=32).train()
+        first = in_chunks(model, inputs, edges)
+        for _ in range(3):
+            assert_same(in_chunks(model, inputs, edges), first, atol=0.0)
 
 
 class Saved:
@@ -297,20 +291,22 @@ def test_activations_of_one_chunk_are_kept(cell):
 
 
 def test_states_are_freed_on_the_way_back():
-    """No more than K states, and none after the call."""
+    """Before chunk k are k states, those of the chunk itself, and the last; after the call only the last."""
     model, inputs, alive = new_model().train(), text(1, 40), weakref.WeakSet()
 
     def forward(index: int, state: MinRNNCache | None, needs_loss: bool) -> Any:
         chunk = cut(inputs, even_edges(40, 10))[index]
         output = model(**model_inputs(chunk, 40, needs_loss), past_key_values=state, use_cache=True)
-        alive.update(tensor for tensor in output.past_key_values.tensors())
-        if needs_loss:  # the states before it, before and after the chunk itself, and the last of all
-            assert len(alive) <= (index + 4) * len(state.tensors() if state else alive)
+        alive.add(output.past_key_values)
+        if needs_loss:
+            counts.append(len(alive))
+            assert len(alive) <= index + 3
         return output
 
+    counts: list[int] = []
     losses, state = backpropagate(forward, 10, None)
-    assert len(losses) == 10
-    assert len(alive) == len(state.tensors())
+    assert len(losses) == len(counts) == 10
+    assert list(alive) == [state]
 
 
 def test_what_is_refused():
