@@ -14,6 +14,7 @@ from test_engines import ddp, launch, reader_positions, zero
 from minrnn.common.errors import UserError
 from minrnn.data import BYTES, CorpusSpec, DocumentReader, Encoder, ReaderSpec, load_tokenizer
 from minrnn.models import MinRNNCache, MinRNNForCausalLM
+from minrnn.pipeline.launch_checks import check_launch
 from minrnn.pipeline.optim import build_optimizer, learning_rate
 from minrnn.pipeline.recipe import build_recipe
 
@@ -148,6 +149,22 @@ def test_the_forecast_counts_what_is_computed_twice(values: Values):
     assert run.recipe.batch.forward_passes == pytest.approx(2 - 1 / 3)
 
 
+@pytest.mark.parametrize("source", ["launcher", "file"])
+def test_selective_recomputation_under_zero3_is_refused(
+    values: Values, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: str
+):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    (tmp_path / "zero3.json").write_text('{"zero_optimization": {"stage": 3}}')
+    if source == "file":
+        monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(tmp_path / "zero3.json"))
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    values["train"] |= {"precision": "fp32", "recompute": "selective"}
+    with pytest.raises(UserError, match=r"train\.recompute: selective does not work with .*under ZeRO-3"):
+        check_launch(build_recipe(values))
+    values["batch"]["backprop_chunks"] = 1
+    check_launch(build_recipe(values))
+
+
 @pytest.mark.slow
 @pytest.mark.xdist_group("launcher")
 def test_engines_and_layouts_give_the_same_steps(values: Values, run_recipe: Run, tmp_path: Path):
@@ -158,7 +175,7 @@ def test_engines_and_layouts_give_the_same_steps(values: Values, run_recipe: Run
         "ddp": (ddp(2), []),
         "context": (ddp(2), ["--parallel.context", "2"]),
         "zero2": (zero(2), []),
-        "zero3": (zero(3), ["--train.recompute", "selective"]),
+        "zero3": (zero(3), []),
     }
     for name, (launcher, options) in launches.items():
         folder = tmp_path / name
