@@ -14,12 +14,12 @@ DeepSpeed updates. The sizes of buckets are DeepSpeed's defaults. All engines al
 the matrices, activations (activation_memory.py), the loss (models/loss.py) and the carried states.
 
 Sent per process and step, with ring algorithms and k micro batches per process, in units of w N (P - 1) / P:
-DDP and ZeRO-1 2, ZeRO-2 k + 1, ZeRO-3 3 k. With K = batch.backprop_chunks, k is K times the readers; all but
+DDP and ZeRO-1 2, ZeRO-2 k + 1, ZeRO-3 3 k. With K = batch.backprop_chunks, k is K times as large; all but
 the last chunk are computed forward twice, for which ZeRO-3 gathers the weights once more; and the states
 before K - 1 chunks and the gradient of one are kept.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..common.errors import UserError
@@ -59,14 +59,17 @@ class Workload:
     chunks: int
     """Consecutive chunks that a step reads from each reader."""
     lanes: int
+    """Of a reader."""
+    micro_batches: int
+    """Of a process in a step: one for each reader's chunk, or more with train.micro_lanes."""
     tokens: int
     """Tokens of a micro batch in one process."""
     carries_state: bool
 
     @property
-    def micro_batches(self) -> int:
-        """Forward and backward passes of a process in a step."""
-        return self.readers * self.chunks
+    def micro_lanes(self) -> int:
+        """Lanes of a micro batch."""
+        return self.readers * self.chunks * self.lanes // self.micro_batches
 
 
 def measure(recipe: Recipe, vocab_size: int) -> Model:
@@ -117,13 +120,15 @@ def workload_of(recipe: Recipe, processes: int) -> Workload:
         raise UserError.from_list(errors)
     batch, context = recipe.batch, recipe.parallel.context
     groups = processes // context
+    micro_lanes = recipe.train.micro_lanes or batch.lanes
     return Workload(
         processes=processes,
         context=context,
         readers=batch.readers // groups,
         chunks=batch.backprop_chunks,
         lanes=batch.lanes,
-        tokens=batch.lanes * num_texts(recipe) * batch.chunk // context,
+        micro_batches=batch.readers // groups * batch.backprop_chunks * (batch.lanes // micro_lanes),
+        tokens=micro_lanes * num_texts(recipe) * batch.chunk // context,
         carries_state=batch.carry_state,
     )
 
@@ -143,7 +148,8 @@ def working_memory(model: Model, workload: Workload, precision: str) -> dict[str
     (w, c), config = widths(precision), model.config
     state = config.state_size * w + max(config.conv_kernel - 1, 0) * config.hidden_size * c
     of_chunks = workload.chunks if workload.chunks > 1 else 0
-    num_states = (workload.readers + of_chunks) * workload.lanes * config.num_hidden_layers
+    num_lanes = workload.readers * workload.lanes + of_chunks * workload.micro_lanes
+    num_states = num_lanes * config.num_hidden_layers
     return {
         "bf16 copies": c * model.matrices if c < w else 0,
         "loss": _loss_memory(model, workload, precision),
@@ -161,6 +167,22 @@ def _loss_memory(model: Model, workload: Workload, precision: str) -> float:
     block = min(BLOCK_ELEMENTS // vocab * vocab, workload.tokens * vocab)
     head = vocab * hidden
     return (w + c) * block + (w + c + (c if c < w else 0)) * head + (w + 2 * c) * workload.tokens * hidden
+
+
+def by_micro_lanes(model: Model, workload: Workload, precision: str, kept: float) -> dict[int, float]:
+    """Bytes of activations and loss by `train.micro_lanes`: all lanes of a reader, a half of them, and so on.
+
+    Args:
+        kept: bytes of the activations of the workload's micro batch.
+    """
+    per_lane = workload.tokens // workload.micro_lanes
+    sizes, lanes = {}, workload.lanes
+    while True:
+        part = replace(workload, tokens=per_lane * lanes)
+        sizes[lanes] = kept * part.tokens / workload.tokens + _loss_memory(model, part, precision)
+        if lanes % 2:
+            return sizes
+        lanes //= 2
 
 
 def activations(model: Model, workload: Workload, precision: str, recompute: str) -> float:
@@ -197,22 +219,10 @@ def bytes_sent(num_parameters: int, workload: Workload, precision: str, engine: 
     """Bytes that a process sends per step. The states passed between the pieces of a chunk are negligible."""
     ring = widths(precision)[0] * num_parameters * (workload.processes - 1) / workload.processes
     batches = workload.micro_batches
-    stage3 = 3 * batches + batches - workload.readers  # and the passes without gradients
-    return ring * {"DDP": 2, "ZeRO-1": 2, "ZeRO-2": batches + 1}.get(engine, stage3)
+    repeated = batches - batches // workload.chunks  # forward passes without gradients
+    return ring * {"DDP": 2, "ZeRO-1": 2, "ZeRO-2": batches + 1}.get(engine, 3 * batches + repeated)
 
 
 def is_classifier(model: Model) -> bool:
     """Whether the model gives each row a label, and so has no logits over the vocabulary."""
     return model.config.problem_type is not None
-
-
-def flops_per_token(model: Model) -> int:
-    """Training FLOPs per token. An embedding that is not tied costs none, as it is only a lookup, and a
-    classifier's head costs none, as it is computed once per row."""
-    from ..pipeline.machine import training_flops_per_token
-
-    config = model.config
-    if is_classifier(model):
-        return training_flops_per_token(model.parameters - model.parts["embedding and head"])
-    lookup = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
-    return training_flops_per_token(model.parameters - lookup)

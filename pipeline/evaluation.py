@@ -1,8 +1,10 @@
 """Validation, on held-out documents read whole with the state carried as in training, or on the fixed
 examples of a task."""
 
+import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -16,12 +18,13 @@ from ..data import (
     Chunk,
     CorpusSpec,
     Encoder,
+    HeldOut,
     LabelledSet,
     TaskValidation,
     ValidationSet,
     corpus_tokens,
-    document_validation,
-    window_validation,
+    held_out_documents,
+    held_out_text,
 )
 from ..data.corpus import Split
 from ..data.synthetic import IN_DISTRIBUTION
@@ -34,11 +37,60 @@ ValidationSets = Sequence[ValidationSet] | Sequence[TaskValidation] | Sequence[L
 PIECE = 8  # each process of a context group has a multiple of this many positions of a task's chunk
 
 
-def validation_sets(recipe: Recipe, corpus: CorpusSpec, encoder: Encoder, readers: range) -> ValidationSets:
-    """The validation sets of these readers.
+def validation_spec(recipe: Recipe, corpus: CorpusSpec) -> tuple[CorpusSpec, Split]:
+    """The corpus that holds the text for validation, and the part of it."""
+    data = recipe.data
+    if data.validation is None:
+        return corpus, "validation"
+    spec = dataclasses.replace(
+        corpus,
+        corpus=data.validation,
+        subset=data.validation_subset,
+        split=data.validation_split,
+        revision=data.validation_commit or data.validation_revision,
+        held_out=0.0,
+    )
+    return spec, "all"
+
+
+@contextmanager
+def validation_errors(recipe: Recipe) -> Iterator[None]:
+    """Report the errors of a corpus under the key that names it."""
+    try:
+        yield
+    except UserError as error:
+        if recipe.data.validation is None:
+            raise
+        keys = {
+            "data.subset": "data.validation_subset",
+            "data.split": "data.validation_split",
+            "data.revision": "data.validation_revision",
+        }
+        errors = ((keys.get(key, "data.validation"), message) for key, message in error.errors)
+        raise UserError.from_list(errors) from None
+
+
+def make_held_out(
+    recipe: Recipe, corpus: CorpusSpec, encoder: Encoder, after_document: Callable[[], None] = lambda: None
+) -> HeldOut:
+    """Read the text for validation, in one pass.
 
     Raises:
         UserError: the corpus does not exist or is empty; under data.validation if that names it.
+    """
+    spec, part = validation_spec(recipe, corpus)
+    max_tokens = recipe.data.validation_tokens
+    with validation_errors(recipe):
+        if recipe.data.order == "windows":
+            return held_out_text(corpus_tokens(spec, part, encoder), encoder, max_tokens)
+        return held_out_documents(spec, part, encoder, max_tokens, after_document)
+
+
+def validation_sets(recipe: Recipe, held_out: HeldOut | None, readers: range) -> ValidationSets:
+    """The validation sets of these readers.
+
+    Args:
+        held_out: as `make_held_out` returns it; None for a task.
     """
     data, batch = recipe.data, recipe.batch
     if (labelled := open_labelled(recipe)) is not None:
@@ -48,34 +100,9 @@ def validation_sets(recipe: Recipe, corpus: CorpusSpec, encoder: Encoder, reader
             TaskValidation(task, reader, batch.readers, batch.lanes, PIECE * recipe.parallel.context)
             for reader in readers
         ]
-    if data.validation is None:
-        return _sets(recipe, corpus, "validation", encoder, readers)
-    spec = CorpusSpec(
-        data.validation,
-        None,
-        data.validation_split,
-        None,
-        data.text_field,
-        data.skip_broken,
-        0.0,
-        data.join,
-        corpus.excluded,
-    )
-    try:
-        return _sets(recipe, spec, "all", encoder, readers)
-    except UserError as error:
-        raise UserError.from_list((("data.validation", message) for _, message in error.errors)) from None
-
-
-def _sets(
-    recipe: Recipe, spec: CorpusSpec, part: Split, encoder: Encoder, readers: range
-) -> list[ValidationSet]:
-    data, batch = recipe.data, recipe.batch
-    layout = (batch.readers, batch.lanes, batch.chunk, data.validation_tokens)
-    if data.order == "windows":
-        tokens = corpus_tokens(spec, part, encoder)
-        return [window_validation(tokens, encoder, reader, *layout) for reader in readers]
-    return [document_validation(spec, part, encoder, reader, *layout) for reader in readers]
+    assert held_out is not None
+    share = held_out.crops if data.order == "windows" else held_out.documents
+    return [share(reader, batch.readers, batch.lanes, batch.chunk) for reader in readers]
 
 
 @torch.no_grad()

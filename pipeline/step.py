@@ -1,5 +1,8 @@
 """One training step: forward and backward for each reader of this process, then one update.
 
+A reader's chunk is one micro-batch, or several of `train.micro_lanes` lanes each. Lanes are independent, so
+the losses, gradients and states are the same to rounding.
+
 The loss of a step is one mean over all scored tokens, or labels, of the global batch, for any number of
 readers, processes and accumulations.
 """
@@ -7,8 +10,10 @@ readers, processes and accumulations.
 import hashlib
 import math
 import statistics
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,72 +65,119 @@ def take_step(run: Run, step: int, batch: list[Batch], num_scored: float) -> dic
 def _forward_backward(run: Run, step: int, batch: list[Batch], num_scored: float) -> list[float]:
     """Add the gradients of all chunks and move their readers on; returns each chunk's share of the step's
     loss."""
-    recipe, accelerator, engine = run.recipe, run.accelerator, run.engine
     losses = []
     for i, chunk in enumerate(batch):
-        if isinstance(chunk, Chunk) and chunk.num_chunks > 1:
-            losses.append(_through_chunks(run, step, chunk, num_scored, is_last=i == len(batch) - 1))
-            continue
         reader = run.data.readers[chunk.reader]
-        inputs: dict[str, Any] = {
-            name: processes.to_device(array, accelerator) for name, array in chunk.model_inputs().items()
-        }
-        carries_state = recipe.batch.carry_state and isinstance(chunk, Chunk)
-        if isinstance(chunk, Chunk):
-            inputs |= {"past_key_values": reader.cache, "skip_logits": True}
-        _seed(recipe.run.seed, step, chunk.reader, run.layout.context_rank)
-        with engine.accumulating(is_last=i == len(batch) - 1):
-            output = engine.forward(
-                **inputs,
-                use_cache=carries_state,
-                # Engines average gradients over the processes; this loss makes that average the global mean.
-                num_items_in_batch=num_scored / accelerator.num_processes,
-            )
-            engine.backward(output.loss)
-        losses.append(output.loss.detach())
-        reader.cache = output.past_key_values.detach_() if carries_state else None
+        pieces = _micro_batches(run, step, chunk, reader.cache)
+        outputs = []
+        for j, piece in enumerate(pieces):
+            is_last = i == len(batch) - 1 and j == len(pieces) - 1
+            compute = _through_chunks if len(piece.chunks) > 1 else _through_chunk
+            outputs.append(compute(run, piece, num_scored, is_last))
+        losses.append(torch.stack([loss for loss, _ in outputs]).sum())
+        carried = [state for _, state in outputs if state is not None]
+        reader.cache = MinRNNCache.of_rows(carried) if carried else None
         reader.position = chunk.state
     # Divided as Python numbers, which are fp64: not every device has fp64.
-    return [loss / accelerator.num_processes for loss in torch.stack(losses).tolist()]
+    return [loss / run.accelerator.num_processes for loss in torch.stack(losses).tolist()]
 
 
-def _through_chunks(run: Run, step: int, chunks: Chunk, num_scored: float, *, is_last: bool) -> Tensor:
-    """Add the gradients through several chunks of a reader and move it on; returns its share of the loss.
+@dataclass(frozen=True)
+class _MicroBatch:
+    """Some lanes of what a step reads from a reader."""
 
-    Args:
-        is_last: whether gradients are reduced after this reader.
+    chunks: list[dict[str, np.ndarray]]
+    """Arguments of the model for each chunk, in order of time."""
+    state: MinRNNCache | None
+    """The carried state of these lanes."""
+    is_text: bool
+    carries_state: bool
+    seed: str
+    """Of dropout."""
+
+
+def _micro_batches(run: Run, step: int, batch: Batch, cache: MinRNNCache | None) -> list[_MicroBatch]:
+    """What a step reads from a reader, divided into groups of train.micro_lanes lanes.
+
+    Dropout is seeded by (run.seed, step, reader, context rank, first lane, chunk of the step). So a
+    checkpoint saves no random state, and the masks are the same for any number of processes, but not for
+    another `micro_lanes`, nor if processes share sequences.
     """
-    engine, reader, singles = run.engine, run.data.readers[chunks.reader], chunks.single_chunks()
+    num_lanes, is_text = len(batch.input_ids), isinstance(batch, Chunk)
+    size = run.recipe.train.micro_lanes or num_lanes
+    singles = batch.single_chunks() if isinstance(batch, Chunk) and batch.num_chunks > 1 else [batch]
+    arguments = [chunk.model_inputs() for chunk in singles]
+    seed = f"{run.recipe.run.seed}/{step}/{batch.reader}"
+    context = f"/{run.layout.context_rank}" if run.layout.context_rank else ""
+    pieces = []
+    for first in range(0, num_lanes, size):
+        rows = slice(first, first + size)
+        lanes = f"/lane {first}" if first else ""
+        pieces.append(
+            _MicroBatch(
+                [{name: array[rows] for name, array in arrays.items()} for arrays in arguments],
+                cache if cache is None or size == num_lanes else cache.rows(rows),
+                is_text,
+                run.recipe.batch.carry_state and is_text,
+                seed + context + lanes,
+            )
+        )
+    return pieces
+
+
+def _through_chunk(
+    run: Run, piece: _MicroBatch, num_scored: float, is_last: bool
+) -> tuple[Tensor, MinRNNCache | None]:
+    """Add the gradient of a micro-batch of one chunk; returns its loss and its state, both detached."""
+    engine = run.engine
+    inputs = _to_device(run, piece, 0)
+    if piece.is_text:
+        inputs |= {"past_key_values": piece.state, "skip_logits": True}
+    _seed(piece, 0)
+    with engine.accumulating(is_last):
+        output = engine.forward(
+            **inputs,
+            use_cache=piece.carries_state,
+            # Engines average gradients over the processes; this loss makes that average the global mean.
+            num_items_in_batch=num_scored / run.accelerator.num_processes,
+        )
+        engine.backward(output.loss)
+    return output.loss.detach(), output.past_key_values.detach_() if piece.carries_state else None
+
+
+def _through_chunks(
+    run: Run, piece: _MicroBatch, num_scored: float, is_last: bool
+) -> tuple[Tensor, MinRNNCache | None]:
+    """`_through_chunk` for several chunks, with gradients through all of them (batch.backprop_chunks)."""
+    engine = run.engine
 
     def forward(index: int, state: MinRNNCache | None, needs_loss: bool) -> Any:
         run.watchdog.move()
-        arrays = singles[index].model_inputs()
-        inputs = {name: processes.to_device(array, run.accelerator) for name, array in arrays.items()}
-        _seed(run.recipe.run.seed, step, chunks.reader, run.layout.context_rank, index)
+        inputs = _to_device(run, piece, index)
         inputs = model_inputs(inputs, num_scored / run.accelerator.num_processes, needs_loss)
+        _seed(piece, index)
         return engine.forward(**inputs, past_key_values=state, use_cache=True)
 
-    losses, reader.cache = backpropagate(
+    losses, state = backpropagate(
         forward,
-        len(singles),
-        reader.cache,
+        len(piece.chunks),
+        piece.state,
         backward=engine.backward,
         around=lambda index: engine.accumulating(is_last=is_last and index == 0),
     )
-    reader.position = chunks.state
-    return torch.stack(losses).sum()
+    return torch.stack(losses).sum(), state
 
 
-def _seed(seed: int, step: int, reader: int, context_rank: int, chunk: int = 0) -> None:
-    """Seed dropout by (seed, step, reader, context rank, chunk of the step).
+def _to_device(run: Run, piece: _MicroBatch, index: int) -> dict[str, Any]:
+    """The arguments of the model for a chunk."""
+    arrays = piece.chunks[index].items()
+    return {name: processes.to_device(array, run.accelerator) for name, array in arrays}
 
-    So a checkpoint saves no random state, and the masks are the same for any number of processes, unless
-    processes share sequences.
-    """
-    part = f"/{context_rank}" if context_rank else ""
-    part += f"/chunk {chunk}" if chunk else ""
-    digest = hashlib.blake2b(f"{seed}/{step}/{reader}{part}".encode(), digest_size=7).digest()
-    torch.manual_seed(int.from_bytes(digest, "big"))
+
+def _seed(piece: _MicroBatch, index: int) -> None:
+    """Seed dropout for a chunk."""
+    text = piece.seed + (f"/chunk {index}" if index else "")
+    torch.manual_seed(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big"))
 
 
 def _spike(run: Run, loss: float) -> str | None:
