@@ -20,6 +20,7 @@ from minrnn.models.recompute import RECOMPUTE, checkpointing_options
 from minrnn.models.registry import CELLS
 from minrnn.pipeline.classification import new_model
 from minrnn.pipeline.config import Recipe
+from minrnn.pipeline.launch_checks import deepspeed_values
 from minrnn.pipeline.recipe import build_recipe, read_recipe
 
 MODELS = st.fixed_dictionaries(
@@ -190,9 +191,28 @@ def test_a_plan_of_several_chunks(capsys):
     assert lines[4][3].startswith("a process   16 micro batches of 16,384 tokens")
     seconds = {chunks: float(lines[chunks][4].split()[1]) for chunks in lines}
     assert seconds[4] == pytest.approx(4 * 1.25 * seconds[1], rel=0.01)
-    sent = {chunks: [float(line.split()[-1]) for line in lines[chunks][-6:-1]] for chunks in lines}
+    sent = {chunks: [float(line.split()[-1]) for line in lines[chunks][-7:-2]] for chunks in lines}
     expected = [1, 1, 17 / 5, 60 / 12, 60 / 12]
     np.testing.assert_allclose(np.divide(sent[4], sent[1]), expected, rtol=0.01)
+
+
+def test_micro_batches_are_counted_by_lanes_and_chunks():
+    """As many as DeepSpeed accumulates; by_micro_lanes is for one chunk, however many a step has."""
+    changes = [{}, {"backprop_chunks": 3}]
+    model, sizes = None, []
+    for batch in changes:
+        values = {
+            "batch": {"readers": 2, "lanes": 4, **batch},
+            "train": {"micro_lanes": 2, "precision": "fp32"},
+        }
+        recipe = build_recipe(values)
+        model = model or estimates.measure(recipe, 264)
+        workload = estimates.workload_of(recipe, 1)
+        assert workload.micro_batches == deepspeed_values(recipe)["gradient_accumulation_steps"]
+        assert (workload.micro_batches, workload.micro_lanes) == (4 * batch.get("backprop_chunks", 1), 2)
+        sizes.append(estimates.by_micro_lanes(model, workload, "fp32", 1e6))
+    assert sizes[0] == sizes[1]
+    assert list(sizes[0]) == [4, 2, 1]
 
 
 def test_plan_of_fineweb_1b(capsys):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from run_helpers import Crash, Values, losses, recipe_file
 from test_engines import ddp, launch, reader_positions, zero
+from test_micro_lanes import assert_same_run
 
 from minrnn.common.errors import UserError
 from minrnn.data import BYTES, CorpusSpec, DocumentReader, Encoder, ReaderSpec, load_tokenizer
@@ -74,6 +75,13 @@ def test_a_step_is_one_pass_over_its_chunks(values: Values, run_recipe: Run):
     np.testing.assert_allclose(losses(folder), expected, rtol=1e-9)
     positions = reader_positions(folder)
     assert [positions[name] for name in sorted(positions)] == [reader.state() for reader in readers]
+
+
+def test_lanes_may_be_computed_a_few_at_a_time(values: Values, run_recipe: Run, tmp_path: Path):
+    """Each group of lanes goes through all chunks; losses, weights and carried states are the same."""
+    whole = run_recipe(values)
+    values["run"]["dir"], values["train"]["micro_lanes"] = str(tmp_path / "one lane"), 1
+    assert_same_run(run_recipe(values), whole, 1e-10)
 
 
 @contextlib.contextmanager
