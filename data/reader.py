@@ -167,7 +167,7 @@ class Lane:
     def emit(self, chunk: Chunk, row: int, column: int, end: int | None = None) -> int:
         """Write as many positions as fit into a row of the chunk from `column` to `end` (its own); returns
         their number."""
-        end = chunk.input_ids.shape[1] if end is None else end
+        end = len(chunk.input_ids[row]) if end is None else end
         count = min(self.num_remaining, end - column)
         piece = self.tokens[self.offset : self.offset + count + 1]
         chunk.input_ids[row, column : column + count] = piece[:-1]
