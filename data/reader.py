@@ -10,7 +10,8 @@ consumed, whatever was prefetched.
 """
 
 import hashlib
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 STATE_VERSION = 2  # of a reader's position: 2 reads parts of shards, in an order of (seed, epoch, reader)
 IGNORE_INDEX = -100  # target of a position that is not scored, as everywhere in transformers
+ARRAYS = ("input_ids", "shift_labels", "document_starts")  # of a chunk
 BLOCK = 2**16  # tokens that are converted at once
 NO_TOKENS = np.zeros(0, np.uint16)
 
@@ -49,23 +51,27 @@ class ReaderSpec:
     """Of the shuffle."""
     task: "Task | LabelledData | None" = None
     """A task, read instead of the corpus."""
+    num_chunks: int = 1
+    """Consecutive chunks that a step reads from each lane, with order `documents`."""
 
 
 @dataclass
 class Chunk:
-    """What one step reads from one reader's lanes."""
+    """What one step reads from one reader's lanes: `num_chunks` chunks, one after another in time."""
 
     reader: int
     input_ids: np.ndarray
-    """int64 [lanes, time]"""
+    """int64 [lanes, time of all chunks]"""
     shift_labels: np.ndarray
-    """int64 [lanes, time]; -100 where nothing is scored"""
+    """As input_ids; -100 where nothing is scored"""
     document_starts: np.ndarray
-    """bool [lanes, time]"""
+    """bool, as input_ids"""
     documents: list[list[str]]
     """For each lane, the names of the documents in it."""
     state: dict[str, Any]
     """The reader's position after this chunk; JSON."""
+    num_chunks: int = 1
+    """Chunks of equal length that it holds."""
 
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled: ids as int16 if they fit, which takes 5 bytes per token instead of 17."""
@@ -87,6 +93,17 @@ class Chunk:
         """The arguments of a language model's forward."""
         inputs = {"input_ids": self.input_ids, "shift_labels": self.shift_labels}
         return {**inputs, "document_starts": self.document_starts} if self.document_starts.any() else inputs
+
+    def columns(self, select: Callable[[np.ndarray], np.ndarray], num_chunks: int) -> "Chunk":
+        """The same with other columns: `select` of each array [lanes, time]."""
+        arrays = {name: np.ascontiguousarray(select(getattr(self, name))) for name in ARRAYS}
+        return replace(self, **arrays, num_chunks=num_chunks)
+
+    def single_chunks(self) -> list["Chunk"]:
+        """Its chunks in order of time, each with the position after the last."""
+        length = self.input_ids.shape[1] // self.num_chunks
+        edges = range(0, self.input_ids.shape[1], length)
+        return [self.columns(lambda array, i=i: array[:, i : i + length], 1) for i in edges]
 
 
 def _narrow(ids: np.ndarray) -> np.ndarray:
@@ -147,14 +164,17 @@ class Lane:
             "offset": self.offset,
         }
 
-    def emit(self, chunk: Chunk, row: int, column: int) -> int:
-        """Write as many positions as fit into a row of the chunk from `column` on; returns their number."""
-        count = min(self.num_remaining, chunk.input_ids.shape[1] - column)
+    def emit(self, chunk: Chunk, row: int, column: int, end: int | None = None) -> int:
+        """Write as many positions as fit into a row of the chunk from `column` to `end` (its own); returns
+        their number."""
+        end = len(chunk.input_ids[row]) if end is None else end
+        count = min(self.num_remaining, end - column)
         piece = self.tokens[self.offset : self.offset + count + 1]
         chunk.input_ids[row, column : column + count] = piece[:-1]
         chunk.shift_labels[row, column : column + count] = piece[1:]
         chunk.document_starts[row, column] = self.offset == 0
-        chunk.documents[row].append(self.name)
+        if self.offset == 0 or not chunk.documents[row]:
+            chunk.documents[row].append(self.name)
         self.offset += count
         return count
 
@@ -181,6 +201,7 @@ class DocumentReader:
 
     def __init__(self, spec: ReaderSpec, reader: int, state: dict[str, Any] | None = None, helpers: int = 0):
         self.encoder, self.reader, self.chunk = spec.encoder, reader, spec.chunk
+        self.num_chunks = spec.num_chunks
         self.stream = DocumentStream(
             spec.corpus, "train", reader, spec.num_readers, window=spec.window, seed=spec.seed
         )
@@ -197,8 +218,8 @@ class DocumentReader:
             self.num_skipped = skipped
 
     def _check_size(self, corpus: str, num_readers: int) -> None:
-        """Check that the first chunk does not need a second epoch."""
-        needed, lanes = len(self.lanes) * self.chunk, len(self.lanes)
+        """Check that the first step does not need a second epoch."""
+        needed, lanes = len(self.lanes) * self.num_chunks * self.chunk, len(self.lanes)
         groups: list[Group] = []
         count = num_documents = 0
         while not groups or (
@@ -224,10 +245,16 @@ class DocumentReader:
                 f"{share} holds no documents; use fewer readers (batch.readers) or another corpus",
             )
         if count < needed:
+            chunks = f"{self.num_chunks} chunks" if self.num_chunks > 1 else "one chunk"
+            names = (
+                "batch.lanes, batch.chunk or batch.backprop_chunks"
+                if self.num_chunks > 1
+                else ("batch.lanes or batch.chunk")
+            )
             raise UserError(
                 "data.corpus",
-                f"{share} has {count} tokens, fewer than one chunk of {lanes} lanes x {self.chunk}; "
-                "lower batch.lanes or batch.chunk",
+                f"{share} has {count} tokens, fewer than {chunks} of {lanes} lanes x {self.chunk}; "
+                f"lower {names}",
             )
         if num_documents < lanes:
             raise UserError(
@@ -294,15 +321,17 @@ class DocumentReader:
         }
 
     def next_chunk(self) -> Chunk:
-        """The next `chunk` tokens of every lane."""
-        chunk = empty_chunk(self.reader, len(self.lanes), self.chunk)
-        for row, lane in enumerate(self.lanes):
-            column = 0
-            while column < self.chunk:
-                if lane.num_remaining == 0:
-                    self._next_document(lane)
-                column += lane.emit(chunk, row, column)
-        chunk.state = self.state()
+        """The next `chunk` tokens of every lane, `num_chunks` times: lanes take their next documents in the
+        same order as if each chunk were read alone."""
+        chunk = empty_chunk(self.reader, len(self.lanes), self.num_chunks * self.chunk)
+        for end in range(self.chunk, (self.num_chunks + 1) * self.chunk, self.chunk):
+            for row, lane in enumerate(self.lanes):
+                column = end - self.chunk
+                while column < end:
+                    if lane.num_remaining == 0:
+                        self._next_document(lane)
+                    column += lane.emit(chunk, row, column, end)
+        chunk.num_chunks, chunk.state = self.num_chunks, self.state()
         return chunk
 
 

@@ -13,8 +13,10 @@ w N four times is the 16 bytes per parameter of fp32 training with AdamW. The ow
 DeepSpeed updates. The sizes of buckets are DeepSpeed's defaults. All engines also need autocast's copies of
 the matrices, activations (activation_memory.py), the loss (models/loss.py) and the carried states.
 
-Sent per process and step, with ring algorithms and k micro batches per process, in units of
-w N (P - 1) / P: DDP and ZeRO-1 2, ZeRO-2 k + 1, ZeRO-3 3 k.
+Sent per process and step, with ring algorithms and k micro batches per process, in units of w N (P - 1) / P:
+DDP and ZeRO-1 2, ZeRO-2 k + 1, ZeRO-3 3 k. With K = batch.backprop_chunks, k is K times as large; all but
+the last chunk are computed forward twice, for which ZeRO-3 gathers the weights once more; and the states
+before K - 1 chunks and the gradient of one are kept.
 """
 
 from dataclasses import dataclass, replace
@@ -54,13 +56,20 @@ class Workload:
     """Processes that share a reader's chunk along time."""
     readers: int
     """Readers of a process."""
+    chunks: int
+    """Consecutive chunks that a step reads from each reader."""
     lanes: int
     """Of a reader."""
     micro_batches: int
-    """Of a process in a step: one for each reader, or more with train.micro_lanes."""
+    """Of a process in a step: one for each reader's chunk, or more with train.micro_lanes."""
     tokens: int
     """Tokens of a micro batch in one process."""
     carries_state: bool
+
+    @property
+    def micro_lanes(self) -> int:
+        """Lanes of a micro batch."""
+        return self.readers * self.chunks * self.lanes // self.micro_batches
 
 
 def measure(recipe: Recipe, vocab_size: int) -> Model:
@@ -116,8 +125,9 @@ def workload_of(recipe: Recipe, processes: int) -> Workload:
         processes=processes,
         context=context,
         readers=batch.readers // groups,
+        chunks=batch.backprop_chunks,
         lanes=batch.lanes,
-        micro_batches=batch.readers // groups * batch.lanes // micro_lanes,
+        micro_batches=batch.readers // groups * batch.backprop_chunks * (batch.lanes // micro_lanes),
         tokens=micro_lanes * num_texts(recipe) * batch.chunk // context,
         carries_state=batch.carry_state,
     )
@@ -137,7 +147,9 @@ def working_memory(model: Model, workload: Workload, precision: str) -> dict[str
     """Bytes that do not depend on the engine, by purpose."""
     (w, c), config = widths(precision), model.config
     state = config.state_size * w + max(config.conv_kernel - 1, 0) * config.hidden_size * c
-    num_states = workload.readers * workload.lanes * config.num_hidden_layers
+    of_chunks = workload.chunks if workload.chunks > 1 else 0
+    num_lanes = workload.readers * workload.lanes + of_chunks * workload.micro_lanes
+    num_states = num_lanes * config.num_hidden_layers
     return {
         "bf16 copies": c * model.matrices if c < w else 0,
         "loss": _loss_memory(model, workload, precision),
@@ -163,7 +175,7 @@ def by_micro_lanes(model: Model, workload: Workload, precision: str, kept: float
     Args:
         kept: bytes of the activations of the workload's micro batch.
     """
-    per_lane = workload.tokens * workload.micro_batches // (workload.readers * workload.lanes)
+    per_lane = workload.tokens // workload.micro_lanes
     sizes, lanes = {}, workload.lanes
     while True:
         part = replace(workload, tokens=per_lane * lanes)
@@ -206,9 +218,9 @@ def engine_memory(num_parameters: int, processes: int, precision: str, engine: s
 def bytes_sent(num_parameters: int, workload: Workload, precision: str, engine: str) -> float:
     """Bytes that a process sends per step. The states passed between the pieces of a chunk are negligible."""
     ring = widths(precision)[0] * num_parameters * (workload.processes - 1) / workload.processes
-    return ring * {"DDP": 2, "ZeRO-1": 2, "ZeRO-2": workload.micro_batches + 1}.get(
-        engine, 3 * workload.micro_batches
-    )
+    batches = workload.micro_batches
+    repeated = batches - batches // workload.chunks  # forward passes without gradients
+    return ring * {"DDP": 2, "ZeRO-1": 2, "ZeRO-2": batches + 1}.get(engine, 3 * batches + repeated)
 
 
 def is_classifier(model: Model) -> bool:

@@ -69,6 +69,7 @@ def heading(
     tokens = tokens_per_step * steps
     parts = ", ".join(f"{part} {count:,}" for part, count in model.parts.items())
     shape = f"{batch.readers} readers x {batch.lanes} lanes x {batch.chunk}"
+    shape += f" x {batch.backprop_chunks} chunks" if batch.backprop_chunks > 1 else ""
     if is_labelled(recipe.data.corpus):
         shape = f"at most: {shape}" + (f" x {texts} texts" if texts > 1 else "")
     sharing = f", {workload.context} to a chunk" if workload.context > 1 else ""
@@ -120,8 +121,9 @@ def memory_table(model: Model, workload: Workload, precision: str, memory: float
 
 def time_line(recipe: Recipe, flops: float, workload: Workload, tflops: float, fraction: float) -> str:
     """Seconds per step and days in all, at a given rate and number of FLOPs per token."""
-    recomputation = 4 / 3 if recipe.train.recompute == "full" else 1.0  # the forward pass runs twice
-    seconds = flops * recomputation * num_texts(recipe) * recipe.batch.tokens_per_step
+    # A forward pass is a third of these FLOPs. train.recompute and batch.backprop_chunks add to them.
+    extra = (recipe.train.recompute == "full") + recipe.batch.forward_passes - 1
+    seconds = flops * (1 + extra / 3) * num_texts(recipe) * recipe.batch.tokens_per_step
     seconds /= workload.processes * tflops * 1e12 * fraction
     days = seconds * recipe.train.steps / 86400
     rate = f"{fraction:.0%} of {tflops:g} TFLOP/s in each process (an assumption)"

@@ -4,6 +4,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from .backprop import backprop_through_chunks
 from .cache import MinRNNCache
 from .configuration_minrnn import MinRNNConfig
 from .configuration_torch_rnn import TorchRNNConfig
@@ -36,5 +37,6 @@ __all__ = [
     "TorchRNNConfig",
     "TorchRNNForCausalLM",
     "TorchRNNModel",
+    "backprop_through_chunks",
     "linear_scan",
 ]

@@ -5,7 +5,7 @@ to chunk, and a checkpoint stores it. Its size does not depend on the number of 
 recurrent state [batch, width] in fp32 and the last conv inputs [batch, kernel-1, hidden].
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -99,6 +99,22 @@ class MinRNNCache(Cache):
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         return self.get_seq_length(layer_idx) + query_length, 0
 
+    def tensors(self) -> list[Tensor]:
+        """The states of all layers, in a fixed order; none before the first token."""
+        states = (tensor for layer in self.layers for tensor in (layer.recurrent, layer.conv))
+        return [tensor for tensor in states if tensor is not None]
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> "MinRNNCache":
+        """Another state after the same tokens, whose tensors are `function` of this one's."""
+        other = type(self)(len(self.layers))
+        for new, layer in zip(other.layers, self.layers, strict=True):
+            states = (
+                None if tensor is None else function(tensor) for tensor in (layer.recurrent, layer.conv)
+            )
+            new.replace(*states, num_tokens=0)
+            new.num_tokens = layer.num_tokens
+        return other
+
     def rows(self, rows: slice) -> "MinRNNCache":
         """The state of some rows of the batch, as views."""
         part = MinRNNCache(len(self.layers))
@@ -130,10 +146,7 @@ class MinRNNCache(Cache):
 
     def zero_non_finite_rows_(self) -> None:
         """Set the state to 0, in place, in rows where any layer's state holds NaN or infinity."""
-        states = [
-            tensor for layer in self.layers for tensor in (layer.recurrent, layer.conv) if tensor is not None
-        ]
-        if not states:
+        if not (states := self.tensors()):
             return
         is_broken = torch.stack([~tensor.flatten(1).isfinite().all(1) for tensor in states]).any(0)
         for layer in self.layers:

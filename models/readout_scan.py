@@ -54,10 +54,11 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, grad_y: Tensor | None, grad_last: Tensor | None) -> tuple:
-    u, _, _, h0, *_ = ctx.saved_tensors
+    saved = ctx.saved_tensors  # read once: a checkpointed block refuses a second time
+    u, _, _, h0, *_ = saved
     grad_y = torch.zeros_like(u, dtype=torch.float32) if grad_y is None else grad_y
     grad_last = torch.zeros_like(h0) if grad_last is None else grad_last
-    return *_backward_operator(*ctx.saved_tensors, grad_y, grad_last), None, None
+    return *_backward_operator(*saved, grad_y, grad_last), None, None
 
 
 _operator = define("readout_scan", _scan, _scan_fake, _differentiate, _save)

@@ -22,7 +22,8 @@ def announce(run: Run, precision: PrecisionChoice) -> None:
             "they stay as they are"
         )
     model = f"{_model_name(run)}, {run.engine.num_parameters:,} parameters"
-    step_size = f"{batch.readers} x {batch.lanes} x {batch.chunk} tokens a step"
+    chunks = f"{batch.backprop_chunks} x " if batch.backprop_chunks > 1 else ""
+    step_size = f"{batch.readers} x {batch.lanes} x {chunks}{batch.chunk} tokens a step"
     sharing = f"{run.engine.name}, " if layout.num_processes > 1 else ""
     sharing += f"{layout.context} to a sequence, " if layout.context > 1 else ""
     device = f"{layout.num_processes} process(es) on {run.accelerator.device.type}"

@@ -13,6 +13,7 @@ from pydantic import Field, field_validator
 from ..common.errors import UserError
 from ..data import LabelledTask, RetryPolicy, RowRules, Task, build_task, is_task
 from ..models.configuration_minrnn import PRESETS
+from .batch_settings import BatchSection
 from .families.fields import merged_fields
 from .families.registry import OURS
 from .model_section import NO_CONFIG_FIELDS, ModelSection
@@ -171,26 +172,6 @@ class DataSection(Section):
             if is_same and getattr(self, commit) is None and saved.get(commit):
                 commits[commit] = saved[commit]
         return commits
-
-
-class BatchSection(Section):
-    """The global batch: readers x lanes x chunk tokens, for any number of processes."""
-
-    readers: int = Field(default=1, ge=1)
-    """Cursors into the corpus. Processes share them evenly and accumulate gradients over their own.
-    readers x parallel.context is the largest possible number of processes."""
-    lanes: int = Field(default=16, ge=1)
-    """Rows of a reader's chunk. Each lane is a stream of documents."""
-    chunk: int = Field(default=256, ge=1)
-    """Tokens of a lane in one step. Gradients do not reach further back. For lra/NAME the default is the
-    length of the longest example that data.task allows."""
-    carry_state: bool = True
-    """Carry the state from one chunk to the next. It is reset at document starts."""
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Tokens of the global batch."""
-        return self.readers * self.lanes * self.chunk
 
 
 class OptimSection(Section):

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from .config import Recipe
 from .run import Run
 
-FORWARD_SHARE = 1 / 3  # of a training step's work; validation has no backward pass
+BACKWARD = 2  # forward passes that take as long as a backward pass, which validation has not
 UNITS = ((1.0, "s"), (60.0, "min"), (3600.0, "h"), (86400.0, "days"))
 
 
@@ -35,9 +35,10 @@ class Forecast:
         self._is_done = True
         seconds_per_step = (self._clock() - start) / (run.step - first)
         batch = run.recipe.batch
-        step_positions = max(len(run.data.readers), 1) * batch.lanes * batch.chunk
+        step_positions = max(len(run.data.readers), 1) * batch.tokens_per_step // batch.readers
         validation_positions = sum(part.num_positions for part in run.data.validation)
-        validation_steps = FORWARD_SHARE * validation_positions / step_positions
+        forward_share = 1 / (batch.forward_passes + BACKWARD)
+        validation_steps = forward_share * validation_positions / step_positions
         steps, validations = run.recipe.train.steps - run.step, validations_left(run.recipe, run.step)
         seconds = seconds_per_step * (steps + validations * validation_steps)
         run.report(

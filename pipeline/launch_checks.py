@@ -178,8 +178,9 @@ def _check_device(recipe: Recipe) -> tuple[torch.device, Errors]:
 
 def deepspeed_values(recipe: Recipe) -> dict[str, Any]:
     """The recipe's batch and clipping as keys of a DeepSpeed configuration."""
-    lanes = recipe.train.micro_lanes or recipe.batch.lanes
-    micro_batches = recipe.batch.readers * recipe.batch.lanes // lanes
+    batch = recipe.batch
+    lanes = recipe.train.micro_lanes or batch.lanes
+    micro_batches = batch.readers * batch.backprop_chunks * (batch.lanes // lanes)
     accumulation = micro_batches * recipe.parallel.context // world_size()
     return {
         "train_micro_batch_size_per_gpu": lanes,
@@ -200,12 +201,27 @@ def _deepspeed_errors(recipe: Recipe) -> Errors:
     if file == "none":
         clip = os.environ.get("ACCELERATE_GRADIENT_CLIPPING", "none")
         config: dict[str, Any] = {} if clip in ("none", "auto") else {"gradient_clipping": float(clip)}
+        errors += _stage_errors(recipe, os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
         return errors + _config_errors(recipe, config, "the launcher")
     try:
         config = json.loads(Path(file).read_text())
     except (OSError, ValueError) as error:
         return [*errors, ("deepspeed", f"cannot read {file}: {error}")]
+    errors += _stage_errors(recipe, config.get("zero_optimization", {}).get("stage", 0))
     return errors + deepspeed_key_errors(config, file) + _config_errors(recipe, config, file)
+
+
+def _stage_errors(recipe: Recipe, stage: int | str) -> Errors:
+    """Settings that do not work with a stage of ZeRO.
+
+    Stage 3 gathers weights ahead of their use, in an order that it learns from the passes before. With passes
+    without gradients among them, it gathers in other blocks when they run again, and torch's selective
+    checkpoints (2.13) refuse to allocate there ("encountered during backward but not found in storage").
+    """
+    if str(stage) != "3" or recipe.batch.backprop_chunks == 1 or recipe.train.recompute != "selective":
+        return []
+    message = "selective does not work with batch.backprop_chunks under ZeRO-3; use full or none, or ZeRO-2"
+    return [("train.recompute", message)]
 
 
 def _config_errors(recipe: Recipe, config: dict[str, Any], source: str) -> Errors:

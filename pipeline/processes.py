@@ -4,7 +4,6 @@ With C = parallel.context, W processes form W / C groups of C neighbours. A grou
 process of a group has 1 / C of the time of every chunk.
 """
 
-import dataclasses
 import os
 import socket
 from collections.abc import Callable
@@ -68,17 +67,17 @@ class ProcessLayout:
 
     def piece(self, chunk: B) -> B:
         """This process's part of a chunk: [lanes, time / context]. `chunk.state` remains that of the whole
-        chunk."""
+        chunk. Of several chunks, it is a part of each."""
         if self.context == 1:
             return chunk
         assert isinstance(chunk, Chunk)  # the examples of labelled tasks are not divided
-        length = chunk.input_ids.shape[1] // self.context
-        columns = slice(self.context_rank * length, (self.context_rank + 1) * length)
-        arrays = {
-            name: np.ascontiguousarray(getattr(chunk, name)[:, columns])
-            for name in ("input_ids", "shift_labels", "document_starts")
-        }
-        return cast(B, dataclasses.replace(chunk, **arrays))
+        num_chunks = chunk.num_chunks
+
+        def part(array: np.ndarray) -> np.ndarray:
+            parts = array.reshape(len(array), num_chunks, self.context, -1)
+            return parts[:, :, self.context_rank].reshape(len(array), -1)
+
+        return cast(B, chunk.columns(part, num_chunks))
 
 
 def build_layout(accelerator: Accelerator, context: int, timeout: timedelta) -> ProcessLayout:

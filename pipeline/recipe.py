@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from ..common.errors import UserError
 from ..common.files import user_path
 from ..common.names import did_you_mean, nearest_names
+from .batch_settings import batch_errors
 from .config import SECTIONS, Recipe
 from .families.registry import OURS
 from .family_settings import family_errors, without_carried_state
@@ -229,7 +230,7 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
     if errors:
         raise UserError.from_list(errors.items())
     recipe = with_prepared_tokenizer(with_whole_examples(Recipe(**sections)))
-    if errors := {**family_errors(recipe), **task_errors(recipe)}:
+    if errors := {**batch_errors(recipe), **family_errors(recipe), **task_errors(recipe)}:
         raise UserError.from_list(errors.items())
     return without_carried_state(recipe)
 

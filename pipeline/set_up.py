@@ -232,6 +232,7 @@ def _start_loader(recipe: Recipe, encoder: Encoder, readers: dict[int, ReaderSta
         window=data.shuffle_window,
         seed=recipe.run.seed,
         task=open_labelled(recipe) or recipe.synthetic_task(),
+        num_chunks=batch.backprop_chunks,
     )
     return ChunkLoader(spec, list(readers), [reader.position for reader in readers.values()], data.workers)
 

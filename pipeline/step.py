@@ -20,6 +20,7 @@ from torch import Tensor
 from ..common.errors import NonFiniteError
 from ..data import Batch, Chunk
 from ..models import MinRNNCache
+from ..models.backprop import backpropagate, model_inputs
 from . import checkpoint, processes
 from .optim import learning_rate
 from .run import Run
@@ -33,7 +34,7 @@ def take_step(run: Run, step: int, batch: list[Batch], num_scored: float) -> dic
 
     Args:
         step: number of this step, from 1.
-        batch: one chunk for each reader of this process.
+        batch: one chunk for each reader of this process, or several as one (batch.backprop_chunks).
         num_scored: scored tokens of the global batch.
 
     Returns:
@@ -69,9 +70,10 @@ def _forward_backward(run: Run, step: int, batch: list[Batch], num_scored: float
         reader = run.data.readers[chunk.reader]
         pieces = _micro_batches(run, step, chunk, reader.cache)
         outputs = []
-        for j, inputs in enumerate(pieces):
+        for j, piece in enumerate(pieces):
             is_last = i == len(batch) - 1 and j == len(pieces) - 1
-            outputs.append(_run_micro_batch(run, inputs, num_scored, is_last))
+            compute = _through_chunks if len(piece.chunks) > 1 else _through_chunk
+            outputs.append(compute(run, piece, num_scored, is_last))
         losses.append(torch.stack([loss for loss, _ in outputs]).sum())
         carried = [state for _, state in outputs if state is not None]
         reader.cache = MinRNNCache.of_rows(carried) if carried else None
@@ -82,10 +84,10 @@ def _forward_backward(run: Run, step: int, batch: list[Batch], num_scored: float
 
 @dataclass(frozen=True)
 class _MicroBatch:
-    """Some lanes of a chunk."""
+    """Some lanes of what a step reads from a reader."""
 
-    arrays: dict[str, np.ndarray]
-    """Arguments of the model."""
+    chunks: list[dict[str, np.ndarray]]
+    """Arguments of the model for each chunk, in order of time."""
     state: MinRNNCache | None
     """The carried state of these lanes."""
     is_text: bool
@@ -94,16 +96,18 @@ class _MicroBatch:
     """Of dropout."""
 
 
-def _micro_batches(run: Run, step: int, chunk: Batch, cache: MinRNNCache | None) -> list[_MicroBatch]:
-    """The chunk, divided into micro-batches of train.micro_lanes lanes.
+def _micro_batches(run: Run, step: int, batch: Batch, cache: MinRNNCache | None) -> list[_MicroBatch]:
+    """What a step reads from a reader, divided into groups of train.micro_lanes lanes.
 
-    Dropout is seeded by (run.seed, step, reader, first lane, context rank). So a checkpoint saves no random
-    state, and the masks are the same for any number of processes, but not for another `micro_lanes`, nor if
-    processes share sequences.
+    Dropout is seeded by (run.seed, step, reader, context rank, first lane, chunk of the step). So a
+    checkpoint saves no random state, and the masks are the same for any number of processes, but not for
+    another `micro_lanes`, nor if processes share sequences.
     """
-    num_lanes, is_text = len(chunk.input_ids), isinstance(chunk, Chunk)
+    num_lanes, is_text = len(batch.input_ids), isinstance(batch, Chunk)
     size = run.recipe.train.micro_lanes or num_lanes
-    seed = f"{run.recipe.run.seed}/{step}/{chunk.reader}"
+    singles = batch.single_chunks() if isinstance(batch, Chunk) and batch.num_chunks > 1 else [batch]
+    arguments = [chunk.model_inputs() for chunk in singles]
+    seed = f"{run.recipe.run.seed}/{step}/{batch.reader}"
     context = f"/{run.layout.context_rank}" if run.layout.context_rank else ""
     pieces = []
     for first in range(0, num_lanes, size):
@@ -111,7 +115,7 @@ def _micro_batches(run: Run, step: int, chunk: Batch, cache: MinRNNCache | None)
         lanes = f"/lane {first}" if first else ""
         pieces.append(
             _MicroBatch(
-                {name: array[rows] for name, array in chunk.model_inputs().items()},
+                [{name: array[rows] for name, array in arrays.items()} for arrays in arguments],
                 cache if cache is None or size == num_lanes else cache.rows(rows),
                 is_text,
                 run.recipe.batch.carry_state and is_text,
@@ -121,27 +125,59 @@ def _micro_batches(run: Run, step: int, chunk: Batch, cache: MinRNNCache | None)
     return pieces
 
 
-def _run_micro_batch(
+def _through_chunk(
     run: Run, piece: _MicroBatch, num_scored: float, is_last: bool
 ) -> tuple[Tensor, MinRNNCache | None]:
-    """Add the gradient of a micro-batch; returns its loss and its state, both detached."""
-    accelerator, engine = run.accelerator, run.engine
-    inputs: dict[str, Any] = {
-        name: processes.to_device(array, accelerator) for name, array in piece.arrays.items()
-    }
+    """Add the gradient of a micro-batch of one chunk; returns its loss and its state, both detached."""
+    engine = run.engine
+    inputs = _to_device(run, piece, 0)
     if piece.is_text:
         inputs |= {"past_key_values": piece.state, "skip_logits": True}
-    digest = hashlib.blake2b(piece.seed.encode(), digest_size=7).digest()
-    torch.manual_seed(int.from_bytes(digest, "big"))
+    _seed(piece, 0)
     with engine.accumulating(is_last):
         output = engine.forward(
             **inputs,
             use_cache=piece.carries_state,
             # Engines average gradients over the processes; this loss makes that average the global mean.
-            num_items_in_batch=num_scored / accelerator.num_processes,
+            num_items_in_batch=num_scored / run.accelerator.num_processes,
         )
         engine.backward(output.loss)
     return output.loss.detach(), output.past_key_values.detach_() if piece.carries_state else None
+
+
+def _through_chunks(
+    run: Run, piece: _MicroBatch, num_scored: float, is_last: bool
+) -> tuple[Tensor, MinRNNCache | None]:
+    """`_through_chunk` for several chunks, with gradients through all of them (batch.backprop_chunks)."""
+    engine = run.engine
+
+    def forward(index: int, state: MinRNNCache | None, needs_loss: bool) -> Any:
+        run.watchdog.move()
+        inputs = _to_device(run, piece, index)
+        inputs = model_inputs(inputs, num_scored / run.accelerator.num_processes, needs_loss)
+        _seed(piece, index)
+        return engine.forward(**inputs, past_key_values=state, use_cache=True)
+
+    losses, state = backpropagate(
+        forward,
+        len(piece.chunks),
+        piece.state,
+        backward=engine.backward,
+        around=lambda index: engine.accumulating(is_last=is_last and index == 0),
+    )
+    return torch.stack(losses).sum(), state
+
+
+def _to_device(run: Run, piece: _MicroBatch, index: int) -> dict[str, Any]:
+    """The arguments of the model for a chunk."""
+    arrays = piece.chunks[index].items()
+    return {name: processes.to_device(array, run.accelerator) for name, array in arrays}
+
+
+def _seed(piece: _MicroBatch, index: int) -> None:
+    """Seed dropout for a chunk."""
+    text = piece.seed + (f"/chunk {index}" if index else "")
+    torch.manual_seed(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big"))
 
 
 def _spike(run: Run, loss: float) -> str | None:

@@ -74,7 +74,8 @@ class Driver:
         self.validation_hash = text_hash(self.validation)
         self.deadline, self.run_limit, self.measure_speed = deadline, run_limit, measure_speed
         batch = grid["recipe"]["batch"]
-        self.tokens_per_step = batch["readers"] * batch["lanes"] * batch["chunk"]
+        sizes = (batch["readers"], batch["lanes"], batch["chunk"], batch.get("backprop_chunks", 1))
+        self.tokens_per_step = math.prod(sizes)
         self.models = [Model(name, fields) for name, fields in grid["models"].items()]
 
     def restore(self, results: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ from data_helpers import (
     without_hints,
     write_corpus,
 )
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from minrnn.common.errors import UserError
@@ -54,6 +54,7 @@ class Setup:
     chunk: int = 8
     window: int = 4
     seed: int = 5
+    num_chunks: int = 1
 
     def open(self, state: Any = None) -> DocumentReader:
         spec = ReaderSpec(
@@ -65,6 +66,7 @@ class Setup:
             chunk=self.chunk,
             window=self.window,
             seed=self.seed,
+            num_chunks=self.num_chunks,
         )
         return DocumentReader(spec, self.reader, state)
 
@@ -198,6 +200,26 @@ def test_the_state_stays_small(tmp_path: Path):
     assert max(len(json.dumps(state)) for state in states) < 1200
     expected = {"version", "window", "number", "num_skipped", "num_filtered", "lanes"}
     assert set(states[0]) == expected
+
+
+@FEW_EXAMPLES
+@given(data=st.data(), num_chunks=st.integers(2, 4))
+def test_several_chunks_of_a_step_are_those_of_several_steps(
+    data: st.DataObject, num_chunks: int, tmp_path_factory: pytest.TempPathFactory
+):
+    """In every array, every name and every position: how many a step reads does not change the order."""
+    setup, share = data.draw(setups(tmp_path_factory.mktemp("several")))
+    assume(sum(len(text.encode()) + 1 for text in share) >= setup.lanes * num_chunks)
+    setup = replace(setup, chunk=max(setup.chunk // num_chunks, 1))
+    singles = setup.chunks(3 * num_chunks)
+    for step, joined in enumerate(replace(setup, num_chunks=num_chunks).chunks(3)):
+        expected = singles[step * num_chunks : (step + 1) * num_chunks]
+        assert without_hints(joined.state) == without_hints(expected[-1].state)
+        assert joined.num_tokens == num_chunks * expected[0].num_tokens
+        for single, other in zip(joined.single_chunks(), expected, strict=True):
+            np.testing.assert_array_equal(as_array(single), as_array(other))
+        for row, names in enumerate(joined.documents):
+            assert set(names) == {name for chunk in expected for name in chunk.documents[row]}
 
 
 def test_names_say_where_each_lane_reads(tmp_path: Path):

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -19,6 +20,7 @@ from minrnn.models.recompute import RECOMPUTE, checkpointing_options
 from minrnn.models.registry import CELLS
 from minrnn.pipeline.classification import new_model
 from minrnn.pipeline.config import Recipe
+from minrnn.pipeline.launch_checks import deepspeed_values
 from minrnn.pipeline.recipe import build_recipe, read_recipe
 
 MODELS = st.fixed_dictionaries(
@@ -174,6 +176,43 @@ def test_a_step_is_divided_evenly_or_refused(readers: int, processes: int, conte
         return
     workload = estimates.workload_of(recipe, 2**processes)
     assert workload.tokens * workload.readers * workload.processes == 2**readers * lanes * 64
+
+
+def test_a_plan_of_several_chunks(capsys):
+    """More micro batches of the same size; a forward pass more of all chunks but the last."""
+    lines = {}
+    for chunks in (1, 4):
+        main([
+            *("plan", "--config", "fineweb-1b", "--vocab-size", "50264", "--processes", "16"),
+            *("--tflops", "989", "--batch.backprop_chunks", str(chunks)),
+        ])  # fmt: skip
+        lines[chunks] = capsys.readouterr().out.splitlines()
+    assert "4,194,304 a step (64 readers x 4 lanes x 4096 x 4 chunks)" in lines[4][1]
+    assert lines[4][3].startswith("a process   16 micro batches of 16,384 tokens")
+    seconds = {chunks: float(lines[chunks][4].split()[1]) for chunks in lines}
+    assert seconds[4] == pytest.approx(4 * 1.25 * seconds[1], rel=0.01)
+    sent = {chunks: [float(line.split()[-1]) for line in lines[chunks][-7:-2]] for chunks in lines}
+    expected = [1, 1, 17 / 5, 60 / 12, 60 / 12]
+    np.testing.assert_allclose(np.divide(sent[4], sent[1]), expected, rtol=0.01)
+
+
+def test_micro_batches_are_counted_by_lanes_and_chunks():
+    """As many as DeepSpeed accumulates; by_micro_lanes is for one chunk, however many a step has."""
+    changes = [{}, {"backprop_chunks": 3}]
+    model, sizes = None, []
+    for batch in changes:
+        values = {
+            "batch": {"readers": 2, "lanes": 4, **batch},
+            "train": {"micro_lanes": 2, "precision": "fp32"},
+        }
+        recipe = build_recipe(values)
+        model = model or estimates.measure(recipe, 264)
+        workload = estimates.workload_of(recipe, 1)
+        assert workload.micro_batches == deepspeed_values(recipe)["gradient_accumulation_steps"]
+        assert (workload.micro_batches, workload.micro_lanes) == (4 * batch.get("backprop_chunks", 1), 2)
+        sizes.append(estimates.by_micro_lanes(model, workload, "fp32", 1e6))
+    assert sizes[0] == sizes[1]
+    assert list(sizes[0]) == [4, 2, 1]
 
 
 def test_plan_of_fineweb_1b(capsys):
