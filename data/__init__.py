@@ -1,6 +1,6 @@
 """The data path: from text to chunks of tokens, from a position that can be saved and restored."""
 
-from .corpus import CorpusSpec, DocumentStream, open_source
+from .corpus import CorpusSpec, DocumentStream, has_fewer_texts, open_source
 from .fingerprint import check_corpus, corpus_fingerprint
 from .loader import Batch, ChunkLoader
 from .lra import LabelledBatch, LabelledData, LabelledSet, LabelledTask, cache_folder, open_data
@@ -38,6 +38,7 @@ __all__ = [
     "corpus_fingerprint",
     "corpus_tokens",
     "document_validation",
+    "has_fewer_texts",
     "is_labelled",
     "is_task",
     "load_tokenizer",

@@ -10,6 +10,7 @@ most W documents.
 
 import functools
 import hashlib
+import itertools
 import os
 import re
 import sysconfig
@@ -21,8 +22,9 @@ from typing import Any, Literal
 import numpy as np
 
 from ..common.errors import UserError
-from .files import COMPRESSED, ROWS, Kind, binary_file_error, file_kind
+from .files import COMPRESSED, ROWS, Kind, binary_file_error, convert_read_errors, file_kind
 from .joined import join_documents
+from .long_text import LongText, TextPassages, open_long_text, text_groups
 from .rows import Csv, JsonLines, Parquet
 from .sources import Document, HubDataset, Position, Source, TextFiles
 
@@ -58,6 +60,8 @@ class CorpusSpec:
 
     A corpus that is named by a path within such a folder is still read.
     """
+    passages: bool = False
+    """Whether documents are passages of text files, and the last `held_out` of the bytes are held out."""
 
 
 def stdlib_files(part: Split) -> tuple[list[Path], Path]:
@@ -150,7 +154,36 @@ def open_source(spec: CorpusSpec, part: Split = "train") -> Source:
         UserError: nothing has that name, there are no documents, the files are of several kinds, or
             `spec.join` does not apply to them.
     """
+    if spec.passages:
+        return TextPassages(open_text(spec, part))
     return join_documents(_open_unjoined(spec, part), spec.join)
+
+
+def open_text(spec: CorpusSpec, part: Split, piece_bytes: int | None = None) -> LongText:
+    """The text files of a corpus as pieces; see `open_long_text`.
+
+    Raises:
+        UserError: as `open_source`, or the corpus is not made of text files.
+    """
+    source = join_documents(_open_unjoined(spec, part), spec.join)
+    rest: Split = "all" if spec.corpus == PYTHON_STDLIB else part  # chosen by file already
+    return open_long_text(source, spec.corpus, spec.held_out, rest, piece_bytes)
+
+
+def has_fewer_texts(spec: CorpusSpec, count: int) -> bool:
+    """Whether a corpus is made of text files and has fewer than `count` documents that are not empty.
+
+    Raises:
+        UserError: the files cannot be read, or are of several kinds.
+    """
+    if spec.corpus != PYTHON_STDLIB and not local_files(spec.corpus, spec.excluded)[0]:
+        return False
+    groups = text_groups(join_documents(_open_unjoined(spec, "train"), spec.join))
+    if groups is None:
+        return False
+    with convert_read_errors(spec.corpus):
+        has_text = (any(path.stat().st_size > 0 for path in paths) for _, paths in groups)
+        return sum(itertools.islice(filter(None, has_text), count)) < count
 
 
 def _open_unjoined(spec: CorpusSpec, part: Split) -> Source:
@@ -283,8 +316,8 @@ class DocumentStream:
         yield from self.source.read(self.shards[shard], position)
 
     def _is_in_part(self, text: str) -> bool:
-        if self.part == "all" or self.spec.corpus == PYTHON_STDLIB:  # chosen by file already
-            return True
+        if self.part == "all" or self.spec.corpus == PYTHON_STDLIB or self.spec.passages:
+            return True  # chosen by file or by place already
         return is_held_out(text, self.spec.held_out) == (self.part == "validation")
 
     def one_epoch(self) -> Iterator[Document]:

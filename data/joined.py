@@ -66,11 +66,12 @@ class JoinedFiles:
             *folders, _ = relative.parts
             group = relative if not folders else Path(folders[0]) if self.join == PACKAGE else relative.parent
             groups.setdefault(group, []).append(index)
-        self._groups = list(groups.items())
+        self.groups = list(groups.items())
+        """For each document, what is joined and the indices of its files."""
 
     def read(self, shard: int, start: Position) -> Iterator[Document]:
-        for index in range(start.index, len(self._groups)):
-            group, members = self._groups[index]
+        for index in range(start.index, len(self.groups)):
+            group, members = self.groups[index]
             parts = [next(self.files.read(0, Position(member))) for member in members]
             is_file = group == self.files.relative(self.files.paths[members[0]])
             count = _count_of(sum(part.text is not None for part in parts), "file")

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
+from .continuous import ContinuousReader
 from .lra import LabelledBatch, LabelledData
 from .reader import Chunk, DocumentReader, ReaderSpec, WindowReader, corpus_tokens
 from .synthetic import TaskReader
@@ -39,6 +40,8 @@ def open_readers(
         return [TaskReader(spec.task, reader, *shape, state) for reader, state in pairs]
     if spec.order == "documents":
         return [DocumentReader(spec, reader, state) for reader, state in pairs]
+    if spec.order == "continuous":
+        return [ContinuousReader(spec, reader, state) for reader, state in pairs]
     tokens = corpus_tokens(spec.corpus, "train", spec.encoder)
     return [WindowReader(tokens, reader, spec.lanes, spec.chunk, spec.seed, state) for reader, state in pairs]
 

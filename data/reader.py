@@ -33,7 +33,7 @@ class ReaderSpec:
     """The arguments that all readers of a run share; sent to the workers."""
 
     corpus: CorpusSpec
-    order: Literal["documents", "windows"]
+    order: Literal["documents", "continuous", "windows"]
     encoder: Encoder
     num_readers: int
     """Number of readers of the whole run."""
@@ -129,14 +129,15 @@ class Lane:
 
 
 def encode_document(encoder: Encoder, document: Document) -> np.ndarray:
-    """The tokens of a document, `<bos> text <eos>`.
+    """The tokens of a document, `<bos> text <eos>`, without `<eos>` if the text goes on after it.
 
     Raises:
         UserError: the tokenizer fails, or the document does not fit into memory; the message names the
             document.
     """
     with convert_read_errors(document.name):
-        return encoder(document.text or "")
+        tokens = encoder(document.text or "")
+    return tokens[:-1] if document.is_cut else tokens
 
 
 class DocumentReader:
@@ -147,9 +148,14 @@ class DocumentReader:
         spec: what all readers share.
         reader: which of them this is.
         state: the state of a chunk after which to resume; None starts at the beginning.
+        is_whole: whether the first chunk is to be filled without a second epoch; a source of a mixture may
+            have less text.
     """
 
-    def __init__(self, spec: ReaderSpec, reader: int, state: dict[str, Any] | None = None):
+    def __init__(
+        self, spec: ReaderSpec, reader: int, state: dict[str, Any] | None = None, is_whole: bool = True
+    ):
+        assert isinstance(spec.corpus, CorpusSpec)
         self.encoder, self.reader, self.chunk = spec.encoder, reader, spec.chunk
         self.stream = DocumentStream(
             spec.corpus, "train", reader, spec.num_readers, window=spec.window, seed=spec.seed
@@ -158,13 +164,13 @@ class DocumentReader:
         if state is None:
             self.window, self.number = self.stream.window(WindowAddress()), 0
             self.num_skipped = self.window.num_skipped
-            self._check_size(spec.corpus.corpus, spec.num_readers)
+            self._check_size(spec.corpus.corpus, spec.num_readers, is_whole)
         else:
             self._restore(state)
 
-    def _check_size(self, corpus: str, num_readers: int) -> None:
-        """Check that the first chunk does not need a second epoch."""
-        needed, lanes = len(self.lanes) * self.chunk, len(self.lanes)
+    def _check_size(self, corpus: str, num_readers: int, is_whole: bool) -> None:
+        """Check that there are documents, and if `is_whole` that the first chunk needs no second epoch."""
+        needed, lanes = (len(self.lanes) * self.chunk, len(self.lanes)) if is_whole else (0, 0)
         documents, address = list(self.window.documents), self.window.next_address
         count = sum(len(encode_document(self.encoder, document)) - 1 for document in documents[: needed + 1])
         while (count < needed or len(documents) < lanes) and address.epoch == 0:
@@ -192,7 +198,7 @@ class DocumentReader:
             raise UserError(
                 "data.corpus",
                 f"{share} has {len(documents)} documents for {lanes} lanes; "
-                "lower batch.lanes, or set data.order to windows",
+                "lower batch.lanes, or set data.order to continuous (text files) or windows",
             )
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -239,7 +245,8 @@ class DocumentReader:
         lane.name, lane.window, lane.number = document.name, window.address, number
         lane.digest = hashlib.blake2b(lane.tokens.data, digest_size=4).hexdigest()
 
-    def _next_document(self, lane: Lane) -> None:
+    def next_document(self, lane: Lane) -> None:
+        """Start the next document of the stream in a lane."""
         epoch = self.window.address.epoch
         while self.number == len(self.window.documents):
             self.window, self.number = self.stream.window(self.window.next_address), 0
@@ -270,7 +277,7 @@ class DocumentReader:
             column = 0
             while column < self.chunk:
                 if lane.num_remaining == 0:
-                    self._next_document(lane)
+                    self.next_document(lane)
                 column += lane.emit(chunk, row, column)
         chunk.state = self.state()
         return chunk

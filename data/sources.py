@@ -49,6 +49,8 @@ class Document:
     """Number of broken parts left out: 1 for a document, perhaps more for a joined one."""
     group: Any = None
     """The row's value in the column that rows are joined by (joined.py), if there is one."""
+    is_cut: bool = False
+    """Whether the text goes on after it (a passage of long_text.py), so that no <eos> follows."""
 
 
 class Source(Protocol):
