@@ -4,6 +4,7 @@ from .corpus import CorpusSpec, DocumentStream, has_fewer_texts, open_source
 from .fingerprint import check_corpus, corpus_fingerprint
 from .loader import Batch, ChunkLoader
 from .lra import LabelledBatch, LabelledData, LabelledSet, LabelledTask, cache_folder, open_data
+from .mixture import AnyCorpus, MixtureSpec, check_mixture, mixture_fingerprint, source_specs
 from .prompts import TextStream, prompt_batch, prompt_tokens, read_prompt
 from .reader import IGNORE_INDEX, Chunk, DocumentReader, ReaderSpec, WindowReader, corpus_tokens
 from .synthetic import Task, TaskValidation
@@ -14,6 +15,7 @@ from .validation import ValidationSet, document_validation, window_validation
 __all__ = [
     "BYTES",
     "IGNORE_INDEX",
+    "AnyCorpus",
     "Batch",
     "Chunk",
     "ChunkLoader",
@@ -25,6 +27,7 @@ __all__ = [
     "LabelledData",
     "LabelledSet",
     "LabelledTask",
+    "MixtureSpec",
     "ReaderSpec",
     "Task",
     "TaskValidation",
@@ -35,6 +38,7 @@ __all__ = [
     "byte_tokenizer",
     "cache_folder",
     "check_corpus",
+    "check_mixture",
     "corpus_fingerprint",
     "corpus_tokens",
     "document_validation",
@@ -42,6 +46,7 @@ __all__ = [
     "is_labelled",
     "is_task",
     "load_tokenizer",
+    "mixture_fingerprint",
     "model_vocab_size",
     "open_data",
     "open_source",
@@ -49,6 +54,7 @@ __all__ = [
     "prompt_tokens",
     "read_prompt",
     "run_tokenizer",
+    "source_specs",
     "tokenizer_fingerprint",
     "window_validation",
 ]

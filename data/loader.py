@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from .continuous import ContinuousReader
 from .lra import LabelledBatch, LabelledData
+from .mixture import MixtureReader, MixtureSpec
 from .reader import Chunk, DocumentReader, ReaderSpec, WindowReader, corpus_tokens
 from .synthetic import TaskReader
 from .worker_process import Job, WorkerProcess, next_ready
@@ -38,6 +39,8 @@ def open_readers(
     if spec.task is not None:
         shape = (spec.lanes, spec.chunk, spec.seed)
         return [TaskReader(spec.task, reader, *shape, state) for reader, state in pairs]
+    if isinstance(spec.corpus, MixtureSpec):
+        return [MixtureReader(spec, reader, state) for reader, state in pairs]
     if spec.order == "documents":
         return [DocumentReader(spec, reader, state) for reader, state in pairs]
     if spec.order == "continuous":

@@ -23,6 +23,7 @@ from .tokenizer import Encoder
 
 if TYPE_CHECKING:
     from .lra import LabelledData
+    from .mixture import MixtureSpec
     from .synthetic.task import Task
 
 IGNORE_INDEX = -100  # target of a position that is not scored, as everywhere in transformers
@@ -32,7 +33,7 @@ IGNORE_INDEX = -100  # target of a position that is not scored, as everywhere in
 class ReaderSpec:
     """The arguments that all readers of a run share; sent to the workers."""
 
-    corpus: CorpusSpec
+    corpus: "CorpusSpec | MixtureSpec"
     order: Literal["documents", "continuous", "windows"]
     encoder: Encoder
     num_readers: int
