@@ -34,6 +34,8 @@ class ValidationSet:
     """Tokens per lane and chunk."""
     num_bytes: int
     """Bytes of text in the share: the divisor of bits per byte."""
+    source: str = ""
+    """Name of its source in a mixture."""
 
     @property
     def num_positions(self) -> int:

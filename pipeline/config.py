@@ -17,6 +17,7 @@ from .families.fields import merged_fields
 from .families.registry import OURS
 from .model_section import NO_CONFIG_FIELDS, ModelSection
 from .section import Section, expand_home
+from .source_settings import EXAMPLE, corpus_name, normalized_corpus, source_errors
 
 
 class RunSection(Section):
@@ -39,9 +40,13 @@ class RunSection(Section):
 class DataSection(Section):
     """The corpus, its order and its tokenizer."""
 
-    corpus: str = Field(default="python-stdlib", min_length=1)
+    corpus: str | list[dict[str, Any]] = "python-stdlib"
     """python-stdlib; a file, folder or glob (parquet, JSON lines, csv, tsv or text; plain, .gz or .zst); a
-    hub dataset; a synthetic task, synthetic/NAME; or a task of Long Range Arena, lra/NAME."""
+    hub dataset; a synthetic task, synthetic/NAME; or a task of Long Range Arena, lra/NAME. A list is a
+    weighted mixture of corpora, each a name or a mapping, e.g. [a.txt, {corpus: b, weight: 2}]: b gives two
+    thirds of the tokens. A mapping has corpus, weight (default 1), order (auto, documents, passages), and
+    subset, split, revision, text_field and join, which are by default those of this section."""
+    _normalize = field_validator("corpus", mode="before")(normalized_corpus)
     task: dict[str, Any] = {}
     """Options of a task (docs/synthetic.md, docs/lra.md), e.g. {length: 64, num_tokens: 4}. With a task,
     settings for text are errors."""
@@ -64,9 +69,11 @@ class DataSection(Section):
     folder of the corpus. In both, files directly in the corpus's root are not joined. Otherwise the name
     of a column, e.g. book_id: consecutive rows with the same value are one document. Lower
     data.shuffle_window if joined documents are very long, since a window holds that many of them."""
-    order: Literal["documents", "windows"] = "documents"
-    """documents: every lane reads documents to their end. windows: random crops of the whole corpus as one
-    text; no state is carried."""
+    order: Literal["auto", "documents", "continuous", "windows"] = "auto"
+    """documents: every lane reads documents to their end, shuffled. continuous, for text files: every lane
+    reads on through the text from a place of its own, with the state carried; the end of the text is held
+    out. windows: random crops of the whole corpus as one text; no state is carried. auto: continuous for
+    text files that are fewer than the lanes of all readers, such as a single long one, else documents."""
     tokenizer: str = Field(default="bytes", min_length=1)
     """bytes, or a tokenizer from the hub or a folder."""
     _expand = field_validator("tokenizer")(expand_home)
@@ -80,7 +87,8 @@ class DataSection(Section):
     validation_split: str = "validation"
     """Split of the hub dataset in `validation`."""
     validation_fraction: float = Field(default=0.01, gt=0.0, lt=1.0)
-    """Fraction of the documents that is held out; with order windows, the end of the text."""
+    """Fraction of the documents that is held out; with order continuous or windows, the end of the
+    text."""
     validation_tokens: int | None = Field(default=500_000, ge=1)
     """Validate on whole documents until they have this many tokens in all; null for all documents."""
     workers: int = Field(default=1, ge=0)
@@ -90,7 +98,14 @@ class DataSection(Section):
         if not is_task(self.corpus):
             errors = {}
             if self.task:
-                errors["task"] = f"is for tasks (synthetic/NAME, lra/NAME), not for {self.corpus}"
+                errors["task"] = f"is for tasks (synthetic/NAME, lra/NAME), not for {self.name}"
+            if isinstance(self.corpus, list):
+                errors |= source_errors(self.corpus)
+                if self.order in ("continuous", "windows"):
+                    message = f"{self.order} is for a single corpus; leave it out for a mixture"
+                    errors["order"] = f"{message}, whose sources may say order: passages"
+            elif self.corpus.startswith("[") and "{" in self.corpus:
+                errors["corpus"] = f"is not a list in YAML; write {EXAMPLE}, not {self.corpus!r}"
             if self.join is not None and self.order == "windows":
                 errors["join"] = (
                     "is for data.order documents; windows reads the whole corpus as one text, so leave it out"
@@ -106,6 +121,11 @@ class DataSection(Section):
         except UserError as error:
             errors |= {key.removeprefix("data."): message for key, message in error.errors}
         return errors
+
+    @property
+    def name(self) -> str:
+        """The corpus, or the sources of the mixture, for messages."""
+        return corpus_name(self.corpus)
 
 
 class BatchSection(Section):

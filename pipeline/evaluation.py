@@ -1,6 +1,7 @@
 """Validation, on held-out documents read whole with the state carried as in training, or on the fixed
 examples of a task."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,14 +14,18 @@ from torch import nn
 from ..common.errors import UserError
 from ..data import (
     IGNORE_INDEX,
+    AnyCorpus,
     Chunk,
     CorpusSpec,
     Encoder,
     LabelledSet,
+    MixtureSpec,
     TaskValidation,
     ValidationSet,
     corpus_tokens,
     document_validation,
+    has_fewer_texts,
+    source_specs,
     window_validation,
 )
 from ..data.corpus import Split
@@ -29,12 +34,13 @@ from ..models.dtypes import at_least_fp32
 from .classification import open_labelled, score_labels
 from .config import Recipe
 from .processes import ProcessLayout, all_reduce_max, all_reduce_sum, to_device
+from .source_settings import source_names
 
 ValidationSets = Sequence[ValidationSet] | Sequence[TaskValidation] | Sequence[LabelledSet]
 PIECE = 8  # each process of a context group has a multiple of this many positions of a task's chunk
 
 
-def validation_sets(recipe: Recipe, corpus: CorpusSpec, encoder: Encoder, readers: range) -> ValidationSets:
+def validation_sets(recipe: Recipe, corpus: AnyCorpus, encoder: Encoder, readers: range) -> ValidationSets:
     """The validation sets of these readers.
 
     Raises:
@@ -48,7 +54,16 @@ def validation_sets(recipe: Recipe, corpus: CorpusSpec, encoder: Encoder, reader
             TaskValidation(task, reader, batch.readers, batch.lanes, PIECE * recipe.parallel.context)
             for reader in readers
         ]
+    if data.validation is None and isinstance(corpus, MixtureSpec):
+        return [
+            dataclasses.replace(part, source=name)
+            for name, source, weight in zip(
+                source_names(data.corpus), corpus.sources, corpus.weights, strict=True
+            )
+            for part in _sets(recipe, source, "validation", encoder, readers, weight)
+        ]
     if data.validation is None:
+        assert isinstance(corpus, CorpusSpec)
         return _sets(recipe, corpus, "validation", encoder, readers)
     spec = CorpusSpec(
         data.validation,
@@ -59,19 +74,23 @@ def validation_sets(recipe: Recipe, corpus: CorpusSpec, encoder: Encoder, reader
         data.skip_broken,
         0.0,
         data.join,
-        corpus.excluded,
+        source_specs(corpus)[0].excluded,
     )
     try:
+        if data.order == "continuous" and has_fewer_texts(spec, batch.readers * batch.lanes):
+            spec = dataclasses.replace(spec, passages=True)
         return _sets(recipe, spec, "all", encoder, readers)
     except UserError as error:
         raise UserError.from_list((("data.validation", message) for _, message in error.errors)) from None
 
 
 def _sets(
-    recipe: Recipe, spec: CorpusSpec, part: Split, encoder: Encoder, readers: range
+    recipe: Recipe, spec: CorpusSpec, part: Split, encoder: Encoder, readers: range, share: float = 1.0
 ) -> list[ValidationSet]:
+    """The sets of one corpus, with this share of data.validation_tokens."""
     data, batch = recipe.data, recipe.batch
-    layout = (batch.readers, batch.lanes, batch.chunk, data.validation_tokens)
+    budget = data.validation_tokens and max(round(data.validation_tokens * share), 1)
+    layout = (batch.readers, batch.lanes, batch.chunk, budget)
     if data.order == "windows":
         tokens = corpus_tokens(spec, part, encoder)
         return [window_validation(tokens, encoder, reader, *layout) for reader in readers]
@@ -90,8 +109,9 @@ def validate(
 ) -> dict[str, Any]:
     """Mean loss in nats per token, bits per byte, and the number of tokens, over the sets of all processes.
 
-    For a synthetic task: loss and accuracy at the lengths of training, and accuracy by length. For labelled
-    examples: loss and accuracy (`score_labels`).
+    For a mixture, also the bits per byte of each source: `by_source`. For a synthetic task: loss and accuracy
+    at the lengths of training, and accuracy by length. For labelled examples: loss and accuracy
+    (`score_labels`).
 
     Args:
         layout: this process's part of each sequence; by default all of it.
@@ -106,10 +126,11 @@ def validate(
         return _validate_task(model, examples, accelerator, layout, after_chunk)
     texts = [part for part in sets if isinstance(part, ValidationSet)]
     model.eval()
-    nats, tokens = 0.0, 0
+    sources = list(dict.fromkeys(part.source for part in texts))  # every process has a set of each
+    sums = np.zeros((len(sources), 3))  # nats, tokens, bytes
     for part in texts:
-        part_nats, part_tokens = _read_texts(model, part, accelerator, carry_state, layout, after_chunk)
-        nats, tokens = nats + part_nats, tokens + part_tokens
+        nats, tokens = _read_texts(model, part, accelerator, carry_state, layout, after_chunk)
+        sums[sources.index(part.source)] += nats, tokens, part.num_bytes / layout.context
     if in_lockstep:
         num_chunks = sum(1 for part in texts for _ in part.chunks())
         empty = torch.zeros(1, 64, dtype=torch.long, device=accelerator.device)
@@ -117,13 +138,17 @@ def validate(
             model(input_ids=empty, shift_labels=empty, skip_logits=True, num_items_in_batch=1)
             after_chunk()
     model.train()
-    num_bytes = sum(part.num_bytes for part in texts) / layout.context
-    nats, tokens, num_bytes = all_reduce_sum(accelerator, [nats, tokens, num_bytes])
-    return {
+    sums = np.reshape(all_reduce_sum(accelerator, sums.ravel().tolist()), sums.shape)
+    nats, tokens, num_bytes = sums.sum(0).tolist()
+    result = {
         "loss": nats / tokens,
         "bits_per_byte": nats / (num_bytes * math.log(2)),
         "validation_tokens": int(tokens),
     }
+    if len(sources) > 1:
+        bits = sums[:, 0] / (sums[:, 2] * math.log(2))
+        result["by_source"] = dict(zip(sources, bits.tolist(), strict=True))
+    return result
 
 
 def _read_texts(

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import os
 import socket
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,14 @@ from tqdm import tqdm
 from ..common.errors import UserError
 from ..common.output import warn
 from ..data import (
+    AnyCorpus,
     ChunkLoader,
     CorpusSpec,
     Encoder,
+    MixtureSpec,
     ReaderSpec,
-    check_corpus,
-    corpus_fingerprint,
+    check_mixture,
+    mixture_fingerprint,
     model_vocab_size,
     run_tokenizer,
     tokenizer_fingerprint,
@@ -35,6 +38,7 @@ from .build_model import TrainedModel, build_model
 from .checkpoint import ReaderState
 from .classification import classifier_fields, open_labelled, test_sets
 from .config import Recipe
+from .data_order import with_order
 from .engine import build_engine
 from .evaluation import validation_sets
 from .export import model_config
@@ -47,6 +51,7 @@ from .processes import ProcessLayout
 from .recipe import with_saved_settings
 from .run import Progress, Run, RunData, RunOutput
 from .saving import Saver
+from .source_settings import INHERITED
 from .tracking import build_tracker
 from .tracking_store import SQLITE_SUFFIXES, absolute_uri, sqlite_file
 from .watchdog import Watchdog
@@ -67,7 +72,9 @@ def set_up(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, watchdog
     precision, matmul_rate = _decide_precision(recipe, accelerator, folder)  # before other work disturbs it
     recipe = _with_precision(with_saved_settings(recipe, folder.saved), precision.precision)
     layout = processes.build_layout(accelerator, recipe.parallel.context, collective_timeout(recipe))
-    recipe = processes.run_on_all_ranks(accelerator, lambda: _with_sizes(recipe, folder))
+    recipe = processes.run_on_all_ranks(
+        accelerator, lambda: with_order(_with_sizes(recipe, folder), corpus_spec(recipe))
+    )
     data, model = _open_on_all_ranks(recipe, accelerator, folder, layout, watchdog)
     recipe = _with_limits(recipe, model)
     if layout.group is not None:
@@ -173,14 +180,14 @@ def _corpus_fingerprint(
     """
     saved = folder.manifest.get("corpus")
     if (labelled := open_labelled(recipe, watchdog.move)) is not None:
-        return _check_examples(labelled.manifest()["files"], saved, recipe.data.corpus)
+        return _check_examples(labelled.manifest()["files"], saved, recipe.data.name)
     if recipe.task() is not None:
         return None
     spec = corpus_spec(recipe)
-    note = None if saved is None else check_corpus(saved, spec, recipe.data.order, recipe.batch.readers)
+    note = None if saved is None else check_mixture(saved, spec, recipe.data.order, recipe.batch.readers)
     if note is not None and is_main:
         warn(f"data.corpus: {note}")
-    return corpus_fingerprint(spec)
+    return mixture_fingerprint(spec)
 
 
 def _check_examples(files: dict[str, Any], saved: dict[str, Any] | None, corpus: str) -> dict[str, Any]:
@@ -249,7 +256,7 @@ def _start_loader(recipe: Recipe, encoder: Encoder, readers: dict[int, ReaderSta
     data, batch = recipe.data, recipe.batch
     spec = ReaderSpec(
         corpus=corpus_spec(recipe),
-        order=data.order,
+        order="documents" if data.order == "auto" else data.order,  # auto remains for tasks only
         encoder=encoder,
         num_readers=batch.readers,
         lanes=batch.lanes,
@@ -279,19 +286,27 @@ def _open_output(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, st
     return RunOutput(folder, saver, tracker, bar)
 
 
-def corpus_spec(recipe: Recipe) -> CorpusSpec:
+def corpus_spec(recipe: Recipe) -> AnyCorpus:
     """The corpus that the recipe trains on."""
     data = recipe.data
-    return CorpusSpec(
-        corpus=data.corpus,
-        subset=data.subset,
-        split=data.split,
-        revision=data.revision,
-        text_field=data.text_field,
-        skip_broken=data.skip_broken,
-        held_out=0.0 if data.validation is not None else data.validation_fraction,
-        join=data.join,
-        excluded=_output_paths(recipe),
+    excluded = _output_paths(recipe)
+
+    def spec(source: Mapping[str, Any], reads_passages: bool) -> CorpusSpec:
+        return CorpusSpec(
+            corpus=source["corpus"],
+            **{name: source.get(name, getattr(data, name)) for name in INHERITED},
+            skip_broken=data.skip_broken,
+            held_out=0.0 if data.validation is not None else data.validation_fraction,
+            excluded=excluded,
+            passages=reads_passages,
+        )
+
+    if isinstance(data.corpus, str):
+        return spec({"corpus": data.corpus}, reads_passages=data.order == "continuous")
+    total = sum(source["weight"] for source in data.corpus)
+    return MixtureSpec(
+        tuple(spec(source, source["order"] == "passages") for source in data.corpus),
+        tuple(source["weight"] / total for source in data.corpus),
     )
 
 
