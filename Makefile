@@ -6,6 +6,7 @@
 #   make bench      minrnn bench with all peers (BENCH="train --lengths 512" for another than the scan)
 #   make test       lint, types and tests, a few minutes
 #   make test-slow  what launches many processes or learns for long
+#   make sweep-demo  train the sweep launch/sweeps/demo.yaml with two workers, and fit its scaling laws
 #   make soak       half an hour of random faults against an undisturbed run (MINUTES=5 for less)
 #   make test-transformers  transformers' own model tests, from its source distribution (a download), on our
 #                   models and on three of its own
@@ -26,7 +27,7 @@ endif
 endif
 
 .PHONY: setup setup-eval setup-bench setup-deepspeed setup-test train bench test test-slow test-multihost
-.PHONY: test-transformers soak clean from-nothing
+.PHONY: test-transformers sweep-demo soak clean from-nothing
 
 setup: .venv/.ready
 setup-eval setup-bench setup-deepspeed setup-test: setup-%: .venv/.ready-%
@@ -87,6 +88,10 @@ test: .venv/.ready-test
 
 test-slow: .venv/.ready-test
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m slow
+
+sweep-demo: .venv/.ready-eval
+	$(BIN)/minrnn sweep demo --workers 2
+	$(BIN)/minrnn fit runs/sweep-demo
 
 soak: .venv/.ready-test
 	$(BIN)/python tests/soak --minutes $(or $(MINUTES),30)

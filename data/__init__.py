@@ -1,16 +1,30 @@
 """The data path: from text to chunks of tokens, from a position that can be saved and restored."""
 
-from .corpus import CorpusSpec, DocumentStream, has_fewer_texts, open_source
-from .fingerprint import check_corpus, corpus_fingerprint
+from .corpus import CorpusSpec, DocumentStream, has_fewer_texts, is_hub_dataset, open_shares, open_source
+from .fingerprint import check_corpus, check_same_text, corpus_fingerprint
+from .hub import resolve_commit
 from .loader import Batch, ChunkLoader
 from .lra import LabelledBatch, LabelledData, LabelledSet, LabelledTask, cache_folder, open_data
 from .mixture import AnyCorpus, MixtureSpec, check_mixture, mixture_fingerprint, source_specs
+from .outages import RetryPolicy
+from .prepared import PreparedCorpus, is_prepared, prepared_corpora, prepared_tokenizer
 from .prompts import TextStream, prompt_batch, prompt_tokens, read_prompt
 from .reader import IGNORE_INDEX, Chunk, DocumentReader, ReaderSpec, WindowReader, corpus_tokens
+from .row_filter import RowRules
 from .synthetic import Task, TaskValidation
 from .tasks import build_task, is_labelled, is_task, run_tokenizer
-from .tokenizer import BYTES, Encoder, byte_tokenizer, load_tokenizer, model_vocab_size, tokenizer_fingerprint
-from .validation import ValidationSet, document_validation, window_validation
+from .tokenizer import (
+    BYTES,
+    Encoder,
+    byte_tokenizer,
+    has_fingerprint,
+    load_tokenizer,
+    model_vocab_size,
+    num_token_ids,
+    tokenizer_fingerprint,
+)
+from .validation import HeldOut, ValidationSet, concatenated, held_out_documents, held_out_text
+from .validation_file import is_held_out_folder, load_held_out, made_from, save_held_out
 
 __all__ = [
     "BYTES",
@@ -23,12 +37,16 @@ __all__ = [
     "DocumentReader",
     "DocumentStream",
     "Encoder",
+    "HeldOut",
     "LabelledBatch",
     "LabelledData",
     "LabelledSet",
     "LabelledTask",
     "MixtureSpec",
+    "PreparedCorpus",
     "ReaderSpec",
+    "RetryPolicy",
+    "RowRules",
     "Task",
     "TaskValidation",
     "TextStream",
@@ -39,22 +57,36 @@ __all__ = [
     "cache_folder",
     "check_corpus",
     "check_mixture",
+    "check_same_text",
+    "concatenated",
     "corpus_fingerprint",
     "corpus_tokens",
-    "document_validation",
     "has_fewer_texts",
+    "has_fingerprint",
+    "held_out_documents",
+    "held_out_text",
+    "is_held_out_folder",
+    "is_hub_dataset",
     "is_labelled",
+    "is_prepared",
     "is_task",
+    "load_held_out",
     "load_tokenizer",
+    "made_from",
     "mixture_fingerprint",
     "model_vocab_size",
+    "num_token_ids",
     "open_data",
+    "open_shares",
     "open_source",
+    "prepared_corpora",
+    "prepared_tokenizer",
     "prompt_batch",
     "prompt_tokens",
     "read_prompt",
+    "resolve_commit",
     "run_tokenizer",
+    "save_held_out",
     "source_specs",
     "tokenizer_fingerprint",
-    "window_validation",
 ]

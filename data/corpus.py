@@ -1,7 +1,8 @@
 """Corpora: the source behind a corpus name, each reader's share of it, and the order of the documents.
 
-    corpus name -> Source -> share of a reader
-      -> windows of W documents, each permuted by (seed, epoch, window) -> documents
+    corpus name -> Source -> parts for training or validation (hold_out.py) -> parts of a reader (parts.py)
+      -> permuted by (seed, epoch, reader)
+      -> windows of W documents, each permuted by (seed, epoch, reader, window) -> documents
 
 A window is the unit of position. Its address (epoch, number, shard, index, hint) is known before it is read,
 and its k-th document is always the same. So a few numbers identify a document, and finding it again reads at
@@ -9,7 +10,6 @@ most W documents.
 """
 
 import functools
-import hashlib
 import itertools
 import os
 import re
@@ -17,18 +17,32 @@ import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 
 from ..common.errors import UserError
+from .arrow import SavedDataset, is_saved_dataset
 from .files import COMPRESSED, ROWS, Kind, binary_file_error, convert_read_errors, file_kind
+from .hold_out import HoldOut, held_out_parts, is_held_out
+from .hub import HubDataset
+from .hub_network import check_dataset_name
 from .joined import join_documents
 from .long_text import LongText, TextPassages, open_long_text, text_groups
-from .rows import Csv, JsonLines, Parquet
-from .sources import Document, HubDataset, Position, Source, TextFiles
+from .outages import DEFAULT_POLICY, RetryPolicy
+from .packages import PYTHON_PACKAGES, package_files
+from .parquet import Parquet
+from .parts import Shares, divide
+from .prepared.manifest import is_prepared
+from .prepared.source import PreparedCorpus
+from .remote import is_url, remote_files
+from .row_filter import EVERY_ROW, RowRules
+from .rows import Csv, JsonLines
+from .servers import shown_url
+from .sources import Document, Part, Position, Source, TextFiles
 
 PYTHON_STDLIB = "python-stdlib"
+SPLIT_BY_FILE = (PYTHON_STDLIB, PYTHON_PACKAGES)  # whole files are held out
 FILE_SUFFIXES = (".txt", ".md", ".py", ".json", *COMPRESSED, *ROWS)  # names with these are not hub ids
 STDLIB_EXCLUDED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
 # Whole modules, so that no file of a held-out package is trained on; a sample of every kind of module.
@@ -50,9 +64,7 @@ class CorpusSpec:
     text_field: str = "text"
     skip_broken: bool = False
     held_out: float = 0.0
-    """Fraction of documents for validation, chosen by a hash of their text (python-stdlib holds out modules
-    instead).
-    """
+    """Fraction of the corpus for validation (python-stdlib holds out modules instead)."""
     join: str | None = None
     excluded: tuple[str, ...] = ()
     """Files and folders that a run writes (absolute, links resolved): left out where a folder or glob
@@ -62,6 +74,12 @@ class CorpusSpec:
     """
     passages: bool = False
     """Whether documents are passages of text files, and the last `held_out` of the bytes are held out."""
+    hold_out: HoldOut = "auto"
+    """How the fraction is chosen (hold_out.py)."""
+    rules: RowRules = EVERY_ROW
+    """How a row becomes a text, and which rows are left out."""
+    network: RetryPolicy = DEFAULT_POLICY
+    """How long an outage of a remote corpus is waited for."""
 
 
 def stdlib_files(part: Split) -> tuple[list[Path], Path]:
@@ -83,17 +101,20 @@ def stdlib_files(part: Split) -> tuple[list[Path], Path]:
 def local_files(pattern: str, excluded: Sequence[str] = ()) -> tuple[list[Path], Path]:
     """Files that a path, folder or glob names, sorted and without hidden ones, and the folder they are in.
 
-    The list is empty if nothing matches.
+    The list is empty if nothing matches. Characters of a pattern (`*?[`) are literal in folders of that name.
 
     Args:
         excluded: as in `CorpusSpec`.
+
+    Raises:
+        UserError: a folder or a match contains a broken link, or something that is neither file nor folder.
     """
 
     def visible(paths: Iterable[Path], root: Path) -> list[Path]:
         files = sorted(
             p
             for p in paths
-            if p.is_file() and not any(part.startswith(".") for part in p.relative_to(root).parts)
+            if not p.is_dir() and not any(part.startswith(".") for part in p.relative_to(root).parts)
         )
         resolved = Path(os.path.realpath(root))
         inside = {path for path in map(Path, excluded) if path.is_relative_to(resolved) and path != resolved}
@@ -104,21 +125,51 @@ def local_files(pattern: str, excluded: Sequence[str] = ()) -> tuple[list[Path],
                 for p in files
                 if inside.isdisjoint((full := Path(resolve(p.parent), p.name), *full.parents))
             ]
+        for path in files:
+            if not path.is_file():
+                raise _not_a_file_error(path)
         return files
 
     pattern = os.path.expanduser(pattern)
     path = Path(pattern)
     if path.is_file():
         return [path], path.parent
+    if path.exists() and not path.is_dir():
+        raise _not_a_file_error(path)
     if path.is_dir():
         return visible(path.rglob("*"), path), path
     if not any(character in pattern for character in "*?["):
         return [], path
     anchor = Path(path.anchor) if path.is_absolute() else Path()
-    # folders before the first wildcard may be hidden
-    while not re.search(r"[*?[]", path.parts[len(anchor.parts)]):
-        anchor = anchor / path.parts[len(anchor.parts)]
+    # folders before the first wildcard may be hidden; a folder with a wildcard's character is itself
+    while not re.search(r"[*?[]", part := path.parts[len(anchor.parts)]) or (anchor / part).is_dir():
+        anchor = anchor / part
     return visible(anchor.glob(str(path.relative_to(anchor))), anchor), anchor
+
+
+def _not_a_file_error(path: Path) -> UserError:
+    advice = "remove it, or name the files to read with a glob such as DIR/*.txt"
+    if path.is_symlink() and not path.exists():
+        return UserError(
+            "data.corpus", f"{path} is a link to {os.readlink(path)}, which is not there; {advice}"
+        )
+    return UserError("data.corpus", f"{path} is a pipe, socket or device, not a file; {advice}")
+
+
+def corpus_files(spec: CorpusSpec) -> tuple[list[Path], Path]:
+    """The files of a corpus that is made of files, sorted, and the folder they are in.
+
+    The list is empty if nothing matches. Remote files have the methods of Path that sources use.
+
+    Raises:
+        UserError: a remote corpus cannot be listed.
+    """
+    if spec.corpus == PYTHON_PACKAGES:
+        return package_files("all")
+    if is_url(spec.corpus):
+        with convert_read_errors(shown_url(spec.corpus)):
+            return cast(tuple[list[Path], Path], remote_files(spec.corpus, spec.network))
+    return local_files(spec.corpus, spec.excluded)
 
 
 def _common_kind(files: list[Path], spec: CorpusSpec) -> tuple[Kind, list[Path]]:
@@ -148,14 +199,18 @@ def _common_kind(files: list[Path], spec: CorpusSpec) -> tuple[Kind, list[Path]]
 def open_source(spec: CorpusSpec, part: Split = "train") -> Source:
     """The source behind a corpus name: python-stdlib, a local file, folder or glob, or a dataset of the hub.
 
-    With `spec.join` its documents are joined.
+    With `spec.join` its documents are joined. The folder of a prepared corpus has the documents of the corpus
+    that it was made of.
 
     Raises:
-        UserError: nothing has that name, there are no documents, the files are of several kinds, or
-            `spec.join` does not apply to them.
+        UserError: nothing has that name, there are no documents, the files are of several kinds,
+            `spec.join` does not apply to them, or a prepared corpus is unfinished or was made with other
+            settings.
     """
     if spec.passages:
         return TextPassages(open_text(spec, part))
+    if is_prepared(spec.corpus):
+        return PreparedCorpus(spec, part)
     return join_documents(_open_unjoined(spec, part), spec.join)
 
 
@@ -163,20 +218,32 @@ def open_text(spec: CorpusSpec, part: Split, piece_bytes: int | None = None) -> 
     """The text files of a corpus as pieces; see `open_long_text`.
 
     Raises:
-        UserError: as `open_source`, or the corpus is not made of text files.
+        UserError: as `open_source`, or the corpus is not made of text files on this machine, or a filter
+            leaves some of them out.
     """
+    places = "are read from places within text files"
+    if is_url(spec.corpus) or is_prepared(spec.corpus):
+        kind = "on a server" if is_url(spec.corpus) else "prepared"
+        problem = f"continuous and passages {places}, and {shown_url(spec.corpus)} is {kind}"
+        raise UserError("data.order", f"{problem}; use documents, or name the text files themselves")
+    if spec.rules != EVERY_ROW:
+        message = f"is for whole documents; continuous and passages {places}"
+        raise UserError("data.filter", f"{message}; leave it out, or set the order to documents")
     source = join_documents(_open_unjoined(spec, part), spec.join)
-    rest: Split = "all" if spec.corpus == PYTHON_STDLIB else part  # chosen by file already
+    rest: Split = "all" if spec.corpus in SPLIT_BY_FILE else part
     return open_long_text(source, spec.corpus, spec.held_out, rest, piece_bytes)
 
 
 def has_fewer_texts(spec: CorpusSpec, count: int) -> bool:
-    """Whether a corpus is made of text files and has fewer than `count` documents that are not empty.
+    """Whether a corpus can be read from places within its text files (`open_text`), and has fewer than
+    `count` documents that are not empty.
 
     Raises:
         UserError: the files cannot be read, or are of several kinds.
     """
-    if spec.corpus != PYTHON_STDLIB and not local_files(spec.corpus, spec.excluded)[0]:
+    if is_url(spec.corpus) or is_prepared(spec.corpus) or spec.rules != EVERY_ROW:
+        return False
+    if spec.corpus not in SPLIT_BY_FILE and not local_files(spec.corpus, spec.excluded)[0]:
         return False
     groups = text_groups(join_documents(_open_unjoined(spec, "train"), spec.join))
     if groups is None:
@@ -186,42 +253,85 @@ def has_fewer_texts(spec: CorpusSpec, count: int) -> bool:
         return sum(itertools.islice(filter(None, has_text), count)) < count
 
 
+def is_hub_dataset(corpus: str) -> bool:
+    """Whether a corpus name is that of a dataset of the hub: neither a task's nor a local one.
+
+    Raises:
+        UserError: a folder of that name holds something that cannot be read.
+    """
+    if corpus == PYTHON_STDLIB or local_files(corpus)[0] or os.path.isdir(os.path.expanduser(corpus)):
+        return False
+    return _looks_like_hub_id(corpus)
+
+
+def _looks_like_hub_id(corpus: str) -> bool:
+    is_id = re.fullmatch(r"\w[\w-]*(/\w[\w.-]*)?", corpus) is not None
+    return is_id and not corpus.lower().endswith(FILE_SUFFIXES)
+
+
 def _open_unjoined(spec: CorpusSpec, part: Split) -> Source:
     if spec.corpus == PYTHON_STDLIB:
         files, root = stdlib_files(part)
-        return TextFiles(files, root, spec.skip_broken)
-    files, root = local_files(spec.corpus, spec.excluded)
+        return _text_files(files, root, spec)
+    if spec.corpus == PYTHON_PACKAGES:
+        files, root = package_files(part)
+        return _text_files(files, root, spec)
+    folder = Path(os.path.expanduser(spec.corpus))
+    if is_saved_dataset(folder):
+        return SavedDataset(folder, spec.split, spec.text_field, spec.skip_broken, spec.join, spec.rules)
+    files, root = corpus_files(spec)
+    if not files and is_url(spec.corpus):
+        raise UserError("data.corpus", f"there is no file that matches {shown_url(spec.corpus)}")
     if not files:
         if os.path.isdir(os.path.expanduser(spec.corpus)):
             only = " but those of the run" if local_files(spec.corpus)[0] else ""
             raise UserError("data.corpus", f"the folder {spec.corpus} holds no files{only}")
-        looks_like_hub_id = re.fullmatch(
-            r"\w[\w-]*(/\w[\w.-]*)?", spec.corpus
-        ) and not spec.corpus.lower().endswith(FILE_SUFFIXES)
-        if not looks_like_hub_id:
+        if not _looks_like_hub_id(spec.corpus):
             raise UserError(
                 "data.corpus",
                 f"there is no file, folder or match for {spec.corpus} (looked from {Path.cwd()})",
             )
+        check_dataset_name(spec.corpus, spec.network)
         return HubDataset(
-            spec.corpus, spec.subset, spec.split, spec.revision, spec.text_field, spec.skip_broken, spec.join
+            spec.corpus,
+            spec.subset,
+            spec.split,
+            spec.revision,
+            spec.text_field,
+            spec.skip_broken,
+            spec.join,
+            spec.rules,
+            spec.network,
         )
-    if all(path.stat().st_size == 0 for path in files):
-        raise UserError("data.corpus", f"{spec.corpus} is empty")
+    with convert_read_errors(spec.corpus):
+        if all(path.stat().st_size == 0 for path in files):
+            raise UserError("data.corpus", f"{spec.corpus} is empty")
     kind, files = _common_kind(files, spec)
     if kind == "text":
-        return TextFiles(files, root, spec.skip_broken)
+        return _text_files(files, root, spec)
     rows = {"jsonl": JsonLines, "csv": Csv, "parquet": Parquet}[kind]
-    return rows(files, spec.text_field, spec.skip_broken, spec.join)
+    return rows(files, spec.text_field, spec.skip_broken, spec.join, spec.rules)
 
 
-def is_held_out(text: str, fraction: float) -> bool:
-    """Whether a document is for validation.
+def _text_files(files: list[Path], root: Path, spec: CorpusSpec) -> TextFiles:
+    """The source of text files.
 
-    Depends on its text alone, so copies of a document are treated alike.
+    Raises:
+        UserError: the recipe asks for fields, which they do not have.
     """
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < fraction * 2**64
+    if spec.rules.needs_fields:
+        keys = ["data.template"] * (spec.rules.template is not None)
+        keys += ["data.filter"] * bool(spec.rules.conditions)
+        message = f"{shown_url(spec.corpus)} is made of files of text, which have no fields; leave it out"
+        lengths = ", or filter by min_bytes and max_bytes only"
+        raise UserError.from_list((key, message + lengths * (key == "data.filter")) for key in keys)
+    return TextFiles(files, root, spec.skip_broken, spec.rules)
+
+
+def has_fixed_parts(spec: CorpusSpec, source: Source) -> bool:
+    """Whether files or places, not hashes of texts, decide what a corpus holds out."""
+    is_split = spec.corpus in SPLIT_BY_FILE or spec.passages
+    return is_split or (isinstance(source, PreparedCorpus) and source.has_fixed_parts)
 
 
 @dataclass(frozen=True)
@@ -231,7 +341,7 @@ class WindowAddress:
     epoch: int = 0
     number: int = 0
     shard: int = 0
-    """Index among the reader's own shards, from 0."""
+    """Place of the shard in the reader's order of the epoch, from 0."""
     index: int = 0
     hint: Any = None
 
@@ -244,6 +354,25 @@ class Window:
     documents: list[Document]
     next_address: WindowAddress
     num_skipped: int
+    num_filtered: int = 0
+
+
+def open_shares(spec: CorpusSpec, part: Split, num_readers: int) -> tuple[Shares, bool]:
+    """What each reader reads of a part of a corpus, and whether its documents are those that `is_held_out`
+    chooses.
+
+    Raises:
+        UserError: as `open_source`; `spec.hold_out` does not apply.
+    """
+    source = open_source(spec, part)
+    parts = None
+    is_split = part == "all" or has_fixed_parts(spec, source)
+    if not is_split and (split := held_out_parts(source, spec.held_out, spec.hold_out)) is not None:
+        parts = split[part == "validation"]
+    shares = divide(
+        source, list(map(Part, range(source.num_shards))) if parts is None else parts, num_readers
+    )
+    return shares, not is_split and parts is None
 
 
 class DocumentStream:
@@ -251,11 +380,9 @@ class DocumentStream:
 
     Args:
         spec, part: the corpus and the part of it to read.
-        reader, num_readers: if the number of shards is a multiple of num_readers, this reader owns the shards
-            `reader`, `reader + num_readers`, ...; otherwise it reads all shards and keeps every
-            num_readers-th document.
+        reader, num_readers: which share of it (parts.py).
         window: documents per window.
-        seed: of the permutations; None keeps the order of the corpus.
+        seed: of the permutations of shards and documents; None keeps the order of the corpus.
     """
 
     def __init__(
@@ -263,61 +390,73 @@ class DocumentStream:
     ):
         self.spec, self.part, self.reader, self.num_readers = spec, part, reader, num_readers
         self.size, self.seed = window, seed
-        self.source = open_source(spec, part)
-        self.owns_shards = self.source.num_shards % num_readers == 0
-        self.shards = (
-            range(reader, self.source.num_shards, num_readers)
-            if self.owns_shards
-            else range(self.source.num_shards)
-        )
+        self.shares, self._by_hash = open_shares(spec, part, num_readers)
+        self.num_read = 0
+        """Documents read so far, those of other parts of the corpus included."""
         self._documents: Iterator[Document] | None = None
         self._next: WindowAddress | None = None
 
     def window(self, address: WindowAddress) -> Window:
         """Read a window. The window after the previous one is read without seeking."""
         if address != self._next or self._documents is None:
-            self._documents = self._read(address.shard, Position(address.index, address.hint))
+            self._order = self._shards(address.epoch)
             self._shard, self._index = address.shard, address.index
+            self._documents = self._read(Position(address.index, address.hint))
         documents: list[Document] = []
-        num_skipped = 0
+        num_skipped = num_filtered = 0
         while len(documents) < self.size:
             document = next(self._documents, None)
             if document is None:
-                self._shard += 1
-                if self._shard == len(self.shards):
+                self._shard, self._index = self._shard + 1, 0
+                if self._shard >= len(self._order):
                     break
-                self._documents, self._index = self._read(self._shard, Position()), 0
+                self._documents = self._read(Position())
                 continue
-            self._index = document.index + 1
-            global_index = self.shards[self._shard] + document.index
-            if not self.owns_shards and global_index % self.num_readers != self.reader:
-                continue
+            self._index, self.num_read = document.index + 1, self.num_read + 1
             num_skipped += document.num_skipped
-            if document.text is not None and self._is_in_part(document.text):
+            num_filtered += document.num_filtered
+            if not document.is_left_out and self.is_in_part(document):
                 documents.append(document)
-        if self._shard == len(self.shards):
-            next_address = WindowAddress(address.epoch + 1)
+        if self._shard >= len(self._order):
+            next_address, self._next = WindowAddress(address.epoch + 1), None
         else:
-            next_address = replace(
+            next_address = self._next = replace(
                 address,
                 number=address.number + 1,
                 shard=self._shard,
                 index=self._index,
-                hint=self.source.hint(),
+                hint=self.shares.hint(),
             )
-        # an epoch begins with a fresh iterator
-        self._next = next_address if self._shard < len(self.shards) else None
         if self.seed is not None:
             generator = np.random.default_rng([self.seed, self.reader, address.epoch, address.number])
             documents = [documents[i] for i in generator.permutation(len(documents))]
-        return Window(address, documents, next_address, num_skipped)
+        return Window(address, documents, next_address, num_skipped, num_filtered)
 
-    def _read(self, shard: int, position: Position) -> Iterator[Document]:
-        yield from self.source.read(self.shards[shard], position)
+    @property
+    def is_as_before(self) -> bool:
+        """Whether the documents come in the order of the versions up to 0.2, which cut and shuffled no
+        shards."""
+        parts, num_shards = self.shares.owned[self.reader], self.shares.source.num_shards
+        return len(parts) == 1 and parts[0].within is None and self.shares.num_parts == num_shards
 
-    def _is_in_part(self, text: str) -> bool:
-        if self.part == "all" or self.spec.corpus == PYTHON_STDLIB or self.spec.passages:
-            return True  # chosen by file or by place already
+    def _shards(self, epoch: int) -> list[Part]:
+        """The reader's parts in the order in which they are read in an epoch."""
+        parts = self.shares.owned[self.reader]
+        if self.seed is None:
+            return parts
+        # five words: the generators of windows have four
+        generator = np.random.default_rng([self.seed, self.reader, epoch, 0, 1])
+        return [parts[i] for i in generator.permutation(len(parts))]
+
+    def _read(self, position: Position) -> Iterator[Document]:
+        if self._shard < len(self._order):  # a reader may own nothing
+            yield from self.shares.read(self._order[self._shard], position)
+
+    def is_in_part(self, document: Document) -> bool:
+        """Whether a document that is not left out belongs to the part that is read."""
+        if not self._by_hash:
+            return True
+        text = document.prepared.digest if document.prepared else document.text or ""
         return is_held_out(text, self.spec.held_out) == (self.part == "validation")
 
     def one_epoch(self) -> Iterator[Document]:

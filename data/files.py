@@ -15,9 +15,10 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePath
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
-from ..common.errors import UserError, one_line_message
+from ..common.errors import StorageError, UserError, one_line_message
+from .remote import RemotePath
 
 Kind = Literal["text", "jsonl", "csv", "parquet", "binary"]
 
@@ -55,10 +56,26 @@ SIGNATURES = {
 }
 
 
+def open_binary(path: Path | str) -> Any:
+    """Open a file, or the file of a URL, for reading bytes at any position. Of a RemotePath, nothing is read
+    ahead."""
+    if isinstance(path, RemotePath):
+        return path.open_exact()
+    if isinstance(path, Path):
+        return path.open("rb")
+    from fsspec.core import url_to_fs
+
+    system, name = url_to_fs(path)
+    return system.open(name, "rb")
+
+
 def compression(path: Path) -> Literal["gzip", "zstd"] | None:
     """The compression of a file, detected from its first bytes."""
     with path.open("rb") as file:
-        head = file.read(4)
+        return _codec(file.read(4))
+
+
+def _codec(head: bytes) -> Literal["gzip", "zstd"] | None:
     if head[:2] == b"\x1f\x8b":
         return "gzip"
     # parallel compressors begin with a skippable frame
@@ -71,12 +88,17 @@ def open_decompressed(path: Path) -> io.BufferedReader:
 
     Damaged compressed data raises an OSError without an errno.
     """
-    codec = compression(path)
+    file = path.open("rb")
+    codec = _codec(file.peek(4)[:4])
     if codec is None:
-        return path.open("rb")
+        return file
     import pyarrow
 
-    stream = pyarrow.input_stream(str(path), compression=codec)
+    source: Any = file
+    if isinstance(path, Path):  # pyarrow reads a local file faster by itself
+        file.close()
+        source = str(path)
+    stream = pyarrow.input_stream(source, compression=codec)
     return io.BufferedReader(cast(io.RawIOBase, stream))
 
 
@@ -102,6 +124,8 @@ def convert_read_errors(name: Path | str) -> Iterator[None]:
             "data.shuffle_window"
         )
         raise UserError("data.corpus", f"{name} does not fit into memory; {advice}") from None
+    except StorageError as error:  # a remote file; the message names it and says what to do
+        raise UserError("data.corpus", str(error)) from None
     except FileNotFoundError as error:
         why = f"{name} cannot be read any more ({os.strerror(error.errno or errno.ENOENT)})"
         raise UserError(

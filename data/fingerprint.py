@@ -2,39 +2,56 @@
 
     all files         their number, and a hash of their names and sizes
     up to 256 files   for each: its size, and a hash of its first, middle and last block
+    up to 10,000 more for each: its size
+    hub dataset       the commit
 
-The 256 files are those whose names have the smallest hashes, so added files replace only few of them.
+The 256 files are those whose names have the smallest hashes, so added files replace only few of them. Names
+are relative to the corpus, so a corpus that was moved has the same fingerprint.
 """
 
 import hashlib
 import platform
+import re
 from pathlib import Path, PurePath
 from typing import Any
 
 from ..common.errors import UserError
-from .corpus import PYTHON_STDLIB, CorpusSpec, local_files
+from ..common.files import user_path
+from .corpus import PYTHON_STDLIB, CorpusSpec, corpus_files, open_shares
 from .files import convert_read_errors, file_kind
+from .prepared import is_prepared, read_manifest
+from .remote import RemotePath
 
 MAX_HASHED_FILES = 256
+MAX_NAMED_FILES = 10_000
 BLOCK_BYTES = 4096
 
 
 def corpus_fingerprint(spec: CorpusSpec) -> dict[str, Any] | None:
-    """Describe a corpus as JSON for `check_corpus`; None for a dataset of the hub, whose version is
-    `data.revision`.
+    """Describe a corpus as JSON; None for a dataset of the hub without a commit as its revision.
 
     Raises:
         UserError: a file cannot be read.
     """
     if spec.corpus == PYTHON_STDLIB:
         return {"python": platform.python_version()}
+    if is_prepared(spec.corpus):  # the same text, so a run may go from one to the other
+        return read_manifest(user_path(spec.corpus))["fingerprint"]
     sizes = _sizes(spec)
     if not sizes:
-        return None
+        is_commit = re.fullmatch("[0-9a-f]{40}", spec.revision or "")
+        return {"commit": spec.revision} if is_commit else None
     chosen = sorted(sizes, key=_hash)[:MAX_HASHED_FILES]
     hashed = {name: [sizes[name][1], _blocks(sizes[name][0], sizes[name][1])] for name in sorted(chosen)}
     last = max(sizes, key=PurePath)
-    return {"num_files": len(sizes), "last": last, "all": _names_and_sizes(sizes, last), "files": hashed}
+    fingerprint = {
+        "num_files": len(sizes),
+        "last": last,
+        "all": _names_and_sizes(sizes, last),
+        "files": hashed,
+    }
+    others = sorted(sizes.keys() - hashed.keys())[:MAX_NAMED_FILES]
+    return {**fingerprint, "sizes": {name: sizes[name][1] for name in others}} if others else fingerprint
 
 
 def check_corpus(before: dict[str, Any], spec: CorpusSpec, order: str, num_readers: int) -> str | None:
@@ -51,37 +68,69 @@ def check_corpus(before: dict[str, Any], spec: CorpusSpec, order: str, num_reade
     Raises:
         UserError: existing text has changed or is missing, or an addition changes the order of the documents.
     """
-    now = corpus_fingerprint(spec)
-    if now is None or ("python" in before) != ("python" in now):
-        return None  # another corpus: the comparison of recipes refuses it
-    if "python" in now:
-        changes = [f"was the library of Python {before['python']}, this is {now['python']}"] * (before != now)
-        additions = []
-    else:
-        changes, additions = _compare(before, _sizes(spec))
+    changes, additions = _differences(before, spec)
     if not changes and not additions:
         return None
-    keeps_order = order == "documents" and spec.join is None and not changes
-    if keeps_order and _keeps_document_order(before, now, spec, num_readers, additions):
+    if (
+        not changes
+        and order == "documents"
+        and spec.join is None
+        and _keeps_order(spec, num_readers, additions)
+    ):
         added = _first_of(additions)
         return (
             f"{spec.corpus} has more text than when the run began ({added}); it is read when its turn comes"
         )
+    raise _changed_error(spec, changes + additions)
+
+
+def check_same_text(before: dict[str, Any], spec: CorpusSpec) -> None:
+    """Compare a corpus with its fingerprint of before, and accept no additions.
+
+    Raises:
+        UserError: the text is not the same.
+    """
+    changes, additions = _differences(before, spec)
+    if changes or additions:
+        raise _changed_error(spec, changes + additions)
+
+
+def _changed_error(spec: CorpusSpec, differences: list[str]) -> UserError:
     advice = "put it back, or name another run.dir (model.init_from takes the weights of an export along)"
-    difference = _first_of(changes + additions)
-    raise UserError("data.corpus", f"{spec.corpus} is not what the run began with: {difference}; {advice}")
+    what = _first_of(differences)
+    return UserError("data.corpus", f"{spec.corpus} is not what the run began with: {what}; {advice}")
+
+
+def _differences(before: dict[str, Any], spec: CorpusSpec) -> tuple[list[str], list[str]]:
+    """Changes of what the fingerprint describes, and additions, as texts."""
+    if is_prepared(spec.corpus):
+        own = {key: value for key, value in before.items() if key != "validation"}
+        return ["it was prepared from other text"] * (own != corpus_fingerprint(spec)), []
+    if "files" in before:
+        if not (sizes := _sizes(spec)):
+            return ["it had files of its own"], []
+        return _compare(before, sizes)
+    now = corpus_fingerprint(spec) or {}
+    if "python" in before and before != now:
+        version = before["python"]
+        return [f"was the library of Python {version}, this is {now.get('python', 'something else')}"], []
+    if "commit" in before and before["commit"] != now.get("commit"):
+        current = now.get("commit", "something else")
+        return [f"was commit {before['commit']} of a hub dataset, this is {current}"], []
+    return [], []
 
 
 def _compare(before: dict[str, Any], sizes: dict[str, tuple[Path, int]]) -> tuple[list[str], list[str]]:
     """Changes of the existing files, and additions, as texts."""
     changes, grown = [], []
-    for name, (size, digest) in before["files"].items():
+    known = {**before["files"], **{name: [size, None] for name, size in before.get("sizes", {}).items()}}
+    for name, (size, digest) in known.items():
         path, size_now = sizes.get(name, (None, 0))
         if path is None:
             changes.append(f"{name} is gone")
         elif size_now < size:
             changes.append(f"{name} was cut from {size:,} to {size_now:,} bytes")
-        elif _blocks(path, size) != digest:
+        elif digest is not None and _blocks(path, size) != digest:
             changes.append(f"{name} has other text")
         elif size_now > size:
             grown.append(f"{name} has grown from {size:,} to {size_now:,} bytes")
@@ -94,24 +143,26 @@ def _compare(before: dict[str, Any], sizes: dict[str, tuple[Path, int]]) -> tupl
     return changes, grown + [f"{new:,} more files, after {before['last']}"] * bool(new)
 
 
-def _keeps_document_order(
-    before: dict[str, Any], now: dict[str, Any], spec: CorpusSpec, num_readers: int, additions: list[str]
-) -> bool:
+def _keeps_order(spec: CorpusSpec, num_readers: int, additions: list[str]) -> bool:
     """Whether the additions leave the existing documents in their order.
 
-    A text file is one document. Files of rows are owned by readers if their number divides by the number of
-    readers.
+    A text file is one document. More files of rows change the order in which shards are read; a file of rows
+    may grow if no shard is cut.
     """
-    sizes = _sizes(spec)
-    is_text = file_kind(sizes[now["last"]][0]) in ("text", "binary", None)
-    if is_text:
-        return not any("has grown" in addition for addition in additions)
-    return (before["num_files"] % num_readers == 0) == (now["num_files"] % num_readers == 0)
+    files, _ = corpus_files(spec)
+    has_grown = any("has grown" in addition for addition in additions)
+    if file_kind(files[-1]) in ("text", "binary", None):
+        return not has_grown
+    if len(additions) > 1 or not has_grown:
+        return False
+    shares, by_hash = open_shares(spec, "train", num_readers)
+    is_cut = any(part.within for parts in shares.owned for part in parts)
+    return not is_cut and (by_hash or spec.held_out == 0)
 
 
 def _sizes(spec: CorpusSpec) -> dict[str, tuple[Path, int]]:
     """Path and size of each file, keyed by its path relative to the corpus's folder."""
-    files, root = local_files(spec.corpus, spec.excluded)
+    files, root = corpus_files(spec)
     with convert_read_errors(spec.corpus):
         return {path.relative_to(root).as_posix(): (path, path.stat().st_size) for path in files}
 
@@ -126,7 +177,10 @@ def _names_and_sizes(sizes: dict[str, tuple[Path, int]], last: str) -> str:
 
 
 def _blocks(path: Path, size: int) -> str:
-    """A hash of the first, middle and last block of a file's first `size` bytes."""
+    """A hash of the first, middle and last block of a file's first `size` bytes; of a remote file, its
+    version if the server gives one."""
+    if isinstance(path, RemotePath) and (version := path.info.version) is not None:
+        return _hash(version)
     blocks = []
     with convert_read_errors(path), path.open("rb") as file:
         for start in (0, size // 2, max(size - BLOCK_BYTES, 0)):

@@ -11,16 +11,16 @@ Everything downstream treats joined documents as ordinary ones: an index counts 
 share those, and the hash of the joined text decides what is held out. A group of rows ends only where the
 next group begins, so that row has to be read. The hint of a joined document is therefore the position of an
 earlier row (the second of the previous group) and the index of the row where the group begins. Resuming reads
-the previous group again.
+the previous group again. A shard of joined rows cannot be cut, since a cut might go through a document.
 """
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ..common.errors import UserError
-from .sources import Document, Position, Source, TextFiles
+from .sources import Document, Part, Position, Source, TextFiles
 
 # how files are joined; any other value of data.join is a column of rows
 FOLDER, PACKAGE = "folder", "package"
@@ -40,6 +40,7 @@ def _joined(parts: list[Document], name: str, index: int) -> Document:
         name,
         index,
         num_skipped=sum(part.num_skipped for part in parts),
+        num_filtered=sum(part.num_filtered for part in parts),
     )
 
 
@@ -58,6 +59,7 @@ class JoinedFiles:
     files: TextFiles
     join: str
     num_shards: int = field(default=1, init=False)
+    skips_unread: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         groups: dict[Path, list[int]] = {}
@@ -69,8 +71,20 @@ class JoinedFiles:
         self.groups = list(groups.items())
         """For each document, what is joined and the indices of its files."""
 
+    @property
+    def group_paths(self) -> list[Path]:
+        """For each document, the folder whose files it joins, or its only file; relative to the root."""
+        return [group for group, _ in self.groups]
+
+    def cuts(self, shard: int) -> range:
+        return range(len(self.groups) + 1)
+
     def read(self, shard: int, start: Position) -> Iterator[Document]:
-        for index in range(start.index, len(self.groups)):
+        return self.read_part(Part(shard), start)
+
+    def read_part(self, part: Part, start: Position) -> Iterator[Document]:
+        begin, end = part.within or (0, len(self.groups))
+        for index in filter(part.has, range(max(begin, start.index), end)):
             group, members = self.groups[index]
             parts = [next(self.files.read(0, Position(member))) for member in members]
             is_file = group == self.files.relative(self.files.paths[members[0]])
@@ -99,6 +113,11 @@ class JoinedRows:
     @property
     def num_shards(self) -> int:
         return self.rows.num_shards
+
+    @property
+    def is_stream(self) -> bool:
+        """As of the rows."""
+        return getattr(self.rows, "is_stream", False)
 
     def read(self, shard: int, start: Position) -> Iterator[Document]:
         position, first_row, index = Position(), 0, 0

@@ -1,25 +1,41 @@
 """Prefetches chunks for the training loop, in worker processes or in a thread.
 
-Each worker serves whole readers, so the chunks of a reader come in order whatever the number of workers. The
-loop always gets one chunk of each of its readers, in their order. torch's DataLoader is not used for two
-reasons: it forks or re-imports the training program, and if a SIGTERM to the process group ends one of its
-workers, it raises from a signal handler, perhaps in the middle of a save.
+    readers r0, r1, r2 on 2 workers           worker 0: r0, r2, r0, ...; worker 1: r1, r1, ...
+    one reader r0 of documents on 3 workers   worker 0: r0; workers 1 and 2 tokenize for it (read_ahead.py)
+    one reader r0 of examples on 3 workers    worker i: steps i, i + 3, ... of r0
+
+Each worker keeps READ_AHEAD_STEPS steps' chunks of its readers ready, and so does the thread of `workers: 0`.
+The loop always gets one chunk of each of its readers, in their order, and waits for all of them before the
+first micro-batch. Once a step, before any computes, all processes agree that none has failed. Readers go on
+reading while a step computes, so beginning with the first chunk would not raise the rate: where data is
+slower than the model, a step takes the time of its data in both cases. It would only hide the wait of the
+first step.
+
+torch's DataLoader is not used for two reasons: it forks or re-imports the training program, and if a SIGTERM
+to the process group ends one of its workers, it raises from a signal handler, perhaps in the middle of a
+save.
 """
 
+import collections
 import queue
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, Protocol
 
+from ..common.errors import UserError
 from .continuous import ContinuousReader
 from .lra import LabelledBatch, LabelledData
 from .mixture import MixtureReader, MixtureSpec
 from .reader import Chunk, DocumentReader, ReaderSpec, WindowReader, corpus_tokens
 from .synthetic import TaskReader
-from .worker_process import Job, WorkerProcess, next_ready
+from .worker_process import ADVICE, Job, WorkerProcess, next_ready
 
 Batch = Chunk | LabelledBatch
+READ_AHEAD_STEPS = 4
+MAX_OPENED = 8  # readers of one process that are opened at the same time
 
 
 class Reader(Protocol):
@@ -28,84 +44,128 @@ class Reader(Protocol):
     def next_chunk(self) -> Batch: ...
 
 
-def open_readers(
-    spec: ReaderSpec, readers: Sequence[int], states: Sequence[dict[str, Any] | None]
-) -> Sequence[Reader]:
-    """Open these readers, each at the position in its state (None: at the beginning)."""
-    pairs = list(zip(readers, states, strict=True))
+@dataclass(frozen=True)
+class Share:
+    """What one source of chunks reads."""
+
+    readers: Sequence[int]
+    first: int = 0
+    """The first step, from the position of each reader."""
+    stride: int = 1
+    """Every `stride`-th step from there on; more than 1 for readers that can skip steps."""
+    helpers: int = 0
+    """Further processes that tokenize for the reader."""
+
+
+def can_skip_steps(spec: ReaderSpec) -> bool:
+    """Whether a chunk follows from the number of its step, without reading what is before it."""
+    return spec.task is not None or spec.order == "windows"
+
+
+def shares(spec: ReaderSpec, readers: Sequence[int], workers: int) -> list[Share]:
+    """Divide readers among exactly `workers` processes. The chunks of the reader with index i come from the
+    shares with that reader in turn.
+
+    Raises:
+        UserError: there are more processes than readers of order continuous.
+    """
+    if workers <= len(readers):
+        return [Share(readers[i::workers]) for i in range(workers)]
+    counts = [len(range(i, workers, len(readers))) for i in range(len(readers))]
+    if spec.order == "continuous":
+        message = f"{workers} workers cannot share {len(readers)} readers with data.order continuous"
+        raise UserError("data.workers", f"{message}; use at most {len(readers)}")
+    if not can_skip_steps(spec):
+        return [Share([reader], helpers=count - 1) for reader, count in zip(readers, counts, strict=True)]
+    return [
+        Share([reader], first=first, stride=count)
+        for reader, count in zip(readers, counts, strict=True)
+        for first in range(count)
+    ]
+
+
+def open_readers(spec: ReaderSpec, share: Share, states: Sequence[dict[str, Any] | None]) -> Sequence[Reader]:
+    """Open the readers of a share, each at the position in its state (None: at the beginning)."""
+    pairs = list(zip(share.readers, states, strict=True))
+    if not can_skip_steps(spec):
+        with ThreadPoolExecutor(max_workers=MAX_OPENED) as pool:  # each waits for its part of the corpus
+            return list(pool.map(lambda pair: _open_reader(spec, *pair, share.helpers), pairs))
     if isinstance(spec.task, LabelledData):
         shape = (spec.num_readers, spec.lanes, spec.seed)
-        return [spec.task.open_reader(reader, *shape, state) for reader, state in pairs]
-    if spec.task is not None:
+        opened = [spec.task.open_reader(reader, *shape, state) for reader, state in pairs]
+    elif spec.task is not None:
         shape = (spec.lanes, spec.chunk, spec.seed)
-        return [TaskReader(spec.task, reader, *shape, state) for reader, state in pairs]
-    if isinstance(spec.corpus, MixtureSpec):
-        return [MixtureReader(spec, reader, state) for reader, state in pairs]
-    if spec.order == "documents":
-        return [DocumentReader(spec, reader, state) for reader, state in pairs]
+        opened = [TaskReader(spec.task, reader, *shape, state) for reader, state in pairs]
+    else:
+        tokens = corpus_tokens(spec.corpus, "train", spec.encoder)
+        shape = (spec.lanes, spec.chunk, spec.seed)
+        opened = [WindowReader(tokens, reader, *shape, state) for reader, state in pairs]
+    for reader in opened:
+        reader.skip(share.first)
+    return opened
+
+
+def _open_reader(spec: ReaderSpec, reader: int, state: dict[str, Any] | None, helpers: int) -> Reader:
     if spec.order == "continuous":
-        return [ContinuousReader(spec, reader, state) for reader, state in pairs]
-    tokens = corpus_tokens(spec.corpus, "train", spec.encoder)
-    return [WindowReader(tokens, reader, spec.lanes, spec.chunk, spec.seed, state) for reader, state in pairs]
+        return ContinuousReader(spec, reader, state)
+    kind = MixtureReader if isinstance(spec.corpus, MixtureSpec) else DocumentReader
+    return kind(spec, reader, state, helpers=helpers)
 
 
 class DirectChunks:
     """Reads in this process, endlessly, one reader after another.
 
-    `take` reads in a thread, so the caller can do something else while it waits for a chunk.
+    `take` reads ahead in a thread, so the caller can do something else while it waits for a chunk.
     """
 
-    def __init__(self, spec: ReaderSpec, readers: Sequence[int], states: Sequence[dict[str, Any] | None]):
-        self._readers = open_readers(spec, readers, states)
-        self._chunks = iter(self)
+    def __init__(self, spec: ReaderSpec, share: Share, states: Sequence[dict[str, Any] | None]):
+        self._readers, self._stride = open_readers(spec, share, states), share.stride
         self._requests: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._ready: queue.SimpleQueue[Batch | Exception] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        self._has_request = False
+        self._is_closed = False
 
     def __iter__(self) -> Iterator[Batch]:
         while True:
             for reader in self._readers:
                 yield reader.next_chunk()
+                if self._stride > 1:
+                    reader.skip(self._stride - 1)  # pyright: ignore[reportAttributeAccessIssue]
 
     def take(self, timeout: float | None) -> Batch | None:
         """The next chunk, or None if it is not ready in time; then the next call waits for the same chunk."""
         if self._thread is None:
+            for _ in range(READ_AHEAD_STEPS * len(self._readers)):
+                self._requests.put(True)
             self._thread = threading.Thread(target=self._serve, name="reader", daemon=True)
             self._thread.start()
-        if not self._has_request:
-            self._requests.put(True)
-            self._has_request = True
         chunk = next_ready(self._ready, timeout)
-        self._has_request = chunk is None
+        if chunk is not None:
+            self._requests.put(True)
         return chunk
 
     def _serve(self) -> None:
+        chunks = iter(self)
         try:
-            while self._requests.get():
-                self._ready.put(next(self._chunks))
+            while self._requests.get() and not self._is_closed:
+                self._ready.put(next(chunks))
         except Exception as error:  # any error is passed on to the loop
             self._ready.put(error)
 
     def close(self) -> None:
         """End the thread after its current read."""
+        self._is_closed = True
         self._requests.put(False)
-
-
-ADVICE = "use fewer data.workers, a smaller data.shuffle_window, or smaller documents or row groups"
 
 
 class WorkerChunks(WorkerProcess):
     """Reads in another process, endlessly, one reader after another."""
 
-    def __init__(self, spec: ReaderSpec, readers: Sequence[int], states: Sequence[dict[str, Any] | None]):
-        job = Job(DirectChunks, (spec, readers, states), spec.corpus.corpus, "data.workers", ADVICE)
-        super().__init__(job, lambda chunk: chunk.documents[-1][-1])
-
-
-def _num_workers(max_workers: int, num_readers: int) -> int:
-    """The largest number of workers, up to `max_workers`, that divides the number of readers."""
-    return max(n for n in range(1, min(max_workers, num_readers) + 1) if num_readers % n == 0)
+    def __init__(self, spec: ReaderSpec, share: Share, states: Sequence[dict[str, Any] | None]):
+        job = Job(DirectChunks, (spec, share, states), spec.corpus.corpus, "data.workers", ADVICE)
+        super().__init__(
+            job, lambda chunk: chunk.documents[-1][-1], read_ahead=READ_AHEAD_STEPS * len(share.readers)
+        )
 
 
 class ChunkLoader:
@@ -115,20 +175,24 @@ class ChunkLoader:
         spec: what all readers share.
         readers: this process's readers.
         states: for each reader, the state to resume from, or None.
-        workers: number of worker processes (rounded down to a divisor of the number of readers); 0 reads in
-            this process.
+        workers: number of worker processes; 0 reads in this process.
     """
 
     def __init__(
         self, spec: ReaderSpec, readers: Sequence[int], states: Sequence[dict[str, Any] | None], workers: int
     ):
-        num_sources = _num_workers(workers, len(readers)) if workers else 1
+        of_reader = dict(zip(readers, states, strict=True))
+        parts = shares(spec, readers, workers) if workers else [Share(readers)]
         source = WorkerChunks if workers else DirectChunks
-        self._num_readers = len(readers)
-        self._taken: list[Batch] = []
-        self._sources = [
-            source(spec, readers[i::num_sources], states[i::num_sources]) for i in range(num_sources)
+        self._sources = [source(spec, part, [of_reader[reader] for reader in part.readers]) for part in parts]
+        # The sources of each reader, the next one first.
+        self._turns = [
+            collections.deque(
+                source for source, part in zip(self._sources, parts, strict=True) if reader in part.readers
+            )
+            for reader in readers
         ]
+        self._taken: list[Batch] = []
 
     def __iter__(self) -> Iterator[list[Batch]]:
         while (chunks := self.take()) is not None:
@@ -142,11 +206,12 @@ class ChunkLoader:
             UserError: the corpus cannot be read, or a worker has died.
         """
         end = None if timeout is None else time.monotonic() + timeout
-        while len(self._taken) < self._num_readers:
-            source = self._sources[len(self._taken) % len(self._sources)]
-            chunk = source.take(None if end is None else max(end - time.monotonic(), 0.0))
+        while len(self._taken) < len(self._turns):
+            turns = self._turns[len(self._taken)]
+            chunk = turns[0].take(None if end is None else max(end - time.monotonic(), 0.0))
             if chunk is None:
                 return None
+            turns.rotate(-1)
             self._taken.append(chunk)
         chunks, self._taken = self._taken, []
         return chunks

@@ -58,18 +58,21 @@ class MixtureReader:
         spec: what all readers share; its corpus is a `MixtureSpec`.
         reader: which of them this is.
         state: the state of a chunk after which to resume; None starts at the beginning.
+        helpers: further processes that tokenize, for the sources with the largest weights first.
 
     Raises:
         UserError: a source cannot be read, or has no document for this reader.
     """
 
-    def __init__(self, spec: ReaderSpec, reader: int, state: dict[str, Any] | None = None):
+    def __init__(self, spec: ReaderSpec, reader: int, state: dict[str, Any] | None = None, helpers: int = 0):
         assert isinstance(spec.corpus, MixtureSpec)
         self.reader, self.chunk, self.weights = reader, spec.chunk, spec.corpus.weights
         positions = [None] * len(self.weights) if state is None else state["sources"]
         self.sources = [
-            DocumentReader(dataclasses.replace(spec, corpus=source), reader, position, is_whole=False)
-            for source, position in zip(spec.corpus.sources, positions, strict=True)
+            DocumentReader(dataclasses.replace(spec, corpus=source), reader, position, count, is_whole=False)
+            for source, position, count in zip(
+                spec.corpus.sources, positions, _helpers_of(self.weights, helpers), strict=True
+            )
         ]
         self.tokens = [0] * len(self.sources) if state is None else list(state["tokens"])
         self.counted = [
@@ -106,6 +109,7 @@ class MixtureReader:
             "sources": sources,
             "tokens": list(self.tokens),
             "num_skipped": sum(source["num_skipped"] for source in sources),
+            "num_filtered": sum(source["num_filtered"] for source in sources),
         }
 
     def next_chunk(self) -> Chunk:
@@ -123,6 +127,12 @@ class MixtureReader:
                 column += count
         chunk.state = self.state()
         return chunk
+
+
+def _helpers_of(weights: Sequence[float], helpers: int) -> list[int]:
+    """The number of helpers of each source."""
+    order = sorted(range(len(weights)), key=lambda source: -weights[source])
+    return [len(range(order.index(source), helpers, len(weights))) for source in range(len(weights))]
 
 
 def _counted_ahead(lane: Lane) -> int:

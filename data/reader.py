@@ -10,14 +10,14 @@ consumed, whatever was prefetched.
 """
 
 import hashlib
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from ..common.errors import UserError
 from .corpus import CorpusSpec, DocumentStream, Split, Window, WindowAddress
-from .files import convert_read_errors
+from .read_ahead import Group, GroupStream, encode_documents
 from .sources import Document
 from .tokenizer import Encoder
 
@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     from .mixture import MixtureSpec
     from .synthetic.task import Task
 
+STATE_VERSION = 2  # of a reader's position: 2 reads parts of shards, in an order of (seed, epoch, reader)
 IGNORE_INDEX = -100  # target of a position that is not scored, as everywhere in transformers
+BLOCK = 2**16  # tokens that are converted at once
+NO_TOKENS = np.zeros(0, np.uint16)
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,14 @@ class Chunk:
     state: dict[str, Any]
     """The reader's position after this chunk; JSON."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: ids as int16 if they fit, which takes 5 bytes per token instead of 17."""
+        return self.__dict__ | {name: _narrow(getattr(self, name)) for name in ("input_ids", "shift_labels")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        ids = {name: state[name].astype(np.int64) for name in ("input_ids", "shift_labels")}
+        self.__dict__.update(state | ids)
+
     @property
     def num_scored(self) -> int:
         return int((self.shift_labels != IGNORE_INDEX).sum())
@@ -79,6 +90,11 @@ class Chunk:
         return {**inputs, "document_starts": self.document_starts} if self.document_starts.any() else inputs
 
 
+def _narrow(ids: np.ndarray) -> np.ndarray:
+    """The same numbers in int16 or, if they do not fit, in int32."""
+    return ids.astype(np.int16 if ids.max() < 2**15 else np.int32)
+
+
 def empty_chunk(reader: int, lanes: int, time: int, pad: int = 0) -> Chunk:
     """A chunk of padding, to be filled in."""
     shape = (lanes, time)
@@ -90,26 +106,41 @@ def empty_chunk(reader: int, lanes: int, time: int, pad: int = 0) -> Chunk:
 class Lane:
     """One row of the batch: its current document and the position in it."""
 
-    tokens: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
-    """int32, `<bos> text <eos>`; empty before the first document"""
+    tokens: np.ndarray = field(default_factory=lambda: NO_TOKENS)
+    """unsigned, `<bos> text <eos>`; empty before the first document"""
     offset: int = 0
     """Number of positions already read."""
     name: str = ""
-    window: WindowAddress | None = None
+    window: dict[str, Any] | None = None
+    """The address of the document's window; JSON."""
     number: int = 0
     """Index of the document in its window."""
-    digest: str = ""
-    """Hash of the document's tokens."""
+    _digest: str | None = None
+
+    def start(self, tokens: np.ndarray, name: str, window: dict[str, Any], number: int) -> None:
+        """Begin a document."""
+        self.tokens, self.offset, self.name, self._digest = tokens, 0, name, None
+        self.window, self.number = window, number
 
     @property
     def num_remaining(self) -> int:
         return max(len(self.tokens) - 1 - self.offset, 0)
 
+    @property
+    def digest(self) -> str:
+        """Hash of the document's tokens as int32."""
+        if self._digest is None:
+            digest = hashlib.blake2b(digest_size=4)
+            for start in range(0, len(self.tokens), BLOCK):
+                digest.update(self.tokens[start : start + BLOCK].astype(np.int32).data)
+            self._digest = digest.hexdigest()
+        return self._digest
+
     def position(self) -> dict[str, Any]:
         """The lane's position; JSON. Name, length and digest let a resumed run recognize the document."""
         assert self.window is not None
         return {
-            "window": asdict(self.window),
+            "window": self.window,
             "number": self.number,
             "name": self.name,
             "length": len(self.tokens),
@@ -133,12 +164,9 @@ def encode_document(encoder: Encoder, document: Document) -> np.ndarray:
     """The tokens of a document, `<bos> text <eos>`, without `<eos>` if the text goes on after it.
 
     Raises:
-        UserError: the tokenizer fails, or the document does not fit into memory; the message names the
-            document.
+        UserError: as `encode_documents`.
     """
-    with convert_read_errors(document.name):
-        tokens = encoder(document.text or "")
-    return tokens[:-1] if document.is_cut else tokens
+    return encode_documents(encoder, [document])[0]
 
 
 class DocumentReader:
@@ -149,12 +177,18 @@ class DocumentReader:
         spec: what all readers share.
         reader: which of them this is.
         state: the state of a chunk after which to resume; None starts at the beginning.
+        helpers: further processes that tokenize.
         is_whole: whether the first chunk is to be filled without a second epoch; a source of a mixture may
             have less text.
     """
 
     def __init__(
-        self, spec: ReaderSpec, reader: int, state: dict[str, Any] | None = None, is_whole: bool = True
+        self,
+        spec: ReaderSpec,
+        reader: int,
+        state: dict[str, Any] | None = None,
+        helpers: int = 0,
+        is_whole: bool = True,
     ):
         assert isinstance(spec.corpus, CorpusSpec)
         self.encoder, self.reader, self.chunk = spec.encoder, reader, spec.chunk
@@ -162,29 +196,40 @@ class DocumentReader:
             spec.corpus, "train", reader, spec.num_readers, window=spec.window, seed=spec.seed
         )
         self.lanes = [Lane() for _ in range(spec.lanes)]
+        self.num_filtered = 0
+        window, self.number, skipped = (WindowAddress(), 0, None) if state is None else self._restore(state)
+        self.groups = GroupStream(self.stream, spec.encoder, window, self.number, helpers)
         if state is None:
-            self.window, self.number = self.stream.window(WindowAddress()), 0
-            self.num_skipped = self.window.num_skipped
             self._check_size(spec.corpus.corpus, spec.num_readers, is_whole)
+        self.group = self.groups.take()
+        if skipped is None:
+            self.num_skipped, self.num_filtered = self.group.num_skipped, self.group.num_filtered
         else:
-            self._restore(state)
+            self.num_skipped = skipped
 
     def _check_size(self, corpus: str, num_readers: int, is_whole: bool) -> None:
         """Check that there are documents, and if `is_whole` that the first chunk needs no second epoch."""
-        needed, lanes = (len(self.lanes) * self.chunk, len(self.lanes)) if is_whole else (0, 0)
-        documents, address = list(self.window.documents), self.window.next_address
-        count = sum(len(encode_document(self.encoder, document)) - 1 for document in documents[: needed + 1])
-        while (count < needed or len(documents) < lanes) and address.epoch == 0:
-            next_address = self.stream.window(address)
-            documents += next_address.documents
-            count += sum(
-                len(encode_document(self.encoder, document)) - 1 for document in next_address.documents
-            )
-            address = next_address.next_address
+        needed, lanes = (len(self.lanes) * self.chunk, len(self.lanes)) if is_whole else (0, 1)
+        groups: list[Group] = []
+        count = num_documents = 0
+        while not groups or (
+            (count < needed or num_documents < lanes)
+            and not (groups[-1].is_last and groups[-1].next_address.epoch > 0)
+        ):
+            groups.append(self.groups.take())
+            count += sum(len(tokens) - 1 for tokens in groups[-1].documents)
+            num_documents += len(groups[-1].documents)
+        self.groups.put_back(groups)
         share = (
             f"reader {self.reader}'s share (1 of {num_readers}) of {corpus}" if num_readers > 1 else corpus
         )
-        if not documents:
+        num_filtered = sum(group.num_filtered for group in groups)
+        if not num_documents and num_filtered:
+            raise UserError(
+                "data.filter",
+                f"leaves nothing of {share}: none of {num_filtered:,} documents passes; widen it",
+            )
+        if not num_documents:
             raise UserError(
                 "data.corpus",
                 f"{share} holds no documents; use fewer readers (batch.readers) or another corpus",
@@ -195,14 +240,19 @@ class DocumentReader:
                 f"{share} has {count} tokens, fewer than one chunk of {lanes} lanes x {self.chunk}; "
                 "lower batch.lanes or batch.chunk",
             )
-        if len(documents) < lanes:
+        if num_documents < lanes:
             raise UserError(
                 "data.corpus",
-                f"{share} has {len(documents)} documents for {lanes} lanes; "
+                f"{share} has {num_documents} documents for {lanes} lanes; "
                 "lower batch.lanes, or set data.order to continuous (text files) or windows",
             )
 
-    def _restore(self, state: dict[str, Any]) -> None:
+    def _restore(self, state: dict[str, Any]) -> tuple[Window, int, int]:
+        """Find the documents of the lanes again; returns where the reader continues, and `num_skipped`."""
+        if state.get("version") != STATE_VERSION and not self.stream.is_as_before:
+            problem = "was saved by a version of minrnn that read this corpus in another order"
+            advice = "finish it with that version, or name another run.dir (model.init_from takes its export)"
+            raise UserError("run.dir", f"{problem}; {advice}")
         windows: dict[tuple[int, int], Window] = {}  # most lanes share a few windows
 
         def find(address: dict[str, Any]) -> Window:
@@ -211,63 +261,47 @@ class DocumentReader:
                 windows[key] = self.stream.window(WindowAddress(**address))
             return windows[key]
 
-        for lane, saved in zip(self.lanes, state["lanes"], strict=True):
-            if saved is not None:
-                self._start(lane, find(saved["window"]), saved["number"])
-                if (lane.name, len(lane.tokens)) != (saved["name"], saved["length"]):
-                    was, now = (
-                        f"{saved['name']} of {saved['length']} tokens",
-                        f"{lane.name} of {len(lane.tokens)}",
-                    )
-                    raise UserError(
-                        "data.corpus",
-                        f"has changed: where {was} was being read there is {now}; "
-                        "a run can resume only with the corpus it began with",
-                    )
-                if lane.digest != saved.get("digest", lane.digest):  # older checkpoints have no digest
-                    raise UserError(
-                        "data.corpus",
-                        f"has changed: {lane.name}, which was being read, has other text; "
-                        "a run can resume only with the corpus it began with",
-                    )
-                lane.offset = saved["offset"]
-        self.window, self.number = find(state["window"]), state["number"]
-        self.num_skipped = state["num_skipped"]
-
-    def _start(self, lane: Lane, window: Window, number: int) -> None:
-        if number >= len(window.documents):
-            raise UserError(
-                "data.corpus",
-                f"has changed: document {number} of window {window.address.number} is gone; "
-                "a run can resume only with the corpus it began with",
-            )
-        document = window.documents[number]
-        lane.tokens, lane.offset = encode_document(self.encoder, document), 0
-        lane.name, lane.window, lane.number = document.name, window.address, number
-        lane.digest = hashlib.blake2b(lane.tokens.data, digest_size=4).hexdigest()
+        saved_lanes = [
+            (lane, saved) for lane, saved in zip(self.lanes, state["lanes"], strict=True) if saved is not None
+        ]
+        documents = [_document_at(find(saved["window"]), saved["number"]) for _, saved in saved_lanes]
+        tokens = encode_documents(self.encoder, documents)
+        for (lane, saved), document, its_tokens in zip(saved_lanes, documents, tokens, strict=True):
+            lane.start(its_tokens, document.name, saved["window"], saved["number"])
+            _check_unchanged(lane, saved)
+            lane.offset = saved["offset"]
+        self.num_filtered = state.get("num_filtered", 0)  # older checkpoints have none
+        return find(state["window"]), state["number"], state["num_skipped"]
 
     def next_document(self, lane: Lane) -> None:
         """Start the next document of the stream in a lane."""
-        epoch = self.window.address.epoch
-        while self.number == len(self.window.documents):
-            self.window, self.number = self.stream.window(self.window.next_address), 0
-            self.num_skipped += self.window.num_skipped
-            if self.window.address.epoch > epoch + 1:  # a whole epoch without a document: there are none
+        epoch = self.group.window.epoch
+        while self.number == self.group.end:
+            if self.group.is_last:
+                self.number = 0
+            self.group = self.groups.take()
+            self.num_skipped += self.group.num_skipped
+            self.num_filtered += self.group.num_filtered
+            if self.group.window.epoch > epoch + 1:  # a whole epoch without a document: there are none
                 corpus = self.stream.spec.corpus
                 raise UserError(
                     "data.corpus",
                     f"{corpus} holds no documents any more; a run needs its corpus until it ends",
                 )
-        self._start(lane, self.window, self.number)
+        group, place = self.group, self.number - self.group.first
+        lane.start(group.documents[place], group.names[place], group.position, self.number)
+        group.documents[place] = NO_TOKENS  # they are freed when the lane has read them
         self.number += 1
 
     def state(self) -> dict[str, Any]:
         """The reader's position; JSON."""
         lanes = [None if lane.num_remaining == 0 else lane.position() for lane in self.lanes]
         return {
-            "window": asdict(self.window.address),
+            "version": STATE_VERSION,
+            "window": self.group.position,
             "number": self.number,
             "num_skipped": self.num_skipped,
+            "num_filtered": self.num_filtered,
             "lanes": lanes,
         }
 
@@ -282,6 +316,36 @@ class DocumentReader:
                 column += lane.emit(chunk, row, column)
         chunk.state = self.state()
         return chunk
+
+
+def _document_at(window: Window, number: int) -> Document:
+    if number >= len(window.documents):
+        raise UserError(
+            "data.corpus",
+            f"has changed: document {number} of window {window.address.number} is gone; "
+            "a run can resume only with the corpus it began with",
+        )
+    return window.documents[number]
+
+
+def _check_unchanged(lane: Lane, saved: dict[str, Any]) -> None:
+    """Check that the document of a lane is the one that was being read."""
+    digest = saved.get("digest")  # older checkpoints have none
+    # the name may differ: a corpus can move
+    name = lane.name if digest == lane.digest else saved["name"]
+    if (lane.name, len(lane.tokens)) != (name, saved["length"]):
+        was, now = f"{saved['name']} of {saved['length']} tokens", f"{lane.name} of {len(lane.tokens)}"
+        raise UserError(
+            "data.corpus",
+            f"has changed: where {was} was being read there is {now}; "
+            "a run can resume only with the corpus it began with",
+        )
+    if digest is not None and lane.digest != digest:
+        raise UserError(
+            "data.corpus",
+            f"has changed: {lane.name}, which was being read, has other text; "
+            "a run can resume only with the corpus it began with",
+        )
 
 
 class WindowReader:
@@ -322,13 +386,17 @@ class WindowReader:
         chunk.state = {"step": self.step}
         return chunk
 
+    def skip(self, count: int) -> None:
+        """Leave out this many steps."""
+        self.step += count
+
 
 def corpus_tokens(spec: CorpusSpec, part: Split, encoder: Encoder) -> np.ndarray:
-    """The tokens of the whole corpus as one text, int32; for training its first part, for validation its last
+    """The tokens of the whole corpus as one text; for training its first part, for validation its last
     part.
     """
     stream = DocumentStream(spec, "all", 0, 1, window=1024, seed=None)
     pieces = [encode_document(encoder, document)[1:-1] for document in stream.one_epoch()]
-    tokens = np.concatenate(pieces) if pieces else np.zeros(0)
+    tokens = np.concatenate([np.zeros(0, encoder.dtype), *pieces])
     edge = len(tokens) if part == "all" else round(len(tokens) * (1 - spec.held_out))
-    return (tokens[edge:] if part == "validation" else tokens[:edge]).astype(np.int32)
+    return tokens[edge:] if part == "validation" else tokens[:edge]

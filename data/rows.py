@@ -1,12 +1,16 @@
-"""Local files whose rows are documents: JSON lines, CSV and Parquet. Each file is a shard."""
+"""Local files whose rows are documents: JSON lines and CSV (parquet.py reads parquet). A file is a shard.
+
+A plain JSON lines file can be cut at any byte: a line belongs to the part in which it begins. A compressed
+file, and CSV, whose cells may hold line breaks, can only be read from their beginning.
+"""
 
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ..common.errors import UserError
 from .files import (
@@ -18,38 +22,65 @@ from .files import (
     is_damage_error,
     open_decompressed,
 )
+from .remote import RemotePath
+from .row_filter import EVERY_ROW, RowRules
 from .sources import (
     Document,
+    Part,
     Position,
     damaged_file_error,
     decode_document,
-    group_value,
     is_text,
     missing_join_column_error,
-    missing_text_error,
+    row_document,
     skip_or_raise,
 )
 
+MIN_PART_BYTES = 1 << 20  # of JSON lines; shorter parts might hold no document
+STREAM_BYTES = 1 << 28  # of files that are read as a stream: what a disk reads in about a second
+
 
 @dataclass
-class _RowFiles:
-    """Fields and methods that the sources of this module share."""
+class RowFiles:
+    """Fields and methods that the sources of rows share. A RemotePath has the methods of Path."""
 
-    paths: list[Path]
+    paths: Sequence[Path]
     text_field: str
     skip_broken: bool = False
     group_field: str | None = None
+    rules: RowRules = EVERY_ROW
+    skips_unread: ClassVar[bool] = False
 
     @property
     def num_shards(self) -> int:
         return len(self.paths)
 
-    def _document(self, row: Any, name: str, index: int) -> Document:
-        if isinstance(row, dict) and is_text(row.get(self.text_field)):
-            return Document(row[self.text_field], name, index, group=group_value(row, self.group_field, name))
-        return skip_or_raise(self.skip_broken, missing_text_error(row, self.text_field, name), name, index)
+    @property
+    def is_stream(self) -> bool:
+        """Whether reading all of it takes long: remote files, and large ones."""
+        if any(isinstance(path, RemotePath) for path in self.paths):
+            return True
+        return sum(path.stat().st_size for path in self.paths) >= STREAM_BYTES
 
-    def _damaged_document(self, path: Path, error: Exception, index: int, problem: str) -> Document:
+    def cuts(self, shard: int) -> Sequence[int]:
+        return 0, 1
+
+    def read(self, shard: int, start: Position) -> Iterator[Document]:
+        return self.read_part(Part(shard), start)
+
+    def read_part(self, part: Part, start: Position) -> Iterator[Document]:
+        raise NotImplementedError
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns to read, each once."""
+        fields = self.rules.fields(self.text_field)
+        return fields if self.group_field in (None, *fields) else [*fields, self.group_field]
+
+    def _document(self, row: Any, name: str, index: int) -> Document:
+        return row_document(row, name, index, self.text_field, self.group_field, self.rules, self.skip_broken)
+
+    def _damaged_document(self, path: Path | str, error: Exception, index: int, problem: str) -> Document:
         """The document for content that cannot be read.
 
         A disk error is raised unchanged, since a retry may succeed.
@@ -62,7 +93,7 @@ class _RowFiles:
 
 
 @dataclass
-class JsonLines(_RowFiles):
+class JsonLines(RowFiles):
     """JSON lines: each line of a file (plain, gzip or zstd) is a document.
 
     The hint of a plain file is a byte offset.
@@ -70,8 +101,17 @@ class JsonLines(_RowFiles):
 
     _offset: int | None = field(default=None, init=False)
 
-    def read(self, shard: int, start: Position) -> Iterator[Document]:
-        path, index = self.paths[shard], 0
+    def cuts(self, shard: int) -> Sequence[int]:
+        path = self.paths[shard]
+        with convert_read_errors(path):
+            size = path.stat().st_size
+            if size < 2 * MIN_PART_BYTES or compression(path) is not None:
+                return 0, size
+        return [*range(0, size - MIN_PART_BYTES + 1, MIN_PART_BYTES), size]
+
+    def read_part(self, part: Part, start: Position) -> Iterator[Document]:
+        path, index = self.paths[part.shard], 0
+        begin, end = part.within or (0, None)
         with convert_read_errors(path):
             is_plain = compression(path) is None
             with open_decompressed(path) as file:
@@ -79,18 +119,26 @@ class JsonLines(_RowFiles):
                 if is_plain and start.hint is not None:
                     file.seek(start.hint)
                     index, self._offset = start.index, start.hint
+                elif is_plain and begin > 0:
+                    file.seek(begin - 1)  # a line that begins before the part belongs to the one before
+                    self._offset = begin - 1 + len(file.readline())
                 try:
-                    if index == 0 and not self.skip_broken:
+                    if begin == 0 and start.hint is None and not self.skip_broken:
                         check_json_lines(file.peek(HEAD_BYTES), path)
-                    for line in file:
-                        if self._offset is not None:
-                            self._offset += len(line)
-                        if index >= start.index and line.strip():
-                            yield self._parse(line, f"{path}:{index + 1}", index)
+                    while self._offset is None or end is None or self._offset < end:
+                        line, offset = file.readline(), self._offset
+                        if not line:
+                            break
+                        if offset is not None:
+                            self._offset = offset + len(line)
+                        if index >= start.index and part.has(index) and line.strip():
+                            # the number of lines before a part is unknown
+                            name = f"{path}:{index + 1}" if begin == 0 else f"{path}@{offset}"
+                            yield self._parse(line, name, index)
                         index += 1
                 except OSError as error:
                     document = self._damaged_document(path, error, index, f"is damaged after line {index}")
-                    if index >= start.index:
+                    if index >= start.index and part.has(index):
                         yield document
 
     def _parse(self, line: bytes, name: str, index: int) -> Document:
@@ -109,11 +157,11 @@ class JsonLines(_RowFiles):
 
 
 @dataclass
-class Csv(_RowFiles):
+class Csv(RowFiles):
     """CSV: each row of a .csv or .tsv file (plain, gzip or zstd) below its header is a document."""
 
-    def read(self, shard: int, start: Position) -> Iterator[Document]:
-        path, index = self.paths[shard], 0
+    def read_part(self, part: Part, start: Position) -> Iterator[Document]:
+        path, index = self.paths[part.shard], 0
         csv.field_size_limit(2**31 - 1)  # for the whole process; the default is too small for long documents
         delimiter = "\t" if inner_suffix(path) == ".tsv" else ","
         with convert_read_errors(path), open_decompressed(path) as file, _text_of(file) as text:
@@ -124,21 +172,18 @@ class Csv(_RowFiles):
                 for cells in rows:
                     if not cells:  # an empty line
                         continue
-                    if index >= start.index:
+                    if index >= start.index and part.has(index):
                         yield self._row(header, cells, f"{path}[{index}]", index)
                     index += 1
             except (OSError, csv.Error) as error:
                 reason = ValueError(str(error)) if isinstance(error, csv.Error) else error
                 document = self._damaged_document(path, reason, index, f"is damaged after row {index}")
-                if index >= start.index:
+                if index >= start.index and part.has(index):
                     yield document
 
     def _check_header(self, header: list[str], path: Path) -> None:
-        if header and self.text_field not in header:
-            raise missing_column_error(self.text_field, header, path)
-        if header and self.group_field is not None and self.group_field not in header:
-            raise missing_join_column_error(self.group_field, header, str(path))
-        check_unique(header, self.text_field, self.group_field, path)
+        if header:
+            check_columns(header, self.text_field, self.group_field, self.rules, path)
 
     def _row(self, header: list[str], cells: list[str], name: str, index: int) -> Document:
         if len(cells) != len(header):
@@ -151,8 +196,10 @@ class Csv(_RowFiles):
                 self.skip_broken, UserError("data.corpus", f"{problem}, or {advice}"), name, index
             )
         row: dict[str, Any] = dict(zip(header, cells, strict=True))
-        if not is_text(row[self.text_field]):  # bytes that are not UTF-8 were read as surrogates
-            row[self.text_field] = row[self.text_field].encode(errors="surrogateescape")
+        for name_of_field in self.rules.fields(self.text_field):
+            value = row[name_of_field]
+            if not is_text(value):  # bytes that are not UTF-8 were read as surrogates
+                row[name_of_field] = value.encode(errors="surrogateescape")
         return self._document(row, name, index)
 
     def hint(self) -> None:
@@ -163,81 +210,40 @@ def _text_of(file: io.BufferedReader) -> io.TextIOWrapper:
     return io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
-def missing_column_error(column: str, columns: list[str], path: Path) -> UserError:
+def check_columns(
+    columns: list[str], text_field: str, group_field: str | None, rules: RowRules, path: Path | str
+) -> None:
+    """Check that a file has the columns to read, each once.
+
+    Raises:
+        UserError: a column is missing or there are several of its name.
+    """
+    if rules.template is None and text_field not in columns:
+        raise missing_column_error(text_field, columns, path)
+    if group_field is not None and group_field not in columns:
+        raise missing_join_column_error(group_field, columns, str(path))
+    rules.check_columns(columns, str(path))
+    check_unique(columns, rules.fields(text_field), group_field, path)
+
+
+def missing_column_error(column: str, columns: list[str], path: Path | str) -> UserError:
     """The error for a file without the text column."""
     return UserError(
         "data.text_field", f"{path} has no column {column!r}; it has {', '.join(map(repr, columns))}"
     )
 
 
-def check_unique(columns: list[str], text_field: str, group_field: str | None, path: Path) -> None:
+def check_unique(columns: list[str], fields: list[str], group_field: str | None, path: Path | str) -> None:
     """Check that no column to be read has a duplicate name.
 
     Raises:
         UserError: there are several columns of that name.
     """
-    for key, column in (("data.text_field", text_field), ("data.join", group_field)):
+    keys = [*(("data.text_field", field) for field in fields), ("data.join", group_field)]
+    for key, column in keys:
         if columns.count(column or "") > 1:
             raise UserError(
                 key,
                 f"{path} has {columns.count(column or '')} columns of the name {column!r}; "
                 "give them different names",
             )
-
-
-@dataclass
-class Parquet(_RowFiles):
-    """Parquet: each row is a document. A damaged row group is reported, or skipped with all its rows."""
-
-    def read(self, shard: int, start: Position) -> Iterator[Document]:
-        import pyarrow.parquet
-
-        path = self.paths[shard]
-        with convert_read_errors(path):
-            path.open("rb").close()  # raises the system's own error, if any
-            try:
-                file = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
-            except (OSError, pyarrow.ArrowInvalid) as error:
-                document = self._damaged_document(path, error, 0, "is not a parquet file, or not a whole one")
-                if start.index == 0:
-                    yield document
-                return
-            with file:
-                names = file.schema_arrow.names
-                if self.text_field not in names:
-                    raise missing_column_error(self.text_field, names, path)
-                if self.group_field is not None and self.group_field not in names:
-                    raise missing_join_column_error(self.group_field, names, str(path))
-                check_unique(names, self.text_field, self.group_field, path)
-                first = 0
-                for group in range(file.num_row_groups):
-                    end = first + file.metadata.row_group(group).num_rows
-                    if end > start.index:
-                        yield from self._row_group(file, group, range(first, end), start.index, path)
-                    first = end
-
-    def _row_group(self, file: Any, group: int, rows: range, start: int, path: Path) -> Iterator[Document]:
-        import pyarrow
-
-        names = [self.text_field] if self.group_field is None else [self.text_field, self.group_field]
-        try:
-            table = file.read_row_group(group, columns=names)
-            if len(table) != len(rows):
-                raise ValueError(f"{len(table)} rows instead of {len(rows)}")
-        except (OSError, ValueError) as error:  # truncated, changed since it was opened, or corrupted
-            problem = f"is damaged in row group {group}, rows {rows.start} to {rows.stop - 1}"
-            for index in range(max(rows.start, start), rows.stop):
-                yield self._damaged_document(path, error, index, problem)
-            return
-        columns = [table.column(name) for name in names]
-        for index in range(max(rows.start, start), rows.stop):
-            values = []
-            for column in columns:
-                try:
-                    values.append(column[index - rows.start].as_py())
-                except UnicodeDecodeError:  # Parquet does not guarantee UTF-8
-                    values.append(column[index - rows.start].cast(pyarrow.binary()).as_py())
-            yield self._document(dict(zip(names, values, strict=True)), f"{path}[{index}]", index)
-
-    def hint(self) -> None:
-        return None

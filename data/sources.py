@@ -3,17 +3,19 @@
 A source has shards; a shard is an ordered sequence of documents, readable from any position.
 
     source.read(shard, start) -> Iterator[Document]       start = the `Position` of the first document
+    source.read_part(part, start) -> Iterator[Document]   a `Part` of a shard, without reading the rest of it
 
 The order never depends on the file system: paths are sorted. A position is the index of a document within its
 shard and an optional hint that makes finding it faster (a byte offset, the state of a streamed dataset). Both
-are JSON.
+are JSON. parts.py divides the shards of a source among readers.
 """
 
-import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
 
 from ..common.errors import UserError, one_line_message
 from ..common.names import did_you_mean, nearest_names
@@ -25,6 +27,7 @@ from .files import (
     is_damage_error,
     open_decompressed,
 )
+from .row_filter import EVERY_ROW, RowRules
 
 
 @dataclass(frozen=True)
@@ -35,9 +38,21 @@ class Position:
     hint: Any = None
 
 
+class PreparedText(NamedTuple):
+    """What a prepared corpus holds of a text."""
+
+    tokens: np.ndarray
+    """Of the text, without bos and eos; any unsigned integer type, read only."""
+    num_bytes: int
+    """Of the text in UTF-8."""
+    digest: int
+    """`hold_out.text_digest` of the text."""
+
+
 @dataclass(frozen=True)
 class Document:
-    """One document; `text` is None if it is broken and broken documents are skipped."""
+    """One document. It has a text, or what a prepared corpus holds of it; neither if it is broken and broken
+    documents are skipped."""
 
     text: str | None
     name: str
@@ -47,10 +62,39 @@ class Document:
     index: int
     num_skipped: int = 0
     """Number of broken parts left out: 1 for a document, perhaps more for a joined one."""
+    num_filtered: int = 0
+    """Number of parts that `data.filter` left out; `text` is None if nothing is left."""
     group: Any = None
     """The row's value in the column that rows are joined by (joined.py), if there is one."""
     is_cut: bool = False
     """Whether the text goes on after it (a passage of long_text.py), so that no <eos> follows."""
+    prepared: PreparedText | None = None
+
+    @property
+    def is_left_out(self) -> bool:
+        """Whether nothing is left to read."""
+        return self.text is None and self.prepared is None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the text in UTF-8: the divisor of bits per byte."""
+        return len((self.text or "").encode()) if self.prepared is None else self.prepared.num_bytes
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a shard; by default the whole shard."""
+
+    shard: int
+    within: tuple[int, int] | None = None
+    """Where the part begins and ends: two of the shard's `cuts`. None: the whole shard."""
+    first: int = 0
+    step: int = 1
+    """Of these documents, those whose index has the remainder `first` when divided by `step`."""
+
+    def has(self, index: int) -> bool:
+        """Whether the document with this index belongs to the part, as far as `first` and `step` say."""
+        return index % self.step == self.first
 
 
 class Source(Protocol):
@@ -67,6 +111,26 @@ class Source(Protocol):
 
     def hint(self) -> Any:
         """The hint for the document that the latest `read` would yield next."""
+        ...
+
+
+@runtime_checkable
+class DivisibleSource(Protocol):
+    """A source that can read parts of its shards; any other source is divided by reading whole shards."""
+
+    skips_unread: bool
+    """Whether documents are left out (`Part.step`) without reading them."""
+
+    def cuts(self, shard: int) -> Sequence[int]:
+        """Where a shard can be cut, increasing, from its beginning to its end (at least those two)."""
+        ...
+
+    def read_part(self, part: Part, start: Position) -> Iterator[Document]:
+        """Documents of a part from `start` on.
+
+        An index counts the documents of the whole shard, or those of the part if the number of documents
+        before it is unknown.
+        """
         ...
 
 
@@ -134,7 +198,7 @@ def missing_text_error(row: Any, text_field: str, name: str) -> UserError:
     return UserError("data.corpus", f"{name} holds {problem} in field {text_field!r} instead of text; {skip}")
 
 
-def damaged_file_error(path: Path, error: Exception, problem: str = "is damaged") -> UserError:
+def damaged_file_error(path: Path | str, error: Exception, problem: str = "is damaged") -> UserError:
     """The error for a file whose content is damaged; `problem` says where ("is damaged in row group 3")."""
     advice = "fetch it again, or set data.skip_broken to leave the damaged part out"
     return UserError("data.corpus", f"{path} {problem} ({one_line_message(error)}); {advice}")
@@ -163,26 +227,65 @@ def group_value(row: Mapping[str, Any], column: str | None, name: str) -> Any:
     return row[column]
 
 
+def row_document(
+    row: Any,
+    name: str,
+    index: int,
+    text_field: str,
+    group_field: str | None,
+    rules: RowRules,
+    skip_broken: bool,
+) -> Document:
+    """The document of a row, or what is left of a broken one or one that `data.filter` leaves out.
+
+    Raises:
+        UserError: the row is broken, or lacks a field that the recipe names.
+    """
+    try:
+        if rules.template is not None and isinstance(row, Mapping):
+            text = rules.template.text(row, name)
+        elif isinstance(row, Mapping) and is_text(row.get(text_field)):
+            text = row[text_field]
+        else:
+            raise missing_text_error(row, text_field, name)
+        passes = rules.passes_fields(row, name) and rules.passes_length(text)
+    except UserError as error:
+        return skip_or_raise(skip_broken, error, name, index)
+    group = group_value(row, group_field, name)
+    return Document(text if passes else None, name, index, num_filtered=int(not passes), group=group)
+
+
 @dataclass
 class TextFiles:
-    """Text files: each file is a document; one shard."""
+    """Text files: each file is a document; one shard, which can be cut between files."""
 
     paths: list[Path]
     root: Path
     skip_broken: bool = False
+    rules: RowRules = EVERY_ROW
     num_shards: int = field(default=1, init=False)
+    skips_unread: ClassVar[bool] = True
 
     def relative(self, path: Path) -> Path:
         """A file's path relative to the root, as messages show it."""
         return path.relative_to(self.root) if path.is_relative_to(self.root) else path
 
+    def cuts(self, shard: int) -> range:
+        return range(len(self.paths) + 1)
+
     def read(self, shard: int, start: Position) -> Iterator[Document]:
-        for index in range(start.index, len(self.paths)):
+        return self.read_part(Part(shard), start)
+
+    def read_part(self, part: Part, start: Position) -> Iterator[Document]:
+        begin, end = part.within or (0, len(self.paths))
+        for index in filter(part.has, range(max(begin, start.index), end)):
             path = self.paths[index]
             name = str(self.relative(path))
             with convert_read_errors(path):
                 try:
-                    yield Document(self._text(path), name, index)
+                    text = self._text(path)
+                    passes = self.rules.passes_length(text)
+                    yield Document(text if passes else None, name, index, num_filtered=int(not passes))
                 except UserError as error:
                     yield skip_or_raise(self.skip_broken, error, name, index)
 
@@ -198,60 +301,3 @@ class TextFiles:
 
     def hint(self) -> None:
         return None
-
-
-@dataclass
-class HubDataset:
-    """A dataset of the Hugging Face hub, or a local folder in its layout, streamed with `datasets`.
-
-    Its shards are the dataset's, its documents the rows. The hint is the state of the streamed dataset, so
-    resuming does not read a shard from its beginning.
-    """
-
-    path: str
-    subset: str | None
-    split: str
-    revision: str | None
-    text_field: str
-    skip_broken: bool = False
-    group_field: str | None = None
-    _reading: Any = field(default=None, init=False)
-
-    def __post_init__(self) -> None:
-        from datasets import load_dataset
-
-        try:
-            self._dataset = load_dataset(
-                self.path, self.subset, split=self.split, revision=self.revision, streaming=True
-            )
-        except Exception as error:  # datasets, the hub client and the file system each raise their own
-            raise UserError(
-                "data.corpus", f"cannot open the dataset {self.path!r} ({type(error).__name__}: {error})"
-            ) from error
-
-    @property
-    def num_shards(self) -> int:
-        return self._dataset.num_shards
-
-    def read(self, shard: int, start: Position) -> Iterator[Document]:
-        self._reading = self._dataset.shard(self.num_shards, shard)
-        index = 0
-        if start.hint is not None:
-            self._reading.load_state_dict(start.hint)
-            index = start.index
-        with convert_read_errors(f"{self.path}[{shard}]"):
-            for row in self._reading:
-                if index >= start.index:
-                    name = f"{self.path}[{shard}][{index}]"
-                    if is_text(row.get(self.text_field)):
-                        yield Document(
-                            row[self.text_field], name, index, group=group_value(row, self.group_field, name)
-                        )
-                    else:
-                        yield skip_or_raise(
-                            self.skip_broken, missing_text_error(row, self.text_field, name), name, index
-                        )
-                index += 1
-
-    def hint(self) -> Any:
-        return json.loads(json.dumps(self._reading.state_dict()))

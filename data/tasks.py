@@ -7,6 +7,7 @@ from typing import Any, TypeGuard, get_type_hints
 from ..common.errors import UserError
 from ..common.names import did_you_mean, nearest_names
 from .lra import LRA_TASKS, LabelledTask
+from .prepared import check_prepared_tokenizer, prepared_corpora
 from .synthetic import SYNTHETIC_TASKS, Task
 
 AnyTask = Task | LabelledTask
@@ -78,12 +79,14 @@ def run_tokenizer(
         trust_remote_code: as in `load_tokenizer`.
 
     Raises:
-        UserError: the task or the tokenizer does not exist.
+        UserError: the task or the tokenizer does not exist, or a prepared corpus was made with another
+            tokenizer.
     """
-    from .tokenizer import load_tokenizer
+    from .tokenizer import load_tokenizer, tokenizer_fingerprint
 
-    return (
-        build_task(corpus, options).tokenizer()
-        if is_task(corpus)
-        else load_tokenizer(tokenizer, trust_remote_code)
-    )
+    if is_task(corpus):
+        return build_task(corpus, options).tokenizer()
+    loaded = load_tokenizer(tokenizer, trust_remote_code)
+    for name in prepared_corpora(corpus):
+        check_prepared_tokenizer(name, tokenizer, tokenizer_fingerprint(loaded))
+    return loaded

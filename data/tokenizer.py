@@ -4,19 +4,23 @@ The byte tokenizer is an ordinary `PreTrainedTokenizerFast` that needs no downlo
 by <bos>, <eos> and <pad>. The names of these special tokens in a text are encoded as text.
 """
 
+import array
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from ..common.errors import UserError
+from .cutting import PIECE, TextCutter
 
 BYTES = "bytes"
+BATCH = 2**19  # characters that are tokenized in one call
 SPECIAL_TOKENS = ("<bos>", "<eos>", "<pad>")
+SMALL_VOCABULARY = 512
 WORD_SPECIAL_TOKENS = (*SPECIAL_TOKENS, "<unk>")  # of `word_tokenizer`
 SAVED_SETTINGS = {  # of every tokenizer that is saved with a run or an export (tokenizer_config.json)
     "padding_side": "left",
@@ -90,9 +94,33 @@ def word_tokenizer(symbols: Sequence[str]) -> Any:
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """SHA-256 of the vocabulary with its ids."""
+    """A hash of what decides the tokens of a text: `rules:` and SHA-256 of normalizer, pre-tokenizer, model
+    (vocabulary and merges) and added tokens.
+
+    What is empty or false is left out, so that a new version of `tokenizers` with more options changes
+    nothing.
+    """
+    values = json.loads(tokenizer.backend_tokenizer.to_str())
+    rules = {name: values.get(name) for name in ("normalizer", "pre_tokenizer", "model", "added_tokens")}
+    return f"rules:{hashlib.sha256(json.dumps(_without_empty(rules), sort_keys=True).encode()).hexdigest()}"
+
+
+def _without_empty(value: Any) -> Any:
+    if isinstance(value, dict):
+        # ids are numbers: 0 is no empty value
+        kept = {key: _without_empty(item) for key, item in value.items()}
+        return {
+            key: item for key, item in kept.items() if item is not None and item is not False and item != []
+        }
+    return [_without_empty(item) for item in value] if isinstance(value, list) else value
+
+
+def has_fingerprint(tokenizer: Any, saved: str) -> bool:
+    """Whether a tokenizer has this fingerprint, which older versions made of the vocabulary with its ids."""
+    if saved.startswith("rules:"):
+        return saved == tokenizer_fingerprint(tokenizer)
     numbered = sorted((number, token) for token, number in tokenizer.get_vocab().items())
-    return hashlib.sha256(json.dumps(numbered).encode()).hexdigest()
+    return saved == hashlib.sha256(json.dumps(numbered).encode()).hexdigest()
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
@@ -234,6 +262,8 @@ class Encoder:
     backend_json: str | None
     """The `tokenizers` tokenizer as JSON; None for bytes."""
     _backend: Any = field(default=None, repr=False)
+    _cutter: Any = field(default=None, repr=False)
+    _dtype: Any = field(default=None, repr=False)
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Any, name: str) -> "Encoder":
@@ -242,17 +272,80 @@ class Encoder:
         return cls(tokenizer.bos_token_id, tokenizer.eos_token_id, backend_json)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_backend": None}
+        return self.__dict__ | {"_backend": None, "_cutter": None}
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The narrowest of uint16 and uint32 that holds every token."""
+        if self._dtype is None:
+            largest = 255 if self.backend_json is None else max(self._tokenizer().get_vocab().values())
+            self._dtype = np.dtype(np.uint16 if max(largest, self.bos, self.eos) < 2**16 else np.uint32)
+        return self._dtype
 
     def __call__(self, text: str) -> np.ndarray:
-        """Encode a document, int32 [1 + tokens + 1]; names of special tokens in the text are text."""
-        return np.concatenate([[self.bos], self.encode(text), [self.eos]], dtype=np.int32)
+        """Encode a document, `dtype` [1 + tokens + 1]; names of special tokens in the text are text."""
+        return self.documents([text])[0]
+
+    def documents(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Encode documents as `__call__`, many in each call of the tokenizer, which uses all cores and
+        releases the GIL.
+
+        A text of n bytes takes at most 5 n bytes besides itself and the result of one call: long texts are
+        encoded piece by piece, unless `TextCutter` cannot cut them.
+        """
+        if self.backend_json is None:
+            return [self.with_bounds(np.frombuffer(text.encode(), np.uint8)) for text in texts]
+        documents = [array.array(self.dtype.char, [self.bos]) for _ in texts]
+        for batch in self._batches(texts):
+            encodings = self._tokenizer().encode_batch_fast(
+                [piece for _, piece in batch], add_special_tokens=False
+            )
+            for (number, _), encoding in zip(batch, encodings, strict=True):
+                documents[number].extend(encoding.ids)
+        for document in documents:
+            document.append(self.eos)
+        return [np.frombuffer(document, self.dtype) for document in documents]
+
+    def _batches(self, texts: Sequence[str]) -> Iterator[list[tuple[int, str]]]:
+        """The pieces of all texts, each with the number of its text, in groups of about BATCH characters."""
+        batch: list[tuple[int, str]] = []
+        size = 0
+        for number, text in enumerate(texts):
+            for piece in self._pieces(text):
+                batch.append((number, piece))
+                size += len(piece)
+                if size >= BATCH:
+                    yield batch
+                    batch, size = [], 0
+        if batch:
+            yield batch
+
+    def _pieces(self, text: str) -> Iterable[str]:
+        if len(text) <= PIECE:
+            return [text]
+        if self._cutter is None:
+            self._cutter = TextCutter(self._tokenizer())
+        return self._cutter.pieces(text)
+
+    def with_bounds(self, tokens: np.ndarray) -> np.ndarray:
+        """The tokens of a text between bos and eos, `dtype`."""
+        document = np.empty(len(tokens) + 2, self.dtype)
+        document[0], document[1:-1], document[-1] = self.bos, tokens, self.eos
+        return document
 
     def encode(self, text: str) -> np.ndarray:
-        """The tokens of the text alone, without bos and eos."""
+        """The tokens of the text alone, `dtype`, without bos and eos."""
+        return self(text)[1:-1]
+
+    def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The tokens of each text, as `encode`, many in each call of the tokenizer."""
+        return [document[1:-1] for document in self.documents(texts)]
+
+    def num_ids(self) -> int:
+        """All ids are below this number."""
         if self.backend_json is None:
-            return np.frombuffer(text.encode(), dtype=np.uint8)
-        return np.asarray(self._tokenizer().encode(text, add_special_tokens=False).ids, dtype=np.int32)
+            return max(256, self.bos + 1, self.eos + 1)
+        return max(self._tokenizer().get_vocab(with_added_tokens=True).values()) + 1
 
     def num_bytes(self, tokens: np.ndarray) -> int:
         """Number of bytes of the text that the tokens decode to."""
@@ -277,6 +370,18 @@ def num_bytes(text: str) -> int:
     return len(text.encode())
 
 
-def model_vocab_size(tokenizer: Any, multiple: int = 8) -> int:
-    """Number of rows of the model's embedding: the number of ids, rounded up for the matrix units."""
-    return -(-(max(tokenizer.get_vocab().values()) + 1) // multiple) * multiple
+def num_token_ids(tokenizer: Any) -> int:
+    """All ids of a tokenizer are below this number."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def model_vocab_size(tokenizer: Any, multiple: int | None = None) -> int:
+    """Number of rows of the model's embedding: the number of ids, rounded up for the matrix units.
+
+    Args:
+        multiple: what the number is a multiple of; None: 64, and 8 for fewer than 512 ids (bytes, the symbols
+            of a task), whose products are one tile wide in any case.
+    """
+    num_ids = num_token_ids(tokenizer)
+    multiple = multiple or (8 if num_ids < SMALL_VOCABULARY else 64)
+    return -(-num_ids // multiple) * multiple

@@ -1,13 +1,14 @@
 """Held-out documents: each is read whole, every byte is scored, and the state is carried from chunk to chunk.
 
-    documents (up to a budget of tokens) -> distributed over lanes
+    documents (up to a budget of tokens) -> HeldOut, kept in a file (validation_file.py)
+      -> every R-th for a reader, distributed over lanes
       -> chunks, padded on the right, until all lanes have ended
 
 With order `windows` the set is the last part of the text, cut into consecutive crops without a carried state,
 as in the published set-up.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,7 @@ import numpy as np
 from ..common.errors import UserError
 from .corpus import CorpusSpec, DocumentStream, Split
 from .reader import Chunk, Lane, empty_chunk, encode_document
-from .tokenizer import Encoder, num_bytes
+from .tokenizer import Encoder
 
 VALIDATION_SEED = 0  # of the order in which held-out documents are taken: the same for every run
 
@@ -76,33 +77,77 @@ def _distribute(
     return ValidationSet(reader, [lanes[lane] for lane in order], chunk, size)
 
 
-def document_validation(
+@dataclass
+class HeldOut:
+    """The held-out text as tokens, for all readers."""
+
+    tokens: np.ndarray
+    """Integers [sum of lengths]: one document after another."""
+    lengths: np.ndarray
+    """int64 [documents]: tokens of each, with bos and eos. Order `windows` has one, without these."""
+    sizes: np.ndarray
+    """int64 [documents]: bytes of the text of each."""
+    num_read: int
+    """Documents that were read to find these."""
+    sources: np.ndarray | None = None
+    """int64 [documents]: the source of each in a mixture; None: there is one."""
+
+    def of_source(self, number: int) -> "HeldOut":
+        """The documents of one source."""
+        if self.sources is None:
+            return self
+        chosen = self.sources == number
+        tokens = self.tokens[np.repeat(chosen, self.lengths)]
+        return HeldOut(tokens, self.lengths[chosen], self.sizes[chosen], self.num_read)
+
+    def documents(self, reader: int, num_readers: int, num_lanes: int, chunk: int) -> ValidationSet:
+        """Every num_readers-th document."""
+        ends = np.cumsum(self.lengths)
+        numbers = range(reader, len(ends), num_readers)
+        documents = [self.tokens[ends[i] - self.lengths[i] : ends[i]] for i in numbers]
+        return _distribute(reader, documents, num_lanes, chunk, int(self.sizes[reader::num_readers].sum()))
+
+    def crops(self, reader: int, num_readers: int, num_lanes: int, chunk: int) -> ValidationSet:
+        """Every num_readers-th of the consecutive crops of the text."""
+        starts = range(0, len(self.tokens) - 1, chunk)
+        crops = [self.tokens[start : start + chunk + 1] for start in starts][reader::num_readers]
+        # counted over the whole text, since a crop may begin or end within a character
+        return _distribute(reader, crops, num_lanes, chunk, int(self.sizes.sum()) if reader == 0 else 0)
+
+
+def concatenated(parts: Sequence[HeldOut]) -> HeldOut:
+    """The held-out documents of the sources of a mixture."""
+    return HeldOut(
+        np.concatenate([part.tokens for part in parts]),
+        np.concatenate([part.lengths for part in parts]),
+        np.concatenate([part.sizes for part in parts]),
+        sum(part.num_read for part in parts),
+        np.repeat(np.arange(len(parts)), [len(part.lengths) for part in parts]),
+    )
+
+
+def held_out_documents(
     spec: CorpusSpec,
     part: Split,
     encoder: Encoder,
-    reader: int,
-    num_readers: int,
-    num_lanes: int,
-    chunk: int,
     max_tokens: int | None,
-) -> ValidationSet:
-    """Every num_readers-th held-out document.
+    after_document: Callable[[], None] = lambda: None,
+) -> HeldOut:
+    """Held-out documents, whole, up to `max_tokens` tokens in all. They are read once, in one pass.
 
-    Documents are taken whole, up to `max_tokens` tokens in all readers together.
+    Args:
+        after_document: called after each document.
 
     Raises:
         UserError: nothing is held out, or only empty documents.
     """
     stream = DocumentStream(spec, part, 0, 1, window=64, seed=VALIDATION_SEED)
-    documents, size, total, has_text = [], 0, 0, False
-    for i, document in enumerate(stream.one_epoch()):
-        assert document.text is not None
-        tokens = encode_document(encoder, document)
-        total += len(tokens) - 1
-        has_text = has_text or bool(document.text)
-        if i % num_readers == reader:
-            documents.append(tokens)
-            size += num_bytes(document.text)
+    documents, sizes, total = [], [], 0
+    for document in stream.one_epoch():
+        documents.append(encode_document(encoder, document))
+        sizes.append(document.num_bytes)
+        total += len(documents[-1]) - 1
+        after_document()
         if max_tokens is not None and total >= max_tokens:
             break
     if total == 0:
@@ -110,26 +155,19 @@ def document_validation(
             "data.validation_fraction",
             f"no document of {spec.corpus} is held out; raise it, or name a corpus in data.validation",
         )
-    if not has_text:
+    if not sum(sizes):
         limit = "" if max_tokens is None else f" up to data.validation_tokens ({max_tokens})"
         raise UserError(
             "data.validation_fraction",
             f"the held-out documents of {spec.corpus} are empty{limit}, so there is nothing to score; "
             "raise it, or name a corpus in data.validation",
         )
-    return _distribute(reader, documents, num_lanes, chunk, size)
+    lengths = np.array(list(map(len, documents)), np.int64)
+    return HeldOut(np.concatenate(documents), lengths, np.array(sizes, np.int64), stream.num_read)
 
 
-def window_validation(
-    tokens: np.ndarray,
-    encoder: Encoder,
-    reader: int,
-    num_readers: int,
-    num_lanes: int,
-    chunk: int,
-    max_tokens: int | None,
-) -> ValidationSet:
-    """Every num_readers-th of the consecutive crops of the held-out text.
+def held_out_text(tokens: np.ndarray, encoder: Encoder, max_tokens: int | None) -> HeldOut:
+    """The held-out end of a text that is read with order `windows`, up to `max_tokens` tokens.
 
     Raises:
         UserError: the text is empty.
@@ -137,12 +175,9 @@ def window_validation(
     tokens = tokens if max_tokens is None else tokens[: max_tokens + 1]
     if len(tokens) < 2:
         raise UserError("data.validation_fraction", "leaves no text for validation; raise it")
-    # counted over the whole text, since a crop may begin or end within a character
-    size = encoder.num_bytes(tokens[1:]) if reader == 0 else 0
-    if reader == 0 and size == 0:
+    size = encoder.num_bytes(tokens[1:])
+    if size == 0:
         raise UserError(
             "data.validation_fraction", "leaves tokens for validation that spell no text; raise it"
         )
-    starts = range(0, len(tokens) - 1, chunk)
-    crops = [tokens[start : start + chunk + 1] for start in starts][reader::num_readers]
-    return _distribute(reader, crops, num_lanes, chunk, size)
+    return HeldOut(tokens, np.array([len(tokens)]), np.array([size]), num_read=1)

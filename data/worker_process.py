@@ -22,6 +22,7 @@ from ..common.errors import UserError
 
 CLOSE_SECONDS = 10.0  # how long to wait for a killed worker to end
 READ_AHEAD = 4  # items
+ADVICE = "use fewer data.workers, a smaller data.shuffle_window, or smaller documents or row groups"
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,17 @@ class WorkerProcess:
     Args:
         job: the job.
         name_of: the name of an item, for messages.
+        read_ahead: items that are kept ready.
+        has_input: the job reads objects from standard input (`send`).
     """
 
-    def __init__(self, job: Job, name_of: Callable[[Any], str]):
+    def __init__(
+        self,
+        job: Job,
+        name_of: Callable[[Any], str],
+        read_ahead: int = READ_AHEAD,
+        has_input: bool = False,
+    ):
         command = [sys.executable, "-P", "-m", f"{__package__}.worker"]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
@@ -66,9 +75,12 @@ class WorkerProcess:
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # the worker has died already: `take` raises the reason
             pickle.dump(job, self._process.stdin)
-            self._process.stdin.close()
+            self._process.stdin.flush()
+        if not has_input:
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
         self._job, self._name_of = job, name_of
-        self._ready: queue.Queue[Any] = queue.Queue(READ_AHEAD)
+        self._ready: queue.Queue[Any] = queue.Queue(read_ahead)
         self._thread = threading.Thread(target=self._receive, daemon=True)
         self._thread.start()
 
@@ -85,6 +97,16 @@ class WorkerProcess:
         except Exception:  # any error is passed on to the parent
             progress = "before its first chunk of" if name is None else f"after {name} of"
             self._ready.put(_worker_died(self._process.wait(), progress, self._job))
+
+    def send(self, item: Any) -> None:
+        """Send an object to the job.
+
+        Raises:
+            BrokenPipeError: the process has died.
+        """
+        assert self._process.stdin is not None
+        pickle.dump(item, self._process.stdin, pickle.HIGHEST_PROTOCOL)
+        self._process.stdin.flush()
 
     def take(self, timeout: float | None = None) -> Any:
         """The next item, or None if it is not ready in time.
@@ -107,7 +129,10 @@ class WorkerProcess:
         while self._thread.is_alive() and time.monotonic() < end:  # it may be blocked on a full queue
             with contextlib.suppress(queue.Empty):
                 self._ready.get(timeout=0.01)
+        assert self._process.stdin is not None
         assert self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         if not self._thread.is_alive():
             self._process.stdout.close()
 

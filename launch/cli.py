@@ -19,8 +19,16 @@ USAGE = """usage: minrnn COMMAND ...
                     minrnn generate runs/quickstart/model --prompt "def main"
   plan          estimate memory, FLOPs and traffic of a run before it is started
                     minrnn plan --config fineweb-1b --processes 16
-  data          make the examples of a task of Long Range Arena, and print their statistics
-                    minrnn data lra/listops
+  sweep         train a grid, a random search or a ladder of sizes and budgets, with any number of workers
+                    minrnn sweep laptop --plan
+  fit           fit a scaling law, with intervals, to a sweep, to runs or to a CSV file
+                    minrnn fit runs/laptop
+  prepare       write the tokens of a corpus to disk, for runs that start at once
+                    minrnn prepare quickstart --out prepared/stdlib
+  tokenizer     train a byte-level BPE tokenizer on a corpus
+                    minrnn tokenizer train python-stdlib --vocab-size 8192 --out my-tokenizer
+  data          print what a run will see; make the examples of a task of Long Range Arena
+                    minrnn data show quickstart        minrnn data lra/listops
   export        write a run's checkpoint as a transformers model
                     minrnn export runs/quickstart --out my-model
   eval          run tasks of lm-eval, or score a classifier on its task's test split
@@ -47,6 +55,8 @@ accelerate launch -m minrnn.pipeline.train --config RECIPE ...
 MODULES = {
     "generate": ".generate",
     "plan": ".plan",
+    "prepare": ".prepare",
+    "tokenizer": ".train_tokenizer",
     "data": ".show_data",
     "eval": "..evals.harness.command",
     "long-context": "..evals.long_context.command",
@@ -55,6 +65,8 @@ MODULES = {
     "results": "..evals.report.runs",
     "rolling": "..evals.long_context.rolling",
     "lm-eval": "..evals.harness.model",
+    "fit": "..evals.scaling.command",
+    "sweep": ".sweep.command",
     "figures": "..evals.figures.command",
 }
 
@@ -102,6 +114,8 @@ def _command_module(command: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if command == "lm-eval" and error.name == "lm_eval":
             raise missing_package_error(command, "lm-eval", extra="eval") from None
+        if command == "fit" and str(error.name).partition(".")[0] == "scipy":
+            raise missing_package_error(command, "scipy", extra="eval") from None
         if command == "figures" and str(error.name).endswith(".figures"):
             message = "exists in a checkout of the repository only, and this is an installed package"
             raise UserError(command, message) from None

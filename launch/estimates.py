@@ -13,11 +13,11 @@ w N four times is the 16 bytes per parameter of fp32 training with AdamW. The ow
 DeepSpeed updates. The sizes of buckets are DeepSpeed's defaults. All engines also need autocast's copies of
 the matrices, activations (activation_memory.py), the loss (models/loss.py) and the carried states.
 
-Sent per process and step, with ring algorithms and k readers per process, in units of w N (P - 1) / P: DDP
-and ZeRO-1 2, ZeRO-2 k + 1, ZeRO-3 3 k.
+Sent per process and step, with ring algorithms and k micro batches per process, in units of
+w N (P - 1) / P: DDP and ZeRO-1 2, ZeRO-2 k + 1, ZeRO-3 3 k.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..common.errors import UserError
@@ -53,8 +53,11 @@ class Workload:
     context: int
     """Processes that share a reader's chunk along time."""
     readers: int
-    """Readers of a process, so micro batches per step."""
+    """Readers of a process."""
     lanes: int
+    """Of a reader."""
+    micro_batches: int
+    """Of a process in a step: one for each reader, or more with train.micro_lanes."""
     tokens: int
     """Tokens of a micro batch in one process."""
     carries_state: bool
@@ -108,12 +111,14 @@ def workload_of(recipe: Recipe, processes: int) -> Workload:
         raise UserError.from_list(errors)
     batch, context = recipe.batch, recipe.parallel.context
     groups = processes // context
+    micro_lanes = recipe.train.micro_lanes or batch.lanes
     return Workload(
         processes=processes,
         context=context,
         readers=batch.readers // groups,
         lanes=batch.lanes,
-        tokens=batch.lanes * num_texts(recipe) * batch.chunk // context,
+        micro_batches=batch.readers // groups * batch.lanes // micro_lanes,
+        tokens=micro_lanes * num_texts(recipe) * batch.chunk // context,
         carries_state=batch.carry_state,
     )
 
@@ -152,6 +157,22 @@ def _loss_memory(model: Model, workload: Workload, precision: str) -> float:
     return (w + c) * block + (w + c + (c if c < w else 0)) * head + (w + 2 * c) * workload.tokens * hidden
 
 
+def by_micro_lanes(model: Model, workload: Workload, precision: str, kept: float) -> dict[int, float]:
+    """Bytes of activations and loss by `train.micro_lanes`: all lanes of a reader, a half of them, and so on.
+
+    Args:
+        kept: bytes of the activations of the workload's micro batch.
+    """
+    per_lane = workload.tokens * workload.micro_batches // (workload.readers * workload.lanes)
+    sizes, lanes = {}, workload.lanes
+    while True:
+        part = replace(workload, tokens=per_lane * lanes)
+        sizes[lanes] = kept * part.tokens / workload.tokens + _loss_memory(model, part, precision)
+        if lanes % 2:
+            return sizes
+        lanes //= 2
+
+
 def activations(model: Model, workload: Workload, precision: str, recompute: str) -> float:
     """Bytes kept by all blocks, plus those of one block that is computed again."""
     by_recompute = block_bytes(model.config, precision)
@@ -185,21 +206,11 @@ def engine_memory(num_parameters: int, processes: int, precision: str, engine: s
 def bytes_sent(num_parameters: int, workload: Workload, precision: str, engine: str) -> float:
     """Bytes that a process sends per step. The states passed between the pieces of a chunk are negligible."""
     ring = widths(precision)[0] * num_parameters * (workload.processes - 1) / workload.processes
-    return ring * {"DDP": 2, "ZeRO-1": 2, "ZeRO-2": workload.readers + 1}.get(engine, 3 * workload.readers)
+    return ring * {"DDP": 2, "ZeRO-1": 2, "ZeRO-2": workload.micro_batches + 1}.get(
+        engine, 3 * workload.micro_batches
+    )
 
 
 def is_classifier(model: Model) -> bool:
     """Whether the model gives each row a label, and so has no logits over the vocabulary."""
     return model.config.problem_type is not None
-
-
-def flops_per_token(model: Model) -> int:
-    """Training FLOPs per token. An embedding that is not tied costs none, as it is only a lookup, and a
-    classifier's head costs none, as it is computed once per row."""
-    from ..pipeline.machine import training_flops_per_token
-
-    config = model.config
-    if is_classifier(model):
-        return training_flops_per_token(model.parameters - model.parts["embedding and head"])
-    lookup = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
-    return training_flops_per_token(model.parameters - lookup)

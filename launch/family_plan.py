@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from ..pipeline.config import Recipe
 from .estimates import Workload, bytes_sent, engine_memory
 
-NOT_KNOWN = (
-    "not known for this family: memory of activations, loss and autocast; FLOPs that grow with the length"
-)
+NOT_KNOWN = "not known for this family: memory of activations, loss and autocast"
 
 
 @dataclass(frozen=True)

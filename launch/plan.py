@@ -15,9 +15,9 @@ from .estimates import (
     Workload,
     activations,
     assumed_precision,
+    by_micro_lanes,
     bytes_sent,
     engine_memory,
-    flops_per_token,
     measure,
     num_texts,
     working_memory,
@@ -45,8 +45,24 @@ def parse_memory(text: str) -> float:
     return size
 
 
-def heading(recipe: Recipe, model: Model | FamilySize, flops: int, workload: Workload) -> list[str]:
-    """Parameters, tokens, FLOPs and the share of a process, one line each."""
+def training_flops(recipe: Recipe, model: Model | FamilySize, vocab_size: int) -> tuple[float, str]:
+    """FLOPs of training per token, and how they were counted."""
+    from ..pipeline.flops import model_size
+    from ..pipeline.machine import training_flops_per_token
+
+    try:
+        flops = model_size(recipe, vocab_size).flops.training
+    except UserError as error:
+        looked_up = model.looked_up if isinstance(model, FamilySize) else 0
+        ((_, reason),) = error.errors
+        return training_flops_per_token(model.parameters - looked_up), f"6 per parameter: {reason}"
+    return flops, f"{flops / model.parameters:.3g} per parameter"
+
+
+def heading(
+    recipe: Recipe, model: Model | FamilySize, flops: float, counted: str, workload: Workload
+) -> list[str]:
+    """Parameters, tokens, FLOPs (as `training_flops`) and the share of a process, one line each."""
     batch, steps = recipe.batch, recipe.train.steps
     texts = num_texts(recipe)
     tokens_per_step = texts * batch.tokens_per_step
@@ -56,14 +72,16 @@ def heading(recipe: Recipe, model: Model | FamilySize, flops: int, workload: Wor
     if is_labelled(recipe.data.corpus):
         shape = f"at most: {shape}" + (f" x {texts} texts" if texts > 1 else "")
     sharing = f", {workload.context} to a chunk" if workload.context > 1 else ""
+    micro_lanes = recipe.train.micro_lanes
+    micro_lanes = "" if micro_lanes is None else f" ({micro_lanes} of {batch.lanes} lanes: train.micro_lanes)"
     note = " (train.precision auto, on a GPU)" if recipe.train.precision == "auto" else ""
     return [
         f"parameters  {model.parameters:,}: {parts}",
         f"tokens      {tokens_per_step:,} a step ({shape}), {steps:,} steps: "
         f"{tokens / 1e9:.3g}B, {tokens / model.parameters:.1f} per parameter",
-        f"FLOPs       {flops:.3g} a token (6 per parameter), {flops * tokens:.3g} in all",
-        f"a process   {workload.readers} micro batches of {workload.tokens:,} tokens a step; "
-        f"{workload.processes} processes{sharing}; {assumed_precision(recipe)}{note}",
+        f"FLOPs       {flops:.3g} a token ({counted}), {flops * tokens:.3g} in all",
+        f"a process   {workload.micro_batches} micro batches of {workload.tokens:,} tokens a step"
+        f"{micro_lanes}; {workload.processes} processes{sharing}; {assumed_precision(recipe)}{note}",
     ]
 
 
@@ -94,10 +112,13 @@ def memory_table(model: Model, workload: Workload, precision: str, memory: float
         "none, selective, full: in all, by train.recompute. "
         f"* fits in {USABLE:.0%} of {memory / 1e9:.0f} GB. sent: per step."
     )
+    sizes = by_micro_lanes(model, workload, precision, kept["none"])
+    by_lanes = ", ".join(f"{size / 1e9:.2f} ({lanes})" for lanes, size in sizes.items())
+    lines.append(f"GB of activations (none) and loss by train.micro_lanes: {by_lanes}")
     return lines
 
 
-def time_line(recipe: Recipe, flops: int, workload: Workload, tflops: float, fraction: float) -> str:
+def time_line(recipe: Recipe, flops: float, workload: Workload, tflops: float, fraction: float) -> str:
     """Seconds per step and days in all, at a given rate and number of FLOPs per token."""
     recomputation = 4 / 3 if recipe.train.recompute == "full" else 1.0  # the forward pass runs twice
     seconds = flops * recomputation * num_texts(recipe) * recipe.batch.tokens_per_step
@@ -166,7 +187,6 @@ def main(argv: Sequence[str]) -> None:
     from ..data import model_vocab_size, run_tokenizer
     from ..pipeline.families.registry import OURS
     from ..pipeline.family_settings import with_sizes
-    from ..pipeline.machine import training_flops_per_token
     from ..pipeline.recipe import read_recipe
 
     arguments, overrides = _parser().parse_known_args(argv)
@@ -183,13 +203,12 @@ def main(argv: Sequence[str]) -> None:
     recipe = with_sizes(recipe, vocab_size)
     if recipe.model.family == OURS:
         model = measure(recipe, vocab_size)
-        flops = flops_per_token(model)
         table = memory_table(model, workload, precision, parse_memory(arguments.gpu_memory))
     else:
         model = measure_family(recipe, vocab_size)
-        flops = training_flops_per_token(model.parameters - model.looked_up)
         table = family_memory_table(model, workload, precision, ENGINES)
-    lines = heading(recipe, model, flops, workload)
+    flops, counted = training_flops(recipe, model, vocab_size)
+    lines = heading(recipe, model, flops, counted, workload)
     if arguments.tflops is not None:
         lines.append(time_line(recipe, flops, workload, arguments.tflops, arguments.fraction))
     print("\n".join([*lines, "", *table]))

@@ -1,5 +1,5 @@
-"""`minrnn data lra/NAME`: makes a task's examples and prints their statistics beside the published
-definition."""
+"""`minrnn data`: `show RECIPE` is show_corpus.py; `lra/NAME` makes a task's examples and prints their
+statistics beside the published definition."""
 
 from collections import Counter
 from pathlib import Path
@@ -16,9 +16,11 @@ from ..data.lra.tasks import PixelTask
 from ..evals.output import out_errors
 from ..pipeline.options import new_parser, parse_mapping
 
-DESCRIPTION = """Make or convert the examples of a task of Long Range Arena, unless the cache has them, and
-print their number, lengths and classes beside the published definition."""
+DESCRIPTION = """`minrnn data show RECIPE` prints what a run on text will see (minrnn data show --help).
+`minrnn data lra/NAME` makes or converts the examples of a task of Long Range Arena, unless the cache has
+them, and prints their number, lengths and classes beside the published definition."""
 EPILOG = """examples:
+  minrnn data show quickstart
   minrnn data lra/listops
   minrnn data lra/image --task '{folder: cifar10}'
   minrnn data lra/pathfinder --task '{train_examples: 1000}' --picture examples.png"""
@@ -141,6 +143,13 @@ def main(argv: list[str]) -> None:
     Raises:
         UserError: the task, its options or its files are wrong, or the picture cannot be written.
     """
+    if argv[:1] == ["show"]:
+        from .show_corpus import main as show
+
+        if not (len(argv) > 1 and is_labelled(argv[1])):
+            show(argv[1:])
+            return
+        argv = argv[1:]
     parser = new_parser("minrnn data", DESCRIPTION, EPILOG)
     parser.add_argument("corpus", metavar="lra/NAME", help=", ".join(LRA_TASKS))
     options = "options, as data.task"

@@ -5,6 +5,7 @@ to chunk, and a checkpoint stores it. Its size does not depend on the number of 
 recurrent state [batch, width] in fp32 and the last conv inputs [batch, kernel-1, hidden].
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -97,6 +98,29 @@ class MinRNNCache(Cache):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         return self.get_seq_length(layer_idx) + query_length, 0
+
+    def rows(self, rows: slice) -> "MinRNNCache":
+        """The state of some rows of the batch, as views."""
+        part = MinRNNCache(len(self.layers))
+        for own, layer in zip(self.layers, part.layers, strict=True):
+            states = (None if state is None else state[rows] for state in (own.recurrent, own.conv))
+            layer.replace(*states, num_tokens=0)
+            layer.num_tokens = own.num_tokens
+        return part
+
+    @classmethod
+    def of_rows(cls, parts: Sequence["MinRNNCache"]) -> "MinRNNCache":
+        """The inverse of `rows`: the state of the rows of all parts, in their order. All must have read as
+        many tokens."""
+        if len(parts) == 1:
+            return parts[0]
+        whole = cls(len(parts[0].layers))
+        for layer, *own in zip(whole.layers, *(part.layers for part in parts), strict=True):
+            kinds = ([part.recurrent for part in own], [part.conv for part in own])
+            states = (None if states[0] is None else torch.cat(states) for states in kinds)
+            layer.replace(*states, num_tokens=0)
+            layer.num_tokens = own[0].num_tokens
+        return whole
 
     def detach_(self) -> "MinRNNCache":
         """Detach all tensors in place, as training does between chunks."""

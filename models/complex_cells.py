@@ -38,6 +38,10 @@ class LRU(MinRNNMixer):
         return {"u": config.recurrent_size}
 
     @classmethod
+    def recurrence_flops(cls, config: "MinRNNConfig") -> int:
+        return 8 * (config.recurrent_size // 2)  # a complex product and a complex sum for each pair
+
+    @classmethod
     def config_errors(cls, config: "MinRNNConfig") -> dict[str, str]:
         if config.recurrent_size % 2 == 0:
             return {}
@@ -93,6 +97,11 @@ class S4D(MinRNNMixer):
     @classmethod
     def state_size(cls, config: "MinRNNConfig") -> int:
         return 2 * config.recurrent_size * cls.expansion(config)
+
+    @classmethod
+    def recurrence_flops(cls, config: "MinRNNConfig") -> int:
+        # For each state: a complex product 6, the real input 1, Re(w h) 3, and its sum 1.
+        return 11 * config.recurrent_size * cls.expansion(config)
 
     def init_parameters(self, memory: Tensor) -> None:
         n = torch.arange(self.num_states, dtype=memory.dtype).repeat(len(memory))

@@ -34,6 +34,9 @@ class MinRNNConfig(PreTrainedConfig):
 
     Args:
         vocab_size: Number of rows of the embedding; at least the tokenizer's, usually rounded up.
+        num_tokens: Number of ids that the tokenizer has. The rows after them are padding: their logits are
+            the lowest number, so they have no probability. `None` if no row is padding. To use such rows for
+            new tokens, call `resize_token_embeddings`, which sets it to `None`.
         hidden_size: Width of the residual stream.
         num_hidden_layers: Number of blocks.
         cell: Name of the recurrent cell: `"mingru"` or `"minlstm"` with decays in (0, 1), `"mingru_signed"`
@@ -77,6 +80,7 @@ class MinRNNConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = ["past_key_values"]
 
     vocab_size: int = 264
+    num_tokens: int | None = None
     hidden_size: int = 256
     num_hidden_layers: int = 4
     cell: str = "mingru"
@@ -156,6 +160,8 @@ class MinRNNConfig(PreTrainedConfig):
             errors["expansion_factor"] = (
                 f"times hidden_size must round to at least 1 channel, not {self.recurrent_size}"
             )
+        if self.num_tokens is not None and not 0 < self.num_tokens <= self.vocab_size:
+            errors["num_tokens"] = f"must be from 1 to vocab_size ({self.vocab_size}), not {self.num_tokens}"
         for name in ("head_dim", "state_expansion"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 errors[name] = f"must be at least 1, not {getattr(self, name)}"

@@ -14,6 +14,8 @@ class TorchRNNConfig(PreTrainedConfig):
 
     Args:
         vocab_size: Number of rows of the embedding.
+        num_tokens: Number of ids that the tokenizer has; the rows after them are padding, without any
+            probability. `None` if no row is padding.
         hidden_size: Width of the embedding and of every layer.
         num_hidden_layers: Number of layers.
         cell: `"gru"` or `"lstm"`.
@@ -35,6 +37,7 @@ class TorchRNNConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = ["past_key_values"]
 
     vocab_size: int = 264
+    num_tokens: int | None = None
     hidden_size: int = 256
     num_hidden_layers: int = 4
     cell: str = "gru"
@@ -62,6 +65,9 @@ class TorchRNNConfig(PreTrainedConfig):
             errors.append(f"dropout: must be in [0, 1), not {self.dropout}")
         if self.initializer_range is not None and self.initializer_range <= 0:
             errors.append(f"initializer_range: must be positive or null, not {self.initializer_range}")
+        if self.num_tokens is not None and not 0 < self.num_tokens <= self.vocab_size:
+            most = f"vocab_size ({self.vocab_size})"
+            errors.append(f"num_tokens: must be from 1 to {most}, not {self.num_tokens}")
         if errors:
             raise ValueError(f"TorchRNNConfig: {'; '.join(errors)}")
 

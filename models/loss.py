@@ -12,6 +12,8 @@ nothing is computed twice. Sums are in fp32 (fp64 in fp64), whatever the dtype o
 chunked `linear_cross_entropy` (2.13) returns the loss in bf16 under autocast, with an error of 1 %.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,7 +27,15 @@ BLOCK_ELEMENTS = 2**25  # logits held at once: 128 MB in fp32
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, block: int) -> Tensor:
+    def forward(
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        scale: Tensor,
+        block: int,
+        num_tokens: int | None,
+    ) -> Tensor:
         dtype = compute_dtype(hidden)
         cast_hidden, cast_weight = hidden.to(dtype), weight.to(dtype)
         loss = scale.new_zeros(())
@@ -35,7 +45,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_blocks, target_blocks = cast_hidden.split(block), targets.split(block)
         grad_blocks = (None,) * len(hidden_blocks) if grad_hidden is None else grad_hidden.split(block)
         for rows, labels, grad_rows in zip(hidden_blocks, target_blocks, grad_blocks, strict=True):
-            log_probabilities = F.log_softmax(rows @ cast_weight.t(), dim=-1, dtype=scale.dtype)
+            logits = without_padding(rows @ cast_weight.t(), num_tokens)
+            log_probabilities = F.log_softmax(logits, dim=-1, dtype=scale.dtype)
             loss += F.nll_loss(log_probabilities, labels, ignore_index=IGNORE_INDEX, reduction="sum")
             if grad_rows is not None and grad_weight is not None:
                 scored = (labels != IGNORE_INDEX).unsqueeze(1)
@@ -51,7 +62,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_loss: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx, grad_loss: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         grad_hidden, grad_weight = ctx.saved_tensors
         hidden_dtype, weight_dtype = ctx.dtypes
         return (
@@ -60,7 +71,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
+
+
+def without_padding(logits: Tensor, num_tokens: int | None) -> Tensor:
+    """Logits [..., vocab_size] in which ids from `num_tokens` on have the lowest number, changed in place.
+
+    Their probability is exactly 0. The number is finite, so that p log p is 0 for them and not NaN.
+    """
+    if num_tokens is not None and num_tokens < logits.shape[-1]:
+        logits[..., num_tokens:] = torch.finfo(logits.dtype).min
+    return logits
 
 
 def linear_cross_entropy(
@@ -69,6 +91,7 @@ def linear_cross_entropy(
     targets: Tensor,
     num_items: int | float | Tensor | None = None,
     block: int | None = None,
+    num_tokens: int | None = None,
 ) -> Tensor:
     """Cross-entropy in nats of `hidden @ weight.T` against `targets`, without the logits.
 
@@ -78,6 +101,7 @@ def linear_cross_entropy(
         targets: int64 [...], -100 where nothing is scored.
         num_items: what the summed loss is divided by; the number of scored tokens if None.
         block: tokens whose logits are held at once; by default as many as make 2^25 logits.
+        num_tokens: rows of the weight from this one on are padding and have no probability; None: none are.
 
     Returns:
         A scalar in fp32 (fp64 if hidden is).
@@ -90,7 +114,7 @@ def linear_cross_entropy(
     )
     scale = count.to(torch.promote_types(hidden.dtype, torch.float32)).reciprocal()
     return _LinearCrossEntropy.apply(
-        rows, weight, labels, scale, block or max(1, BLOCK_ELEMENTS // len(weight))
+        rows, weight, labels, scale, block or max(1, BLOCK_ELEMENTS // len(weight)), num_tokens
     )
 
 
@@ -136,14 +160,20 @@ class LMHead(nn.Linear):
 
     The loss is computed inside the module because engines that shard parameters (ZeRO-3) gather them around a
     module's forward.
+
+    Args:
+        num_tokens: rows from this one on pad the vocabulary: they never have any probability. None: none are.
+        others: as in nn.Linear.
     """
+
+    def __init__(self, *args: Any, num_tokens: int | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.num_tokens = num_tokens
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, x: Tensor, targets: Tensor | None = None, num_items: int | float | Tensor | None = None
     ) -> Tensor:
         """[..., hidden_size] -> logits [..., vocab_size], or the loss if `targets` is given."""
-        return (
-            super().forward(x)
-            if targets is None
-            else linear_cross_entropy(x, self.weight, targets, num_items)
-        )
+        if targets is None:
+            return without_padding(super().forward(x), self.num_tokens)
+        return linear_cross_entropy(x, self.weight, targets, num_items, num_tokens=self.num_tokens)

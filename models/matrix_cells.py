@@ -56,6 +56,8 @@ class MatrixMixer(MinRNNMixer):
     own_fields = ("head_dim", "state_expansion")
     has_normalizer = False
     """The state has one more column, the decayed sum of k, which scales y."""
+    has_decay = True
+    """The state decays."""
     has_head_norm = True
     """An RMS norm of y over the channels of each head, before the output gate."""
 
@@ -80,6 +82,13 @@ class MatrixMixer(MinRNNMixer):
     @classmethod
     def state_size(cls, config: "MinRNNConfig") -> int:
         return cls.num_key_channels(config) * (head_size(config) + cls.has_normalizer)
+
+    @classmethod
+    def recurrence_flops(cls, config: "MinRNNConfig") -> int:
+        # For each number of the matrix: its decay 1, the outer product k v^T 2, the readout S^T q 2. Chunks
+        # of tokens need other numbers of operations for the same result.
+        size = cls.num_key_channels(config) * (head_size(config) + cls.has_normalizer)
+        return (4 + cls.has_decay) * size
 
     @classmethod
     def config_errors(cls, config: "MinRNNConfig") -> dict[str, str]:
@@ -125,6 +134,7 @@ class LinearAttention(MatrixMixer):
     """
 
     has_normalizer = True
+    has_decay = False
     has_head_norm = False
     smallest = 1e-6
     """Added to z, which is 0 where phi(q) and all phi(k) underflow."""

@@ -74,6 +74,12 @@ class MinRNNMixer(nn.Module):
         return config.recurrent_size
 
     @classmethod
+    def recurrence_flops(cls, config: "MinRNNConfig") -> int:
+        """Operations (additions, products) of the recurrence and its readout per token, without what is
+        computed from the input alone. a h + b takes 2 for each number of the state."""
+        return 2 * cls.state_size(config)
+
+    @classmethod
     def output_size(cls, config: "MinRNNConfig") -> int:
         """Channels of the cell's output."""
         return config.recurrent_size

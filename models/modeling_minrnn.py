@@ -246,7 +246,7 @@ class MinRNNForCausalLM(MinRNNPreTrainedModel, StateGenerationMixin):
         if config.bidirectional:
             raise ValueError("bidirectional is for classifiers: a language model reads from left to right.")
         self.model = MinRNNModel(config)
-        self.lm_head = LMHead(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = LMHead(config.hidden_size, config.vocab_size, bias=False, num_tokens=config.num_tokens)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
@@ -258,7 +258,7 @@ class MinRNNForCausalLM(MinRNNPreTrainedModel, StateGenerationMixin):
             head.weight = new_embeddings.weight
             # Without this flag post_init would draw the weights again.
             head.__dict__["_is_hf_initialized"] = getattr(new_embeddings, "_is_hf_initialized", False)
-            new_embeddings = head
+            new_embeddings, self.config.num_tokens = head, None  # the new size is that of the user's tokens
         self.lm_head = new_embeddings
 
     @can_return_tuple

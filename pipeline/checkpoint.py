@@ -78,8 +78,9 @@ def _with_checksum(manifest: dict[str, Any]) -> str:
     return json.dumps({**manifest, "sha256": digest}, indent=1)
 
 
-def remove_old(folder: Path, keep: int, step: int) -> None:
-    """Keep the newest `keep` checkpoints up to `step`, and rename newer ones as invalid.
+def remove_old(folder: Path, keep: int, step: int, always_keep: frozenset[int] = frozenset()) -> None:
+    """Keep the newest `keep` checkpoints up to `step`, and those of the steps in `always_keep`. Rename newer
+    ones than `step` as invalid.
 
     A newer one cannot be valid, otherwise the run would have resumed from it.
     """
@@ -87,7 +88,8 @@ def remove_old(folder: Path, keep: int, step: int) -> None:
     for path in [p for p in paths if _step_number(p) > step]:
         mark_invalid(path)
     for path in [p for p in paths if _step_number(p) <= step][keep:]:
-        _remove(path)
+        if _step_number(path) not in always_keep:
+            _remove(path)
     remove_leftovers(folder)
 
 
@@ -97,8 +99,9 @@ def remove_leftovers(folder: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def make_room(folder: Path, newest: int | None) -> str | None:
-    """Remove the least useful checkpoint: a damaged one, else the oldest, but never the newest valid one.
+def make_room(folder: Path, newest: int | None, always_keep: frozenset[int] = frozenset()) -> str | None:
+    """Remove the least useful checkpoint: a damaged one, else the oldest, but never the newest valid one, and
+    none of the steps in `always_keep`.
 
     Returns:
         Its name, or None if nothing could be removed.
@@ -106,7 +109,7 @@ def make_room(folder: Path, newest: int | None) -> str | None:
     others = [
         path
         for path in reversed(checkpoint_paths(folder))
-        if newest is not None and _step_number(path) != newest
+        if newest is not None and _step_number(path) not in {newest, *always_keep}
     ]
     for path in [*reversed(_invalid_in(folder)), *others]:
         _remove(path)

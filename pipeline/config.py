@@ -6,26 +6,26 @@ A recipe is YAML with these sections. `--section.field value` on the command lin
 
 import os
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
 from ..common.errors import UserError
-from ..data import LabelledTask, Task, build_task, is_task
+from ..data import LabelledTask, RetryPolicy, RowRules, Task, build_task, is_task
 from ..models.configuration_minrnn import PRESETS
 from .families.fields import merged_fields
 from .families.registry import OURS
 from .model_section import NO_CONFIG_FIELDS, ModelSection
 from .section import Section, expand_home
-from .source_settings import EXAMPLE, corpus_name, normalized_corpus, source_errors
+from .source_settings import EXAMPLE, corpus_name, normalized_corpus, source_errors, with_source_commits
 
 
 class RunSection(Section):
     """The run: its folder, seed and resume."""
 
     dir: str = Field(default="runs/default", min_length=1)
-    """The run's folder. It holds config.yaml, metrics.jsonl, loss.png, samples.txt, checkpoints/ and
-    model/."""
+    """The run's folder. It holds config.yaml, metrics.jsonl, loss.png, samples.txt, checkpoints/,
+    validation/ and model/."""
     seed: int = Field(default=0, ge=0)
     """Seed of the weights, the data order and dropout. The same seed gives the same run."""
     resume: Literal["auto", "never", "must"] = "auto"
@@ -33,7 +33,7 @@ class RunSection(Section):
     a folder that has a checkpoint. must: refuse a folder without one."""
     change: list[str] = []
     """Settings that may differ from those the run was started with, e.g. [optim.lr]. Any other difference
-    stops a resume."""
+    stops a resume. data.corpus and data.validation may only name another place of the same text."""
     _expand = field_validator("dir")(expand_home)
 
 
@@ -41,11 +41,13 @@ class DataSection(Section):
     """The corpus, its order and its tokenizer."""
 
     corpus: str | list[dict[str, Any]] = "python-stdlib"
-    """python-stdlib; a file, folder or glob (parquet, JSON lines, csv, tsv or text; plain, .gz or .zst); a
-    hub dataset; a synthetic task, synthetic/NAME; or a task of Long Range Arena, lra/NAME. A list is a
-    weighted mixture of corpora, each a name or a mapping, e.g. [a.txt, {corpus: b, weight: 2}]: b gives two
-    thirds of the tokens. A mapping has corpus, weight (default 1), order (auto, documents, passages), and
-    subset, split, revision, text_field and join, which are by default those of this section."""
+    """python-stdlib; python-packages (the source of the installed packages); a file, folder or glob
+    (parquet, JSON lines, csv, tsv or text; plain, .gz or .zst), local or a URL (https://, s3://, gs://,
+    hf://); a folder of datasets' save_to_disk; a hub dataset; a synthetic task, synthetic/NAME; or a task
+    of Long Range Arena, lra/NAME. A list is a weighted mixture of corpora, each a name or a mapping, e.g.
+    [a.txt, {corpus: b, weight: 2}]: b gives two thirds of the tokens. A mapping has corpus, weight (default
+    1), order (auto, documents, passages), and subset, split, revision, text_field, template, filter, join
+    and hold_out, which are by default those of this section."""
     _normalize = field_validator("corpus", mode="before")(normalized_corpus)
     task: dict[str, Any] = {}
     """Options of a task (docs/synthetic.md, docs/lra.md), e.g. {length: 64, num_tokens: 4}. With a task,
@@ -56,11 +58,22 @@ class DataSection(Section):
     subset: str | None = None
     """Configuration of a hub dataset, e.g. sample-10BT."""
     split: str = "train"
-    """Split of a hub dataset."""
+    """Split of a hub dataset, or of a DatasetDict of save_to_disk."""
     revision: str | None = None
-    """Commit, tag or branch of a hub dataset. Pin a commit for a run that can be repeated."""
+    """Commit, tag or branch of a hub dataset; null for its main branch. It is resolved to a commit at the
+    start, and the run keeps that commit."""
+    commit: str | None = None
+    """The commit that `revision` was resolved to. minrnn writes it to config.yaml; leave it out of a
+    recipe."""
     text_field: str = "text"
     """Column or key that holds a document's text."""
+    template: str | None = Field(default=None, min_length=1)
+    """Several fields as one text, instead of `text_field`, e.g. "{title}\\n\\n{text}". Fields hold text or
+    numbers. {{ and }} are braces, \\n is a newline."""
+    filter: dict[str, Any] = {}
+    """Leave out the rows that do not pass, and count them (documents_filtered in metrics.jsonl). min_bytes
+    and max_bytes are of the text. Any other key is a field with a value, a list of values, or a range,
+    e.g. {min_bytes: 200, language: [en, de], score: {min: 0.5}}. Null does not pass."""
     skip_broken: bool = False
     """Skip and count damaged data instead of stopping: documents that are not UTF-8, not JSON or without
     text; damaged row groups of parquet files; everything after the damage in other files."""
@@ -84,15 +97,50 @@ class DataSection(Section):
     validation: str | None = None
     """A separate corpus for validation. null: python-stdlib's held-out modules, or `validation_fraction`
     of the corpus."""
+    validation_subset: str | None = None
+    """Configuration of the hub dataset in `validation`."""
     validation_split: str = "validation"
     """Split of the hub dataset in `validation`."""
+    validation_revision: str | None = None
+    """Commit, tag or branch of the hub dataset in `validation`, as `revision`."""
+    validation_commit: str | None = None
+    """The commit that `validation_revision` was resolved to. minrnn writes it to config.yaml; leave it out
+    of a recipe."""
     validation_fraction: float = Field(default=0.01, gt=0.0, lt=1.0)
-    """Fraction of the documents that is held out; with order continuous or windows, the end of the
-    text."""
+    """Fraction of the corpus that is held out; with order continuous or windows, the end of the text."""
+    hold_out: Literal["auto", "documents", "shards"] = "auto"
+    """What is held out. documents: those whose text has a small hash; finding them reads the corpus up to
+    the last of them. shards: whole shards, or the end of one, so nothing else is read. auto: shards for
+    hub datasets and for files of rows of more than 256 MB, unless that holds out over a tenth of the
+    corpus; otherwise documents."""
     validation_tokens: int | None = Field(default=500_000, ge=1)
-    """Validate on whole documents until they have this many tokens in all; null for all documents."""
+    """Validate on whole documents until they have this many tokens in all; null for all documents. They
+    are kept in run.dir/validation."""
     workers: int = Field(default=1, ge=0)
-    """Processes that read ahead; 0 reads in the training process."""
+    """Processes that read and tokenize ahead, for each training process; 0 reads in a thread of the training
+    process. They share its readers. If there are more of them than readers, several work for one reader. The
+    data and their order are the same for any number."""
+    retries: int = Field(default=10, ge=0)
+    """How often a read of a remote corpus is tried again after an error that may pass (no answer, a broken
+    connection, status 429 or 5xx), from the byte where it broke. Then the run saves and exits; the same
+    command resumes it."""
+    retry_wait: float = Field(default=1.0, gt=0)
+    """Seconds before the first retry. Each further wait is twice as long, up to 60 seconds, or as long as
+    the server asks for."""
+    timeout: float = Field(default=60.0, gt=0)
+    """Seconds without a byte from a remote corpus after which the connection counts as broken."""
+
+    def rules(self) -> RowRules:
+        """How a row becomes a text, and which rows are left out.
+
+        Raises:
+            UserError: `template` or `filter` is malformed.
+        """
+        return RowRules.from_settings(self.template, self.filter)
+
+    def network(self) -> RetryPolicy:
+        """How long an outage of a remote corpus is waited for."""
+        return RetryPolicy(self.retries, self.timeout, self.retry_wait)
 
     def errors(self) -> dict[str, str]:
         if not is_task(self.corpus):
@@ -106,6 +154,12 @@ class DataSection(Section):
                     errors["order"] = f"{message}, whose sources may say order: passages"
             elif self.corpus.startswith("[") and "{" in self.corpus:
                 errors["corpus"] = f"is not a list in YAML; write {EXAMPLE}, not {self.corpus!r}"
+            try:
+                self.rules()
+            except UserError as error:
+                errors |= {key.removeprefix("data."): message for key, message in error.errors}
+            if self.template is not None and self.text_field != "text":
+                errors["text_field"] = "is for a single field; name it in data.template and leave this out"
             if self.join is not None and self.order == "windows":
                 errors["join"] = (
                     "is for data.order documents; windows reads the whole corpus as one text, so leave it out"
@@ -126,6 +180,26 @@ class DataSection(Section):
     def name(self) -> str:
         """The corpus, or the sources of the mixture, for messages."""
         return corpus_name(self.corpus)
+
+    @property
+    def has_filter(self) -> bool:
+        """Whether rows of the corpus, or of a source of the mixture, are left out."""
+        sources = self.corpus if isinstance(self.corpus, list) else []
+        return bool(self.filter) or any(source.get("filter") for source in sources)
+
+    def with_commits_of(self, saved: dict[str, Any]) -> "DataSection":
+        """The section with the commits of a saved run's, for the datasets and revisions that both name."""
+        commits: dict[str, Any] = {}
+        if isinstance(self.corpus, list) and isinstance(saved.get("corpus"), list):
+            commits["corpus"] = with_source_commits(
+                self.corpus, saved["corpus"], self.revision == saved.get("revision")
+            )
+        for corpus, prefix in (("corpus", ""), ("validation", "validation_")):
+            revision, commit = f"{prefix}revision", f"{prefix}commit"
+            is_same = all(getattr(self, name) == saved.get(name) for name in (corpus, revision))
+            if is_same and getattr(self, commit) is None and saved.get(commit):
+                commits[commit] = saved[commit]
+        return self.model_copy(update=commits)
 
 
 class BatchSection(Section):
@@ -193,6 +267,10 @@ class TrainSection(Section):
     recompute: Literal["none", "selective", "full"] = "none"
     """What the backward pass computes again to save memory. none: nothing. selective: all but matrix
     products and scans. full: whole blocks."""
+    micro_lanes: int | None = Field(default=None, ge=1)
+    """Lanes that are computed at a time, a divisor of batch.lanes; null for all lanes of a reader. Fewer
+    need less memory and more time for the same losses, so a recipe fits a smaller GPU without being another
+    run. With dropout, it decides which values are dropped. `minrnn plan` shows the memory."""
     compile: bool = False
     """Apply torch.compile to each block. For GPUs: on a CPU the kernels are fused already. The first step
     takes longer, and dropout uses other random numbers."""
@@ -202,6 +280,8 @@ class TrainSection(Section):
     """Steps between validations; null for a single one at the end."""
     save_every: int | None = Field(default=None, ge=1)
     """Steps between checkpoints, in addition to those of `save_minutes`; null for none."""
+    save_at: list[Annotated[int, Field(ge=1)]] = []
+    """More steps to save, whose checkpoints are kept until the end. Other runs can branch off them."""
     save_minutes: float | None = Field(default=15.0, gt=0)
     """Minutes between checkpoints, in addition to those of `save_every`; null for none. A checkpoint is
     always written at the end and on signals."""

@@ -3,7 +3,8 @@ examples of a task."""
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -16,17 +17,18 @@ from ..data import (
     IGNORE_INDEX,
     AnyCorpus,
     Chunk,
-    CorpusSpec,
     Encoder,
+    HeldOut,
     LabelledSet,
     MixtureSpec,
     TaskValidation,
     ValidationSet,
+    concatenated,
     corpus_tokens,
-    document_validation,
     has_fewer_texts,
+    held_out_documents,
+    held_out_text,
     source_specs,
-    window_validation,
 )
 from ..data.corpus import Split
 from ..data.synthetic import IN_DISTRIBUTION
@@ -40,11 +42,82 @@ ValidationSets = Sequence[ValidationSet] | Sequence[TaskValidation] | Sequence[L
 PIECE = 8  # each process of a context group has a multiple of this many positions of a task's chunk
 
 
-def validation_sets(recipe: Recipe, corpus: AnyCorpus, encoder: Encoder, readers: range) -> ValidationSets:
-    """The validation sets of these readers.
+def validation_spec(recipe: Recipe, corpus: AnyCorpus) -> tuple[AnyCorpus, Split]:
+    """The corpus that holds the text for validation, and the part of it.
+
+    Raises:
+        UserError: files of text cannot be read.
+    """
+    data, batch = recipe.data, recipe.batch
+    if data.validation is None:
+        return corpus, "validation"
+    spec = dataclasses.replace(
+        source_specs(corpus)[0],
+        corpus=data.validation,
+        subset=data.validation_subset,
+        split=data.validation_split,
+        revision=data.validation_commit or data.validation_revision,
+        text_field=data.text_field,
+        join=data.join,
+        hold_out=data.hold_out,
+        rules=data.rules(),
+        held_out=0.0,
+        passages=False,
+    )
+    if data.order == "continuous" and has_fewer_texts(spec, batch.readers * batch.lanes):
+        spec = dataclasses.replace(spec, passages=True)
+    return spec, "all"
+
+
+@contextmanager
+def validation_errors(recipe: Recipe) -> Iterator[None]:
+    """Report the errors of a corpus under the key that names it."""
+    try:
+        yield
+    except UserError as error:
+        if recipe.data.validation is None:
+            raise
+        keys = {
+            "data.subset": "data.validation_subset",
+            "data.split": "data.validation_split",
+            "data.revision": "data.validation_revision",
+        }
+        errors = ((keys.get(key, "data.validation"), message) for key, message in error.errors)
+        raise UserError.from_list(errors) from None
+
+
+def validation_budgets(spec: MixtureSpec, max_tokens: int | None) -> list[int | None]:
+    """The share of data.validation_tokens that each source of a mixture has, by its weight."""
+    return [max_tokens and max(round(max_tokens * weight), 1) for weight in spec.weights]
+
+
+def make_held_out(
+    recipe: Recipe, corpus: AnyCorpus, encoder: Encoder, after_document: Callable[[], None] = lambda: None
+) -> HeldOut:
+    """Read the text for validation, in one pass.
 
     Raises:
         UserError: the corpus does not exist or is empty; under data.validation if that names it.
+    """
+    max_tokens = recipe.data.validation_tokens
+    with validation_errors(recipe):
+        spec, part = validation_spec(recipe, corpus)
+        if isinstance(spec, MixtureSpec):
+            budgets = validation_budgets(spec, max_tokens)
+            pairs = zip(spec.sources, budgets, strict=True)
+            return concatenated(
+                [held_out_documents(source, part, encoder, *rest, after_document) for source, *rest in pairs]
+            )
+        if recipe.data.order == "windows":
+            return held_out_text(corpus_tokens(spec, part, encoder), encoder, max_tokens)
+        return held_out_documents(spec, part, encoder, max_tokens, after_document)
+
+
+def validation_sets(recipe: Recipe, held_out: HeldOut | None, readers: range) -> ValidationSets:
+    """The validation sets of these readers.
+
+    Args:
+        held_out: as `make_held_out` returns it; None for a task.
     """
     data, batch = recipe.data, recipe.batch
     if (labelled := open_labelled(recipe)) is not None:
@@ -54,47 +127,18 @@ def validation_sets(recipe: Recipe, corpus: AnyCorpus, encoder: Encoder, readers
             TaskValidation(task, reader, batch.readers, batch.lanes, PIECE * recipe.parallel.context)
             for reader in readers
         ]
-    if data.validation is None and isinstance(corpus, MixtureSpec):
+    assert held_out is not None
+    if isinstance(data.corpus, list) and data.validation is None:
+        layout = (batch.readers, batch.lanes, batch.chunk)
+        names = enumerate(source_names(data.corpus))
+        parts = [(name, held_out.of_source(number)) for number, name in names]
         return [
-            dataclasses.replace(part, source=name)
-            for name, source, weight in zip(
-                source_names(data.corpus), corpus.sources, corpus.weights, strict=True
-            )
-            for part in _sets(recipe, source, "validation", encoder, readers, weight)
+            dataclasses.replace(part.documents(reader, *layout), source=name)
+            for name, part in parts
+            for reader in readers
         ]
-    if data.validation is None:
-        assert isinstance(corpus, CorpusSpec)
-        return _sets(recipe, corpus, "validation", encoder, readers)
-    spec = CorpusSpec(
-        data.validation,
-        None,
-        data.validation_split,
-        None,
-        data.text_field,
-        data.skip_broken,
-        0.0,
-        data.join,
-        source_specs(corpus)[0].excluded,
-    )
-    try:
-        if data.order == "continuous" and has_fewer_texts(spec, batch.readers * batch.lanes):
-            spec = dataclasses.replace(spec, passages=True)
-        return _sets(recipe, spec, "all", encoder, readers)
-    except UserError as error:
-        raise UserError.from_list((("data.validation", message) for _, message in error.errors)) from None
-
-
-def _sets(
-    recipe: Recipe, spec: CorpusSpec, part: Split, encoder: Encoder, readers: range, share: float = 1.0
-) -> list[ValidationSet]:
-    """The sets of one corpus, with this share of data.validation_tokens."""
-    data, batch = recipe.data, recipe.batch
-    budget = data.validation_tokens and max(round(data.validation_tokens * share), 1)
-    layout = (batch.readers, batch.lanes, batch.chunk, budget)
-    if data.order == "windows":
-        tokens = corpus_tokens(spec, part, encoder)
-        return [window_validation(tokens, encoder, reader, *layout) for reader in readers]
-    return [document_validation(spec, part, encoder, reader, *layout) for reader in readers]
+    share = held_out.crops if data.order == "windows" else held_out.documents
+    return [share(reader, batch.readers, batch.lanes, batch.chunk) for reader in readers]
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from ..common.errors import UserError
 from ..common.output import warn
-from ..data import TextStream, prompt_batch, prompt_tokens, run_tokenizer
+from ..data import TextStream, num_token_ids, prompt_batch, prompt_tokens, run_tokenizer
 from ..models import MinRNNForCausalLM, MinRNNForSequenceClassification
 from ..models.dtypes import DTYPES
 from . import card
@@ -19,7 +19,7 @@ from .classification import classifier_fields, new_model
 from .export_folder import check_export, write_export
 from .families.decoding import FamilyDecoder, has_exact_cache
 from .families.limits import NO_PADDING
-from .families.registry import OURS, config_of, max_positions
+from .families.registry import CARRYING, OURS, config_of, max_positions
 from .families.saved import saved_defaults
 from .model_section import saved_fields
 
@@ -57,6 +57,7 @@ def export_model(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        suppress_tokens=padding_ids(model, tokenizer),
     )
     name = folder.resolve().parent.name if folder.name == "model" else folder.name
     kind = getattr(model.config, "cell", model.config.model_type)
@@ -80,10 +81,34 @@ def _generation(model: PreTrainedModel, limits: list[str]) -> card.Generation:
     return card.Generation(False, has_cache, NO_PADDING not in limits, max_positions(model.config))
 
 
-def model_config(fields: dict[str, Any], tokenizer: Any, vocab_size: int, family: str = OURS) -> Any:
-    """The configuration of a run's model, from the recipe's fields and the tokenizer's special tokens."""
+def model_config(
+    fields: dict[str, Any], tokenizer: Any, vocab_size: int, family: str = OURS, mask: bool = False
+) -> Any:
+    """The configuration of a run's model, from the recipe's fields and the tokenizer's special tokens.
+
+    Args:
+        mask: give the padding of the vocabulary no probability, as new runs do. Families of transformers
+            cannot.
+    """
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if family in CARRYING and mask:
+        special["num_tokens"] = num_token_ids(tokenizer)
     return config_of(family, {**fields, **special, "vocab_size": vocab_size})
+
+
+def masks_padding(config: Any) -> bool:
+    """Whether a model gives the padding of its vocabulary no probability."""
+    return getattr(config, "num_tokens", None) is not None
+
+
+def padding_ids(model: PreTrainedModel, tokenizer: Any) -> list[int] | None:
+    """Ids that pad the vocabulary and that generation must suppress; None if there are none, or the model
+    masks them itself."""
+    config = model.config.get_text_config()
+    num_tokens = num_token_ids(tokenizer)
+    if masks_padding(config) or config.vocab_size <= num_tokens:
+        return None
+    return list(range(num_tokens, config.vocab_size))
 
 
 def export_run(
@@ -116,7 +141,8 @@ def export_run(
         except (OSError, ValueError) as error:
             available = ", ".join(sorted(p.name for p in folder.glob("step-*"))) or "none"
             raise UserError("--step", f"{error}; checkpoints there: {available}") from None
-    model, tokenizer, config = load_checkpoint(path, manifest["vocab_size"], dtype, trust_remote_code)
+    mask = manifest.get("masks_padding", False)
+    model, tokenizer, config = load_checkpoint(path, manifest["vocab_size"], dtype, trust_remote_code, mask)
     if not export_model(model, tokenizer, out, config, manifest["tokens"], key="--out", force=force):
         warn(kept_card_warning(out))
     return path
@@ -131,9 +157,13 @@ def kept_card_warning(folder: Path) -> str:
 
 
 def load_checkpoint(
-    path: Path, vocab_size: int, dtype: str, trust_remote_code: bool = False
+    path: Path, vocab_size: int, dtype: str, trust_remote_code: bool = False, mask: bool = False
 ) -> tuple[PreTrainedModel, Any, dict[str, Any]]:
-    """The model of a checkpoint, its tokenizer and its resolved recipe."""
+    """The model of a checkpoint, its tokenizer and its resolved recipe.
+
+    Args:
+        vocab_size, mask: `vocab_size` and `masks_padding` of the checkpoint's manifest.
+    """
     config = yaml.safe_load((path / "config.yaml").read_text())
     tokenizer = run_tokenizer(
         config["data"]["corpus"], config["data"]["tokenizer"], config["data"].get("task"), trust_remote_code
@@ -141,7 +171,7 @@ def load_checkpoint(
     family, fields = saved_fields(config["model"])
     fields = saved_defaults(family, path) | fields
     fields |= classifier_fields(config["data"]["corpus"], config["data"].get("task"))
-    model = new_model(family, model_config(fields, tokenizer, vocab_size, family))
+    model = new_model(family, model_config(fields, tokenizer, vocab_size, family, mask))
     nn.Module.to(model, DTYPES[dtype])
     load_parameters(path, model)
     return model, tokenizer, config

@@ -11,7 +11,7 @@ from ..data import is_task
 from . import processes
 from .checkpoint import checkpoint_name
 from .evaluation import validation_summary
-from .export import export_model, kept_card_warning, load_checkpoint, sample
+from .export import export_model, kept_card_warning, load_checkpoint, masks_padding, sample
 from .mixture_progress import progress_note, text_progress
 from .run import Run
 
@@ -36,6 +36,7 @@ def _export(run: Run) -> None:
         run.engine.module.config.vocab_size,
         dtype="fp64" if recipe.train.precision == "fp64" else "fp32",
         trust_remote_code=recipe.data.trust_remote_code,
+        mask=masks_padding(run.engine.module.config),
     )
     _sync_metrics(run)
     validations = [

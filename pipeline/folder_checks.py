@@ -7,6 +7,7 @@ from pathlib import Path
 
 import yaml
 
+from ..data import is_held_out_folder
 from .checkpoint import checkpoint_paths
 
 FILES = (
@@ -19,7 +20,7 @@ FILES = (
     ".finished",
     ".lock",
 )
-FOLDERS = ("checkpoints", "model")
+FOLDERS = ("checkpoints", "model", "validation")
 LONGEST_NAME = Path("checkpoints", ".step-00000000.building", "optimizer.safetensors")
 # Sections of every config.yaml that a run has written, in any version.
 OLDEST_SECTIONS = {"run", "model", "data", "batch", "optim", "train"}
@@ -42,7 +43,9 @@ def folder_errors(path: Path) -> list[str]:
     if errors:
         return errors
     empty = [name for name in existing if name in FOLDERS and not any((path / name).iterdir())]
-    foreign = [name for name in existing if name not in (".lock", *empty)]
+    # a run writes these before its config.yaml
+    own = [".lock", *(["validation"] if is_held_out_folder(path / "validation") else [])]
+    foreign = [name for name in existing if name not in (*own, *empty)]
     if foreign and not _is_of_a_run(path):
         return [
             f"{path} holds {', '.join(foreign)}, which the run would overwrite, but no config.yaml or "

@@ -70,9 +70,13 @@ def check_same_recipe(recipe: Recipe, accelerator: Accelerator) -> None:
 
 
 def layout_errors(recipe: Recipe, num_processes: int) -> Errors:
-    """Whether processes, context groups, readers and chunks divide."""
-    context, batch = recipe.parallel.context, recipe.batch
+    """Whether processes, context groups, readers, lanes and chunks divide."""
+    context, batch, micro_lanes = recipe.parallel.context, recipe.batch, recipe.train.micro_lanes
     errors: Errors = []
+    if micro_lanes is not None and batch.lanes % micro_lanes:
+        divisors = [str(n) for n in range(1, batch.lanes + 1) if batch.lanes % n == 0]
+        message = f"{micro_lanes} does not divide batch.lanes {batch.lanes}; use {' or '.join(divisors)}"
+        errors.append(("train.micro_lanes", message))
     if num_processes % context:
         message = f"{num_processes} processes cannot form groups of {context}"
         errors.append(("parallel.context", message))
@@ -174,11 +178,13 @@ def _check_device(recipe: Recipe) -> tuple[torch.device, Errors]:
 
 def deepspeed_values(recipe: Recipe) -> dict[str, Any]:
     """The recipe's batch and clipping as keys of a DeepSpeed configuration."""
-    accumulation = recipe.batch.readers * recipe.parallel.context // world_size()
+    lanes = recipe.train.micro_lanes or recipe.batch.lanes
+    micro_batches = recipe.batch.readers * recipe.batch.lanes // lanes
+    accumulation = micro_batches * recipe.parallel.context // world_size()
     return {
-        "train_micro_batch_size_per_gpu": recipe.batch.lanes,
+        "train_micro_batch_size_per_gpu": lanes,
         "gradient_accumulation_steps": accumulation,
-        "train_batch_size": recipe.batch.lanes * accumulation * world_size(),
+        "train_batch_size": lanes * accumulation * world_size(),
         "gradient_clipping": recipe.optim.clip or 0.0,
     }
 

@@ -8,7 +8,6 @@ import contextlib
 import math
 import signal
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,7 @@ from ..data import Batch, tokenizer_fingerprint
 from . import processes
 from .config import Recipe
 from .evaluation import ValidationSets, validate, validation_summary
+from .export import masks_padding
 from .finish import finish
 from .folder import RunFolder, open_folder
 from .forecast import Forecast
@@ -35,9 +35,11 @@ from .run import Run
 from .saving import snapshot
 from .set_up import collective_timeout, set_up
 from .step import take_step
+from .throughput import Rates, Throughput
 from .tracking import send_missed
 from .watchdog import Watchdog
 
+SHOWN_WAITING = 0.03  # of the time of a step: the progress bar says when waiting for data takes more
 POLL_SECONDS = 0.5  # how long to wait for data before looking for signals
 
 
@@ -121,6 +123,7 @@ def take_steps(run: Run, interrupt: Interrupt) -> int | None:
     throughput, forecast, saved_at = Throughput(progress.tokens), Forecast(), time.monotonic()
     while progress.step < train.steps:
         step = _agree_on_next_step(run, interrupt, _is_save_due(run, saved_at))
+        throughput.add_wait(step.data_seconds)
         if step.has_signal or step.has_failed:
             return _stop(run, step, interrupt)
         entry = take_step(run, progress.step + 1, step.batch, step.num_scored)
@@ -135,7 +138,8 @@ def take_steps(run: Run, interrupt: Interrupt) -> int | None:
             run.output.bar.update()
         forecast.after_step(run, is_logged)
         with throughput.paused():
-            if is_last or step.is_save_due or _is_due(progress.step, train.save_every):
+            is_save_due = step.is_save_due or progress.step in train.save_at
+            if is_last or is_save_due or _is_due(progress.step, train.save_every):
                 _save(run, is_last)
                 saved_at = time.monotonic()
             if is_last or _is_due(progress.step, train.eval_every):
@@ -143,27 +147,6 @@ def take_steps(run: Run, interrupt: Interrupt) -> int | None:
             if is_last and run.data.test:
                 _test(run)
     return None
-
-
-class Throughput:
-    """Tokens per second between two log lines, without the pauses for saving and validating."""
-
-    def __init__(self, tokens: int):
-        self._tokens, self._clock = tokens, time.perf_counter()
-
-    def measure(self, tokens: int) -> float:
-        """The rate since the last call, when the run has seen `tokens` in all."""
-        now = time.perf_counter()
-        rate = (tokens - self._tokens) / (now - self._clock)
-        self._tokens, self._clock = tokens, now
-        return rate
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """The time in this context does not count."""
-        start = time.perf_counter()
-        yield
-        self._clock += time.perf_counter() - start
 
 
 def _is_due(step: int, every: int | None) -> bool:
@@ -208,6 +191,8 @@ class NextStep:
     is_save_due: bool
     errors: list[tuple[str, str]]
     """Why this process cannot read."""
+    data_seconds: float
+    """How long this process waited for its data."""
 
 
 def _agree_on_next_step(run: Run, interrupt: Interrupt, is_save_due: bool) -> NextStep:
@@ -219,9 +204,12 @@ def _agree_on_next_step(run: Run, interrupt: Interrupt, is_save_due: bool) -> Ne
     run.watchdog.enter(f"step {run.step + 1}: reading")
     batch: list[Batch] | None = None
     errors: list[tuple[str, str]] = []
+    data_seconds = 0.0
     while True:
         if batch is None:
+            start = time.perf_counter()
             batch, errors = _read(run)
+            data_seconds += time.perf_counter() - start
             if batch is not None:
                 run.watchdog.enter(f"step {run.step + 1}: computing")
         counts = [
@@ -238,7 +226,14 @@ def _agree_on_next_step(run: Run, interrupt: Interrupt, is_save_due: bool) -> Ne
             if batch is None:
                 run.watchdog.enter(f"step {run.step + 1}: leaving")
             return NextStep(
-                batch or [], num_scored, num_tokens, bool(signals), bool(failures), bool(due), errors
+                batch=batch or [],
+                num_scored=num_scored,
+                num_tokens=num_tokens,
+                has_signal=bool(signals),
+                has_failed=bool(failures),
+                is_save_due=bool(due),
+                errors=errors,
+                data_seconds=data_seconds,
             )
 
 
@@ -269,21 +264,31 @@ def _stop(run: Run, step: NextStep, interrupt: Interrupt) -> int:
     return interrupt.requested or signal.SIGTERM
 
 
-def _log(run: Run, entry: dict[str, Any], tokens_per_second: float) -> None:
-    """Write a line of metrics.jsonl and update the progress bar."""
+def _log(run: Run, entry: dict[str, Any], rates: Rates) -> None:
+    """Write a line of metrics.jsonl and update the progress bar. Collective."""
     recipe, readers = run.recipe, run.data.readers.values()
+    tokens_per_second = rates.tokens_per_second
+    # All processes wait for the one that waits the longest.
+    data_seconds = processes.all_reduce_max(run.accelerator, round(1e6 * rates.data_seconds)) / 1e6
     flops_per_second = tokens_per_second * training_flops_per_token(run.engine.num_parameters)
     matmul_fraction = flops_per_second / (run.matmul_rate * run.accelerator.num_processes)
     entry = {"kind": "train", "step": run.step, "tokens": run.progress.tokens, **entry}
     entry |= {"tokens_per_second": round(tokens_per_second, 1), "matmul_fraction": round(matmul_fraction, 4)}
     entry |= text_progress(run)
+    entry["data_seconds"] = data_seconds
     if recipe.data.skip_broken and recipe.data.order in ("documents", "continuous"):
         skipped = sum(reader.position["num_skipped"] for reader in readers if reader.position)
         (skipped,) = processes.all_reduce_sum(run.accelerator, [skipped / run.layout.context])
         entry["documents_skipped"] = int(skipped)
+    if recipe.data.has_filter and recipe.data.order == "documents":
+        filtered = sum(reader.position["num_filtered"] for reader in readers if reader.position)
+        (filtered,) = processes.all_reduce_sum(run.accelerator, [filtered / run.layout.context])
+        entry["documents_filtered"] = int(filtered)
     _record(run, entry)
     if run.output.bar is not None:
         message = f"loss {entry['loss']:.3f}, {tokens_per_second:,.0f} tokens/s"
+        if (waiting := data_seconds / rates.step_seconds) > SHOWN_WAITING:
+            message += f", waits for data {waiting:.0%}"
         run.output.bar.set_postfix_str(message, refresh=False)
 
 
@@ -371,6 +376,7 @@ def _save(run: Run, is_last: bool) -> None:
         info = {
             "tokens": progress.tokens,
             "vocab_size": run.engine.module.config.vocab_size,
+            "masks_padding": masks_padding(run.engine.module.config),
             "tokenizer": tokenizer_fingerprint(run.data.tokenizer),
             "corpus": run.data.corpus,
             "recent_losses": progress.recent_losses,

@@ -22,16 +22,20 @@ from .family_settings import family_errors, without_carried_state
 from .public import config_without_credentials
 from .section import docstring_of
 from .source_settings import is_source_list
-from .task_settings import task_errors, with_family_error, with_whole_examples
+from .task_settings import task_errors, with_family_error, with_prepared_tokenizer, with_whole_examples
 
-# Settings that may change on resume, because they do not affect the losses. parallel.context affects them
-# only with dropout (`free_on_resume`).
+# Settings that may change on resume, because they do not affect the losses. Those of DECIDE_DROPOUT affect
+# them only with dropout (`free_on_resume`).
+DECIDE_DROPOUT = {"parallel.context", "train.micro_lanes"}
 FREE_ON_RESUME = {
     *(
         "run.dir",
         "run.resume",
         "run.change",
         "data.workers",
+        "data.retries",
+        "data.retry_wait",
+        "data.timeout",
         "data.cache",
         "data.validation_tokens",
         "data.trust_remote_code",
@@ -44,17 +48,21 @@ FREE_ON_RESUME = {
         "train.log_every",
         "train.eval_every",
         "train.save_every",
+        "train.save_at",
         "train.save_minutes",
         "train.keep_checkpoints",
         "train.save_in_background",
         "train.peer_timeout",
         "train.recompute",
+        "train.micro_lanes",
         "train.prompts",
         "train.sample_tokens",
     ),
 }
-# Settings that may never change, because saved positions and states would not fit.
+# These may never change, because saved positions and states would not fit.
 FIXED_ON_RESUME = ("model.", "batch.", "data.", "run.seed")
+# The place of a text may change; the text is compared.
+PLACES = ("data.corpus", "data.validation")
 
 USAGE = """usage: minrnn train --config RECIPE [--section.field VALUE ...]
        accelerate launch [--num_processes N ...] -m minrnn.pipeline.train --config RECIPE [...]
@@ -128,7 +136,15 @@ def parse_arguments(argv: list[str]) -> tuple[str | None, dict[str, str]]:
     return config, overrides
 
 
-def _load_yaml(name: str) -> dict[str, Any]:
+def recipe_values(name: str) -> dict[str, Any]:
+    """The values in a recipe's file, section -> field -> value, unchecked.
+
+    Args:
+        name: of a recipe that comes with minrnn, or a path.
+
+    Raises:
+        UserError: the file cannot be read, or is no mapping.
+    """
     path = shipped_recipes().get(name, user_path(name))
     try:
         loaded = yaml.safe_load(path.read_text())
@@ -154,7 +170,7 @@ def _is_option(word: str) -> bool:
     return word.startswith("--") and word.removeprefix("--").partition("=")[0] in ("config", *_known_keys())
 
 
-def _unknown_key_error(key: str) -> tuple[str, str]:
+def unknown_key_error(key: str) -> tuple[str, str]:
     """The error of an unknown key, with the most similar known key."""
     known = _known_keys()
     similar = nearest_names(key, known)
@@ -175,8 +191,8 @@ def _error_message(error: Any) -> str:
 def _reason_not_changeable(key: str) -> str | None:
     """Why run.change cannot name a setting, or None."""
     if key not in _known_keys():
-        return ": ".join(_unknown_key_error(key))
-    if key.startswith(FIXED_ON_RESUME):
+        return ": ".join(unknown_key_error(key))
+    if key.startswith(FIXED_ON_RESUME) and key not in PLACES:
         return (
             f"{key} cannot change within a run; start another with its own run.dir "
             "(model.init_from takes the weights along)"
@@ -204,7 +220,7 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
             for error in invalid.errors():
                 key = ".".join([section, *map(str, error["loc"][:1])])
                 if error["type"] == "extra_forbidden":
-                    key, message = _unknown_key_error(key)
+                    key, message = unknown_key_error(key)
                 else:
                     message = _error_message(error)
                 errors.setdefault(key, message)
@@ -214,7 +230,7 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
         errors["run.change"] = "; ".join(refused)
     if errors:
         raise UserError.from_list(errors.items())
-    recipe = with_whole_examples(Recipe(**sections))
+    recipe = with_prepared_tokenizer(with_whole_examples(Recipe(**sections)))
     if errors := {**family_errors(recipe), **task_errors(recipe)}:
         raise UserError.from_list(errors.items())
     return without_carried_state(recipe)
@@ -227,12 +243,12 @@ def read_recipe(argv: list[str]) -> Recipe:
         UserError: all errors.
     """
     config, overrides = parse_arguments(argv)
-    values = _load_yaml(config) if config else {}
+    values = recipe_values(config) if config else {}
     errors = []
     for key, text in overrides.items():
         section, dot, name = key.partition(".")
         if not dot or section not in SECTIONS:
-            errors.append(_unknown_key_error(key))
+            errors.append(unknown_key_error(key))
             continue
         if values.get(section) is None:
             values[section] = {}
@@ -330,7 +346,7 @@ def with_saved_settings(recipe: Recipe, saved: dict[str, Any]) -> Recipe:
     """The recipe with the settings that a run keeps from its start, unless run.change names them.
 
     These are `optim.schedule_steps` where it is null, `train.precision` and `data.order` where they are auto,
-    and the sizes that `model.num_parameters` was resolved to.
+    the sizes that `model.num_parameters` was resolved to, and the commits of hub datasets.
 
     Args:
         saved: the resolved recipe of the checkpoint to resume from; empty for a new run.
@@ -350,7 +366,8 @@ def with_saved_settings(recipe: Recipe, saved: dict[str, Any]) -> Recipe:
     if is_same and model.num_parameters and not model.sizes:
         model = model.model_copy(update={"sizes": saved_model["sizes"]})
     return dataclasses.replace(
-        with_saved_order(recipe, saved),
+        recipe,
+        data=with_saved_order(recipe, saved).data.with_commits_of(saved.get("data", {})),
         model=model,
         optim=recipe.optim.model_copy(update={"schedule_steps": steps}),
         train=recipe.train.model_copy(update={"precision": precision}),
@@ -359,9 +376,10 @@ def with_saved_settings(recipe: Recipe, saved: dict[str, Any]) -> Recipe:
 
 def free_on_resume(saved: dict[str, Any]) -> set[str]:
     """Settings that do not affect the losses of a run, by its saved recipe."""
-    # With dropout, each process of a context group draws its own masks.
-    fixed = {"parallel.context"} if saved["model"].get("dropout") else set()
-    return FREE_ON_RESUME - fixed
+    # Each process of a context group, and each micro-batch, draws its own masks.
+    model = saved["model"]
+    drops = model.get("dropout") or any("dropout" in limit for limit in model.get("limits") or ())
+    return FREE_ON_RESUME - (DECIDE_DROPOUT if drops else set())
 
 
 def check_unchanged(saved: dict[str, Any], recipe: Recipe, folder: str) -> None:
@@ -389,8 +407,10 @@ def check_unchanged(saved: dict[str, Any], recipe: Recipe, folder: str) -> None:
 
     def message(key: str) -> str:
         dropout = " (with model.dropout it decides which values are dropped)"
-        reason = dropout if key == "parallel.context" else ""
+        reason = dropout if key in DECIDE_DROPOUT else ""
         advice = "set it back, or name another run.dir"
+        if key in PLACES and old[key] is not None and new[key] is not None:
+            advice += f", or, if the same text has only moved, say so with --run.change [{key}]"
         if not key.startswith(FIXED_ON_RESUME):
             advice += f", or accept the change with --run.change [{key}]"
         return f"is {new[key]!r}, but the run in {folder} was started with {old[key]!r}{reason}; {advice}"

@@ -72,6 +72,7 @@ class Saver:
         warn: called with a message when a checkpoint is removed to make room.
         before_publishing: called by the first process when all files are written; if it raises, the
             checkpoint fails.
+        always_keep: steps whose checkpoints are never removed.
     """
 
     def __init__(
@@ -84,7 +85,9 @@ class Saver:
         timeout: timedelta,
         warn: Callable[[str], object],
         before_publishing: Callable[[], object],
+        always_keep: frozenset[int] = frozenset(),
     ):
+        self.always_keep = always_keep
         self.folder, self.keep, self.in_background, self.newest = folder, keep, in_background, newest
         self.warn, self.before_publishing = warn, before_publishing
         self.rank, self.num_processes = accelerator.process_index, accelerator.num_processes
@@ -132,7 +135,7 @@ class Saver:
                 break
         if self.rank == 0 and not failures:
             with contextlib.suppress(OSError):  # tried again after the next checkpoint
-                checkpoint.remove_old(self.folder, self.keep, step)
+                checkpoint.remove_old(self.folder, self.keep, step, self.always_keep)
         return failures
 
     def _write_once(self, step: int, files: Files, info: dict[str, Any]) -> tuple[list[str], bool]:
@@ -182,7 +185,7 @@ class Saver:
     def _make_room(self) -> bool:
         """Remove a checkpoint so that the new one can be written again; returns whether one was removed."""
         try:
-            removed = checkpoint.make_room(self.folder, self.newest)
+            removed = checkpoint.make_room(self.folder, self.newest, self.always_keep)
         except OSError:
             return False
         if removed is not None:

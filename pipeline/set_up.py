@@ -5,11 +5,8 @@ precision, matmul rate -> layout -> corpus -> data and model -> engine -> folder
 
 import contextlib
 import dataclasses
-import os
 import socket
-from collections.abc import Mapping
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,17 +16,13 @@ from tqdm import tqdm
 from ..common.errors import UserError
 from ..common.output import warn
 from ..data import (
-    AnyCorpus,
     ChunkLoader,
-    CorpusSpec,
     Encoder,
-    MixtureSpec,
+    HeldOut,
     ReaderSpec,
-    check_mixture,
-    mixture_fingerprint,
+    has_fingerprint,
     model_vocab_size,
     run_tokenizer,
-    tokenizer_fingerprint,
 )
 from ..models.context_parallel import use_context_parallel
 from . import checkpoint, processes
@@ -38,6 +31,7 @@ from .build_model import TrainedModel, build_model
 from .checkpoint import ReaderState
 from .classification import classifier_fields, open_labelled, test_sets
 from .config import Recipe
+from .corpora import corpus_spec, identify_corpus, prepare_held_out, warn_of_shares, with_commits
 from .data_order import with_order
 from .engine import build_engine
 from .evaluation import validation_sets
@@ -45,15 +39,12 @@ from .export import model_config
 from .families.adapter import FamilyModel
 from .family_settings import with_sizes
 from .folder import RunFolder
-from .folder_checks import FILES, FOLDERS
 from .machine import CHOICES, PrecisionChoice, choose_precision, device_name, measure_rates
 from .processes import ProcessLayout
 from .recipe import with_saved_settings
 from .run import Progress, Run, RunData, RunOutput
 from .saving import Saver
-from .source_settings import INHERITED
 from .tracking import build_tracker
-from .tracking_store import SQLITE_SUFFIXES, absolute_uri, sqlite_file
 from .watchdog import Watchdog
 
 
@@ -71,6 +62,8 @@ def set_up(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, watchdog
     watchdog.enter("measuring the machine", is_set_up=True)
     precision, matmul_rate = _decide_precision(recipe, accelerator, folder)  # before other work disturbs it
     recipe = _with_precision(with_saved_settings(recipe, folder.saved), precision.precision)
+    watchdog.enter("resolving datasets", is_set_up=True)
+    recipe = processes.run_on_main(accelerator, lambda: with_commits(recipe))
     layout = processes.build_layout(accelerator, recipe.parallel.context, collective_timeout(recipe))
     recipe = processes.run_on_all_ranks(
         accelerator, lambda: with_order(_with_sizes(recipe, folder), corpus_spec(recipe))
@@ -148,15 +141,17 @@ def _open_on_all_ranks(
     Raises:
         UserError, StorageError: in every process, the errors of all of them.
     """
-    is_main = accelerator.is_main_process
-    corpus = processes.run_on_all_ranks(
-        accelerator, lambda: _corpus_fingerprint(recipe, folder, is_main, watchdog)
-    )
+    tokenizer = processes.run_on_all_ranks(accelerator, lambda: _open_tokenizer(recipe, folder))
+    corpus = identify_corpus(recipe, folder, accelerator, watchdog)
+    watchdog.enter("reading the text for validation", is_set_up=True)
+    processes.run_on_main(accelerator, lambda: warn_of_shares(recipe))
+    encoder = Encoder.from_tokenizer(tokenizer, recipe.data.tokenizer)
+    held_out = prepare_held_out(recipe, encoder, corpus, accelerator, watchdog)
     watchdog.enter("opening data and model", is_set_up=True)
 
     def open_own() -> tuple[RunData, TrainedModel]:
         try:
-            data, model = _open(recipe, folder, layout, accelerator.device)
+            data, model = _open(recipe, folder, layout, accelerator.device, tokenizer, held_out)
         finally:  # this process is now a phase ahead of those that are still opening
             watchdog.enter("meeting the others, data and model open", is_set_up=True)
         on_failure.callback(data.loader.close)
@@ -168,51 +163,27 @@ def _open_on_all_ranks(
     return opened
 
 
-def _corpus_fingerprint(
-    recipe: Recipe, folder: RunFolder, is_main: bool, watchdog: Watchdog
-) -> dict[str, Any] | None:
-    """The corpus's fingerprint, compared with the checkpoint's (which old checkpoints lack).
-
-    Labelled examples that the cache lacks are made here.
-
-    Raises:
-        UserError: it is not the corpus that the run began with.
-    """
-    saved = folder.manifest.get("corpus")
-    if (labelled := open_labelled(recipe, watchdog.move)) is not None:
-        return _check_examples(labelled.manifest()["files"], saved, recipe.data.name)
-    if recipe.task() is not None:
-        return None
-    spec = corpus_spec(recipe)
-    note = None if saved is None else check_mixture(saved, spec, recipe.data.order, recipe.batch.readers)
-    if note is not None and is_main:
-        warn(f"data.corpus: {note}")
-    return mixture_fingerprint(spec)
-
-
-def _check_examples(files: dict[str, Any], saved: dict[str, Any] | None, corpus: str) -> dict[str, Any]:
-    if saved is not None and saved != files:
-        message = f"the examples of {corpus} are not those that the run began with; name another run.dir"
-        raise UserError("data.corpus", message)
-    return files
-
-
 def _open(
-    recipe: Recipe, folder: RunFolder, layout: ProcessLayout, device: torch.device
+    recipe: Recipe,
+    folder: RunFolder,
+    layout: ProcessLayout,
+    device: torch.device,
+    tokenizer: Any,
+    held_out: HeldOut | None,
 ) -> tuple[RunData, TrainedModel]:
-    """Open data and model without communication: tokenizer, loader, readers' states, validation sets."""
-    tokenizer = _open_tokenizer(recipe, folder)
+    """Open data and model without communication: loader, readers' states, validation sets."""
     encoder = Encoder.from_tokenizer(tokenizer, recipe.data.tokenizer)
     vocab_size = folder.manifest.get("vocab_size") or model_vocab_size(tokenizer)
     fields, family = recipe.resolved_model_fields(), recipe.model.family
     fields |= classifier_fields(recipe.data.corpus, recipe.data.task)
-    config = model_config(fields, tokenizer, vocab_size, family)
+    mask = folder.checkpoint is None or folder.manifest.get("masks_padding", False)
+    config = model_config(fields, tokenizer, vocab_size, family, mask)
     local_readers = layout.readers(recipe.batch.readers)
     num_layers = getattr(config, "num_hidden_layers", 0)  # of a carried state
     readers = _load_readers(folder, local_readers, num_layers, device)
     loader = _start_loader(recipe, encoder, readers)
     try:
-        validation = validation_sets(recipe, corpus_spec(recipe), encoder, local_readers)
+        validation = validation_sets(recipe, held_out, local_readers)
         model = build_model(recipe, config, folder, device)
     except BaseException:
         loader.close()
@@ -225,11 +196,11 @@ def _open_tokenizer(recipe: Recipe, folder: RunFolder) -> Any:
     """The tokenizer, which must be the one that the run began with."""
     data = recipe.data
     tokenizer = run_tokenizer(data.corpus, data.tokenizer, data.task, data.trust_remote_code)
-    current = tokenizer_fingerprint(tokenizer)
-    if folder.manifest.get("tokenizer", current) != current:
+    saved = folder.manifest.get("tokenizer")
+    if saved is not None and not has_fingerprint(tokenizer, saved):
         message = (
-            f"{data.tokenizer} is not the tokenizer that the run began with: its vocabulary has changed; "
-            "name another run.dir"
+            f"{data.tokenizer} is not the tokenizer that the run began with: its vocabulary, merges, "
+            "normalizer or pre-tokenizer have changed; name another run.dir"
         )
         raise UserError("data.tokenizer", message)
     return tokenizer
@@ -278,47 +249,10 @@ def _open_output(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, st
         timeout=collective_timeout(recipe),
         warn=warn,
         before_publishing=folder.metrics.sync,
+        always_keep=frozenset(recipe.train.save_at),
     )
     if not accelerator.is_main_process:
         return RunOutput(folder, saver, tracker=None, bar=None)
     tracker = build_tracker(folder.path, recipe, warn)
     bar = tqdm(total=recipe.train.steps, initial=step, unit="step", dynamic_ncols=True)
     return RunOutput(folder, saver, tracker, bar)
-
-
-def corpus_spec(recipe: Recipe) -> AnyCorpus:
-    """The corpus that the recipe trains on."""
-    data = recipe.data
-    excluded = _output_paths(recipe)
-
-    def spec(source: Mapping[str, Any], reads_passages: bool) -> CorpusSpec:
-        return CorpusSpec(
-            corpus=source["corpus"],
-            **{name: source.get(name, getattr(data, name)) for name in INHERITED},
-            skip_broken=data.skip_broken,
-            held_out=0.0 if data.validation is not None else data.validation_fraction,
-            excluded=excluded,
-            passages=reads_passages,
-        )
-
-    if isinstance(data.corpus, str):
-        return spec({"corpus": data.corpus}, reads_passages=data.order == "continuous")
-    total = sum(source["weight"] for source in data.corpus)
-    return MixtureSpec(
-        tuple(spec(source, source["order"] == "passages") for source in data.corpus),
-        tuple(source["weight"] / total for source in data.corpus),
-    )
-
-
-def _output_paths(recipe: Recipe) -> tuple[str, ...]:
-    """Absolute paths, links resolved, of what the run writes: never part of a corpus that contains them.
-
-    They are its folder and its own names there, MLflow's database if that is a file, and the artifacts that
-    MLflow puts beside it.
-    """
-    folder, database = Path(recipe.run.dir), sqlite_file(absolute_uri(recipe.tracking.resolved_uri() or ""))
-    paths = [folder, *(folder / name for name in (*FILES, *FOLDERS))]
-    if database is not None:
-        paths.append(Path("mlruns"))
-        paths += [database.with_name(database.name + suffix) for suffix in ("", *SQLITE_SUFFIXES)]
-    return tuple(map(os.path.realpath, paths))

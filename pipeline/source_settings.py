@@ -7,8 +7,9 @@ import yaml
 from pydantic import Field, ValidationError
 from pydantic_core import PydanticCustomError
 
+from ..common.errors import UserError
 from ..common.names import did_you_mean, nearest_names
-from ..data import is_task
+from ..data import RowRules, is_task
 from .public import without_credentials
 from .section import Section
 
@@ -34,11 +35,19 @@ class SourceSection(Section):
     """As data.revision."""
     text_field: str | None = None
     """As data.text_field."""
+    commit: str | None = None
+    """The commit that `revision` was resolved to. minrnn writes it to config.yaml."""
+    template: str | None = Field(default=None, min_length=1)
+    """As data.template."""
+    filter: dict[str, Any] | None = None
+    """As data.filter."""
+    hold_out: Literal["auto", "documents", "shards"] | None = None
+    """As data.hold_out."""
     join: str | None = None
     """As data.join."""
 
 
-INHERITED = ("subset", "split", "revision", "text_field", "join")
+INHERITED = ("subset", "split", "revision", "text_field", "template", "filter", "hold_out", "join")
 """Fields of a source that default to those of the data section."""
 
 
@@ -67,6 +76,28 @@ def _normalized(source: dict[str, Any]) -> dict[str, Any]:
         return source  # source_errors reports it
 
 
+def with_source_commits(
+    corpus: Sequence[dict[str, Any]], saved: Sequence[dict[str, Any]], has_same_revision: bool
+) -> list[dict[str, Any]]:
+    """The sources with the commits of a saved list, for those that name the same dataset and revision.
+
+    Args:
+        has_same_revision: whether sources without a revision inherit the same one as before.
+    """
+
+    def key(source: Mapping[str, Any]) -> tuple[Any, ...]:
+        own = source.get("revision")
+        return (source["corpus"], own, own is not None or has_same_revision)
+
+    commits = {key(source)[:2]: source["commit"] for source in saved if source.get("commit")}
+    return [
+        {**source, "commit": commits[key(source)[:2]]}
+        if key(source)[2] and "commit" not in source and key(source)[:2] in commits
+        else source
+        for source in corpus
+    ]
+
+
 def is_source_list(text: str) -> bool:
     """Whether a word of the command line is a list of sources, not a name. `[a]` is a glob."""
     try:
@@ -87,6 +118,10 @@ def source_errors(corpus: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         except ValidationError as invalid:
             errors |= {f"{prefix}.{name}": message for name, message in _field_errors(invalid)}
             continue
+        try:
+            RowRules.from_settings(section.template, section.filter or {})
+        except UserError as error:
+            errors |= {f"{prefix}.{key.removeprefix('data.')}": message for key, message in error.errors}
         if is_task(section.corpus):
             errors[prefix] = (
                 f"{section.corpus} is a task, which cannot be part of a mixture; train on it alone"

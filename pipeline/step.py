@@ -1,5 +1,8 @@
 """One training step: forward and backward for each reader of this process, then one update.
 
+A reader's chunk is one micro-batch, or several of `train.micro_lanes` lanes each. Lanes are independent, so
+the losses, gradients and states are the same to rounding.
+
 The loss of a step is one mean over all scored tokens, or labels, of the global batch, for any number of
 readers, processes and accumulations.
 """
@@ -7,12 +10,16 @@ readers, processes and accumulations.
 import hashlib
 import math
 import statistics
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from ..common.errors import NonFiniteError
 from ..data import Batch, Chunk
+from ..models import MinRNNCache
 from . import checkpoint, processes
 from .optim import learning_rate
 from .run import Run
@@ -57,41 +64,84 @@ def take_step(run: Run, step: int, batch: list[Batch], num_scored: float) -> dic
 def _forward_backward(run: Run, step: int, batch: list[Batch], num_scored: float) -> list[float]:
     """Add the gradients of all chunks and move their readers on; returns each chunk's share of the step's
     loss."""
-    recipe, accelerator, engine = run.recipe, run.accelerator, run.engine
     losses = []
     for i, chunk in enumerate(batch):
         reader = run.data.readers[chunk.reader]
-        inputs: dict[str, Any] = {
-            name: processes.to_device(array, accelerator) for name, array in chunk.model_inputs().items()
-        }
-        carries_state = recipe.batch.carry_state and isinstance(chunk, Chunk)
-        if isinstance(chunk, Chunk):
-            inputs |= {"past_key_values": reader.cache, "skip_logits": True}
-        _seed(recipe.run.seed, step, chunk.reader, run.layout.context_rank)
-        with engine.accumulating(is_last=i == len(batch) - 1):
-            output = engine.forward(
-                **inputs,
-                use_cache=carries_state,
-                # Engines average gradients over the processes; this loss makes that average the global mean.
-                num_items_in_batch=num_scored / accelerator.num_processes,
-            )
-            engine.backward(output.loss)
-        losses.append(output.loss.detach())
-        reader.cache = output.past_key_values.detach_() if carries_state else None
+        pieces = _micro_batches(run, step, chunk, reader.cache)
+        outputs = []
+        for j, inputs in enumerate(pieces):
+            is_last = i == len(batch) - 1 and j == len(pieces) - 1
+            outputs.append(_run_micro_batch(run, inputs, num_scored, is_last))
+        losses.append(torch.stack([loss for loss, _ in outputs]).sum())
+        carried = [state for _, state in outputs if state is not None]
+        reader.cache = MinRNNCache.of_rows(carried) if carried else None
         reader.position = chunk.state
     # Divided as Python numbers, which are fp64: not every device has fp64.
-    return [loss / accelerator.num_processes for loss in torch.stack(losses).tolist()]
+    return [loss / run.accelerator.num_processes for loss in torch.stack(losses).tolist()]
 
 
-def _seed(seed: int, step: int, reader: int, context_rank: int) -> None:
-    """Seed dropout by (seed, step, reader, context rank).
+@dataclass(frozen=True)
+class _MicroBatch:
+    """Some lanes of a chunk."""
 
-    So a checkpoint saves no random state, and the masks are the same for any number of processes, unless
+    arrays: dict[str, np.ndarray]
+    """Arguments of the model."""
+    state: MinRNNCache | None
+    """The carried state of these lanes."""
+    is_text: bool
+    carries_state: bool
+    seed: str
+    """Of dropout."""
+
+
+def _micro_batches(run: Run, step: int, chunk: Batch, cache: MinRNNCache | None) -> list[_MicroBatch]:
+    """The chunk, divided into micro-batches of train.micro_lanes lanes.
+
+    Dropout is seeded by (run.seed, step, reader, first lane, context rank). So a checkpoint saves no random
+    state, and the masks are the same for any number of processes, but not for another `micro_lanes`, nor if
     processes share sequences.
     """
-    part = f"/{context_rank}" if context_rank else ""
-    digest = hashlib.blake2b(f"{seed}/{step}/{reader}{part}".encode(), digest_size=7).digest()
+    num_lanes, is_text = len(chunk.input_ids), isinstance(chunk, Chunk)
+    size = run.recipe.train.micro_lanes or num_lanes
+    seed = f"{run.recipe.run.seed}/{step}/{chunk.reader}"
+    context = f"/{run.layout.context_rank}" if run.layout.context_rank else ""
+    pieces = []
+    for first in range(0, num_lanes, size):
+        rows = slice(first, first + size)
+        lanes = f"/lane {first}" if first else ""
+        pieces.append(
+            _MicroBatch(
+                {name: array[rows] for name, array in chunk.model_inputs().items()},
+                cache if cache is None or size == num_lanes else cache.rows(rows),
+                is_text,
+                run.recipe.batch.carry_state and is_text,
+                seed + context + lanes,
+            )
+        )
+    return pieces
+
+
+def _run_micro_batch(
+    run: Run, piece: _MicroBatch, num_scored: float, is_last: bool
+) -> tuple[Tensor, MinRNNCache | None]:
+    """Add the gradient of a micro-batch; returns its loss and its state, both detached."""
+    accelerator, engine = run.accelerator, run.engine
+    inputs: dict[str, Any] = {
+        name: processes.to_device(array, accelerator) for name, array in piece.arrays.items()
+    }
+    if piece.is_text:
+        inputs |= {"past_key_values": piece.state, "skip_logits": True}
+    digest = hashlib.blake2b(piece.seed.encode(), digest_size=7).digest()
     torch.manual_seed(int.from_bytes(digest, "big"))
+    with engine.accumulating(is_last):
+        output = engine.forward(
+            **inputs,
+            use_cache=piece.carries_state,
+            # Engines average gradients over the processes; this loss makes that average the global mean.
+            num_items_in_batch=num_scored / accelerator.num_processes,
+        )
+        engine.backward(output.loss)
+    return output.loss.detach(), output.past_key_values.detach_() if piece.carries_state else None
 
 
 def _spike(run: Run, loss: float) -> str | None:

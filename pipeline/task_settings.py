@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from ..data import LabelledTask, is_labelled
+from ..data import LabelledTask, is_labelled, prepared_corpora, prepared_tokenizer
 from ..models import MinRNNConfig
 from .config import Recipe, TrainSection
 from .families.registry import OURS
@@ -30,6 +30,16 @@ def with_whole_examples(recipe: Recipe) -> Recipe:
     if not isinstance(task, LabelledTask) or "chunk" in recipe.batch.model_fields_set:
         return recipe
     return dataclasses.replace(recipe, batch=recipe.batch.model_copy(update={"chunk": task.length}))
+
+
+def with_prepared_tokenizer(recipe: Recipe) -> Recipe:
+    """The recipe with the tokenizer of its (first) prepared corpus, unless it sets one."""
+    data = recipe.data
+    prepared = prepared_corpora(data.corpus)
+    if not prepared or "tokenizer" in data.model_fields_set:
+        return recipe
+    tokenizer = prepared_tokenizer(prepared[0])
+    return dataclasses.replace(recipe, data=data.model_copy(update={"tokenizer": tokenizer}))
 
 
 def task_errors(recipe: Recipe) -> dict[str, str]:

@@ -123,6 +123,10 @@ class LabelledReader:
         batch.state = {"examples": self.num_read}
         return batch
 
+    def skip(self, count: int) -> None:
+        """Leave out this many batches."""
+        self.num_read += count * self.lanes
+
 
 @dataclass(frozen=True)
 class LabelledSet:

@@ -55,6 +55,10 @@ class TaskReader:
         chunk.state = {"step": self.step}
         return chunk
 
+    def skip(self, count: int) -> None:
+        """Leave out this many steps."""
+        self.step += count
+
 
 @dataclass(frozen=True)
 class TaskValidation:

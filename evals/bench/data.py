@@ -1,38 +1,54 @@
 """`minrnn bench data`: whether training waits for its data.
 
-    raw read        reads every file of the corpus once: the upper limit, since a byte is a token
     minrnn          ChunkLoader, in this process or in worker processes: documents to chunks with positions
-    datasets        IterableDataset -> map(tokenizer) -> map(group), as transformers' run_clm, same tokenizer
+    encode_batch    the tokenizer alone, on the same documents in main memory: the upper limit for BPE
+    raw read        reads the file of the documents: the upper limit for bytes, since a byte is a token
+    datasets        load_dataset(streaming=True) -> map(tokenizer) -> map(group), as transformers' run_clm
     training step   the consumption of our model at --params: the demand
+    quickstart      the shipped recipe, with its worker: the share of a step that it waits for data
 
-All rates are in tokens per second, by default on the interpreter's standard library. A worker reads ahead
-during the turns of others, so chunks that are ready are taken before the clock starts.
+All contenders of a section read the same text, with the same tokenizer, as documents of one length: short
+(about 1,000 characters) or long (about a million); own stands for the corpus's own documents. Rates are in
+tokens per second. A loader reads ahead during the turns of others, so as many tokens as it can hold ready are
+taken before the clock starts.
 """
 
 import argparse
 import itertools
+import json
+import statistics
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from ...data import BYTES, ChunkLoader, CorpusSpec, Encoder, ReaderSpec, byte_tokenizer, cache_folder
+from ...data.loader import READ_AHEAD_STEPS
+from ...data.read_ahead import GROUP_CHARACTERS
 from ..output import si, table
 from .command import Settings, parse_counts
-from .measure import Timing, Turn, Unavailable, failure_reason, round_robin
+from .data_texts import DOCUMENTS, texts_of, train_bpe
+from .measure import Timing, Turn, failure_reason, round_robin
 from .record import Record
 from .train import TrainingWork, add_model_arguments, resolve_model
 
-DESCRIPTION = """Time the data path, compared with the disk, with the `datasets` library, and with the
-consumption of a training step. Prints a table, writes JSON and a plot."""
+DESCRIPTION = """Time the data path, beside the tokenizer alone, the `datasets` library and the consumption of
+a training step, with bytes and with a BPE of 32,000 tokens that is trained on the standard library (cached).
+Prints tables, writes JSON and a plot."""
 EXAMPLES = """
   minrnn bench data
-  minrnn bench data --corpus 'shards/*.jsonl' --lanes 16 --chunk 1024 --workers 0,1,2
+  minrnn bench data --tokenizers bpe --documents long --workers 1,2,4
+  minrnn bench data --corpus 'shards/*.jsonl' --documents own --lanes 16 --chunk 1024
 """
 PEERS = ("datasets",)
-TRAINING, RAW = "training step", "raw read"
+TRAINING, RAW, ALONE, QUICKSTART = "training step", "raw read", "encode_batch", "quickstart"
+TOKENIZERS = (BYTES, "bpe")
+MAP_BATCH = 64  # documents that datasets tokenizes at a time
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,14 +57,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--corpus", default="python-stdlib", help="as a recipe's data.corpus (default: %(default)s)"
     )
+    parser.add_argument(
+        "--documents", default="all", help="short, long, own, separated by commas (default: short,long)"
+    )
+    parser.add_argument("--tokenizers", default="all", help="bytes, bpe (default: both)")
     parser.add_argument("--lanes", type=int, default=8, help="rows of a chunk (default: %(default)s)")
     parser.add_argument("--chunk", type=int, default=512, help="tokens of a row (default: %(default)s)")
-    parser.add_argument("--workers", default="0,1", help="worker processes to try (default: %(default)s)")
+    parser.add_argument("--workers", default="0,1,2", help="worker processes to try (default: %(default)s)")
     parser.add_argument(
-        "--window", type=int, default=256, help="documents that are shuffled together (default: %(default)s)"
+        "--window", type=int, default=1024, help="documents that are shuffled together (default: %(default)s)"
     )
     parser.add_argument(
-        "--steps", type=int, default=100, help="chunks taken in a turn (default: %(default)s)"
+        "--tokens", type=int, default=4_000_000, help="tokens taken in a turn (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--megabytes", type=int, default=32, help="text of the corpus to read (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=100, help="steps of the quickstart; 0 for none (default: %(default)s)"
     )
 
 
@@ -59,157 +85,192 @@ def resolve(arguments: argparse.Namespace, settings: Settings) -> None:
     arguments.workers = [0] * ("0" in workers) + parse_counts(
         settings, "--workers", ",".join(word for word in workers if word != "0")
     )
-    for name in ("lanes", "chunk", "window", "steps"):
+    arguments.documents = settings.choices("--documents", arguments.documents, tuple(DOCUMENTS), ("own",))
+    arguments.tokenizers = settings.choices("--tokenizers", arguments.tokenizers, TOKENIZERS)
+    for name in ("lanes", "chunk", "window", "tokens", "megabytes"):
         settings.at_least(f"--{name}", getattr(arguments, name), 1)
+    settings.at_least("--steps", arguments.steps, 0)
+
+
+@dataclass(frozen=True)
+class Contest:
+    """One tokenizer on documents of one length."""
+
+    arguments: argparse.Namespace
+    tokenizer_name: str
+    tokenizer: Any
+    """A `PreTrainedTokenizerFast`."""
+    texts: list[str]
+    file: Path
+    """JSON lines with the texts."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Of a chunk."""
+        return self.arguments.lanes * self.arguments.chunk
+
+    def encoder(self) -> Encoder:
+        return Encoder.from_tokenizer(self.tokenizer, self.tokenizer_name)
+
+    def tokens_per_character(self) -> float:
+        sample = "".join(self.texts[:1000])[:100_000]
+        return (len(self.encoder()(sample)) - 1) / len(sample)
 
 
 def run(arguments: argparse.Namespace, record: Record) -> None:
-    """Measure all contenders in one rotation."""
+    """Measure all contenders, each tokenizer and length of documents in a rotation of its own."""
+    demand = _measure({TRAINING: lambda: _training(arguments)}, arguments, TRAINING)[TRAINING]
     num_tokens = arguments.lanes * arguments.chunk
-    closers: list[Callable[[], None]] = []
+    record.add([_row("demand", TRAINING, demand, num_tokens)])
+    with tempfile.TemporaryDirectory(prefix="minrnn-bench-") as folder:
+        for documents in arguments.documents:
+            texts = texts_of(arguments.corpus, documents, arguments.megabytes)
+            file = Path(folder, f"{documents}.jsonl")
+            file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+            for name in arguments.tokenizers:
+                tokenizer = byte_tokenizer() if name == BYTES else train_bpe(cache_folder(None))
+                rows = _run_contest(Contest(arguments, name, tokenizer, texts, file), documents)
+                _add_ratio(rows, "of_demand", record.rows[0])
+                record.add(rows)
+                print(_table(rows, f"{name}, {documents} documents, {arguments.lanes} x {arguments.chunk}"))
+    if arguments.steps:
+        record.add([_waiting(arguments)])
+        print(_waiting_line(record.rows[-1]))
+
+
+def _run_contest(contest: Contest, documents: str) -> list[dict[str, Any]]:
+    """Measure the contenders. A corpus in another form, such as prepared tokens, is one more entry here."""
+    arguments, loaders = contest.arguments, []
+    makers: dict[str, Callable[[], Turn]] = {
+        f"minrnn, {count} worker(s)": lambda count=count: _loader(contest, count, loaders)
+        for count in arguments.workers
+    }
+    limit = RAW if contest.tokenizer_name == BYTES else ALONE
+    makers[limit] = lambda: (_raw_read if limit == RAW else _encode_batch)(contest)
+    if "datasets" in arguments.peers:
+        makers["datasets"] = lambda: _taking(_datasets(contest), contest, 0)
+    try:
+        timings = _measure(makers, arguments, f"{contest.tokenizer_name}, {documents}")
+    finally:
+        for loader in loaders:
+            loader.close()
+    section = {"tokenizer": contest.tokenizer_name, "documents": documents}
+    rows = [_row("data", name, timing, contest.num_tokens) | section for name, timing in timings.items()]
+    for row, workers in zip(rows, arguments.workers, strict=False):
+        row["workers"] = workers
+    for key, other in (("of_limit", limit), ("of_datasets", "datasets")):
+        for reference in [row for row in rows if row["contender"] == other]:
+            _add_ratio(rows, key, reference)
+    return rows
+
+
+def _measure(
+    makers: dict[str, Callable[[], Turn]], arguments: argparse.Namespace, title: str
+) -> dict[str, Timing]:
     turns: dict[str, Turn] = {}
-    failed: dict[str, str] = {}
-    makers: dict[str, Callable[[], Turn]] = {RAW: lambda: _raw_read(arguments, num_tokens)}
-    makers |= {f"minrnn, {n} worker(s)": _loader_maker(arguments, n, closers) for n in arguments.workers}
-    makers |= {"datasets": lambda: _datasets(arguments)} if "datasets" in arguments.peers else {}
-    makers |= {TRAINING: lambda: _training(arguments)}
+    failed: dict[str, Timing] = {}
     for name, make in makers.items():
         try:
             turns[name] = make()
         except Exception as error:
-            failed[name] = failure_reason(error)
-    try:
-        with tqdm(total=arguments.rounds * len(turns), desc=f"data, {arguments.corpus}", leave=False) as bar:
-            timings = round_robin(turns, arguments.rounds, arguments.limit, bar)
-    finally:
-        for close in closers:
-            close()
-    timings |= {name: Timing(reason=reason) for name, reason in failed.items()}
-    rates = {name: num_tokens / timing.median for name, timing in timings.items() if timing.seconds}
-    rows: list[dict[str, Any]] = []
-    for name in makers:
-        row = {
-            "section": "data",
-            "contender": name,
-            "tokens_per_turn_step": num_tokens,
-            **timings[name].row(),
-        }
-        if name in rates:
-            row["tokens_per_second"] = rates[name]
-            row |= {
-                f"of_{key}": rates[name] / rates[other]
-                for key, other in (("demand", TRAINING), ("raw_read", RAW))
-                if other in rates
-            }
-        rows.append(row)
-    record.add(rows)
-    print(
-        _table(rows, f"data path, {arguments.corpus}, {arguments.lanes} x {arguments.chunk} tokens at a time")
-    )
+            failed[name] = Timing(reason=failure_reason(error))
+    with tqdm(total=arguments.rounds * len(turns), desc=f"data, {title}", leave=False) as bar:
+        timings = round_robin(turns, arguments.rounds, arguments.limit, bar) | failed
+    return {name: timings[name] for name in makers}
 
 
-def _raw_read(arguments: argparse.Namespace, num_tokens: int) -> Turn:
-    """Read every file; returns the seconds for as many bytes as a chunk has tokens."""
-    from ...data.corpus import CorpusSpec, open_source
-    from ...data.sources import TextFiles
+def _row(section: str, contender: str, timing: Timing, num_tokens: int) -> dict[str, Any]:
+    row = {"section": section, "contender": contender, "tokens_per_turn_step": num_tokens, **timing.row()}
+    return row | ({"tokens_per_second": num_tokens / timing.median} if timing.seconds else {})
 
-    source = open_source(CorpusSpec(arguments.corpus))
-    if not isinstance(source, TextFiles):
-        raise Unavailable(f"{arguments.corpus} is not made of text files, whose bytes are tokens")
-    files: list[Path] = source.paths
+
+def _add_ratio(rows: list[dict[str, Any]], key: str, reference: dict[str, Any]) -> None:
+    """Add each row's rate as a fraction of that of the reference."""
+    for row in rows:
+        if "tokens_per_second" in row and "tokens_per_second" in reference:
+            row[key] = row["tokens_per_second"] / reference["tokens_per_second"]
+
+
+def _raw_read(contest: Contest) -> Turn:
+    """Read the file; returns the seconds for as many bytes as a chunk has tokens."""
 
     def turn() -> dict[str, float]:
         start = time.perf_counter()
-        num_bytes = sum(len(path.read_bytes()) for path in files)
-        return {"seconds": (time.perf_counter() - start) * num_tokens / num_bytes}
+        num_bytes = len(contest.file.read_bytes())
+        return {"seconds": (time.perf_counter() - start) * contest.num_tokens / num_bytes}
 
     return turn
 
 
-def _loader_maker(
-    arguments: argparse.Namespace, workers: int, closers: list[Callable[[], None]]
-) -> Callable[[], Turn]:
-    """A function that makes a turn of our loader, as training uses it."""
-
-    def make() -> Turn:
-        from ...data import BYTES, ChunkLoader, CorpusSpec, Encoder, ReaderSpec, byte_tokenizer
-
-        encoder = Encoder.from_tokenizer(byte_tokenizer(), BYTES)
-        spec = ReaderSpec(
-            CorpusSpec(arguments.corpus),
-            "documents",
-            encoder,
-            1,
-            arguments.lanes,
-            arguments.chunk,
-            arguments.window,
-            arguments.seed,
-        )
-        loader = ChunkLoader(spec, [0], [None], workers)
-        closers.append(loader.close)
-        return _taking(iter(loader), arguments.steps)
-
-    return make
-
-
-def _taking(items: Iterator[Any], num_steps: int) -> Turn:
-    """A turn that takes items; those that may be ready are taken before the clock starts."""
+def _encode_batch(contest: Contest) -> Turn:
+    """Tokenize documents of about as many tokens as others take in a turn."""
+    size = contest.arguments.tokens / contest.tokens_per_character()
+    ends = itertools.accumulate(map(len, contest.texts))
+    texts = [text for text, end in zip(contest.texts, ends, strict=True) if end - len(text) < size]
+    backend = contest.tokenizer.backend_tokenizer
 
     def turn() -> dict[str, float]:
-        for _ in itertools.islice(items, 8):
-            pass
         start = time.perf_counter()
-        for _ in itertools.islice(items, num_steps):
-            pass
-        return {"seconds": (time.perf_counter() - start) / num_steps}
+        num_tokens = sum(map(len, backend.encode_batch(texts, add_special_tokens=False)))
+        return {"seconds": (time.perf_counter() - start) * contest.num_tokens / num_tokens}
 
     return turn
 
 
-def _datasets(arguments: argparse.Namespace) -> Turn:
-    """A turn of `datasets`: documents, tokenized and cut by two batched maps as in run_clm, then stacked to
-    chunks.
-    """
-    from datasets import IterableDataset
+def _loader(contest: Contest, workers: int, loaders: list[ChunkLoader]) -> Turn:
+    """A turn of our loader, as training uses it."""
+    arguments = contest.arguments
+    shape = (arguments.lanes, arguments.chunk, arguments.window, arguments.seed)
+    spec = ReaderSpec(CorpusSpec(str(contest.file)), "documents", contest.encoder(), 1, *shape)
+    loader = ChunkLoader(spec, [0], [None], workers)
+    loaders.append(loader)
+    characters = statistics.mean(map(len, contest.texts)) * arguments.window
+    num_groups = 1 + max(workers, 1)
+    ready = num_groups * min(characters, GROUP_CHARACTERS) * contest.tokens_per_character()
+    return _taking(loader, contest, int(ready) // contest.num_tokens + 2 * READ_AHEAD_STEPS)
 
-    from ...data import CorpusSpec, byte_tokenizer, open_source
-    from ...data.sources import Position
 
-    tokenizer, source = byte_tokenizer(), open_source(CorpusSpec(arguments.corpus))
-    length = arguments.chunk
+def _taking(items: Iterable[Any], contest: Contest, num_ready: int) -> Turn:
+    """A turn that takes chunks; those that may be ready are taken before the clock starts."""
+    iterator = iter(items)
+    count = max(1, contest.arguments.tokens // contest.num_tokens)
 
-    def documents() -> Iterator[dict[str, str]]:
-        for shard in range(source.num_shards):
-            for document in source.read(shard, Position()):
-                if document.text is not None:
-                    yield {"text": document.text}
+    def turn() -> dict[str, float]:
+        for _ in itertools.islice(iterator, num_ready):
+            pass
+        start = time.perf_counter()
+        for _ in itertools.islice(iterator, count):
+            pass
+        return {"seconds": (time.perf_counter() - start) / count}
+
+    return turn
+
+
+def _datasets(contest: Contest) -> Iterator[torch.Tensor]:
+    """Chunks from `datasets`: documents, tokenized and cut by two batched maps as in run_clm, stacked."""
+    from datasets import load_dataset
+
+    tokenizer, length = contest.tokenizer, contest.arguments.chunk
+    options = {"return_attention_mask": False, "return_token_type_ids": False}
 
     def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        return {
-            "input_ids": tokenizer(batch["text"], return_attention_mask=False, return_token_type_ids=False)[
-                "input_ids"
-            ]
-        }
+        return {"input_ids": tokenizer(batch["text"], **options)["input_ids"]}
 
     def group(batch: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
         joined = list(itertools.chain.from_iterable(batch["input_ids"]))
         return {"input_ids": [joined[i : i + length] for i in range(0, len(joined) - length + 1, length)]}
 
-    dataset: Any = IterableDataset.from_generator(documents)
-    dataset = dataset.map(encode, batched=True, batch_size=64, remove_columns=["text"]).map(
-        group, batched=True, batch_size=64
-    )
+    dataset: Any = load_dataset("json", data_files=str(contest.file), split="train", streaming=True)
+    dataset = dataset.map(encode, batched=True, batch_size=MAP_BATCH, remove_columns=["text"])
+    dataset = dataset.map(group, batched=True, batch_size=MAP_BATCH)
 
-    def chunks() -> Iterator[torch.Tensor]:
-        rows: list[list[int]] = []
+    def rows() -> Iterator[list[int]]:
         while True:
-            for row in dataset:
-                rows.append(row["input_ids"])
-                if len(rows) == arguments.lanes:
-                    yield torch.tensor(rows)
-                    rows = []
+            yield from (row["input_ids"] for row in dataset)
 
-    return _taking(chunks(), arguments.steps)
+    endless = rows()
+    while True:
+        yield torch.tensor(list(itertools.islice(endless, contest.arguments.lanes)))
 
 
 def _training(arguments: argparse.Namespace) -> Turn:
@@ -222,12 +283,42 @@ def _training(arguments: argparse.Namespace) -> Turn:
     return lambda: {"seconds": work.turn()["seconds"]}
 
 
+def _waiting(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Train the quickstart for some steps; how long a step took and how long it waited, as logged."""
+    from .loop import LoopWork
+
+    names = ("seed", "device", "dtype")
+    work = LoopWork(
+        {"loop": arguments.steps, "family": "loop", **{name: getattr(arguments, name) for name in names}}
+    )
+    seconds = work.turn()["seconds"]
+    lines = work.run.output.folder.metrics.history.update().of_kind("train")
+    work.run.close("KILLED")
+    waited = statistics.mean(line["data_seconds"] for line in lines)
+    row = {"section": "waiting", "contender": QUICKSTART, **Timing([seconds]).row()}
+    return row | {"data_seconds": waited, "waiting": waited / seconds}
+
+
+def _waiting_line(row: dict[str, Any]) -> str:
+    milliseconds = (1000 * row[name] for name in ("median_seconds", "data_seconds"))
+    step, waited = (f"{value:.2f} ms" for value in milliseconds)
+    return f"the quickstart's step takes {step} and waits {waited} for data: {row['waiting']:.2%}"
+
+
 def _table(rows: list[dict[str, Any]], title: str) -> str:
+    def ratio(key: str) -> Callable[[dict[str, Any]], str]:
+        return lambda row: f"{row[key]:.3g}" if key in row else ""
+
+    def per_worker(row: dict[str, Any]) -> str:
+        return si(row["tokens_per_second"] / max(row["workers"], 1)) if "workers" in row else ""
+
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
         "": lambda row: row["contender"],
         "tokens/s": lambda row: si(row["tokens_per_second"]),
-        "of the demand": lambda row: f"{row['of_demand']:.3g}" if "of_demand" in row else "",
-        "of raw read": lambda row: f"{row['of_raw_read']:.3g}" if "of_raw_read" in row else "",
+        "a worker": per_worker,
+        "of the limit": ratio("of_limit"),
+        "of datasets": ratio("of_datasets"),
+        "of the demand": ratio("of_demand"),
     }
     return table(rows, columns, title)
 
@@ -235,7 +326,12 @@ def _table(rows: list[dict[str, Any]], title: str) -> str:
 def draw(figure: Any, rows: list[dict[str, Any]]) -> None:
     """Draw a bar for each contender."""
     axes = figure.subplots()
-    axes.barh([row["contender"] for row in rows], [row["tokens_per_second"] for row in rows])
+    shown = [row for row in rows if "tokens_per_second" in row]
+    names = [
+        ", ".join([row["contender"], *(row[key] for key in ("tokenizer", "documents") if key in row)])
+        for row in shown
+    ]
+    axes.barh(names, [row["tokens_per_second"] for row in shown])
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.set_xlabel("tokens/s")

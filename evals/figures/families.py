@@ -5,11 +5,13 @@
                          -> a full run per seed -> table, evals/results/families-NAME.json
 
 Runs that a time limit leaves out are listed with the time that they would take. The next call goes on where
-this one stopped: finished runs are read, a stopped run resumes. Several calls may share a folder of runs if
-each trains other models (`--models`); a last call with `--minutes 0 --measure-speed`, on a machine that does
-nothing else, then writes the table of all.
+this one stopped: finished runs are read, a stopped run resumes. A run whose result is in the results file
+(`--out`) is not repeated either, if grid and held-out text are the same, so another machine can go on from
+the file alone. Several calls may share a folder of runs if each trains other models (`--models`); a last call
+with `--minutes 0 --measure-speed`, on a machine that does nothing else, then writes the table of all.
 """
 
+import hashlib
 import itertools
 import json
 import math
@@ -69,10 +71,34 @@ class Driver:
         self.validation = runs / "validation.jsonl"
         if not self.validation.exists():
             write_pieces(validation, corpus, self.validation, **grid["validation"])
+        self.validation_hash = text_hash(self.validation)
         self.deadline, self.run_limit, self.measure_speed = deadline, run_limit, measure_speed
         batch = grid["recipe"]["batch"]
         self.tokens_per_step = batch["readers"] * batch["lanes"] * batch["chunk"]
         self.models = [Model(name, fields) for name, fields in grid["models"].items()]
+
+    def restore(self, results: dict[str, Any]) -> None:
+        """Take over the results of finished runs from a results file of the same grid and held-out text.
+
+        Speed is measured again, since the file may be another machine's.
+        """
+        settings = ("tokens", "tuning_tokens", "recipe", "validation")
+        is_same = all(results["grid"][name] == self.grid[name] for name in settings)
+        if not is_same or results.get("validation_hash") != self.validation_hash:
+            return
+        rows = {row["model"]: row for row in results["rows"]}
+        for model in self.models:
+            row = rows.get(model.name)
+            if row is None or row["fields"] != model.fields:
+                continue
+            rates = [f"{rate:g}" for rate in self.grid["learning_rates"]]
+            tuning = {rate: value for rate, value in row["tuning"].items() if rate in rates}
+            model.tuning = {rate: math.inf if value is None else value for rate, value in tuning.items()}
+            if len(model.tuning) == len(rates) and row.get("learning_rate") == float(model.best_rate):
+                seeds = [seed for seed in map(str, self.grid["seeds"]) if seed in row["final"]]
+                model.final = {seed: row["final"][seed] for seed in seeds}
+                model.curves = {seed: [tuple(point) for point in row["curves"][seed]] for seed in seeds}
+        self.commits |= set(results["commits_of_runs"])
 
     def steps(self, tokens: int) -> int:
         """Steps that read this many tokens or a little more."""
@@ -145,6 +171,8 @@ class Driver:
         for rate in self.grid["learning_rates"]:
             if model.reason:
                 return
+            if f"{rate:g}" in model.tuning:  # from the results file
+                continue
             name, tokens = f"lr-{rate:g}", self.grid["tuning_tokens"]
             value = self.bits_per_byte(model, name, tokens, checks=1, optim__lr=rate)
             if value is not None:
@@ -155,7 +183,7 @@ class Driver:
     def finish(self, model: Model, seed: int) -> None:
         """A full run with the best learning rate."""
         is_tuned = len(model.tuning) == len(self.grid["learning_rates"])
-        if model.reason or not is_tuned:
+        if model.reason or not is_tuned or str(seed) in model.final:
             return
         options = {"optim__lr": model.best_rate, "run__seed": seed}
         value = self.bits_per_byte(model, f"full-{seed}", self.grid["tokens"], checks=10, **options)
@@ -203,6 +231,11 @@ def write_pieces(validation: str, corpus: str, path: Path, documents: int, chara
     pieces = [text[begin : begin + characters] for text, begin in zip(texts, begins, strict=True)]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, "".join(json.dumps({"text": piece}) + "\n" for piece in pieces))
+
+
+def text_hash(path: Path) -> str:
+    """SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _lines(folder: Path, kind: str) -> list[dict[str, Any]]:
@@ -271,12 +304,15 @@ def main(argv: list[str]) -> None:
         60 * arguments.run_minutes,
         arguments.measure_speed,
     )
+    if out.exists():
+        driver.restore(json.loads(out.read_text()))
     record = {
         "command": command_line("minrnn figures families", argv),
         "commit": commit(),
         "machine": machine(torch.device("cpu")),
         "versions": versions(),
         "grid": grid,
+        "validation_hash": driver.validation_hash,
     }
     rows: list[dict[str, Any]] = []
     for _ in driver.work():

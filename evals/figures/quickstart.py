@@ -18,9 +18,9 @@ from accelerate import Accelerator
 from ...common.files import user_path, write_json
 from ...data import Encoder, load_tokenizer
 from ...models import MinRNNForCausalLM
-from ...pipeline.evaluation import validate, validation_sets
+from ...pipeline.corpora import corpus_spec
+from ...pipeline.evaluation import make_held_out, validate, validation_sets
 from ...pipeline.recipe import build_recipe
-from ...pipeline.set_up import corpus_spec
 from ..output import RESULTS
 from ..record import commit, machine, versions
 from ..report.runs import training_seconds
@@ -41,7 +41,8 @@ def measure(run: Path) -> dict:
     values["data"]["validation_tokens"] = None
     recipe = build_recipe(values)
     encoder = Encoder.from_tokenizer(load_tokenizer(recipe.data.tokenizer), recipe.data.tokenizer)
-    sets = validation_sets(recipe, corpus_spec(recipe), encoder, range(recipe.batch.readers))
+    held_out = make_held_out(recipe, corpus_spec(recipe), encoder)
+    sets = validation_sets(recipe, held_out, range(recipe.batch.readers))
     return {
         "command": "make train && .venv/bin/minrnn figures quickstart",
         "commit": commit(),

@@ -17,7 +17,15 @@ from ...common.errors import UserError
 from ...common.files import user_path
 from ...common.names import did_you_mean, nearest_names
 from ...common.output import warn
-from ...data import BYTES, CorpusSpec, Encoder, byte_tokenizer, open_source, tokenizer_fingerprint
+from ...data import (
+    BYTES,
+    CorpusSpec,
+    Encoder,
+    byte_tokenizer,
+    is_prepared,
+    open_source,
+    tokenizer_fingerprint,
+)
 from ...data.corpus import PYTHON_STDLIB
 from ...data.joined import PACKAGE, join_documents
 from ...data.sources import Document, Position, Source, TextFiles
@@ -97,6 +105,9 @@ def argument_errors(arguments: argparse.Namespace, counts: Sequence[str]) -> lis
 
 
 def _open(arguments: argparse.Namespace) -> Source:
+    if is_prepared(arguments.corpus):
+        message = f"{arguments.corpus} holds tokens and no text; name the corpus that it was made of"
+        raise UserError("data.corpus", message)
     join = None if arguments.join == NONE else arguments.join
     spec = CorpusSpec(arguments.corpus, text_field=arguments.text_field, skip_broken=True, join=join)
     source = open_source(spec, "validation" if arguments.corpus == PYTHON_STDLIB else "all")

@@ -14,6 +14,9 @@ CACHES = ("past_key_values", "cache_params", "state")  # attention; Mamba and xL
 class FamilyDecoder:
     """The counterpart of `decoding.prefill` and `decoding.TokenStep`.
 
+    Tokens that the model's generation configuration suppresses (the padding of the vocabulary) have the logit
+    -inf, as in `generate()`.
+
     A model whose cache does not give the logits of reading the whole text (`has_exact_cache`) reads the whole
     text again for every token.
 
@@ -33,8 +36,12 @@ class FamilyDecoder:
     @torch.no_grad()
     def _read(self, ids: Tensor) -> Tensor:
         if self.cache is None:
-            return self.model(input_ids=self.text, use_cache=False).logits[:, -1]
-        logits, self.cache = _read_with_cache(self.model, ids, self.cache)
+            logits = self.model(input_ids=self.text, use_cache=False).logits[:, -1]
+        else:
+            logits, self.cache = _read_with_cache(self.model, ids, self.cache)
+        suppressed = getattr(self.model.generation_config, "suppress_tokens", None)
+        if suppressed:
+            logits = logits.index_fill(-1, torch.tensor(suppressed, device=logits.device), -torch.inf)
         return logits
 
     def __call__(self, tokens: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ CARRYING = (OURS, *TORCH_RNNS)
 """Families whose state training can carry from chunk to chunk."""
 HEAD = 64  # channels of an attention head
 # These come from the tokenizer.
-TOKENIZER_FIELDS = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
+TOKENIZER_FIELDS = ("vocab_size", "num_tokens", "bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,10 @@ from hypothesis import settings
 from minrnn.common.errors import UserError
 from minrnn.data import IGNORE_INDEX, Chunk, CorpusSpec, DocumentStream, Encoder, open_source
 from minrnn.data.corpus import Split, WindowAddress
-from minrnn.data.rows import Csv, JsonLines, Parquet
-from minrnn.data.sources import Document, HubDataset, Position, Source, TextFiles
+from minrnn.data.hub import HubDataset
+from minrnn.data.parquet import Parquet
+from minrnn.data.rows import Csv, JsonLines
+from minrnn.data.sources import Document, Position, Source, TextFiles
 
 BOS, EOS = 256, 257
 ENCODER = Encoder(BOS, EOS, None)

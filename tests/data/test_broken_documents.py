@@ -118,12 +118,15 @@ def test_hub_rows_without_text(tmp_path: Path):
     spec = write_corpus("hub", tmp_path, ["one"])
     with pytest.raises(UserError, match=r"data\.text_field.*'content'.*'other', 'text'"):
         list(make_source("hub", replace(spec, text_field="content")).read(0, Position()))
+    with pytest.raises(UserError, match=r"data\.split: '.*' has no split 'none'; it has train"):
+        make_source("hub", replace(spec, split="none"))
+    streamed = write_corpus("jsonl", tmp_path / "streamed", ["one"])
+    with pytest.raises(UserError, match=r"data\.text_field.*'content'.*'text', 'other'"):
+        list(make_source("hub", replace(streamed, text_field="content")).read(0, Position()))
     documents = list(
-        make_source("hub", replace(spec, text_field="content", skip_broken=True)).read(0, Position())
+        make_source("hub", replace(streamed, text_field="content", skip_broken=True)).read(0, Position())
     )
     assert [document.text for document in documents] == [None]
-    with pytest.raises(UserError, match=r"data\.corpus.*cannot open the dataset"):
-        make_source("hub", replace(spec, split="none"))
 
 
 def test_skipped_documents_are_counted_once(tmp_path: Path):

@@ -10,7 +10,7 @@ import pytest
 from data_helpers import some_texts, write_corpus
 
 from minrnn.common.errors import UserError
-from minrnn.data import CorpusSpec, check_corpus, corpus_fingerprint
+from minrnn.data import CorpusSpec, check_corpus, check_same_text, corpus_fingerprint
 from minrnn.data.corpus import PYTHON_STDLIB
 
 TEXTS = [f"document {i} {text}" for i, text in enumerate(some_texts(40))]
@@ -84,10 +84,10 @@ def add_after(folder: Path, kind: str) -> None:
     ("kind", "addition", "order", "readers", "join", "addition_note"),
     [
         ("jsonl", append, "documents", 1, None, "has grown from "),
-        ("jsonl", add_after, "documents", 1, None, "1 more files, after part-00001.jsonl"),
         ("text", add_after, "documents", 2, None, "1 more files, after 00039.txt"),
         ("jsonl", append, "windows", 1, None, None),
         ("jsonl", append, "documents", 1, "other", None),
+        ("jsonl", add_after, "documents", 1, None, None),
         ("jsonl", add_after, "documents", 2, None, None),
         ("text", append, "documents", 1, None, None),
     ],
@@ -121,10 +121,10 @@ def test_only_256_files_are_hashed(tmp_path: Path):
     spec = CorpusSpec(str(tmp_path))
     before = fingerprint_of(spec)
     assert len(before["files"]) == 256
-    assert len(json.dumps(before)) < 30_000
+    assert len(json.dumps(before)) < 40_000
     other = next(path for path in sorted(tmp_path.iterdir()) if path.name not in before["files"])
     other.write_text("another size")
-    with pytest.raises(UserError, match="names or sizes of its files have changed"):
+    with pytest.raises(UserError, match=rf"{other.name} has grown from 6 to 12 bytes"):
         check_corpus(before, spec, "documents", 1)
 
 
@@ -148,4 +148,30 @@ def test_the_standard_library_of_another_python_version_is_refused():
     assert check_corpus(before, CorpusSpec(PYTHON_STDLIB), "documents", 1) is None
     with pytest.raises(UserError, match=r"was the library of Python 3\.0\.0, this is 3\."):
         check_corpus({"python": "3.0.0"}, CorpusSpec(PYTHON_STDLIB), "documents", 1)
-    assert check_corpus(before, CorpusSpec("org/name"), "documents", 1) is None
+    with pytest.raises(UserError, match=r"was the library of Python 3.*, this is something else"):
+        check_corpus(before, CorpusSpec("org/name"), "documents", 1)
+
+
+def test_a_commit_identifies_a_hub_dataset():
+    one, other = "a" * 40, "b" * 40
+    before = fingerprint_of(CorpusSpec("org/name", revision=one))
+    assert before == {"commit": one}
+    assert check_corpus(before, CorpusSpec("org/name", revision=one), "documents", 1) is None
+    with pytest.raises(UserError, match=f"was commit {one} of a hub dataset, this is {other}"):
+        check_corpus(before, CorpusSpec("org/name", revision=other), "documents", 1)
+    assert corpus_fingerprint(CorpusSpec("org/name", revision="main")) is None
+
+
+@pytest.mark.parametrize("kind", ["text", "jsonl", "parquet"])
+def test_a_corpus_that_moved_is_the_same_and_another_is_not(kind: str, tmp_path: Path):
+    before = fingerprint_of(write_corpus(kind, tmp_path / "one", TEXTS, 2))
+    (tmp_path / "one").rename(tmp_path / "two")
+    moved = CorpusSpec(str(tmp_path / "two"))
+    assert check_corpus(before, moved, "documents", 2) is None
+    check_same_text(before, moved)
+    add_after(tmp_path / "two", kind)
+    with pytest.raises(UserError, match="1 more files"):
+        check_same_text(before, moved)
+    other = write_corpus(kind, tmp_path / "three", some_texts(40, seed=1), 2)
+    with pytest.raises(UserError, match="is not what the run began with"):
+        check_corpus(before, other, "documents", 2)

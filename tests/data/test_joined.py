@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from minrnn.common.errors import UserError
 from minrnn.data import CorpusSpec, DocumentReader, DocumentStream, ReaderSpec, open_source
 from minrnn.data.corpus import PYTHON_STDLIB, STDLIB_HELD_OUT, Split, is_held_out
+from minrnn.data.hub import HubDataset
 from minrnn.data.joined import JoinedRows, join_documents, joined_text
-from minrnn.data.sources import Document, HubDataset, Position, Source
+from minrnn.data.sources import Document, Position, Source
 
 PARTS = st.text("ab\né", max_size=4)
 KINDS = ("jsonl", "parquet", "hub")

@@ -37,6 +37,7 @@ from minrnn.data import (
     ReaderSpec,
     WindowReader,
     corpus_tokens,
+    read_ahead,
 )
 
 pytestmark = pytest.mark.usefixtures("local_hub_datasets")
@@ -129,14 +130,20 @@ def test_documents_come_back_whole(data: st.DataObject, tmp_path_factory: pytest
 
 
 @FEW_EXAMPLES
-@given(data=st.data())
+@given(data=st.data(), group=st.sampled_from([1, 20, 100, 10**6]))
 def test_chunks_equal_those_of_the_naive_reader(
-    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+    data: st.DataObject, group: int, tmp_path_factory: pytest.TempPathFactory
 ):
+    """However many documents are tokenized together."""
     setup, _ = data.draw(setups(tmp_path_factory.mktemp("naive")))
     expected = naive_chunks(setup.documents(), setup.lanes, setup.chunk)
-    for chunk in setup.chunks(12):
-        np.testing.assert_array_equal(as_array(chunk), next(expected))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(read_ahead, "GROUP_CHARACTERS", group)
+        chunks = setup.chunks(12)
+        for chunk in chunks:
+            np.testing.assert_array_equal(as_array(chunk), next(expected))
+        for chunk, same in zip(chunks[6:], setup.chunks(6, chunks[5].state), strict=True):
+            assert_same_chunk(chunk, same)
 
 
 @FEW_EXAMPLES
@@ -189,7 +196,8 @@ def test_the_state_stays_small(tmp_path: Path):
     setup = Setup(write_corpus("jsonl", tmp_path, some_texts(200)), lanes=4)
     states = [chunk.state for chunk in setup.chunks(60)]
     assert max(len(json.dumps(state)) for state in states) < 1200
-    assert set(states[0]) == {"window", "number", "num_skipped", "lanes"}
+    expected = {"version", "window", "number", "num_skipped", "num_filtered", "lanes"}
+    assert set(states[0]) == expected
 
 
 def test_names_say_where_each_lane_reads(tmp_path: Path):
@@ -318,7 +326,7 @@ def test_a_joined_text_is_split_by_position(fraction: float, tmp_path: Path):
     np.testing.assert_array_equal(np.concatenate([train, validation]), everything)
     assert len(validation) == pytest.approx(fraction * len(everything), abs=1)
     assert EOS not in everything
-    assert train.dtype == validation.dtype == np.int32
+    assert train.dtype == validation.dtype == ENCODER.dtype
 
 
 def test_positions_compare_without_hints():
@@ -349,3 +357,25 @@ def test_resuming_refuses_a_current_document_whose_text_has_changed(tmp_path: Pa
         Setup(spec, lanes=1, chunk=4, window=2, seed=0).open(state)
     del state["lanes"][0]["digest"]
     Setup(spec, lanes=1, chunk=4, window=2, seed=0).open(state)
+
+
+def test_states_of_older_versions_are_read_only_if_the_order_is_the_same(tmp_path: Path):
+    one = Setup(write_corpus("jsonl", tmp_path / "one", some_texts(40)), 1, 2)
+    state = one.chunks(3)[-1].state
+    expected = one.chunks(4)[-1]
+    del state["version"]
+    assert_same_chunk(one.chunks(1, state)[0], expected)
+    several = Setup(write_corpus("jsonl", tmp_path / "several", some_texts(40), 4))
+    state = several.chunks(3)[-1].state
+    del state["version"]
+    with pytest.raises(UserError, match=r"run\.dir: was saved by a version .* another order"):
+        several.open(state)
+
+
+def test_a_corpus_that_moved_is_read_on(tmp_path: Path):
+    before = Setup(write_corpus("jsonl", tmp_path / "one", some_texts(40), 3))
+    whole = before.chunks(6)
+    (tmp_path / "one").rename(tmp_path / "two")
+    resumed = replace(before, spec=CorpusSpec(str(tmp_path / "two"))).chunks(3, whole[2].state)
+    for chunk, expected in zip(resumed, whole[3:], strict=True):
+        np.testing.assert_array_equal(as_array(chunk), as_array(expected))

@@ -28,6 +28,7 @@ from data_helpers import (
     write_corpus,
 )
 
+from minrnn.common.errors import UserError
 from minrnn.data import CorpusSpec, open_source
 from minrnn.data.rows import JsonLines
 from minrnn.data.sources import Position, TextFiles
@@ -291,6 +292,7 @@ def test_a_relative_glob_without_a_match_is_no_hub_id(tmp_path: Path, monkeypatc
 )
 def test_names_of_hub_datasets(name: str, monkeypatch: pytest.MonkeyPatch):
     opened: list[str] = []
+    monkeypatch.setattr("minrnn.data.corpus.check_dataset_name", lambda *_: None)
     monkeypatch.setattr("minrnn.data.corpus.HubDataset", lambda path, *_: opened.append(path))
     open_source(CorpusSpec(name))
     assert opened == [name]
@@ -320,3 +322,75 @@ def test_files_that_a_run_writes_are_excluded_from_its_folder(tmp_path: Path):
     assert "holds no files but those of the run" in reading_error(
         CorpusSpec(str(tmp_path / "runs"), excluded=excluded)
     )
+
+
+def test_what_is_no_file_in_a_folder_is_refused(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
+    message = reading_error(CorpusSpec(str(tmp_path)))
+    assert f"gone.txt is a link to {tmp_path / 'nowhere'}, which is not there; remove it" in message
+    (tmp_path / "gone.txt").unlink()
+    os.mkfifo(tmp_path / "pipe")
+    for name in (tmp_path, tmp_path / "pipe", tmp_path / "p*"):
+        message = reading_error(CorpusSpec(str(name)))
+        assert f"{tmp_path / 'pipe'} is a pipe, socket or device, not a file" in message
+    assert texts_of(open_source(CorpusSpec(f"{tmp_path}/*.txt")).read(0, Position())) == ["one"]
+
+
+@pytest.mark.parametrize("name", ["a[1]", "b*", "c?", "[!x]"])
+def test_names_with_the_characters_of_patterns(name: str, tmp_path: Path):
+    folder = tmp_path / name / "deep"
+    folder.mkdir(parents=True)
+    for file in (f"{name}.txt", "other.txt"):
+        (folder / file).write_text(file)
+    for corpus, expected in (
+        (folder / f"{name}.txt", [f"{name}.txt"]),
+        (folder, [f"{name}.txt", "other.txt"]),
+        (folder / "o*.txt", ["other.txt"]),
+        (tmp_path / name / "**" / "other.t?t", ["other.txt"]),
+    ):
+        texts = texts_of(open_source(CorpusSpec(str(corpus))).read(0, Position()))
+        assert sorted(texts) == sorted(expected)
+
+
+HUB_ERRORS = {
+    "Dataset 'org/name' is a gated dataset on the Hub. Visit the page": (
+        "data.corpus",
+        "is gated; accept its conditions at https://huggingface.co/datasets/org/name, then log in",
+    ),
+    "BuilderConfig 'small' not found. Available: ['large']": (
+        "data.subset",
+        "'org/name' has no subset 'small' (ValueError: BuilderConfig 'small' not found. Available: [",
+    ),
+    "Dataset 'org/name' doesn't exist on the Hub or cannot be accessed.": (
+        "data.corpus",
+        "there is no dataset 'org/name' on the hub, or it is private",
+    ),
+}
+
+
+@pytest.mark.parametrize("text", HUB_ERRORS)
+def test_datasets_that_cannot_be_opened(text: str, monkeypatch: pytest.MonkeyPatch):
+    import datasets
+    from datasets.exceptions import DatasetNotFoundError
+
+    def fail(*_: object, **__: object) -> None:
+        raise (ValueError if "BuilderConfig" in text else DatasetNotFoundError)(text)
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", fail)
+    with pytest.raises(UserError) as caught:
+        open_source(CorpusSpec("org/name", subset="small"))
+    ((key, message),) = caught.value.errors
+    assert (key, HUB_ERRORS[text][1] in message) == (HUB_ERRORS[text][0], True), message
+
+
+def test_a_dataset_is_resolved_once_for_all_readers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import datasets
+
+    calls = []
+    build = datasets.load_dataset_builder
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *a, **b: calls.append(a) or build(*a, **b))
+    spec = write_corpus("hub", tmp_path, ["one", "two"])
+    for _ in range(3):
+        assert texts_of(make_source("hub", spec).read(0, Position())) == ["one", "two"]
+    assert len(calls) == 1

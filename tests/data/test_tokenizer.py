@@ -2,6 +2,7 @@
 tokenizer.
 """
 
+import hashlib
 import io
 import json
 import pickle
@@ -16,7 +17,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from minrnn.common.errors import UserError
-from minrnn.data import BYTES, Encoder, byte_tokenizer, load_tokenizer, model_vocab_size
+from minrnn.data import (
+    BYTES,
+    Encoder,
+    byte_tokenizer,
+    has_fingerprint,
+    load_tokenizer,
+    model_vocab_size,
+    tokenizer_fingerprint,
+)
 from minrnn.data.tokenizer import num_bytes
 
 TOKENIZER = byte_tokenizer()
@@ -220,3 +229,29 @@ def test_the_models_vocabulary_holds_every_id():
         tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 99}, unk_token="a"))
     )
     assert model_vocab_size(holes) == 104, "ids need not be consecutive"
+
+
+def test_the_fingerprint_covers_everything_that_decides_tokens():
+    """Not what is around a text; and the fingerprints of older versions are still recognized."""
+    from tokenizers import AddedToken, normalizers, pre_tokenizers
+
+    def changed(change) -> str:
+        tokenizer = byte_tokenizer()
+        change(tokenizer.backend_tokenizer)
+        return tokenizer_fingerprint(tokenizer)
+
+    plain = tokenizer_fingerprint(byte_tokenizer())
+    assert plain == tokenizer_fingerprint(byte_tokenizer(begins_with_bos=False))
+    split = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False)
+    changes = {
+        changed(lambda backend: setattr(backend, "normalizer", normalizers.NFC())),
+        changed(lambda backend: setattr(backend, "pre_tokenizer", split)),
+        changed(lambda backend: backend.add_tokens([AddedToken("word")])),
+    }
+    assert len(changes | {plain}) == 4
+    numbered = sorted((number, token) for token, number in byte_tokenizer().get_vocab().items())
+    old = hashlib.sha256(json.dumps(numbered).encode()).hexdigest()
+    assert has_fingerprint(byte_tokenizer(), old)
+    assert has_fingerprint(byte_tokenizer(), plain)
+    assert not has_fingerprint(byte_tokenizer(), old[::-1])
+    assert not has_fingerprint(byte_tokenizer(), plain[:-1])

@@ -1,5 +1,6 @@
 """Each held-out byte is scored once, by one reader in one lane, whatever the number of readers and lanes."""
 
+import json
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
@@ -20,9 +21,39 @@ from minrnn.data import (
     ValidationSet,
     byte_tokenizer,
     corpus_tokens,
-    document_validation,
-    window_validation,
+    held_out_documents,
+    held_out_text,
+    load_held_out,
+    made_from,
+    save_held_out,
 )
+from minrnn.data.corpus import Split
+
+
+def document_validation(
+    spec: CorpusSpec,
+    part: Split,
+    encoder: Encoder,
+    reader: int,
+    num_readers: int,
+    num_lanes: int,
+    chunk: int,
+    max_tokens: int | None,
+) -> ValidationSet:
+    held_out = held_out_documents(spec, part, encoder, max_tokens)
+    return held_out.documents(reader, num_readers, num_lanes, chunk)
+
+
+def window_validation(
+    tokens: np.ndarray,
+    encoder: Encoder,
+    reader: int,
+    num_readers: int,
+    num_lanes: int,
+    chunk: int,
+    max_tokens: int | None,
+) -> ValidationSet:
+    return held_out_text(tokens, encoder, max_tokens).crops(reader, num_readers, num_lanes, chunk)
 
 
 def lanes_of(validation: ValidationSet, num_lanes: int, size: int) -> list[list[list[int]]]:
@@ -227,3 +258,52 @@ def test_python_stdlib_is_scored_on_its_held_out_modules():
     }
     assert scored
     assert set(scored) <= everything
+
+
+@FEW_EXAMPLES
+@given(count=st.integers(1, 20), num_readers=st.integers(1, 3), max_tokens=st.none() | st.integers(1, 200))
+def test_held_out_text_comes_back_from_its_files(
+    count: int, num_readers: int, max_tokens: int | None, tmp_path_factory: pytest.TempPathFactory
+):
+    folder = tmp_path_factory.mktemp("files")
+    spec = write_corpus("jsonl", folder / "corpus", [*some_texts(count), "a text"])
+    held_out = held_out_documents(spec, "all", ENCODER, None)
+    source = made_from(spec, {"files": 1}, "all", "documents", ENCODER, max_tokens)
+    assert load_held_out(folder / "kept", source) is None
+    save_held_out(folder / "kept", held_out, source)
+    again = load_held_out(folder / "kept", json.loads(json.dumps(source)))
+    assert again is not None
+    assert again.num_read == held_out.num_read == count + 1
+    assert again.tokens.dtype == np.uint16
+    for reader in range(num_readers):
+        one, other = (text.documents(reader, num_readers, 3, 8) for text in (held_out, again))
+        assert one.num_bytes == other.num_bytes
+        for lane, other_lane in zip(one.lanes, other.lanes, strict=True):
+            for tokens, other_tokens in zip(lane, other_lane, strict=True):
+                np.testing.assert_array_equal(tokens, other_tokens)
+
+
+def test_files_made_from_something_else_are_not_read(tmp_path: Path):
+    spec = write_corpus("jsonl", tmp_path / "corpus", some_texts(20))
+    arguments = (spec, {"files": 1}, "all", "documents", ENCODER, 100)
+    source = made_from(*arguments)
+    save_held_out(tmp_path / "kept", held_out_documents(spec, "all", ENCODER, 100), source)
+    others: list[tuple] = [
+        (replace(spec, text_field="body"), *arguments[1:]),
+        (spec, {"files": 2}, *arguments[2:]),
+        (*arguments[:2], "validation", *arguments[3:]),
+        (*arguments[:3], "windows", *arguments[4:]),
+        (*arguments[:4], Encoder(0, 1, None), 100),
+        (*arguments[:5], None),
+    ]
+    for other in others:
+        assert load_held_out(tmp_path / "kept", made_from(*other)) is None
+    moved = replace(spec, corpus="elsewhere", excluded=("x",))
+    assert made_from(moved, *arguments[1:]) == source
+    assert made_from(moved, None, *arguments[2:]) != made_from(spec, None, *arguments[2:])
+    assert load_held_out(tmp_path / "kept", source) is not None
+    (tokens,) = (tmp_path / "kept").glob("tokens-*")
+    tokens.write_bytes(tokens.read_bytes()[:-3])
+    assert load_held_out(tmp_path / "kept", source) is None, "a damaged file is made again"
+    save_held_out(tmp_path / "kept", held_out_documents(spec, "all", ENCODER, None), {"format": 2})
+    assert len(list((tmp_path / "kept").iterdir())) == 3, "files of another source are removed"

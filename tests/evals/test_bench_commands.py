@@ -1,5 +1,6 @@
 """Each benchmark end to end at tiny sizes: what it writes, and how it reports user errors."""
 
+import itertools
 import json
 import math
 import platform
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from minrnn.evals.bench import generate, scan, train, worker
+from minrnn.evals.bench import data_texts, generate, scan, train, worker
 from minrnn.evals.bench.command import main, run_bench
 from minrnn.launch.cli import main as minrnn
 
@@ -146,25 +147,36 @@ def test_generate_reports_a_cache_that_does_not_fit_into_memory(tmp_path: Path, 
     assert "keys and values of 1,000,000,000,000 tokens need" in llama["reason"]
 
 
-def test_data(tmp_path: Path):
+def test_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Each tokenizer on short documents and the corpus's own, and the share of a step that waits for data."""
+    monkeypatch.setenv("MINRNN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(data_texts, "VOCABULARY", 400)
+    original = data_texts.corpus_texts
+    monkeypatch.setattr(
+        data_texts, "corpus_texts", lambda corpus, _: itertools.islice(original(corpus, 1), 30)
+    )
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     for i in range(20):
-        (corpus / f"{i}.txt").write_text("It was the best of times. " * 20)
-    record = run(
-        "data",
-        [*MODEL, "--corpus", str(corpus), "--lanes", "2", "--chunk", "64", "--steps", "2"],
-        tmp_path / "out",
-    )
-    rows = {row["contender"]: row for row in record["rows"]}
-    assert set(rows) == {
-        "raw read",
-        "minrnn, 0 worker(s)",
-        "minrnn, 1 worker(s)",
-        "datasets",
-        "training step",
-    }
-    assert all(row["tokens_per_second"] > 0 and row["of_demand"] > 0 for row in rows.values())
+        (corpus / f"{i}.txt").write_text("It was the best of times.\n" * 100)
+    shape = ["--lanes", "2", "--chunk", "64", "--tokens", "256", "--window", "4", "--workers", "0,1"]
+    options = ["--corpus", str(corpus), "--documents", "short,own", "--steps", "5"]
+    record = run("data", [*MODEL, *shape, *options], tmp_path / "out")
+    rows = record["rows"]
+    contests = [
+        (row["tokenizer"], row["documents"], row["contender"]) for row in rows if row["section"] == "data"
+    ]
+    ours = ["minrnn, 0 worker(s)", "minrnn, 1 worker(s)"]
+    assert contests == [
+        (tokenizer, documents, contender)
+        for documents in ("short", "own")
+        for tokenizer, limit in (("bytes", "raw read"), ("bpe", "encode_batch"))
+        for contender in (*ours, limit, "datasets")
+    ]
+    for row in rows[1:-1]:
+        assert all(row[key] > 0 for key in ("tokens_per_second", "of_limit", "of_datasets", "of_demand"))
+    assert 0 <= rows[-1]["waiting"] < 1
+    assert (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize(

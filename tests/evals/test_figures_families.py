@@ -55,16 +55,24 @@ def trained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, 
     monkeypatch.setattr(families.Driver, "train", train)
     monkeypatch.setattr(families, "_lines", lines)
     monkeypatch.setattr(families, "write_pieces", lambda *_, **__: None)
+    monkeypatch.setattr(families, "text_hash", lambda path: "hash")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(families, "_settings", lambda folder: {"precision": "bf16", "limits": []})
     return runs
 
 
 def driver(
-    values: dict[str, Any], seconds: float, run_limit: float = 1e6, measure_speed: bool = False
+    values: dict[str, Any],
+    seconds: float,
+    run_limit: float = 1e6,
+    measure_speed: bool = False,
+    results: dict[str, Any] | None = None,
+    runs: str = "runs",
 ) -> families.Driver:
     deadline = time.monotonic() + seconds
-    made = families.Driver(values, "text", "other", Path("runs"), deadline, run_limit, measure_speed)
+    made = families.Driver(values, "text", "other", Path(runs), deadline, run_limit, measure_speed)
+    if results is not None:
+        made.restore(json.loads(json.dumps(results)))
     for _ in made.work():
         pass
     return made
@@ -117,6 +125,42 @@ def test_a_second_call_reads_what_is_finished_and_measures_speed_again(trained):
     assert second.commits == {"abc"}
     driver(grid(), seconds=0, measure_speed=True)
     assert [(model, run) for model, run, _ in trained] == [(model, "probe") for model in SECONDS_PER_TOKEN]
+
+
+def results_of(made: families.Driver, **changes: Any) -> dict[str, Any]:
+    origin = {"grid": made.grid, "validation_hash": "hash", "commits_of_runs": sorted(made.commits)}
+    return {**origin, "rows": table(made), **changes}
+
+
+@pytest.mark.parametrize("seconds", [1e6, 60])
+def test_another_machine_goes_on_from_the_results_file(trained, seconds: float):
+    whole = results_of(driver(grid(), seconds=1e6, runs="whole"))
+    first = driver(grid(), seconds=seconds, runs="first")
+    trained.clear()
+    second = results_of(driver(grid(), seconds=1e6, results=results_of(first), runs="second"))
+    for rows in (whole["rows"], second["rows"]):
+        for row in rows:
+            row["curves"] = {seed: [list(point) for point in line] for seed, line in row["curves"].items()}
+    assert second["rows"] == whole["rows"]
+    assert second["commits_of_runs"] == ["abc"]
+    repeated = {(model, run) for model, run, _ in trained if run != "probe"}
+    finished = {(row["model"], f"lr-{float(rate):g}") for row in table(first) for rate in row["tuning"]}
+    finished |= {(row["model"], f"full-{seed}") for row in table(first) for seed in row["final"]}
+    assert finished
+    assert not repeated & finished
+    assert bool(repeated) == (seconds == 60)
+
+
+def test_results_of_another_text_or_grid_are_not_taken_over(trained):
+    results = results_of(driver(grid(), seconds=1e6, runs="first"))
+    for changed in (
+        {**results, "validation_hash": "other"},
+        {**results, "grid": {**results["grid"], "tokens": 8000}},
+    ):
+        assert all(not row["final"] for row in table(driver(grid(), 0, results=changed, runs="second")))
+    faster = grid(learning_rates=[1e-3, 2e-3, 4e-3])
+    rows = table(driver(faster, 0, results=results, runs="second"))
+    assert all(row["tuning"].keys() == {"0.001", "0.002"} and not row["final"] for row in rows)
 
 
 def test_a_validation_that_the_corpus_holds_is_refused(tmp_path: Path):

@@ -19,7 +19,6 @@ from minrnn.models.recompute import RECOMPUTE, checkpointing_options
 from minrnn.models.registry import CELLS
 from minrnn.pipeline.classification import new_model
 from minrnn.pipeline.config import Recipe
-from minrnn.pipeline.machine import training_flops_per_token
 from minrnn.pipeline.recipe import build_recipe, read_recipe
 
 MODELS = st.fixed_dictionaries(
@@ -42,9 +41,6 @@ def test_parameters_are_those_of_the_real_model(fields: dict, vocab_size: int):
     model = estimates.measure(recipe, vocab_size)
     real = MinRNNForCausalLM(MinRNNConfig(**recipe.resolved_model_fields(), vocab_size=vocab_size))
     assert model.parameters == real.num_parameters()
-    embedding = real.get_input_embeddings().get_parameter("weight")
-    looked_up = 0 if real.config.tie_word_embeddings else embedding.numel()
-    assert estimates.flops_per_token(model) == training_flops_per_token(real.num_parameters() - looked_up)
 
 
 @given(st.integers(1, 10**11), st.integers(1, 4096), st.sampled_from(["fp32", "bf16"]))
@@ -158,8 +154,6 @@ def test_a_classifier_has_no_logits_of_tokens(corpus: str, texts: int, pooling: 
     rest = kept - estimates.activations(estimate, workload, "fp32", "none")
     assert 0.45 * common["loss"] < rest < 1.1 * common["loss"]
     assert common["carried states"] == 0
-    head = sum(p.numel() for p in [*model.score.parameters(), *model.get_input_embeddings().parameters()])
-    assert estimates.flops_per_token(estimate) == training_flops_per_token(model.num_parameters() - head)
 
 
 def test_a_plan_counts_both_texts_of_pairs(capsys):

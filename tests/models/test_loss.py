@@ -80,3 +80,47 @@ def test_a_resized_vocabulary_keeps_its_loss():
     assert isinstance(model.lm_head, LMHead)
     assert_close(model(ids).logits[..., :-8], before, atol=1e-12)
     assert_close(model(ids, labels=ids, skip_logits=True).loss, model(ids, labels=ids).loss, atol=1e-12)
+
+
+@given(num_tokens=st.integers(1, 11), block=st.integers(1, 25))
+def test_padding_of_the_vocabulary_has_no_part_in_the_loss(num_tokens, block):
+    """Loss and gradients are those of a head without the padded rows; these get no gradient."""
+    hidden, weight, targets = problem(12, 11)
+    targets = targets.where(targets < num_tokens, -100)
+    targets[0] = 0
+    actual = linear_cross_entropy(hidden, weight, targets, block=block, num_tokens=num_tokens)
+    plain = next_token_loss(hidden @ weight[:num_tokens].t(), targets)
+    assert_close(actual, plain, atol=1e-12)
+    grads = torch.autograd.grad(actual, (hidden, weight))
+    expected = torch.autograd.grad(plain, (hidden, weight))
+    for grad, other in zip(grads, expected, strict=True):
+        assert_close(grad, other, atol=1e-12)
+    assert (grads[1][num_tokens:] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_padding_of_the_vocabulary_never_wins(dtype):
+    """Not in logits, the loss, or generation, even if its rows would have the largest logits."""
+    model = new_model(dtype=dtype, num_tokens=11, tie_word_embeddings=False)
+    ids = random_ids(2, 9) % 11
+    with torch.no_grad():
+        unmasked = new_model(dtype=dtype, tie_word_embeddings=False)
+        unmasked.load_state_dict(model.state_dict())
+        model.lm_head.weight[11:] = 100 * model.lm_head.weight[:1]
+    logits = model(ids).logits
+    assert_close(logits[..., :11], unmasked(ids).logits[..., :11], atol=1e-12)
+    probabilities = logits.float().softmax(-1)
+    assert (probabilities[..., 11:] == 0).all()
+    assert torch.isfinite(logits).all()
+    plain = model(ids, labels=ids).loss
+    assert_close(model(ids, labels=ids, skip_logits=True).loss, plain, atol=1e-2)
+    assert plain < 20
+    new = model.generate(ids, max_new_tokens=8, do_sample=True, temperature=5.0, top_k=0)
+    assert (new < 11).all()
+
+
+def test_a_resized_vocabulary_has_no_padding():
+    model = new_model(num_tokens=11, tie_word_embeddings=False)
+    model.resize_token_embeddings(model.config.vocab_size + 8, mean_resizing=False)
+    assert model.config.num_tokens is None
+    assert (model(random_ids(1, 3)).logits > -1e30).all()

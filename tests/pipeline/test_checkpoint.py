@@ -41,9 +41,16 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "run" / "checkpoints"
 
 
-def saver_in(folder: Path, warnings: list[str], keep: int = 2, newest: int | None = None) -> Saver:
+def saver_in(
+    folder: Path,
+    warnings: list[str],
+    keep: int = 2,
+    newest: int | None = None,
+    always_keep: tuple[int, ...] = (),
+) -> Saver:
     alone: Any = SimpleNamespace(process_index=0, num_processes=1)
-    return Saver(folder, alone, keep, True, newest, timedelta(seconds=60), warnings.append, lambda: None)
+    timeout, kept = timedelta(seconds=60), frozenset(always_keep)
+    return Saver(folder, alone, keep, True, newest, timeout, warnings.append, lambda: None, kept)
 
 
 def names(folder: Path) -> list[str]:
@@ -147,6 +154,14 @@ def test_leftover_folders_do_not_block_saving(folder: Path, warnings: list[str])
     for step in (1, 2, 3):
         assert save(saver, step) == []
     assert names(folder) == ["step-000002.invalid-1", "step-000003"]
+
+
+def test_the_steps_of_save_at_are_kept_when_others_are_removed(folder: Path, warnings: list[str]):
+    saver = saver_in(folder, warnings, keep=1, always_keep=(2, 4, 9))
+    for step in range(1, 8):
+        assert save(saver, step) == []
+    assert names(folder) == ["step-000002", "step-000004", "step-000007"]
+    assert checkpoint.make_room(folder, 7, frozenset((2, 4))) is None
 
 
 def test_folders_with_other_names_are_not_checkpoints(folder: Path, warnings: list[str]):

@@ -77,8 +77,8 @@ def reader_positions(folder: Path) -> dict[str, dict]:
 
 @pytest.mark.slow
 def test_a_run_resumes_with_other_engines_and_layouts(values: Values, run_recipe: Run, tmp_path: Path):
-    """One process, ZeRO-1, ZeRO-3, four processes, context parallel, ZeRO-2, ZeRO-0, one process, in fp32.
-    Every step is as in an undisturbed run."""
+    """One process, ZeRO-1, ZeRO-3, four processes, context parallel, ZeRO-2, ZeRO-0, one process, in fp32,
+    most of them with micro-batches of one lane. Every step is as in an undisturbed run."""
     values["batch"]["readers"] = 4
     values["model"]["dropout"] = 0.0  # its masks differ if processes share a sequence
     values["optim"]["schedule"] = "constant"
@@ -88,13 +88,14 @@ def test_a_run_resumes_with_other_engines_and_layouts(values: Values, run_recipe
         {**values, "run": {"dir": str(tmp_path / "resumed")}, "train": {**values["train"], "steps": 3}}
     )
     recipe, folder = recipe_file(values, tmp_path), tmp_path / "resumed"
+    one_lane = ["--train.micro_lanes", "1"]
     stages = [
-        (zero(1), [], "ZeRO-1"),
-        (zero(3), [], "ZeRO-3"),
-        (ddp(4), [], "4 process(es) on cpu, DDP"),
-        (ddp(2), ["--parallel.context", "2"], "2 to a sequence"),
+        (zero(1), one_lane, "ZeRO-1"),
+        (zero(3), one_lane, "ZeRO-3"),
+        (ddp(4), one_lane, "4 process(es) on cpu, DDP"),
+        (ddp(2), ["--parallel.context", "2", *one_lane], "2 to a sequence"),
         (zero(2), ["--parallel.context", "2"], "ZeRO-2, 2 to a sequence"),
-        (zero(0), [], "ZeRO-0"),
+        (zero(0), one_lane, "ZeRO-0"),
     ]
     for i, (launcher, options, engine) in enumerate(stages):
         result = launch(launcher, recipe, "--run.dir", str(folder), "--train.steps", str(3 * i + 6), *options)

@@ -14,7 +14,7 @@ from run_helpers import Values, losses
 
 from minrnn.common.errors import UserError
 from minrnn.data import BYTES, Batch, Chunk, ChunkLoader, CorpusSpec, Encoder, ReaderSpec, load_tokenizer
-from minrnn.data.loader import open_readers
+from minrnn.data.loader import Share, open_readers
 from minrnn.models import MinRNNForCausalLM
 from minrnn.pipeline import loop
 from minrnn.pipeline.optim import build_optimizer, learning_rate
@@ -33,7 +33,7 @@ def test_losses_equal_those_of_a_plain_torch_loop(values: Values, run_recipe: Ru
     encoder = Encoder.from_tokenizer(load_tokenizer(BYTES), BYTES)
     corpus = CorpusSpec(values["data"]["corpus"], held_out=data.validation_fraction)
     spec = ReaderSpec(corpus, "documents", encoder, 2, batch.lanes, batch.chunk, data.shuffle_window, 0)
-    readers = open_readers(spec, [0, 1], [None, None])
+    readers = open_readers(spec, Share([0, 1]), [None, None])
     torch.manual_seed(0)
     model = MinRNNForCausalLM(MinRNNForCausalLM.from_pretrained(folder / "model").config).double()
     optimizer = build_optimizer(model, recipe.optim)
@@ -176,6 +176,7 @@ def test_a_run_writes_the_files_that_the_readme_lists(values: Values, run_recipe
         "lr",
         "tokens_per_second",
         "matmul_fraction",
+        "data_seconds",
     } <= entry.keys()
     assert entry["tokens"] == 2 * 2 * 24
 

@@ -15,6 +15,8 @@ from minrnn.common.errors import UserError
 from minrnn.data import source_specs
 from minrnn.models import MinRNNConfig
 from minrnn.pipeline.config import SECTIONS
+from minrnn.pipeline.corpora import corpus_spec
+from minrnn.pipeline.families.registry import TOKENIZER_FIELDS
 from minrnn.pipeline.model_section import NO_CONFIG_FIELDS, ModelSection
 from minrnn.pipeline.recipe import (
     build_recipe,
@@ -23,7 +25,6 @@ from minrnn.pipeline.recipe import (
     resolved_config,
 )
 from minrnn.pipeline.section import docstring_of
-from minrnn.pipeline.set_up import corpus_spec
 
 
 def errors(argv: list[str]) -> list[str]:
@@ -274,8 +275,7 @@ def test_the_model_section_is_minrnn_config():
     fields = {
         name: (annotation, getattr(MinRNNConfig, name), documented[name])
         for name, annotation in MinRNNConfig.__annotations__.items()
-        if name in documented
-        and name not in ("vocab_size", "num_towers", "bos_token_id", "eos_token_id", "pad_token_id")
+        if name in documented and name not in (*TOKENIZER_FIELDS, "num_towers")
     }
     section = {
         name: (field.annotation, field.default, " ".join((field.description or "").split()))

@@ -49,7 +49,7 @@ MAY_DIFFER = {"run.dir", "train.steps", "optim.schedule_steps"}  # settings
 
 def _metrics(run: Path, kind: str) -> list[dict[str, Any]]:
     """The lines of a kind, without measured times."""
-    timed = {"tokens_per_second", "matmul_fraction", "seconds"}
+    timed = {"tokens_per_second", "matmul_fraction", "data_seconds", "seconds"}
     entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [
         {key: value for key, value in entry.items() if key not in timed}

@@ -1,0 +1,67 @@
+"""The figure of a fit: the frontier, and two views for looking only."""
+
+from typing import Any
+
+import numpy as np
+
+from ..output import si
+from .resample import LEVEL, Fitted
+from .words import BEYOND
+
+NUM_COMPUTES, NUM_ISO = 80, 4
+NEAR = 0.25  # in log FLOPs, of the runs that are drawn at an iso-FLOP line
+
+
+def draw(figure: Any, fitted: list[Fitted], unit: str) -> None:
+    """Fill a matplotlib figure: loss against compute, against parameters, against tokens."""
+    frontier, iso_tokens, iso_flops = figure.subplots(1, 3)
+    for number, each in enumerate(fitted):
+        color = f"C{number}"
+        _draw_frontier(frontier, each, color)
+        _draw_iso_tokens(iso_tokens, each, color)
+        _draw_iso_flops(iso_flops, each, color)
+    titles = ("runs, and the compute-optimal frontier", "iso-token: equal tokens", "iso-FLOP: equal compute")
+    labels = ("FLOPs of training", "parameters", "parameters")
+    for axes, title, label in zip((frontier, iso_tokens, iso_flops), titles, labels, strict=True):
+        axes.set(xscale="log", yscale="log", xlabel=label, ylabel=unit, title=title)
+        axes.grid(alpha=0.3, which="both")
+    frontier.legend()
+
+
+def _draw_frontier(axes: Any, each: Fitted, color: str) -> None:
+    compute = each.points.compute
+    axes.plot(compute, each.points.losses, ".", color=color)
+    grid = np.geomspace(compute.min(), BEYOND * compute.max(), NUM_COMPUTES)
+    axes.plot(grid, each.law.loss(*each.law.optimum(grid, each.cost)), color=color, label=each.points.family)
+    laws = each.columns()
+    losses = laws.loss(*laws.optimum(grid, each.cost))
+    tail = (100 - LEVEL) / 2
+    axes.fill_between(grid, *np.percentile(losses, [tail, 100 - tail], axis=0), color=color, alpha=0.2, lw=0)
+    axes.axvline(compute.max(), color=color, lw=0.8, ls=":")
+
+
+def _draw_iso_tokens(axes: Any, each: Fitted, color: str) -> None:
+    """The law and the runs at some numbers of tokens."""
+    points = each.points
+    parameters = np.geomspace(points.parameters.min(), points.parameters.max(), 50)
+    axes.plot(points.parameters, points.losses, ".", color=color)
+    for tokens in np.geomspace(points.tokens.min(), points.tokens.max(), NUM_ISO):
+        losses = each.law.loss(parameters, tokens)
+        axes.plot(parameters, losses, color=color, lw=0.8)
+        axes.annotate(f"{si(float(tokens))} tokens", (parameters[0], losses[0]), color=color, fontsize=7)
+
+
+def _draw_iso_flops(axes: Any, each: Fitted, color: str) -> None:
+    """The law at some computes, over the measured parameters and tokens; and its minima."""
+    points = each.points
+    parameters = np.geomspace(points.parameters.min(), points.parameters.max(), 50)
+    for compute in np.geomspace(points.compute.min(), points.compute.max(), NUM_ISO + 2)[1:-1]:
+        losses = each.law.loss(parameters, each.cost.tokens(compute, parameters))
+        axes.plot(parameters, losses, color=color, lw=0.8)
+        axes.annotate(
+            f"{compute:.1g} FLOPs", (parameters[-1], losses[-1]), color=color, fontsize=7, ha="right"
+        )
+        is_near = np.abs(np.log(points.compute / compute)) < NEAR
+        axes.plot(points.parameters[is_near], points.losses[is_near], ".", color=color)
+        best, tokens = each.law.optimum(compute, each.cost)
+        axes.plot(best, each.law.loss(best, tokens), "*", color=color)

@@ -1,0 +1,304 @@
+"""`minrnn data show RECIPE`: what the model will see, from a bounded part of the corpus.
+
+recipe -> corpora -> shards and sizes; counts of a sample; what validation holds
+       -> reader 0 -> its first chunk, by lanes, with document boundaries
+"""
+
+import argparse
+import contextlib
+import shutil
+import sys
+from collections.abc import Iterable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from ..common.errors import UserError
+from ..data import Chunk, CorpusSpec, Encoder, PreparedCorpus, ReaderSpec, open_source, run_tokenizer
+from ..data.corpus import Split
+from ..data.loader import open_readers
+from ..data.sample import Counts, count, sample_documents
+from ..pipeline.config import Recipe
+from ..pipeline.options import new_parser
+from ..pipeline.recipe import read_recipe
+from ..pipeline.set_up import corpus_spec
+from .prepare import split_recipe
+from .train_tokenizer import recipe_arguments
+
+DESCRIPTION = """Print what the model will see: shards and their sizes, counts of documents and tokens, what
+is left out, what validation holds, and the first lanes of the first chunk. At most --documents documents are
+counted, for at most --seconds; counts of larger corpora are estimates, and are marked as such. Settings of
+the recipe may follow, as for minrnn train."""
+EPILOG = """examples:
+  minrnn data show quickstart
+  minrnn data show quickstart --data.corpus one.txt
+  minrnn data show fineweb-350m --lanes 2 --data.tokenizer bytes
+  minrnn data show my-recipe.yaml --documents 100000 --seconds 60"""
+COLORS, BOUNDARY, PLAIN = ("\x1b[0m", "\x1b[36m"), "\x1b[1;32m", "\x1b[0m"
+INDENT = " " * 12
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = new_parser("minrnn data show", DESCRIPTION, EPILOG)
+    parser.usage = (
+        "minrnn data show RECIPE [--documents N] [--seconds S] [--lanes N] [--section.field VALUE ...]\n\n"
+        "RECIPE is the name of a recipe that comes with minrnn, a YAML file, or a corpus (as data.corpus)."
+    )
+    number = {"type": int, "metavar": "N"}
+    parser.add_argument(
+        "--documents", default=2000, help="documents to count, at most (default: %(default)s)", **number
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=10.0,
+        metavar="S",
+        help="seconds to count, at most (default: %(default)s)",
+    )
+    parser.add_argument("--lanes", default=4, help="lanes to print (default: %(default)s)", **number)
+    text = "tokens to print of each lane (default: %(default)s)"
+    parser.add_argument("--tokens", default=200, help=text, **number)
+    parser.add_argument(
+        "--color", choices=("auto", "always", "never"), default="auto", help="auto: on a terminal"
+    )
+    return parser
+
+
+def shard_sizes(source: Any) -> list[tuple[str, int]] | None:
+    """Name and bytes of each file of a source; None if they are unknown."""
+    source = getattr(source, "files", getattr(source, "rows", source))  # of joined documents
+    if isinstance(source, PreparedCorpus):
+        files = source.manifest["files"]
+        return [(name, file["size"]) for name, file in files.items() if name.endswith(".arrow")]
+    paths = getattr(source, "paths", None)
+    if paths is None or not all(isinstance(path, Path) for path in paths):
+        return None
+    return [(path.name, path.stat().st_size) for path in paths]
+
+
+def size_text(num_bytes: float) -> str:
+    """A number of bytes in the unit that suits it."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:,.0f} {unit}" if unit == "bytes" else f"{num_bytes:,.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:,.1f} TB"
+
+
+def shard_lines(source: Any) -> list[str]:
+    """Number of shards and files, and the sizes of the files."""
+    sizes = shard_sizes(source)
+    if not sizes:
+        return [f"shards      {source.num_shards:,}"]
+    total = sum(size for _, size in sizes)
+    smallest, largest = (size_text(f(size for _, size in sizes)) for f in (min, max))
+    spread = f" of {smallest} to {largest}" if len(sizes) > 1 else ""
+    names = ", ".join(f"{name} {size_text(size)}" for name, size in sizes[:3])
+    more = f", and {len(sizes) - 3:,} more" if len(sizes) > 3 else ""
+    return [
+        f"shards      {source.num_shards:,}; {len(sizes):,} files{spread}, {size_text(total)} in all",
+        f"{INDENT}{names}{more}",
+    ]
+
+
+def num_rows(source: Any) -> int | None:
+    """The number of documents of all parts that a source knows without reading them; None if it does not."""
+    if isinstance(source, PreparedCorpus):
+        return sum(shard["documents"] for shard in source.manifest["shards"])
+    if type(source).__name__ == "TextFiles":
+        return len(source.paths)
+    if type(source).__name__ == "Parquet" and len(source.paths) <= 1000:
+        import pyarrow.parquet
+
+        with contextlib.suppress(Exception):  # a damaged file is reported by reading it
+            return sum(pyarrow.parquet.read_metadata(path).num_rows for path in source.paths)
+    return None
+
+
+def count_lines(counts: Counts, source: Any, part: Split) -> list[str]:
+    """Documents, tokens and bytes of a part: counted, or estimated from a sample."""
+    if not counts.documents:
+        return [f"documents   none of the first {counts.others:,} is for {part}"]
+    bytes_per_token = counts.bytes / max(counts.tokens, 1)
+    lengths = (
+        f"{min(counts.lengths):,} to {max(counts.lengths):,} tokens (median {median(counts.lengths):,.0f})"
+    )
+    share = counts.documents / (counts.documents + counts.others)
+    if counts.is_whole:
+        lines = [f"documents   {counts.documents:,} of {lengths}", f"tokens      {counts.tokens:,}"]
+    elif (rows := num_rows(source)) is not None:
+        documents = rows * share
+        tokens = documents * counts.tokens / counts.documents
+        sample = f"estimated from {counts.documents:,}"
+        lines = [
+            f"documents   about {documents:,.0f}, {sample} of {lengths}",
+            f"tokens      about {tokens:,.0f}",
+        ]
+    else:
+        lines = [
+            f"documents   more than the {counts.documents:,} that were read, of {lengths}",
+            f"tokens      more than {counts.tokens:,}",
+        ]
+    return [*lines, f"bytes/token {bytes_per_token:.3f}"]
+
+
+def left_out_line(counts: Counts, spec: CorpusSpec) -> str:
+    """What training does not read."""
+    share = counts.others / max(counts.documents + counts.others, 1)
+    parts = [f"{counts.others:,} documents held out for validation ({share:.2%})"] * (counts.others > 0)
+    parts += [f"{counts.skipped:,} broken (data.skip_broken)"] * (counts.skipped > 0)
+    note = "" if counts.is_whole else ", of those that were read"
+    empty = f"; {counts.empty:,} documents are empty" if counts.empty else ""
+    return f"left out    {'; '.join(parts) or 'nothing'}{note if parts else ''}{empty}"
+
+
+def validation_lines(
+    recipe: Recipe, spec: CorpusSpec, encoder: Encoder, limits: tuple[int, float]
+) -> list[str]:
+    """What validation reads, as far as the sample shows."""
+    data = recipe.data
+    most = "all of them" if data.validation_tokens is None else f"up to {data.validation_tokens:,} tokens"
+    if data.order == "windows" and data.validation is None:
+        return [f"validation  the last {data.validation_fraction:.1%} of the text, {most}"]
+    part: Split = "validation"
+    if data.validation is not None:
+        spec = replace(spec, corpus=data.validation, split=data.validation_split, held_out=0.0)
+        part = "all"
+    try:
+        counts = count(sample_documents(spec, part), encoder, *limits)
+    except UserError as error:
+        if data.validation is None:
+            raise
+        raise error.with_keys({"data.corpus": "data.validation"}) from None
+    name = f" of {data.validation}" if data.validation is not None else ", held out"
+    amount = f"{counts.documents:,} documents of {counts.tokens:,} tokens"
+    return [f"validation  {amount}{'' if counts.is_whole else ' in the sample'}{name}; {most} are read"]
+
+
+def _printable(text: str) -> str:
+    """The text on one line."""
+    marks = {"\n": "\u23ce", "\t": "\u2192", "\r": "\u240d"}
+    return "".join(marks.get(c, c if c.isprintable() else "\ufffd") for c in text)
+
+
+def lane_text(chunk: Chunk, row: int, tokenizer: Any, num_tokens: int, color: bool) -> str:
+    """A lane's first tokens, with the name of each document where it begins.
+
+    On a terminal, documents have two colours in turn; elsewhere names are in brackets.
+    """
+    starts = np.flatnonzero(chunk.document_starts[row])
+    edges = sorted({0, *starts.tolist(), chunk.input_ids.shape[1]})
+    names = iter(chunk.documents[row])
+    parts = []
+    for number, (first, last) in enumerate(pairwise(edges)):
+        if first >= num_tokens:
+            break
+        ids = chunk.input_ids[row, first : min(last, num_tokens)].tolist()
+        text = _printable(tokenizer.decode(ids, skip_special_tokens=True))
+        name = _printable(next(names))
+        boundary = f"{BOUNDARY}{name}{PLAIN} " if color else f"[{name}] "
+        parts.append(boundary + (f"{COLORS[number % 2]}{text}{PLAIN}" if color else text))
+    return " ".join(parts)
+
+
+def chunk_lines(
+    recipe: Recipe, spec: Any, encoder: Encoder, tokenizer: Any, arguments: argparse.Namespace
+) -> list[str]:
+    """The first lanes of the first chunk of reader 0."""
+    data, batch = recipe.data, recipe.batch
+    reader_spec = ReaderSpec(
+        corpus=spec,
+        order=data.order,
+        encoder=encoder,
+        num_readers=batch.readers,
+        lanes=batch.lanes,
+        chunk=batch.chunk,
+        window=data.shuffle_window,
+        seed=recipe.run.seed,
+        task=recipe.synthetic_task(),
+    )
+    chunk: Any = open_readers(reader_spec, [0], [None])[0].next_chunk()
+    color = arguments.color == "always" or (arguments.color == "auto" and sys.stdout.isatty())
+    shown = min(arguments.lanes, len(chunk.input_ids))
+    tokens = min(arguments.tokens, chunk.input_ids.shape[1])
+    lines = [
+        "",
+        f"The first {tokens:,} tokens of {shown} of {len(chunk.input_ids)} lanes, chunk 1 of reader 0:",
+    ]
+    width = shutil.get_terminal_size((100, 24)).columns
+    rule = ("\u2500" if (sys.stdout.encoding or "").lower().startswith("utf") else "-") * width
+    for row in range(shown):
+        lines += [rule, f"lane {row}: {lane_text(chunk, row, tokenizer, tokens, color)}"]
+    return lines
+
+
+def corpus_lines(recipe: Recipe, spec: CorpusSpec, encoder: Encoder, limits: tuple[int, float]) -> list[str]:
+    """Shards, counts and what is left out, of one corpus."""
+    source = open_source(spec, "train")
+    counts = count(sample_documents(spec, "train"), encoder, *limits)
+    return [
+        f"corpus      {spec.corpus}",
+        *shard_lines(source),
+        *count_lines(counts, source, "train"),
+        left_out_line(counts, spec),
+        *validation_lines(recipe, spec, encoder, limits),
+    ]
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    errors = [
+        (f"--{name}", f"must be at least 1, not {getattr(arguments, name)}")
+        for name in ("documents", "lanes", "tokens")
+        if getattr(arguments, name) < 1
+    ]
+    if not arguments.seconds > 0:
+        errors.append(("--seconds", f"must be positive, not {arguments.seconds:g}"))
+    if errors:
+        raise UserError.from_list(errors)
+
+
+def main(argv: list[str]) -> None:
+    """Print what a recipe reads.
+
+    Raises:
+        UserError: the recipe, an option or the corpus is wrong.
+    """
+    name, others = split_recipe(argv)
+    arguments, overrides = _parser().parse_known_args(others)
+    if name is None:
+        raise UserError("RECIPE", "name a recipe or a corpus first: minrnn data show quickstart")
+    recipe = read_recipe(recipe_arguments(name, overrides))
+    _check(arguments)
+    data, batch = recipe.data, recipe.batch
+    tokenizer = run_tokenizer(data.corpus, data.tokenizer, data.task, data.trust_remote_code)
+    encoder = Encoder.from_tokenizer(tokenizer, data.tokenizer)
+    spec = corpus_spec(recipe)
+    limits = (arguments.documents, arguments.seconds)
+    lines: list[str] = []
+    if recipe.task() is None:
+        for source_spec in _sources(spec):
+            lines += corpus_lines(recipe, source_spec, encoder, limits)
+        lines.append(f"tokenizer   {data.tokenizer}, {len(tokenizer):,} tokens")
+    else:
+        lines.append(f"corpus      {data.corpus}")
+    lines.append(
+        f"order       {data.order}; {batch.readers} readers x {batch.lanes} lanes x {batch.chunk} tokens: "
+        f"{batch.tokens_per_step:,} tokens a step, {batch.tokens_per_step * recipe.train.steps:,} in "
+        f"{recipe.train.steps:,} steps"
+    )
+    _print(lines + chunk_lines(recipe, spec, encoder, tokenizer, arguments))
+
+
+def _sources(spec: Any) -> Iterable[CorpusSpec]:
+    """The corpora of a mixture, or the only one."""
+    return getattr(spec, "sources", (spec,))
+
+
+def _print(lines: list[str]) -> None:
+    """Print; characters that the terminal's encoding lacks become question marks."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print("\n".join(lines).encode(encoding, errors="replace").decode(encoding))

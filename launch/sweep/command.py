@@ -1,0 +1,211 @@
+"""`minrnn sweep`: all runs of a sweep, with any number of workers on any number of machines."""
+
+import argparse
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from ...common.checks import option_minimum_errors
+from ...common.errors import UserError
+from ...common.output import warn
+from ...evals.output import si, table
+from ...pipeline.machine import num_cores
+from ...pipeline.options import new_parser
+from ...pipeline.recipe import recipe_values
+from .leases import Leases
+from .plan import planned, publish
+from .progress import DONE, FAILED, Display, progress_table
+from .runner import Place, Runner, train_command
+from .spec import read_sweep, shipped_sweeps
+
+REFRESH = 5.0  # seconds
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+DESCRIPTION = """Train all runs of a sweep: a grid, a random search, or a ladder of sizes and token budgets.
+SWEEP is a YAML file, or the name of a sweep that comes with minrnn ({sweeps}). The same command resumes a
+sweep that was stopped. Started again, also on other machines that share the sweep's folder, it adds workers:
+each takes the next run that nobody holds, and takes over the runs of workers that died."""
+EPILOG = """examples:
+  minrnn sweep laptop --plan            what would be trained, and how long it takes
+  minrnn sweep laptop --workers 2       two runs at a time, each on half of the cores
+  minrnn fit runs/laptop                then: the scaling law
+
+a grid:
+  out: runs/rates
+  base: quickstart
+  settings: {train.precision: fp32}
+  grid: {model.cell: [mingru, minlstm], optim.lr: [2.0e-3, 4.0e-3]}
+a ladder:
+  ladder:
+    sizes: [100k, 350k, 1M]
+    budgets: [5, 10, 20]
+    families: {minGRU: {}, Llama: {model.family: llama}}"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = new_parser(
+        "minrnn sweep", DESCRIPTION.format(sweeps=", ".join(shipped_sweeps()) or "none"), EPILOG
+    )
+    parser.add_argument(
+        "sweep", metavar="SWEEP", help="a YAML file, or the name of a sweep that comes with minrnn"
+    )
+    parser.add_argument("--plan", action="store_true", help="print runs, FLOPs and estimated hours, and stop")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        help="runs at the same time; they share the GPUs or the cores (default: 1)",
+    )
+    parser.add_argument("--out", help="the sweep's folder, in place of that in SWEEP")
+    parser.add_argument(
+        "--tflops", type=float, help="rate of matrix products, for --plan (default: measured on this machine)"
+    )
+    parser.add_argument(
+        "--fraction",
+        type=float,
+        default=0.3,
+        help="fraction of that rate that training reaches, for --plan (default: %(default)s, an assumption)",
+    )
+    return parser
+
+
+def main(argv: Sequence[str]) -> None:
+    """Plan a sweep, or train it. The exit status is 1 if runs failed.
+
+    Raises:
+        UserError: all errors of the sweep and the options, before anything is trained.
+    """
+    arguments = _parser().parse_args(argv)
+    errors = option_minimum_errors(arguments, workers=1)
+    for name in ("tflops", "fraction"):
+        if (value := getattr(arguments, name)) is not None and not value > 0:
+            errors.append((f"--{name}", f"must be positive, not {value:g}"))
+    if errors:
+        raise UserError.from_list(errors)
+    sweep = read_sweep(arguments.sweep)
+    if arguments.out is not None:
+        sweep.out = os.path.expanduser(arguments.out)
+    if arguments.plan:
+        print(_plan_text(planned(sweep), arguments))
+        return
+    places = places_of(arguments.workers, sweep.processes)
+    runner = Runner(
+        Path(sweep.out),
+        publish(sweep, planned(sweep)),
+        recipe_values(sweep.base) if sweep.base else {},
+        train_command(sweep.processes, sweep.launcher, has_gpus=bool(places[0].environment)),
+        sweep.retries,
+        Leases(Path(sweep.out) / "leases"),
+    )
+    _run(runner, places)
+
+
+def places_of(workers: int, processes: int) -> list[Place]:
+    """What each worker trains on: its GPUs, or its part of the cores.
+
+    Raises:
+        UserError: there are fewer GPUs than processes.
+    """
+    import torch
+
+    num_gpus = torch.cuda.device_count()
+    if num_gpus and workers * processes > num_gpus:
+        need = f"{workers} workers with {processes} processes need {workers * processes} GPUs"
+        message = f"{need}; there are {num_gpus}"
+        raise UserError("--workers", message)
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(num_gpus)))).split(",")
+    places = []
+    for worker in range(workers):
+        own = tuple(cores[worker * len(cores) // workers : (worker + 1) * len(cores) // workers])
+        environment = {}
+        if num_gpus:
+            gpus = visible[worker * processes : (worker + 1) * processes]
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+        places.append(Place(str(worker), own if workers > 1 else (), environment))
+    if workers > num_cores():
+        warn(f"--workers: {workers} workers share {num_cores()} cores")
+    return places
+
+
+def _run(runner: Runner, places: list[Place]) -> None:
+    """Start a thread for each worker, show their progress, and stop all on a signal."""
+    received: list[int] = []
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        runner.stop.set()
+
+    previous = {number: signal.signal(number, on_signal) for number in SIGNALS}
+    display = Display(runner)
+    threads = [threading.Thread(target=runner.work, args=(place,), daemon=True) for place in places]
+    try:
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            display.update()
+            for thread in threads:
+                thread.join(REFRESH / len(threads))
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if runner.errors:
+        raise runner.errors[0]
+    if received:
+        print(f"Stopped; the same command goes on from there: {runner.folder}", file=sys.stderr)
+        raise SystemExit(128 + received[0])
+    text, states = progress_table(runner)
+    print(text)
+    failed = [name for name, state in states.items() if state == FAILED]
+    if failed:
+        print(
+            f"error: sweep: {len(failed)} runs failed; {runner.folder / 'logs'} and failed/ say why",
+            file=sys.stderr,
+        )
+        raise SystemExit(1)
+    assert all(state == DONE for state in states.values())
+
+
+def _plan_text(runs: list[dict[str, Any]], arguments: argparse.Namespace) -> str:
+    """The runs, their FLOPs and the estimated time."""
+    rate, source = _rate(runs, arguments)
+    speed = rate * arguments.fraction
+
+    def hours(flops: float) -> str:
+        return f"{flops / speed / 3600:.3g}"
+
+    columns: dict[str, Any] = {
+        "run": lambda run: run["name"],
+        "parameters": lambda run: si(run["parameters"]["all"]),
+        "tokens": lambda run: si(run["tokens"]),
+        "steps": lambda run: f"{run['steps']:,}",
+        "from step": lambda run: f"{run['branch_step']:,}" if run["trunk"] else "-",
+        "FLOPs": lambda run: f"{run['flops']:.3g}",
+        "hours": lambda run: hours(run["flops"]),
+    }
+    total = sum(run["flops"] for run in runs)
+    alone = sum(run["flops_per_token"] * run["tokens"] for run in runs)
+    lines = [table(runs, columns, f"{len(runs)} runs").lstrip("\n")]
+    saved = f" ({alone / total:.2g} times as many without branches)" if alone > total else ""
+    lines.append(
+        f"in all {total:.3g} FLOPs{saved}, {hours(total)} hours at {arguments.fraction:.0%} of {source}"
+    )
+    return "\n".join(lines)
+
+
+def _rate(runs: list[dict[str, Any]], arguments: argparse.Namespace) -> tuple[float, str]:
+    """FLOP/s of matrix products, and where the number is from."""
+    if arguments.tflops is not None:
+        return arguments.tflops * 1e12, f"{arguments.tflops:g} TFLOP/s"
+    from ...pipeline.machine import measure_rates, resolve_device
+
+    device = resolve_device("auto")
+    rates = measure_rates(device, ["fp32", "bf16"])
+    best = max(rates, key=rates.__getitem__)
+    return rates[
+        best
+    ], f"{rates[best] / 1e12:.3g} TFLOP/s, measured here in {best}; divide by the number of machines"

@@ -1,0 +1,189 @@
+"""Who trains what: leases in a folder that all workers share.
+
+    leases/NAME.000003      the third lease of a run: {"worker", "host", "pid", "started", "beat", ...}
+
+A run's lease of the highest number counts. A worker takes a run by creating the next number with O_EXCL,
+which one process on all machines can do. It then writes a higher `beat` every few seconds, and at the end an
+`outcome`: done, failed or stopped. A lease whose beat does not change for EXPIRY seconds on the observer's
+own clock has expired, so clocks of machines are never compared; on the same machine it expires as soon as its
+process is gone. A worker that finds a higher number than its own has lost the run and stops training it.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from ...common.files import make_folder, sync
+
+BEAT = 10.0  # seconds
+EXPIRY = 90.0  # seconds; file servers may show a change after 60
+DIGITS = 6
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What the leases of a run say."""
+
+    number: int = 0
+    """Of the newest lease; 0 without one."""
+    content: dict[str, Any] = field(default_factory=dict)
+    """Of the newest lease."""
+    is_held: bool = False
+    """A worker that is alive has it."""
+    is_done: bool = False
+    failures: list[str] = field(default_factory=list)
+    """A message for each lease that ended with a failure."""
+
+
+class Leases:
+    """The leases of a sweep, as one worker process sees them.
+
+    Args:
+        folder: that all workers share.
+        beat, expiry: seconds between signs of life, and without one until a lease has expired.
+        clock: in seconds.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        beat: float = BEAT,
+        expiry: float = EXPIRY,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.folder, self.beat, self.expiry, self._clock = folder, beat, expiry, clock
+        self._seen: dict[str, tuple[Any, float]] = {}  # of each path: its beat, and when it changed
+        self._ended: dict[str, dict[str, Any]] = {}  # leases with an outcome, which never change
+        self._lock = threading.Lock()
+        make_folder(folder)
+
+    def survey(self, names: Iterable[str]) -> dict[str, RunState]:
+        """The state of each run."""
+        numbers: dict[str, list[int]] = {name: [] for name in names}
+        for path in os.listdir(self.folder):
+            name, _, number = path.rpartition(".")
+            if name in numbers and number.isdigit():
+                numbers[name].append(int(number))
+        with self._lock:
+            return {name: self._state(name, sorted(found)) for name, found in numbers.items()}
+
+    def take(self, name: str, state: RunState, worker: str) -> "Lease | None":
+        """The next lease of a run, or None if another worker was faster.
+
+        Args:
+            state: of the run, from `survey`; not held and not done.
+        """
+        path = self._path(name, state.number + 1)
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+        except FileExistsError:
+            return None
+        me = psutil.Process()
+        owner = {"worker": worker, "host": host(), "pid": me.pid, "started": me.create_time()}
+        return Lease(path, self._path(name, state.number + 2), owner, self.beat)
+
+    def _path(self, name: str, number: int) -> Path:
+        return self.folder / f"{name}.{number:0{DIGITS}d}"
+
+    def _state(self, name: str, numbers: list[int]) -> RunState:
+        if not numbers:
+            return RunState()
+        contents = [self._read(self._path(name, number)) for number in numbers]
+        return RunState(
+            numbers[-1],
+            contents[-1],
+            is_held="outcome" not in contents[-1] and not self._has_expired(name, numbers[-1], contents[-1]),
+            is_done=any(content.get("outcome") == "done" for content in contents),
+            failures=[content["message"] for content in contents if content.get("outcome") == "failed"],
+        )
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        if (ended := self._ended.get(path.name)) is not None:
+            return ended
+        try:
+            content = json.loads(path.read_text() or "{}")
+        except (OSError, ValueError):  # just created, or a server that does not answer: as without a new beat
+            return {}
+        if "outcome" in content:
+            self._ended[path.name] = content
+        return content
+
+    def _has_expired(self, name: str, number: int, content: dict[str, Any]) -> bool:
+        if content.get("host") == host() and not _is_running(content["pid"], content["started"]):
+            return True
+        key, beat = self._path(name, number).name, content.get("beat")
+        if key not in self._seen or self._seen[key][0] != beat:
+            self._seen[key] = beat, self._clock()
+        return self._clock() - self._seen[key][1] > self.expiry
+
+
+class Lease:
+    """A run that this worker holds; a thread keeps it.
+
+    Args:
+        path: of the lease; it exists.
+        next_path: of the lease that would supersede it.
+        owner: fields of the file.
+        beat: seconds between signs of life.
+    """
+
+    def __init__(self, path: Path, next_path: Path, owner: dict[str, Any], beat: float):
+        self.path, self._next, self._owner, self._beat = path, next_path, owner, beat
+        self.is_lost = threading.Event()
+        self._ended = threading.Event()
+        self._count = 0
+        self._write({})
+        self._thread = threading.Thread(target=self._keep, name=f"lease of {path.name}", daemon=True)
+        self._thread.start()
+
+    def end(self, outcome: str, message: str = "") -> None:
+        """Write the outcome, so that the run is free at once, or done."""
+        self._ended.set()
+        self._thread.join()
+        self._write({"outcome": outcome, "message": message})
+
+    def _keep(self) -> None:
+        while not self._ended.wait(self._beat):
+            if self._next.exists():
+                self.is_lost.set()
+                return
+            with contextlib.suppress(OSError):  # a server that does not answer; the next beat may reach it
+                self._write({})
+
+    def _write(self, more: dict[str, Any]) -> None:
+        self._count += 1
+        unfinished = self.path.with_name(f".{self.path.name}.part")
+        unfinished.write_text(json.dumps({**self._owner, "beat": self._count, **more}))
+        if more:
+            sync(unfinished)
+        os.replace(unfinished, self.path)
+
+
+@cache
+def host() -> str:
+    """Where a process number means this process: the machine, its start, and the namespace of processes."""
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):  # not Linux
+        parts += [
+            Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+            os.readlink("/proc/self/ns/pid"),
+        ]
+    return " ".join(parts)
+
+
+def _is_running(pid: int, started: float) -> bool:
+    """Whether the process with this number is the one that was started then."""
+    try:
+        return abs(psutil.Process(pid).create_time() - started) < 1.0
+    except psutil.Error:
+        return False

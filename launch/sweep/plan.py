@@ -1,0 +1,119 @@
+"""The plan of a sweep: what each run costs. `sweep.json` in the sweep's folder holds it for all workers.
+
+    {"format", "sweep", "runs": [{"name", "family", "settings", "trunk", "branch_step", "save_at", "sizes",
+                                  "parameters", "steps", "tokens", "flops_per_token", "flops"}]}
+
+`flops` are those that the run trains itself: a branch without its trunk's part.
+"""
+
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+from ...common.errors import UserError
+from ...common.files import make_folder, sync
+from .expand import PlannedRun, expand
+from .spec import Sweep
+
+FORMAT = 1
+PLAN = "sweep.json"
+OWN = ("name", "family", "settings", "trunk", "branch_step", "save_at")
+"""What the file of the sweep says about a run; the rest is computed from it."""
+
+
+def planned(sweep: Sweep) -> list[dict[str, Any]]:
+    """The runs of a sweep with their costs: those of its folder, if it holds this sweep, else computed now.
+
+    Raises:
+        UserError: errors of the sweep; or its folder holds another.
+    """
+    runs = expand(sweep)
+    path = Path(sweep.out) / PLAN
+    if not path.exists():
+        return _entries(runs)
+    entries = json.loads(path.read_text())["runs"]
+    _check_same(path, entries, runs)
+    return entries
+
+
+def publish(sweep: Sweep, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Write the plan, unless another worker has; returns that of the folder.
+
+    Raises:
+        UserError: the folder cannot be used, or holds another sweep.
+    """
+    folder = Path(sweep.out)
+    path = folder / PLAN
+    text = json.dumps({"format": FORMAT, "sweep": sweep.model_dump(mode="json"), "runs": runs}, indent=1)
+    try:
+        make_folder(folder)
+        if path.exists():
+            return planned(sweep)
+        if foreign := [entry.name for entry in folder.iterdir() if not entry.name.startswith(".")]:
+            names = ", ".join(sorted(foreign)[:3])
+            message = f"{folder} holds {names} and no {PLAN}; name a folder of the sweep's own"
+            raise UserError("out", message)
+        unfinished = folder / f".{PLAN}.{uuid.uuid4().hex}"
+        unfinished.write_text(text + "\n")
+        sync(unfinished)
+        try:
+            os.link(unfinished, path)  # fails if another worker was first
+        except FileExistsError:
+            return planned(sweep)
+        finally:
+            unfinished.unlink()
+    except OSError as error:
+        raise UserError("out", f"cannot use {folder}: {error.strerror}") from None
+    return runs
+
+
+def _check_same(path: Path, entries: list[dict[str, Any]], runs: list[PlannedRun]) -> None:
+    saved = {entry["name"]: {key: entry[key] for key in OWN} for entry in entries}
+    new = {run.name: _own(run) for run in runs}
+    different = [name for name in {**saved, **new} if saved.get(name) != new.get(name)]
+    if different:
+        more = f" and {len(different) - 1} more" if len(different) > 1 else ""
+        message = f"{path.parent} holds another sweep: {different[0]}{more} differ; name another folder"
+        raise UserError("out", message)
+
+
+def _own(run: PlannedRun) -> dict[str, Any]:
+    own = {key: getattr(run, key) for key in OWN}
+    return json.loads(json.dumps(own))  # tuples as lists
+
+
+def _entries(runs: list[PlannedRun]) -> list[dict[str, Any]]:
+    """The runs with their costs. Each model is sized once."""
+    from ...data import model_vocab_size, run_tokenizer
+    from ...pipeline.family_settings import with_sizes
+    from ...pipeline.flops import model_size
+
+    vocab_sizes: dict[str, int] = {}
+    sized: dict[str, dict[str, Any]] = {}
+    entries = []
+    for run in runs:
+        recipe, data = run.recipe, run.recipe.data
+        tokenizer = json.dumps([data.corpus, data.tokenizer, data.task])
+        if tokenizer not in vocab_sizes:
+            vocab_sizes[tokenizer] = model_vocab_size(
+                run_tokenizer(data.corpus, data.tokenizer, data.task, data.trust_remote_code)
+            )
+        key = json.dumps([tokenizer, recipe.batch.chunk, recipe.model.model_dump(mode="json")])
+        if key not in sized:
+            with_size = with_sizes(recipe, vocab_sizes[tokenizer])
+            size = model_size(with_size, vocab_sizes[tokenizer]).to_json()
+            sized[key] = {"sizes": with_size.model.sizes, **size}
+        steps, tokens_per_step = recipe.train.steps, recipe.batch.tokens_per_step
+        own = (steps - run.branch_step) * tokens_per_step
+        entries.append(
+            {
+                **_own(run),
+                **sized[key],
+                "steps": steps,
+                "tokens": steps * tokens_per_step,
+                "flops": sized[key]["flops_per_token"] * own,
+            }
+        )
+    return entries

@@ -1,0 +1,173 @@
+"""SWEEP.yaml: what a sweep consists of.
+
+    out: runs/laptop                the sweep's folder, which all workers share
+    base: quickstart                a recipe: a name or a file
+    settings: {train.precision: fp32, data.corpus: books}          for every run
+    seeds: [0]
+    processes: 1                    of each run; more are started by accelerate launch
+
+and one of
+
+    grid: {model.cell: [mingru, minlstm], optim.lr: [1e-3, 2e-3]}  every combination
+    random: {runs: 20, seed: 0, settings: {optim.lr: {low: 1e-4, high: 1e-2, log: true}}}
+    ladder: {sizes: [100k, 1M], budgets: [5, 10, 20], families: {minGRU: {}, Llama: {model.family: llama}}}
+"""
+
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BeforeValidator, Field, ValidationError, field_validator
+
+from ...common.errors import UserError
+from ...common.files import user_path
+from ...common.names import did_you_mean, nearest_names
+from ...pipeline.families.fields import parse_count
+from ...pipeline.section import Section, expand_home
+from .rules import Rules
+
+Size = Annotated[int, BeforeValidator(parse_count), Field(ge=1)]
+Settings = dict[str, Any]
+KINDS = ("grid", "random", "ladder")
+
+
+class Range(Section):
+    """A range of a random setting."""
+
+    low: float
+    high: float
+    log: bool = False
+    """Draw the logarithm uniformly."""
+    integer: bool = False
+    """Round to a whole number."""
+
+    def errors(self) -> dict[str, str]:
+        if self.low > self.high:
+            return {"high": f"must be at least low, which is {self.low:g}"}
+        if self.log and self.low <= 0:
+            return {"low": "must be positive for a logarithm"}
+        return {}
+
+
+class Random(Section):
+    """Runs with settings that are drawn at random."""
+
+    runs: int = Field(ge=1)
+    seed: int = Field(default=0, ge=0)
+    """Run i depends on (seed, i) only, so that more runs may follow later."""
+    settings: dict[str, Range | Annotated[list[Any], Field(min_length=1)]] = Field(min_length=1)
+    """A range, or a list to choose from, for each."""
+
+
+class Ladder(Section):
+    """Sizes times budgets, for each family."""
+
+    sizes: list[Size] = Field(min_length=1)
+    """Parameters, e.g. [100k, 1M]."""
+    budgets: list[Annotated[float, Field(gt=0)]] = Field(min_length=1)
+    """Tokens per parameter."""
+    families: dict[str, Settings] = Field(default={"minGRU": {}}, min_length=1)
+    """Settings of each family of the comparison, by name."""
+    lr_factors: list[Annotated[float, Field(gt=0)]] = Field(default=[1.0], min_length=1)
+    """Of the rule's learning rate, to check it."""
+    rules: Rules = Rules()
+    branch: bool = True
+    """Train each size once, to the largest budget, and branch the decays of the others off it: equal to
+    direct runs to the bit, in less time."""
+    _sorted = field_validator("budgets")(sorted)
+
+
+class Sweep(Section):
+    """A sweep."""
+
+    out: str = Field(min_length=1)
+    """The sweep's folder."""
+    base: str | None = None
+    """A recipe for all runs: a name or a file."""
+    settings: Settings = {}
+    """Settings of every run, over those of `base`."""
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(default=[0], min_length=1)
+    """Every run is made with each."""
+    processes: int = Field(default=1, ge=1)
+    """Processes of each run."""
+    launcher: str | None = None
+    """A configuration file for accelerate launch, if a run has several processes."""
+    retries: int = Field(default=2, ge=0)
+    """How often a run that failed is started again."""
+    grid: dict[str, Annotated[list[Any], Field(min_length=1)]] | None = None
+    random: Random | None = None
+    ladder: Ladder | None = None
+    _expand = field_validator("out", "launcher")(expand_home)
+
+    def errors(self) -> dict[str, str]:
+        kinds = [kind for kind in KINDS if getattr(self, kind) is not None]
+        errors = {}
+        if len(kinds) != 1:
+            errors["sweep"] = f"must have one of {', '.join(KINDS)}, not {' and '.join(kinds) or 'none'}"
+        if self.grid == {}:
+            errors["grid"] = "names no setting"
+        if self.random is not None:
+            for key, drawn in self.random.settings.items():
+                if isinstance(drawn, Range):
+                    errors |= {f"random.settings.{key}.{name}": m for name, m in drawn.errors().items()}
+        for name in ("sizes", "budgets", "lr_factors"):
+            values = getattr(self.ladder, name, [])
+            if len(set(values)) < len(values):
+                errors[f"ladder.{name}"] = f"names a value twice: {values}"
+        if len(set(self.seeds)) < len(self.seeds):
+            errors["seeds"] = f"names a seed twice: {self.seeds}"
+        return errors
+
+
+def shipped_sweeps() -> dict[str, Path]:
+    """Sweeps that come with the package, by name."""
+    folder = Path(__file__).resolve().parent.parent / "sweeps"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def read_sweep(name: str) -> Sweep:
+    """The sweep of a file, or of a name of `shipped_sweeps`.
+
+    Raises:
+        UserError: all errors of the file.
+    """
+    path = shipped_sweeps().get(name, user_path(name))
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        shipped = ", ".join(shipped_sweeps())
+        raise UserError(
+            name, f"cannot be read: {error.strerror}; sweeps that come with minrnn: {shipped}"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(name, f"is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(name, "must hold out, and one of grid, random and ladder")
+    try:
+        sweep = Sweep.model_validate(values)
+    except ValidationError as invalid:
+        raise UserError.from_list(_error(error) for error in invalid.errors()) from None
+    if errors := sweep.errors():
+        raise UserError.from_list(errors.items())
+    return sweep
+
+
+def _error(error: Any) -> tuple[str, str]:
+    key = ".".join(map(str, error["loc"]))
+    if error["type"] == "extra_forbidden":
+        known = {
+            "ladder": Ladder,
+            "rules": Rules,
+            "random": Random,
+        }.get(str(error["loc"][-2]) if len(error["loc"]) > 1 else "", Sweep)
+        hint = did_you_mean(nearest_names(str(error["loc"][-1]), known.model_fields), "there is no such key")
+        return key, f"unknown key ({hint})"
+    if error["type"] == "missing":
+        return key, "is missing"
+    return key, f"{error['msg'][0].lower()}{error['msg'][1:]}, not {error['input']!r}"
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,49 @@
+"""Waiting for data is measured, logged and shown."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from run_helpers import Values
+from tqdm import tqdm
+
+from minrnn.data import ChunkLoader
+from minrnn.pipeline import throughput
+from minrnn.pipeline.throughput import Rates, Throughput
+
+
+def test_rates_are_means_since_the_last_line(monkeypatch: pytest.MonkeyPatch):
+    clock = [100.0]
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: clock[0])
+    measured = Throughput(tokens=1000)
+    for wait in (0.5, 0.0, 1.0, 0.5):
+        measured.add_wait(wait)
+        clock[0] += 2.0
+    with measured.paused():
+        clock[0] += 50.0
+    assert measured.measure(1800) == Rates(tokens_per_second=100.0, data_seconds=0.5, step_seconds=2.0)
+    measured.add_wait(0.25)
+    clock[0] += 1.0
+    assert measured.measure(1810) == Rates(tokens_per_second=10.0, data_seconds=0.25, step_seconds=1.0)
+
+
+def test_a_run_says_how_long_it_waits_for_data(
+    values: Values, run_recipe: Callable[[Values], Path], monkeypatch: pytest.MonkeyPatch
+):
+    values["train"] |= {"steps": 4, "log_every": 2, "eval_every": None, "save_every": None}
+    original, shown = ChunkLoader.take, []
+
+    def slow(self: ChunkLoader, timeout: float | None = None):
+        time.sleep(0.2)
+        return original(self, timeout)
+
+    monkeypatch.setattr(ChunkLoader, "take", slow)
+    monkeypatch.setattr(tqdm, "set_postfix_str", lambda self, text, refresh: shown.append(text))
+    folder = run_recipe(values)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    waits = [line["data_seconds"] for line in lines if line["kind"] == "train"]
+    assert len(waits) == 2
+    assert all(wait >= 0.2 for wait in waits)
+    assert "tokens/s, waits for data " in shown[-1]  # the first steps compile kernels
