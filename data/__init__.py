@@ -1,10 +1,11 @@
 """The data path: from text to chunks of tokens, from a position that can be saved and restored."""
 
-from .corpus import CorpusSpec, DocumentStream, is_hub_dataset, open_shares, open_source
+from .corpus import CorpusSpec, DocumentStream, has_fewer_texts, is_hub_dataset, open_shares, open_source
 from .fingerprint import check_corpus, check_same_text, corpus_fingerprint
 from .hub import resolve_commit
 from .loader import Batch, ChunkLoader
 from .lra import LabelledBatch, LabelledData, LabelledSet, LabelledTask, cache_folder, open_data
+from .mixture import AnyCorpus, MixtureSpec, check_mixture, mixture_fingerprint, source_specs
 from .outages import RetryPolicy
 from .prepared import PreparedCorpus, is_prepared, prepared_corpora, prepared_tokenizer
 from .prompts import TextStream, prompt_batch, prompt_tokens, read_prompt
@@ -22,12 +23,13 @@ from .tokenizer import (
     num_token_ids,
     tokenizer_fingerprint,
 )
-from .validation import HeldOut, ValidationSet, held_out_documents, held_out_text
+from .validation import HeldOut, ValidationSet, concatenated, held_out_documents, held_out_text
 from .validation_file import is_held_out_folder, load_held_out, made_from, save_held_out
 
 __all__ = [
     "BYTES",
     "IGNORE_INDEX",
+    "AnyCorpus",
     "Batch",
     "Chunk",
     "ChunkLoader",
@@ -40,6 +42,7 @@ __all__ = [
     "LabelledData",
     "LabelledSet",
     "LabelledTask",
+    "MixtureSpec",
     "PreparedCorpus",
     "ReaderSpec",
     "RetryPolicy",
@@ -53,9 +56,12 @@ __all__ = [
     "byte_tokenizer",
     "cache_folder",
     "check_corpus",
+    "check_mixture",
     "check_same_text",
+    "concatenated",
     "corpus_fingerprint",
     "corpus_tokens",
+    "has_fewer_texts",
     "has_fingerprint",
     "held_out_documents",
     "held_out_text",
@@ -67,6 +73,7 @@ __all__ = [
     "load_held_out",
     "load_tokenizer",
     "made_from",
+    "mixture_fingerprint",
     "model_vocab_size",
     "num_token_ids",
     "open_data",
@@ -80,5 +87,6 @@ __all__ = [
     "resolve_commit",
     "run_tokenizer",
     "save_held_out",
+    "source_specs",
     "tokenizer_fingerprint",
 ]

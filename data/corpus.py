@@ -10,6 +10,7 @@ most W documents.
 """
 
 import functools
+import itertools
 import os
 import re
 import sysconfig
@@ -27,6 +28,7 @@ from .hold_out import HoldOut, held_out_parts, is_held_out
 from .hub import HubDataset
 from .hub_network import check_dataset_name
 from .joined import join_documents
+from .long_text import LongText, TextPassages, open_long_text, text_groups
 from .outages import DEFAULT_POLICY, RetryPolicy
 from .packages import PYTHON_PACKAGES, package_files
 from .parquet import Parquet
@@ -40,6 +42,7 @@ from .servers import shown_url
 from .sources import Document, Part, Position, Source, TextFiles
 
 PYTHON_STDLIB = "python-stdlib"
+SPLIT_BY_FILE = (PYTHON_STDLIB, PYTHON_PACKAGES)  # whole files are held out
 FILE_SUFFIXES = (".txt", ".md", ".py", ".json", *COMPRESSED, *ROWS)  # names with these are not hub ids
 STDLIB_EXCLUDED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
 # Whole modules, so that no file of a held-out package is trained on; a sample of every kind of module.
@@ -69,6 +72,8 @@ class CorpusSpec:
 
     A corpus that is named by a path within such a folder is still read.
     """
+    passages: bool = False
+    """Whether documents are passages of text files, and the last `held_out` of the bytes are held out."""
     hold_out: HoldOut = "auto"
     """How the fraction is chosen (hold_out.py)."""
     rules: RowRules = EVERY_ROW
@@ -202,9 +207,50 @@ def open_source(spec: CorpusSpec, part: Split = "train") -> Source:
             `spec.join` does not apply to them, or a prepared corpus is unfinished or was made with other
             settings.
     """
+    if spec.passages:
+        return TextPassages(open_text(spec, part))
     if is_prepared(spec.corpus):
         return PreparedCorpus(spec, part)
     return join_documents(_open_unjoined(spec, part), spec.join)
+
+
+def open_text(spec: CorpusSpec, part: Split, piece_bytes: int | None = None) -> LongText:
+    """The text files of a corpus as pieces; see `open_long_text`.
+
+    Raises:
+        UserError: as `open_source`, or the corpus is not made of text files on this machine, or a filter
+            leaves some of them out.
+    """
+    places = "are read from places within text files"
+    if is_url(spec.corpus) or is_prepared(spec.corpus):
+        kind = "on a server" if is_url(spec.corpus) else "prepared"
+        problem = f"continuous and passages {places}, and {shown_url(spec.corpus)} is {kind}"
+        raise UserError("data.order", f"{problem}; use documents, or name the text files themselves")
+    if spec.rules != EVERY_ROW:
+        message = f"is for whole documents; continuous and passages {places}"
+        raise UserError("data.filter", f"{message}; leave it out, or set the order to documents")
+    source = join_documents(_open_unjoined(spec, part), spec.join)
+    rest: Split = "all" if spec.corpus in SPLIT_BY_FILE else part
+    return open_long_text(source, spec.corpus, spec.held_out, rest, piece_bytes)
+
+
+def has_fewer_texts(spec: CorpusSpec, count: int) -> bool:
+    """Whether a corpus can be read from places within its text files (`open_text`), and has fewer than
+    `count` documents that are not empty.
+
+    Raises:
+        UserError: the files cannot be read, or are of several kinds.
+    """
+    if is_url(spec.corpus) or is_prepared(spec.corpus) or spec.rules != EVERY_ROW:
+        return False
+    if spec.corpus not in SPLIT_BY_FILE and not local_files(spec.corpus, spec.excluded)[0]:
+        return False
+    groups = text_groups(join_documents(_open_unjoined(spec, "train"), spec.join))
+    if groups is None:
+        return False
+    with convert_read_errors(spec.corpus):
+        has_text = (any(path.stat().st_size > 0 for path in paths) for _, paths in groups)
+        return sum(itertools.islice(filter(None, has_text), count)) < count
 
 
 def is_hub_dataset(corpus: str) -> bool:
@@ -283,8 +329,8 @@ def _text_files(files: list[Path], root: Path, spec: CorpusSpec) -> TextFiles:
 
 
 def has_fixed_parts(spec: CorpusSpec, source: Source) -> bool:
-    """Whether files, not hashes of texts, decide what a corpus holds out."""
-    is_split = spec.corpus in (PYTHON_STDLIB, PYTHON_PACKAGES)
+    """Whether files or places, not hashes of texts, decide what a corpus holds out."""
+    is_split = spec.corpus in SPLIT_BY_FILE or spec.passages
     return is_split or (isinstance(source, PreparedCorpus) and source.has_fixed_parts)
 
 

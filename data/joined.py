@@ -68,23 +68,24 @@ class JoinedFiles:
             *folders, _ = relative.parts
             group = relative if not folders else Path(folders[0]) if self.join == PACKAGE else relative.parent
             groups.setdefault(group, []).append(index)
-        self._groups = list(groups.items())
+        self.groups = list(groups.items())
+        """For each document, what is joined and the indices of its files."""
 
     @property
     def group_paths(self) -> list[Path]:
         """For each document, the folder whose files it joins, or its only file; relative to the root."""
-        return [group for group, _ in self._groups]
+        return [group for group, _ in self.groups]
 
     def cuts(self, shard: int) -> range:
-        return range(len(self._groups) + 1)
+        return range(len(self.groups) + 1)
 
     def read(self, shard: int, start: Position) -> Iterator[Document]:
         return self.read_part(Part(shard), start)
 
     def read_part(self, part: Part, start: Position) -> Iterator[Document]:
-        begin, end = part.within or (0, len(self._groups))
+        begin, end = part.within or (0, len(self.groups))
         for index in filter(part.has, range(max(begin, start.index), end)):
-            group, members = self._groups[index]
+            group, members = self.groups[index]
             parts = [next(self.files.read(0, Position(member))) for member in members]
             is_file = group == self.files.relative(self.files.paths[members[0]])
             count = _count_of(sum(part.text is not None for part in parts), "file")

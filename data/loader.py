@@ -25,7 +25,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from ..common.errors import UserError
+from .continuous import ContinuousReader
 from .lra import LabelledBatch, LabelledData
+from .mixture import MixtureReader, MixtureSpec
 from .reader import Chunk, DocumentReader, ReaderSpec, WindowReader, corpus_tokens
 from .synthetic import TaskReader
 from .worker_process import ADVICE, Job, WorkerProcess, next_ready
@@ -61,10 +64,17 @@ def can_skip_steps(spec: ReaderSpec) -> bool:
 
 def shares(spec: ReaderSpec, readers: Sequence[int], workers: int) -> list[Share]:
     """Divide readers among exactly `workers` processes. The chunks of the reader with index i come from the
-    shares with that reader in turn."""
+    shares with that reader in turn.
+
+    Raises:
+        UserError: there are more processes than readers of order continuous.
+    """
     if workers <= len(readers):
         return [Share(readers[i::workers]) for i in range(workers)]
     counts = [len(range(i, workers, len(readers))) for i in range(len(readers))]
+    if spec.order == "continuous":
+        message = f"{workers} workers cannot share {len(readers)} readers with data.order continuous"
+        raise UserError("data.workers", f"{message}; use at most {len(readers)}")
     if not can_skip_steps(spec):
         return [Share([reader], helpers=count - 1) for reader, count in zip(readers, counts, strict=True)]
     return [
@@ -79,7 +89,7 @@ def open_readers(spec: ReaderSpec, share: Share, states: Sequence[dict[str, Any]
     pairs = list(zip(share.readers, states, strict=True))
     if not can_skip_steps(spec):
         with ThreadPoolExecutor(max_workers=MAX_OPENED) as pool:  # each waits for its part of the corpus
-            return list(pool.map(lambda pair: DocumentReader(spec, *pair, helpers=share.helpers), pairs))
+            return list(pool.map(lambda pair: _open_reader(spec, *pair, share.helpers), pairs))
     if isinstance(spec.task, LabelledData):
         shape = (spec.num_readers, spec.lanes, spec.seed)
         opened = [spec.task.open_reader(reader, *shape, state) for reader, state in pairs]
@@ -93,6 +103,13 @@ def open_readers(spec: ReaderSpec, share: Share, states: Sequence[dict[str, Any]
     for reader in opened:
         reader.skip(share.first)
     return opened
+
+
+def _open_reader(spec: ReaderSpec, reader: int, state: dict[str, Any] | None, helpers: int) -> Reader:
+    if spec.order == "continuous":
+        return ContinuousReader(spec, reader, state)
+    kind = MixtureReader if isinstance(spec.corpus, MixtureSpec) else DocumentReader
+    return kind(spec, reader, state, helpers=helpers)
 
 
 class DirectChunks:

@@ -30,7 +30,8 @@ GROUP_CHARACTERS = 2**21  # of a group's documents together, at least one docume
 
 
 def encode_documents(encoder: Encoder, documents: Sequence[Document]) -> list[np.ndarray]:
-    """The tokens of each document, `<bos> text <eos>`, of the encoder's dtype.
+    """The tokens of each document, `<bos> text <eos>`, of the encoder's dtype; without `<eos>` if the text
+    goes on after it.
 
     Raises:
         UserError: the tokenizer fails, or a document does not fit into memory; the message names the
@@ -38,7 +39,9 @@ def encode_documents(encoder: Encoder, documents: Sequence[Document]) -> list[np
     """
     encoded = iter(_encode_texts(encoder, [document for document in documents if document.prepared is None]))
     return [
-        next(encoded) if document.prepared is None else encoder.with_bounds(document.prepared.tokens)
+        encoder.with_bounds(document.prepared.tokens)
+        if document.prepared is not None
+        else next(encoded)[: -1 if document.is_cut else None]
         for document in documents
     ]
 

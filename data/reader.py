@@ -10,7 +10,7 @@ consumed, whatever was prefetched.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,6 +24,7 @@ from .tokenizer import Encoder
 
 if TYPE_CHECKING:
     from .lra import LabelledData
+    from .mixture import MixtureSpec
     from .synthetic.task import Task
 
 STATE_VERSION = 2  # of a reader's position: 2 reads parts of shards, in an order of (seed, epoch, reader)
@@ -37,8 +38,8 @@ NO_TOKENS = np.zeros(0, np.uint16)
 class ReaderSpec:
     """The arguments that all readers of a run share; sent to the workers."""
 
-    corpus: CorpusSpec
-    order: Literal["documents", "windows"]
+    corpus: "CorpusSpec | MixtureSpec"
+    order: Literal["documents", "continuous", "windows"]
     encoder: Encoder
     num_readers: int
     """Number of readers of the whole run."""
@@ -104,6 +105,18 @@ class Chunk:
         length = self.input_ids.shape[1] // self.num_chunks
         edges = range(0, self.input_ids.shape[1], length)
         return [self.columns(lambda array, i=i: array[:, i : i + length], 1) for i in edges]
+
+
+def consecutive_chunks(chunks: Sequence[Chunk]) -> Chunk:
+    """Consecutive chunks of one reader as one, with the position after the last."""
+    if len(chunks) == 1:
+        return chunks[0]
+    arrays = {name: np.concatenate([getattr(chunk, name) for chunk in chunks], axis=1) for name in ARRAYS}
+    documents = [list(names) for names in chunks[0].documents]
+    for chunk in chunks[1:]:
+        for row, names in enumerate(chunk.documents):
+            documents[row] += names[bool(not chunk.document_starts[row, 0]) :]
+    return replace(chunks[-1], **arrays, documents=documents, num_chunks=len(chunks))
 
 
 def _narrow(ids: np.ndarray) -> np.ndarray:
@@ -180,7 +193,7 @@ class Lane:
 
 
 def encode_document(encoder: Encoder, document: Document) -> np.ndarray:
-    """The tokens of a document, `<bos> text <eos>`.
+    """The tokens of a document, `<bos> text <eos>`, without `<eos>` if the text goes on after it.
 
     Raises:
         UserError: as `encode_documents`.
@@ -197,9 +210,19 @@ class DocumentReader:
         reader: which of them this is.
         state: the state of a chunk after which to resume; None starts at the beginning.
         helpers: further processes that tokenize.
+        is_whole: whether the first chunk is to be filled without a second epoch; a source of a mixture may
+            have less text.
     """
 
-    def __init__(self, spec: ReaderSpec, reader: int, state: dict[str, Any] | None = None, helpers: int = 0):
+    def __init__(
+        self,
+        spec: ReaderSpec,
+        reader: int,
+        state: dict[str, Any] | None = None,
+        helpers: int = 0,
+        is_whole: bool = True,
+    ):
+        assert isinstance(spec.corpus, CorpusSpec)
         self.encoder, self.reader, self.chunk = spec.encoder, reader, spec.chunk
         self.num_chunks = spec.num_chunks
         self.stream = DocumentStream(
@@ -210,16 +233,17 @@ class DocumentReader:
         window, self.number, skipped = (WindowAddress(), 0, None) if state is None else self._restore(state)
         self.groups = GroupStream(self.stream, spec.encoder, window, self.number, helpers)
         if state is None:
-            self._check_size(spec.corpus.corpus, spec.num_readers)
+            self._check_size(spec.corpus.corpus, spec.num_readers, is_whole)
         self.group = self.groups.take()
         if skipped is None:
             self.num_skipped, self.num_filtered = self.group.num_skipped, self.group.num_filtered
         else:
             self.num_skipped = skipped
 
-    def _check_size(self, corpus: str, num_readers: int) -> None:
-        """Check that the first step does not need a second epoch."""
-        needed, lanes = len(self.lanes) * self.num_chunks * self.chunk, len(self.lanes)
+    def _check_size(self, corpus: str, num_readers: int, is_whole: bool) -> None:
+        """Check that there are documents, and if `is_whole` that the first step needs no second epoch."""
+        step = self.num_chunks * self.chunk
+        needed, lanes = (len(self.lanes) * step, len(self.lanes)) if is_whole else (0, 1)
         groups: list[Group] = []
         count = num_documents = 0
         while not groups or (
@@ -260,7 +284,7 @@ class DocumentReader:
             raise UserError(
                 "data.corpus",
                 f"{share} has {num_documents} documents for {lanes} lanes; "
-                "lower batch.lanes, or set data.order to windows",
+                "lower batch.lanes, or set data.order to continuous (text files) or windows",
             )
 
     def _restore(self, state: dict[str, Any]) -> tuple[Window, int, int]:
@@ -289,7 +313,8 @@ class DocumentReader:
         self.num_filtered = state.get("num_filtered", 0)  # older checkpoints have none
         return find(state["window"]), state["number"], state["num_skipped"]
 
-    def _next_document(self, lane: Lane) -> None:
+    def next_document(self, lane: Lane) -> None:
+        """Start the next document of the stream in a lane."""
         epoch = self.group.window.epoch
         while self.number == self.group.end:
             if self.group.is_last:
@@ -329,7 +354,7 @@ class DocumentReader:
                 column = end - self.chunk
                 while column < end:
                     if lane.num_remaining == 0:
-                        self._next_document(lane)
+                        self.next_document(lane)
                     column += lane.emit(chunk, row, column, end)
         chunk.num_chunks, chunk.state = self.num_chunks, self.state()
         return chunk

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, get_type_hints
+from typing import Any, TypeGuard, get_type_hints
 
 from ..common.errors import UserError
 from ..common.names import did_you_mean, nearest_names
@@ -18,14 +18,14 @@ TASKS: dict[str, type[AnyTask]] = {
 PREFIXES = ("synthetic/", "lra/")
 
 
-def is_task(corpus: str) -> bool:
-    """Whether a corpus name is that of a task."""
-    return corpus.startswith(PREFIXES)
+def is_task(corpus: object) -> TypeGuard[str]:
+    """Whether a corpus is the name of a task, and no text or mixture."""
+    return isinstance(corpus, str) and corpus.startswith(PREFIXES)
 
 
-def is_labelled(corpus: str) -> bool:
-    """Whether a corpus name is that of a task with one label for each example."""
-    return corpus.startswith("lra/")
+def is_labelled(corpus: object) -> TypeGuard[str]:
+    """Whether a corpus is the name of a task with one label for each example."""
+    return isinstance(corpus, str) and corpus.startswith("lra/")
 
 
 def _suggestion(name: str, known: list[str]) -> str:
@@ -71,7 +71,7 @@ def build_task(corpus: str, options: Mapping[str, Any] | None = None) -> AnyTask
 
 
 def run_tokenizer(
-    corpus: str, tokenizer: str, options: Mapping[str, Any] | None = None, trust_remote_code: bool = False
+    corpus: object, tokenizer: str, options: Mapping[str, Any] | None = None, trust_remote_code: bool = False
 ) -> Any:
     """A run's tokenizer: the task's own, or the one that `data.tokenizer` names for a text.
 

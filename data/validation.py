@@ -8,7 +8,7 @@ With order `windows` the set is the last part of the text, cut into consecutive 
 as in the published set-up.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +35,8 @@ class ValidationSet:
     """Tokens per lane and chunk."""
     num_bytes: int
     """Bytes of text in the share: the divisor of bits per byte."""
+    source: str = ""
+    """Name of its source in a mixture."""
 
     @property
     def num_positions(self) -> int:
@@ -87,6 +89,16 @@ class HeldOut:
     """int64 [documents]: bytes of the text of each."""
     num_read: int
     """Documents that were read to find these."""
+    sources: np.ndarray | None = None
+    """int64 [documents]: the source of each in a mixture; None: there is one."""
+
+    def of_source(self, number: int) -> "HeldOut":
+        """The documents of one source."""
+        if self.sources is None:
+            return self
+        chosen = self.sources == number
+        tokens = self.tokens[np.repeat(chosen, self.lengths)]
+        return HeldOut(tokens, self.lengths[chosen], self.sizes[chosen], self.num_read)
 
     def documents(self, reader: int, num_readers: int, num_lanes: int, chunk: int) -> ValidationSet:
         """Every num_readers-th document."""
@@ -101,6 +113,17 @@ class HeldOut:
         crops = [self.tokens[start : start + chunk + 1] for start in starts][reader::num_readers]
         # counted over the whole text, since a crop may begin or end within a character
         return _distribute(reader, crops, num_lanes, chunk, int(self.sizes.sum()) if reader == 0 else 0)
+
+
+def concatenated(parts: Sequence[HeldOut]) -> HeldOut:
+    """The held-out documents of the sources of a mixture."""
+    return HeldOut(
+        np.concatenate([part.tokens for part in parts]),
+        np.concatenate([part.lengths for part in parts]),
+        np.concatenate([part.sizes for part in parts]),
+        sum(part.num_read for part in parts),
+        np.repeat(np.arange(len(parts)), [len(part.lengths) for part in parts]),
+    )
 
 
 def held_out_documents(

@@ -2,7 +2,7 @@
 
     FOLDER/manifest.json        what it was made from, and the names of the other two; written last
     FOLDER/tokens-HASH.npy      integers [tokens], the narrowest type that holds them; memory-mapped
-    FOLDER/documents-HASH.npy   int64 [documents, 2]: tokens and bytes of each
+    FOLDER/documents-HASH.npy   int64 [documents, 3]: tokens, bytes and source of each
 
 HASH is one of what it was made from. A file that was made from something else is made again.
 """
@@ -22,7 +22,7 @@ from .corpus import CorpusSpec, Split
 from .tokenizer import Encoder
 from .validation import HeldOut
 
-FORMAT = 1
+FORMAT = 2
 _OWN_NAME = re.compile(r"\.?((tokens|documents)-[0-9a-f]{16}\.npy|manifest\.json)(\.part)?")
 
 
@@ -69,7 +69,9 @@ def save_held_out(folder: Path, held_out: HeldOut, source: dict[str, Any]) -> No
     make_folder(folder)
     name = _hash(source)
     tokens = held_out.tokens.astype(np.min_scalar_type(int(held_out.tokens.max(initial=0))))
-    arrays = {"tokens": tokens, "documents": np.stack([held_out.lengths, held_out.sizes], axis=1)}
+    sources = np.zeros_like(held_out.lengths) if held_out.sources is None else held_out.sources
+    columns = [held_out.lengths, held_out.sizes, sources]
+    arrays = {"tokens": tokens, "documents": np.stack(columns, axis=1)}
     files = {kind: f"{kind}-{name}.npy" for kind in arrays}
     for kind, array in arrays.items():
         with atomic_write(folder / files[kind]) as unfinished, unfinished.open("wb") as file:
@@ -91,5 +93,5 @@ def load_held_out(folder: Path, source: dict[str, Any]) -> HeldOut | None:
         documents = np.load(folder / manifest["files"]["documents"])
         if documents[:, 0].sum() != len(tokens):
             return None
-        return HeldOut(tokens, documents[:, 0], documents[:, 1], manifest["num_read"])
+        return HeldOut(tokens, documents[:, 0], documents[:, 1], manifest["num_read"], documents[:, 2])
     return None

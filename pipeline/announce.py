@@ -4,6 +4,7 @@ from typing import Any
 
 from ..common.output import warn
 from .config import OptimSection, Recipe
+from .data_order import order_note
 from .families.registry import OURS, kernel_names
 from .machine import PrecisionChoice
 from .optim import learning_rate
@@ -33,6 +34,8 @@ def announce(run: Run, precision: PrecisionChoice) -> None:
         f"{run.output.folder.path}: {model}, {step_size}, {device}, {sharing}{precision.precision}{reason}; "
         f"{begin}"
     )
+    if note := order_note(recipe):
+        run.report(note)
     for limit in recipe.model.limits:
         run.report(f"{recipe.model.family}: {limit}")
     saved = run.output.folder.saved

@@ -8,6 +8,7 @@ import yaml
 
 from ..data import LabelledTask, build_task, is_labelled
 from .public import public_config
+from .source_settings import corpus_name
 
 NAME = "README.md"
 CARD = """---
@@ -134,7 +135,7 @@ def model_card(
         name=name,
         cell=cell,
         parameters=parameters,
-        corpus=corpus,
+        corpus=corpus_name(corpus),
         tokens=tokens,
         score=score,
         config=text,

@@ -18,7 +18,7 @@ from .machine import resolve_device
 from .processes import all_reduce_sum, to_device
 
 
-def classifier_fields(corpus: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
+def classifier_fields(corpus: object, options: Mapping[str, Any] | None) -> dict[str, Any]:
     """The fields of the model's configuration that the corpus decides; empty for a language model's."""
     if not is_labelled(corpus):
         return {}

@@ -18,6 +18,7 @@ from .families.fields import merged_fields
 from .families.registry import OURS
 from .model_section import NO_CONFIG_FIELDS, ModelSection
 from .section import Section, expand_home
+from .source_settings import EXAMPLE, corpus_name, normalized_corpus, source_errors, with_source_commits
 
 
 class RunSection(Section):
@@ -40,11 +41,15 @@ class RunSection(Section):
 class DataSection(Section):
     """The corpus, its order and its tokenizer."""
 
-    corpus: str = Field(default="python-stdlib", min_length=1)
+    corpus: str | list[dict[str, Any]] = "python-stdlib"
     """python-stdlib; python-packages (the source of the installed packages); a file, folder or glob
     (parquet, JSON lines, csv, tsv or text; plain, .gz or .zst), local or a URL (https://, s3://, gs://,
     hf://); a folder of datasets' save_to_disk; a hub dataset; a synthetic task, synthetic/NAME; or a task
-    of Long Range Arena, lra/NAME."""
+    of Long Range Arena, lra/NAME. A list is a weighted mixture of corpora, each a name or a mapping, e.g.
+    [a.txt, {corpus: b, weight: 2}]: b gives two thirds of the tokens. A mapping has corpus, weight (default
+    1), order (auto, documents, passages), and subset, split, revision, text_field, template, filter, join
+    and hold_out, which are by default those of this section."""
+    _normalize = field_validator("corpus", mode="before")(normalized_corpus)
     task: dict[str, Any] = {}
     """Options of a task (docs/synthetic.md, docs/lra.md), e.g. {length: 64, num_tokens: 4}. With a task,
     settings for text are errors."""
@@ -78,9 +83,11 @@ class DataSection(Section):
     folder of the corpus. In both, files directly in the corpus's root are not joined. Otherwise the name
     of a column, e.g. book_id: consecutive rows with the same value are one document. Lower
     data.shuffle_window if joined documents are very long, since a window holds that many of them."""
-    order: Literal["documents", "windows"] = "documents"
-    """documents: every lane reads documents to their end. windows: random crops of the whole corpus as one
-    text; no state is carried."""
+    order: Literal["auto", "documents", "continuous", "windows"] = "auto"
+    """documents: every lane reads documents to their end, shuffled. continuous, for text files: every lane
+    reads on through the text from a place of its own, with the state carried; the end of the text is held
+    out. windows: random crops of the whole corpus as one text; no state is carried. auto: continuous for
+    text files that are fewer than the lanes of all readers, such as a single long one, else documents."""
     tokenizer: str = Field(default="bytes", min_length=1)
     """bytes, or a tokenizer from the hub or a folder."""
     _expand = field_validator("tokenizer")(expand_home)
@@ -101,7 +108,7 @@ class DataSection(Section):
     """The commit that `validation_revision` was resolved to. minrnn writes it to config.yaml; leave it out
     of a recipe."""
     validation_fraction: float = Field(default=0.01, gt=0.0, lt=1.0)
-    """Fraction of the corpus that is held out; with order windows, the end of the text."""
+    """Fraction of the corpus that is held out; with order continuous or windows, the end of the text."""
     hold_out: Literal["auto", "documents", "shards"] = "auto"
     """What is held out. documents: those whose text has a small hash; finding them reads the corpus up to
     the last of them. shards: whole shards, or the end of one, so nothing else is read. auto: shards for
@@ -140,7 +147,14 @@ class DataSection(Section):
         if not is_task(self.corpus):
             errors = {}
             if self.task:
-                errors["task"] = f"is for tasks (synthetic/NAME, lra/NAME), not for {self.corpus}"
+                errors["task"] = f"is for tasks (synthetic/NAME, lra/NAME), not for {self.name}"
+            if isinstance(self.corpus, list):
+                errors |= source_errors(self.corpus)
+                if self.order in ("continuous", "windows"):
+                    message = f"{self.order} is for a single corpus; leave it out for a mixture"
+                    errors["order"] = f"{message}, whose sources may say order: passages"
+            elif self.corpus.startswith("[") and "{" in self.corpus:
+                errors["corpus"] = f"is not a list in YAML; write {EXAMPLE}, not {self.corpus!r}"
             try:
                 self.rules()
             except UserError as error:
@@ -163,15 +177,30 @@ class DataSection(Section):
             errors |= {key.removeprefix("data."): message for key, message in error.errors}
         return errors
 
-    def commits_of(self, saved: dict[str, Any]) -> dict[str, str]:
-        """The commits of a saved run's section, for the datasets and revisions that this one names too."""
-        commits = {}
+    @property
+    def name(self) -> str:
+        """The corpus, or the sources of the mixture, for messages."""
+        return corpus_name(self.corpus)
+
+    @property
+    def has_filter(self) -> bool:
+        """Whether rows of the corpus, or of a source of the mixture, are left out."""
+        sources = self.corpus if isinstance(self.corpus, list) else []
+        return bool(self.filter) or any(source.get("filter") for source in sources)
+
+    def with_commits_of(self, saved: dict[str, Any]) -> "DataSection":
+        """The section with the commits of a saved run's, for the datasets and revisions that both name."""
+        commits: dict[str, Any] = {}
+        if isinstance(self.corpus, list) and isinstance(saved.get("corpus"), list):
+            commits["corpus"] = with_source_commits(
+                self.corpus, saved["corpus"], self.revision == saved.get("revision")
+            )
         for corpus, prefix in (("corpus", ""), ("validation", "validation_")):
             revision, commit = f"{prefix}revision", f"{prefix}commit"
             is_same = all(getattr(self, name) == saved.get(name) for name in (corpus, revision))
             if is_same and getattr(self, commit) is None and saved.get(commit):
                 commits[commit] = saved[commit]
-        return commits
+        return self.model_copy(update=commits)
 
 
 class OptimSection(Section):

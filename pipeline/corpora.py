@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,45 +13,64 @@ from tqdm import tqdm
 from ..common.errors import StorageError, UserError
 from ..common.output import warn
 from ..data import (
+    AnyCorpus,
     CorpusSpec,
     Encoder,
     HeldOut,
-    check_corpus,
+    MixtureSpec,
+    RowRules,
+    check_mixture,
     check_same_text,
     corpus_fingerprint,
     is_hub_dataset,
     load_held_out,
     made_from,
+    mixture_fingerprint,
     open_shares,
     resolve_commit,
     save_held_out,
+    source_specs,
 )
 from . import processes
 from .classification import open_labelled
 from .config import Recipe
-from .evaluation import make_held_out, validation_errors, validation_spec
+from .evaluation import make_held_out, validation_budgets, validation_errors, validation_spec
 from .folder import RunFolder
 from .folder_checks import FILES, FOLDERS
+from .source_settings import INHERITED
 from .tracking_store import SQLITE_SUFFIXES, absolute_uri, sqlite_file
 from .watchdog import Watchdog
 
 
-def corpus_spec(recipe: Recipe) -> CorpusSpec:
+def corpus_spec(recipe: Recipe) -> AnyCorpus:
     """The corpus that the recipe trains on."""
     data = recipe.data
-    return CorpusSpec(
-        corpus=data.corpus,
-        subset=data.subset,
-        split=data.split,
-        revision=data.commit or data.revision,
-        text_field=data.text_field,
-        skip_broken=data.skip_broken,
-        held_out=0.0 if data.validation is not None else data.validation_fraction,
-        join=data.join,
-        excluded=_output_paths(recipe),
-        hold_out=data.hold_out,
-        rules=data.rules(),
-        network=data.network(),
+    excluded = _output_paths(recipe)
+
+    def spec(source: Mapping[str, Any], commit: str | None, reads_passages: bool) -> CorpusSpec:
+        settings = {name: source.get(name, getattr(data, name)) for name in INHERITED}
+        return CorpusSpec(
+            corpus=source["corpus"],
+            subset=settings["subset"],
+            split=settings["split"],
+            revision=commit or settings["revision"],
+            text_field=settings["text_field"],
+            skip_broken=data.skip_broken,
+            held_out=0.0 if data.validation is not None else data.validation_fraction,
+            join=settings["join"],
+            excluded=excluded,
+            hold_out=settings["hold_out"],
+            rules=RowRules.from_settings(settings["template"], settings["filter"]),
+            network=data.network(),
+            passages=reads_passages,
+        )
+
+    if isinstance(data.corpus, str):
+        return spec({"corpus": data.corpus}, data.commit, reads_passages=data.order == "continuous")
+    total = sum(source["weight"] for source in data.corpus)
+    return MixtureSpec(
+        tuple(spec(source, source.get("commit"), source["order"] == "passages") for source in data.corpus),
+        tuple(source["weight"] / total for source in data.corpus),
     )
 
 
@@ -74,8 +94,16 @@ def with_commits(recipe: Recipe) -> Recipe:
     Raises:
         UserError: a dataset or a revision does not exist, or the hub does not answer.
     """
-    data, commits = recipe.data, {}
-    if recipe.task() is None and data.commit is None and is_hub_dataset(data.corpus):
+    data = recipe.data
+    commits: dict[str, Any] = {}
+    if isinstance(data.corpus, list):
+        commits["corpus"] = [
+            {**source, "commit": resolve_commit(source["corpus"], source.get("revision", data.revision))}
+            if "commit" not in source and is_hub_dataset(source["corpus"])
+            else source
+            for source in data.corpus
+        ]
+    elif recipe.task() is None and data.commit is None and is_hub_dataset(data.corpus):
         commits["commit"] = resolve_commit(data.corpus, data.revision)
     if data.validation is not None and data.validation_commit is None and is_hub_dataset(data.validation):
         with validation_errors(recipe):
@@ -108,7 +136,7 @@ def identify_corpus(
     )
     prints = [value for value in processes.all_gather_objects(accelerator, [own]) if value is not None]
     if any(value != prints[0] for value in prints):
-        message = f"{recipe.data.corpus} (or data.validation) has other files on one machine than on another"
+        message = f"{recipe.data.name} (or data.validation) has other files on one machine than on another"
         raise UserError("data.corpus", f"{message}; copy the same files to all of them")
     return prints[0] or None
 
@@ -119,7 +147,7 @@ def _labelled_examples(recipe: Recipe, folder: RunFolder, watchdog: Watchdog) ->
         return None
     files, saved = labelled.manifest()["files"], folder.manifest.get("corpus")
     if saved is not None and saved != files:
-        message = f"the examples of {recipe.data.corpus} are not those that the run began with"
+        message = f"the examples of {recipe.data.name} are not those that the run began with"
         raise UserError("data.corpus", f"{message}; name another run.dir")
     return files
 
@@ -132,13 +160,14 @@ def _fingerprint(recipe: Recipe, folder: RunFolder, is_main: bool) -> dict[str, 
         )
         raise UserError("data.corpus", f"{message}; put the text back, or name another run.dir")
     if saved is not None:
-        note = check_corpus(saved, spec, recipe.data.order, recipe.batch.readers)
+        note = check_mixture(saved, spec, recipe.data.order, recipe.batch.readers)
         if note is not None and is_main:
             warn(f"data.corpus: {note}")
-    fingerprint = corpus_fingerprint(spec) or {}
+    fingerprint = mixture_fingerprint(spec) or {}
     if recipe.data.validation is not None:
         with validation_errors(recipe):
             validation, _ = validation_spec(recipe, spec)
+            assert isinstance(validation, CorpusSpec)
             if saved is not None and "validation" in saved:
                 check_same_text(saved["validation"], validation)
             fingerprint["validation"] = corpus_fingerprint(validation)
@@ -162,9 +191,16 @@ def prepare_held_out(
     if recipe.task() is not None:
         return None
     data, corpus, folder = recipe.data, corpus_spec(recipe), Path(recipe.run.dir, "validation")
-    spec, part = validation_spec(recipe, corpus)
+    with validation_errors(recipe):
+        spec, part = validation_spec(recipe, corpus)
     known = (fingerprint or {}).get("validation") if data.validation is not None else fingerprint
-    source = made_from(spec, known, part, data.order, encoder, data.validation_tokens)
+    if isinstance(spec, MixtureSpec):
+        prints, budgets = (known or {})["sources"], validation_budgets(spec, data.validation_tokens)
+        parts = zip(spec.sources, prints, budgets, strict=True)
+        sources = [made_from(each, print_, part, data.order, encoder, most) for each, print_, most in parts]
+        source = {"sources": sources}
+    else:
+        source = made_from(spec, known, part, data.order, encoder, data.validation_tokens)
 
     def make() -> None:
         if load_held_out(folder, source) is None:
@@ -198,6 +234,9 @@ def warn_of_shares(recipe: Recipe) -> None:
         UserError: the corpus does not exist, or cannot be read.
     """
     if recipe.task() is None and recipe.data.order == "documents":
-        shares, _ = open_shares(corpus_spec(recipe), "train", recipe.batch.readers)
-        if shares.note:
-            warn(f"data.corpus: {shares.note}")
+        spec = corpus_spec(recipe)
+        for source in source_specs(spec):
+            shares, _ = open_shares(source, "train", recipe.batch.readers)
+            if shares.note:
+                name = f"{source.corpus}: " if isinstance(spec, MixtureSpec) else ""
+                warn(f"data.corpus: {name}{shares.note}")

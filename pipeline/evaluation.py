@@ -15,16 +15,20 @@ from torch import nn
 from ..common.errors import UserError
 from ..data import (
     IGNORE_INDEX,
+    AnyCorpus,
     Chunk,
-    CorpusSpec,
     Encoder,
     HeldOut,
     LabelledSet,
+    MixtureSpec,
     TaskValidation,
     ValidationSet,
+    concatenated,
     corpus_tokens,
+    has_fewer_texts,
     held_out_documents,
     held_out_text,
+    source_specs,
 )
 from ..data.corpus import Split
 from ..data.synthetic import IN_DISTRIBUTION
@@ -32,24 +36,36 @@ from ..models.dtypes import at_least_fp32
 from .classification import open_labelled, score_labels
 from .config import Recipe
 from .processes import ProcessLayout, all_reduce_max, all_reduce_sum, to_device
+from .source_settings import source_names
 
 ValidationSets = Sequence[ValidationSet] | Sequence[TaskValidation] | Sequence[LabelledSet]
 PIECE = 8  # each process of a context group has a multiple of this many positions of a task's chunk
 
 
-def validation_spec(recipe: Recipe, corpus: CorpusSpec) -> tuple[CorpusSpec, Split]:
-    """The corpus that holds the text for validation, and the part of it."""
-    data = recipe.data
+def validation_spec(recipe: Recipe, corpus: AnyCorpus) -> tuple[AnyCorpus, Split]:
+    """The corpus that holds the text for validation, and the part of it.
+
+    Raises:
+        UserError: files of text cannot be read.
+    """
+    data, batch = recipe.data, recipe.batch
     if data.validation is None:
         return corpus, "validation"
     spec = dataclasses.replace(
-        corpus,
+        source_specs(corpus)[0],
         corpus=data.validation,
         subset=data.validation_subset,
         split=data.validation_split,
         revision=data.validation_commit or data.validation_revision,
+        text_field=data.text_field,
+        join=data.join,
+        hold_out=data.hold_out,
+        rules=data.rules(),
         held_out=0.0,
+        passages=False,
     )
+    if data.order == "continuous" and has_fewer_texts(spec, batch.readers * batch.lanes):
+        spec = dataclasses.replace(spec, passages=True)
     return spec, "all"
 
 
@@ -70,17 +86,28 @@ def validation_errors(recipe: Recipe) -> Iterator[None]:
         raise UserError.from_list(errors) from None
 
 
+def validation_budgets(spec: MixtureSpec, max_tokens: int | None) -> list[int | None]:
+    """The share of data.validation_tokens that each source of a mixture has, by its weight."""
+    return [max_tokens and max(round(max_tokens * weight), 1) for weight in spec.weights]
+
+
 def make_held_out(
-    recipe: Recipe, corpus: CorpusSpec, encoder: Encoder, after_document: Callable[[], None] = lambda: None
+    recipe: Recipe, corpus: AnyCorpus, encoder: Encoder, after_document: Callable[[], None] = lambda: None
 ) -> HeldOut:
     """Read the text for validation, in one pass.
 
     Raises:
         UserError: the corpus does not exist or is empty; under data.validation if that names it.
     """
-    spec, part = validation_spec(recipe, corpus)
     max_tokens = recipe.data.validation_tokens
     with validation_errors(recipe):
+        spec, part = validation_spec(recipe, corpus)
+        if isinstance(spec, MixtureSpec):
+            budgets = validation_budgets(spec, max_tokens)
+            pairs = zip(spec.sources, budgets, strict=True)
+            return concatenated(
+                [held_out_documents(source, part, encoder, *rest, after_document) for source, *rest in pairs]
+            )
         if recipe.data.order == "windows":
             return held_out_text(corpus_tokens(spec, part, encoder), encoder, max_tokens)
         return held_out_documents(spec, part, encoder, max_tokens, after_document)
@@ -101,6 +128,15 @@ def validation_sets(recipe: Recipe, held_out: HeldOut | None, readers: range) ->
             for reader in readers
         ]
     assert held_out is not None
+    if isinstance(data.corpus, list) and data.validation is None:
+        layout = (batch.readers, batch.lanes, batch.chunk)
+        names = enumerate(source_names(data.corpus))
+        parts = [(name, held_out.of_source(number)) for number, name in names]
+        return [
+            dataclasses.replace(part.documents(reader, *layout), source=name)
+            for name, part in parts
+            for reader in readers
+        ]
     share = held_out.crops if data.order == "windows" else held_out.documents
     return [share(reader, batch.readers, batch.lanes, batch.chunk) for reader in readers]
 
@@ -117,8 +153,9 @@ def validate(
 ) -> dict[str, Any]:
     """Mean loss in nats per token, bits per byte, and the number of tokens, over the sets of all processes.
 
-    For a synthetic task: loss and accuracy at the lengths of training, and accuracy by length. For labelled
-    examples: loss and accuracy (`score_labels`).
+    For a mixture, also the bits per byte of each source: `by_source`. For a synthetic task: loss and accuracy
+    at the lengths of training, and accuracy by length. For labelled examples: loss and accuracy
+    (`score_labels`).
 
     Args:
         layout: this process's part of each sequence; by default all of it.
@@ -133,10 +170,11 @@ def validate(
         return _validate_task(model, examples, accelerator, layout, after_chunk)
     texts = [part for part in sets if isinstance(part, ValidationSet)]
     model.eval()
-    nats, tokens = 0.0, 0
+    sources = list(dict.fromkeys(part.source for part in texts))  # every process has a set of each
+    sums = np.zeros((len(sources), 3))  # nats, tokens, bytes
     for part in texts:
-        part_nats, part_tokens = _read_texts(model, part, accelerator, carry_state, layout, after_chunk)
-        nats, tokens = nats + part_nats, tokens + part_tokens
+        nats, tokens = _read_texts(model, part, accelerator, carry_state, layout, after_chunk)
+        sums[sources.index(part.source)] += nats, tokens, part.num_bytes / layout.context
     if in_lockstep:
         num_chunks = sum(1 for part in texts for _ in part.chunks())
         empty = torch.zeros(1, 64, dtype=torch.long, device=accelerator.device)
@@ -144,13 +182,17 @@ def validate(
             model(input_ids=empty, shift_labels=empty, skip_logits=True, num_items_in_batch=1)
             after_chunk()
     model.train()
-    num_bytes = sum(part.num_bytes for part in texts) / layout.context
-    nats, tokens, num_bytes = all_reduce_sum(accelerator, [nats, tokens, num_bytes])
-    return {
+    sums = np.reshape(all_reduce_sum(accelerator, sums.ravel().tolist()), sums.shape)
+    nats, tokens, num_bytes = sums.sum(0).tolist()
+    result = {
         "loss": nats / tokens,
         "bits_per_byte": nats / (num_bytes * math.log(2)),
         "validation_tokens": int(tokens),
     }
+    if len(sources) > 1:
+        bits = sums[:, 0] / (sums[:, 2] * math.log(2))
+        result["by_source"] = dict(zip(sources, bits.tolist(), strict=True))
+    return result
 
 
 def _read_texts(

@@ -12,6 +12,7 @@ from . import processes
 from .checkpoint import checkpoint_name
 from .evaluation import validation_summary
 from .export import export_model, kept_card_warning, load_checkpoint, masks_padding, sample
+from .mixture_progress import progress_note, text_progress
 from .run import Run
 
 
@@ -23,6 +24,8 @@ def finish(run: Run) -> None:
             written. The same command tries again.
     """
     run.watchdog.enter("exporting")
+    if note := progress_note(text_progress(run)):
+        run.report(note)
     processes.run_on_main(run.accelerator, lambda: _export(run))
 
 

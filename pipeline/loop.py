@@ -28,6 +28,7 @@ from .interrupt import Interrupt, exit_after_signal
 from .launch_checks import check_launch, check_same_recipe
 from .launcher_engines import check_engine
 from .machine import keep_freed_memory, training_flops_per_token
+from .mixture_progress import text_progress
 from .pictures import draw_accuracy, draw_loss
 from .recipe import resolved_config
 from .run import Run
@@ -273,12 +274,13 @@ def _log(run: Run, entry: dict[str, Any], rates: Rates) -> None:
     matmul_fraction = flops_per_second / (run.matmul_rate * run.accelerator.num_processes)
     entry = {"kind": "train", "step": run.step, "tokens": run.progress.tokens, **entry}
     entry |= {"tokens_per_second": round(tokens_per_second, 1), "matmul_fraction": round(matmul_fraction, 4)}
+    entry |= text_progress(run)
     entry["data_seconds"] = data_seconds
-    if recipe.data.skip_broken and recipe.data.order == "documents":
+    if recipe.data.skip_broken and recipe.data.order in ("documents", "continuous"):
         skipped = sum(reader.position["num_skipped"] for reader in readers if reader.position)
         (skipped,) = processes.all_reduce_sum(run.accelerator, [skipped / run.layout.context])
         entry["documents_skipped"] = int(skipped)
-    if recipe.data.filter and recipe.data.order == "documents":
+    if recipe.data.has_filter and recipe.data.order == "documents":
         filtered = sum(reader.position["num_filtered"] for reader in readers if reader.position)
         (filtered,) = processes.all_reduce_sum(run.accelerator, [filtered / run.layout.context])
         entry["documents_filtered"] = int(filtered)
@@ -307,6 +309,7 @@ def _validate(run: Run) -> None:
     result = _score(run, "validation", run.data.validation)
     run.report(
         f"step {run.step}: held-out loss {result['loss']:.4f} nats/{run.unit}, {validation_summary(result)}"
+        + "".join(f", {bits:.4f} on {name}" for name, bits in result.get("by_source", {}).items())
     )
     if run.is_main:
         _draw(run.output.folder, run.unit, draws_accuracy=bool(result.get("by_length")))

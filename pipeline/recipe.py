@@ -17,10 +17,12 @@ from ..common.files import user_path
 from ..common.names import did_you_mean, nearest_names
 from .batch_settings import batch_errors
 from .config import SECTIONS, Recipe
+from .data_order import with_saved_order
 from .families.registry import OURS
 from .family_settings import family_errors, without_carried_state
 from .public import config_without_credentials
 from .section import docstring_of
+from .source_settings import is_source_list
 from .task_settings import task_errors, with_family_error, with_prepared_tokenizer, with_whole_examples
 
 # Settings that may change on resume, because they do not affect the losses. Those of DECIDE_DROPOUT affect
@@ -272,7 +274,8 @@ def _parse_value(text: str, annotation: Any) -> Any:
     kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
     if NoneType in kinds and text.lower() in NULL:
         return None
-    if str in kinds or any(get_origin(kind) is Literal and text in get_args(kind) for kind in kinds):
+    is_text = str in kinds and not (any(get_origin(kind) is list for kind in kinds) and is_source_list(text))
+    if is_text or any(get_origin(kind) is Literal and text in get_args(kind) for kind in kinds):
         return text
     try:
         for kind in kinds:
@@ -343,8 +346,8 @@ def schedule_steps_of(saved: dict[str, Any]) -> int:
 def with_saved_settings(recipe: Recipe, saved: dict[str, Any]) -> Recipe:
     """The recipe with the settings that a run keeps from its start, unless run.change names them.
 
-    These are `optim.schedule_steps` where it is null, `train.precision` where it is auto, the sizes that
-    `model.num_parameters` was resolved to, and the commits of hub datasets.
+    These are `optim.schedule_steps` where it is null, `train.precision` and `data.order` where they are auto,
+    the sizes that `model.num_parameters` was resolved to, and the commits of hub datasets.
 
     Args:
         saved: the resolved recipe of the checkpoint to resume from; empty for a new run.
@@ -365,7 +368,7 @@ def with_saved_settings(recipe: Recipe, saved: dict[str, Any]) -> Recipe:
         model = model.model_copy(update={"sizes": saved_model["sizes"]})
     return dataclasses.replace(
         recipe,
-        data=recipe.data.model_copy(update=recipe.data.commits_of(saved.get("data", {}))),
+        data=with_saved_order(recipe, saved).data.with_commits_of(saved.get("data", {})),
         model=model,
         optim=recipe.optim.model_copy(update={"schedule_steps": steps}),
         train=recipe.train.model_copy(update={"precision": precision}),

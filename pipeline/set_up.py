@@ -32,6 +32,7 @@ from .checkpoint import ReaderState
 from .classification import classifier_fields, open_labelled, test_sets
 from .config import Recipe
 from .corpora import corpus_spec, identify_corpus, prepare_held_out, warn_of_shares, with_commits
+from .data_order import with_order
 from .engine import build_engine
 from .evaluation import validation_sets
 from .export import model_config
@@ -64,7 +65,9 @@ def set_up(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, watchdog
     watchdog.enter("resolving datasets", is_set_up=True)
     recipe = processes.run_on_main(accelerator, lambda: with_commits(recipe))
     layout = processes.build_layout(accelerator, recipe.parallel.context, collective_timeout(recipe))
-    recipe = processes.run_on_all_ranks(accelerator, lambda: _with_sizes(recipe, folder))
+    recipe = processes.run_on_all_ranks(
+        accelerator, lambda: with_order(_with_sizes(recipe, folder), corpus_spec(recipe))
+    )
     data, model = _open_on_all_ranks(recipe, accelerator, folder, layout, watchdog)
     recipe = _with_limits(recipe, model)
     if layout.group is not None:
@@ -224,7 +227,7 @@ def _start_loader(recipe: Recipe, encoder: Encoder, readers: dict[int, ReaderSta
     data, batch = recipe.data, recipe.batch
     spec = ReaderSpec(
         corpus=corpus_spec(recipe),
-        order=data.order,
+        order="documents" if data.order == "auto" else data.order,  # auto remains for tasks only
         encoder=encoder,
         num_readers=batch.readers,
         lanes=batch.lanes,

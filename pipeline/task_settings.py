@@ -47,11 +47,11 @@ def task_errors(recipe: Recipe) -> dict[str, str]:
     task, corpus, model = recipe.task(), recipe.data.corpus, recipe.model
     errors = {}
     if not is_labelled(corpus):
-        advice = f"is for classifiers (data.corpus lra/NAME), not for {corpus}; leave it out"
+        advice = f"is for classifiers (data.corpus lra/NAME), not for {recipe.data.name}; leave it out"
         fields = {"bidirectional": model.bidirectional, "pooling": model.pooling != "last"}
         errors = {f"model.{name}": advice for name, is_set in fields.items() if is_set}
         if recipe.data.cache is not None:
-            errors["data.cache"] = f"is for tasks of Long Range Arena (lra/NAME), not for {corpus}"
+            errors["data.cache"] = f"is for tasks of Long Range Arena (lra/NAME), not for {recipe.data.name}"
     if task is None:
         return errors
     longest = task.length if isinstance(task, LabelledTask) else task.max_train_length

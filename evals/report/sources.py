@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from ...common.errors import UserError
+from ...pipeline.source_settings import corpus_name
 from .published import published
 from .runs import Entry, Results, is_run, read_run
 
@@ -156,7 +157,7 @@ def run_source(path: Path) -> ResultSource:
         "machine": {},
         "versions": {},
     }
-    results = Results(experiment=matching[0] if matching else corpus, entries=entries, **header)
+    results = Results(experiment=matching[0] if matching else corpus_name(corpus), entries=entries, **header)
     return ResultSource(path, "runs", header, results)
 
 

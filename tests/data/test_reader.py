@@ -272,7 +272,7 @@ def test_too_little_text(tmp_path: Path):
 def test_fewer_documents_than_lanes(window: int, tmp_path: Path):
     spec = write_corpus("jsonl", tmp_path, ["a" * 100, "b" * 100])
     with pytest.raises(
-        UserError, match=r"has 2 documents for 3 lanes; lower batch\.lanes, or set data\.order to windows"
+        UserError, match=r"has 2 documents for 3 lanes; lower batch\.lanes, or set data\.order to continuous"
     ):
         Setup(spec, window=window).open()
 

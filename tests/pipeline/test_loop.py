@@ -31,7 +31,7 @@ def test_losses_equal_those_of_a_plain_torch_loop(values: Values, run_recipe: Ru
     recipe = build_recipe(values)
     data, batch = recipe.data, recipe.batch
     encoder = Encoder.from_tokenizer(load_tokenizer(BYTES), BYTES)
-    corpus = CorpusSpec(data.corpus, held_out=data.validation_fraction)
+    corpus = CorpusSpec(values["data"]["corpus"], held_out=data.validation_fraction)
     spec = ReaderSpec(corpus, "documents", encoder, 2, batch.lanes, batch.chunk, data.shuffle_window, 0)
     readers = open_readers(spec, Share([0, 1]), [None, None])
     torch.manual_seed(0)
@@ -100,8 +100,7 @@ def test_validation_is_the_loss_of_whole_documents(values: Values, run_recipe: R
     values["data"]["validation_tokens"] = None
     folder = run_recipe(values)
     model = MinRNNForCausalLM.from_pretrained(folder / "model").eval()
-    recipe = build_recipe(values)
-    spec = CorpusSpec(recipe.data.corpus, held_out=0.1)
+    spec = CorpusSpec(values["data"]["corpus"], held_out=0.1)
     from minrnn.data import DocumentStream
 
     encoder = Encoder.from_tokenizer(load_tokenizer(BYTES), BYTES)

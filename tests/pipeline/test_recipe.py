@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from minrnn.common.errors import UserError
+from minrnn.data import source_specs
 from minrnn.models import MinRNNConfig
 from minrnn.pipeline.config import SECTIONS
 from minrnn.pipeline.corpora import corpus_spec
@@ -227,7 +228,8 @@ def test_a_setting_is_not_the_value_of_another():
 
 def test_join():
     assert build_recipe({"data": {"join": "package"}}).data.join == "package"
-    assert corpus_spec(build_recipe({"data": {"join": "book_id"}})).join == "book_id"
+    (spec,) = source_specs(corpus_spec(build_recipe({"data": {"join": "book_id"}})))
+    assert spec.join == "book_id"
     (line,) = errors(["--data.join", "folder", "--data.order", "windows"])
     assert line.startswith("error: data.join: is for data.order documents")
 
@@ -314,9 +316,10 @@ def test_the_environment_sets_the_tracking_uri_if_the_recipe_does_not(
 
 def test_a_corpus_excludes_the_files_of_the_run(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    excluded = corpus_spec(
+    spec = corpus_spec(
         read_recipe(["--run.dir", "runs/x", "--tracking.uri", "sqlite:///db/mlflow.db?timeout=9"])
-    ).excluded
+    )
+    excluded = source_specs(spec)[0].excluded
     expected = {
         "runs/x",
         "runs/x/metrics.jsonl",
