@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,7 +61,7 @@ def test_the_losses_are_those_of_the_original(
     assert bits[0] == bits[1]
     config = yaml.safe_load((folders[1] / "config.yaml").read_text())
     assert config["data"]["tokenizer"] == str(tmp_path / "tokens" / "tokenizer")
-    model = AutoModelForCausalLM.from_pretrained(folders[1] / "model", trust_remote_code=True)
+    model: Any = AutoModelForCausalLM.from_pretrained(folders[1] / "model", trust_remote_code=True)
     exported = AutoTokenizer.from_pretrained(folders[1] / "model")
     assert exported.get_vocab() == load_tokenizer(tokenizer).get_vocab()
     assert (model.config.vocab_size, model.config.num_tokens) == (576, NUM_TOKENS)
@@ -83,7 +84,7 @@ def test_a_family_suppresses_padding_in_generation(
     }
     folder = run_recipe(values) / "model"
     assert GenerationConfig.from_pretrained(folder).suppress_tokens == list(range(NUM_TOKENS, 576))
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
         model.lm_head.weight[NUM_TOKENS:] *= 1000
         ids = torch.tensor([[1, 5, 9]])
