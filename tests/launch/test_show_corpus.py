@@ -32,21 +32,20 @@ def shown(capsys, *arguments: str) -> str:
     return capsys.readouterr().out
 
 
-def number(pattern: str, text: str) -> float:
-    """The number in the only group of a pattern that the text has."""
+def found(pattern: str, text: str) -> str:
     match = re.search(pattern, text)
-    assert match is not None
-    return float(match[1].replace(",", ""))
+    assert match is not None, pattern
+    return match[1]
 
 
 def test_what_the_model_will_see(rows: str, capsys):
     text = shown(capsys, rows, *SMALL, "--data.validation_fraction", "0.2", "--tokens", "150")
-    documents = int(number(r"documents   (\d+) of", text))
-    held_out = int(number(r"left out    (\d+) documents held out", text))
+    documents = int(found(r"documents   (\d+) of", text))
+    held_out = int(found(r"left out    (\d+) documents held out", text))
     assert documents + held_out == 100
     assert "1 broken (data.skip_broken)" in text
-    tokens = number(r"tokens      ([\d,]+)", text)
-    assert number(r"bytes/token ([\d.]+)", text) == pytest.approx(1 - documents / tokens, abs=1e-3)
+    tokens = int(found(r"tokens      ([\d,]+)", text).replace(",", ""))
+    assert float(found(r"bytes/token ([\d.]+)", text)) == pytest.approx(1 - documents / tokens, abs=1e-3)
     assert f"validation  {held_out} documents of" in text
     assert re.search(r"shards      2; 2 files of .* kB to .* kB", text)
     lanes = re.findall(r"lane \d: \[rows/\d.jsonl:\d+\] row \d \d+.and more words", text)

@@ -103,7 +103,7 @@ def test_padding_of_the_vocabulary_has_no_part_in_the_loss(num_tokens, block):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_padding_of_the_vocabulary_never_wins(dtype):
     """Not in logits, the loss, or generation, even if its rows would have the largest logits."""
-    model = new_model(dtype=dtype, num_tokens=11, tie_word_embeddings=False)
+    model: Any = new_model(dtype=dtype, num_tokens=11, tie_word_embeddings=False)
     ids = random_ids(2, 9) % 11
     with torch.no_grad():
         unmasked = new_model(dtype=dtype, tie_word_embeddings=False)

@@ -30,7 +30,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     tokenizer = load_tokenizer(name)
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 16, "tie_word_embeddings": False}
-    model = MinRNNForCausalLM(model_config(sizes, tokenizer, model_vocab_size(tokenizer)))
+    model = MinRNNForCausalLM(model_config(sizes, tokenizer, model_vocab_size(tokenizer), mask=True))
     export_model(model, tokenizer, folder / "model", resolved_config(build_recipe({})), tokens=0)
     out = folder / "model"
     return (
