@@ -30,6 +30,7 @@ from tqdm import tqdm
 from ...data import BYTES, ChunkLoader, CorpusSpec, Encoder, ReaderSpec, byte_tokenizer, cache_folder
 from ...data.loader import READ_AHEAD_STEPS
 from ...data.read_ahead import GROUP_CHARACTERS
+from ...pipeline.metrics import read_metrics
 from ..output import si, table
 from .command import Settings, parse_counts
 from .data_texts import DOCUMENTS, texts_of, train_bpe
@@ -48,6 +49,7 @@ EXAMPLES = """
 PEERS = ("datasets",)
 TRAINING, RAW, ALONE, QUICKSTART = "training step", "raw read", "encode_batch", "quickstart"
 TOKENIZERS = (BYTES, "bpe")
+LOGGED = 5  # steps of a line of the quickstart's metrics.jsonl
 MAP_BATCH = 64  # documents that datasets tokenizes at a time
 
 
@@ -90,6 +92,8 @@ def resolve(arguments: argparse.Namespace, settings: Settings) -> None:
     for name in ("lanes", "chunk", "window", "tokens", "megabytes"):
         settings.at_least(f"--{name}", getattr(arguments, name), 1)
     settings.at_least("--steps", arguments.steps, 0)
+    if 0 < arguments.steps < LOGGED:
+        settings.errors.append(("--steps", f"must be 0 or at least {LOGGED}, not {arguments.steps}"))
 
 
 @dataclass(frozen=True)
@@ -284,19 +288,24 @@ def _training(arguments: argparse.Namespace) -> Turn:
 
 
 def _waiting(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Train the quickstart for some steps; how long a step took and how long it waited, as logged."""
+    """Train the quickstart for some steps, twice; how long those of the second time took and waited."""
     from .loop import LoopWork
 
     names = ("seed", "device", "dtype")
     work = LoopWork(
         {"loop": arguments.steps, "family": "loop", **{name: getattr(arguments, name) for name in names}}
     )
-    seconds = work.turn()["seconds"]
-    lines = work.run.output.folder.metrics.history.update().of_kind("train")
+    work.turn()
+    warm = work.run.step
+    work.turn()
     work.run.close("KILLED")
-    waited = statistics.mean(line["data_seconds"] for line in lines)
-    row = {"section": "waiting", "contender": QUICKSTART, **Timing([seconds]).row()}
-    return row | {"data_seconds": waited, "waiting": waited / seconds}
+    entries = read_metrics(work.run.output.folder.path / "metrics.jsonl")
+    lines = [entry for entry in entries if entry["kind"] == "train" and entry["step"] > warm]
+    num_tokens = work.run.recipe.batch.tokens_per_step
+    seconds = [num_tokens / line["tokens_per_second"] for line in lines]
+    waited = [line["data_seconds"] for line in lines]
+    row = {"section": "waiting", "contender": QUICKSTART, **Timing(seconds).row()}
+    return row | {"data_seconds": statistics.mean(waited), "waiting": sum(waited) / sum(seconds)}
 
 
 def _waiting_line(row: dict[str, Any]) -> str:

@@ -148,7 +148,7 @@ def test_generate_reports_a_cache_that_does_not_fit_into_memory(tmp_path: Path, 
 
 
 def test_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Each tokenizer on short documents and the corpus's own, and the share of a step that waits for data."""
+    """Both tokenizers on the corpus's own documents."""
     monkeypatch.setenv("MINRNN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(data_texts, "VOCABULARY", 400)
     original = data_texts.corpus_texts
@@ -160,23 +160,37 @@ def test_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for i in range(20):
         (corpus / f"{i}.txt").write_text("It was the best of times.\n" * 100)
     shape = ["--lanes", "2", "--chunk", "64", "--tokens", "256", "--window", "4", "--workers", "0,1"]
-    options = ["--corpus", str(corpus), "--documents", "short,own", "--steps", "5"]
+    options = ["--corpus", str(corpus), "--documents", "own", "--steps", "0"]
     record = run("data", [*MODEL, *shape, *options], tmp_path / "out")
-    rows = record["rows"]
-    contests = [
-        (row["tokenizer"], row["documents"], row["contender"]) for row in rows if row["section"] == "data"
-    ]
+    demand, *rows = record["rows"]
+    assert demand["contender"] == "training step"
     ours = ["minrnn, 0 worker(s)", "minrnn, 1 worker(s)"]
-    assert contests == [
-        (tokenizer, documents, contender)
-        for documents in ("short", "own")
+    assert [(row["tokenizer"], row["documents"], row["contender"]) for row in rows] == [
+        (tokenizer, "own", contender)
         for tokenizer, limit in (("bytes", "raw read"), ("bpe", "encode_batch"))
         for contender in (*ours, limit, "datasets")
     ]
-    for row in rows[1:-1]:
+    for row in rows:
         assert all(row[key] > 0 for key in ("tokens_per_second", "of_limit", "of_datasets", "of_demand"))
-    assert 0 <= rows[-1]["waiting"] < 1
-    assert (tmp_path / "cache").exists()
+    assert list((tmp_path / "cache").glob("bench-bpe-400-*.json"))
+
+
+@pytest.mark.parametrize(("documents", "length"), [("short", 1000), ("long", 1_000_000)])
+def test_documents_of_a_length_are_the_text_of_the_corpus(documents: str, length: int, tmp_path: Path):
+    text = "It was the best of times.\n" * 100_000
+    (tmp_path / "a.txt").write_text(text)
+    texts = data_texts.texts_of(str(tmp_path / "a.txt"), documents, 1)
+    assert "".join(texts) == text
+    assert all(length <= len(part) < length + 30 for part in texts[:-1])
+
+
+@pytest.mark.slow
+def test_the_quickstarts_waiting(tmp_path: Path):
+    options = ["--tokenizers", "none", "--steps", "10"]
+    demand, waiting = run("data", [*MODEL, *options], tmp_path)["rows"]
+    assert demand["contender"] == "training step"
+    assert len(waiting["seconds"]) == 2
+    assert 0 <= waiting["waiting"] < 1
 
 
 @pytest.mark.parametrize(
