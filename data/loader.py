@@ -27,6 +27,7 @@ from typing import Any, Protocol
 
 from ..common.errors import UserError
 from .continuous import ContinuousReader
+from .corpus import CorpusSpec
 from .lra import LabelledBatch, LabelledData
 from .mixture import MixtureReader, MixtureSpec
 from .reader import Chunk, DocumentReader, ReaderSpec, WindowReader, corpus_tokens
@@ -89,7 +90,7 @@ def open_readers(spec: ReaderSpec, share: Share, states: Sequence[dict[str, Any]
     pairs = list(zip(share.readers, states, strict=True))
     if not can_skip_steps(spec):
         with ThreadPoolExecutor(max_workers=MAX_OPENED) as pool:  # each waits for its part of the corpus
-            return list(pool.map(lambda pair: _open_reader(spec, *pair, share.helpers), pairs))
+            return list(pool.map(lambda pair: _open_reader(spec, pair[0], pair[1], share.helpers), pairs))
     if isinstance(spec.task, LabelledData):
         shape = (spec.num_readers, spec.lanes, spec.seed)
         opened = [spec.task.open_reader(reader, *shape, state) for reader, state in pairs]
@@ -97,6 +98,7 @@ def open_readers(spec: ReaderSpec, share: Share, states: Sequence[dict[str, Any]
         shape = (spec.lanes, spec.chunk, spec.seed)
         opened = [TaskReader(spec.task, reader, *shape, state) for reader, state in pairs]
     else:
+        assert isinstance(spec.corpus, CorpusSpec)
         tokens = corpus_tokens(spec.corpus, "train", spec.encoder)
         shape = (spec.lanes, spec.chunk, spec.seed)
         opened = [WindowReader(tokens, reader, *shape, state) for reader, state in pairs]

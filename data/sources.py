@@ -66,9 +66,9 @@ class Document:
     """Number of parts that `data.filter` left out; `text` is None if nothing is left."""
     group: Any = None
     """The row's value in the column that rows are joined by (joined.py), if there is one."""
+    prepared: PreparedText | None = None
     is_cut: bool = False
     """Whether the text goes on after it (a passage of long_text.py), so that no <eos> follows."""
-    prepared: PreparedText | None = None
 
     @property
     def is_left_out(self) -> bool:

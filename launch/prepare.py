@@ -73,8 +73,8 @@ def main(argv: list[str]) -> None:
 
     from ..data import load_tokenizer
     from ..data.prepared.make import Progress, prepare
+    from ..pipeline.corpora import single_corpus_spec
     from ..pipeline.recipe import read_recipe
-    from ..pipeline.set_up import corpus_spec
 
     recipe = read_recipe([*(["--config", name] if name else []), *overrides])
     errors = []
@@ -101,7 +101,7 @@ def main(argv: list[str]) -> None:
             bar.refresh()
 
         manifest = prepare(
-            corpus_spec(recipe),
+            single_corpus_spec(recipe),
             tokenizer,
             recipe.data.tokenizer,
             out,

@@ -23,9 +23,10 @@ from ..data.corpus import Split
 from ..data.loader import Share, open_readers
 from ..data.sample import Counts, count, sample_documents
 from ..pipeline.config import Recipe
+from ..pipeline.corpora import corpus_spec
+from ..pipeline.data_order import with_order
 from ..pipeline.options import new_parser
 from ..pipeline.recipe import read_recipe
-from ..pipeline.set_up import corpus_spec
 from .prepare import split_recipe
 from .train_tokenizer import recipe_arguments
 
@@ -212,7 +213,7 @@ def chunk_lines(
     data, batch = recipe.data, recipe.batch
     reader_spec = ReaderSpec(
         corpus=spec,
-        order=data.order,
+        order="documents" if data.order == "auto" else data.order,
         encoder=encoder,
         num_readers=batch.readers,
         lanes=batch.lanes,
@@ -276,7 +277,8 @@ def main(argv: list[str]) -> None:
     data, batch = recipe.data, recipe.batch
     tokenizer = run_tokenizer(data.corpus, data.tokenizer, data.task, data.trust_remote_code)
     encoder = Encoder.from_tokenizer(tokenizer, data.tokenizer)
-    spec = corpus_spec(recipe)
+    recipe = with_order(recipe, corpus_spec(recipe))
+    data, spec = recipe.data, corpus_spec(recipe)
     limits = (arguments.documents, arguments.seconds)
     lines: list[str] = []
     if recipe.task() is None:

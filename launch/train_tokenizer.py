@@ -79,8 +79,8 @@ def main(argv: list[str]) -> None:
         example = "minrnn tokenizer train python-stdlib --out DIR"
         raise UserError("CORPUS", f"name a corpus or a recipe first: {example}")
     from ..data.train_tokenizer import check_vocab_size, sample_texts, train_tokenizer
+    from ..pipeline.corpora import single_corpus_spec
     from ..pipeline.recipe import read_recipe
-    from ..pipeline.set_up import corpus_spec
 
     errors = []
     recipe = read_recipe(recipe_arguments(name, overrides))
@@ -96,7 +96,7 @@ def main(argv: list[str]) -> None:
     if errors:
         raise UserError.from_list(errors)
     with _reading_bar(arguments.max_bytes) as bar:
-        texts = sample_texts(corpus_spec(recipe), arguments.max_bytes, bar.update)
+        texts = sample_texts(single_corpus_spec(recipe), arguments.max_bytes, bar.update)
         tokenizer = train_tokenizer(texts, arguments.vocab_size, show_progress=True)
         num_read = bar.n
     try:

@@ -74,6 +74,19 @@ def corpus_spec(recipe: Recipe) -> AnyCorpus:
     )
 
 
+def single_corpus_spec(recipe: Recipe) -> CorpusSpec:
+    """The corpus of a recipe that has only one.
+
+    Raises:
+        UserError: the recipe has a mixture.
+    """
+    spec = corpus_spec(recipe)
+    if isinstance(spec, MixtureSpec):
+        message = f"is a mixture ({recipe.data.name}), and this command reads one corpus"
+        raise UserError("data.corpus", f"{message}; name one of them")
+    return spec
+
+
 def _output_paths(recipe: Recipe) -> tuple[str, ...]:
     """Absolute paths, links resolved, of what the run writes: never part of a corpus that contains them.
 

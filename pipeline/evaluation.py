@@ -106,7 +106,7 @@ def make_held_out(
             budgets = validation_budgets(spec, max_tokens)
             pairs = zip(spec.sources, budgets, strict=True)
             return concatenated(
-                [held_out_documents(source, part, encoder, *rest, after_document) for source, *rest in pairs]
+                [held_out_documents(source, part, encoder, most, after_document) for source, most in pairs]
             )
         if recipe.data.order == "windows":
             return held_out_text(corpus_tokens(spec, part, encoder), encoder, max_tokens)

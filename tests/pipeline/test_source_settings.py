@@ -8,8 +8,9 @@ import yaml
 
 from minrnn.common.errors import UserError
 from minrnn.data import BYTES, CorpusSpec, Encoder, MixtureSpec, ValidationSet, byte_tokenizer
+from minrnn.pipeline.corpora import corpus_spec
 from minrnn.pipeline.data_order import order_note, with_order
-from minrnn.pipeline.evaluation import validation_sets
+from minrnn.pipeline.evaluation import make_held_out, validation_sets
 from minrnn.pipeline.recipe import (
     build_recipe,
     check_unchanged,
@@ -17,7 +18,6 @@ from minrnn.pipeline.recipe import (
     resolved_config,
     with_saved_settings,
 )
-from minrnn.pipeline.set_up import corpus_spec
 from minrnn.pipeline.source_settings import source_names
 
 
@@ -154,7 +154,8 @@ def test_a_run_keeps_its_order_although_files_are_added(tmp_path: Path):
 def held_out(values: dict[str, Any]) -> list[ValidationSet]:
     recipe = resolved(values)
     encoder = Encoder.from_tokenizer(byte_tokenizer(), BYTES)
-    sets = validation_sets(recipe, corpus_spec(recipe), encoder, range(recipe.batch.readers))
+    made = make_held_out(recipe, corpus_spec(recipe), encoder)
+    sets = validation_sets(recipe, made, range(recipe.batch.readers))
     assert all(isinstance(part, ValidationSet) for part in sets)
     return [part for part in sets if isinstance(part, ValidationSet)]
 
