@@ -1,5 +1,7 @@
 """Memory lengths of many chunks, in bf16: a decay of 1 - 1e-5 is computed as such."""
 
+from typing import Any
+
 import pytest
 import torch
 from helpers import new_model
@@ -17,8 +19,7 @@ OF_TWO_SCANS = ("gilr_lstm",)
 def remembered(cell: str, memory: float) -> torch.Tensor:
     """The state after TOKENS tokens of input 0, as a fraction of a state of ones before them, fp64."""
     model = new_model(cell=cell, num_hidden_layers=1).train()
-    mixer = model.model.layers[0].mixer
-    assert hasattr(mixer, "init_parameters")
+    mixer: Any = model.model.layers[0].mixer
     mixer.init_parameters(torch.full((model.config.recurrent_size,), memory))
     projected = torch.zeros(1, TOKENS, sum(mixer.widths), dtype=torch.bfloat16)
     bounds = [bound for bound in model.model.layer_bounds() if bound is not None]
@@ -46,7 +47,7 @@ def test_initial_memory_lengths_reach_beyond_a_chunk():
     """Log-uniform from 2 to model.memory_length, whatever it is."""
     model = new_model(memory_length=1e5, hidden_size=512, num_hidden_layers=1)
     fresh = type(model)(model.config)
-    bias = fresh.model.layers[0].mixer.get_parameter("gate_bias")[0].double()
+    bias = fresh.model.get_parameter("layers.0.mixer.gate_bias")[0].double()
     memory = (-bias).exp() + 1  # 1 - a = sigmoid(bias) = 1 / memory
     assert 2 <= memory.min() < 4
     assert 8e4 < memory.max() <= 1.0001e5
