@@ -378,6 +378,7 @@ def test_datasets_that_cannot_be_opened(text: str, monkeypatch: pytest.MonkeyPat
         raise (ValueError if "BuilderConfig" in text else DatasetNotFoundError)(text)
 
     monkeypatch.setattr(datasets, "load_dataset_builder", fail)
+    monkeypatch.setattr("minrnn.data.corpus.check_dataset_name", lambda *_: None)
     with pytest.raises(UserError) as caught:
         open_source(CorpusSpec("org/name", subset="small"))
     ((key, message),) = caught.value.errors
