@@ -9,7 +9,7 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ def prepare(
     """
     if is_prepared(spec.corpus):
         raise UserError("data.corpus", f"{spec.corpus} is prepared already; train from it")
-    inside = CorpusSpec(**{**asdict(spec), "excluded": (*spec.excluded, os.path.realpath(out))})
+    inside = replace(spec, excluded=(*spec.excluded, os.path.realpath(out)))
     encoder = Encoder.from_tokenizer(tokenizer, tokenizer_name)
     source = open_source(inside, "all")
     manifest: dict[str, Any] = {
