@@ -10,7 +10,7 @@ from run_helpers import Values, losses, stop_at_step_7
 
 from minrnn.common.errors import UserError
 from minrnn.pipeline import corpora
-from minrnn.pipeline.corpora import corpus_spec, with_commits
+from minrnn.pipeline.corpora import corpus_spec, single_corpus_spec, with_commits
 from minrnn.pipeline.evaluation import validation_spec
 from minrnn.pipeline.recipe import build_recipe, check_unchanged, resolved_config, with_saved_settings
 
@@ -70,8 +70,9 @@ def test_a_hub_revision_is_resolved_once_and_kept(monkeypatch: pytest.MonkeyPatc
     data = {"corpus": "org/a", "revision": "main", "validation": "org/b", "validation_subset": "small"}
     recipe = build_recipe({"data": data})
     resolved = with_commits(recipe)
-    assert corpus_spec(resolved).revision == "a" * 40
+    assert single_corpus_spec(resolved).revision == "a" * 40
     spec, part = validation_spec(resolved, corpus_spec(resolved))
+    assert isinstance(spec, CorpusSpec)
     assert (spec.corpus, spec.subset, spec.split, spec.revision) == ("org/b", "small", "validation", "b" * 40)
     assert (part, spec.held_out) == ("all", 0.0)
     saved = resolved_config(resolved)

@@ -18,7 +18,7 @@ from minrnn.data import load_tokenizer
 from minrnn.data.prepared.make import prepare
 from minrnn.data.train_tokenizer import train_tokenizer
 from minrnn.pipeline.recipe import build_recipe
-from minrnn.pipeline.set_up import corpus_spec
+from minrnn.pipeline.corpora import single_corpus_spec
 
 NUM_TOKENS = 515  # padded to 576
 
@@ -38,7 +38,7 @@ def prepared(values: Values, folder: Path) -> Values:
     """The recipe that reads the prepared corpus of a recipe."""
     recipe = build_recipe(values)
     name = recipe.data.tokenizer
-    prepare(corpus_spec(recipe), load_tokenizer(name), name, folder, workers=0)
+    prepare(single_corpus_spec(recipe), load_tokenizer(name), name, folder, workers=0)
     values = deepcopy(values)
     values["data"]["corpus"] = str(folder)
     values["data"].pop("tokenizer", None)
