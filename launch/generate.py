@@ -113,7 +113,7 @@ def _continue(model: Any, ids: list[int], arguments: argparse.Namespace) -> Iter
 
     from ..models import MinRNNForCausalLM
     from ..models.decoding import TokenStep, prefill
-    from ..pipeline.families.decoding import FamilyDecoder
+    from ..pipeline.families.decoding import FamilyDecoder, suppress
 
     warp: Any = LogitsProcessorList()
     if arguments.temperature > 0:
@@ -127,9 +127,8 @@ def _continue(model: Any, ids: list[int], arguments: argparse.Namespace) -> Iter
     else:
         step = FamilyDecoder(model, text)
         logits = step.logits
-    suppressed = torch.tensor(model.generation_config.suppress_tokens or [], dtype=torch.long)
     for count in range(arguments.max_new_tokens):
-        logits = logits.index_fill(-1, suppressed.to(logits.device), -torch.inf)
+        logits = suppress(model, logits)
         if arguments.temperature > 0:
             token = torch.multinomial(warp(None, logits.float()).softmax(-1), 1).squeeze(1)
         else:

@@ -42,7 +42,7 @@ from ...data.prompts import begin_token, family_prompt_tokens, prompt_tokens
 from ...models import MinRNNForCausalLM
 from ...models.decoding import TokenStep
 from ...models.modeling_minrnn import PREFILL
-from ...pipeline.families.decoding import has_exact_cache
+from ...pipeline.families.decoding import has_exact_cache, suppress
 from ...pipeline.families.registry import max_positions
 from ...pipeline.loading import family_limits, move_model, read_model, weights_dtype
 from ...pipeline.processes import broadcast_from_main, connect, local_device, run_on_all_ranks, world_size
@@ -352,6 +352,7 @@ class MinRNNLM(TemplateLM):
         rows: list[list[int]] = [[] for _ in contexts]
         unfinished = set(range(len(rows)))
         for count in range(kwargs["max_gen_toks"]):
+            logits = suppress(self.model, logits)
             if warp is None:
                 tokens = logits.argmax(-1)
             else:

@@ -11,6 +11,15 @@ from .limits import tolerance
 CACHES = ("past_key_values", "cache_params", "state")  # attention; Mamba and xLSTM; RWKV
 
 
+def suppress(model: Any, logits: Tensor) -> Tensor:
+    """The logits [..., vocabulary] with -inf for the tokens that the model's generation configuration
+    suppresses: the padding of its vocabulary, if the model does not mask it itself."""
+    suppressed = getattr(getattr(model, "generation_config", None), "suppress_tokens", None)
+    if not suppressed:
+        return logits
+    return logits.index_fill(-1, torch.tensor(suppressed, device=logits.device), -torch.inf)
+
+
 class FamilyDecoder:
     """The counterpart of `decoding.prefill` and `decoding.TokenStep`.
 
@@ -39,10 +48,7 @@ class FamilyDecoder:
             logits = self.model(input_ids=self.text, use_cache=False).logits[:, -1]
         else:
             logits, self.cache = _read_with_cache(self.model, ids, self.cache)
-        suppressed = getattr(self.model.generation_config, "suppress_tokens", None)
-        if suppressed:
-            logits = logits.index_fill(-1, torch.tensor(suppressed, device=logits.device), -torch.inf)
-        return logits
+        return suppress(self.model, logits)
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """The next token of each row, int64 [batch] -> logits of the token after it, [batch, vocab_size]."""

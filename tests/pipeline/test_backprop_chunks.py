@@ -35,7 +35,7 @@ def open_readers(values: Values, tokenizer: Any) -> list[DocumentReader]:
     """The readers of a run, which read one chunk at a time."""
     data, batch = build_recipe(values).data, build_recipe(values).batch
     encoder = Encoder.from_tokenizer(tokenizer, BYTES)
-    corpus = CorpusSpec(data.corpus, held_out=data.validation_fraction)
+    corpus = CorpusSpec(str(data.corpus), held_out=data.validation_fraction)
     sizes = (batch.readers, batch.lanes, batch.chunk, data.shuffle_window, 0)
     return [DocumentReader(ReaderSpec(corpus, "documents", encoder, *sizes), i) for i in range(batch.readers)]
 
