@@ -43,7 +43,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 def greedy(model: Any, encoder: Encoder, prompt: str, num_tokens: int) -> list[int]:
     """Greedy continuation with one forward pass per token, from the tokens that training reads."""
-    ids = [encoder.bos, *encoder.encode(prompt)]
+    ids = [encoder.bos, *encoder.encode(prompt).tolist()]
     for _ in range(num_tokens):
         with torch.no_grad():
             ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
@@ -58,7 +58,8 @@ def test_a_batch_as_in_the_readme_gives_the_logits_of_each_prompt_alone(exported
     with torch.no_grad():
         logits = model(**inputs).logits[:, -1]
         alone = [
-            model(torch.tensor([[encoder.bos, *encoder.encode(prompt)]])).logits[0, -1] for prompt in PROMPTS
+            model(torch.tensor([[encoder.bos, *encoder.encode(prompt).tolist()]])).logits[0, -1]
+            for prompt in PROMPTS
         ]
     torch.testing.assert_close(logits, torch.stack(alone), rtol=1e-4, atol=1e-5)
     written = model.generate(**inputs, max_new_tokens=4, do_sample=False)
