@@ -9,6 +9,7 @@ import pytest
 from run_helpers import Values, losses, stop_at_step_7
 
 from minrnn.common.errors import UserError
+from minrnn.data import CorpusSpec
 from minrnn.pipeline import corpora
 from minrnn.pipeline.corpora import corpus_spec, single_corpus_spec, with_commits
 from minrnn.pipeline.evaluation import validation_spec

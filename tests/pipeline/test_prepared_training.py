@@ -16,8 +16,8 @@ from minrnn.common.errors import UserError
 from minrnn.data import load_tokenizer
 from minrnn.data.prepared.make import prepare
 from minrnn.data.train_tokenizer import train_tokenizer
-from minrnn.pipeline.recipe import build_recipe
 from minrnn.pipeline.corpora import single_corpus_spec
+from minrnn.pipeline.recipe import build_recipe
 
 NUM_TOKENS = 515  # padded to 576
 
