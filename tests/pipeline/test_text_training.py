@@ -95,7 +95,7 @@ def test_a_mixture(values: Values, run_recipe: Run, monkeypatch: pytest.MonkeyPa
     ("content", "problem"),
     [
         (b"", r"data\.corpus: .*one\.txt is empty"),
-        (b"short", "has 6 tokens to train on, fewer than one chunk of 2 readers x 2 lanes x 24"),
+        (b"short\n" * 14 + b"x", "has 78 tokens to train on, fewer than one chunk of 2 readers"),
         (b"a line\n" * 5000 + b"\0" + b"a line\n" * 500, r"holds a NUL byte \(byte 35,000\)"),
         (b"a line\n" * 5000 + b"\xe9" + b"a line\n" * 500, r"one\.txt is not UTF-8 \(byte 35,000\)"),
     ],
