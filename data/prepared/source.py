@@ -156,7 +156,7 @@ class PreparedCorpus:
                     int(opened.index[number]) - lines_before,
                     num_skipped=skipped,
                     prepared=None if is_left_out else text,
-                    **({"num_filtered": filtered} if filtered else {}),
+                    num_filtered=filtered,
                 )
 
     def _lines_before(self, part: Part) -> int:
