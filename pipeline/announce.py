@@ -8,7 +8,7 @@ from .data_order import order_note
 from .families.registry import OURS, kernel_names
 from .machine import PrecisionChoice
 from .optim import learning_rate
-from .recipe import schedule_steps_of
+from .recipe_on_resume import schedule_steps_of
 from .run import Run
 
 

@@ -18,7 +18,8 @@ from .export_folder import check_export
 from .folder_checks import folder_errors
 from .metrics import MetricsFile, cut_metrics
 from .processes import run_on_main
-from .recipe import check_unchanged, resolved_config
+from .recipe import resolved_config
+from .recipe_on_resume import check_unchanged
 
 
 @dataclass

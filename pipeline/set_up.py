@@ -41,7 +41,7 @@ from .family_settings import with_sizes
 from .folder import RunFolder
 from .machine import CHOICES, PrecisionChoice, choose_precision, device_name, measure_rates
 from .processes import ProcessLayout
-from .recipe import with_saved_settings
+from .recipe_on_resume import with_saved_settings
 from .run import Progress, Run, RunData, RunOutput
 from .saving import Saver
 from .tracking import build_tracker

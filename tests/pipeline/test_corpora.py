@@ -13,7 +13,8 @@ from minrnn.data import CorpusSpec
 from minrnn.pipeline import corpora
 from minrnn.pipeline.corpora import corpus_spec, single_corpus_spec, with_commits
 from minrnn.pipeline.evaluation import validation_spec
-from minrnn.pipeline.recipe import build_recipe, check_unchanged, resolved_config, with_saved_settings
+from minrnn.pipeline.recipe import build_recipe, resolved_config
+from minrnn.pipeline.recipe_on_resume import check_unchanged, with_saved_settings
 
 Run = Callable[[Values], Path]
 

@@ -30,7 +30,8 @@ from minrnn.pipeline.families.sizes import (
     mlp,
 )
 from minrnn.pipeline.family_settings import with_sizes
-from minrnn.pipeline.recipe import build_recipe, check_unchanged, resolved_config, with_saved_settings
+from minrnn.pipeline.recipe import build_recipe, resolved_config
+from minrnn.pipeline.recipe_on_resume import check_unchanged, with_saved_settings
 
 VOCAB = 264
 NO_TOKENIZER = SimpleNamespace(bos_token_id=None, eos_token_id=None, pad_token_id=None)

@@ -12,7 +12,8 @@ from safetensors.numpy import load_file
 from minrnn.common.errors import UserError
 from minrnn.pipeline.checkpoint import checkpoint_paths
 from minrnn.pipeline.launch_checks import layout_errors
-from minrnn.pipeline.recipe import build_recipe, check_unchanged, resolved_config
+from minrnn.pipeline.recipe import build_recipe, resolved_config
+from minrnn.pipeline.recipe_on_resume import check_unchanged
 
 Run = Callable[[Values], Path]
 TASK = {"max_length": 20, "test_lengths": [20], "validation_examples": 6}

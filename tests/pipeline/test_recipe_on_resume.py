@@ -3,13 +3,8 @@
 import pytest
 
 from minrnn.common.errors import UserError
-from minrnn.pipeline.recipe import (
-    build_recipe,
-    check_unchanged,
-    flatten,
-    resolved_config,
-    with_saved_settings,
-)
+from minrnn.pipeline.recipe import build_recipe, flatten, resolved_config
+from minrnn.pipeline.recipe_on_resume import check_unchanged, with_saved_settings
 
 
 def test_only_settings_that_do_not_affect_losses_may_change():

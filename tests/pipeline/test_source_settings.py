@@ -11,13 +11,8 @@ from minrnn.data import BYTES, CorpusSpec, Encoder, MixtureSpec, ValidationSet, 
 from minrnn.pipeline.corpora import corpus_spec
 from minrnn.pipeline.data_order import order_note, with_order
 from minrnn.pipeline.evaluation import make_held_out, validation_sets
-from minrnn.pipeline.recipe import (
-    build_recipe,
-    check_unchanged,
-    read_recipe,
-    resolved_config,
-    with_saved_settings,
-)
+from minrnn.pipeline.recipe import build_recipe, read_recipe, resolved_config
+from minrnn.pipeline.recipe_on_resume import check_unchanged, with_saved_settings
 from minrnn.pipeline.source_settings import source_names
 
 

@@ -20,13 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import minrnn.models
 from minrnn.common.errors import UserError
-from minrnn.pipeline.recipe import (
-    FREE_ON_RESUME,
-    build_recipe,
-    check_unchanged,
-    flatten,
-    resolved_config,
-)
+from minrnn.pipeline.recipe import build_recipe, flatten, resolved_config
+from minrnn.pipeline.recipe_on_resume import FREE_ON_RESUME, check_unchanged
 
 
 @pytest.fixture
