@@ -117,12 +117,7 @@ class MinRNNCache(Cache):
 
     def rows(self, rows: slice) -> "MinRNNCache":
         """The state of some rows of the batch, as views."""
-        part = MinRNNCache(len(self.layers))
-        for own, layer in zip(self.layers, part.layers, strict=True):
-            states = (None if state is None else state[rows] for state in (own.recurrent, own.conv))
-            layer.replace(*states, num_tokens=0)
-            layer.num_tokens = own.num_tokens
-        return part
+        return self.mapped(lambda tensor: tensor[rows])
 
     @classmethod
     def of_rows(cls, parts: Sequence["MinRNNCache"]) -> "MinRNNCache":
