@@ -1,8 +1,8 @@
 """The order of a corpus where the recipe leaves it open (`auto`): resolved once, and kept on resume.
 
 It is a function of the recipe and of the text files. If there are fewer of them than lanes, not every lane
-can have a document of its own. Then lanes read on from places within the text: `continuous`, or `passages`
-for a source of a mixture.
+can have a document of its own. Then lanes start at positions within the text and read on: `continuous`, or
+`passages` for a source of a mixture.
 """
 
 import dataclasses
@@ -50,12 +50,12 @@ def with_saved_order(recipe: Recipe, saved: dict[str, Any]) -> Recipe:
     changed: dict[str, Any] = {}
     if data.order == "auto" and "order" in before:
         changed["order"] = before["order"]
-    if isinstance(data.corpus, list) and isinstance(before.get("corpus"), list):
-        orders = [source.get("order", "auto") for source in before["corpus"]]
-        orders += ["auto"] * (len(data.corpus) - len(orders))
+    sources = before.get("corpus")
+    # Lists of other lengths are left as they are, for `check_unchanged` to refuse.
+    if isinstance(data.corpus, list) and isinstance(sources, list) and len(sources) == len(data.corpus):
         changed["corpus"] = [
-            {**source, "order": order} if source["order"] == "auto" else source
-            for source, order in zip(data.corpus, orders, strict=False)
+            {**source, "order": saved_source["order"]} if source["order"] == "auto" else source
+            for source, saved_source in zip(data.corpus, sources, strict=True)
         ]
     return dataclasses.replace(recipe, data=data.model_copy(update=changed)) if changed else recipe
 
@@ -64,7 +64,7 @@ def order_note(recipe: Recipe) -> str | None:
     """What to say at the start about an order without whole documents; None for the others."""
     data, num_lanes = recipe.data, recipe.batch.readers * recipe.batch.lanes
     if data.order == "continuous":
-        return f"data.order is continuous: {num_lanes} lanes read on, each from its own place in the text"
+        return f"data.order is continuous: {num_lanes} lanes read on, each from its own position in the text"
     if isinstance(data.corpus, str):
         return None
     pairs = zip(source_names(data.corpus), data.corpus, strict=True)

@@ -84,15 +84,15 @@ def with_source_commits(
     Args:
         has_same_revision: whether sources without a revision inherit the same one as before.
     """
-
-    def key(source: Mapping[str, Any]) -> tuple[Any, ...]:
-        own = source.get("revision")
-        return (source["corpus"], own, own is not None or has_same_revision)
-
-    commits = {key(source)[:2]: source["commit"] for source in saved if source.get("commit")}
+    commits = {
+        (source["corpus"], revision): source["commit"]
+        for source in saved
+        if source.get("commit") and ((revision := source.get("revision")) is not None or has_same_revision)
+    }
+    # The source's own commit comes last, so that it wins.
     return [
-        {**source, "commit": commits[key(source)[:2]]}
-        if key(source)[2] and "commit" not in source and key(source)[:2] in commits
+        {"commit": commits[key], **source}
+        if (key := (source["corpus"], source.get("revision"))) in commits
         else source
         for source in corpus
     ]
