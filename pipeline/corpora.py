@@ -141,17 +141,16 @@ def identify_corpus(
         UserError: it is not the corpus that the run began with, or machines have different files.
     """
     if recipe.task() is not None:
-        examples = lambda: _labelled_examples(recipe, folder, watchdog)  # noqa: E731
-        return processes.run_on_all_ranks(accelerator, examples)
+        return processes.run_on_all_ranks(accelerator, lambda: _labelled_examples(recipe, folder, watchdog))
     is_main = accelerator.is_main_process
     own = processes.run_on_all_ranks(
         accelerator, lambda: _fingerprint(recipe, folder, is_main) if is_first_of_node() else None
     )
-    prints = [value for value in processes.all_gather_objects(accelerator, [own]) if value is not None]
-    if any(value != prints[0] for value in prints):
+    fingerprints = [each for each in processes.all_gather_objects(accelerator, [own]) if each is not None]
+    if any(each != fingerprints[0] for each in fingerprints):
         message = f"{recipe.data.name} (or data.validation) has other files on one machine than on another"
         raise UserError("data.corpus", f"{message}; copy the same files to all of them")
-    return prints[0] or None
+    return fingerprints[0] or None
 
 
 def _labelled_examples(recipe: Recipe, folder: RunFolder, watchdog: Watchdog) -> dict[str, Any] | None:
@@ -208,21 +207,25 @@ def prepare_held_out(
         spec, part = validation_spec(recipe, corpus)
     known = (fingerprint or {}).get("validation") if data.validation is not None else fingerprint
     if isinstance(spec, MixtureSpec):
-        prints, budgets = (known or {})["sources"], validation_budgets(spec, data.validation_tokens)
-        parts = zip(spec.sources, prints, budgets, strict=True)
-        sources = [made_from(each, print_, part, data.order, encoder, most) for each, print_, most in parts]
-        source = {"sources": sources}
+        budgets = validation_budgets(spec, data.validation_tokens)
+        sources = zip(spec.sources, (known or {})["sources"], budgets, strict=True)
+        origin = {
+            "sources": [
+                made_from(source, source_fingerprint, part, data.order, encoder, budget)
+                for source, source_fingerprint, budget in sources
+            ]
+        }
     else:
-        source = made_from(spec, known, part, data.order, encoder, data.validation_tokens)
+        origin = made_from(spec, known, part, data.order, encoder, data.validation_tokens)
 
     def make() -> None:
-        if load_held_out(folder, source) is None:
+        if load_held_out(folder, origin) is None:
             held_out = make_held_out(recipe, corpus, encoder, watchdog.move)
-            save_held_out(folder, held_out, source)
+            save_held_out(folder, held_out, origin)
             _report(held_out, spec.corpus, folder)
 
     def load() -> HeldOut:
-        if (held_out := load_held_out(folder, source)) is None:
+        if (held_out := load_held_out(folder, origin)) is None:
             raise StorageError(f"{folder} was written, but cannot be read")
         return held_out
 

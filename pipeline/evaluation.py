@@ -130,8 +130,7 @@ def validation_sets(recipe: Recipe, held_out: HeldOut | None, readers: range) ->
     assert held_out is not None
     if isinstance(data.corpus, list) and data.validation is None:
         layout = (batch.readers, batch.lanes, batch.chunk)
-        names = enumerate(source_names(data.corpus))
-        parts = [(name, held_out.of_source(number)) for number, name in names]
+        parts = [(name, held_out.of_source(i)) for i, name in enumerate(source_names(data.corpus))]
         return [
             dataclasses.replace(part.documents(reader, *layout), source=name)
             for name, part in parts
