@@ -26,7 +26,8 @@ class BatchSection(Section):
     backprop_chunks: int = Field(default=1, ge=1)
     """Consecutive chunks of each lane in one step. Gradients flow back through all of them, exactly, while
     the activations of one chunk are in memory; all but the last are computed forward twice. Needs
-    carry_state, data.order documents, and a family that carries its state (docs/long-context.md)."""
+    carry_state, a data.order other than windows, and a family that carries its state
+    (docs/long-context.md)."""
     carry_state: bool = True
     """Carry the state from one chunk to the next. It is reset at document starts."""
 

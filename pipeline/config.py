@@ -34,7 +34,7 @@ class RunSection(Section):
     a folder that has a checkpoint. must: refuse a folder without one."""
     change: list[str] = []
     """Settings that may differ from those the run was started with, e.g. [optim.lr]. Any other difference
-    stops a resume. data.corpus and data.validation may only name another place of the same text."""
+    stops a resume. data.corpus and data.validation may only name another path or URL of the same text."""
     _expand = field_validator("dir")(expand_home)
 
 
@@ -85,8 +85,8 @@ class DataSection(Section):
     data.shuffle_window if joined documents are very long, since a window holds that many of them."""
     order: Literal["auto", "documents", "continuous", "windows"] = "auto"
     """documents: every lane reads documents to their end, shuffled. continuous, for text files: every lane
-    reads on through the text from a place of its own, with the state carried; the end of the text is held
-    out. windows: random crops of the whole corpus as one text; no state is carried. auto: continuous for
+    reads on through the text from a position of its own, with the state carried; the end of the text is
+    held out. windows: random crops of the whole corpus as one text; no state is carried. auto: continuous for
     text files that are fewer than the lanes of all readers, such as a single long one, else documents."""
     tokenizer: str = Field(default="bytes", min_length=1)
     """bytes, or a tokenizer from the hub or a folder."""
