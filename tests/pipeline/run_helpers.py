@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from minrnn.pipeline import loop
+from minrnn.pipeline.config import Recipe
+from minrnn.pipeline.optim import learning_rate
 
 Values = dict[str, dict[str, Any]]
 
@@ -46,6 +49,18 @@ def stop_at_step_7(
         before_step(patched, 7, stop)
         with pytest.raises(RuntimeError, match="stop here"):
             run_recipe(values)
+
+
+def plain_update(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: torch.Tensor, recipe: Recipe, step: int
+) -> None:
+    """A step's backward pass, clipping, learning rate and update, written out in plain torch."""
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(recipe.optim, step, recipe.train.steps)
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def recipe_file(values: Values, folder: Path) -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from run_helpers import Crash, Values, losses, recipe_file
+from run_helpers import Crash, Values, losses, plain_update, recipe_file
 from test_engines import ddp, launch, reader_positions, zero
 from test_micro_lanes import assert_same_run
 
@@ -16,7 +16,7 @@ from minrnn.common.errors import UserError
 from minrnn.data import BYTES, CorpusSpec, DocumentReader, Encoder, ReaderSpec, load_tokenizer
 from minrnn.models import MinRNNCache, MinRNNForCausalLM
 from minrnn.pipeline.launch_checks import check_launch
-from minrnn.pipeline.optim import build_optimizer, learning_rate
+from minrnn.pipeline.optim import build_optimizer
 from minrnn.pipeline.recipe import build_recipe
 
 Run = Callable[[Values], Path]
@@ -65,12 +65,7 @@ def test_a_step_is_one_pass_over_its_chunks(values: Values, run_recipe: Run):
         for i, reader in enumerate(readers):
             loss, states[i] = one_pass(model, reader, states[i], 3)
             total = total + loss / recipe.batch.tokens_per_step
-        total.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(recipe.optim, step, 4)
-        optimizer.step()
-        optimizer.zero_grad()
+        plain_update(model, optimizer, total, recipe, step)
         expected.append((step, total.item()))
     np.testing.assert_allclose(losses(folder), expected, rtol=1e-9)
     positions = reader_positions(folder)

@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from run_helpers import Values, losses
+from run_helpers import Values, losses, plain_update
 
 from minrnn.common.errors import UserError
 from minrnn.data import BYTES, Batch, Chunk, ChunkLoader, CorpusSpec, Encoder, ReaderSpec, load_tokenizer
 from minrnn.data.loader import Share, open_readers
 from minrnn.models import MinRNNForCausalLM
 from minrnn.pipeline import loop
-from minrnn.pipeline.optim import build_optimizer, learning_rate
+from minrnn.pipeline.optim import build_optimizer
 from minrnn.pipeline.recipe import build_recipe
 
 Run = Callable[[Values], Path]
@@ -55,12 +55,7 @@ def test_losses_equal_those_of_a_plain_torch_loop(values: Values, run_recipe: Ru
                 )
                 / 2
             )
-        total.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(recipe.optim, step, 6)
-        optimizer.step()
-        optimizer.zero_grad()
+        plain_update(model, optimizer, total, recipe, step)
         expected.append((step, total.item()))
     np.testing.assert_allclose(losses(folder), expected, rtol=1e-9)
 
