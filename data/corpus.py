@@ -221,13 +221,13 @@ def open_text(spec: CorpusSpec, part: Split, piece_bytes: int | None = None) -> 
         UserError: as `open_source`, or the corpus is not made of text files on this machine, or a filter
             leaves some of them out.
     """
-    places = "are read from places within text files"
+    positions = "are read from positions within text files"
     if is_url(spec.corpus) or is_prepared(spec.corpus):
         kind = "on a server" if is_url(spec.corpus) else "prepared"
-        problem = f"continuous and passages {places}, and {shown_url(spec.corpus)} is {kind}"
+        problem = f"continuous and passages {positions}, and {shown_url(spec.corpus)} is {kind}"
         raise UserError("data.order", f"{problem}; use documents, or name the text files themselves")
     if spec.rules != EVERY_ROW:
-        message = f"is for whole documents; continuous and passages {places}"
+        message = f"is for whole documents, and {spec.corpus} is read from positions within its text"
         raise UserError("data.filter", f"{message}; leave it out, or set the order to documents")
     source = join_documents(_open_unjoined(spec, part), spec.join)
     rest: Split = "all" if spec.corpus in SPLIT_BY_FILE else part
@@ -241,7 +241,7 @@ def has_fewer_texts(spec: CorpusSpec, count: int) -> bool:
     Raises:
         UserError: the files cannot be read, or are of several kinds.
     """
-    if is_url(spec.corpus) or is_prepared(spec.corpus) or spec.rules != EVERY_ROW:
+    if is_url(spec.corpus) or is_prepared(spec.corpus):
         return False
     if spec.corpus not in SPLIT_BY_FILE and not local_files(spec.corpus, spec.excluded)[0]:
         return False

@@ -73,7 +73,8 @@ def main(argv: list[str]) -> None:
 
     from ..data import load_tokenizer
     from ..data.prepared.make import Progress, prepare
-    from ..pipeline.corpora import single_corpus_spec
+    from ..pipeline.corpora import corpus_spec, single_corpus_spec
+    from ..pipeline.data_order import with_order
     from ..pipeline.recipe import read_recipe
 
     recipe = read_recipe([*(["--config", name] if name else []), *overrides])
@@ -86,8 +87,9 @@ def main(argv: list[str]) -> None:
     if not isinstance(recipe.data.corpus, str):
         message = "is a mixture: prepare each of its corpora, and name their folders in the mixture"
         errors.append(("data.corpus", message))
-    if str(recipe.data.order) == "continuous":
-        errors.append(("data.order", "continuous reads the text files themselves, so leave it out"))
+    elif recipe.task() is None and with_order(recipe, corpus_spec(recipe)).data.order == "continuous":
+        message = f"{recipe.data.corpus} is read with order continuous, from the text files themselves"
+        errors.append(("data.order", f"{message}; set it to documents to prepare it"))
     if errors:
         raise UserError.from_list(errors)
     out: Path = arguments.out or Path("prepared") / Path(name or "default").stem

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minrnn.common.errors import UserError
-from minrnn.data import CorpusSpec, open_source
+from minrnn.data import CorpusSpec, RowRules, open_source
 from minrnn.data.corpus import has_fewer_texts, open_text
 from minrnn.data.long_text import LongText, Piece
 from minrnn.data.sources import Document, Position
@@ -177,6 +177,16 @@ def test_only_few_files_of_text_are_long_texts(tmp_path: Path):
     assert has_fewer_texts(CorpusSpec("python-stdlib"), 10**6)
     with pytest.raises(UserError, match="has rows"):
         open_text(CorpusSpec(str(rows)), "train")
+
+
+def test_a_filter_does_not_make_documents_of_a_long_text(tmp_path: Path):
+    """It would leave one document, and an error that does not name the filter."""
+    spec = spec_of(tmp_path, ["line\n" * 100], rules=RowRules(min_bytes=9))
+    assert has_fewer_texts(spec, 2)
+    with pytest.raises(
+        UserError, match=r"data\.filter: is for whole documents, and .* is read from positions"
+    ):
+        open_text(spec, "train")
 
 
 def test_empty_parts_are_errors(tmp_path: Path):

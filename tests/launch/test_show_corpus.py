@@ -13,13 +13,14 @@ from minrnn.pipeline.recipe import read_recipe
 
 @pytest.fixture
 def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """JSON lines in two files, one of them with a broken line; the working directory is empty."""
+    """JSON lines in two files, one of them with a broken line; beside them a text."""
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "rows"
     folder.mkdir()
     for shard in range(2):
         lines = [json.dumps({"text": f"row {shard} {i}\nand more words of it " * 3}) for i in range(50)]
         (folder / f"{shard}.jsonl").write_text("\n".join([*lines, "broken"] if shard else lines))
+    (tmp_path / "one.txt").write_text("a line of a long text\n" * 100)
     return "rows"
 
 
@@ -102,6 +103,7 @@ def test_the_first_chunk_of_a_task(corpus: str, capsys):
         (prepare, ["quickstart", "--workers", "-1"], "--workers: must be 0 or more, not -1"),
         (prepare, ["quickstart", "--config", "quickstart"], "--config: names a second recipe"),
         (prepare, ["--data.corpus", "synthetic/parity", "--batch.chunk", "512"], "makes its own examples"),
+        (prepare, ["--data.corpus", "one.txt"], "data.order: one.txt is read with order continuous"),
         (train_tokenizer, ["trian", "rows", "--out", "t"], "unknown command trian (did you mean train?)"),
         (train_tokenizer, ["train", "rows", "--out", "rows"], "--out: rows holds other files"),
         (
