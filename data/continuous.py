@@ -1,4 +1,4 @@
-"""Reads with order `continuous`: every lane reads on through one long text, from a place of its own.
+"""Reads with order `continuous`: every lane reads on through one long text, from a position of its own.
 
     |      lane 0      |      lane 1      |      lane 2      |  tail for validation  |
       -> reads on through lane 1's part, then lane 2's, then from the beginning
@@ -186,22 +186,25 @@ def _emit(lane: _Lane, chunk: Chunk, row: int, column: int) -> int:
 
 
 def _check_size(text: LongText, spec: ReaderSpec) -> None:
-    """Check that every lane has a place, and that the first step does not need a second epoch."""
+    """Check that every lane has a start of its own, and that the first step does not need a second epoch."""
     num_lanes = spec.num_readers * spec.lanes
     needed = num_lanes * spec.chunk * spec.num_chunks
     lanes = f"{spec.num_readers} readers x " * (spec.num_readers > 1) + f"{spec.lanes} lanes"
     # no tokenizer makes one token of 16 bytes on average
     count = needed if text.num_bytes >= 16 * needed else _count_tokens(text, spec.encoder, needed)
     if count < needed:
+        chunks, names = "one chunk", "batch.lanes or batch.chunk"
+        if spec.num_chunks > 1:
+            chunks, names = f"{spec.num_chunks} chunks", "batch.lanes, batch.chunk or batch.backprop_chunks"
         raise UserError(
             "data.corpus",
-            f"{text.corpus} has {count:,} tokens to train on, fewer than one chunk of {lanes} x "
-            f"{spec.chunk}; lower batch.lanes or batch.chunk",
+            f"{text.corpus} has {count:,} tokens to train on, fewer than {chunks} of {lanes} x "
+            f"{spec.chunk}; lower {names}",
         )
     if text.num_pieces < num_lanes:
         raise UserError(
             "data.corpus",
-            f"{text.corpus} has {text.num_bytes:,} bytes to train on, too few for the places of {lanes}; "
+            f"{text.corpus} has {text.num_bytes:,} bytes to train on, too few for the starts of {lanes}; "
             "lower batch.lanes",
         )
 

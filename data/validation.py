@@ -9,13 +9,14 @@ as in the published set-up.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ..common.errors import UserError
 from .corpus import CorpusSpec, DocumentStream, Split
 from .reader import Chunk, Lane, empty_chunk, encode_document
+from .row_filter import EVERY_ROW
 from .tokenizer import Encoder
 
 VALIDATION_SEED = 0  # of the order in which held-out documents are taken: the same for every run
@@ -151,9 +152,11 @@ def held_out_documents(
         if max_tokens is not None and total >= max_tokens:
             break
     if total == 0:
+        has_filter = replace(spec.rules, template=None) != EVERY_ROW
+        documents = f"document of {spec.corpus}" + (" that passes data.filter" if has_filter else "")
         raise UserError(
             "data.validation_fraction",
-            f"no document of {spec.corpus} is held out; raise it, or name a corpus in data.validation",
+            f"no {documents} is held out; raise it, or name a corpus in data.validation",
         )
     if not sum(sizes):
         limit = "" if max_tokens is None else f" up to data.validation_tokens ({max_tokens})"
