@@ -114,14 +114,28 @@ def check_source_fields(spec: "CorpusSpec", manifest: dict[str, Any]) -> None:
     Raises:
         UserError: each setting that differs.
     """
-    defaults = source_fields(type(spec)(spec.corpus))
+    values, defaults, made = (
+        _by_setting(fields)
+        for fields in (source_fields(spec), source_fields(type(spec)(spec.corpus)), manifest["source"])
+    )
     errors = [
-        (f"data.{name}", f"is {value!r}, but {spec.corpus} was prepared with {made!r}; leave it out")
-        for name, value in source_fields(spec).items()
-        if value not in (defaults[name], made := manifest["source"].get(name))
+        (
+            f"data.{name}",
+            f"is {value!r}, but {spec.corpus} was prepared with {made.get(name)!r}; leave it out",
+        )
+        for name, value in values.items()
+        if value not in (defaults[name], made.get(name))
     ]
     if errors:
         raise UserError.from_list(errors)
+
+
+def _by_setting(fields: dict[str, Any]) -> dict[str, Any]:
+    """`source_fields` under the names that they have in a recipe."""
+    rules = dict(fields.get("rules", {}))
+    template = rules.pop("template", None)
+    others = {name: value for name, value in fields.items() if name != "rules"}
+    return {**others, "template": template and template["source"], "filter": rules}
 
 
 def prepared_tokenizer(corpus: str) -> str:
