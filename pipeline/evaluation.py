@@ -17,6 +17,7 @@ from ..data import (
     IGNORE_INDEX,
     AnyCorpus,
     Chunk,
+    CorpusSpec,
     Encoder,
     HeldOut,
     LabelledSet,
@@ -28,6 +29,7 @@ from ..data import (
     has_fewer_texts,
     held_out_documents,
     held_out_text,
+    is_prepared,
     source_specs,
 )
 from ..data.corpus import Split
@@ -51,11 +53,14 @@ def validation_spec(recipe: Recipe, corpus: AnyCorpus) -> tuple[AnyCorpus, Split
     data, batch = recipe.data, recipe.batch
     if data.validation is None:
         return corpus, "validation"
+    split = data.validation_split
+    if is_prepared(data.validation) and split == type(data).model_fields["validation_split"].default:
+        split = CorpusSpec.split  # left out: a prepared corpus has the split that it was made with
     spec = dataclasses.replace(
         source_specs(corpus)[0],
         corpus=data.validation,
         subset=data.validation_subset,
-        split=data.validation_split,
+        split=split,
         revision=data.validation_commit or data.validation_revision,
         text_field=data.text_field,
         join=data.join,
@@ -81,6 +86,7 @@ def validation_errors(recipe: Recipe) -> Iterator[None]:
             "data.subset": "data.validation_subset",
             "data.split": "data.validation_split",
             "data.revision": "data.validation_revision",
+            **{key: key for key in ("data.filter", "data.order")},  # of both corpora
         }
         errors = ((keys.get(key, "data.validation"), message) for key, message in error.errors)
         raise UserError.from_list(errors) from None

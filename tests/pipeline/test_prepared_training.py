@@ -14,10 +14,11 @@ from run_helpers import Values, losses
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from minrnn.common.errors import UserError
-from minrnn.data import load_tokenizer
+from minrnn.data import CorpusSpec, load_tokenizer, open_source
 from minrnn.data.prepared.make import prepare
 from minrnn.data.train_tokenizer import train_tokenizer
 from minrnn.pipeline.corpora import single_corpus_spec
+from minrnn.pipeline.evaluation import validation_spec
 from minrnn.pipeline.recipe import build_recipe
 
 NUM_TOKENS = 515  # padded to 576
@@ -90,6 +91,23 @@ def test_a_family_suppresses_padding_in_generation(
         ids = torch.tensor([[1, 5, 9]])
         assert model(ids).logits[0, -1].argmax() >= NUM_TOKENS
         assert model.generate(ids, max_new_tokens=9, do_sample=False).max() < NUM_TOKENS
+
+
+def test_a_prepared_corpus_for_validation_needs_no_split(values: Values, tmp_path: Path):
+    """The default of data.validation_split is not the split that it was prepared with. Another one is."""
+    folder = prepared(values, tmp_path / "tokens")["data"]["corpus"]
+    values["data"]["validation"] = folder
+    for split in (None, "train", "test"):
+        if split is not None:
+            values["data"]["validation_split"] = split
+        recipe = build_recipe(values)
+        spec, part = validation_spec(recipe, single_corpus_spec(recipe))
+        assert isinstance(spec, CorpusSpec)
+        if split == "test":
+            with pytest.raises(UserError, match=r"data\.split: is 'test', but .* was prepared with 'train'"):
+                open_source(spec, part)
+        else:
+            assert open_source(spec, part).num_shards == 1
 
 
 def test_another_tokenizer_is_refused_before_the_first_step(
