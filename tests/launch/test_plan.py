@@ -258,3 +258,25 @@ def test_user_errors(options: list[str], message: str, capsys):
         main(["plan", "--vocab-size", "264", "--batch.readers", "8", *options])
     assert exit_info.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("context", [1, 2])
+def test_fewer_lanes_at_a_time_need_less_memory(context: int):
+    """What the plan shows for another train.micro_lanes is what it computes if the recipe sets it."""
+
+    def plan_of(micro_lanes: int | None) -> tuple[estimates.Workload, dict[int, float], float]:
+        values = {"train": {"micro_lanes": micro_lanes, "precision": "bf16"}, "batch": {"readers": 4}}
+        recipe = build_recipe(values | {"parallel": {"context": context}})
+        workload, model = estimates.workload_of(recipe, 2), estimates.measure(recipe, 264)
+        kept = estimates.activations(model, workload, "bf16", "none")
+        loss = estimates.working_memory(model, workload, "bf16")["loss"]
+        return workload, estimates.by_micro_lanes(model, workload, "bf16", kept), kept + loss
+
+    whole, sizes, _ = plan_of(None)
+    assert list(sizes) == [16, 8, 4, 2, 1]
+    assert list(sizes.values()) == sorted(sizes.values(), reverse=True)
+    for micro_lanes, size in sizes.items():
+        workload, same, total = plan_of(micro_lanes)
+        assert same == pytest.approx(sizes)
+        assert total == pytest.approx(size)
+        assert workload.micro_batches * workload.tokens == whole.micro_batches * whole.tokens
