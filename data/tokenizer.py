@@ -238,7 +238,7 @@ class Encoder:
     """The `tokenizers` tokenizer as JSON; None for bytes."""
     _backend: Any = field(default=None, repr=False)
     _cutter: Any = field(default=None, repr=False)
-    _dtype: Any = field(default=None, repr=False)
+    _dtype: Any = field(default=None, repr=False, compare=False)
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Any, name: str) -> "Encoder":

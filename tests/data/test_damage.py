@@ -5,7 +5,7 @@ position.
 import contextlib
 import gzip
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -206,7 +206,7 @@ def test_a_failing_tokenizer_is_reported_with_the_document(workers: int, tmp_pat
 
 def test_a_document_that_does_not_fit_into_memory_is_reported(tmp_path: Path):
     class Small(Encoder):
-        def __call__(self, text: str):
+        def documents(self, texts: Sequence[str]):
             raise MemoryError
 
     (tmp_path / "a.txt").write_text("one")

@@ -49,7 +49,7 @@ def train_bpe(folder: Path, edit: Any = None, **special: str) -> str:
 @given(TEXTS)
 def test_bytes_round_trip(text: str):
     tokens = ENCODER(text)
-    assert tokens.dtype == np.int32
+    assert tokens.dtype == np.uint16
     assert tokens[0] == TOKENIZER.bos_token_id == 256
     assert tokens[-1] == TOKENIZER.eos_token_id == 257
     assert bytes(tokens[1:-1].astype(np.uint8)) == text.encode(), "id = byte; a special token's name is text"
@@ -122,7 +122,7 @@ def test_a_bpe_encoder_is_its_tokenizer(bpe: tuple[Any, Encoder]):
     @given(TEXTS | st.text(st.sampled_from("the cat sat.\n")))
     def check(text: str):
         tokens = encoder(text)
-        assert tokens.dtype == np.int32
+        assert tokens.dtype == np.uint16
         assert (tokens[0], tokens[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
         assert not np.isin(tokens[1:-1], tokenizer.all_special_ids).any(), "a special token's name is text"
         assert (
