@@ -94,10 +94,13 @@ def memory_table(model: Model, workload: Workload, precision: str, memory: float
     kept = {recompute: activations(model, workload, precision, recompute) for recompute in RECOMPUTE}
     shared = [f"{name} {size / 1e9:.2f}" for name, size in common.items()]
     by_recompute = ", ".join(f"{size / 1e9:.2f} ({recompute})" for recompute, size in kept.items())
+    sizes = by_micro_lanes(model, workload, precision, kept["none"])
+    by_lanes = ", ".join(f"{size / 1e9:.2f} ({lanes})" for lanes, size in sizes.items())
     columns, width = ("weights", "gradients", "moments", "own copy", "buffers"), max(map(len, ENGINES))
     header = [f"{name:>11}" for name in columns] + [f"{name:>12}" for name in RECOMPUTE] + [f"{'sent':>10}"]
     lines = [
         f"GB per process, with any engine: {'; '.join([*shared, f'activations {by_recompute}'])}",
+        f"GB of activations (none) and loss, by train.micro_lanes: {by_lanes}",
         "",
         "GB".ljust(width) + "".join(header),
     ]
@@ -113,9 +116,6 @@ def memory_table(model: Model, workload: Workload, precision: str, memory: float
         "none, selective, full: in all, by train.recompute. "
         f"* fits in {USABLE:.0%} of {memory / 1e9:.0f} GB. sent: per step."
     )
-    sizes = by_micro_lanes(model, workload, precision, kept["none"])
-    by_lanes = ", ".join(f"{size / 1e9:.2f} ({lanes})" for lanes, size in sizes.items())
-    lines.append(f"GB of activations (none) and loss by train.micro_lanes: {by_lanes}")
     return lines
 
 
