@@ -27,7 +27,8 @@ MAX_ERRORS = 10  # broken rows that are listed
 # Two runs with different values of these do not have comparable losses.
 SAME_DATA = (
     *("data.corpus", "data.task", "data.subset", "data.split", "data.revision", "data.text_field"),
-    *("data.join", "data.tokenizer", "data.validation", "data.validation_split"),
+    *("data.template", "data.filter", "data.join", "data.order", "data.tokenizer", "data.hold_out"),
+    *("data.validation", "data.validation_subset", "data.validation_split", "data.validation_revision"),
     *("data.validation_fraction", "data.validation_tokens"),
 )
 
