@@ -186,7 +186,7 @@ def _plan_text(runs: list[dict[str, Any]], base: dict[str, Any], arguments: argp
         "steps": lambda run: f"{run['steps']:,}",
         "from step": lambda run: f"{run['branch_step']:,}" if run["trunk"] else "-",
         "FLOPs": lambda run: f"{run['flops']:.3g}",
-        "hours": lambda run: f"{hours(run):.3g}",
+        "hours": lambda run: f"{hours(run):.4f}" if hours(run) < 1 else f"{hours(run):,.1f}",
     }
     total = sum(run["flops"] for run in runs)
     alone = sum(run["flops_per_token"] * run["tokens"] for run in runs)
