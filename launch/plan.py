@@ -15,6 +15,7 @@ from .estimates import (
     Workload,
     activations,
     assumed_precision,
+    batch_shape,
     by_micro_lanes,
     bytes_sent,
     engine_memory,
@@ -68,8 +69,7 @@ def heading(
     tokens_per_step = texts * batch.tokens_per_step
     tokens = tokens_per_step * steps
     parts = ", ".join(f"{part} {count:,}" for part, count in model.parts.items())
-    shape = f"{batch.readers} readers x {batch.lanes} lanes x {batch.chunk}"
-    shape += f" x {batch.backprop_chunks} chunks" if batch.backprop_chunks > 1 else ""
+    shape = batch_shape(recipe)
     if is_labelled(recipe.data.corpus):
         shape = f"at most: {shape}" + (f" x {texts} texts" if texts > 1 else "")
     sharing = f", {workload.context} to a chunk" if workload.context > 1 else ""

@@ -8,7 +8,6 @@ import argparse
 import contextlib
 import shutil
 import sys
-from collections.abc import Iterable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +18,16 @@ import numpy as np
 
 from ..common.checks import option_minimum_errors
 from ..common.errors import UserError
-from ..data import Chunk, CorpusSpec, Encoder, PreparedCorpus, is_labelled, open_source, run_tokenizer
+from ..data import (
+    Chunk,
+    CorpusSpec,
+    Encoder,
+    MixtureSpec,
+    PreparedCorpus,
+    is_labelled,
+    open_source,
+    run_tokenizer,
+)
 from ..data.corpus import Split
 from ..data.loader import Share, open_readers
 from ..data.parquet import Parquet
@@ -30,6 +38,7 @@ from ..pipeline.corpora import corpus_spec, reader_spec
 from ..pipeline.data_order import with_order
 from ..pipeline.options import new_parser
 from ..pipeline.recipe import read_recipe
+from .estimates import batch_shape
 from .prepare import split_recipe
 from .train_tokenizer import recipe_arguments
 
@@ -270,22 +279,21 @@ def main(argv: list[str]) -> None:
     limits = (arguments.documents, arguments.seconds)
     lines: list[str] = []
     if recipe.task() is None:
-        for source_spec in _sources(spec):
-            lines += corpus_lines(recipe, source_spec, encoder, limits)
+        if isinstance(spec, MixtureSpec):
+            for source, weight in zip(spec.sources, spec.weights, strict=True):
+                lines += corpus_lines(recipe, source, encoder, limits)
+                lines.append(f"weight      {weight:.1%} of the tokens that are read")
+        else:
+            lines += corpus_lines(recipe, spec, encoder, limits)
         lines.append(f"tokenizer   {data.tokenizer}, {len(tokenizer):,} tokens")
     else:
         lines.append(f"corpus      {data.corpus}")
     lines.append(
-        f"order       {data.order}; {batch.readers} readers x {batch.lanes} lanes x {batch.chunk} tokens: "
+        f"order       {data.order}; {batch_shape(recipe)}: "
         f"{batch.tokens_per_step:,} tokens a step, {batch.tokens_per_step * recipe.train.steps:,} in "
         f"{recipe.train.steps:,} steps"
     )
     _print(lines + chunk_lines(recipe, encoder, tokenizer, arguments))
-
-
-def _sources(spec: Any) -> Iterable[CorpusSpec]:
-    """The corpora of a mixture, or the only one."""
-    return getattr(spec, "sources", (spec,))
 
 
 def _print(lines: list[str]) -> None:
