@@ -209,7 +209,8 @@ def _rates(precisions: set[str], arguments: argparse.Namespace) -> tuple[dict[st
         UserError: this machine lacks a precision.
     """
     if arguments.tflops is not None:
-        return dict.fromkeys(precisions, arguments.tflops * 1e12), f"{arguments.tflops:g} TFLOP/s"
+        rate: float = arguments.tflops * 1e12
+        return dict.fromkeys(precisions, rate), f"{arguments.tflops:g} TFLOP/s"
     from ...pipeline.machine import measure_rates, resolve_device
 
     rates = measure_rates(resolve_device("auto"), sorted(precisions))
