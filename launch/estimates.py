@@ -72,6 +72,13 @@ class Workload:
         return self.readers * self.chunks * self.lanes // self.micro_batches
 
 
+def batch_shape(recipe: Recipe) -> str:
+    """The rows and tokens of a step, e.g. "64 readers x 4 lanes x 4096"."""
+    batch = recipe.batch
+    chunks = f" x {batch.backprop_chunks} chunks" if batch.backprop_chunks > 1 else ""
+    return f"{batch.readers} readers x {batch.lanes} lanes x {batch.chunk}{chunks}"
+
+
 def measure(recipe: Recipe, vocab_size: int) -> Model:
     """The sizes of the recipe's model, counted on the meta device."""
     import torch

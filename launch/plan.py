@@ -15,6 +15,7 @@ from .estimates import (
     Workload,
     activations,
     assumed_precision,
+    batch_shape,
     by_micro_lanes,
     bytes_sent,
     engine_memory,
@@ -68,8 +69,7 @@ def heading(
     tokens_per_step = texts * batch.tokens_per_step
     tokens = tokens_per_step * steps
     parts = ", ".join(f"{part} {count:,}" for part, count in model.parts.items())
-    shape = f"{batch.readers} readers x {batch.lanes} lanes x {batch.chunk}"
-    shape += f" x {batch.backprop_chunks} chunks" if batch.backprop_chunks > 1 else ""
+    shape = batch_shape(recipe)
     if is_labelled(recipe.data.corpus):
         shape = f"at most: {shape}" + (f" x {texts} texts" if texts > 1 else "")
     sharing = f", {workload.context} to a chunk" if workload.context > 1 else ""
@@ -94,10 +94,13 @@ def memory_table(model: Model, workload: Workload, precision: str, memory: float
     kept = {recompute: activations(model, workload, precision, recompute) for recompute in RECOMPUTE}
     shared = [f"{name} {size / 1e9:.2f}" for name, size in common.items()]
     by_recompute = ", ".join(f"{size / 1e9:.2f} ({recompute})" for recompute, size in kept.items())
+    sizes = by_micro_lanes(model, workload, precision, kept["none"])
+    by_lanes = ", ".join(f"{size / 1e9:.2f} ({lanes})" for lanes, size in sizes.items())
     columns, width = ("weights", "gradients", "moments", "own copy", "buffers"), max(map(len, ENGINES))
     header = [f"{name:>11}" for name in columns] + [f"{name:>12}" for name in RECOMPUTE] + [f"{'sent':>10}"]
     lines = [
         f"GB per process, with any engine: {'; '.join([*shared, f'activations {by_recompute}'])}",
+        f"GB of activations (none) and loss, by train.micro_lanes: {by_lanes}",
         "",
         "GB".ljust(width) + "".join(header),
     ]
@@ -113,9 +116,6 @@ def memory_table(model: Model, workload: Workload, precision: str, memory: float
         "none, selective, full: in all, by train.recompute. "
         f"* fits in {USABLE:.0%} of {memory / 1e9:.0f} GB. sent: per step."
     )
-    sizes = by_micro_lanes(model, workload, precision, kept["none"])
-    by_lanes = ", ".join(f"{size / 1e9:.2f} ({lanes})" for lanes, size in sizes.items())
-    lines.append(f"GB of activations (none) and loss by train.micro_lanes: {by_lanes}")
     return lines
 
 

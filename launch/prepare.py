@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from ..common.checks import option_minimum_errors
 from ..common.errors import UserError
 from ..common.files import user_path
 from ..pipeline.options import new_parser
@@ -78,9 +79,7 @@ def main(argv: list[str]) -> None:
     from ..pipeline.recipe import read_recipe
 
     recipe = read_recipe([*(["--config", name] if name else []), *overrides])
-    errors = []
-    if arguments.workers is not None and arguments.workers < 0:
-        errors.append(("--workers", f"must be 0 or more, not {arguments.workers}"))
+    errors = option_minimum_errors(arguments, workers=0)
     if recipe.task() is not None:
         message = f"{recipe.data.corpus} makes its own examples, which need no preparation"
         errors.append(("data.corpus", message))

@@ -8,7 +8,6 @@ import argparse
 import contextlib
 import shutil
 import sys
-from collections.abc import Iterable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -17,16 +16,29 @@ from typing import Any
 
 import numpy as np
 
+from ..common.checks import option_minimum_errors
 from ..common.errors import UserError
-from ..data import Chunk, CorpusSpec, Encoder, PreparedCorpus, ReaderSpec, open_source, run_tokenizer
+from ..data import (
+    Chunk,
+    CorpusSpec,
+    Encoder,
+    MixtureSpec,
+    PreparedCorpus,
+    is_labelled,
+    open_source,
+    run_tokenizer,
+)
 from ..data.corpus import Split
 from ..data.loader import Share, open_readers
+from ..data.parquet import Parquet
 from ..data.sample import Counts, count, sample_documents
+from ..data.sources import TextFiles
 from ..pipeline.config import Recipe
-from ..pipeline.corpora import corpus_spec
+from ..pipeline.corpora import corpus_spec, reader_spec
 from ..pipeline.data_order import with_order
 from ..pipeline.options import new_parser
 from ..pipeline.recipe import read_recipe
+from .estimates import batch_shape
 from .prepare import split_recipe
 from .train_tokenizer import recipe_arguments
 
@@ -110,9 +122,9 @@ def num_rows(source: Any) -> int | None:
     """The number of documents of all parts that a source knows without reading them; None if it does not."""
     if isinstance(source, PreparedCorpus):
         return sum(shard["documents"] for shard in source.manifest["shards"])
-    if type(source).__name__ == "TextFiles":
+    if isinstance(source, TextFiles):
         return len(source.paths)
-    if type(source).__name__ == "Parquet" and len(source.paths) <= 1000:
+    if isinstance(source, Parquet) and len(source.paths) <= 1000:
         import pyarrow.parquet
 
         with contextlib.suppress(Exception):  # a damaged file is reported by reading it
@@ -206,29 +218,15 @@ def lane_text(chunk: Chunk, row: int, tokenizer: Any, num_tokens: int, color: bo
     return " ".join(parts)
 
 
-def chunk_lines(
-    recipe: Recipe, spec: Any, encoder: Encoder, tokenizer: Any, arguments: argparse.Namespace
-) -> list[str]:
-    """The first lanes of the first chunk of reader 0."""
-    data, batch = recipe.data, recipe.batch
-    reader_spec = ReaderSpec(
-        corpus=spec,
-        order="documents" if data.order == "auto" else data.order,
-        encoder=encoder,
-        num_readers=batch.readers,
-        lanes=batch.lanes,
-        chunk=batch.chunk,
-        window=data.shuffle_window,
-        seed=recipe.run.seed,
-        task=recipe.synthetic_task(),
-    )
-    chunk: Any = open_readers(reader_spec, Share([0]), [None])[0].next_chunk()
+def chunk_lines(recipe: Recipe, encoder: Encoder, tokenizer: Any, arguments: argparse.Namespace) -> list[str]:
+    """The first lanes of what reader 0 reads first."""
+    chunk: Any = open_readers(reader_spec(recipe, encoder), Share([0]), [None])[0].next_chunk()
     color = arguments.color == "always" or (arguments.color == "auto" and sys.stdout.isatty())
     shown = min(arguments.lanes, len(chunk.input_ids))
     tokens = min(arguments.tokens, chunk.input_ids.shape[1])
     lines = [
         "",
-        f"The first {tokens:,} tokens of {shown} of {len(chunk.input_ids)} lanes, chunk 1 of reader 0:",
+        f"The first {tokens:,} tokens of {shown} of {len(chunk.input_ids)} lanes, step 1 of reader 0:",
     ]
     width = shutil.get_terminal_size((100, 24)).columns
     rule = ("\u2500" if (sys.stdout.encoding or "").lower().startswith("utf") else "-") * width
@@ -251,11 +249,7 @@ def corpus_lines(recipe: Recipe, spec: CorpusSpec, encoder: Encoder, limits: tup
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    errors = [
-        (f"--{name}", f"must be at least 1, not {getattr(arguments, name)}")
-        for name in ("documents", "lanes", "tokens")
-        if getattr(arguments, name) < 1
-    ]
+    errors = option_minimum_errors(arguments, documents=1, lanes=1, tokens=1)
     if not arguments.seconds > 0:
         errors.append(("--seconds", f"must be positive, not {arguments.seconds:g}"))
     if errors:
@@ -274,6 +268,9 @@ def main(argv: list[str]) -> None:
         raise UserError("RECIPE", "name a recipe or a corpus first: minrnn data show quickstart")
     recipe = read_recipe(recipe_arguments(name, overrides))
     _check(arguments)
+    if is_labelled(recipe.data.corpus):
+        message = f"is a task; minrnn data {recipe.data.corpus} prints its examples"
+        raise UserError("data.corpus", message)
     data, batch = recipe.data, recipe.batch
     tokenizer = run_tokenizer(data.corpus, data.tokenizer, data.task, data.trust_remote_code)
     encoder = Encoder.from_tokenizer(tokenizer, data.tokenizer)
@@ -282,22 +279,21 @@ def main(argv: list[str]) -> None:
     limits = (arguments.documents, arguments.seconds)
     lines: list[str] = []
     if recipe.task() is None:
-        for source_spec in _sources(spec):
-            lines += corpus_lines(recipe, source_spec, encoder, limits)
+        if isinstance(spec, MixtureSpec):
+            for source, weight in zip(spec.sources, spec.weights, strict=True):
+                lines += corpus_lines(recipe, source, encoder, limits)
+                lines.append(f"weight      {weight:.1%} of the tokens that are read")
+        else:
+            lines += corpus_lines(recipe, spec, encoder, limits)
         lines.append(f"tokenizer   {data.tokenizer}, {len(tokenizer):,} tokens")
     else:
         lines.append(f"corpus      {data.corpus}")
     lines.append(
-        f"order       {data.order}; {batch.readers} readers x {batch.lanes} lanes x {batch.chunk} tokens: "
+        f"order       {data.order}; {batch_shape(recipe)}: "
         f"{batch.tokens_per_step:,} tokens a step, {batch.tokens_per_step * recipe.train.steps:,} in "
         f"{recipe.train.steps:,} steps"
     )
-    _print(lines + chunk_lines(recipe, spec, encoder, tokenizer, arguments))
-
-
-def _sources(spec: Any) -> Iterable[CorpusSpec]:
-    """The corpora of a mixture, or the only one."""
-    return getattr(spec, "sources", (spec,))
+    _print(lines + chunk_lines(recipe, encoder, tokenizer, arguments))
 
 
 def _print(lines: list[str]) -> None:

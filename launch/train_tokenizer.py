@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..common.checks import option_minimum_errors
 from ..common.errors import UserError
 from ..common.files import user_path
 from ..common.names import did_you_mean, nearest_names
@@ -82,12 +83,10 @@ def main(argv: list[str]) -> None:
     from ..pipeline.corpora import single_corpus_spec
     from ..pipeline.recipe import read_recipe
 
-    errors = []
+    errors = option_minimum_errors(arguments, max_bytes=1)
     recipe = read_recipe(recipe_arguments(name, overrides))
     if recipe.task() is not None:
         errors.append(("data.corpus", f"{recipe.data.corpus} is a task with its own vocabulary"))
-    if arguments.max_bytes < 1:
-        errors.append(("--max-bytes", f"must be at least 1, not {arguments.max_bytes}"))
     errors += _out_errors(arguments.out)
     try:
         check_vocab_size(arguments.vocab_size)

@@ -18,6 +18,7 @@ from ..data import (
     Encoder,
     HeldOut,
     MixtureSpec,
+    ReaderSpec,
     RowRules,
     check_mixture,
     check_same_text,
@@ -71,6 +72,30 @@ def corpus_spec(recipe: Recipe) -> AnyCorpus:
     return MixtureSpec(
         tuple(spec(source, source.get("commit"), source["order"] == "passages") for source in data.corpus),
         tuple(source["weight"] / total for source in data.corpus),
+    )
+
+
+def reader_spec(recipe: Recipe, encoder: Encoder) -> ReaderSpec:
+    """What the recipe's readers share.
+
+    Args:
+        recipe: with its order (`data_order.with_order`).
+
+    Raises:
+        UserError: the examples of its task cannot be made.
+    """
+    data, batch = recipe.data, recipe.batch
+    return ReaderSpec(
+        corpus=corpus_spec(recipe),
+        order="documents" if data.order == "auto" else data.order,  # auto remains for tasks only
+        encoder=encoder,
+        num_readers=batch.readers,
+        lanes=batch.lanes,
+        chunk=batch.chunk,
+        window=data.shuffle_window,
+        seed=recipe.run.seed,
+        task=open_labelled(recipe) or recipe.synthetic_task(),
+        num_chunks=batch.backprop_chunks,
     )
 
 

@@ -19,7 +19,6 @@ from ..data import (
     ChunkLoader,
     Encoder,
     HeldOut,
-    ReaderSpec,
     has_fingerprint,
     model_vocab_size,
     run_tokenizer,
@@ -29,9 +28,9 @@ from . import checkpoint, processes
 from .announce import announce
 from .build_model import TrainedModel, build_model
 from .checkpoint import ReaderState
-from .classification import classifier_fields, open_labelled, test_sets
+from .classification import classifier_fields, test_sets
 from .config import Recipe
-from .corpora import corpus_spec, identify_corpus, prepare_held_out, warn_of_shares, with_commits
+from .corpora import corpus_spec, identify_corpus, prepare_held_out, reader_spec, warn_of_shares, with_commits
 from .data_order import with_order
 from .engine import build_engine
 from .evaluation import validation_sets
@@ -224,20 +223,8 @@ def _load_readers(
 
 
 def _start_loader(recipe: Recipe, encoder: Encoder, readers: dict[int, ReaderState]) -> ChunkLoader:
-    data, batch = recipe.data, recipe.batch
-    spec = ReaderSpec(
-        corpus=corpus_spec(recipe),
-        order="documents" if data.order == "auto" else data.order,  # auto remains for tasks only
-        encoder=encoder,
-        num_readers=batch.readers,
-        lanes=batch.lanes,
-        chunk=batch.chunk,
-        window=data.shuffle_window,
-        seed=recipe.run.seed,
-        task=open_labelled(recipe) or recipe.synthetic_task(),
-        num_chunks=batch.backprop_chunks,
-    )
-    return ChunkLoader(spec, list(readers), [reader.position for reader in readers.values()], data.workers)
+    positions = [reader.position for reader in readers.values()]
+    return ChunkLoader(reader_spec(recipe, encoder), list(readers), positions, recipe.data.workers)
 
 
 def _open_output(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, step: int) -> RunOutput:

@@ -33,7 +33,7 @@ from ...data.read_ahead import GROUP_CHARACTERS
 from ...pipeline.metrics import read_metrics
 from ..output import si, table
 from .command import Settings, parse_counts
-from .data_texts import DOCUMENTS, texts_of, train_bpe
+from .data_texts import DOCUMENTS, texts_of, trained_bpe
 from .measure import Timing, Turn, failure_reason, round_robin
 from .record import Record
 from .train import TrainingWork, add_model_arguments, resolve_model
@@ -132,7 +132,7 @@ def run(arguments: argparse.Namespace, record: Record) -> None:
             file = Path(folder, f"{documents}.jsonl")
             file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
             for name in arguments.tokenizers:
-                tokenizer = byte_tokenizer() if name == BYTES else train_bpe(cache_folder(None))
+                tokenizer = byte_tokenizer() if name == BYTES else trained_bpe(cache_folder(None))
                 rows = _run_contest(Contest(arguments, name, tokenizer, texts, file), documents)
                 _add_ratio(rows, "of_demand", record.rows[0])
                 record.add(rows)

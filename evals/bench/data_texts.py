@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ...common.files import make_folder
-from ...data import CorpusSpec, DocumentStream
-from ...data.tokenizer import document_tokenizer
+from ...data import CorpusSpec, DocumentStream, load_tokenizer
+from ...data.train_tokenizer import train_tokenizer
 
 DOCUMENTS = {"short": 1000, "long": 1_000_000}
 """Lengths of documents, in characters."""
@@ -41,34 +40,16 @@ def texts_of(corpus: str, documents: str, megabytes: int) -> list[str]:
     return [*made, "".join(parts)] if parts else made
 
 
-def train_bpe(cache: Path) -> Any:
-    """A byte-level BPE of 32,000 tokens with GPT-2's words, trained on the standard library.
+def trained_bpe(cache: Path) -> Any:
+    """A byte-level BPE of VOCABULARY tokens, trained on the standard library.
 
     Args:
         cache: folder in which it is kept for the next time.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
     version = ".".join(map(str, sys.version_info[:3]))
-    file = cache / f"bench-bpe-{VOCABULARY}-python-{version}.json"
-    if not file.exists():
-        backend = Tokenizer(models.BPE())
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        backend.decoder = decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(
-            vocab_size=VOCABULARY,
-            initial_alphabet=alphabet,
-            special_tokens=["<bos>", "<eos>", "<pad>"],
-            show_progress=False,
-        )
-        backend.train_from_iterator(corpus_texts("python-stdlib", 32), trainer)
-        make_folder(cache)
-        unfinished = file.with_suffix(".unfinished")
-        backend.save(str(unfinished))
-        unfinished.rename(file)
-    loaded = PreTrainedTokenizerFast(
-        tokenizer_file=str(file), bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
-    )
-    return document_tokenizer(loaded, "bpe")
+    folder = cache / f"bench-bpe-{VOCABULARY}-python-{version}"
+    if not folder.exists():
+        unfinished = cache / f".{folder.name}.unfinished"
+        train_tokenizer(corpus_texts("python-stdlib", 32), VOCABULARY).save_pretrained(unfinished)
+        unfinished.rename(folder)
+    return load_tokenizer(str(folder))

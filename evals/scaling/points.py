@@ -23,11 +23,13 @@ from ...common.names import did_you_mean, nearest_names
 Count = Literal["all", "without_embeddings", "blocks_and_head"]
 COUNTS: tuple[Count, ...] = ("all", "without_embeddings", "blocks_and_head")
 REQUIRED, OPTIONAL = ("family", "parameters", "tokens", "loss"), ("flops", "run")
+LOSS = "loss"
 MAX_ERRORS = 10  # broken rows that are listed
 # Two runs with different values of these do not have comparable losses.
 SAME_DATA = (
     *("data.corpus", "data.task", "data.subset", "data.split", "data.revision", "data.text_field"),
-    *("data.join", "data.tokenizer", "data.validation", "data.validation_split"),
+    *("data.template", "data.filter", "data.join", "data.order", "data.tokenizer", "data.hold_out"),
+    *("data.validation", "data.validation_subset", "data.validation_split", "data.validation_revision"),
     *("data.validation_fraction", "data.validation_tokens"),
 )
 
@@ -79,7 +81,7 @@ class PointSet:
 
     families: list[Points]
     unit: str
-    """Of the losses."""
+    """Of the losses; LOSS for those of a CSV, which does not say."""
     notes: list[str]
     """What was left out."""
 
@@ -98,7 +100,7 @@ def read_points(path: Path, count: Count, leave_out_failed: bool) -> PointSet:
     if path.is_dir():
         points, unit, notes = _of_folder(path, count, leave_out_failed)
     else:
-        points, unit, notes = _of_csv(path), "loss", []
+        points, unit, notes = _of_csv(path), LOSS, []
     diverged = [point for point in points if not math.isfinite(point.loss)]
     if diverged and not leave_out_failed:
         names = ", ".join(point.run for point in diverged)

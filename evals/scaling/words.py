@@ -1,6 +1,7 @@
 """What a fit can and cannot support, in words."""
 
 from .compare import Comparison
+from .points import LOSS
 from .resample import LEVEL, Fitted, Interval
 
 FEW = 10  # runs for each number of the law: with fewer, intervals tend to be too narrow
@@ -8,7 +9,12 @@ BEYOND = 10  # times the largest compute: no statement goes further
 
 
 def paragraph(fitted: list[Fitted], comparisons: list[Comparison], unit: str, notes: list[str]) -> str:
-    """A paragraph for all families, one sentence after the other."""
+    """A paragraph for all families, one sentence after the other.
+
+    Args:
+        unit: of the losses; LOSS if it is not known.
+    """
+    unit = "" if unit == LOSS else f" {unit}"
     sentences = [_law(each, unit) for each in fitted]
     sentences += [_comparison(each, unit) for each in comparisons]
     computes = [compute for each in fitted for compute in each.points.compute]
@@ -31,7 +37,7 @@ def paragraph(fitted: list[Fitted], comparisons: list[Comparison], unit: str, no
 def _law(each: Fitted, unit: str) -> str:
     intervals, points = each.intervals(), each.points
     text = (
-        f"{points.family}: {len(points.losses)} runs give E {_interval(intervals['E'])} ({unit}), alpha "
+        f"{points.family}: {len(points.losses)} runs give E {_interval(intervals['E'])}{unit}, alpha "
         f"{_interval(intervals['alpha'])} and beta {_interval(intervals['beta'])} ({LEVEL} % intervals)."
     )
     if (held_out := each.leave_largest_out) is not None:
@@ -49,7 +55,7 @@ def _law(each: Fitted, unit: str) -> str:
 
 def _comparison(each: Comparison, unit: str) -> str:
     pair, at = f"{each.first} and {each.second}", f"at {each.high_compute:.2g} FLOPs"
-    difference = f"the difference is {_interval(each.difference)} {unit}"
+    difference = f"the difference is {_interval(each.difference)}{unit}"
     if each.is_distinguishable:
         lower, higher = (each.first, each.second) if each.difference.value < 0 else (each.second, each.first)
         text = f"{lower} has a lower loss than {higher} {at}: {difference}."

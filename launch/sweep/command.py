@@ -20,7 +20,7 @@ from ...pipeline.recipe import recipe_values
 from .leases import Leases
 from .plan import planned, publish
 from .progress import DONE, FAILED, Display, progress_table
-from .runner import Place, Runner, train_command
+from .runner import Hardware, Runner, train_command
 from .spec import read_sweep, shipped_sweeps
 
 REFRESH = 5.0  # seconds
@@ -89,22 +89,23 @@ def main(argv: Sequence[str]) -> None:
     sweep = read_sweep(arguments.sweep)
     if arguments.out is not None:
         sweep.out = os.path.expanduser(arguments.out)
+    base = recipe_values(sweep.base) if sweep.base else {}
     if arguments.plan:
-        print(_plan_text(planned(sweep), arguments))
+        print(_plan_text(planned(sweep), base, arguments))
         return
-    places = places_of(arguments.workers, sweep.processes)
+    shares = hardware_of(arguments.workers, sweep.processes)
     runner = Runner(
         Path(sweep.out),
         publish(sweep, planned(sweep)),
-        recipe_values(sweep.base) if sweep.base else {},
-        train_command(sweep.processes, sweep.launcher, has_gpus=bool(places[0].environment)),
+        base,
+        train_command(sweep.processes, sweep.launcher, has_gpus=bool(shares[0].environment)),
         sweep.retries,
         Leases(Path(sweep.out) / "leases"),
     )
-    _run(runner, places)
+    _run(runner, shares)
 
 
-def places_of(workers: int, processes: int) -> list[Place]:
+def hardware_of(workers: int, processes: int) -> list[Hardware]:
     """What each worker trains on: its GPUs, or its part of the cores.
 
     Raises:
@@ -119,20 +120,20 @@ def places_of(workers: int, processes: int) -> list[Place]:
         raise UserError("--workers", message)
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(num_gpus)))).split(",")
-    places = []
+    shares = []
     for worker in range(workers):
         own = tuple(cores[worker * len(cores) // workers : (worker + 1) * len(cores) // workers])
         environment = {}
         if num_gpus:
             gpus = visible[worker * processes : (worker + 1) * processes]
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-        places.append(Place(str(worker), own if workers > 1 else (), environment))
+        shares.append(Hardware(str(worker), own if workers > 1 else (), environment))
     if workers > num_cores():
         warn(f"--workers: {workers} workers share {num_cores()} cores")
-    return places
+    return shares
 
 
-def _run(runner: Runner, places: list[Place]) -> None:
+def _run(runner: Runner, shares: list[Hardware]) -> None:
     """Start a thread for each worker, show their progress, and stop all on a signal."""
     received: list[int] = []
 
@@ -142,7 +143,7 @@ def _run(runner: Runner, places: list[Place]) -> None:
 
     previous = {number: signal.signal(number, on_signal) for number in SIGNALS}
     display = Display(runner)
-    threads = [threading.Thread(target=runner.work, args=(place,), daemon=True) for place in places]
+    threads = [threading.Thread(target=runner.work, args=(share,), daemon=True) for share in shares]
     try:
         for thread in threads:
             thread.start()
@@ -170,13 +171,13 @@ def _run(runner: Runner, places: list[Place]) -> None:
     assert all(state == DONE for state in states.values())
 
 
-def _plan_text(runs: list[dict[str, Any]], arguments: argparse.Namespace) -> str:
+def _plan_text(runs: list[dict[str, Any]], base: dict[str, Any], arguments: argparse.Namespace) -> str:
     """The runs, their FLOPs and the estimated time."""
-    rate, source = _rate(runs, arguments)
-    speed = rate * arguments.fraction
+    precisions = {run["name"]: _precision(run, base) for run in runs}
+    rates, source = _rates(set(precisions.values()), arguments)
 
-    def hours(flops: float) -> str:
-        return f"{flops / speed / 3600:.3g}"
+    def hours(run: dict[str, Any]) -> float:
+        return run["flops"] / (rates[precisions[run["name"]]] * arguments.fraction) / 3600
 
     columns: dict[str, Any] = {
         "run": lambda run: run["name"],
@@ -185,27 +186,35 @@ def _plan_text(runs: list[dict[str, Any]], arguments: argparse.Namespace) -> str
         "steps": lambda run: f"{run['steps']:,}",
         "from step": lambda run: f"{run['branch_step']:,}" if run["trunk"] else "-",
         "FLOPs": lambda run: f"{run['flops']:.3g}",
-        "hours": lambda run: hours(run["flops"]),
+        "hours": lambda run: f"{hours(run):.4f}" if hours(run) < 1 else f"{hours(run):,.1f}",
     }
     total = sum(run["flops"] for run in runs)
     alone = sum(run["flops_per_token"] * run["tokens"] for run in runs)
     lines = [table(runs, columns, f"{len(runs)} runs").lstrip("\n")]
     saved = f" ({alone / total:.2g} times as many without branches)" if alone > total else ""
-    lines.append(
-        f"in all {total:.3g} FLOPs{saved}, {hours(total)} hours at {arguments.fraction:.0%} of {source}"
-    )
+    time = f"{sum(map(hours, runs)):.3g} hours at {arguments.fraction:.0%} of {source}"
+    lines.append(f"in all {total:.3g} FLOPs{saved}, {time}")
     return "\n".join(lines)
 
 
-def _rate(runs: list[dict[str, Any]], arguments: argparse.Namespace) -> tuple[float, str]:
-    """FLOP/s of matrix products, and where the number is from."""
+def _precision(run: dict[str, Any], base: dict[str, Any]) -> str:
+    """The precision of a run, which its settings or the base recipe name, as the default is refused."""
+    return run["settings"].get("train.precision") or base["train"]["precision"]
+
+
+def _rates(precisions: set[str], arguments: argparse.Namespace) -> tuple[dict[str, float], str]:
+    """FLOP/s of matrix products by precision, and where the numbers are from.
+
+    Raises:
+        UserError: this machine lacks a precision.
+    """
     if arguments.tflops is not None:
-        return arguments.tflops * 1e12, f"{arguments.tflops:g} TFLOP/s"
+        rate: float = arguments.tflops * 1e12
+        return dict.fromkeys(precisions, rate), f"{arguments.tflops:g} TFLOP/s"
     from ...pipeline.machine import measure_rates, resolve_device
 
-    device = resolve_device("auto")
-    rates = measure_rates(device, ["fp32", "bf16"])
-    best = max(rates, key=rates.__getitem__)
-    return rates[
-        best
-    ], f"{rates[best] / 1e12:.3g} TFLOP/s, measured here in {best}; divide by the number of machines"
+    rates = measure_rates(resolve_device("auto"), sorted(precisions))
+    if missing := precisions - rates.keys():
+        raise UserError("--tflops", f"give a rate, as this machine has no {' and '.join(sorted(missing))}")
+    measured = " and ".join(f"{rate / 1e12:.3g} TFLOP/s in {name}" for name, rate in rates.items())
+    return rates, f"{measured}, measured here; divide by the number of machines"

@@ -19,11 +19,8 @@ from .spec import Ladder, Random, Range, Sweep
 
 LONGEST_NAME = 80
 ANY_RUN = {"run.seed": 0, "train.steps": 1}
-MAX_RUNS = 100_000
 # A ladder sets these for each run.
 OF_THE_LADDER = ("train.steps", "model.num_parameters", "optim.schedule_steps")
-# The runner sets these for each run.
-OF_THE_RUNNER = ("run.dir", "run.resume", "run.change", "train.save_at")
 
 
 @dataclass(frozen=True)
@@ -55,11 +52,6 @@ def expand(sweep: Sweep) -> list[PlannedRun]:
     runs: list[PlannedRun] = []
     for name, parts in _parts(sweep, builder):
         settings = {**sweep.settings, **parts.pop("settings")}
-        if refused := [key for key in settings if key in OF_THE_RUNNER]:
-            errors |= dict.fromkeys(
-                (key, "is set by the sweep for each run; leave it out") for key in refused
-            )
-            continue
         try:
             recipe = builder.build(settings)
         except UserError as error:
@@ -106,11 +98,11 @@ class Builder:
         seed, steps = settings.get("run.seed"), settings.get("train.steps")
         is_checked = isinstance(seed, int) and seed >= 0 and isinstance(steps, int) and steps >= 1
         if not is_checked:
-            return build_recipe(_nested(self.base, settings))
+            return build_recipe(recipe_with(self.base, settings))
         others = {key: value for key, value in settings.items() if key not in ("run.seed", "train.steps")}
         key = json.dumps(others, sort_keys=True, default=str)
         if key not in self._built:
-            self._built[key] = build_recipe(_nested(self.base, others))
+            self._built[key] = build_recipe(recipe_with(self.base, others))
         recipe = self._built[key]
         return dataclasses.replace(
             recipe,
@@ -119,13 +111,13 @@ class Builder:
         )
 
 
-def _nested(base: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+def recipe_with(base: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     """The values of a recipe: those of the base, with these settings on top.
 
     Raises:
         UserError: keys that are no settings.
     """
-    values = {section: dict(fields or {}) for section, fields in base.items()}
+    values: dict[str, Any] = {section: dict(fields or {}) for section, fields in base.items()}
     errors = []
     for key, value in settings.items():
         section, dot, name = key.partition(".")
@@ -162,7 +154,7 @@ def _parts(sweep: Sweep, builder: Builder) -> Iterator[Named]:
 def _grid(grid: dict[str, list[Any]]) -> Iterator[Named]:
     """Every combination of the values."""
     names = set()
-    for values in itertools.islice(itertools.product(*grid.values()), MAX_RUNS):
+    for values in itertools.product(*grid.values()):
         settings = dict(zip(grid, values, strict=True))
         name = "-".join(f"{key.rpartition('.')[2]}={value}" for key, value in settings.items())
         name = re.sub(r"[^\w.=+-]+", "_", name)
@@ -198,7 +190,8 @@ def _ladder(ladder: Ladder, sweep: Sweep, builder: Builder) -> Iterator[Named]:
     ):
         common = {**sweep.settings, **own}
         recipe = builder.build({**common, **ANY_RUN})
-        rule = ladder.rules.settings(size, recipe.batch.readers, recipe.batch.chunk)
+        batch = recipe.batch
+        rule = ladder.rules.settings(size, batch.readers, batch.chunk * batch.backprop_chunks)
         rule["optim.lr"] *= factor
         settings = {**rule, **common}
         built = builder.build({**settings, **ANY_RUN})

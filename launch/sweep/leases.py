@@ -1,12 +1,13 @@
 """Who trains what: leases in a folder that all workers share.
 
-    leases/NAME.000003      the third lease of a run: {"worker", "host", "pid", "started", "beat", ...}
+    leases/NAME.000003      the third lease of a run: {"worker", "host", "pid", "started", "heartbeat", ...}
 
 A run's lease of the highest number counts. A worker takes a run by creating the next number with O_EXCL,
-which one process on all machines can do. It then writes a higher `beat` every few seconds, and at the end an
-`outcome`: done, failed or stopped. A lease whose beat does not change for EXPIRY seconds on the observer's
-own clock has expired, so clocks of machines are never compared; on the same machine it expires as soon as its
-process is gone. A worker that finds a higher number than its own has lost the run and stops training it.
+which one process on all machines can do. It then writes a higher `heartbeat` every few seconds, and at the
+end an `outcome`: done, failed or stopped. A lease whose heartbeat does not change for EXPIRY seconds on the
+observer's own clock has expired, so clocks of machines are never compared; on the same machine it expires as
+soon as its process is gone. A worker that finds a higher number than its own has lost the run and stops
+training it.
 """
 
 import contextlib
@@ -23,9 +24,9 @@ from typing import Any
 
 import psutil
 
-from ...common.files import make_folder, sync
+from ...common.files import make_folder, write_text
 
-BEAT = 10.0  # seconds
+HEARTBEAT = 10.0  # seconds between two
 EXPIRY = 90.0  # seconds; file servers may show a change after 60
 DIGITS = 6
 
@@ -50,19 +51,20 @@ class Leases:
 
     Args:
         folder: that all workers share.
-        beat, expiry: seconds between signs of life, and without one until a lease has expired.
+        heartbeat: seconds between two of a lease.
+        expiry: seconds without one after which a lease has expired.
         clock: in seconds.
     """
 
     def __init__(
         self,
         folder: Path,
-        beat: float = BEAT,
+        heartbeat: float = HEARTBEAT,
         expiry: float = EXPIRY,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self.folder, self.beat, self.expiry, self._clock = folder, beat, expiry, clock
-        self._seen: dict[str, tuple[Any, float]] = {}  # of each path: its beat, and when it changed
+        self.folder, self.heartbeat, self.expiry, self._clock = folder, heartbeat, expiry, clock
+        self._seen: dict[str, tuple[Any, float]] = {}  # of each path: its heartbeat, and when it changed
         self._ended: dict[str, dict[str, Any]] = {}  # leases with an outcome, which never change
         self._lock = threading.Lock()
         make_folder(folder)
@@ -90,7 +92,7 @@ class Leases:
             return None
         me = psutil.Process()
         owner = {"worker": worker, "host": host(), "pid": me.pid, "started": me.create_time()}
-        return Lease(path, self._path(name, state.number + 2), owner, self.beat)
+        return Lease(path, self._path(name, state.number + 2), owner, self.heartbeat)
 
     def _path(self, name: str, number: int) -> Path:
         return self.folder / f"{name}.{number:0{DIGITS}d}"
@@ -112,7 +114,7 @@ class Leases:
             return ended
         try:
             content = json.loads(path.read_text() or "{}")
-        except (OSError, ValueError):  # just created, or a server that does not answer: as without a new beat
+        except (OSError, ValueError):  # just created, or a server that does not answer
             return {}
         if "outcome" in content:
             self._ended[path.name] = content
@@ -121,9 +123,9 @@ class Leases:
     def _has_expired(self, name: str, number: int, content: dict[str, Any]) -> bool:
         if content.get("host") == host() and not _is_running(content["pid"], content["started"]):
             return True
-        key, beat = self._path(name, number).name, content.get("beat")
-        if key not in self._seen or self._seen[key][0] != beat:
-            self._seen[key] = beat, self._clock()
+        key, heartbeat = self._path(name, number).name, content.get("heartbeat")
+        if key not in self._seen or self._seen[key][0] != heartbeat:
+            self._seen[key] = heartbeat, self._clock()
         return self._clock() - self._seen[key][1] > self.expiry
 
 
@@ -134,11 +136,11 @@ class Lease:
         path: of the lease; it exists.
         next_path: of the lease that would supersede it.
         owner: fields of the file.
-        beat: seconds between signs of life.
+        heartbeat: seconds between two.
     """
 
-    def __init__(self, path: Path, next_path: Path, owner: dict[str, Any], beat: float):
-        self.path, self._next, self._owner, self._beat = path, next_path, owner, beat
+    def __init__(self, path: Path, next_path: Path, owner: dict[str, Any], heartbeat: float):
+        self.path, self._next, self._owner, self._heartbeat = path, next_path, owner, heartbeat
         self.is_lost = threading.Event()
         self._ended = threading.Event()
         self._count = 0
@@ -153,20 +155,16 @@ class Lease:
         self._write({"outcome": outcome, "message": message})
 
     def _keep(self) -> None:
-        while not self._ended.wait(self._beat):
+        while not self._ended.wait(self._heartbeat):
             if self._next.exists():
                 self.is_lost.set()
                 return
-            with contextlib.suppress(OSError):  # a server that does not answer; the next beat may reach it
+            with contextlib.suppress(OSError):  # a server that does not answer now
                 self._write({})
 
     def _write(self, more: dict[str, Any]) -> None:
         self._count += 1
-        unfinished = self.path.with_name(f".{self.path.name}.part")
-        unfinished.write_text(json.dumps({**self._owner, "beat": self._count, **more}))
-        if more:
-            sync(unfinished)
-        os.replace(unfinished, self.path)
+        write_text(self.path, json.dumps({**self._owner, "heartbeat": self._count, **more}))
 
 
 @cache

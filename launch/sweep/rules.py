@@ -44,7 +44,11 @@ class Rules(Section):
         return self.lr * (size / REFERENCE) ** self.lr_exponent
 
     def lanes(self, size: int, readers: int, chunk: int) -> int:
-        """Lanes of each reader, so that a step has about the tokens of the rule; at least 1."""
+        """Lanes of each reader, so that a step has about the tokens of the rule; at least 1.
+
+        Args:
+            chunk: tokens of a lane in a step.
+        """
         tokens = self.batch_tokens * (size / REFERENCE) ** self.batch_exponent
         return max(1, round(tokens / (readers * chunk)))
 

@@ -25,6 +25,7 @@ import yaml
 from ...common.files import write_json, write_text
 from ...common.locks import lock
 from .branch import has_branch_point, start_branch
+from .expand import recipe_with
 from .leases import Lease, Leases, RunState
 
 POLL = 1.0  # seconds
@@ -35,10 +36,11 @@ Command = Callable[[dict[str, Any], Path], Sequence[str]]
 
 
 @dataclass(frozen=True)
-class Place:
+class Hardware:
     """What one worker trains on."""
 
-    name: str
+    worker: str
+    """Number of the worker in its process."""
     cores: tuple[int, ...] = ()
     """Cores of the worker; none for all."""
     environment: dict[str, str] = field(default_factory=dict)
@@ -88,28 +90,28 @@ class Runner:
         """Whether a run is not started again."""
         return not state.is_done and len(state.failures) > self.retries
 
-    def work(self, place: Place) -> None:
+    def work(self, hardware: Hardware) -> None:
         """Train runs until all are done or failed, or `stop` is set. An error is kept in `errors`, and stops
         all workers."""
         try:
-            if place.cores and hasattr(os, "sched_setaffinity"):
-                os.sched_setaffinity(0, place.cores)  # of this thread, and of the processes that it starts
+            if hardware.cores and hasattr(os, "sched_setaffinity"):
+                os.sched_setaffinity(0, hardware.cores)  # of this thread, and of the processes that it starts
             while not self.stop.is_set():
                 states = self.states()
                 if all(state.is_done or self.has_failed(state) for state in states.values()):
                     return
-                taken = self._take(states, place)
+                taken = self._take(states, hardware)
                 if taken is None:
                     self.stop.wait(self.poll)
                 else:
-                    self._train(*taken, place)
+                    self._train(*taken, hardware)
         except BaseException as error:
             self.errors.append(error)
             self.stop.set()
 
     # --- Taking a run
 
-    def _take(self, states: dict[str, RunState], place: Place) -> tuple[str, Lease, RunState] | None:
+    def _take(self, states: dict[str, RunState], hardware: Hardware) -> tuple[str, Lease, RunState] | None:
         """A run that nobody holds, the most expensive first; those that failed come last."""
 
         def rank(name: str) -> tuple[int, float]:
@@ -119,7 +121,7 @@ class Runner:
             state = states[name]
             if state.is_done or state.is_held or self.has_failed(state) or not self._is_ready(name, states):
                 continue
-            lease = self.leases.take(name, state, f"{place.name}@{socket.gethostname()}")
+            lease = self.leases.take(name, state, f"{hardware.worker}@{socket.gethostname()}")
             if lease is not None:
                 return name, lease, state
         return None
@@ -133,11 +135,11 @@ class Runner:
 
     # --- Training a run
 
-    def _train(self, name: str, lease: Lease, state: RunState, place: Place) -> None:
+    def _train(self, name: str, lease: Lease, state: RunState, hardware: Hardware) -> None:
         """Train a run to its end, and record how it ended."""
         outcome, message = "stopped", ""
         try:
-            outcome, message = self._attempt(name, lease, place)
+            outcome, message = self._attempt(name, lease, hardware)
         finally:
             if not lease.is_lost.is_set():
                 if outcome == "failed" and len(state.failures) >= self.retries:
@@ -147,7 +149,7 @@ class Runner:
                     (self.folder / "failed" / f"{name}.json").unlink(missing_ok=True)
                 lease.end(outcome, message)
 
-    def _attempt(self, name: str, lease: Lease, place: Place) -> tuple[str, str]:
+    def _attempt(self, name: str, lease: Lease, hardware: Hardware) -> tuple[str, str]:
         """Outcome and message of one attempt."""
         log = self.folder / "logs" / f"{name}.log"
         while _is_locked(self.run_dir(name)):
@@ -160,7 +162,7 @@ class Runner:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **place.environment},
+                env={**os.environ, **hardware.environment},
                 start_new_session=True,  # Ctrl-C reaches it through this worker only
             )
             status = self._wait(process, lease)
@@ -189,15 +191,15 @@ class Runner:
     def _write_recipe(self, name: str, is_branch: bool) -> Path:
         """Write the run's recipe, for training and for `minrnn train --config` by hand."""
         run = self.runs[name]
-        values = {section: dict(fields or {}) for section, fields in self.base.items()}
-        settings = {**run["settings"], "train.save_at": run["save_at"]}
-        settings["run.change"] = ["optim.schedule_steps"] if is_branch else []
+        settings = {
+            **run["settings"],
+            "run.dir": str(self.run_dir(name)),
+            "run.change": ["optim.schedule_steps"] if is_branch else [],
+            "train.save_at": run["save_at"],
+        }
         if run["sizes"]:
             settings["model.sizes"] = run["sizes"]
-        for key, value in settings.items():
-            section, _, field_name = key.partition(".")
-            values.setdefault(section, {})[field_name] = value
-        values.setdefault("run", {})["dir"] = str(self.run_dir(name))
+        values = recipe_with(self.base, settings)
         values.setdefault("tracking", {}).setdefault("experiment", self.folder.name)
         path = self.folder / "recipes" / f"{name}.yaml"
         write_text(path, yaml.safe_dump(values, sort_keys=False))

@@ -13,7 +13,9 @@ and one of
     ladder: {sizes: [100k, 1M], budgets: [5, 10, 20], families: {minGRU: {}, Llama: {model.family: llama}}}
 """
 
+import itertools
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +32,15 @@ from .rules import Rules
 Size = Annotated[int, BeforeValidator(parse_count), Field(ge=1)]
 Settings = dict[str, Any]
 KINDS = ("grid", "random", "ladder")
+MAX_RUNS = 100_000
+# The sweep sets these for each run.
+RESERVED = {
+    **dict.fromkeys(
+        ("run.dir", "run.resume", "run.change", "train.save_at"),
+        "is set by the sweep for each run; leave it out",
+    ),
+    "run.seed": "is set by the sweep for each run; name its values in seeds",
+}
 
 
 class Range(Section):
@@ -53,7 +64,7 @@ class Range(Section):
 class Random(Section):
     """Runs with settings that are drawn at random."""
 
-    runs: int = Field(ge=1)
+    runs: int = Field(ge=1, le=MAX_RUNS)
     seed: int = Field(default=0, ge=0)
     """Run i depends on (seed, i) only, so that more runs may follow later."""
     settings: dict[str, Range | Annotated[list[Any], Field(min_length=1)]] = Field(min_length=1)
@@ -105,8 +116,11 @@ class Sweep(Section):
         errors = {}
         if len(kinds) != 1:
             errors["sweep"] = f"must have one of {', '.join(KINDS)}, not {' and '.join(kinds) or 'none'}"
+        errors |= {key: RESERVED[key] for key in self._keys() if key in RESERVED}
         if self.grid == {}:
             errors["grid"] = "names no setting"
+        elif self.grid is not None and (runs := math.prod(map(len, self.grid.values()))) > MAX_RUNS:
+            errors["grid"] = f"has {runs:,} combinations, more than {MAX_RUNS:,}; use random for some of them"
         if self.random is not None:
             for key, drawn in self.random.settings.items():
                 if isinstance(drawn, Range):
@@ -118,6 +132,12 @@ class Sweep(Section):
         if len(set(self.seeds)) < len(self.seeds):
             errors["seeds"] = f"names a seed twice: {self.seeds}"
         return errors
+
+    def _keys(self) -> Iterable[str]:
+        """All settings that the file names."""
+        random = self.random.settings if self.random is not None else {}
+        families = self.ladder.families.values() if self.ladder is not None else ()
+        return itertools.chain(self.settings, self.grid or {}, random, *families)
 
 
 def shipped_sweeps() -> dict[str, Path]:
@@ -166,8 +186,3 @@ def _error(error: Any) -> tuple[str, str]:
     if error["type"] == "missing":
         return key, "is missing"
     return key, f"{error['msg'][0].lower()}{error['msg'][1:]}, not {error['input']!r}"
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -147,8 +147,9 @@ def test_generate_reports_a_cache_that_does_not_fit_into_memory(tmp_path: Path, 
     assert "keys and values of 1,000,000,000,000 tokens need" in llama["reason"]
 
 
-def test_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Both tokenizers on the corpus's own documents."""
+@pytest.mark.parametrize("workers", ["0", pytest.param("0,1", marks=pytest.mark.slow)])
+def test_data(workers: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Both tokenizers on the corpus's own documents. A worker takes seconds to start."""
     monkeypatch.setenv("MINRNN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(data_texts, "VOCABULARY", 400)
     original = data_texts.corpus_texts
@@ -159,12 +160,12 @@ def test_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     corpus.mkdir()
     for i in range(20):
         (corpus / f"{i}.txt").write_text("It was the best of times.\n" * 100)
-    shape = ["--lanes", "2", "--chunk", "64", "--tokens", "256", "--window", "4", "--workers", "0,1"]
+    shape = ["--lanes", "2", "--chunk", "64", "--tokens", "256", "--window", "4", "--workers", workers]
     options = ["--corpus", str(corpus), "--documents", "own", "--steps", "0"]
     record = run("data", [*MODEL, *shape, *options], tmp_path / "out")
     demand, *rows = record["rows"]
     assert demand["contender"] == "training step"
-    ours = ["minrnn, 0 worker(s)", "minrnn, 1 worker(s)"]
+    ours = [f"minrnn, {count} worker(s)" for count in workers.split(",")]
     assert [(row["tokenizer"], row["documents"], row["contender"]) for row in rows] == [
         (tokenizer, "own", contender)
         for tokenizer, limit in (("bytes", "raw read"), ("bpe", "encode_batch"))
@@ -172,7 +173,7 @@ def test_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     ]
     for row in rows:
         assert all(row[key] > 0 for key in ("tokens_per_second", "of_limit", "of_datasets", "of_demand"))
-    assert list((tmp_path / "cache").glob("bench-bpe-400-*.json"))
+    assert list((tmp_path / "cache").glob("bench-bpe-400-*"))
 
 
 @pytest.mark.parametrize(("documents", "length"), [("short", 1000), ("long", 1_000_000)])

@@ -6,7 +6,6 @@ import re
 import shlex
 import signal
 import subprocess
-import time
 import tomllib
 from argparse import Namespace
 from collections.abc import Callable
@@ -16,13 +15,13 @@ import pytest
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.utils import DistributedType
+from slurm import REPOSITORY, job_environment, requeued, signal_when
 from torch.distributed.run import get_args_parser
 
 from minrnn.launch.cli import main
 from minrnn.pipeline import launch_checks
 from minrnn.pipeline.recipe import read_recipe
 
-REPOSITORY = Path(__file__).parents[2]
 CONFIGS = sorted((REPOSITORY / "launch" / "accelerate").glob("*.yaml"))
 DOCUMENT = REPOSITORY / "docs" / "scaling.md"
 SCRIPT = REPOSITORY / "launch" / "slurm" / "train.sbatch"
@@ -189,35 +188,15 @@ exit $STATUS
 @pytest.fixture
 def slurm(tmp_path: Path) -> dict[str, str]:
     """The environment of a job of two machines with four GPUs each."""
-    tools, venv = tmp_path / "tools", tmp_path / "venv" / "bin"
-    tools.mkdir()
-    venv.mkdir(parents=True)
-    (venv / "activate").touch()
-    for name, body in STANDINS.items():
-        (tools / name).write_text(f"#!/bin/bash\n{body}")
-        (tools / name).chmod(0o755)
-    path = f"{tools}{os.pathsep}{os.environ['PATH']}"
-    job = {
-        "SLURM_SUBMIT_DIR": str(REPOSITORY),
-        "SLURM_JOB_ID": "4321",
-        "SLURM_JOB_NODELIST": "node[1-2]",
-        "SLURM_JOB_NUM_NODES": "2",
-    }
-    stage = {
-        "LOG": str(tmp_path),
-        "LASTS": "0",
-        "STATUS": "0",
-        "JOB_STATE": "RUNNING",
-        "VENV": str(venv.parent),
-    }
-    return {
-        **os.environ,
-        **job,
-        **stage,
-        "SLURM_GPUS_ON_NODE": "4",
-        "SLURM_CPUS_PER_TASK": "48",
-        "PATH": path,
-    }
+    return job_environment(
+        tmp_path,
+        STANDINS,
+        SLURM_JOB_ID="4321",
+        SLURM_JOB_NODELIST="node[1-2]",
+        SLURM_JOB_NUM_NODES="2",
+        SLURM_GPUS_ON_NODE="4",
+        SLURM_CPUS_PER_TASK="48",
+    )
 
 
 def submit(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -262,24 +241,19 @@ def test_a_job_launches_the_recipe_on_every_machine(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-@pytest.mark.parametrize(("state", "requeued"), [("RUNNING", "requeue 4321\n"), ("COMPLETING", "")])
+@pytest.mark.parametrize(("state", "expected"), [("RUNNING", "requeue 4321\n"), ("COMPLETING", "")])
 def test_a_signalled_job_saves_and_is_requeued(
-    slurm: dict[str, str], tmp_path: Path, state: str, requeued: str, number: signal.Signals
+    slurm: dict[str, str], tmp_path: Path, state: str, expected: str, number: signal.Signals
 ):
     """A cancelled job is not requeued, because its state is then completing."""
-    job = subprocess.Popen(
-        ["bash", str(SCRIPT), "quickstart"],
-        env={**slurm, "LASTS": "600", "JOB_STATE": state},
-        stdout=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 300
-    while job.poll() is None and len(list(tmp_path.glob("launched.*"))) < 2 and time.monotonic() < deadline:
-        time.sleep(0.02)
-    job.send_signal(number)
-    assert job.wait(300) != 0
+    command = ["bash", str(SCRIPT), "quickstart"]
+
+    def has_started() -> bool:
+        return len(list(tmp_path.glob("launched.*"))) == 2
+
+    assert signal_when(has_started, number, command, {**slurm, "JOB_STATE": state}) != 0
     assert sorted(path.name for path in tmp_path.glob("saved.*")) == ["saved.0", "saved.1"]
-    log = tmp_path / "scontrol"
-    assert (log.read_text() if log.exists() else "") == requeued
+    assert requeued(tmp_path) == expected
 
 
 def test_a_failed_job_is_not_requeued(slurm: dict[str, str], tmp_path: Path):

@@ -191,7 +191,7 @@ def test_a_plan_of_several_chunks(capsys):
     assert lines[4][3].startswith("a process   16 micro batches of 16,384 tokens")
     seconds = {chunks: float(lines[chunks][4].split()[1]) for chunks in lines}
     assert seconds[4] == pytest.approx(4 * 1.25 * seconds[1], rel=0.01)
-    sent = {chunks: [float(line.split()[-1]) for line in lines[chunks][-7:-2]] for chunks in lines}
+    sent = {chunks: [float(line.split()[-1]) for line in lines[chunks][-6:-1]] for chunks in lines}
     expected = [1, 1, 17 / 5, 60 / 12, 60 / 12]
     np.testing.assert_allclose(np.divide(sent[4], sent[1]), expected, rtol=0.01)
 
@@ -292,3 +292,25 @@ def test_user_errors(options: list[str], message: str, capsys):
         main(["plan", "--vocab-size", "264", "--batch.readers", "8", *options])
     assert exit_info.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("context", [1, 2])
+def test_fewer_lanes_at_a_time_need_less_memory(context: int):
+    """What the plan shows for another train.micro_lanes is what it computes if the recipe sets it."""
+
+    def plan_of(micro_lanes: int | None) -> tuple[estimates.Workload, dict[int, float], float]:
+        values = {"train": {"micro_lanes": micro_lanes, "precision": "bf16"}, "batch": {"readers": 4}}
+        recipe = build_recipe(values | {"parallel": {"context": context}})
+        workload, model = estimates.workload_of(recipe, 2), estimates.measure(recipe, 264)
+        kept = estimates.activations(model, workload, "bf16", "none")
+        loss = estimates.working_memory(model, workload, "bf16")["loss"]
+        return workload, estimates.by_micro_lanes(model, workload, "bf16", kept), kept + loss
+
+    whole, sizes, _ = plan_of(None)
+    assert list(sizes) == [16, 8, 4, 2, 1]
+    assert list(sizes.values()) == sorted(sizes.values(), reverse=True)
+    for micro_lanes, size in sizes.items():
+        workload, same, total = plan_of(micro_lanes)
+        assert same == pytest.approx(sizes)
+        assert total == pytest.approx(size)
+        assert workload.micro_batches * workload.tokens == whole.micro_batches * whole.tokens

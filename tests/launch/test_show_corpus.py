@@ -100,7 +100,7 @@ def test_the_first_chunk_of_a_task(corpus: str, capsys):
         (show_data, ["show", "rows", "--seconds", "0"], "--seconds: must be positive, not 0"),
         (show_data, ["show", "nothing.txt"], "there is no file, folder or match for nothing.txt"),
         (show_data, ["show", "rows", "--data.lanes", "1"], "data.lanes: unknown key"),
-        (prepare, ["quickstart", "--workers", "-1"], "--workers: must be 0 or more, not -1"),
+        (prepare, ["quickstart", "--workers", "-1"], "--workers: must be at least 0, not -1"),
         (prepare, ["quickstart", "--config", "quickstart"], "--config: names a second recipe"),
         (prepare, ["--data.corpus", "synthetic/parity", "--batch.chunk", "512"], "makes its own examples"),
         (prepare, ["--data.corpus", "one.txt"], "data.order: one.txt is read with order continuous"),

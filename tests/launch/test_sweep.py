@@ -85,6 +85,18 @@ def test_a_ladder_branches_the_shorter_budgets_off_the_longest():
         assert {key: trunk.settings[key] for key in same} == {key: run.settings[key] for key in same}
 
 
+def test_a_ladder_s_batch_has_the_tokens_of_the_rule_for_any_number_of_chunks():
+    rules = {"warmup": 0.1, "batch_tokens": 10_000_000}
+    chosen = {"sizes": ["40k"], "budgets": [4], "rules": rules}
+    batches = {}
+    for chunks in (1, 4):
+        several = {**COMMON, "batch.readers": 1, "batch.backprop_chunks": chunks}
+        (run,) = expand(sweep(settings=several, ladder=chosen))
+        batches[chunks] = run.recipe.batch
+    assert batches[4].lanes < batches[1].lanes
+    assert batches[4].tokens_per_step == pytest.approx(batches[1].tokens_per_step, rel=0.02)
+
+
 @given(st.integers(2, 400), st.integers(2, 400), st.floats(0.01, 0.9), st.integers(0, 30))
 def test_schedules_agree_until_a_branch_begins(steps: int, more: int, fraction: float, warmup: int):
     config = OptimSection(schedule="wsd", decay_fraction=fraction, warmup_steps=warmup)
@@ -116,6 +128,12 @@ def test_the_rules_are_those_of_the_published_ladder():
         ({}, "sweep: must have one of grid, random, ladder, not none"),
         ({"grid": {"optim.lr": [1e-3, 1e-3]}}, "have the same settings"),
         ({"grid": {"run.dir": ["a"]}}, r"run\.dir: is set by the sweep"),
+        ({"grid": {"run.seed": [1, 2]}}, r"run\.seed: .*name its values in seeds"),
+        ({"settings": {**COMMON, "run.seed": 1}, "grid": {"optim.lr": [1e-3]}}, r"run\.seed: .*in seeds"),
+        (
+            {"grid": {key: list(range(1, 401)) for key in ("optim.lr", "batch.lanes")}},
+            "grid: has 160,000 combinations, more than 100,000",
+        ),
         ({"grid": {"optim.lr": [-1.0, 2.0]}}, r"optim\.lr: .*greater than 0"),
         ({"grid": {"train.precision": ["auto"]}}, r"train\.precision: auto is measured by each run"),
         (
@@ -162,6 +180,7 @@ def test_plan_prints_runs_flops_and_hours_and_writes_nothing(
 ):
     path = tmp_path / "sweep.yaml"
     fields = {"out": str(tmp_path / "out"), "settings": COMMON, "grid": {"model.hidden_size": [16, 32]}}
+    fields["settings"] = {**COMMON, "data.corpus": ["python-stdlib", {"corpus": "notes.txt", "weight": 2}]}
     path.write_text(yaml.safe_dump(fields))
     main(["sweep", str(path), "--plan", "--tflops", "1"])
     text = capsys.readouterr().out

@@ -1,14 +1,12 @@
 """The Slurm script of sweeps, with stand-ins for Slurm and minrnn."""
 
-import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
+from slurm import REPOSITORY, job_environment, requeued, signal_when
 
-REPOSITORY = Path(__file__).parents[2]
 SCRIPT = REPOSITORY / "launch" / "slurm" / "sweep.sbatch"
 STANDINS = {
     "minrnn": """
@@ -25,18 +23,8 @@ exit $STATUS
 @pytest.fixture
 def task(tmp_path: Path) -> dict[str, str]:
     """The environment of task 2 of the array 4300."""
-    tools, venv = tmp_path / "tools", tmp_path / "venv" / "bin"
-    tools.mkdir()
-    venv.mkdir(parents=True)
-    (venv / "activate").touch()
-    for name, body in STANDINS.items():
-        (tools / name).write_text(f"#!/bin/bash\n{body}")
-        (tools / name).chmod(0o755)
     job = {"SLURM_JOB_ID": "4321", "SLURM_ARRAY_JOB_ID": "4300", "SLURM_ARRAY_TASK_ID": "2"}
-    stage = {"LOG": str(tmp_path), "LASTS": "0", "STATUS": "0", "JOB_STATE": "RUNNING"}
-    folders = {"SLURM_SUBMIT_DIR": str(REPOSITORY), "VENV": str(venv.parent)}
-    path = f"{tools}{os.pathsep}{os.environ['PATH']}"
-    return {**os.environ, **job, **stage, **folders, "PATH": path}
+    return job_environment(tmp_path, STANDINS, **job)
 
 
 def test_a_task_is_one_sweep_command_with_its_status(task: dict[str, str], tmp_path: Path):
@@ -51,20 +39,12 @@ def test_a_task_is_one_sweep_command_with_its_status(task: dict[str, str], tmp_p
     assert "usage: sbatch" in usage.stderr
 
 
-@pytest.mark.parametrize(("state", "requeued"), [("RUNNING", "requeue 4300_2\n"), ("COMPLETING", "")])
+@pytest.mark.parametrize(("state", "expected"), [("RUNNING", "requeue 4300_2\n"), ("COMPLETING", "")])
 def test_a_signalled_task_saves_and_is_requeued(
-    task: dict[str, str], tmp_path: Path, state: str, requeued: str
+    task: dict[str, str], tmp_path: Path, state: str, expected: str
 ):
-    job = subprocess.Popen(
-        ["bash", str(SCRIPT), "gpu"],
-        env={**task, "LASTS": "600", "JOB_STATE": state},
-        stdout=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 300
-    while job.poll() is None and not (tmp_path / "started").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    job.send_signal(signal.SIGUSR1)
-    assert job.wait(300) == 143
+    started = tmp_path / "started"
+    command = ["bash", str(SCRIPT), "gpu"]
+    assert signal_when(started.exists, signal.SIGUSR1, command, {**task, "JOB_STATE": state}) == 143
     assert (tmp_path / "saved").exists()
-    log = tmp_path / "scontrol"
-    assert (log.read_text() if log.exists() else "") == requeued
+    assert requeued(tmp_path) == expected

@@ -17,7 +17,7 @@ import yaml
 from minrnn.common.locks import lock
 from minrnn.launch.sweep.branch import has_branch_point, start_branch
 from minrnn.launch.sweep.leases import Lease, Leases, host
-from minrnn.launch.sweep.runner import Place, Runner, train_command
+from minrnn.launch.sweep.runner import Hardware, Runner, train_command
 from minrnn.pipeline.checkpoint import checkpoint_name, publish, read_manifest, write_file
 
 # In place of training: counts its starts; runs of some names fail always, or the first time.
@@ -42,13 +42,13 @@ def runner(folder: Path, runs: list[dict[str, Any]], program: str = FAKE, **opti
         assert recipe.exists()
         return [sys.executable, "-c", program, str(folder), run["name"]]
 
-    leases = options.pop("leases", None) or Leases(folder / "leases", beat=0.05)
+    leases = options.pop("leases", None) or Leases(folder / "leases", heartbeat=0.05)
     return Runner(folder, runs, {}, command, options.pop("retries", 2), leases, poll=0.02)
 
 
 def work(runners: list[Runner]) -> None:
     threads = [
-        threading.Thread(target=each.work, args=(Place(str(i)),), daemon=True)
+        threading.Thread(target=each.work, args=(Hardware(str(i)),), daemon=True)
         for i, each in enumerate(runners)
     ]
     for thread in threads:
@@ -86,7 +86,7 @@ def test_a_run_that_fails_is_tried_again_then_marked_and_the_others_go_on(tmp_pa
 def test_the_run_of_a_dead_worker_is_taken_over(tmp_path: Path):
     first = runner(tmp_path, [entry("run")])
     (tmp_path / "leases" / "run.000001").write_text(
-        json.dumps({"worker": "0", "host": host(), "pid": 2**22 + 1, "started": 0.0, "beat": 7})
+        json.dumps({"worker": "0", "host": host(), "pid": 2**22 + 1, "started": 0.0, "heartbeat": 7})
     )
     (tmp_path / "leases" / "run.000002").touch()  # one that died before it wrote its name
     assert first.states()["run"].is_held
@@ -103,15 +103,15 @@ def test_the_run_of_a_dead_worker_is_taken_over(tmp_path: Path):
     assert (tmp_path / "starts-run").read_text() == "x"
 
 
-def test_a_lease_expires_when_its_beat_stands_still_on_the_observers_clock(tmp_path: Path):
+def test_a_lease_expires_when_its_heartbeat_stands_still_on_the_observers_clock(tmp_path: Path):
     clock = [0.0]
     leases = Leases(tmp_path, expiry=90.0, clock=lambda: clock[0])
     path = tmp_path / "run.000001"
 
-    def is_held(beat: int, after: float) -> bool:
+    def is_held(heartbeat: int, after: float) -> bool:
         clock[0] += after
         path.write_text(
-            json.dumps({"worker": "0", "host": "elsewhere", "pid": 1, "started": 0, "beat": beat})
+            json.dumps({"worker": "0", "host": "elsewhere", "pid": 1, "started": 0, "heartbeat": heartbeat})
         )
         return leases.survey(["run"])["run"].is_held
 
@@ -124,7 +124,7 @@ def test_a_lease_expires_when_its_beat_stands_still_on_the_observers_clock(tmp_p
 
 
 def test_one_of_many_takes_a_run_and_learns_when_it_has_lost_it(tmp_path: Path):
-    leases = [Leases(tmp_path, beat=0.02) for _ in range(8)]
+    leases = [Leases(tmp_path, heartbeat=0.02) for _ in range(8)]
     states = [each.survey(["run"])["run"] for each in leases]
     taken = [each.take("run", state, "w") for each, state in zip(leases, states, strict=True)]
     (lease,) = [each for each in taken if isinstance(each, Lease)]
@@ -143,7 +143,7 @@ def test_a_run_whose_folder_is_locked_is_left_alone(tmp_path: Path):
     """Training goes on when its worker was killed."""
     own = runner(tmp_path, [entry("run")])
     own.run_dir("run").mkdir()
-    thread = threading.Thread(target=own.work, args=(Place("0"),), daemon=True)
+    thread = threading.Thread(target=own.work, args=(Hardware("0"),), daemon=True)
     with (own.run_dir("run") / ".lock").open("a") as file:
         lock(file, wait=False)
         thread.start()
@@ -161,7 +161,7 @@ open(sys.argv[1] + "/ready", "w").close()
 time.sleep(60)
 """
     own = runner(tmp_path, [entry("run")], program)
-    thread = threading.Thread(target=own.work, args=(Place("0"),), daemon=True)
+    thread = threading.Thread(target=own.work, args=(Hardware("0"),), daemon=True)
     thread.start()
     deadline = time.monotonic() + 60
     while not (tmp_path / "ready").exists() and time.monotonic() < deadline:
