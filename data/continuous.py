@@ -21,10 +21,11 @@ from typing import Any
 import numpy as np
 
 from ..common.errors import UserError
+from .chunk import Chunk, consecutive_chunks, empty_chunk
 from .corpus import CorpusSpec, open_text
 from .files import convert_read_errors
 from .long_text import LongText, Piece
-from .reader import Chunk, ReaderSpec, consecutive_chunks, empty_chunk
+from .reader import ReaderSpec
 from .tokenizer import Encoder
 
 PIECE_BYTES = (16, 4096)

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from minrnn.common.errors import UserError
 from minrnn.data import CorpusSpec, check_corpus, corpus_fingerprint
-from minrnn.data.corpus import DocumentStream, open_source
+from minrnn.data.corpus import open_source
+from minrnn.data.document_stream import DocumentStream
 from minrnn.data.packages import PYTHON_PACKAGES, _distinct_files, held_out_packages, package_files
 from minrnn.data.sources import Position
 

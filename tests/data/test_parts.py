@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from minrnn.data import CorpusSpec, DocumentStream
 from minrnn.data import parquet as parquet_module
 from minrnn.data import rows as rows_module
-from minrnn.data.corpus import open_shares
+from minrnn.data.document_stream import open_shares
 from minrnn.data.parts import divide, joined_units, read_part, units_of
 from minrnn.data.sources import Document, Part, Position, Source
 

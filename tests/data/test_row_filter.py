@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from minrnn.common.errors import UserError
 from minrnn.data import CorpusSpec, DocumentReader, ReaderSpec, RowRules
-from minrnn.data.corpus import DocumentStream, WindowAddress, open_source
+from minrnn.data.corpus import open_source
+from minrnn.data.document_stream import DocumentStream, WindowAddress
 from minrnn.data.sources import Position
 
 FORMATS = ("jsonl", "parquet", "csv", "saved")

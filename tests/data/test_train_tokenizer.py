@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from minrnn.common.errors import UserError
 from minrnn.data import BYTES, Encoder, byte_tokenizer, load_tokenizer, model_vocab_size, num_token_ids
-from minrnn.data.corpus import DocumentStream
+from minrnn.data.document_stream import DocumentStream
 from minrnn.data.prepared.make import prepare
 from minrnn.data.sample import count, sample_documents
 from minrnn.data.tokenizer import tokenizer_fingerprint
