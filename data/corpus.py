@@ -250,7 +250,7 @@ def is_hub_dataset(corpus: str) -> bool:
     Raises:
         UserError: a folder of that name holds something that cannot be read.
     """
-    if corpus == PYTHON_STDLIB or local_files(corpus)[0] or os.path.isdir(os.path.expanduser(corpus)):
+    if corpus in SPLIT_BY_FILE or local_files(corpus)[0] or os.path.isdir(os.path.expanduser(corpus)):
         return False
     return _looks_like_hub_id(corpus)
 
