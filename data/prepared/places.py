@@ -45,7 +45,7 @@ def places(source: Source, shard: int) -> Places:
         return Places(cuts, lambda index: index)
     rows: Any = getattr(source, "_parquet", None) or source  # of a hub dataset
     if isinstance(rows, JsonLines):
-        starts = _line_starts(Path(rows.paths[shard]))
+        starts = _line_starts(rows.paths[shard])
         return Places(cuts, lambda index: starts[index], np.searchsorted(starts, cuts).tolist())
     if isinstance(rows, Parquet):
         starts = _group_starts(rows.paths[shard])
