@@ -103,9 +103,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def source_fields(spec: "CorpusSpec") -> dict[str, Any]:
-    """What decides the documents of a corpus, apart from its name."""
-    values = {name: value for name, value in asdict(spec).items() if name not in FREE_FIELDS}
-    return json.loads(json.dumps(values, default=repr))
+    """What decides the documents of a corpus, apart from its name: settings of the `data` section, JSON."""
+    values = {name: value for name, value in asdict(spec).items() if name not in (*FREE_FIELDS, "rules")}
+    return values | spec.rules.as_settings()
 
 
 def check_source_fields(spec: "CorpusSpec", manifest: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from minrnn.data import (
     DocumentReader,
     Encoder,
     ReaderSpec,
+    RowRules,
     byte_tokenizer,
     check_corpus,
     corpus_fingerprint,
@@ -237,6 +238,11 @@ def test_another_corpus_tokenizer_or_setting_is_refused(tmp_path: Path):
         prepare_bytes(prepared, tmp_path / "again")
     with pytest.raises(UserError, match=r"data.text_field: is 'other', but .* was prepared with 'text'"):
         open_source(dataclasses.replace(prepared, text_field="other"))
+    filtered = dataclasses.replace(prepared, rules=RowRules.from_settings(None, {"min_bytes": 3}))
+    with pytest.raises(
+        UserError, match=r"data.filter: is \{'min_bytes': 3\}, but .* was prepared with None; leave it out"
+    ):
+        open_source(filtered)
     with pytest.raises(UserError, match="holds other files"):
         prepare_bytes(spec, tmp_path / "corpus")
     (tmp_path / "corpus" / "part-00000.jsonl").open("a").write('{"text": "more"}\n')
