@@ -15,7 +15,7 @@ read in it, and the next input.
 """
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -65,9 +65,9 @@ def train_text(spec: CorpusSpec, num_lanes: int) -> LongText:
     Raises:
         UserError: as `open_text`.
     """
-    text = open_text(spec, "train", PIECE_BYTES[1])
+    text = open_text(spec, "train")
     size = min(max(text.num_bytes // (8 * num_lanes), PIECE_BYTES[0]), PIECE_BYTES[1])
-    return LongText(text.corpus, text.ranges, size, text.skip_broken, text.num_skipped)
+    return replace(text, piece_bytes=size)
 
 
 class ContinuousReader:
@@ -194,16 +194,18 @@ def _check_size(text: LongText, spec: ReaderSpec) -> None:
     # no tokenizer makes one token of 16 bytes on average
     count = needed if text.num_bytes >= 16 * needed else _count_tokens(text, spec.encoder, needed)
     if count < needed:
+        chunks = f"{spec.num_chunks} chunks" if spec.num_chunks > 1 else "one chunk"
+        settings = "batch.lanes, batch.chunk or batch.backprop_chunks"
         raise UserError(
             "data.corpus",
-            f"{text.corpus} has {count:,} tokens to train on, fewer than one chunk of {lanes} x "
-            f"{spec.chunk}; lower batch.lanes or batch.chunk",
+            f"{text.corpus} has {count:,} tokens to train on, fewer than {chunks} of {lanes} x "
+            f"{spec.chunk}; lower {settings if spec.num_chunks > 1 else 'batch.lanes or batch.chunk'}",
         )
     if text.num_pieces < num_lanes:
         raise UserError(
             "data.corpus",
-            f"{text.corpus} has {text.num_bytes:,} bytes to train on, too few for the places of {lanes}; "
-            "lower batch.lanes",
+            f"{text.corpus} has {text.num_bytes:,} bytes to train on, too few to give each of {lanes} "
+            "a start of its own; lower batch.lanes",
         )
 
 

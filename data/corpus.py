@@ -11,7 +11,7 @@ import sysconfig
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import cast
 
 from ..common.errors import UserError
 from .arrow import SavedDataset, is_saved_dataset
@@ -30,7 +30,7 @@ from .remote import is_url, remote_files
 from .row_filter import EVERY_ROW, RowRules
 from .rows import Csv, JsonLines
 from .servers import shown_url
-from .sources import Source, TextFiles
+from .sources import Source, Split, TextFiles
 
 PYTHON_STDLIB = "python-stdlib"
 SPLIT_BY_FILE = (PYTHON_STDLIB, PYTHON_PACKAGES)  # whole files are held out
@@ -41,7 +41,6 @@ STDLIB_HELD_OUT = {
     *"argparse calendar csv fractions heapq json pathlib queue".split(),
     *"random shutil statistics textwrap zipfile".split(),
 }
-Split = Literal["train", "validation", "all"]
 
 
 @dataclass(frozen=True)
@@ -205,7 +204,7 @@ def open_source(spec: CorpusSpec, part: Split = "train") -> Source:
     return join_documents(_open_unjoined(spec, part), spec.join)
 
 
-def open_text(spec: CorpusSpec, part: Split, piece_bytes: int | None = None) -> LongText:
+def open_text(spec: CorpusSpec, part: Split) -> LongText:
     """The text files of a corpus as pieces; see `open_long_text`.
 
     Raises:
@@ -222,7 +221,7 @@ def open_text(spec: CorpusSpec, part: Split, piece_bytes: int | None = None) -> 
         raise UserError("data.filter", f"{message}; leave it out, or set the order to documents")
     source = join_documents(_open_unjoined(spec, part), spec.join)
     rest: Split = "all" if spec.corpus in SPLIT_BY_FILE else part
-    return open_long_text(source, spec.corpus, spec.held_out, rest, piece_bytes)
+    return open_long_text(source, spec.corpus, spec.held_out, rest)
 
 
 def has_fewer_texts(spec: CorpusSpec, count: int) -> bool:
