@@ -80,16 +80,14 @@ class DocumentReader:
             spec.corpus, "train", reader, spec.num_readers, window=spec.window, seed=spec.seed
         )
         self.lanes = [Lane() for _ in range(spec.lanes)]
-        self.num_filtered = 0
-        window, self.number, skipped = (WindowAddress(), 0, None) if state is None else self._restore(state)
+        self.num_skipped = self.num_filtered = 0
+        window, self.number = (WindowAddress(), 0) if state is None else self._restore(state)
         self.groups = GroupStream(self.stream, spec.encoder, window, self.number, helpers)
         if state is None:
             self._check_size(spec.corpus.corpus, spec.num_readers, is_whole)
         self.group = self.groups.take()
-        if skipped is None:
+        if state is None:
             self.num_skipped, self.num_filtered = self.group.num_skipped, self.group.num_filtered
-        else:
-            self.num_skipped = skipped
 
     def _check_size(self, corpus: str, num_readers: int, is_whole: bool) -> None:
         """Check that there are documents, and if `is_whole` that the first step needs no second epoch."""
@@ -138,8 +136,8 @@ class DocumentReader:
                 "lower batch.lanes, or set data.order to continuous (text files) or windows",
             )
 
-    def _restore(self, state: dict[str, Any]) -> tuple[Window, int, int]:
-        """Find the documents of the lanes again; returns where the reader continues, and `num_skipped`."""
+    def _restore(self, state: dict[str, Any]) -> tuple[Window, int]:
+        """Find the documents of the lanes again; returns the window and the number of the next document."""
         if state.get("version") != STATE_VERSION and not self.stream.is_as_before:
             problem = "was saved by a version of minrnn that read this corpus in another order"
             advice = "finish it with that version, or name another run.dir (model.init_from takes its export)"
@@ -161,8 +159,9 @@ class DocumentReader:
             lane.start(its_tokens, document.name, saved["window"], saved["number"])
             _check_unchanged(lane, saved)
             lane.offset = saved["offset"]
+        self.num_skipped = state["num_skipped"]
         self.num_filtered = state.get("num_filtered", 0)  # older checkpoints have none
-        return find(state["window"]), state["number"], state["num_skipped"]
+        return find(state["window"]), state["number"]
 
     def next_document(self, lane: Lane) -> None:
         """Start the next document of the stream in a lane."""
