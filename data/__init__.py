@@ -1,6 +1,8 @@
 """The data path: from text to chunks of tokens, from a position that can be saved and restored."""
 
-from .corpus import CorpusSpec, DocumentStream, has_fewer_texts, is_hub_dataset, open_shares, open_source
+from .chunk import IGNORE_INDEX, Chunk
+from .corpus import CorpusSpec, has_fewer_texts, is_hub_dataset, open_source
+from .document_stream import DocumentStream, open_shares
 from .fingerprint import check_corpus, check_same_text, corpus_fingerprint
 from .hub import resolve_commit
 from .loader import Batch, ChunkLoader
@@ -9,7 +11,7 @@ from .mixture import AnyCorpus, MixtureSpec, check_mixture, mixture_fingerprint,
 from .outages import RetryPolicy
 from .prepared import PreparedCorpus, is_prepared, prepared_corpora, prepared_tokenizer
 from .prompts import TextStream, prompt_batch, prompt_tokens, read_prompt
-from .reader import IGNORE_INDEX, Chunk, DocumentReader, ReaderSpec, WindowReader, corpus_tokens
+from .reader import DocumentReader, ReaderSpec, WindowReader, corpus_tokens
 from .row_filter import RowRules
 from .synthetic import Task, TaskValidation
 from .tasks import build_task, is_labelled, is_task, run_tokenizer

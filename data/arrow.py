@@ -9,7 +9,7 @@ from ..common.errors import UserError, one_line_message
 from ..common.names import did_you_mean, nearest_names
 from .files import convert_read_errors
 from .row_filter import EVERY_ROW, RowRules
-from .rows import STREAM_BYTES, check_columns
+from .rows import STREAM_BYTES, check_columns, python_value
 from .sources import Document, Part, Position, row_document
 
 DATASET, DATASET_DICT = "state.json", "dataset_dict.json"  # the files that tell such a folder
@@ -63,8 +63,7 @@ class SavedDataset:
         self._size = saved.data.nbytes
         self._files = max(len(saved.cache_files), 1)
         check_columns(saved.column_names, self.text_field, self.group_field, self.rules, self.folder)
-        fields = self.rules.fields(self.text_field)
-        columns = fields if self.group_field in (None, *fields) else [*fields, self.group_field]
+        columns = self.rules.columns(self.text_field, self.group_field)
         self._dataset = saved.select_columns(columns).with_format("arrow")
 
     @property
@@ -108,15 +107,5 @@ class SavedDataset:
 
 def table_rows(table: Any) -> Iterator[dict[str, Any]]:
     """The rows of a pyarrow table as dictionaries. Strings that are not UTF-8 are bytes."""
-    import pyarrow
-
-    names = table.column_names
     for number in range(len(table)):
-        row = {}
-        for name in names:
-            cell = table.column(name)[number]
-            try:
-                row[name] = cell.as_py()
-            except UnicodeDecodeError:  # Arrow does not check UTF-8
-                row[name] = cell.cast(pyarrow.binary()).as_py()
-        yield row
+        yield {name: python_value(table.column(name)[number]) for name in table.column_names}

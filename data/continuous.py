@@ -15,16 +15,17 @@ read in it, and the next input.
 """
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from ..common.errors import UserError
+from .chunk import Chunk, consecutive_chunks, empty_chunk
 from .corpus import CorpusSpec, open_text
 from .files import convert_read_errors
 from .long_text import LongText, Piece
-from .reader import Chunk, ReaderSpec, consecutive_chunks, empty_chunk
+from .reader import ReaderSpec
 from .tokenizer import Encoder
 
 PIECE_BYTES = (16, 4096)
@@ -64,9 +65,9 @@ def train_text(spec: CorpusSpec, num_lanes: int) -> LongText:
     Raises:
         UserError: as `open_text`.
     """
-    text = open_text(spec, "train", PIECE_BYTES[1])
+    text = open_text(spec, "train")
     size = min(max(text.num_bytes // (8 * num_lanes), PIECE_BYTES[0]), PIECE_BYTES[1])
-    return LongText(text.corpus, text.ranges, size, text.skip_broken, text.num_skipped)
+    return replace(text, piece_bytes=size)
 
 
 class ContinuousReader:
@@ -204,8 +205,8 @@ def _check_size(text: LongText, spec: ReaderSpec) -> None:
     if text.num_pieces < num_lanes:
         raise UserError(
             "data.corpus",
-            f"{text.corpus} has {text.num_bytes:,} bytes to train on, too few for the starts of {lanes}; "
-            "lower batch.lanes",
+            f"{text.corpus} has {text.num_bytes:,} bytes to train on, too few to give each of {lanes} "
+            "a start of its own; lower batch.lanes",
         )
 
 

@@ -1,12 +1,6 @@
-"""Corpora: the source behind a corpus name, each reader's share of it, and the order of the documents.
+"""Corpora: the source behind a corpus name.
 
-    corpus name -> Source -> parts for training or validation (hold_out.py) -> parts of a reader (parts.py)
-      -> permuted by (seed, epoch, reader)
-      -> windows of W documents, each permuted by (seed, epoch, reader, window) -> documents
-
-A window is the unit of position. Its address (epoch, number, shard, index, hint) is known before it is read,
-and its k-th document is always the same. So a few numbers identify a document, and finding it again reads at
-most W documents.
+corpus name -> files of one kind, or a dataset -> Source
 """
 
 import functools
@@ -14,17 +8,15 @@ import itertools
 import os
 import re
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
-
-import numpy as np
+from typing import cast
 
 from ..common.errors import UserError
 from .arrow import SavedDataset, is_saved_dataset
 from .files import COMPRESSED, ROWS, Kind, binary_file_error, convert_read_errors, file_kind
-from .hold_out import HoldOut, held_out_parts, is_held_out
+from .hold_out import HoldOut
 from .hub import HubDataset
 from .hub_network import check_dataset_name
 from .joined import join_documents
@@ -32,14 +24,13 @@ from .long_text import LongText, TextPassages, open_long_text, text_groups
 from .outages import DEFAULT_POLICY, RetryPolicy
 from .packages import PYTHON_PACKAGES, package_files
 from .parquet import Parquet
-from .parts import Shares, divide
 from .prepared.manifest import is_prepared
 from .prepared.source import PreparedCorpus
 from .remote import is_url, remote_files
 from .row_filter import EVERY_ROW, RowRules
 from .rows import Csv, JsonLines
 from .servers import shown_url
-from .sources import Document, Part, Position, Source, TextFiles
+from .sources import Source, Split, TextFiles
 
 PYTHON_STDLIB = "python-stdlib"
 SPLIT_BY_FILE = (PYTHON_STDLIB, PYTHON_PACKAGES)  # whole files are held out
@@ -50,7 +41,6 @@ STDLIB_HELD_OUT = {
     *"argparse calendar csv fractions heapq json pathlib queue".split(),
     *"random shutil statistics textwrap zipfile".split(),
 }
-Split = Literal["train", "validation", "all"]
 
 
 @dataclass(frozen=True)
@@ -214,7 +204,7 @@ def open_source(spec: CorpusSpec, part: Split = "train") -> Source:
     return join_documents(_open_unjoined(spec, part), spec.join)
 
 
-def open_text(spec: CorpusSpec, part: Split, piece_bytes: int | None = None) -> LongText:
+def open_text(spec: CorpusSpec, part: Split) -> LongText:
     """The text files of a corpus as pieces; see `open_long_text`.
 
     Raises:
@@ -231,7 +221,7 @@ def open_text(spec: CorpusSpec, part: Split, piece_bytes: int | None = None) -> 
         raise UserError("data.filter", f"{message}; leave it out, or set the order to documents")
     source = join_documents(_open_unjoined(spec, part), spec.join)
     rest: Split = "all" if spec.corpus in SPLIT_BY_FILE else part
-    return open_long_text(source, spec.corpus, spec.held_out, rest, piece_bytes)
+    return open_long_text(source, spec.corpus, spec.held_out, rest)
 
 
 def has_fewer_texts(spec: CorpusSpec, count: int) -> bool:
@@ -259,7 +249,7 @@ def is_hub_dataset(corpus: str) -> bool:
     Raises:
         UserError: a folder of that name holds something that cannot be read.
     """
-    if corpus == PYTHON_STDLIB or local_files(corpus)[0] or os.path.isdir(os.path.expanduser(corpus)):
+    if corpus in SPLIT_BY_FILE or local_files(corpus)[0] or os.path.isdir(os.path.expanduser(corpus)):
         return False
     return _looks_like_hub_id(corpus)
 
@@ -332,137 +322,3 @@ def has_fixed_parts(spec: CorpusSpec, source: Source) -> bool:
     """Whether files or places, not hashes of texts, decide what a corpus holds out."""
     is_split = spec.corpus in SPLIT_BY_FILE or spec.passages
     return is_split or (isinstance(source, PreparedCorpus) and source.has_fixed_parts)
-
-
-@dataclass(frozen=True)
-class WindowAddress:
-    """Where a window begins."""
-
-    epoch: int = 0
-    number: int = 0
-    shard: int = 0
-    """Place of the shard in the reader's order of the epoch, from 0."""
-    index: int = 0
-    hint: Any = None
-
-
-@dataclass
-class Window:
-    """W documents (fewer at the end of an epoch) in the order in which they are read."""
-
-    address: WindowAddress
-    documents: list[Document]
-    next_address: WindowAddress
-    num_skipped: int
-    num_filtered: int = 0
-
-
-def open_shares(spec: CorpusSpec, part: Split, num_readers: int) -> tuple[Shares, bool]:
-    """What each reader reads of a part of a corpus, and whether its documents are those that `is_held_out`
-    chooses.
-
-    Raises:
-        UserError: as `open_source`; `spec.hold_out` does not apply.
-    """
-    source = open_source(spec, part)
-    parts = None
-    is_split = part == "all" or has_fixed_parts(spec, source)
-    if not is_split and (split := held_out_parts(source, spec.held_out, spec.hold_out)) is not None:
-        parts = split[part == "validation"]
-    shares = divide(
-        source, list(map(Part, range(source.num_shards))) if parts is None else parts, num_readers
-    )
-    return shares, not is_split and parts is None
-
-
-class DocumentStream:
-    """A reader's share of a corpus as an endless stream of windows.
-
-    Args:
-        spec, part: the corpus and the part of it to read.
-        reader, num_readers: which share of it (parts.py).
-        window: documents per window.
-        seed: of the permutations of shards and documents; None keeps the order of the corpus.
-    """
-
-    def __init__(
-        self, spec: CorpusSpec, part: Split, reader: int, num_readers: int, window: int, seed: int | None
-    ):
-        self.spec, self.part, self.reader, self.num_readers = spec, part, reader, num_readers
-        self.size, self.seed = window, seed
-        self.shares, self._by_hash = open_shares(spec, part, num_readers)
-        self.num_read = 0
-        """Documents read so far, those of other parts of the corpus included."""
-        self._documents: Iterator[Document] | None = None
-        self._next: WindowAddress | None = None
-
-    def window(self, address: WindowAddress) -> Window:
-        """Read a window. The window after the previous one is read without seeking."""
-        if address != self._next or self._documents is None:
-            self._order = self._shards(address.epoch)
-            self._shard, self._index = address.shard, address.index
-            self._documents = self._read(Position(address.index, address.hint))
-        documents: list[Document] = []
-        num_skipped = num_filtered = 0
-        while len(documents) < self.size:
-            document = next(self._documents, None)
-            if document is None:
-                self._shard, self._index = self._shard + 1, 0
-                if self._shard >= len(self._order):
-                    break
-                self._documents = self._read(Position())
-                continue
-            self._index, self.num_read = document.index + 1, self.num_read + 1
-            num_skipped += document.num_skipped
-            num_filtered += document.num_filtered
-            if not document.is_left_out and self.is_in_part(document):
-                documents.append(document)
-        if self._shard >= len(self._order):
-            next_address, self._next = WindowAddress(address.epoch + 1), None
-        else:
-            next_address = self._next = replace(
-                address,
-                number=address.number + 1,
-                shard=self._shard,
-                index=self._index,
-                hint=self.shares.hint(),
-            )
-        if self.seed is not None:
-            generator = np.random.default_rng([self.seed, self.reader, address.epoch, address.number])
-            documents = [documents[i] for i in generator.permutation(len(documents))]
-        return Window(address, documents, next_address, num_skipped, num_filtered)
-
-    @property
-    def is_as_before(self) -> bool:
-        """Whether the documents come in the order of the versions up to 0.2, which cut and shuffled no
-        shards."""
-        parts, num_shards = self.shares.owned[self.reader], self.shares.source.num_shards
-        return len(parts) == 1 and parts[0].within is None and self.shares.num_parts == num_shards
-
-    def _shards(self, epoch: int) -> list[Part]:
-        """The reader's parts in the order in which they are read in an epoch."""
-        parts = self.shares.owned[self.reader]
-        if self.seed is None:
-            return parts
-        # five words: the generators of windows have four
-        generator = np.random.default_rng([self.seed, self.reader, epoch, 0, 1])
-        return [parts[i] for i in generator.permutation(len(parts))]
-
-    def _read(self, position: Position) -> Iterator[Document]:
-        if self._shard < len(self._order):  # a reader may own nothing
-            yield from self.shares.read(self._order[self._shard], position)
-
-    def is_in_part(self, document: Document) -> bool:
-        """Whether a document that is not left out belongs to the part that is read."""
-        if not self._by_hash:
-            return True
-        text = document.prepared.digest if document.prepared else document.text or ""
-        return is_held_out(text, self.spec.held_out) == (self.part == "validation")
-
-    def one_epoch(self) -> Iterator[Document]:
-        """Every document once."""
-        address = WindowAddress()
-        while address.epoch == 0:
-            window = self.window(address)
-            yield from window.documents
-            address = window.next_address

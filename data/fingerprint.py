@@ -17,7 +17,8 @@ from typing import Any
 
 from ..common.errors import UserError
 from ..common.files import user_path
-from .corpus import PYTHON_STDLIB, CorpusSpec, corpus_files, open_shares
+from .corpus import PYTHON_STDLIB, CorpusSpec, corpus_files
+from .document_stream import open_shares
 from .files import convert_read_errors, file_kind
 from .prepared import is_prepared, read_manifest
 from .remote import RemotePath

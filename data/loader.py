@@ -26,11 +26,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..common.errors import UserError
+from .chunk import Chunk
 from .continuous import ContinuousReader
 from .corpus import CorpusSpec
 from .lra import LabelledBatch, LabelledData
 from .mixture import MixtureReader, MixtureSpec
-from .reader import Chunk, DocumentReader, ReaderSpec, WindowReader, corpus_tokens
+from .reader import DocumentReader, ReaderSpec, WindowReader, corpus_tokens
 from .synthetic import TaskReader
 from .worker_process import ADVICE, Job, WorkerProcess, next_ready
 

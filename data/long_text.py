@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Literal
 
 from ..common.errors import UserError
 from .files import (
@@ -32,9 +31,8 @@ from .files import (
     open_decompressed,
 )
 from .joined import JoinedFiles
-from .sources import Document, Position, Source, TextFiles, damaged_file_error, skip_or_raise
+from .sources import Document, Position, Source, Split, TextFiles, damaged_file_error, skip_or_raise
 
-Part = Literal["train", "validation", "all"]
 EDGE_BYTES = 4096
 """How far the edge between training and validation is moved to a line start."""
 PASSAGE_BYTES = (2048, 32_768)
@@ -307,7 +305,7 @@ def _broken_error(document: LongDocument, problem: str, piece_bytes: int) -> Use
     return UserError("data.corpus", f"{document.name} {problem}; convert it, or {skip}")
 
 
-def _split(documents: list[LongDocument], held_out: float, part: Part) -> list[_Range]:
+def _split(documents: list[LongDocument], held_out: float, part: Split) -> list[_Range]:
     """The ranges of a part: validation is the last `held_out` of all bytes, from a line start on."""
     edge = sum(document.size for document in documents)
     if part != "all":
@@ -324,15 +322,12 @@ def _split(documents: list[LongDocument], held_out: float, part: Part) -> list[_
     return ranges
 
 
-def open_long_text(
-    source: Source, corpus: str, held_out: float, part: Part, piece_bytes: int | None = None
-) -> LongText:
-    """The text of a source of text files.
+def open_long_text(source: Source, corpus: str, held_out: float, part: Split) -> LongText:
+    """The text of a source of text files, in pieces of the size of passages.
 
     Args:
         corpus: its name, for messages.
         held_out: fraction of the bytes that the tail for validation has.
-        piece_bytes: size of a piece; by default that of a passage.
 
     Raises:
         UserError: the source is not made of text files, or there is no text in this part of it.
@@ -342,9 +337,8 @@ def open_long_text(
         raise UserError(
             "data.order", f"{corpus} has rows, not text files; use data.order documents or windows"
         )
-    skip_broken = source.skip_broken if isinstance(source, TextFiles) else False
-    if isinstance(source, JoinedFiles):
-        skip_broken = source.files.skip_broken
+    files = source.files if isinstance(source, JoinedFiles) else source
+    skip_broken = isinstance(files, TextFiles) and files.skip_broken
     pairs = [_document(name, paths, skip_broken) for name, paths in groups]
     ranges = _split([document for document, _ in pairs], held_out, part)
     if not ranges and part == "validation":
@@ -354,7 +348,7 @@ def open_long_text(
         raise UserError("data.corpus", f"{corpus} holds no text to train on{advice}")
     smallest, largest = PASSAGE_BYTES if part == "train" else HELD_OUT_PASSAGE_BYTES
     num_bytes = sum(part.stop - part.start for part in ranges)
-    size = piece_bytes or min(max(num_bytes // (256 if part == "train" else 16), smallest), largest)
+    size = min(max(num_bytes // (256 if part == "train" else 16), smallest), largest)
     return LongText(corpus, ranges, size, skip_broken, sum(skipped for _, skipped in pairs))
 
 

@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..common.errors import UserError
+from .chunk import Chunk, Lane, consecutive_chunks, empty_chunk
 from .corpus import CorpusSpec
 from .fingerprint import check_corpus, corpus_fingerprint
-from .reader import Chunk, DocumentReader, Lane, ReaderSpec, consecutive_chunks, empty_chunk
+from .reader import DocumentReader, ReaderSpec
 
 CHARGED_AHEAD = 65_536
 """Tokens of an open document that are counted before they are read."""

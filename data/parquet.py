@@ -14,7 +14,7 @@ from typing import Any
 
 from .files import convert_read_errors, open_binary
 from .remote import RemotePath
-from .rows import RowFiles, check_columns
+from .rows import RowFiles, check_columns, python_value
 from .sources import Document, Part, Position
 
 READ_BYTES, REMOTE_READ_BYTES = 1 << 20, 1 << 23  # of one read from a column of a row group
@@ -41,7 +41,7 @@ class Parquet(RowFiles):
         """Numbers of the row groups; a file that cannot be opened is not cut."""
         path = self.paths[shard]
         with convert_read_errors(path):
-            metadata = metadata_of(path, *_version_of(path))
+            metadata = metadata_of(path)
         return range((1 if metadata is None else max(metadata.num_row_groups, 1)) + 1)
 
     def read_part(self, part: Part, start: Position) -> Iterator[Document]:
@@ -52,7 +52,7 @@ class Parquet(RowFiles):
             try:
                 file = pyarrow.parquet.ParquetFile(
                     stream,
-                    metadata=metadata_of(path, *_version_of(path)),
+                    metadata=metadata_of(path),
                     page_checksum_verification=True,
                     buffer_size=REMOTE_READ_BYTES if isinstance(path, RemotePath) else READ_BYTES,
                     pre_buffer=False,
@@ -71,9 +71,8 @@ class Parquet(RowFiles):
 
     def _row_groups(self, file: Any, part: Part) -> Iterator[_RowGroup]:
         metadata = file.metadata
-        sizes = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
-        starts = list(accumulate(sizes, initial=0))
-        for number in range(*(part.within or (0, len(sizes)))):
+        starts = row_starts(metadata)
+        for number in range(*(part.within or (0, metadata.num_row_groups))):
             group = metadata.row_group(number)
             columns = map(group.column, range(group.num_columns))
             num_bytes = sum(
@@ -94,7 +93,7 @@ class Parquet(RowFiles):
                 values = [batch.column(name) for name in columns]
                 for row in range(max(start - index, 0), len(batch)):
                     if part.has(index + row):
-                        texts = [_python_value(column[row]) for column in values]
+                        texts = [python_value(column[row]) for column in values]
                         cells = dict(zip(columns, texts, strict=True))
                         yield self._document(cells, f"{path}[{index + row}]", index + row)
                 index += len(batch)
@@ -113,13 +112,10 @@ class Parquet(RowFiles):
         return None
 
 
-def _python_value(value: Any) -> Any:
-    import pyarrow
-
-    try:
-        return value.as_py()
-    except UnicodeDecodeError:  # Parquet does not guarantee UTF-8
-        return value.cast(pyarrow.binary()).as_py()
+def row_starts(metadata: Any) -> list[int]:
+    """The index of the first row of each row group, and the number of rows."""
+    sizes = (metadata.row_group(number).num_rows for number in range(metadata.num_row_groups))
+    return list(accumulate(sizes, initial=0))
 
 
 def _version_of(path: Path) -> tuple[int, int]:
@@ -130,9 +126,13 @@ def _version_of(path: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
+def metadata_of(path: Path) -> Any:
+    """The metadata of a file; None if it is not a parquet file."""
+    return _metadata_of(path, *_version_of(path))
+
+
 @functools.lru_cache(maxsize=64)  # all readers of a process ask for the files that are cut
-def metadata_of(path: Path, size: int, modified: int) -> Any:
-    """The metadata of a file of this version; None if it is not a parquet file."""
+def _metadata_of(path: Path, size: int, modified: int) -> Any:
     import pyarrow.parquet
 
     with contextlib.closing(open_binary(path)) as stream:

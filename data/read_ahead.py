@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from .corpus import DocumentStream, Window, WindowAddress
+from .document_stream import DocumentStream, Window, WindowAddress
 from .files import convert_read_errors
 from .sources import Document
 from .tokenizer import Encoder
@@ -44,6 +44,15 @@ def encode_documents(encoder: Encoder, documents: Sequence[Document]) -> list[np
         else next(encoded)[: -1 if document.is_cut else None]
         for document in documents
     ]
+
+
+def encode_document(encoder: Encoder, document: Document) -> np.ndarray:
+    """The tokens of a document, `<bos> text <eos>`, without `<eos>` if the text goes on after it.
+
+    Raises:
+        UserError: as `encode_documents`.
+    """
+    return encode_documents(encoder, [document])[0]
 
 
 def _encode_texts(encoder: Encoder, documents: Sequence[Document]) -> list[np.ndarray]:

@@ -199,17 +199,17 @@ def remote_files(url: str, policy: RetryPolicy) -> tuple[list[RemotePath], Remot
         RemoteError: the server cannot be asked, or has no such file.
     """
     protocol = url.partition("://")[0].lower()
-    place = server(protocol, policy)
+    host = server(protocol, policy)
     wildcards = "[*[]" if protocol in HTTP else "[*?[]"  # in HTTP, a ? begins the query
     if (first := re.search(wildcards, url)) is not None:
-        root, found = url[: url.rindex("/", 0, first.start())], place.glob(url)
-    elif found := place.folder(url):
+        root, found = url[: url.rindex("/", 0, first.start())], host.glob(url)
+    elif found := host.folder(url):
         root = url.rstrip("/")
     else:
-        path = RemotePath(url, place)
+        path = RemotePath(url, host)
         path.stat()  # raises if there is none
-        return [path], RemotePath(url[: url.rindex("/")], place)
-    folder = RemotePath(place.canonical(root), place)
-    files = [RemotePath(name, place, info) for name, info in found.items()]
+        return [path], RemotePath(url[: url.rindex("/")], host)
+    folder = RemotePath(host.canonical(root), host)
+    files = [RemotePath(name, host, info) for name, info in found.items()]
     hidden = re.compile(r"(^|/)\.")
     return sorted(p for p in files if not hidden.search(str(p.relative_to(folder)))), folder

@@ -166,6 +166,20 @@ class RowRules:
             raise UserError.from_list(errors)
         return cls(parsed, tuple(fields), **limits)
 
+    def as_settings(self) -> dict[str, Any]:
+        """The settings `template` and `filter` that `from_settings` makes the same rules of; JSON."""
+        conditions: dict[str, Any] = {}
+        for condition in self.conditions:
+            limits = {"min": condition.minimum, "max": condition.maximum}
+            finite = {name: limit for name, limit in limits.items() if math.isfinite(limit)}
+            conditions[condition.field] = list(condition.values) or finite
+        if self.min_bytes > 0:
+            conditions[MIN_BYTES] = self.min_bytes
+        if self.max_bytes < math.inf:
+            conditions[MAX_BYTES] = self.max_bytes
+        template = None if self.template is None else self.template.source
+        return {"template": template, "filter": conditions or None}
+
     @property
     def needs_fields(self) -> bool:
         """Whether the rules need rows with fields; a text file has none."""
@@ -175,6 +189,11 @@ class RowRules:
         """The fields of a row that are read, each once."""
         of_text = [text_field] if self.template is None else self.template.fields
         return list(dict.fromkeys([*of_text, *(condition.field for condition in self.conditions)]))
+
+    def columns(self, text_field: str, group_field: str | None) -> list[str]:
+        """`fields`, and the column that rows are joined by, if there is one."""
+        fields = self.fields(text_field)
+        return fields if group_field in (None, *fields) else [*fields, group_field]
 
     def check_columns(self, columns: Collection[str], name: str) -> None:
         """Check that a file has the columns of the template and the filter.

@@ -7,6 +7,7 @@ file, and CSV, whose cells may hold line breaks, can only be read from their beg
 import csv
 import io
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,7 +42,7 @@ STREAM_BYTES = 1 << 28  # of files that are read as a stream: what a disk reads 
 
 
 @dataclass
-class RowFiles:
+class RowFiles(ABC):
     """Fields and methods that the sources of rows share. A RemotePath has the methods of Path."""
 
     paths: Sequence[Path]
@@ -68,14 +69,13 @@ class RowFiles:
     def read(self, shard: int, start: Position) -> Iterator[Document]:
         return self.read_part(Part(shard), start)
 
-    def read_part(self, part: Part, start: Position) -> Iterator[Document]:
-        raise NotImplementedError
+    @abstractmethod
+    def read_part(self, part: Part, start: Position) -> Iterator[Document]: ...
 
     @property
     def columns(self) -> list[str]:
         """The columns to read, each once."""
-        fields = self.rules.fields(self.text_field)
-        return fields if self.group_field in (None, *fields) else [*fields, self.group_field]
+        return self.rules.columns(self.text_field, self.group_field)
 
     def _document(self, row: Any, name: str, index: int) -> Document:
         return row_document(row, name, index, self.text_field, self.group_field, self.rules, self.skip_broken)
@@ -168,7 +168,8 @@ class Csv(RowFiles):
             rows = csv.reader(text, delimiter=delimiter)
             try:
                 header = next(rows, [])
-                self._check_header(header, path)
+                if header:
+                    check_columns(header, self.text_field, self.group_field, self.rules, path)
                 for cells in rows:
                     if not cells:  # an empty line
                         continue
@@ -180,10 +181,6 @@ class Csv(RowFiles):
                 document = self._damaged_document(path, reason, index, f"is damaged after row {index}")
                 if index >= start.index and part.has(index):
                     yield document
-
-    def _check_header(self, header: list[str], path: Path) -> None:
-        if header:
-            check_columns(header, self.text_field, self.group_field, self.rules, path)
 
     def _row(self, header: list[str], cells: list[str], name: str, index: int) -> Document:
         if len(cells) != len(header):
@@ -224,6 +221,17 @@ def check_columns(
         raise missing_join_column_error(group_field, columns, str(path))
     rules.check_columns(columns, str(path))
     check_unique(columns, rules.fields(text_field), group_field, path)
+
+
+def python_value(cell: Any) -> Any:
+    """The value of a pyarrow scalar. Text that is not UTF-8, which neither Arrow nor Parquet checks, is
+    bytes."""
+    import pyarrow
+
+    try:
+        return cell.as_py()
+    except UnicodeDecodeError:
+        return cell.cast(pyarrow.binary()).as_py()
 
 
 def missing_column_error(column: str, columns: list[str], path: Path | str) -> UserError:

@@ -9,9 +9,10 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from .corpus import CorpusSpec, DocumentStream, Split, open_source
+from .corpus import CorpusSpec, Split, open_source
+from .document_stream import DocumentStream
 from .parts import read_part
-from .reader import encode_document
+from .read_ahead import encode_document
 from .sources import Document, Position
 from .tokenizer import Encoder
 

@@ -13,7 +13,7 @@ are JSON. parts.py divides the shards of a source among readers.
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -28,6 +28,8 @@ from .files import (
     open_decompressed,
 )
 from .row_filter import EVERY_ROW, RowRules
+
+Split = Literal["train", "validation", "all"]  # a part of a corpus: to train on, held out, or both
 
 
 @dataclass(frozen=True)

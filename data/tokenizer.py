@@ -337,10 +337,6 @@ class Encoder:
         """The tokens of the text alone, `dtype`, without bos and eos."""
         return self(text)[1:-1]
 
-    def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The tokens of each text, as `encode`, many in each call of the tokenizer."""
-        return [document[1:-1] for document in self.documents(texts)]
-
     def num_ids(self) -> int:
         """All ids are below this number."""
         if self.backend_json is None:

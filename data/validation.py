@@ -14,8 +14,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..common.errors import UserError
-from .corpus import CorpusSpec, DocumentStream, Split
-from .reader import Chunk, Lane, empty_chunk, encode_document
+from .chunk import Chunk, Lane, empty_chunk
+from .corpus import CorpusSpec, Split
+from .document_stream import DocumentStream
+from .read_ahead import encode_document
 from .row_filter import EVERY_ROW
 from .tokenizer import Encoder
 

@@ -36,7 +36,8 @@ def made_from(
 ) -> dict[str, Any]:
     """What decides the content of the files; JSON. The place of a corpus with a fingerprint does not."""
     settings = dataclasses.asdict(spec)
-    settings.pop("excluded")
+    for name in ("excluded", "network"):
+        settings.pop(name)
     if fingerprint is not None:
         settings.pop("corpus")
     tokenizer = json.dumps([encoder.bos, encoder.eos, encoder.backend_json])

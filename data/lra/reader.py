@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..reader import IGNORE_INDEX
+from ..chunk import IGNORE_INDEX
 from .examples import Examples
 
 TIME_MULTIPLE = 16  # batches are padded to a multiple of this, so that there are fewer shapes

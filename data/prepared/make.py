@@ -16,7 +16,7 @@ from typing import Any
 from ...common.errors import UserError
 from ...common.files import atomic_write, make_folder, sha256_of, write_json
 from ...common.locks import lock
-from ..corpus import PYTHON_STDLIB, CorpusSpec, open_source
+from ..corpus import SPLIT_BY_FILE, CorpusSpec, open_source
 from ..fingerprint import corpus_fingerprint
 from ..joined import JoinedFiles
 from ..sources import Source, TextFiles
@@ -79,7 +79,7 @@ def prepare(
         "fingerprint": corpus_fingerprint(inside),
         "tokenizer": {"name": tokenizer_name, "fingerprint": tokenizer_fingerprint(tokenizer)},
         "dtype": token_type(encoder),
-        "fixed_parts": spec.corpus == PYTHON_STDLIB,
+        "fixed_parts": spec.corpus in SPLIT_BY_FILE,
         "is_stream": getattr(source, "is_stream", False),
         "skips_unread": getattr(source, "skips_unread", False),
     }
@@ -174,7 +174,7 @@ def _size(path: Path) -> int | None:
 
 def _validation(spec: CorpusSpec, source: Source) -> frozenset[int] | None:
     """Indices of the documents that are held out, if files decide that."""
-    if spec.corpus != PYTHON_STDLIB:
+    if spec.corpus not in SPLIT_BY_FILE:
         return None
 
     def names(source: Source) -> list[Path]:

@@ -103,9 +103,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def source_fields(spec: "CorpusSpec") -> dict[str, Any]:
-    """What decides the documents of a corpus, apart from its name."""
-    values = {name: value for name, value in asdict(spec).items() if name not in FREE_FIELDS}
-    return json.loads(json.dumps(values, default=repr))
+    """What decides the documents of a corpus, apart from its name: settings of the `data` section, JSON."""
+    values = {name: value for name, value in asdict(spec).items() if name not in (*FREE_FIELDS, "rules")}
+    return values | spec.rules.as_settings()
 
 
 def check_source_fields(spec: "CorpusSpec", manifest: dict[str, Any]) -> None:
@@ -114,10 +114,7 @@ def check_source_fields(spec: "CorpusSpec", manifest: dict[str, Any]) -> None:
     Raises:
         UserError: each setting that differs.
     """
-    values, defaults, made = (
-        _by_setting(fields)
-        for fields in (source_fields(spec), source_fields(type(spec)(spec.corpus)), manifest["source"])
-    )
+    values, defaults, made = source_fields(spec), source_fields(type(spec)(spec.corpus)), manifest["source"]
     errors = [
         (
             f"data.{name}",
@@ -128,14 +125,6 @@ def check_source_fields(spec: "CorpusSpec", manifest: dict[str, Any]) -> None:
     ]
     if errors:
         raise UserError.from_list(errors)
-
-
-def _by_setting(fields: dict[str, Any]) -> dict[str, Any]:
-    """`source_fields` under the names that they have in a recipe."""
-    rules = dict(fields.get("rules", {}))
-    template = rules.pop("template", None)
-    others = {name: value for name, value in fields.items() if name != "rules"}
-    return {**others, "template": template and template["source"], "filter": rules}
 
 
 def prepared_tokenizer(corpus: str) -> str:

@@ -4,7 +4,6 @@ A prepared shard keeps the cuts of the original, and for each document its place
 of its file, or the offset of its line. So readers divide a prepared corpus as they divide the original.
 """
 
-import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from ..files import convert_read_errors, open_binary
-from ..parquet import Parquet
+from ..files import convert_read_errors
+from ..parquet import Parquet, metadata_of, row_starts
 from ..parts import read_part, units_of
 from ..rows import JsonLines
 from ..sources import DivisibleSource, Part, Position, Source
@@ -45,10 +44,11 @@ def places(source: Source, shard: int) -> Places:
         return Places(cuts, lambda index: index)
     rows: Any = getattr(source, "_parquet", None) or source  # of a hub dataset
     if isinstance(rows, JsonLines):
-        starts = _line_starts(Path(rows.paths[shard]))
+        starts = _line_starts(rows.paths[shard])
         return Places(cuts, lambda index: starts[index], np.searchsorted(starts, cuts).tolist())
     if isinstance(rows, Parquet):
-        starts = _group_starts(rows.paths[shard])
+        with convert_read_errors(rows.paths[shard]):
+            starts = np.asarray(row_starts(metadata_of(rows.paths[shard]))[:-1])
     else:
         starts = _unit_starts(source, shard)
     units = np.asarray(cuts)
@@ -63,16 +63,6 @@ def _line_starts(path: Path) -> np.ndarray:
             starts.append(np.flatnonzero(np.frombuffer(data, np.uint8) == ord("\n")) + offset + 1)
             offset += len(data)
     return np.concatenate(starts)
-
-
-def _group_starts(path: Any) -> np.ndarray:
-    """The index of the first row of each row group of a parquet file, int64."""
-    import pyarrow.parquet
-
-    with convert_read_errors(path), contextlib.closing(open_binary(path)) as stream:
-        metadata = pyarrow.parquet.read_metadata(stream)
-        sizes = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
-    return np.cumsum([0, *sizes[:-1]])
 
 
 def _unit_starts(source: Source, shard: int) -> np.ndarray:

@@ -10,8 +10,8 @@ import numpy as np
 
 from ...common.files import atomic_write, sha256_of, write_json
 from ..corpus import CorpusSpec, open_source
-from ..files import convert_read_errors
 from ..hold_out import text_digest
+from ..read_ahead import encode_documents
 from ..sources import Document, Position
 from ..tokenizer import Encoder, num_bytes
 from .manifest import schema, shard_name
@@ -137,9 +137,7 @@ def _calls(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 def _encode(job: ShardJob, documents: list[Document]) -> list[np.ndarray]:
     """The tokens of each document, without bos and eos; none for a broken one."""
-    names = [documents[0].name, *([f"to {documents[-1].name}"] if len(documents) > 1 else [])]
-    with convert_read_errors(" ".join(names)):
-        return job.encoder.encode_many([document.text or "" for document in documents])
+    return [tokens[1:-1] for tokens in encode_documents(job.encoder, documents)]
 
 
 def _batch(job: ShardJob, rows: list[tuple[Document, np.ndarray]], where: Places, summary: Shard) -> Any:
@@ -168,7 +166,7 @@ def _batch(job: ShardJob, rows: list[tuple[Document, np.ndarray]], where: Places
             sizes,
             pa.array([0 if text is None else text_digest(text) for text in texts], pa.uint64()),
             pa.array(skipped, pa.int32()),
-            pa.array([getattr(document, "num_filtered", 0) for document in documents], pa.int32()),
+            pa.array([document.num_filtered for document in documents], pa.int32()),
             [text is None for text in texts],
             [document.index in held_out for document in documents],
         ],

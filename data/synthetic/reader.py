@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..reader import Chunk, empty_chunk
+from ..chunk import Chunk, empty_chunk
 from .task import Task
 
 TRAIN, VALIDATION = 0, 1  # first number of each seed, so that training and validation never share one

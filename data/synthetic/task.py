@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..reader import IGNORE_INDEX
+from ..chunk import IGNORE_INDEX
 from ..tokenizer import WORD_SPECIAL_TOKENS, word_tokenizer
 
 Example = tuple[np.ndarray, np.ndarray]

@@ -26,7 +26,7 @@ from ...data import (
     open_source,
     tokenizer_fingerprint,
 )
-from ...data.corpus import PYTHON_STDLIB
+from ...data.corpus import PYTHON_STDLIB, SPLIT_BY_FILE
 from ...data.joined import PACKAGE, join_documents
 from ...data.sources import Document, Position, Source, TextFiles
 from ...models import MinRNNForCausalLM
@@ -110,7 +110,7 @@ def _open(arguments: argparse.Namespace) -> Source:
         raise UserError("data.corpus", message)
     join = None if arguments.join == NONE else arguments.join
     spec = CorpusSpec(arguments.corpus, text_field=arguments.text_field, skip_broken=True, join=join)
-    source = open_source(spec, "validation" if arguments.corpus == PYTHON_STDLIB else "all")
+    source = open_source(spec, "validation" if arguments.corpus in SPLIT_BY_FILE else "all")
     if arguments.join is None and isinstance(source, TextFiles):
         return join_documents(source, PACKAGE)
     return source

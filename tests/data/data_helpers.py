@@ -21,7 +21,8 @@ from hypothesis import settings
 
 from minrnn.common.errors import UserError
 from minrnn.data import IGNORE_INDEX, Chunk, CorpusSpec, DocumentStream, Encoder, open_source
-from minrnn.data.corpus import Split, WindowAddress
+from minrnn.data.corpus import Split
+from minrnn.data.document_stream import WindowAddress
 from minrnn.data.hub import HubDataset
 from minrnn.data.parquet import Parquet
 from minrnn.data.rows import Csv, JsonLines

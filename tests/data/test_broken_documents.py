@@ -20,7 +20,7 @@ from data_helpers import (
 
 from minrnn.common.errors import UserError
 from minrnn.data import CorpusSpec, DocumentReader, DocumentStream, ReaderSpec, open_source
-from minrnn.data.corpus import Window, WindowAddress
+from minrnn.data.document_stream import Window, WindowAddress
 from minrnn.data.sources import Position
 
 

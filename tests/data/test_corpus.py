@@ -19,11 +19,10 @@ from minrnn.data.corpus import (
     STDLIB_EXCLUDED,
     STDLIB_HELD_OUT,
     Split,
-    Window,
-    WindowAddress,
-    is_held_out,
     stdlib_files,
 )
+from minrnn.data.document_stream import Window, WindowAddress
+from minrnn.data.hold_out import is_held_out
 
 FEW = settings(FEW_EXAMPLES, max_examples=12)
 

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from minrnn.common.errors import UserError
 from minrnn.data import CorpusSpec, DocumentReader, DocumentStream, ReaderSpec, open_source
-from minrnn.data.corpus import PYTHON_STDLIB, STDLIB_HELD_OUT, Split, is_held_out
+from minrnn.data.corpus import PYTHON_STDLIB, STDLIB_HELD_OUT, Split
+from minrnn.data.hold_out import is_held_out
 from minrnn.data.hub import HubDataset
 from minrnn.data.joined import JoinedRows, join_documents, joined_text
 from minrnn.data.sources import Document, Position, Source

@@ -2,6 +2,7 @@
 
 import contextlib
 import gzip
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from minrnn.common.errors import UserError
 from minrnn.data import CorpusSpec, RowRules, open_source
 from minrnn.data.corpus import has_fewer_texts, open_text
 from minrnn.data.long_text import LongText, Piece
-from minrnn.data.sources import Document, Position
+from minrnn.data.sources import Document, Position, Split
 
 TEXTS = st.lists(st.text("ab \né漢🙂", max_size=60), min_size=1, max_size=4)
 
@@ -25,6 +26,10 @@ def spec_of(folder: Path, texts: list[str], held_out: float = 0.0, **fields) -> 
     for number, text in enumerate(texts):
         (folder / f"{number}.txt").write_text(text, newline="")
     return CorpusSpec(str(folder), held_out=held_out, passages=True, **fields)
+
+
+def open_pieces(spec: CorpusSpec, part: Split, piece_bytes: int) -> LongText:
+    return replace(open_text(spec, part), piece_bytes=piece_bytes)
 
 
 def pieces(text: LongText) -> list[Piece]:
@@ -47,9 +52,9 @@ def test_pieces_are_the_whole_text(
         texts = [text for text in texts if text]
     if not texts:
         with pytest.raises(UserError, match=r"is empty|holds no text"):
-            open_text(spec, "all", size)
+            open_pieces(spec, "all", size)
         return
-    text = open_text(spec, "all", size)
+    text = open_pieces(spec, "all", size)
     read: list[str] = []
     was_end = True
     for piece in pieces(text):
@@ -76,7 +81,7 @@ def test_training_and_validation_are_the_beginning_and_the_end(
 
     def part_text(part, size: int) -> str:
         with contextlib.suppress(UserError):  # there is no text in this part
-            return "".join(piece.text or "" for piece in pieces(open_text(spec, part, size)))
+            return "".join(piece.text or "" for piece in pieces(open_pieces(spec, part, size)))
         return ""
 
     train, validation = part_text("train", size), part_text("validation", size + 3)
@@ -94,7 +99,7 @@ def test_a_piece_begins_at_the_first_line_start_of_its_range(
     whole = "\n".join(lines) + "\nlast"
     spec = spec_of(tmp_path_factory.getbasetemp() / "lines", [whole])
     place = 0
-    for number, piece in enumerate(pieces(open_text(spec, "all", size))):
+    for number, piece in enumerate(pieces(open_pieces(spec, "all", size))):
         if number > 0 and "\n" in whole[number * size - 1 : (number + 1) * size - 1]:
             assert place == whole.index("\n", number * size - 1) + 1
         assert piece.text is not None
@@ -143,7 +148,7 @@ def test_a_compressed_text_is_read_as_the_plain_one(tmp_path: Path):
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(text.encode()))
     spec = CorpusSpec(str(tmp_path), passages=True, held_out=0.1)
     read = [
-        piece.text or "" for part in ("train", "validation") for piece in pieces(open_text(spec, part, 100))
+        piece.text or "" for part in ("train", "validation") for piece in pieces(open_pieces(spec, part, 100))
     ]
     assert "".join(read) == text
     assert len(read) > 40
@@ -160,7 +165,7 @@ def test_binary_and_damaged_files_are_named_or_left_out(tmp_path: Path):
 
 def test_a_file_that_becomes_shorter_is_an_error(tmp_path: Path):
     spec = spec_of(tmp_path, ["line\n" * 100])
-    text = open_text(spec, "train", 50)
+    text = open_pieces(spec, "train", 50)
     (tmp_path / "0.txt").write_text("line\n")
     with pytest.raises(UserError, match=r"0\.txt has become shorter"):
         text.piece(5)

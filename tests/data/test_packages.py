@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minrnn.common.errors import UserError
-from minrnn.data import CorpusSpec, check_corpus, corpus_fingerprint
-from minrnn.data.corpus import DocumentStream, open_source
+from minrnn.data import BYTES, CorpusSpec, byte_tokenizer, check_corpus, corpus_fingerprint, is_hub_dataset
+from minrnn.data.corpus import open_source
+from minrnn.data.document_stream import DocumentStream
 from minrnn.data.packages import PYTHON_PACKAGES, _distinct_files, held_out_packages, package_files
+from minrnn.data.prepared.make import prepare
 from minrnn.data.sources import Position
 
 SPEC = CorpusSpec(PYTHON_PACKAGES)
@@ -69,6 +71,21 @@ def test_whole_packages_are_held_out(site: Path):
     for part in ("train", "validation"):
         texts = [document.text for document in DocumentStream(SPEC, part, 0, 1, 7, seed=1).one_epoch()]
         assert sorted(map(str, texts)) == sorted(path.read_text() for path in parts[part])
+
+
+def test_a_prepared_corpus_holds_out_the_same_packages(site: Path, tmp_path_factory: pytest.TempPathFactory):
+    out = tmp_path_factory.mktemp("prepared")
+    prepare(SPEC, byte_tokenizer(), BYTES, out, workers=0)
+    for part in ("train", "validation", "all"):
+        names = [
+            [document.name for document in DocumentStream(spec, part, 0, 1, 7, seed=1).one_epoch()]
+            for spec in (SPEC, CorpusSpec(str(out), held_out=0.3))
+        ]
+        assert names[0] == names[1]
+
+
+def test_it_is_not_looked_for_on_the_hub():
+    assert not is_hub_dataset(PYTHON_PACKAGES)
 
 
 @settings(max_examples=30)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from minrnn.data import CorpusSpec, DocumentStream
 from minrnn.data import parquet as parquet_module
 from minrnn.data import rows as rows_module
-from minrnn.data.corpus import open_shares
+from minrnn.data.document_stream import open_shares
 from minrnn.data.parts import divide, joined_units, read_part, units_of
 from minrnn.data.sources import Document, Part, Position, Source
 
@@ -50,7 +50,7 @@ class Counters:
             return CountedFile(file, counters, path.name) if path.is_relative_to(folder) else file
 
         monkeypatch.setattr(Path, "open", counting_open)
-        for module, name in ((rows_module.json, "loads"), (parquet_module, "_python_value")):
+        for module, name in ((rows_module.json, "loads"), (parquet_module, "python_value")):
             self._count_calls(monkeypatch, module, name)
 
     def _count_calls(self, monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> None:
@@ -133,7 +133,7 @@ def test_all_readers_together_read_the_corpus_once(
     assert num_bytes <= one_pass
     counters.num_bytes.clear()
     counters.num_rows = 0
-    parquet_module.metadata_of.cache_clear()
+    parquet_module._metadata_of.cache_clear()
     shares = shares_of(num_readers)
     assert sum(map(Counter, shares), Counter()) == texts
     assert counters.num_rows == texts.total()

@@ -32,7 +32,7 @@ class Endless:
 @pytest.mark.slow
 def test_memory_does_not_grow_with_what_was_read(monkeypatch: pytest.MonkeyPatch):
     """400 MB are read, 200 windows: what kept a tenth of it would be seen."""
-    monkeypatch.setattr("minrnn.data.corpus.open_source", lambda *_: Endless())
+    monkeypatch.setattr("minrnn.data.document_stream.open_source", lambda *_: Endless())
     spec = ReaderSpec(CorpusSpec("endless"), "documents", ENCODER, 1, 8, 2**14, window=64, seed=0)
     reader, process = DocumentReader(spec, 0), psutil.Process()
 

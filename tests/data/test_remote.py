@@ -21,9 +21,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minrnn.common.errors import UserError
-from minrnn.data import ChunkLoader, CorpusSpec, DocumentReader, ReaderSpec, RetryPolicy, corpus_fingerprint
+from minrnn.data import (
+    BYTES,
+    ChunkLoader,
+    CorpusSpec,
+    DocumentReader,
+    ReaderSpec,
+    RetryPolicy,
+    byte_tokenizer,
+    corpus_fingerprint,
+)
 from minrnn.data.corpus import open_source
 from minrnn.data.outages import classify
+from minrnn.data.prepared.make import prepare
 from minrnn.data.remote import FIRST_BLOCK, LAST_BLOCK, RemoteFile, remote_files
 from minrnn.data.sources import Document, Position
 
@@ -90,6 +100,21 @@ def test_a_training_stream_is_that_of_the_local_files(corpora: FaultyServer, kin
     resumed = list(islice(chunks(spec_of(corpora, f"{kind}/*"), json.loads(json.dumps(remote[7].state))), 12))
     for one, other in zip(resumed, remote[8:], strict=True):
         assert_same_chunk(one, other)
+
+
+def test_remote_json_lines_are_prepared_with_their_cuts(
+    corpora: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("minrnn.data.rows.MIN_PART_BYTES", 64)
+    corpora.faults.clear()
+    specs = [CorpusSpec(str(corpora.root / "jsonl")), spec_of(corpora, "jsonl/")]
+    shards = [
+        prepare(spec, byte_tokenizer(), BYTES, tmp_path / str(number), workers=0)["shards"]
+        for number, spec in enumerate(specs)
+    ]
+    for local, remote in zip(*shards, strict=True):
+        assert local["cuts"] == remote["cuts"] != 1
+        assert local["lines_before"] == remote["lines_before"]
 
 
 @settings(max_examples=15)

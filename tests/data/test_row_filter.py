@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from minrnn.common.errors import UserError
 from minrnn.data import CorpusSpec, DocumentReader, ReaderSpec, RowRules
-from minrnn.data.corpus import DocumentStream, WindowAddress, open_source
+from minrnn.data.corpus import open_source
+from minrnn.data.document_stream import DocumentStream, WindowAddress
 from minrnn.data.sources import Position
 
 FORMATS = ("jsonl", "parquet", "csv", "saved")
@@ -195,6 +196,23 @@ def test_a_filter_that_nothing_passes_is_named(corpus: str):
     )
     with pytest.raises(UserError, match=r"data.filter: leaves nothing of .*: none of 20 documents passes"):
         DocumentReader(spec, 0)
+
+
+VALUES = st.one_of(st.text(max_size=3), st.integers(-5, 5), st.booleans(), st.floats(-2, 2))
+
+
+@given(
+    template=st.sampled_from([None, "{a}", "{{x}} {a}\\n{b}"]),
+    fields=st.dictionaries(
+        st.sampled_from("abc"), st.one_of(VALUES, st.lists(VALUES, min_size=1, max_size=3))
+    ),
+    ranges=st.dictionaries(st.sampled_from("def"), st.sampled_from([{"min": 0.5}, {"max": 2}])),
+    limits=st.sampled_from([{}, {"min_bytes": 3}, {"max_bytes": 0}, {"min_bytes": 1, "max_bytes": 9}]),
+)
+def test_rules_are_made_again_from_their_settings(template: str | None, fields, ranges, limits):
+    made = rules(template, **fields, **ranges, **limits)
+    settings = json.loads(json.dumps(made.as_settings()))
+    assert RowRules.from_settings(settings["template"], settings["filter"] or {}) == made
 
 
 @pytest.mark.parametrize(

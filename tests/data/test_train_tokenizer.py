@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from minrnn.common.errors import UserError
 from minrnn.data import BYTES, Encoder, byte_tokenizer, load_tokenizer, model_vocab_size, num_token_ids
-from minrnn.data.corpus import DocumentStream
+from minrnn.data.document_stream import DocumentStream
 from minrnn.data.prepared.make import prepare
 from minrnn.data.sample import count, sample_documents
 from minrnn.data.tokenizer import tokenizer_fingerprint
@@ -40,8 +40,8 @@ def test_any_text_is_restored(encoder: Encoder, text: str):
     assert encoder.num_bytes(tokens) == len(text.encode())
     assert encoder._tokenizer().decode(tokens.tolist()) == text
     assert (tokens >= 3).all(), "the names of special tokens in a text are text"
-    (together,) = encoder.encode_many([text])
-    np.testing.assert_array_equal(together, tokens)
+    together = encoder.documents([text, text])
+    np.testing.assert_array_equal(together[1], encoder.with_bounds(tokens))
 
 
 def test_its_special_tokens_and_size(folder: Path):

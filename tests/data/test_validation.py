@@ -5,6 +5,7 @@ from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from minrnn.data import (
     CorpusSpec,
     DocumentStream,
     Encoder,
+    RetryPolicy,
     ValidationSet,
     byte_tokenizer,
     corpus_tokens,
@@ -30,30 +32,16 @@ from minrnn.data import (
 from minrnn.data.corpus import Split
 
 
-def document_validation(
-    spec: CorpusSpec,
-    part: Split,
-    encoder: Encoder,
-    reader: int,
-    num_readers: int,
-    num_lanes: int,
-    chunk: int,
-    max_tokens: int | None,
-) -> ValidationSet:
-    held_out = held_out_documents(spec, part, encoder, max_tokens)
-    return held_out.documents(reader, num_readers, num_lanes, chunk)
+def document_validation(spec: CorpusSpec, part: Split, encoder: Encoder, *layout: Any) -> ValidationSet:
+    """The documents of a reader; `layout` is reader, num_readers, num_lanes, chunk, max_tokens."""
+    *division, max_tokens = layout
+    return held_out_documents(spec, part, encoder, max_tokens).documents(*division)
 
 
-def window_validation(
-    tokens: np.ndarray,
-    encoder: Encoder,
-    reader: int,
-    num_readers: int,
-    num_lanes: int,
-    chunk: int,
-    max_tokens: int | None,
-) -> ValidationSet:
-    return held_out_text(tokens, encoder, max_tokens).crops(reader, num_readers, num_lanes, chunk)
+def window_validation(tokens: np.ndarray, encoder: Encoder, *layout: Any) -> ValidationSet:
+    """The crops of a reader; `layout` as of `document_validation`."""
+    *division, max_tokens = layout
+    return held_out_text(tokens, encoder, max_tokens).crops(*division)
 
 
 def lanes_of(validation: ValidationSet, num_lanes: int, size: int) -> list[list[list[int]]]:
@@ -298,7 +286,7 @@ def test_files_made_from_something_else_are_not_read(tmp_path: Path):
     ]
     for other in others:
         assert load_held_out(tmp_path / "kept", made_from(*other)) is None
-    moved = replace(spec, corpus="elsewhere", excluded=("x",))
+    moved = replace(spec, corpus="elsewhere", excluded=("x",), network=RetryPolicy(retries=1))
     assert made_from(moved, *arguments[1:]) == source
     assert made_from(moved, None, *arguments[2:]) != made_from(spec, None, *arguments[2:])
     assert load_held_out(tmp_path / "kept", source) is not None
