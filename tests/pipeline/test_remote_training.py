@@ -29,6 +29,7 @@ def test_training_over_a_failing_server_ends_with_the_losses_of_local_files(
     pyarrow.parquet.write_table(table, tmp_path / "corpus/words.parquet", row_group_size=2)
     values["data"]["corpus"] = str(tmp_path / "corpus/words.parquet")
     values["data"] |= {"validation": str(corpus), "shuffle_window": 2}
+    values["train"]["steps"] = 48  # three times the corpus, more than a reader reads ahead at step 4
     expected = losses(run_recipe(values))
     values["data"] |= {"retries": 10, "retry_wait": 0.001, "timeout": 5.0}
     with serve(tmp_path / "corpus", FAULTS * 2) as server:

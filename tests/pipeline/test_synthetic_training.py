@@ -154,7 +154,13 @@ def test_the_command_line_sets_a_task():
 
 
 def learn(
-    run_recipe: Run, folder: Path, data: dict[str, Any], chunk: int, steps: int, cell: str = "mingru"
+    run_recipe: Run,
+    folder: Path,
+    data: dict[str, Any],
+    chunk: int,
+    steps: int,
+    cell: str = "mingru",
+    lr: float = 5e-3,
 ) -> dict[str, Any]:
     """The last validation of a 2-layer minGRU that was trained on a task."""
     shape = {
@@ -169,7 +175,7 @@ def learn(
         "model": shape,
         "data": data,
         "batch": {"lanes": 64, "chunk": chunk, "carry_state": False},
-        "optim": {"lr": 5e-3},
+        "optim": {"lr": lr},
         "train": {"steps": steps, "log_every": 100},
         "tracking": {"uri": None},
     }
@@ -184,8 +190,9 @@ def test_selective_copying_is_learned(run_recipe: Run, tmp_path: Path):
 
 @pytest.mark.slow
 def test_even_pairs_is_learned_for_longer_strings_than_those_of_training(run_recipe: Run, tmp_path: Path):
+    """At this learning rate each of five seeds reached 0.98; at half of it, two of five stayed below 0.95."""
     data = {"corpus": "synthetic/even-pairs", "task": {"test_lengths": [64, 96, 128, 160]}}
-    result = learn(run_recipe, tmp_path / "pairs", data, chunk=40, steps=600)
+    result = learn(run_recipe, tmp_path / "pairs", data, chunk=40, steps=600, lr=1e-2)
     assert min(result["by_length"].values()) > 0.95
     assert max(int(length) for length in result["by_length"]) == 160
 
