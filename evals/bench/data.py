@@ -1,6 +1,7 @@
 """`minrnn bench data`: whether training waits for its data.
 
     minrnn          ChunkLoader, in this process or in worker processes: documents to chunks with positions
+    prepared        the same, from the tokens that `minrnn prepare` wrote of the same documents
     encode_batch    the tokenizer alone, on the same documents in main memory: the upper limit for BPE
     raw read        reads the file of the documents: the upper limit for bytes, since a byte is a token
     datasets        load_dataset(streaming=True) -> map(tokenizer) -> map(group), as transformers' run_clm
@@ -29,6 +30,7 @@ from tqdm import tqdm
 
 from ...data import BYTES, ChunkLoader, CorpusSpec, Encoder, ReaderSpec, byte_tokenizer, cache_folder
 from ...data.loader import READ_AHEAD_STEPS
+from ...data.prepared.make import prepare
 from ...data.read_ahead import GROUP_CHARACTERS
 from ...pipeline.metrics import read_metrics
 from ..output import si, table
@@ -143,10 +145,12 @@ def run(arguments: argparse.Namespace, record: Record) -> None:
 
 
 def _run_contest(contest: Contest, documents: str) -> list[dict[str, Any]]:
-    """Measure the contenders. A corpus in another form, such as prepared tokens, is one more entry here."""
     arguments, loaders = contest.arguments, []
     makers: dict[str, Callable[[], Turn]] = {
-        f"minrnn, {count} worker(s)": lambda count=count: _loader(contest, count, loaders)
+        f"{name}, {count} worker(s)": lambda corpus=corpus, count=count: _loader(
+            contest, corpus, count, loaders
+        )
+        for name, corpus in (("minrnn", contest.file), ("prepared", _prepared(contest)))
         for count in arguments.workers
     }
     limit = RAW if contest.tokenizer_name == BYTES else ALONE
@@ -160,7 +164,7 @@ def _run_contest(contest: Contest, documents: str) -> list[dict[str, Any]]:
             loader.close()
     section = {"tokenizer": contest.tokenizer_name, "documents": documents}
     rows = [_row("data", name, timing, contest.num_tokens) | section for name, timing in timings.items()]
-    for row, workers in zip(rows, arguments.workers, strict=False):
+    for row, workers in zip(rows, arguments.workers * 2, strict=False):
         row["workers"] = workers
     for key, other in (("of_limit", limit), ("of_datasets", "datasets")):
         for reference in [row for row in rows if row["contender"] == other]:
@@ -221,11 +225,18 @@ def _encode_batch(contest: Contest) -> Turn:
     return turn
 
 
-def _loader(contest: Contest, workers: int, loaders: list[ChunkLoader]) -> Turn:
+def _prepared(contest: Contest) -> Path:
+    """The folder of the contest's documents as tokens."""
+    folder = contest.file.with_name(f"{contest.file.stem}-{contest.tokenizer_name}")
+    prepare(CorpusSpec(str(contest.file)), contest.tokenizer, contest.tokenizer_name, folder, workers=0)
+    return folder
+
+
+def _loader(contest: Contest, corpus: Path, workers: int, loaders: list[ChunkLoader]) -> Turn:
     """A turn of our loader, as training uses it."""
     arguments = contest.arguments
     shape = (arguments.lanes, arguments.chunk, arguments.window, arguments.seed)
-    spec = ReaderSpec(CorpusSpec(str(contest.file)), "documents", contest.encoder(), 1, *shape)
+    spec = ReaderSpec(CorpusSpec(str(corpus)), "documents", contest.encoder(), 1, *shape)
     loader = ChunkLoader(spec, [0], [None], workers)
     loaders.append(loader)
     characters = statistics.mean(map(len, contest.texts)) * arguments.window

@@ -165,7 +165,7 @@ def test_data(workers: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     record = run("data", [*MODEL, *shape, *options], tmp_path / "out")
     demand, *rows = record["rows"]
     assert demand["contender"] == "training step"
-    ours = [f"minrnn, {count} worker(s)" for count in workers.split(",")]
+    ours = [f"{name}, {count} worker(s)" for name in ("minrnn", "prepared") for count in workers.split(",")]
     assert [(row["tokenizer"], row["documents"], row["contender"]) for row in rows] == [
         (tokenizer, "own", contender)
         for tokenizer, limit in (("bytes", "raw read"), ("bpe", "encode_batch"))
