@@ -96,6 +96,8 @@ class Lane:
     """unsigned, `<bos> text <eos>`; empty before the first document"""
     offset: int = 0
     """Number of positions already read."""
+    last: int = 0
+    """Number of positions of the document."""
     name: str = ""
     window: dict[str, Any] | None = None
     """The address of the document's window; JSON."""
@@ -103,14 +105,17 @@ class Lane:
     """Index of the document in its window."""
     _digest: str | None = None
 
-    def start(self, tokens: np.ndarray, name: str, window: dict[str, Any], number: int) -> None:
+    def start(
+        self, tokens: np.ndarray, name: str = "", window: dict[str, Any] | None = None, number: int = 0
+    ) -> None:
         """Begin a document."""
         self.tokens, self.offset, self.name, self._digest = tokens, 0, name, None
+        self.last = max(len(tokens) - 1, 0)
         self.window, self.number = window, number
 
     @property
     def num_remaining(self) -> int:
-        return max(len(self.tokens) - 1 - self.offset, 0)
+        return self.last - self.offset
 
     @property
     def digest(self) -> str:
@@ -137,13 +142,16 @@ class Lane:
     def emit(self, chunk: Chunk, row: int, column: int, end: int | None = None) -> int:
         """Write as many positions as fit into a row of the chunk from `column` to `end` (its own); returns
         their number."""
-        end = len(chunk.input_ids[row]) if end is None else end
-        count = min(self.num_remaining, end - column)
-        piece = self.tokens[self.offset : self.offset + count + 1]
-        chunk.input_ids[row, column : column + count] = piece[:-1]
-        chunk.shift_labels[row, column : column + count] = piece[1:]
-        chunk.document_starts[row, column] = self.offset == 0
-        if self.offset == 0 or not chunk.documents[row]:
-            chunk.documents[row].append(self.name)
-        self.offset += count
+        start, tokens = self.offset, self.tokens
+        num_free = (chunk.input_ids.shape[1] if end is None else end) - column
+        count = min(self.last - start, num_free)
+        chunk.input_ids[row, column : column + count] = tokens[start : start + count]
+        chunk.shift_labels[row, column : column + count] = tokens[start + 1 : start + count + 1]
+        names = chunk.documents[row]
+        if start == 0:
+            chunk.document_starts[row, column] = True
+            names.append(self.name)
+        elif not names:
+            names.append(self.name)
+        self.offset = start + count
         return count

@@ -38,10 +38,11 @@ def encode_documents(encoder: Encoder, documents: Sequence[Document]) -> list[np
             document.
     """
     encoded = iter(_encode_texts(encoder, [document for document in documents if document.prepared is None]))
+    prepared = iter(
+        encoder.with_bounds([document.prepared.tokens for document in documents if document.prepared])
+    )
     return [
-        encoder.with_bounds(document.prepared.tokens)
-        if document.prepared is not None
-        else next(encoded)[: -1 if document.is_cut else None]
+        next(encoded)[: -1 if document.is_cut else None] if document.prepared is None else next(prepared)
         for document in documents
     ]
 

@@ -6,6 +6,7 @@ by <bos>, <eos> and <pad>. The names of these special tokens in a text are encod
 
 import array
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -294,7 +295,7 @@ class Encoder:
         encoded piece by piece, unless `TextCutter` cannot cut them.
         """
         if self.backend_json is None:
-            return [self.with_bounds(np.frombuffer(text.encode(), np.uint8)) for text in texts]
+            return self.with_bounds([np.frombuffer(text.encode(), np.uint8) for text in texts])
         documents = [array.array(self.dtype.char, [self.bos]) for _ in texts]
         for batch in self._batches(texts):
             encodings = self._tokenizer().encode_batch_fast(
@@ -327,11 +328,14 @@ class Encoder:
             self._cutter = TextCutter(self._tokenizer())
         return self._cutter.pieces(text)
 
-    def with_bounds(self, tokens: np.ndarray) -> np.ndarray:
-        """The tokens of a text between bos and eos, `dtype`."""
-        document = np.empty(len(tokens) + 2, self.dtype)
-        document[0], document[1:-1], document[-1] = self.bos, tokens, self.eos
-        return document
+    def with_bounds(self, texts: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """The tokens of each text between bos and eos, `dtype`; views of one array."""
+        ends = list(itertools.accumulate(len(tokens) + 2 for tokens in texts))
+        joined = np.empty(ends[-1] if ends else 0, self.dtype)
+        documents = [joined[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+        for document, tokens in zip(documents, texts, strict=True):
+            document[0], document[1:-1], document[-1] = self.bos, tokens, self.eos
+        return documents
 
     def encode(self, text: str) -> np.ndarray:
         """The tokens of the text alone, `dtype`, without bos and eos."""

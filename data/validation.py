@@ -60,7 +60,7 @@ class ValidationSet:
                 column = 0
                 while column < self.chunk and remaining[row] > 0:
                     if lane.num_remaining == 0:
-                        lane.tokens, lane.offset = next(waiting[row]), 0
+                        lane.start(next(waiting[row]))
                     count = lane.emit(chunk, row, column)
                     column, remaining[row] = column + count, remaining[row] - count
             yield chunk

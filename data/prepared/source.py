@@ -142,22 +142,16 @@ class PreparedCorpus:
             lines_before = self._lines_before(part)
         index = opened.index[first:last] - lines_before
         is_chosen = (index >= start.index) & (index % part.step == part.first)
-        chosen = np.flatnonzero(is_chosen) + first
+        chosen = np.flatnonzero(is_chosen)
+        documents = opened.documents(chosen + first)
         with convert_read_errors(self.folder / shard_name(part.shard)):
-            for number, (name, skipped, filtered, is_left_out, text) in zip(
-                chosen.tolist(), opened.documents(chosen), strict=True
+            for number, place, (name, skipped, filtered, is_left_out, text) in zip(
+                index[chosen].tolist(), opened.place[chosen + first].tolist(), documents, strict=True
             ):
-                if part.within is not None and lines_before:
-                    # as in a part of JSON lines, where the number of the line is unknown
-                    name = f"{name.rpartition(':')[0]}@{opened.place[number]}"
-                yield Document(
-                    None,
-                    name,
-                    int(opened.index[number]) - lines_before,
-                    num_skipped=skipped,
-                    prepared=None if is_left_out else text,
-                    num_filtered=filtered,
-                )
+                if lines_before:  # as in a part of JSON lines, where the number of the line is unknown
+                    name = f"{name.rpartition(':')[0]}@{place}"
+                prepared = None if is_left_out else text
+                yield Document(None, name, number, skipped, filtered, prepared=prepared)
 
     def _lines_before(self, part: Part) -> int:
         """What is subtracted from indices in the shard for those in a part."""

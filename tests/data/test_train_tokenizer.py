@@ -41,7 +41,7 @@ def test_any_text_is_restored(encoder: Encoder, text: str):
     assert encoder._tokenizer().decode(tokens.tolist()) == text
     assert (tokens >= 3).all(), "the names of special tokens in a text are text"
     together = encoder.documents([text, text])
-    np.testing.assert_array_equal(together[1], encoder.with_bounds(tokens))
+    np.testing.assert_array_equal(together[1], encoder.with_bounds([tokens])[0])
 
 
 def test_its_special_tokens_and_size(folder: Path):
