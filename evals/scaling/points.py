@@ -206,7 +206,7 @@ def _of_folder(path: Path, count: Count, leave_out_failed: bool) -> tuple[list[P
         if (folder.parent.parent / "failed" / f"{folder.name}.json").exists():
             failed.append(folder.name)
             continue
-        end = _end_of(folder)
+        end = last_validation(folder)
         if end is None:
             unfinished.append(folder.name)
             continue
@@ -240,7 +240,7 @@ def _runs_in(path: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
             yield from _runs_in(folder)
 
 
-def _end_of(folder: Path) -> dict[str, Any] | None:
+def last_validation(folder: Path) -> dict[str, Any] | None:
     """The validation after a run's last step; None if it is not finished."""
     config, metrics = folder / "config.yaml", folder / "metrics.jsonl"
     if not config.exists() or not metrics.exists() or not (folder / ".finished").exists():
@@ -257,7 +257,8 @@ def _end_of(folder: Path) -> dict[str, Any] | None:
 def _of_run(folder: Path, entry: dict[str, Any], end: dict[str, Any], count: Count) -> tuple[Point, str]:
     """The point of a finished run, and the unit of its loss."""
     config = yaml.safe_load((folder / "config.yaml").read_text())
-    size = entry or _size(folder)
+    is_known = entry and entry.get("trial") is None  # a plan has no sizes of settings that a search draws
+    size = entry if is_known else _size(folder)
     data = {key: config["data"].get(key.removeprefix("data.")) for key in SAME_DATA}
     in_bits = "bits_per_byte" in end
     point = Point(

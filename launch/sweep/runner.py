@@ -27,6 +27,7 @@ from ...common.locks import lock
 from .branch import has_branch_point, start_branch
 from .expand import recipe_with
 from .leases import Lease, Leases, RunState
+from .search import Study
 
 POLL = 1.0  # seconds
 # Training ended because it was told to: it has saved, and goes on later.
@@ -53,11 +54,12 @@ class Runner:
     Args:
         folder: of the sweep.
         runs: the plan's entries.
-        base: values of the base recipe, section -> field -> value.
+        base: values of every run's recipe, section -> field -> value.
         command: what trains a run.
         retries: how often a run that failed is started again.
         leases: of the folder.
         poll: seconds between looks at the folder and at training.
+        study: of a search; draws the settings of its runs.
     """
 
     def __init__(
@@ -69,10 +71,11 @@ class Runner:
         retries: int,
         leases: Leases,
         poll: float = POLL,
+        study: Study | None = None,
     ):
         self.folder, self.base, self.command, self.retries = folder, base, command, retries
         self.runs = {run["name"]: run for run in runs}
-        self.leases, self.poll = leases, poll
+        self.leases, self.poll, self.study = leases, poll, study
         self.stop = threading.Event()
         self.errors: list[BaseException] = []
         for name in ("runs", "recipes", "logs", "failed"):
@@ -142,7 +145,10 @@ class Runner:
             outcome, message = self._attempt(name, lease, hardware)
         finally:
             if not lease.is_lost.is_set():
-                if outcome == "failed" and len(state.failures) >= self.retries:
+                is_last_failure = outcome == "failed" and len(state.failures) >= self.retries
+                if self.study is not None and (outcome == "done" or is_last_failure):
+                    self.study.record(name, has_failed=is_last_failure)
+                if is_last_failure:
                     failures = [*state.failures, message]
                     write_json(self.folder / "failed" / f"{name}.json", {"failures": failures})
                 elif outcome == "done":
@@ -191,8 +197,10 @@ class Runner:
     def _write_recipe(self, name: str, is_branch: bool) -> Path:
         """Write the run's recipe, for training and for `minrnn train --config` by hand."""
         run = self.runs[name]
+        drawn = {} if self.study is None else self.study.settings(name)
         settings = {
             **run["settings"],
+            **drawn,
             "run.dir": str(self.run_dir(name)),
             "run.change": ["optim.schedule_steps"] if is_branch else [],
             "train.save_at": run["save_at"],
@@ -200,7 +208,6 @@ class Runner:
         if run["sizes"]:
             settings["model.sizes"] = run["sizes"]
         values = recipe_with(self.base, settings)
-        values.setdefault("tracking", {}).setdefault("experiment", self.folder.name)
         path = self.folder / "recipes" / f"{name}.yaml"
         write_text(path, yaml.safe_dump(values, sort_keys=False))
         return path

@@ -125,7 +125,7 @@ def test_the_rules_are_those_of_the_published_ladder():
         ({"grid": {"optim.lrr": [1]}}, r"optim\.lrr: unknown key \(did you mean optim\.lr\?\)"),
         ({"grid": {}}, "grid: names no setting"),
         ({"grid": {"optim.lr": []}}, r"grid\.optim\.lr: "),
-        ({}, "sweep: must have one of grid, random, ladder, not none"),
+        ({}, "sweep: must have one of grid, random, search, ladder, not none"),
         ({"grid": {"optim.lr": [1e-3, 1e-3]}}, "have the same settings"),
         ({"grid": {"run.dir": ["a"]}}, r"run\.dir: is set by the sweep"),
         ({"grid": {"run.seed": [1, 2]}}, r"run\.seed: .*name its values in seeds"),
@@ -147,6 +147,26 @@ def test_the_rules_are_those_of_the_published_ladder():
         (
             {"random": {"runs": 1, "settings": {"optim.lr": {"low": 2, "high": 1}}}},
             "high: must be at least low",
+        ),
+        (
+            {"search": {"runs": 1, "settings": {"optim.lr": {"low": -1, "high": 1}}}},
+            r"optim\.lr: .*greater than 0",
+        ),
+        (
+            {"search": {"runs": 1, "settings": {"train.steps": [1, 2]}}},
+            r"search\.settings\.train\.steps: cannot be drawn",
+        ),
+        (
+            {"search": {"runs": 1, "settings": {"data.corpus": ["a", "b"]}}},
+            r"search\.settings\.data\.corpus: cannot be drawn",
+        ),
+        (
+            {"search": {"runs": 1, "settings": {"optim.lr": [1e-3]}}, "seeds": [0, 1]},
+            "seeds: must be one for a search",
+        ),
+        (
+            {"search": {"runs": 1, "samplr": "tpe", "settings": {"optim.lr": [1e-3]}}},
+            r"search\.samplr: unknown key \(did you mean sampler\?\)",
         ),
         ({"outt": "x", "grid": {"optim.lr": [1e-3]}}, r"outt: unknown key \(did you mean out\?\)"),
     ],
