@@ -112,7 +112,7 @@ def read_points(path: Path, count: Count, leave_out_failed: bool) -> PointSet:
         notes.append(f"{len(diverged)} diverged: {', '.join(point.run for point in diverged)}")
     points = [point for point in points if math.isfinite(point.loss)]
     if not points:
-        raise UserError(str(path), "holds no finished runs")
+        raise UserError(str(path), "holds no finished runs" if path.is_dir() else "holds no points")
     _check_same_data(path, points)
     names = dict.fromkeys(point.family for point in points)
     return PointSet([_gathered(name, points) for name in names], unit, notes)
@@ -156,9 +156,13 @@ def _of_csv(path: Path) -> list[Point]:
         raise UserError(str(path), f"is no CSV file: {error}") from None
     header = [name.strip() for name in rows[0]] if rows else []
     if missing := [name for name in REQUIRED if name not in header]:
-        similar = did_you_mean(nearest_names(missing[0], header), "its first line must name the columns")
+        similar = did_you_mean(
+            nearest_names(missing[0], header), "its first line must name the columns, separated by commas"
+        )
         message = f"has no column {', '.join(missing)} ({similar})"
         raise UserError(str(path), message)
+    if repeated := sorted({name for name in header if header.count(name) > 1}):
+        raise UserError(str(path), f"names a column twice: {', '.join(repeated)}")
     points, errors = [], []
     for number, row in enumerate(rows[1:], 2):
         if not any(cell.strip() for cell in row):

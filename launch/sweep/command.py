@@ -17,7 +17,8 @@ from ...common.output import warn
 from ...evals.output import si, table
 from ...pipeline.machine import num_cores
 from ...pipeline.options import new_parser
-from ...pipeline.recipe import recipe_values
+from .checks import check_corpora
+from .expand import base_values, expand
 from .leases import Leases
 from .parent import end_parent, tracked_base
 from .plan import planned, publish
@@ -92,7 +93,7 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         UserError: all errors of the sweep and the options, before anything is trained.
     """
-    words, overrides = _settings_options(argv)
+    words, overrides = settings_options(argv)
     arguments = _parser().parse_args(words)
     errors = option_minimum_errors(arguments, workers=1)
     for name in ("tflops", "fraction"):
@@ -103,12 +104,13 @@ def main(argv: Sequence[str]) -> None:
     sweep = read_sweep(arguments.sweep, overrides)
     if arguments.out is not None:
         sweep.out = os.path.expanduser(arguments.out)
-    base = recipe_values(sweep.base) if sweep.base else {}
+    base = base_values(sweep)
     if sweep.search is not None:
         check_optuna()
     if arguments.plan:
         print(_plan_text(planned(sweep), base, arguments))
         return
+    check_corpora(expand(sweep))
     shares = hardware_of(arguments.workers, sweep.processes)
     folder, runs = Path(sweep.out), publish(sweep, planned(sweep))
     base = tracked_base(base, folder)
@@ -127,7 +129,7 @@ def main(argv: Sequence[str]) -> None:
         raise SystemExit(1)
 
 
-def _settings_options(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+def settings_options(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """The other words of a command line, and the settings of `--settings.KEY VALUE` (or =VALUE) by key.
 
     Raises:

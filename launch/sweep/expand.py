@@ -52,7 +52,7 @@ def expand(sweep: Sweep) -> list[PlannedRun]:
     Raises:
         UserError: all errors of all runs, two runs of the same settings, or a budget that is too small.
     """
-    builder = Builder(recipe_values(sweep.base) if sweep.base else {})
+    builder = Builder(base_values(sweep))
     errors: dict[tuple[str, str], None] = {}
     runs: list[PlannedRun] = []
     middle = {} if sweep.search is None else _middle(sweep.search)
@@ -73,11 +73,24 @@ def expand(sweep: Sweep) -> list[PlannedRun]:
     return runs
 
 
+def base_values(sweep: Sweep) -> dict[str, Any]:
+    """The values of a sweep's base recipe, section -> field -> value.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return recipe_values(sweep.base) if sweep.base else {}
+    except UserError as error:
+        raise error.with_keys({"--config": "base"}) from None
+
+
 def _errors_together(runs: list[PlannedRun]) -> Iterator[tuple[str, str]]:
     """Errors of runs that are valid alone."""
     by_settings: dict[str, str] = {}
     for run in runs:
-        text = json.dumps(run.settings, sort_keys=True, default=str)
+        # The recipe's values: 1 and 1.0 are equal, and a default equals its value.
+        text = json.dumps([getattr(run.recipe, section).model_dump(mode="json") for section in SECTIONS])
         if text in by_settings and run.trial is None:
             yield "sweep", f"{by_settings[text]} and {run.name} have the same settings"
         by_settings.setdefault(text, run.name)

@@ -16,6 +16,7 @@ from typing import Any
 
 from ...common.errors import UserError
 from ...common.files import make_folder, sync
+from .checks import launch_errors
 from .expand import PlannedRun, expand
 from .spec import Sweep
 
@@ -32,6 +33,8 @@ def planned(sweep: Sweep) -> list[dict[str, Any]]:
         UserError: errors of the sweep; or its folder holds another.
     """
     runs = expand(sweep)
+    if errors := dict.fromkeys(launch_errors(sweep, runs)):
+        raise UserError.from_list(errors)
     path = Path(sweep.out) / PLAN
     if not path.exists():
         return _entries(runs)

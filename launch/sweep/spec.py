@@ -70,6 +70,12 @@ class Range(Section):
             return {"low": "must be positive for a logarithm"}
         return {}
 
+    def num_values(self) -> float:
+        """How many values it has."""
+        if self.integer:
+            return round(self.high) - round(self.low) + 1
+        return math.inf if self.low < self.high else 1
+
 
 class Random(Section):
     """Runs with settings that are drawn at random."""
@@ -92,6 +98,13 @@ class Search(Random):
     def errors(self) -> dict[str, str]:
         fixed = {key: why for name, why in FIXED_IN_A_SEARCH.items() for key in self.settings if key == name}
         return {f"settings.{key}": message for key, message in fixed.items()}
+
+    def num_drawings(self) -> float:
+        """How many different settings can be drawn; infinite with a continuous range."""
+        counts = [
+            each.num_values() if isinstance(each, Range) else len(each) for each in self.settings.values()
+        ]
+        return math.prod(counts)
 
 
 class Ladder(Section):
@@ -151,6 +164,9 @@ class Sweep(Section):
                     errors |= {f"{kind}.settings.{key}.{name}": m for name, m in drawn.errors().items()}
         if self.search is not None:
             errors |= {f"search.{key}": message for key, message in self.search.errors().items()}
+            if (drawings := self.search.num_drawings()) < self.search.runs:
+                message = f"has {drawings} combinations for {self.search.runs} runs; use grid for all of them"
+                errors["search.runs"] = message
             if len(self.seeds) > 1:
                 errors["seeds"] = "must be one for a search, which trains each drawing once"
         for name in ("sizes", "budgets", "lr_factors"):
@@ -218,4 +234,6 @@ def _error(error: Any) -> tuple[str, str]:
         return key, f"unknown key ({hint})"
     if error["type"] == "missing":
         return key, "is missing"
+    if error["type"] == "too_short" and not error["input"]:
+        return key, "is empty"
     return key, f"{error['msg'][0].lower()}{error['msg'][1:]}, not {error['input']!r}"

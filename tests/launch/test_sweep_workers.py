@@ -26,6 +26,9 @@ with open(starts, "a") as file:
     file.write("x")
 if name.startswith("bad") or (name.startswith("flaky") and os.path.getsize(starts) == 1):
     sys.exit("error: the disk is on fire")
+if name.startswith("refused"):
+    print("error: optim.lr: is too high")
+    sys.exit(2)
 """
 
 
@@ -90,11 +93,14 @@ while not os.path.exists(os.path.join(folder, "starts-" + other)):
 
 
 def test_a_run_that_fails_is_tried_again_then_marked_and_the_others_go_on(tmp_path: Path):
-    runs = [entry("bad", flops=9.0), entry("flaky", flops=5.0), entry("good")]
+    runs = [entry("bad", flops=9.0), entry("flaky", flops=5.0), entry("good"), entry("refused")]
     runs.append(entry("branch", trunk="bad", branch_step=3))
     work([runner(tmp_path, runs)])
     starts = {path.name: len(path.read_text()) for path in tmp_path.glob("starts-*")}
-    assert starts == {"starts-bad": 3, "starts-flaky": 2, "starts-good": 1, "starts-branch": 1}
+    expected = {"bad": 3, "flaky": 2, "good": 1, "branch": 1, "refused": 1}
+    assert starts == {f"starts-{name}": number for name, number in expected.items()}
+    refused = json.loads((tmp_path / "failed" / "refused.json").read_text())["failures"]
+    assert refused == ["error: optim.lr: is too high (exit status 2)"]
     failures = json.loads((tmp_path / "failed" / "bad.json").read_text())["failures"]
     assert failures == ["error: the disk is on fire (exit status 1)"] * 3
     assert not (tmp_path / "failed" / "flaky.json").exists()

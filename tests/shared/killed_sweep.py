@@ -197,7 +197,7 @@ def tracking_differences(uri: str, killed: Path) -> list[str]:
     runs = client.search_runs([experiment.experiment_id])
     parents = [run for run in runs if NAME_TAG in run.data.tags]
     children = sorted(
-        run.info.run_name for run in runs if run.data.tags.get(PARENT_TAG) == parents[0].info.run_id
+        str(run.info.run_name) for run in runs if run.data.tags.get(PARENT_TAG) == parents[0].info.run_id
     )
     errors = []
     if [parent.info.status for parent in parents] != ["FINISHED"]:
