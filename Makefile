@@ -1,7 +1,7 @@
 # The project's commands. Each installs its dependencies first, if they are missing.
 #   make setup      a .venv with the core, versions pinned by constraints.txt (TORCH_INDEX=URL chooses a
 #                   build of torch, PYTHON=python3.12 a Python)
-#   make setup-X    the core and an extra: eval, bench, deepspeed; test for all of them and the test tools
+#   make setup-X    the core and an extra: eval, bench, deepspeed, search; test for all of them and the test tools
 #   make train      the main job: three minutes of training on two cores, into runs/quickstart/
 #   make bench      minrnn bench with all peers (BENCH="train --lengths 512" for another than the scan)
 #   make test       lint, types and tests, a few minutes
@@ -26,11 +26,11 @@ RESTART := from-nothing
 endif
 endif
 
-.PHONY: setup setup-eval setup-bench setup-deepspeed setup-test train bench test test-slow test-multihost
+.PHONY: setup setup-eval setup-bench setup-deepspeed setup-search setup-test train bench test test-slow test-multihost
 .PHONY: test-transformers sweep-demo soak clean from-nothing
 
 setup: .venv/.ready
-setup-eval setup-bench setup-deepspeed setup-test: setup-%: .venv/.ready-%
+setup-eval setup-bench setup-deepspeed setup-search setup-test: setup-%: .venv/.ready-%
 
 define CHECK_PYTHON
 import sys
@@ -64,7 +64,7 @@ export CHECK_PYTHON
 	rm $(UNFINISHED)
 	touch $@
 
-.venv/.ready-test: EXTRAS := bench,deepspeed,eval,test
+.venv/.ready-test: EXTRAS := bench,deepspeed,eval,search,test
 .venv/.ready-%: EXTRAS = $*
 .venv/.ready-%: .venv/.ready
 	touch $(UNFINISHED)

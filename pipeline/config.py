@@ -303,6 +303,9 @@ class TrackingSection(Section):
     first."""
     experiment: str = "minrnn"
     """Name of the MLflow experiment."""
+    parent: str | None = Field(default=None, pattern=r"^[^'`]+$")
+    """Name of the MLflow run in which this one is nested, with all others of the same name in the experiment
+    and in neighbouring folders. The first of them creates it. A sweep sets it."""
 
     def resolved_uri(self) -> str | None:
         """`uri`, with auto resolved."""

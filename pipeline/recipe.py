@@ -217,8 +217,7 @@ def read_recipe(argv: list[str]) -> Recipe:
         if values.get(section) is None:
             values[section] = {}
         if isinstance(values[section], dict):
-            field = SECTIONS[section].model_fields.get(name)
-            values[section][name] = _parse_value(text, field.annotation) if field else text
+            values[section][name] = setting_value(key, text)
     try:
         recipe = build_recipe(values)
     except UserError as error:
@@ -226,6 +225,13 @@ def read_recipe(argv: list[str]) -> Recipe:
     if errors:
         raise UserError.from_list(errors)
     return recipe
+
+
+def setting_value(key: str, text: str) -> Any:
+    """The value of a setting `section.field` from a word of the command line: text if the key is unknown."""
+    section, _, name = key.partition(".")
+    field = SECTIONS[section].model_fields.get(name) if section in SECTIONS else None
+    return _parse_value(text, field.annotation) if field else text
 
 
 def _parse_value(text: str, annotation: Any) -> Any:

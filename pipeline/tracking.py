@@ -27,6 +27,7 @@ from ..common.files import write_text
 from .config import Recipe
 from .public import public_config, without_credentials
 from .recipe import flatten, resolved_config
+from .tracking_parent import parent_tags
 from .tracking_store import (
     NOTE,
     error_line,
@@ -58,6 +59,7 @@ class Tracker:
         uri, experiment: of the MLflow run.
         parameters: the resolved configuration by key, as published.
         warn: called with a message, once for each kind of failure.
+        parent: name of the MLflow run that this one is nested in.
     """
 
     def __init__(
@@ -67,8 +69,10 @@ class Tracker:
         experiment: str,
         parameters: dict[str, Any],
         warn: Callable[[str], object],
+        parent: str | None = None,
     ):
         self.folder, self.uri, self.experiment, self._warn = folder, uri, experiment, warn
+        self.parent = parent
         self.parameters = {key: str(value)[:MAX_PARAMETER_LENGTH] for key, value in parameters.items()}
         self._metrics = folder / "metrics.jsonl"
         self._is_new = not self._metrics.exists() or self._metrics.stat().st_size == 0
@@ -232,7 +236,8 @@ class Tracker:
                 "experiment", f"the MLflow experiment {self.experiment} was deleted; the run is in {name}"
             )
         experiment_id = experiment.experiment_id if experiment else self._call(client.create_experiment, name)
-        return self._call(client.create_run, experiment_id, run_name=self.folder.resolve().name)
+        tags = self._call(parent_tags, client, experiment_id, self.parent, self.folder)
+        return self._call(client.create_run, experiment_id, tags=tags, run_name=self.folder.resolve().name)
 
     def _send_parameters(self, client: Any, known: dict[str, str]) -> None:
         from mlflow.entities import Param
@@ -304,7 +309,8 @@ def build_tracker(folder: Path, recipe: Recipe, warn: Callable[[str], object]) -
     uri, experiment = recipe.tracking.resolved_uri(), recipe.tracking.experiment
     if uri is None:
         return None
-    return Tracker(folder, uri, experiment, flatten(public_config(resolved_config(recipe))), warn)
+    parameters = flatten(public_config(resolved_config(recipe)))
+    return Tracker(folder, uri, experiment, parameters, warn, recipe.tracking.parent)
 
 
 def send_missed(folder: Path, recipe: Recipe, step: int, warn: Callable[[str], object]) -> None:

@@ -14,7 +14,7 @@ from ...common.files import user_path, write_text
 from ...common.output import warn
 from ...pipeline.options import new_parser
 from ..output import RESULTS
-from . import lm_eval, others, pictures, quality_tables
+from . import lm_eval, others, pictures, quality_tables, scaling
 from .compare import METRICS, PooledRuns, pool
 from .families import families_blocks
 from .page import NOT_RUN, code, link, table, text, to_html
@@ -82,6 +82,12 @@ def check(source: ResultSource) -> None:
         others.speed_section([source])
     elif source.kind == "soak":
         others.soak_line(source)
+    elif source.kind == "sweep soak":
+        others.sweep_soak_line(source)
+    elif source.kind == "fit":
+        scaling.fit_blocks(source)
+    elif source.kind == "rules":
+        scaling.rules_line(source)
     elif source.kind == "quickstart":
         others.quickstart_row([source])
     elif source.kind == "transformers":
@@ -244,6 +250,7 @@ def make(
     blocks += ["## Learning curves", *(curves or [f"Runs: {NOT_RUN}."])]
     blocks += _family_blocks(sources, out)
     blocks += _other_files(sources, out)
+    blocks += ["## Scaling laws", scaling.scaling_section(sources)]
     blocks += ["## Speed", others.speed_section(sources), *kernels]
     blocks += ["## Tests of transformers", others.transformers_section(sources)]
     blocks += ["## Endurance", others.soak_section(sources), *_missing_blocks(quality)]

@@ -170,7 +170,22 @@ def transformers_line(source: ResultSource) -> str:
 def soak_section(sources: Sequence[ResultSource]) -> str:
     """The section on the soak test."""
     soaks = [source for source in sources if source.kind == "soak"]
-    return "\n\n".join(soak_line(source) for source in soaks) or f"The soak: {NOT_RUN}."
+    lines = [soak_line(source) for source in soaks] or [f"The soak: {NOT_RUN}."]
+    lines += [sweep_soak_line(source) for source in sources if source.kind == "sweep soak"]
+    return "\n\n".join(lines)
+
+
+def sweep_soak_line(source: ResultSource) -> str:
+    """The kills of a sweep's workers, and each difference from an undisturbed sweep."""
+    data = source.data
+    result = "no run was lost or trained twice, and all equal those of an undisturbed sweep to the bit"
+    if data["problems"]:
+        result = "; ".join(map(text, data["problems"]))
+    faults = ", ".join(f"{text(name)} {count}" for name, count in data["faults"].items())
+    return (
+        f"A sweep of {data['runs']} runs under {data['kills']} `kill -9` ({faults}), with {data['starts']} "
+        f"starts of training: {result}. From {link(text(source.name), source.name)}."
+    )
 
 
 def soak_line(source: ResultSource) -> str:

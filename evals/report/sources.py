@@ -23,6 +23,9 @@ Kind = Literal[
     "long-context",
     "bench",
     "soak",
+    "sweep soak",
+    "fit",
+    "rules",
     "quickstart",
     "kernels",
     "transformers",
@@ -88,7 +91,7 @@ def detect_kind(data: Any) -> Kind:
     if not isinstance(data, dict):
         raise UnreadableError(f"holds no results ({type(data).__name__} instead of an object); {MADE_BY}")
     if "kind" in data:
-        if data["kind"] in ("runs", "families", "long-context"):
+        if data["kind"] in ("runs", "families", "long-context", "sweep soak", "fit", "rules"):
             return data["kind"]
         raise UnreadableError(f"is of the unknown kind {data['kind']!r}; {MADE_BY}")
     for kind, keys in FIELDS:

@@ -1,9 +1,9 @@
-"""`minrnn fit`: a scaling law with intervals, from runs, a sweep or a CSV."""
+"""`minrnn fit`: a scaling law with intervals, from runs, a sweep or a CSV; the check of a ladder's rules."""
 
 import argparse
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from ..record import command_line, commit, machine, versions
 from .compare import Comparison, compare
 from .figure import draw
 from .points import COUNTS, PointSet, read_points
+from .rates import FACTOR, Curve, draw_rates, optimizers_of, rates_table, read_curves, verdict
 from .resample import NAMES, Fitted, fit_family, interval_of, missing_for_a_fit
 from .words import BEYOND, paragraph
 
@@ -28,7 +29,8 @@ PATH is a sweep's folder, a folder of runs, or a CSV file with the columns famil
 (and flops, run). Intervals come from resampling the runs. Writes fit.json, fit.png and fit.txt."""
 EPILOG = """examples:
   minrnn fit runs/laptop
-  minrnn fit losses.csv --out fits/losses --replicates 1000"""
+  minrnn fit losses.csv --out fits/losses --replicates 1000
+  minrnn fit runs/rules --check-rules     is the ladder's learning rate near the best?"""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -37,6 +39,39 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         UserError: points that cannot be read or are too few, or a wrong option.
     """
+    arguments = _parser().parse_args(argv)
+    if errors := option_minimum_errors(arguments, replicates=20, seed=0):
+        raise UserError.from_list(errors)
+    path, out = arguments.path, arguments.out or _default_out(arguments.path)
+    if not path.exists():
+        raise UserError(str(path), "there is no such file or folder")
+    header = _header(argv, arguments)
+    if arguments.check_rules:
+        curves = read_curves(path)
+        _check_out(out)
+        _check_rules(path, curves, header, out)
+        return
+    points = read_points(path, arguments.count, arguments.leave_out_failed)
+    missing = [text for each in points.families if (text := missing_for_a_fit(each)) is not None]
+    if missing:
+        raise UserError.from_list((str(path), text) for text in missing)
+    _check_out(out)
+    fitted = [
+        fit_family(each, arguments.replicates, [arguments.seed, i]) for i, each in enumerate(points.families)
+    ]
+    comparisons = [
+        comparison for pair in itertools.combinations(fitted, 2) if (comparison := compare(*pair)) is not None
+    ]
+    text = paragraph(fitted, comparisons, points.unit, points.notes)
+    print(_table(fitted))
+    print(f"\n{text}\n")
+    write_json(out / "fit.json", header | _results(points, fitted, comparisons, text))
+    (out / "fit.txt").write_text(text + "\n")
+    _draw(out / "fit.png", (15, 4.8), lambda figure: draw(figure, fitted, points.unit))
+    print(f"{out / 'fit.json'}, fit.png and fit.txt written")
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = new_parser("minrnn fit", DESCRIPTION, EPILOG)
     parser.add_argument(
         "path", type=user_path, metavar="PATH", help="a sweep, a folder of runs, or a CSV file"
@@ -59,31 +94,27 @@ def main(argv: Sequence[str]) -> None:
         action="store_true",
         help="leave out runs that diverged or failed, and count them",
     )
-    arguments = parser.parse_args(argv)
-    if errors := option_minimum_errors(arguments, replicates=20, seed=0):
-        raise UserError.from_list(errors)
-    path, out = arguments.path, arguments.out or _default_out(arguments.path)
-    if not path.exists():
-        raise UserError(str(path), "there is no such file or folder")
-    points = read_points(path, arguments.count, arguments.leave_out_failed)
-    missing = [text for each in points.families if (text := missing_for_a_fit(each)) is not None]
-    if missing:
-        raise UserError.from_list((str(path), text) for text in missing)
-    _check_out(out)
-    fitted = [
-        fit_family(each, arguments.replicates, [arguments.seed, i]) for i, each in enumerate(points.families)
-    ]
-    comparisons = [
-        comparison for pair in itertools.combinations(fitted, 2) if (comparison := compare(*pair)) is not None
-    ]
-    text = paragraph(fitted, comparisons, points.unit, points.notes)
-    print(_table(fitted))
+    parser.add_argument(
+        "--check-rules",
+        action="store_true",
+        help="fit no law: compare the learning rate of the ladder's rule with the best of its lr_factors, at "
+        "each size; writes rules.json, rules.png and rules.txt",
+    )
+    return parser
+
+
+def _check_rules(path: Path, curves: list[Curve], header: dict[str, Any], out: Path) -> None:
+    """Print and write the check of the ladder's rule of the learning rate."""
+    optimizers = optimizers_of(path)
+    text = verdict(curves, optimizers)
+    print(rates_table(curves))
     print(f"\n{text}\n")
-    record = _header(argv, arguments) | _results(points, fitted, comparisons, text)
-    write_json(out / "fit.json", record)
-    (out / "fit.txt").write_text(text + "\n")
-    _draw(out / "fit.png", fitted, points.unit)
-    print(f"{out / 'fit.json'}, fit.png and fit.txt written")
+    results = {"optimizers": optimizers, "curves": [curve.to_json() for curve in curves], "text": text}
+    write_json(out / "rules.json", header | {"kind": "rules", "factor": FACTOR, **results})
+    (out / "rules.txt").write_text(text + "\n")
+    num_families = len({curve.family for curve in curves})
+    _draw(out / "rules.png", (1 + 4 * num_families, 4), lambda figure: draw_rates(figure, curves))
+    print(f"{out / 'rules.json'}, rules.png and rules.txt written")
 
 
 def _default_out(path: Path) -> Path:
@@ -100,7 +131,6 @@ def _check_out(out: Path) -> None:
 def _header(argv: Sequence[str], arguments: argparse.Namespace) -> dict[str, Any]:
     names = ("count", "replicates", "seed", "leave_out_failed")
     return {
-        "fit": "E + A / N^alpha + B / D^beta",
         "command": command_line("minrnn fit", argv),
         "commit": commit(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -114,6 +144,8 @@ def _results(
     points: PointSet, fitted: list[Fitted], comparisons: list[Comparison], text: str
 ) -> dict[str, Any]:
     return {
+        "kind": "fit",
+        "fit": "E + A / N^alpha + B / D^beta",
         "unit": points.unit,
         "left_out": points.notes,
         "families": {each.points.family: _family(each) for each in fitted},
@@ -184,10 +216,11 @@ def _table(fitted: list[Fitted]) -> str:
     return table(rows, columns, "L(N, D) = E + A / N^alpha + B / D^beta, with 95 % intervals")
 
 
-def _draw(path: Path, fitted: list[Fitted], unit: str) -> None:
+def _draw(path: Path, size: tuple[float, float], fill: Callable[[Any], None]) -> None:
+    """Write a picture of this size in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(15, 4.8), layout="constrained")
-    draw(figure, fitted, unit)
+    figure = Figure(figsize=size, layout="constrained")
+    fill(figure)
     FigureCanvasAgg(figure).print_png(str(path))

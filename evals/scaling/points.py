@@ -112,7 +112,7 @@ def read_points(path: Path, count: Count, leave_out_failed: bool) -> PointSet:
         notes.append(f"{len(diverged)} diverged: {', '.join(point.run for point in diverged)}")
     points = [point for point in points if math.isfinite(point.loss)]
     if not points:
-        raise UserError(str(path), "holds no finished runs")
+        raise UserError(str(path), "holds no finished runs" if path.is_dir() else "holds no points")
     _check_same_data(path, points)
     names = dict.fromkeys(point.family for point in points)
     return PointSet([_gathered(name, points) for name in names], unit, notes)
@@ -156,9 +156,13 @@ def _of_csv(path: Path) -> list[Point]:
         raise UserError(str(path), f"is no CSV file: {error}") from None
     header = [name.strip() for name in rows[0]] if rows else []
     if missing := [name for name in REQUIRED if name not in header]:
-        similar = did_you_mean(nearest_names(missing[0], header), "its first line must name the columns")
+        similar = did_you_mean(
+            nearest_names(missing[0], header), "its first line must name the columns, separated by commas"
+        )
         message = f"has no column {', '.join(missing)} ({similar})"
         raise UserError(str(path), message)
+    if repeated := sorted({name for name in header if header.count(name) > 1}):
+        raise UserError(str(path), f"names a column twice: {', '.join(repeated)}")
     points, errors = [], []
     for number, row in enumerate(rows[1:], 2):
         if not any(cell.strip() for cell in row):
@@ -206,7 +210,7 @@ def _of_folder(path: Path, count: Count, leave_out_failed: bool) -> tuple[list[P
         if (folder.parent.parent / "failed" / f"{folder.name}.json").exists():
             failed.append(folder.name)
             continue
-        end = _end_of(folder)
+        end = last_validation(folder)
         if end is None:
             unfinished.append(folder.name)
             continue
@@ -240,7 +244,7 @@ def _runs_in(path: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
             yield from _runs_in(folder)
 
 
-def _end_of(folder: Path) -> dict[str, Any] | None:
+def last_validation(folder: Path) -> dict[str, Any] | None:
     """The validation after a run's last step; None if it is not finished."""
     config, metrics = folder / "config.yaml", folder / "metrics.jsonl"
     if not config.exists() or not metrics.exists() or not (folder / ".finished").exists():
@@ -257,7 +261,8 @@ def _end_of(folder: Path) -> dict[str, Any] | None:
 def _of_run(folder: Path, entry: dict[str, Any], end: dict[str, Any], count: Count) -> tuple[Point, str]:
     """The point of a finished run, and the unit of its loss."""
     config = yaml.safe_load((folder / "config.yaml").read_text())
-    size = entry or _size(folder)
+    is_known = entry and entry.get("trial") is None  # a plan has no sizes of settings that a search draws
+    size = entry if is_known else _size(folder)
     data = {key: config["data"].get(key.removeprefix("data.")) for key in SAME_DATA}
     in_bits = "bits_per_byte" in end
     point = Point(

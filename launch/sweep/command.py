@@ -1,6 +1,7 @@
 """`minrnn sweep`: all runs of a sweep, with any number of workers on any number of machines."""
 
 import argparse
+import collections
 import os
 import signal
 import sys
@@ -16,29 +17,37 @@ from ...common.output import warn
 from ...evals.output import si, table
 from ...pipeline.machine import num_cores
 from ...pipeline.options import new_parser
-from ...pipeline.recipe import recipe_values
+from .checks import check_corpora
+from .expand import base_values, expand
 from .leases import Leases
+from .parent import end_parent, tracked_base
 from .plan import planned, publish
 from .progress import DONE, FAILED, Display, progress_table
 from .runner import Hardware, Runner, train_command
+from .search import Study, check_optuna
 from .spec import read_sweep, shipped_sweeps
 
 REFRESH = 5.0  # seconds
+SETTINGS = "--settings."
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-DESCRIPTION = """Train all runs of a sweep: a grid, a random search, or a ladder of sizes and token budgets.
-SWEEP is a YAML file, or the name of a sweep that comes with minrnn ({sweeps}). The same command resumes a
-sweep that was stopped. Started again, also on other machines that share the sweep's folder, it adds workers:
-each takes the next run that nobody holds, and takes over the runs of workers that died."""
+DESCRIPTION = """Train all runs of a sweep: a grid, a random or Bayesian search, or a ladder of sizes and
+token budgets. SWEEP is a YAML file, or the name of a sweep that comes with minrnn ({sweeps}).
+The same command resumes a sweep that was stopped. Started again, also on other machines that share the
+sweep's folder, it adds workers: each takes the next run that nobody holds, and takes over the runs of
+workers that died."""
 EPILOG = """examples:
   minrnn sweep laptop --plan            what would be trained, and how long it takes
   minrnn sweep laptop --workers 2       two runs at a time, each on half of the cores
   minrnn fit runs/laptop                then: the scaling law
+  minrnn sweep laptop --settings.data.corpus 'books/*.parquet' --out runs/books      on another text
 
 a grid:
   out: runs/rates
   base: quickstart
   settings: {train.precision: fp32}
   grid: {model.cell: [mingru, minlstm], optim.lr: [2.0e-3, 4.0e-3]}
+a search, each run drawn by Optuna from the results before it (make setup-search):
+  search: {runs: 30, settings: {optim.lr: {low: 1.0e-4, high: 1.0e-2, log: true}}}
 a ladder:
   ladder:
     sizes: [100k, 350k, 1M]
@@ -62,6 +71,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", help="the sweep's folder, in place of that in SWEEP")
     parser.add_argument(
+        "--settings.SECTION.FIELD",
+        metavar="VALUE",
+        help="a setting of every run, in place of that in SWEEP's settings",
+    )
+    parser.add_argument(
         "--tflops", type=float, help="rate of matrix products, for --plan (default: measured on this machine)"
     )
     parser.add_argument(
@@ -79,30 +93,63 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         UserError: all errors of the sweep and the options, before anything is trained.
     """
-    arguments = _parser().parse_args(argv)
+    words, overrides = settings_options(argv)
+    arguments = _parser().parse_args(words)
     errors = option_minimum_errors(arguments, workers=1)
     for name in ("tflops", "fraction"):
         if (value := getattr(arguments, name)) is not None and not value > 0:
             errors.append((f"--{name}", f"must be positive, not {value:g}"))
     if errors:
         raise UserError.from_list(errors)
-    sweep = read_sweep(arguments.sweep)
+    sweep = read_sweep(arguments.sweep, overrides)
     if arguments.out is not None:
         sweep.out = os.path.expanduser(arguments.out)
-    base = recipe_values(sweep.base) if sweep.base else {}
+    base = base_values(sweep)
+    if sweep.search is not None:
+        check_optuna()
     if arguments.plan:
         print(_plan_text(planned(sweep), base, arguments))
         return
+    check_corpora(expand(sweep))
     shares = hardware_of(arguments.workers, sweep.processes)
+    folder, runs = Path(sweep.out), publish(sweep, planned(sweep))
+    base = tracked_base(base, folder)
     runner = Runner(
-        Path(sweep.out),
-        publish(sweep, planned(sweep)),
+        folder,
+        runs,
         base,
         train_command(sweep.processes, sweep.launcher, has_gpus=bool(shares[0].environment)),
         sweep.retries,
-        Leases(Path(sweep.out) / "leases"),
+        Leases(folder / "leases"),
+        study=sweep.search and Study(folder, sweep.search, {run["name"]: run["trial"] for run in runs}),
     )
-    _run(runner, shares)
+    has_failed = _run(runner, shares)
+    end_parent(base, sweep.settings, "FAILED" if has_failed else "FINISHED")
+    if has_failed:
+        raise SystemExit(1)
+
+
+def settings_options(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The other words of a command line, and the settings of `--settings.KEY VALUE` (or =VALUE) by key.
+
+    Raises:
+        UserError: a setting lacks its value.
+    """
+    others, settings, errors = [], {}, []
+    words = collections.deque(argv)
+    while words:
+        word = words.popleft()
+        if not word.startswith(SETTINGS):
+            others.append(word)
+            continue
+        key, equals, value = word.removeprefix(SETTINGS).partition("=")
+        if not equals and (not words or words[0].startswith("--")):
+            errors.append((f"{SETTINGS}{key}", "lacks a value"))
+            continue
+        settings[key] = value if equals else words.popleft()
+    if errors:
+        raise UserError.from_list(errors)
+    return others, settings
 
 
 def hardware_of(workers: int, processes: int) -> list[Hardware]:
@@ -133,8 +180,9 @@ def hardware_of(workers: int, processes: int) -> list[Hardware]:
     return shares
 
 
-def _run(runner: Runner, shares: list[Hardware]) -> None:
-    """Start a thread for each worker, show their progress, and stop all on a signal."""
+def _run(runner: Runner, shares: list[Hardware]) -> bool:
+    """Start a thread for each worker, show their progress, and stop all on a signal. Returns whether runs
+    failed."""
     received: list[int] = []
 
     def on_signal(number: int, frame: FrameType | None) -> None:
@@ -161,14 +209,16 @@ def _run(runner: Runner, shares: list[Hardware]) -> None:
         raise SystemExit(128 + received[0])
     text, states = progress_table(runner)
     print(text)
+    if runner.study is not None:
+        print(runner.study.summary())
     failed = [name for name, state in states.items() if state == FAILED]
     if failed:
         print(
             f"error: sweep: {len(failed)} runs failed; {runner.folder / 'logs'} and failed/ say why",
             file=sys.stderr,
         )
-        raise SystemExit(1)
-    assert all(state == DONE for state in states.values())
+    assert all(state in (DONE, FAILED) for state in states.values())
+    return len(failed) > 0
 
 
 def _plan_text(runs: list[dict[str, Any]], base: dict[str, Any], arguments: argparse.Namespace) -> str:

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from ...common.errors import UserError
 from ...pipeline.config import SECTIONS, Recipe
 from ...pipeline.recipe import build_recipe, recipe_values, unknown_key_error
 from .rules import decay_start
-from .spec import Ladder, Random, Range, Sweep
+from .spec import Ladder, Random, Range, Search, Sweep
 
 LONGEST_NAME = 80
 ANY_RUN = {"run.seed": 0, "train.steps": 1}
@@ -39,6 +40,10 @@ class PlannedRun:
     """The step at which it does."""
     save_at: tuple[int, ...] = ()
     """Steps whose checkpoints are kept for branches."""
+    trial: int | None = None
+    """Number of a run of a search. `settings` lack those that are drawn; `recipe` has the middle of each."""
+    lr_factor: float = 1.0
+    """Of the rule's learning rate, in a ladder."""
 
 
 def expand(sweep: Sweep) -> list[PlannedRun]:
@@ -47,30 +52,46 @@ def expand(sweep: Sweep) -> list[PlannedRun]:
     Raises:
         UserError: all errors of all runs, two runs of the same settings, or a budget that is too small.
     """
-    builder = Builder(recipe_values(sweep.base) if sweep.base else {})
+    builder = Builder(base_values(sweep))
     errors: dict[tuple[str, str], None] = {}
     runs: list[PlannedRun] = []
+    middle = {} if sweep.search is None else _middle(sweep.search)
     for name, parts in _parts(sweep, builder):
         settings = {**sweep.settings, **parts.pop("settings")}
         try:
-            recipe = builder.build(settings)
+            recipe = builder.build({**settings, **middle})
         except UserError as error:
             errors |= dict.fromkeys(error.errors)
             continue
         runs.append(PlannedRun(name, settings, recipe, **parts))
     if len(errors) == 0:
         errors |= dict.fromkeys(_errors_together(runs))
+    if len(errors) == 0 and sweep.search is not None:
+        errors |= dict.fromkeys(_errors_of_ends(sweep.search, {**runs[0].settings, **middle}, builder))
     if errors:
         raise UserError.from_list(errors)
     return runs
+
+
+def base_values(sweep: Sweep) -> dict[str, Any]:
+    """The values of a sweep's base recipe, section -> field -> value.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return recipe_values(sweep.base) if sweep.base else {}
+    except UserError as error:
+        raise error.with_keys({"--config": "base"}) from None
 
 
 def _errors_together(runs: list[PlannedRun]) -> Iterator[tuple[str, str]]:
     """Errors of runs that are valid alone."""
     by_settings: dict[str, str] = {}
     for run in runs:
-        text = json.dumps(run.settings, sort_keys=True, default=str)
-        if text in by_settings:
+        # The recipe's values: 1 and 1.0 are equal, and a default equals its value.
+        text = json.dumps([getattr(run.recipe, section).model_dump(mode="json") for section in SECTIONS])
+        if text in by_settings and run.trial is None:
             yield "sweep", f"{by_settings[text]} and {run.name} have the same settings"
         by_settings.setdefault(text, run.name)
         if run.recipe.train.precision == "auto":
@@ -140,6 +161,8 @@ def _parts(sweep: Sweep, builder: Builder) -> Iterator[Named]:
         named = _ladder(sweep.ladder, sweep, builder)
     elif sweep.random is not None:
         named = _random(sweep.random)
+    elif sweep.search is not None:
+        named = ((f"search-{i:04d}", {"settings": {}, "trial": i}) for i in range(sweep.search.runs))
     else:
         named = _grid(sweep.grid or {})
     for name, parts in named:
@@ -183,6 +206,31 @@ def _draw(drawn: Range | list[Any], generator: np.random.Generator) -> Any:
     return round(value) if drawn.integer else float(f"{value:.6g}")
 
 
+def _middle(search: Search) -> dict[str, Any]:
+    """A value of each drawn setting: the middle of a range, the first of a list."""
+    middle = {}
+    for key, drawn in search.settings.items():
+        if isinstance(drawn, list):
+            middle[key] = drawn[0]
+        else:
+            value = math.sqrt(drawn.low * drawn.high) if drawn.log else (drawn.low + drawn.high) / 2
+            middle[key] = round(value) if drawn.integer else value
+    return middle
+
+
+def _errors_of_ends(search: Search, settings: dict[str, Any], builder: Builder) -> Iterator[tuple[str, str]]:
+    """Errors at the ends of each range and at each value of a list, with the middle of all others."""
+    for key, drawn in search.settings.items():
+        ends = drawn if isinstance(drawn, list) else [drawn.low, drawn.high]
+        if isinstance(drawn, Range) and drawn.integer:
+            ends = [round(end) for end in ends]
+        for end in ends:
+            try:
+                builder.build({**settings, key: end})
+            except UserError as error:
+                yield from error.errors
+
+
 def _ladder(ladder: Ladder, sweep: Sweep, builder: Builder) -> Iterator[Named]:
     """Sizes times budgets of each family. The largest budget of a size is the trunk of the others."""
     for (family, own), size, factor in itertools.product(
@@ -207,6 +255,7 @@ def _ladder(ladder: Ladder, sweep: Sweep, builder: Builder) -> Iterator[Named]:
                 raise UserError("ladder.budgets", _too_small(name, number, built))
             is_last = i == len(steps) - 1
             parts: dict[str, Any] = {"settings": {**settings, "train.steps": number}, "family": family}
+            parts["lr_factor"] = factor
             if ladder.branch and is_last:
                 parts["save_at"] = tuple(dict.fromkeys(starts[:-1]))
             elif ladder.branch:

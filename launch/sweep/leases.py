@@ -4,10 +4,10 @@
 
 A run's lease of the highest number counts. A worker takes a run by creating the next number with O_EXCL,
 which one process on all machines can do. It then writes a higher `heartbeat` every few seconds, and at the
-end an `outcome`: done, failed or stopped. A lease whose heartbeat does not change for EXPIRY seconds on the
-observer's own clock has expired, so clocks of machines are never compared; on the same machine it expires as
-soon as its process is gone. A worker that finds a higher number than its own has lost the run and stops
-training it.
+end an `outcome`: done, failed, refused (its settings) or stopped. A lease whose heartbeat does not change for
+EXPIRY seconds on the observer's own clock has expired, so clocks of machines are never compared; on the same
+machine it expires as soon as its process is gone. A worker that finds a higher number than its own has lost
+the run and stops training it.
 """
 
 import contextlib
@@ -29,6 +29,7 @@ from ...common.files import make_folder, write_text
 HEARTBEAT = 10.0  # seconds between two
 EXPIRY = 90.0  # seconds; file servers may show a change after 60
 DIGITS = 6
+FAILURES = ("failed", "refused")  # outcomes
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class RunState:
     is_done: bool = False
     failures: list[str] = field(default_factory=list)
     """A message for each lease that ended with a failure."""
+    is_refused: bool = False
+    """Training refused the settings, and would again."""
 
 
 class Leases:
@@ -106,7 +109,8 @@ class Leases:
             contents[-1],
             is_held="outcome" not in contents[-1] and not self._has_expired(name, numbers[-1], contents[-1]),
             is_done=any(content.get("outcome") == "done" for content in contents),
-            failures=[content["message"] for content in contents if content.get("outcome") == "failed"],
+            failures=[content["message"] for content in contents if content.get("outcome") in FAILURES],
+            is_refused=any(content.get("outcome") == "refused" for content in contents),
         )
 
     def _read(self, path: Path) -> dict[str, Any]:

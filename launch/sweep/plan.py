@@ -1,9 +1,11 @@
 """The plan of a sweep: what each run costs. `sweep.json` in the sweep's folder holds it for all workers.
 
-    {"format", "sweep", "runs": [{"name", "family", "settings", "trunk", "branch_step", "save_at", "sizes",
-                                  "parameters", "steps", "tokens", "flops_per_token", "flops"}]}
+    {"format", "id", "sweep", "runs": [{"name", "family", "settings", "trunk", "branch_step", "save_at",
+                                        "lr_factor", "sizes", "parameters", "steps", "tokens",
+                                        "flops_per_token", "flops"}]}
 
-`flops` are those that the run trains itself: a branch without its trunk's part.
+`flops` are those that the run trains itself: a branch without its trunk's part. Runs of a search have a
+`trial`, its number, and the costs of the middle of all ranges.
 """
 
 import json
@@ -14,12 +16,13 @@ from typing import Any
 
 from ...common.errors import UserError
 from ...common.files import make_folder, sync
+from .checks import launch_errors
 from .expand import PlannedRun, expand
 from .spec import Sweep
 
 FORMAT = 1
 PLAN = "sweep.json"
-OWN = ("name", "family", "settings", "trunk", "branch_step", "save_at")
+OWN = ("name", "family", "settings", "trunk", "branch_step", "save_at", "trial")
 """What the file of the sweep says about a run; the rest is computed from it."""
 
 
@@ -30,12 +33,19 @@ def planned(sweep: Sweep) -> list[dict[str, Any]]:
         UserError: errors of the sweep; or its folder holds another.
     """
     runs = expand(sweep)
+    if errors := dict.fromkeys(launch_errors(sweep, runs)):
+        raise UserError.from_list(errors)
     path = Path(sweep.out) / PLAN
     if not path.exists():
         return _entries(runs)
-    entries = json.loads(path.read_text())["runs"]
-    _check_same(path, entries, runs)
-    return entries
+    document = json.loads(path.read_text())
+    _check_same(path, document, sweep, runs)
+    return document["runs"]
+
+
+def sweep_id(folder: Path) -> str:
+    """What distinguishes a sweep from others in folders of the same name; "" for one of an older version."""
+    return json.loads((folder / PLAN).read_text()).get("id", "")
 
 
 def publish(sweep: Sweep, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -46,7 +56,13 @@ def publish(sweep: Sweep, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     folder = Path(sweep.out)
     path = folder / PLAN
-    text = json.dumps({"format": FORMAT, "sweep": sweep.model_dump(mode="json"), "runs": runs}, indent=1)
+    document = {
+        "format": FORMAT,
+        "id": uuid.uuid4().hex[:8],
+        "sweep": sweep.model_dump(mode="json"),
+        "runs": runs,
+    }
+    text = json.dumps(document, indent=1)
     try:
         make_folder(folder)
         if path.exists():
@@ -69,10 +85,12 @@ def publish(sweep: Sweep, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return runs
 
 
-def _check_same(path: Path, entries: list[dict[str, Any]], runs: list[PlannedRun]) -> None:
-    saved = {entry["name"]: {key: entry[key] for key in OWN} for entry in entries}
+def _check_same(path: Path, document: dict[str, Any], sweep: Sweep, runs: list[PlannedRun]) -> None:
+    saved = {entry["name"]: {key: entry.get(key) for key in OWN} for entry in document["runs"]}
     new = {run.name: _own(run) for run in runs}
     different = [name for name in {**saved, **new} if saved.get(name) != new.get(name)]
+    if document["sweep"].get("search") != sweep.model_dump(mode="json")["search"]:
+        different.append("search")
     if different:
         more = f" and {len(different) - 1} more" if len(different) > 1 else ""
         message = f"{path.parent} holds another sweep: {different[0]}{more} differ; name another folder"
@@ -104,12 +122,14 @@ def _entries(runs: list[PlannedRun]) -> list[dict[str, Any]]:
         if key not in sized:
             with_size = with_sizes(recipe, vocab_sizes[tokenizer])
             size = model_size(with_size, vocab_sizes[tokenizer]).to_json()
-            sized[key] = {"sizes": with_size.model.sizes, **size}
+            sizes = with_size.model.sizes if run.trial is None else {}
+            sized[key] = {"sizes": sizes, **size}
         steps, tokens_per_step = recipe.train.steps, recipe.batch.tokens_per_step
         own = (steps - run.branch_step) * tokens_per_step
         entries.append(
             {
                 **_own(run),
+                "lr_factor": run.lr_factor,
                 **sized[key],
                 "steps": steps,
                 "tokens": steps * tokens_per_step,

@@ -3,9 +3,9 @@
     survey leases -> choose -> take -> [copy the trunk's checkpoint] -> train -> done, failed or stopped
 
 A run that was stopped, or whose worker died, resumes from its newest checkpoint. A run that failed is started
-again `retries` times, after all others; then `failed/NAME.json` marks it. Training is a process of its own,
-started by the same command as by hand. If its worker was killed, it goes on alone: it holds the lock of its
-run's folder, and the worker that takes the run over waits until it ends.
+again `retries` times, after all others, unless it refused its settings; then `failed/NAME.json` marks it.
+Training is a process of its own, started by the same command as by hand. If its worker was killed, it goes on
+alone: it holds the lock of its run's folder, and the worker that takes the run over waits until it ends.
 """
 
 import contextlib
@@ -26,11 +26,13 @@ from ...common.files import write_json, write_text
 from ...common.locks import lock
 from .branch import has_branch_point, start_branch
 from .expand import recipe_with
-from .leases import Lease, Leases, RunState
+from .leases import FAILURES, Lease, Leases, RunState
+from .search import Study
 
 POLL = 1.0  # seconds
 # Training ended because it was told to: it has saved, and goes on later.
 STOPPED = {128 + number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)}
+REFUSED = 2  # status of training that refuses its settings
 Command = Callable[[dict[str, Any], Path], Sequence[str]]
 """The command line that trains a run, from its entry in the plan and its recipe's file."""
 
@@ -53,11 +55,12 @@ class Runner:
     Args:
         folder: of the sweep.
         runs: the plan's entries.
-        base: values of the base recipe, section -> field -> value.
+        base: values of every run's recipe, section -> field -> value.
         command: what trains a run.
         retries: how often a run that failed is started again.
         leases: of the folder.
         poll: seconds between looks at the folder and at training.
+        study: of a search; draws the settings of its runs.
     """
 
     def __init__(
@@ -69,10 +72,11 @@ class Runner:
         retries: int,
         leases: Leases,
         poll: float = POLL,
+        study: Study | None = None,
     ):
         self.folder, self.base, self.command, self.retries = folder, base, command, retries
         self.runs = {run["name"]: run for run in runs}
-        self.leases, self.poll = leases, poll
+        self.leases, self.poll, self.study = leases, poll, study
         self.stop = threading.Event()
         self.errors: list[BaseException] = []
         for name in ("runs", "recipes", "logs", "failed"):
@@ -88,7 +92,7 @@ class Runner:
 
     def has_failed(self, state: RunState) -> bool:
         """Whether a run is not started again."""
-        return not state.is_done and len(state.failures) > self.retries
+        return not state.is_done and (state.is_refused or len(state.failures) > self.retries)
 
     def work(self, hardware: Hardware) -> None:
         """Train runs until all are done or failed, or `stop` is set. An error is kept in `errors`, and stops
@@ -142,7 +146,11 @@ class Runner:
             outcome, message = self._attempt(name, lease, hardware)
         finally:
             if not lease.is_lost.is_set():
-                if outcome == "failed" and len(state.failures) >= self.retries:
+                is_last = outcome == "refused" or len(state.failures) >= self.retries
+                is_last_failure = outcome in FAILURES and is_last
+                if self.study is not None and (outcome == "done" or is_last_failure):
+                    self.study.record(name, has_failed=is_last_failure)
+                if is_last_failure:
                     failures = [*state.failures, message]
                     write_json(self.folder / "failed" / f"{name}.json", {"failures": failures})
                 elif outcome == "done":
@@ -171,7 +179,7 @@ class Runner:
         is_told = self.stop.is_set() or lease.is_lost.is_set()  # accelerate launch then exits with 1
         if is_told or status in STOPPED or 128 - status in STOPPED:
             return "stopped", ""
-        return "failed", _last_error(log, status)
+        return "refused" if status == REFUSED else "failed", _last_error(log, status)
 
     def _branch(self, name: str, output: Any) -> bool:
         """Copy the checkpoint that a branch starts from; returns whether it could be copied."""
@@ -191,8 +199,10 @@ class Runner:
     def _write_recipe(self, name: str, is_branch: bool) -> Path:
         """Write the run's recipe, for training and for `minrnn train --config` by hand."""
         run = self.runs[name]
+        drawn = {} if self.study is None else self.study.settings(name)
         settings = {
             **run["settings"],
+            **drawn,
             "run.dir": str(self.run_dir(name)),
             "run.change": ["optim.schedule_steps"] if is_branch else [],
             "train.save_at": run["save_at"],
@@ -200,7 +210,6 @@ class Runner:
         if run["sizes"]:
             settings["model.sizes"] = run["sizes"]
         values = recipe_with(self.base, settings)
-        values.setdefault("tracking", {}).setdefault("experiment", self.folder.name)
         path = self.folder / "recipes" / f"{name}.yaml"
         write_text(path, yaml.safe_dump(values, sort_keys=False))
         return path

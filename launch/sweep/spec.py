@@ -10,6 +10,7 @@ and one of
 
     grid: {model.cell: [mingru, minlstm], optim.lr: [1e-3, 2e-3]}  every combination
     random: {runs: 20, seed: 0, settings: {optim.lr: {low: 1e-4, high: 1e-2, log: true}}}
+    search: {runs: 20, sampler: tpe, settings: {optim.lr: {low: 1e-4, high: 1e-2, log: true}}}
     ladder: {sizes: [100k, 1M], budgets: [5, 10, 20], families: {minGRU: {}, Llama: {model.family: llama}}}
 """
 
@@ -17,7 +18,7 @@ import itertools
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, field_validator
@@ -25,13 +26,15 @@ from pydantic import BeforeValidator, Field, ValidationError, field_validator
 from ...common.errors import UserError
 from ...common.files import user_path
 from ...common.names import did_you_mean, nearest_names
+from ...evals.scaling.points import SAME_DATA
 from ...pipeline.families.fields import parse_count
+from ...pipeline.recipe import setting_value
 from ...pipeline.section import Section, expand_home
 from .rules import Rules
 
 Size = Annotated[int, BeforeValidator(parse_count), Field(ge=1)]
 Settings = dict[str, Any]
-KINDS = ("grid", "random", "ladder")
+KINDS = ("grid", "random", "search", "ladder")
 MAX_RUNS = 100_000
 # The sweep sets these for each run.
 RESERVED = {
@@ -40,6 +43,13 @@ RESERVED = {
         "is set by the sweep for each run; leave it out",
     ),
     "run.seed": "is set by the sweep for each run; name its values in seeds",
+}
+
+FIXED_IN_A_SEARCH = {
+    "train.steps": "cannot be drawn: more steps have a lower loss; set it in settings",
+    **dict.fromkeys(
+        SAME_DATA, "cannot be drawn: losses on different data do not compare; set it in settings"
+    ),
 }
 
 
@@ -60,6 +70,12 @@ class Range(Section):
             return {"low": "must be positive for a logarithm"}
         return {}
 
+    def num_values(self) -> float:
+        """How many values it has."""
+        if self.integer:
+            return round(self.high) - round(self.low) + 1
+        return math.inf if self.low < self.high else 1
+
 
 class Random(Section):
     """Runs with settings that are drawn at random."""
@@ -69,6 +85,26 @@ class Random(Section):
     """Run i depends on (seed, i) only, so that more runs may follow later."""
     settings: dict[str, Range | Annotated[list[Any], Field(min_length=1)]] = Field(min_length=1)
     """A range, or a list to choose from, for each."""
+
+
+class Search(Random):
+    """Runs whose settings Optuna draws one after the other, from the results of the runs before them."""
+
+    sampler: Literal["tpe", "random"] = "tpe"
+    """tpe: Bayesian, a tree-structured Parzen estimator. random: independent of results."""
+    startup: int = Field(default=10, ge=1)
+    """Results that tpe needs; before that, it draws at random."""
+
+    def errors(self) -> dict[str, str]:
+        fixed = {key: why for name, why in FIXED_IN_A_SEARCH.items() for key in self.settings if key == name}
+        return {f"settings.{key}": message for key, message in fixed.items()}
+
+    def num_drawings(self) -> float:
+        """How many different settings can be drawn; infinite with a continuous range."""
+        counts = [
+            each.num_values() if isinstance(each, Range) else len(each) for each in self.settings.values()
+        ]
+        return math.prod(counts)
 
 
 class Ladder(Section):
@@ -108,6 +144,7 @@ class Sweep(Section):
     """How often a run that failed is started again."""
     grid: dict[str, Annotated[list[Any], Field(min_length=1)]] | None = None
     random: Random | None = None
+    search: Search | None = None
     ladder: Ladder | None = None
     _expand = field_validator("out", "launcher")(expand_home)
 
@@ -121,10 +158,17 @@ class Sweep(Section):
             errors["grid"] = "names no setting"
         elif self.grid is not None and (runs := math.prod(map(len, self.grid.values()))) > MAX_RUNS:
             errors["grid"] = f"has {runs:,} combinations, more than {MAX_RUNS:,}; use random for some of them"
-        if self.random is not None:
-            for key, drawn in self.random.settings.items():
+        for kind in ("random", "search"):
+            for key, drawn in getattr(getattr(self, kind), "settings", {}).items():
                 if isinstance(drawn, Range):
-                    errors |= {f"random.settings.{key}.{name}": m for name, m in drawn.errors().items()}
+                    errors |= {f"{kind}.settings.{key}.{name}": m for name, m in drawn.errors().items()}
+        if self.search is not None:
+            errors |= {f"search.{key}": message for key, message in self.search.errors().items()}
+            if (drawings := self.search.num_drawings()) < self.search.runs:
+                message = f"has {drawings} combinations for {self.search.runs} runs; use grid for all of them"
+                errors["search.runs"] = message
+            if len(self.seeds) > 1:
+                errors["seeds"] = "must be one for a search, which trains each drawing once"
         for name in ("sizes", "budgets", "lr_factors"):
             values = getattr(self.ladder, name, [])
             if len(set(values)) < len(values):
@@ -135,9 +179,9 @@ class Sweep(Section):
 
     def _keys(self) -> Iterable[str]:
         """All settings that the file names."""
-        random = self.random.settings if self.random is not None else {}
+        drawn = [getattr(each, "settings", {}) for each in (self.random, self.search)]
         families = self.ladder.families.values() if self.ladder is not None else ()
-        return itertools.chain(self.settings, self.grid or {}, random, *families)
+        return itertools.chain(self.settings, self.grid or {}, *drawn, *families)
 
 
 def shipped_sweeps() -> dict[str, Path]:
@@ -146,11 +190,14 @@ def shipped_sweeps() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def read_sweep(name: str) -> Sweep:
+def read_sweep(name: str, settings: dict[str, str] | None = None) -> Sweep:
     """The sweep of a file, or of a name of `shipped_sweeps`.
 
+    Args:
+        settings: of the command line, as text, in place of those in the file's `settings`.
+
     Raises:
-        UserError: all errors of the file.
+        UserError: all errors of the file and of the settings' keys.
     """
     path = shipped_sweeps().get(name, user_path(name))
     try:
@@ -163,11 +210,12 @@ def read_sweep(name: str) -> Sweep:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(name, f"is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise UserError(name, "must hold out, and one of grid, random and ladder")
+        raise UserError(name, f"must hold out, and one of {', '.join(KINDS)}")
     try:
         sweep = Sweep.model_validate(values)
     except ValidationError as invalid:
         raise UserError.from_list(_error(error) for error in invalid.errors()) from None
+    sweep.settings |= {key: setting_value(key, text) for key, text in (settings or {}).items()}
     if errors := sweep.errors():
         raise UserError.from_list(errors.items())
     return sweep
@@ -180,9 +228,12 @@ def _error(error: Any) -> tuple[str, str]:
             "ladder": Ladder,
             "rules": Rules,
             "random": Random,
+            "search": Search,
         }.get(str(error["loc"][-2]) if len(error["loc"]) > 1 else "", Sweep)
         hint = did_you_mean(nearest_names(str(error["loc"][-1]), known.model_fields), "there is no such key")
         return key, f"unknown key ({hint})"
     if error["type"] == "missing":
         return key, "is missing"
+    if error["type"] == "too_short" and not error["input"]:
+        return key, "is empty"
     return key, f"{error['msg'][0].lower()}{error['msg'][1:]}, not {error['input']!r}"

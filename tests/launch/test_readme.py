@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from minrnn.evals.figures import quality, speed
+from minrnn.evals.figures import quality, speed, study
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -48,3 +48,11 @@ def test_the_counts_of_transformers_tests_are_those_of_their_results_file():
     counts = page.split("<!-- counts -->")[1].split("<!-- /counts -->")[0].strip()
     assert counts.splitlines() == ["| model | passed | failed | skipped |", "|---|---|---|---|", *rows]
     assert not any(model["failed"] for name, model in models.items() if name.startswith("Min"))
+
+
+def test_the_study_is_that_of_its_results_file():
+    page = (REPOSITORY / "docs" / "sweeps.md").read_text()
+    assert page.split("<!-- study -->")[1].split("<!-- /study -->")[0].strip() == study.docs_text()
+    if study.result_path(study.NAME).exists():
+        readme = (REPOSITORY / "README.md").read_text()
+        assert readme.split("<!-- study -->")[1].split("<!-- /study -->")[0].strip() == study.readme_text()

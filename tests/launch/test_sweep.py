@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from minrnn.common.errors import UserError
 from minrnn.launch.cli import main
+from minrnn.launch.sweep import command
 from minrnn.launch.sweep.expand import expand
 from minrnn.launch.sweep.plan import planned, publish
 from minrnn.launch.sweep.rules import Rules, decay_start
@@ -125,8 +126,14 @@ def test_the_rules_are_those_of_the_published_ladder():
         ({"grid": {"optim.lrr": [1]}}, r"optim\.lrr: unknown key \(did you mean optim\.lr\?\)"),
         ({"grid": {}}, "grid: names no setting"),
         ({"grid": {"optim.lr": []}}, r"grid\.optim\.lr: "),
-        ({}, "sweep: must have one of grid, random, ladder, not none"),
+        ({}, "sweep: must have one of grid, random, search, ladder, not none"),
         ({"grid": {"optim.lr": [1e-3, 1e-3]}}, "have the same settings"),
+        ({"grid": {"optim.weight_decay": [0, 0.0]}}, "have the same settings"),
+        ({"base": "nosuch", "grid": {"optim.lr": [1e-3]}}, "base: cannot read nosuch"),
+        (
+            {"search": {"runs": 3, "settings": {"optim.lr": [1e-3, 2e-3]}}},
+            r"search\.runs: has 2 combinations for 3 runs",
+        ),
         ({"grid": {"run.dir": ["a"]}}, r"run\.dir: is set by the sweep"),
         ({"grid": {"run.seed": [1, 2]}}, r"run\.seed: .*name its values in seeds"),
         ({"settings": {**COMMON, "run.seed": 1}, "grid": {"optim.lr": [1e-3]}}, r"run\.seed: .*in seeds"),
@@ -148,6 +155,26 @@ def test_the_rules_are_those_of_the_published_ladder():
             {"random": {"runs": 1, "settings": {"optim.lr": {"low": 2, "high": 1}}}},
             "high: must be at least low",
         ),
+        (
+            {"search": {"runs": 1, "settings": {"optim.lr": {"low": -1, "high": 1}}}},
+            r"optim\.lr: .*greater than 0",
+        ),
+        (
+            {"search": {"runs": 1, "settings": {"train.steps": [1, 2]}}},
+            r"search\.settings\.train\.steps: cannot be drawn",
+        ),
+        (
+            {"search": {"runs": 1, "settings": {"data.corpus": ["a", "b"]}}},
+            r"search\.settings\.data\.corpus: cannot be drawn",
+        ),
+        (
+            {"search": {"runs": 1, "settings": {"optim.lr": [1e-3]}}, "seeds": [0, 1]},
+            "seeds: must be one for a search",
+        ),
+        (
+            {"search": {"runs": 1, "samplr": "tpe", "settings": {"optim.lr": [1e-3]}}},
+            r"search\.samplr: unknown key \(did you mean sampler\?\)",
+        ),
         ({"outt": "x", "grid": {"optim.lr": [1e-3]}}, r"outt: unknown key \(did you mean out\?\)"),
     ],
 )
@@ -156,6 +183,46 @@ def test_errors_of_a_sweep_come_before_training(tmp_path: Path, fields: dict[str
     path.write_text(yaml.safe_dump({"out": str(tmp_path / "out"), "settings": COMMON, **fields}))
     with pytest.raises(UserError, match=message):
         expand(read_sweep(str(path)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"launcher": "nosuch.yaml"}, r"launcher: there is no file nosuch\.yaml"),
+        ({"processes": 3}, r"batch\.readers: .* cannot be shared evenly by 3 processes"),
+    ],
+)
+def test_processes_that_cannot_start_are_found_before_training(fields: dict[str, Any], message: str):
+    with pytest.raises(UserError, match=message):
+        planned(sweep(grid={"optim.lr": [1e-3]}, **fields))
+
+
+def test_a_corpus_that_cannot_be_opened_is_found_before_training(tmp_path: Path):
+    settings = {**COMMON, "data.corpus": "nosuch.txt"}
+    path = tmp_path / "sweep.yaml"
+    fields = {"out": str(tmp_path / "out"), "settings": settings, "grid": {"optim.lr": [1e-3]}}
+    path.write_text(yaml.safe_dump(fields))
+    with pytest.raises(UserError, match=r"there is no file, folder or match for nosuch\.txt"):
+        command.main([str(path)])
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_of_the_command_line_replace_those_of_the_file(
+    tmp_path: Path,
+):
+    path = tmp_path / "sweep.yaml"
+    fields = {"out": str(tmp_path), "settings": COMMON, "grid": {"optim.lr": [1e-3]}}
+    path.write_text(yaml.safe_dump(fields))
+    words, given = command.settings_options(
+        ["--settings.batch.chunk", "64", str(path), "--settings.data.corpus=a=b", "--plan"]
+    )
+    assert words == [str(path), "--plan"]
+    read = read_sweep(str(path), given)
+    assert read.settings == {**COMMON, "batch.chunk": 64, "data.corpus": "a=b"}
+    with pytest.raises(UserError, match=r"--settings\.optim\.lr: lacks a value"):
+        command.settings_options([str(path), "--settings.optim.lr", "--plan"])
+    with pytest.raises(UserError, match=r"data\.corpsu: unknown key \(did you mean data\.corpus\?\)"):
+        expand(read_sweep(str(path), {"data.corpsu": "x"}))
 
 
 def test_the_plan_is_the_same_for_all_workers_and_no_other_sweep(tmp_path: Path):

@@ -1,0 +1,124 @@
+"""`minrnn figures study`: the committed study of scaling laws, and the pages' text made from it.
+
+    runs of launch/sweeps/laptop.yaml -> minrnn fit -> evals/results/study-NAME.json and .png
+      -> text between the <!-- study --> marks of README.md and docs/sweeps.md
+
+`tests/launch/test_readme.py` compares the text with the results.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from ...common.errors import UserError
+from ...common.files import user_path, write_json
+from ...pipeline.options import new_parser
+from ..output import RESULTS
+from ..record import command_line
+from ..scaling import command as fit
+
+NAME = "books"
+NOT_TRAINED = "No study is committed yet."
+NUMBERS = ("E", "alpha", "beta")
+DESCRIPTION = """Fit the laws of a study's sweep and write evals/results/study-NAME.json and .png. Without
+SWEEP, print the text that README.md and docs/sweeps.md hold between the marks <!-- study -->."""
+EPILOG = """examples:
+  minrnn sweep laptop --workers 2 --settings.data.corpus 'books/*.parquet' --out runs/books
+  minrnn figures study runs/books --name books
+  minrnn figures study"""
+
+
+def main(argv: list[str]) -> None:
+    """Write the results of a study, or print the text.
+
+    Raises:
+        UserError: the sweep cannot be fitted.
+    """
+    parser = new_parser("minrnn figures study", DESCRIPTION, EPILOG)
+    parser.add_argument("sweep", type=user_path, nargs="?", metavar="SWEEP", help="folder of the sweep")
+    parser.add_argument("--name", default=NAME, help="of the study's text (default: %(default)s)")
+    parser.add_argument(
+        "--leave-out-failed", action="store_true", help="leave out runs that diverged or failed"
+    )
+    parser.add_argument(
+        "--replicates", type=int, default=400, help="resampled fits for the intervals (default: %(default)s)"
+    )
+    arguments = parser.parse_args(argv)
+    if arguments.sweep is None:
+        print(f"README.md:\n\n{readme_text()}\n\ndocs/sweeps.md:\n\n{docs_text()}")
+        return
+    if not arguments.name.replace("-", "").isalnum():
+        raise UserError("--name", f"must be of letters, digits and -, not {arguments.name!r}")
+    with tempfile.TemporaryDirectory() as folder:
+        options = ["--replicates", str(arguments.replicates)]
+        options += ["--leave-out-failed"] if arguments.leave_out_failed else []
+        fit.main([str(arguments.sweep), "--out", folder, *options])
+        record = json.loads((Path(folder) / "fit.json").read_text())
+        command = command_line("minrnn figures study", argv)
+        write_json(result_path(arguments.name), record | {"command": command, "study": arguments.name})
+        picture = (Path(folder) / "fit.png").read_bytes()
+        result_path(arguments.name).with_suffix(".png").write_bytes(picture)
+    print(f"{result_path(arguments.name)} and .png written; `minrnn figures study` prints the pages' text")
+
+
+def result_path(name: str) -> Path:
+    """The results file of a study."""
+    return RESULTS / f"study-{name}.json"
+
+
+def readme_text(name: str = NAME) -> str:
+    """The README's text: the figure, and the answer in words."""
+    record = _load(name)
+    if record is None:
+        return NOT_TRAINED
+    file = f"evals/results/study-{name}"
+    return f"![Scaling laws]({file}.png)\n\n{record['text']} [File]({file}.json)."
+
+
+def docs_text(name: str = NAME) -> str:
+    """The text of docs/sweeps.md: the laws, and the verdict on each pair."""
+    record = _load(name)
+    if record is None:
+        return NOT_TRAINED
+    lines = [
+        "| family | runs | E | alpha | beta | error on the largest run |",
+        "|---|---|---|---|---|---|",
+        *(_row(family, law) for family, law in record["families"].items()),
+        "",
+        "| pair | difference of the loss | at FLOPs | verdict |",
+        "|---|---|---|---|",
+        *map(_pair, record["pairs"]),
+        "",
+        f"![Scaling laws](../evals/results/study-{name}.png)",
+    ]
+    return "\n".join(lines)
+
+
+def _load(name: str) -> dict[str, Any] | None:
+    path = result_path(name)
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _row(family: str, law: dict[str, Any]) -> str:
+    numbers = " | ".join(_interval(law[name]) for name in NUMBERS)
+    held_out = law["leave_largest_out"]
+    error = "-" if held_out is None else f"{held_out['relative_error']:+.2%}"
+    return f"| {family} | {len(law['points'])} | {numbers} | {error} |"
+
+
+def _pair(pair: dict[str, Any]) -> str:
+    lower, higher = pair["first"], pair["second"]
+    if pair["difference"]["value"] > 0:
+        lower, higher = higher, lower
+    verdict = f"{lower} is lower" if pair["is_distinguishable"] else "not distinguishable"
+    if pair["crossing"] is not None:
+        verdict += f"; they cross at {pair['crossing']['value']:.2g} FLOPs"
+    return (
+        f"| {pair['first']} - {pair['second']} | {_interval(pair['difference'])} "
+        f"| {pair['compute'][1]:.2g} | {verdict} |"
+    )
+
+
+def _interval(interval: dict[str, float]) -> str:
+    return f"{interval['value']:.3g} ({interval['low']:.3g} to {interval['high']:.3g})"

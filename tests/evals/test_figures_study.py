@@ -1,0 +1,39 @@
+"""The committed study: its results file, the pages' text, its place in the report."""
+
+import json
+from pathlib import Path
+
+import pytest
+from test_scaling import CHINCHILLA, points, write_csv
+
+from minrnn.common.errors import UserError
+from minrnn.evals.figures import study
+from minrnn.evals.report import command as report
+from minrnn.evals.report.scaling import scaling_section
+from minrnn.evals.report.sources import read_file
+
+
+def test_a_study_writes_its_results_and_the_pages_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(study, "RESULTS", tmp_path)
+    assert study.readme_text() == study.docs_text() == study.NOT_TRAINED
+    families = [points(CHINCHILLA, 0.01, seed, name) for seed, name in enumerate(["minGRU", "Llama"])]
+    study.main([str(write_csv(tmp_path / "losses.csv", families)), "--replicates", "20"])
+    record = json.loads((tmp_path / "study-books.json").read_text())
+    assert record["command"].startswith("minrnn figures study")
+    assert (tmp_path / "study-books.png").read_bytes().startswith(b"\x89PNG")
+    table = study.docs_text()
+    assert table.count("\n| minGRU | 25 | ") == table.count("\n| minGRU - Llama | ") == 1
+    assert record["text"] in study.readme_text()
+    capsys.readouterr()
+    study.main([])
+    assert table in capsys.readouterr().out
+    section = scaling_section([read_file(tmp_path / "study-books.json", report.check)])
+    assert "minGRU" in section
+    assert "10 times the largest run" in section
+
+
+def test_a_name_that_is_no_file_name_is_refused():
+    with pytest.raises(UserError, match="--name"):
+        study.main(["runs/books", "--name", "../books"])
