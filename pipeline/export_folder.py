@@ -215,9 +215,10 @@ def edited_card(folder: Path) -> str | None:
 
 
 def exported_files(folder: Path) -> list[str] | None:
-    """Names of the files of an export, in order; None if the folder holds no export."""
-    written = _written_files(folder, (CARD,))
-    return None if written is None else sorted(name for name in written if (folder / name).is_file())
+    """Names of the files of an export, in order, with the card; None if the folder has no list of them."""
+    if not (folder / LIST).exists() or (written := _written_files(folder, ())) is None:
+        return None
+    return sorted(name for name in {*written, CARD} if (folder / name).is_file())
 
 
 def _is_unchanged(path: Path, written: dict[str, list[str]]) -> bool:

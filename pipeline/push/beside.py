@@ -115,7 +115,7 @@ class Pusher:
         if self._worker is not None:
             self._worker.wait()
             self._end()
-        failure: str | None = None
+        failure: str | None = "it was interrupted"
         try:
             self._start(step)
             assert self._worker is not None
@@ -125,8 +125,8 @@ class Pusher:
             failure = str(error)
         finally:
             self.close()
-        if failure is not None:
-            self._warn(f"push: {failure}; `{self._command()}` finishes it")
+            if failure is not None:
+                self._warn(f"push: {failure}; `{self._command()}` finishes it")
 
     def close(self) -> None:
         """End a push that is in progress. The repository is as it was."""

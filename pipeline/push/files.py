@@ -30,12 +30,14 @@ from ..export import find_checkpoint, load_checkpoint, model_facts, write_model
 from ..export_folder import edited_card, exported_files
 from ..metrics import History
 from ..pictures import draw_accuracy, draw_loss
-from ..public import public_config
+from ..public import public_config, public_value
 from .errors import error_of
 from .target import MARKER, Identity, PushOptions
 
 STAGED, LOCK = ".push", ".push.lock"
 RECORD = "training"
+BY_SOURCE = ("sources", "by_source")
+"""Fields of metrics.jsonl whose keys are the sources of a mixture."""
 
 
 @dataclass(frozen=True)
@@ -143,8 +145,28 @@ def _lines_up_to(metrics: Path, step: int) -> Iterator[str]:
     with metrics.open() as file:
         for line in file:
             with contextlib.suppress(ValueError, TypeError, KeyError):  # a line that is being written
-                if json.loads(line)["step"] <= step:
-                    yield line
+                entry = json.loads(line)
+                if entry["step"] <= step:
+                    yield published_line(entry, line)
+
+
+def published_line(entry: dict[str, Any], line: str) -> str:
+    """A line of metrics.jsonl whose sources, which may be local paths, have public names.
+
+    Args:
+        entry: the line's object.
+    """
+    named = {field: entry[field] for field in BY_SOURCE if isinstance(entry.get(field), dict)}
+    if not named:
+        return line
+    for field, values in named.items():
+        names: dict[str, Any] = {}
+        for name, value in values.items():
+            public = public_value(name)
+            same = sum(other == public or other.startswith(f"{public} (") for other in names)
+            names[f"{public} ({same + 1})" if same else public] = value
+        entry[field] = names
+    return json.dumps(entry) + "\n"
 
 
 def _has_its_scores(run: Path, step: int) -> bool:
@@ -187,7 +209,7 @@ def stage_export(folder: Path, staged: Path) -> None:
     """
     names = exported_files(folder)
     if not names or "config.json" not in names:
-        message = f"{folder} is neither a run's folder nor an export; minrnn export writes one"
+        message = f"{folder} is neither a run's folder nor an export of minrnn export, which lists its files"
         raise UserError("RUN", message)
     for name in names:
         shutil.copyfile(folder / name, staged / name)

@@ -1,5 +1,7 @@
 """The settings of a run that is pushed to the Hugging Face hub."""
 
+from typing import Any
+
 from pydantic import Field
 
 from ..section import Section
@@ -35,3 +37,16 @@ class PushSection(Section):
 
         problem = name_problem(self.repo)
         return {} if problem is None else {"repo": problem}
+
+
+def push_errors(recipe: Any) -> dict[str, str]:
+    """Errors of settings that do not go together, by key.
+
+    Args:
+        recipe: a `config.Recipe`, which holds this section.
+    """
+    train = recipe.train
+    if recipe.push.every is None or train.save_every or train.save_minutes or train.save_at:
+        return {}
+    message = "pushes checkpoints, but none is written before the end"
+    return {"push.every": f"{message}; set train.save_every or train.save_minutes, or leave this out"}

@@ -19,6 +19,7 @@ from minrnn.launch.cli import main
 from minrnn.pipeline.export import export_run
 from minrnn.pipeline.push.commit import Pushed, push_export, push_run
 from minrnn.pipeline.push.errors import HubError
+from minrnn.pipeline.push.files import published_line
 from minrnn.pipeline.push.target import MARKER, Identity, PushOptions, open_target
 from minrnn.pipeline.recipe import build_recipe
 
@@ -102,6 +103,14 @@ def test_the_metadata_of_a_card_are_those_that_huggingface_hub_reads(run: Path, 
     assert "![Training and validation loss](training/loss.png)" in text
 
 
+def test_sources_of_a_mixture_have_public_names_in_the_record():
+    entry = {"step": 1, "by_source": {"/home/me/a/x.txt": 1.5, "/home/me/b/x.txt": 2.5, "me/books": 3.5}}
+    line = published_line(entry, json.dumps(entry))
+    assert json.loads(line)["by_source"] == {"x.txt": 1.5, "x.txt (2)": 2.5, "me/books": 3.5}
+    plain = '{"step": 1,   "loss": 2.0}\n'
+    assert published_line(json.loads(plain), plain) == plain
+
+
 def test_scores_of_other_weights_are_not_on_the_card(run: Path, hub: LocalHub):
     write_results(run)
     push_run(run, OPTIONS, step=4)
@@ -182,6 +191,9 @@ def test_an_export_is_pushed_and_known_by_its_weights(run: Path, tmp_path: Path,
     export_run(run, out)
     main(["push", str(out), "--repo", "model"])
     assert "pushed to me/model (commit " in capsys.readouterr().out
+    (out / "README.md").write_text("---\ntags: [mine]\n---\nmy card\n")
+    main(["push", str(out), "--repo", "model"])
+    capsys.readouterr()
     files = hub.files("me/model")
     assert files["README.md"] == (out / "README.md").read_bytes()
     assert [name for name in files if name.startswith("training/")] == [MARKER]

@@ -147,6 +147,11 @@ def test_settings_without_a_repository_and_refused_names_are_errors():
     with pytest.raises(UserError) as error:
         build_recipe({"push": {"every": 5, "private": True}})
     assert [key for key, _ in error.value.errors] == ["push.every", "push.private"]
+    never_saved = {"save_every": None, "save_minutes": None}
+    with pytest.raises(
+        UserError, match=r"push.every: pushes checkpoints, but none is written before the end"
+    ):
+        build_recipe({"push": {"repo": "me/model", "every": 5}, "train": never_saved})
     with pytest.raises(UserError, match=r"push.repo: .*alphanumeric.*Write USER/NAME"):
         build_recipe({"push": {"repo": "me/mo del"}})
 
