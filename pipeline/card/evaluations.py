@@ -19,6 +19,8 @@ SCORES = (
     ("accuracy_scaled", "accuracy_scaled", "accuracy, scaled so that guessing gives 0"),
 )
 
+METRIC_TYPES: dict[str, str] = {"acc": "accuracy", "acc_norm": "accuracy_norm"}  # of lm-eval's names
+
 
 def validation_results(entries: Iterable[dict[str, Any]], data: dict[str, Any]) -> list[EvalResult]:
     """Results of lines of metrics.jsonl of kind validation or test, the newest of each kind.
@@ -96,7 +98,7 @@ def _task_results(content: dict[str, Any], task: str, shots: Any) -> list[EvalRe
             dataset_config=config.get("dataset_name"),
             dataset_split=config.get("test_split") or ("test" if is_classifier else None),
             dataset_args=arguments or None,
-            metric_type={"acc": "accuracy", "acc_norm": "accuracy_norm"}.get(name, name),
+            metric_type=METRIC_TYPES.get(name, name),
             metric_name=name if is_plain else f"{name} ({kind})",
             metric_value=round(value, 4),
         )

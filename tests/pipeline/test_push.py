@@ -4,6 +4,7 @@ import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -88,10 +89,9 @@ def test_the_metadata_of_a_card_are_those_that_huggingface_hub_reads(run: Path, 
     write_results(run)
     push_run(run, replace(OPTIONS, license="apache-2.0"))
     text = hub.files("me/model")["README.md"].decode()
-    data = ModelCard(text, ignore_metadata_errors=False).data
+    data: Any = ModelCard(text, ignore_metadata_errors=False).data
     validation = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
     assert (data.model_name, data.license, data.library_name) == ("model", "apache-2.0", "transformers")
-    assert data.eval_results is not None
     results = {result.dataset_name: result for result in data.eval_results}
     assert results["words.jsonl, held out"].metric_value == round(validation["bits_per_byte"], 4)
     arc = results["arc_easy"]
