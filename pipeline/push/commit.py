@@ -61,12 +61,12 @@ def push_run(
         UserError: there is no such checkpoint, another push is in progress, or as `open_target`.
     """
     checkpoint = checkpoint or checkpoint_of(run, step)
-    run_id = read_run_id(run)
-    if run_id is None:
-        run_id = new_run_id()
-        write_run_id(run, run_id)
-    identity = Identity(run_id)
     with staging(run) as staged:
+        run_id = read_run_id(run)
+        if run_id is None:  # a run of an earlier version
+            run_id = new_run_id()
+            write_run_id(run, run_id)
+        identity = Identity(run_id)
         target = open_target(options, identity)
         options = _with_name(options, target)
         stage_checkpoint(checkpoint, staged, options, dtype, trust_remote_code)

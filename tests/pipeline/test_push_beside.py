@@ -189,7 +189,7 @@ def test_a_run_pushes_its_checkpoints_and_its_end(
     """The first push fails. Losses are those of a run without pushes."""
     values["push"] = {"repo": "me/model", "every": 4, "private": True}
     values["train"] |= {"save_in_background": False}
-    faults = iter([500] * 6)
+    faults = iter([500])
     hub.fault = lambda method, path: next(faults, None) if "/commit/" in path else None
     original = Pusher.update
 
