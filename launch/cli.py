@@ -31,6 +31,8 @@ USAGE = """usage: minrnn COMMAND ...
                     minrnn data show quickstart        minrnn data lra/listops
   export        write a run's checkpoint as a transformers model
                     minrnn export runs/quickstart --out my-model
+  push          push a run's model, with a model card, to the Hugging Face hub
+                    minrnn push runs/quickstart --repo me/my-model
   eval          run tasks of lm-eval, or score a classifier on its task's test split
                     minrnn eval runs/quickstart --tasks lambada_openai,hellaswag
   long-context  measure the loss by position on one long document, and how far back the model looks
@@ -56,6 +58,7 @@ MODULES = {
     "generate": ".generate",
     "plan": ".plan",
     "prepare": ".prepare",
+    "push": ".push",
     "tokenizer": ".train_tokenizer",
     "data": ".show_data",
     "eval": "..evals.harness.command",

@@ -17,6 +17,7 @@ from .batch_settings import BatchSection
 from .families.fields import merged_fields
 from .families.registry import OURS
 from .model_section import NO_CONFIG_FIELDS, ModelSection
+from .push.settings import PushSection
 from .section import Section, expand_home
 from .source_settings import EXAMPLE, corpus_name, normalized_corpus, source_errors, with_source_commits
 
@@ -326,6 +327,7 @@ class Recipe:
     train: TrainSection
     parallel: ParallelSection
     tracking: TrackingSection
+    push: PushSection
 
     def task(self) -> Task | LabelledTask | None:
         """The task that the corpus names, or None for text."""
@@ -363,4 +365,5 @@ SECTIONS: dict[str, type[Section]] = {
     "train": TrainSection,
     "parallel": ParallelSection,
     "tracking": TrackingSection,
+    "push": PushSection,
 }

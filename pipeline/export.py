@@ -53,23 +53,38 @@ def export_model(
     Raises:
         UserError: a file to replace was not written by an export, or was changed since.
     """
+    name = folder.resolve().parent.name if folder.name == "model" else folder.name
+    training = card.TrainingFacts(config, tokens, score)
+    text = card.model_card(name, model_facts(model, config), training)
+
+    def write(staged: Path) -> None:
+        write_model(model, tokenizer, staged)
+        (staged / card.NAME).write_text(text)
+
+    return write_export(folder, write, key, force)
+
+
+def write_model(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
+    """Write weights, configuration, modeling code and tokenizer to a folder."""
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         suppress_tokens=padding_ids(model, tokenizer),
     )
-    name = folder.resolve().parent.name if folder.name == "model" else folder.name
+    model.save_pretrained(folder, max_shard_size=NO_SHARDS)
+    tokenizer.save_pretrained(folder)
+
+
+def model_facts(model: PreTrainedModel, config: dict[str, Any]) -> card.ModelFacts:
+    """What the card says of a model.
+
+    Args:
+        config: the resolved recipe.
+    """
     kind = getattr(model.config, "cell", model.config.model_type)
     generation = _generation(model, config["model"].get("limits") or [])
-    text = card.model_card(name, kind, model.num_parameters(), tokens, score, config, generation)
-
-    def write(staged: Path) -> None:
-        model.save_pretrained(staged, max_shard_size=NO_SHARDS)
-        tokenizer.save_pretrained(staged)
-        (staged / card.NAME).write_text(text)
-
-    return write_export(folder, write, key, force)
+    return card.ModelFacts(kind, model.num_parameters(), generation)
 
 
 def _generation(model: PreTrainedModel, limits: list[str]) -> card.Generation:
@@ -127,25 +142,34 @@ def export_run(
     Raises:
         UserError: there is no such run or valid checkpoint, or as `export_model`.
     """
-    folder, out = run / "checkpoints", out.resolve()
+    out = out.resolve()
     check_export(out, "--out", force)
-    if step is None:
-        newest = newest_valid(folder, warn)
-        if newest is None:
-            raise UserError("RUN", f"{run} holds no valid checkpoint")
-        path, manifest = newest
-    else:
-        path = folder / checkpoint_name(step)
-        try:
-            manifest = read_manifest(path)
-        except (OSError, ValueError) as error:
-            available = ", ".join(sorted(p.name for p in folder.glob("step-*"))) or "none"
-            raise UserError("--step", f"{error}; checkpoints there: {available}") from None
+    path, manifest = find_checkpoint(run, step)
     mask = manifest.get("masks_padding", False)
     model, tokenizer, config = load_checkpoint(path, manifest["vocab_size"], dtype, trust_remote_code, mask)
     if not export_model(model, tokenizer, out, config, manifest["tokens"], key="--out", force=force):
         warn(kept_card_warning(out))
     return path
+
+
+def find_checkpoint(run: Path, step: int | None) -> tuple[Path, dict[str, Any]]:
+    """A checkpoint of a run and its manifest: that of a step, or the newest valid one if that is None.
+
+    Raises:
+        UserError: there is no such run, or no such valid checkpoint.
+    """
+    folder = run / "checkpoints"
+    if step is None:
+        newest = newest_valid(folder, warn)
+        if newest is None:
+            raise UserError("RUN", f"{run} holds no valid checkpoint")
+        return newest
+    path = folder / checkpoint_name(step)
+    try:
+        return path, read_manifest(path)
+    except (OSError, ValueError) as error:
+        available = ", ".join(sorted(p.name for p in folder.glob("step-*"))) or "none"
+        raise UserError("--step", f"{error}; checkpoints there: {available}") from None
 
 
 def kept_card_warning(folder: Path) -> str:

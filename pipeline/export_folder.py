@@ -28,7 +28,7 @@ from typing import Any
 from ..common.errors import UserError
 from ..common.files import make_folder, sha256_of, sync, write_text
 from .card import NAME as CARD
-from .card import is_card
+from .card import is_earlier_card
 
 LIST, STAGED = ".minrnn-export.json", ".minrnn-export.new"
 CONFIG, WEIGHTS, POINTER = "config.json", "model.safetensors", "transformers_weights"
@@ -202,8 +202,23 @@ def _written_files(folder: Path, names: Iterable[str]) -> dict[str, list[str]] |
     ]
     own = [name for name in {CONFIG, WEIGHTS, *shards, *names} - {CARD} if (folder / name).is_file()]
     with contextlib.suppress(OSError, UnicodeDecodeError):
-        own += [CARD] * is_card((folder / CARD).read_text())
+        own += [CARD] * is_earlier_card((folder / CARD).read_text())
     return {name: [sha256_of(folder / name)] for name in own}
+
+
+def edited_card(folder: Path) -> str | None:
+    """The text of an export's model card, if it was changed by hand since an export wrote it."""
+    written = _written_files(folder, ())
+    if written is None or _is_unchanged(folder / CARD, written):
+        return None
+    return (folder / CARD).read_text()
+
+
+def exported_files(folder: Path) -> list[str] | None:
+    """Names of the files of an export, in order, with the card; None if the folder has no list of them."""
+    if not (folder / LIST).exists() or (written := _written_files(folder, ())) is None:
+        return None
+    return sorted(name for name in {*written, CARD} if (folder / name).is_file())
 
 
 def _is_unchanged(path: Path, written: dict[str, list[str]]) -> bool:

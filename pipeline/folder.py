@@ -20,6 +20,7 @@ from .metrics import MetricsFile, cut_metrics
 from .processes import run_on_main
 from .recipe import resolved_config
 from .recipe_on_resume import check_unchanged
+from .run_id import new_run_id, read_run_id, write_run_id
 
 
 @dataclass
@@ -37,6 +38,8 @@ class RunFolder:
     """Whether everything after the last step is done: exported model, samples, artifacts."""
     lock: IO[str] | None
     metrics: MetricsFile
+    run_id: str = ""
+    """Known to the main process only."""
     _config: str = ""
 
     def begin(self, recipe: Recipe) -> None:
@@ -46,6 +49,7 @@ class RunFolder:
             warn(f"{num_cut} lines of {self.metrics.path} came after the checkpoint; they are written again")
         self._config = yaml.safe_dump(resolved_config(recipe), sort_keys=False)
         write_text(self.path / "config.yaml", self._config)
+        write_run_id(self.path, self.run_id)
 
     def mark_finished(self, step: int) -> None:
         """Record that everything after the last step is done. Until then, the next start repeats it.
@@ -72,6 +76,7 @@ class RunFolder:
             self.lock.close()
             self.lock = lock
             write_text(self.path / "config.yaml", self._config)
+            write_run_id(self.path, self.run_id)
         except OSError:  # the next write reports it
             return
         if was_removed:
@@ -118,6 +123,7 @@ def _lock_and_check(folder: RunFolder, recipe: Recipe) -> tuple[ResumePoint | No
         folder.lock = _lock(path)
         recover_export(path / "model")
         resume_point = _resume_point(path, recipe)
+        folder.run_id = (read_run_id(path) if resume_point is not None else None) or new_run_id()
         step = resume_point[1]["step"] if resume_point is not None else 0
         is_finished = resume_point is not None and step >= recipe.train.steps and _is_finished(path, step)
         if not is_finished:

@@ -17,7 +17,9 @@ FILES = (
     "accuracy_by_length.png",
     "samples.txt",
     "mlflow.json",
+    "push.json",
     ".finished",
+    ".run.json",
     ".lock",
 )
 FOLDERS = ("checkpoints", "model", "validation")

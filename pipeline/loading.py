@@ -16,6 +16,7 @@ from ..common.output import warn
 from ..data.tokenizer import needs_code_trust
 from ..models import MinRNNConfig, MinRNNForCausalLM, MinRNNForSequenceClassification, TorchRNNConfig
 from ..models.dtypes import DTYPES
+from .code_trust import brings_code, require_code_trust
 from .families.build import causal_lm, check_memory
 from .families.limits import abilities
 from .families.registry import family_names
@@ -115,14 +116,15 @@ def read_model(name: str, trust_remote_code: bool = False) -> tuple[PreTrainedMo
     or a run.
 
     Args:
-        trust_remote_code: run the code that the tokenizer contains. The model always runs the code of this
-            package.
+        trust_remote_code: run code that the model or the tokenizer contains. A model of minrnn always runs
+            the code of this package, and one that transformers knows the code of transformers. Without it, a
+            person at the terminal is asked.
 
     Raises:
         UserError: they cannot be loaded, are of another kind or another version of the code, do not fit into
             memory, or contain code that is not trusted.
     """
-    model = read_weights(name)
+    model = read_weights(name, trust_remote_code=trust_remote_code)
     needs_both = isinstance(model, MinRNNForCausalLM)
     return model.eval(), _read_tokenizer(name, model_folder(name), trust_remote_code, needs_both)
 
@@ -133,29 +135,37 @@ def is_classifier(values: dict[str, Any]) -> bool:
     return is_ours and "MinRNNForSequenceClassification" in (values.get("architectures") or [])
 
 
-def read_weights(name: str, key: str = "MODEL", wants_classifier: bool = False) -> PreTrainedModel:
+def read_weights(
+    name: str, key: str = "MODEL", wants_classifier: bool = False, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """Read the model of an export, a hub id or a run, on the CPU in its stored dtype.
 
     Args:
         key: the setting that names the model, for errors.
         wants_classifier: read a `MinRNNForSequenceClassification`, not a language model.
+        trust_remote_code: as in `read_model`.
 
     Raises:
         UserError: as `read_model`.
     """
     folder = model_folder(name, key)
+    runs_its_code = False
     model_class: Any = MinRNNForSequenceClassification if wants_classifier else AutoModelForCausalLM
     try:
         values = PreTrainedConfig.get_config_dict(folder)[0]
-        _check_kind(name, values, key, wants_classifier)
+        if key == "MODEL" and not wants_classifier and brings_code(values, OWN_CONFIGS):
+            require_code_trust(name, "model", values["auto_map"].values(), trust_remote_code)
+            runs_its_code = True
+        else:
+            _check_kind(name, values, key, wants_classifier)
         own_config = OWN_CONFIGS.get(values["model_type"])
         if own_config is not None:
             build = MinRNNForSequenceClassification if wants_classifier else causal_lm
             _check_size(name, own_config.from_dict(values), build, key)
-        else:
+        elif not runs_its_code:  # such a model cannot be counted without running it
             _check_memory(folder, key)
         loaded: Any = model_class.from_pretrained(
-            folder, dtype="auto", output_loading_info=True, trust_remote_code=False
+            folder, dtype="auto", output_loading_info=True, trust_remote_code=runs_its_code
         )
     except UserError:
         raise
@@ -248,11 +258,16 @@ def _read_tokenizer(name: str, folder: str, trust_remote_code: bool, needs_both:
         UserError: there is none, its code is not trusted, it lacks these tokens, or it cannot spell text.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:  # all from transformers
-        if needs_code_trust(error):
-            message = f"the tokenizer of {name} brings code of its own, which is not run"
-            raise UserError("MODEL", f"{message}; read it, and add --trust-remote-code to run it") from None
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        except ValueError as error:
+            if not needs_code_trust(error):
+                raise
+            require_code_trust(name, "tokenizer", (), trust_remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    except UserError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # all from transformers
         message = f"{name} has no tokenizer; minrnn export writes one beside the weights"
         raise UserError("MODEL", message) from None
     bounds = [token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None]

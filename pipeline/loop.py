@@ -30,6 +30,7 @@ from .launcher_engines import check_engine
 from .machine import keep_freed_memory, training_flops_per_token
 from .mixture_progress import text_progress
 from .pictures import draw_accuracy, draw_loss
+from .push.beside import check_push, push_missed
 from .recipe import resolved_config
 from .run import Run
 from .saving import snapshot
@@ -75,6 +76,9 @@ def train(recipe: Recipe) -> None:
             if accelerator.is_main_process:
                 _report_finished(recipe, folder)
             return
+        watchdog.enter("asking the hub", is_set_up=True)
+        is_resumed = folder.checkpoint is not None
+        processes.run_on_main(accelerator, lambda: check_push(recipe, folder.run_id, is_resumed, warn))
         run = set_up(recipe, accelerator, folder, watchdog)
         signal_number = _steps_and_finish(run)
         if signal_number is not None:
@@ -83,6 +87,8 @@ def train(recipe: Recipe) -> None:
             exit_after_signal(signal_number, message, run.is_main)
         if run.is_main:
             folder.mark_finished(run.step)
+            if run.output.pusher is not None:
+                run.output.pusher.push_last(run.step)
 
 
 def _report_finished(recipe: Recipe, folder: RunFolder) -> None:
@@ -92,6 +98,7 @@ def _report_finished(recipe: Recipe, folder: RunFolder) -> None:
         "Raise train.steps to go on."
     )
     send_missed(folder.path, recipe, step, warn)
+    push_missed(recipe, folder.path, step, warn, print)
 
 
 def _steps_and_finish(run: Run) -> int | None:
@@ -146,6 +153,8 @@ def take_steps(run: Run, interrupt: Interrupt) -> int | None:
                 _validate(run)  # after saving, since it can fail
             if is_last and run.data.test:
                 _test(run)
+        if run.output.pusher is not None and not is_last:
+            run.output.pusher.update(run.output.saver.newest)
     return None
 
 

@@ -51,7 +51,7 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust-remote-code",
         action="store_true",
-        help="run the code that the tokenizer contains; read it first",
+        help="run code that the model or the tokenizer brings along; read it first (default: ask)",
     )
 
 

@@ -19,6 +19,7 @@ from .config import SECTIONS, Recipe
 from .families.registry import OURS
 from .family_settings import family_errors, without_carried_state
 from .public import config_without_credentials
+from .push.settings import push_errors
 from .section import docstring_of
 from .source_settings import is_source_list
 from .task_settings import task_errors, with_family_error, with_prepared_tokenizer, with_whole_examples
@@ -195,7 +196,8 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
     if errors:
         raise UserError.from_list(errors.items())
     recipe = with_prepared_tokenizer(with_whole_examples(Recipe(**sections)))
-    if errors := {**batch_errors(recipe), **family_errors(recipe), **task_errors(recipe)}:
+    checks = (batch_errors, family_errors, task_errors, push_errors)
+    if errors := {key: message for check in checks for key, message in check(recipe).items()}:
         raise UserError.from_list(errors.items())
     return without_carried_state(recipe)
 

@@ -14,6 +14,7 @@ from .engine import Engine
 from .evaluation import ValidationSets
 from .folder import RunFolder
 from .processes import ProcessLayout
+from .push.beside import Pusher
 from .saving import Saver
 from .tracking import Tracker
 from .watchdog import Watchdog
@@ -36,12 +37,13 @@ class RunData:
 
 @dataclass(frozen=True)
 class RunOutput:
-    """What this process writes. Only the main process has a tracker and a progress bar."""
+    """What this process writes. Only the main process has a tracker, a progress bar and a pusher."""
 
     folder: RunFolder
     saver: Saver
     tracker: Tracker | None
     bar: Any
+    pusher: Pusher | None = None
 
 
 @dataclass
@@ -103,6 +105,8 @@ class Run:
             self.output.folder.metrics.close()
         if self.output.bar is not None:
             self.output.bar.close()
+        if self.output.pusher is not None and status != "FINISHED":  # else the last push is to come
+            self.output.pusher.close()
         if self.output.tracker is not None:
             self.output.tracker.close(status)
 

@@ -6,6 +6,7 @@ precision, matmul rate -> layout -> corpus -> data and model -> engine -> folder
 import contextlib
 import dataclasses
 import socket
+import sys
 from datetime import timedelta
 from typing import Any
 
@@ -40,6 +41,7 @@ from .family_settings import with_sizes
 from .folder import RunFolder
 from .machine import CHOICES, PrecisionChoice, choose_precision, device_name, measure_rates
 from .processes import ProcessLayout
+from .push.beside import build_pusher
 from .recipe_on_resume import with_saved_settings
 from .run import Progress, Run, RunData, RunOutput
 from .saving import Saver
@@ -243,4 +245,10 @@ def _open_output(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, st
         return RunOutput(folder, saver, tracker=None, bar=None)
     tracker = build_tracker(folder.path, recipe, warn)
     bar = tqdm(total=recipe.train.steps, initial=step, unit="step", dynamic_ncols=True)
-    return RunOutput(folder, saver, tracker, bar)
+    pusher = build_pusher(recipe, folder.path, step, warn, _report)
+    return RunOutput(folder, saver, tracker, bar, pusher)
+
+
+def _report(message: str) -> None:
+    """Print a line above the progress bar."""
+    tqdm.write(message, file=sys.stderr)

@@ -2,16 +2,15 @@
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
-from run_helpers import Values
-
-from minrnn.pipeline import loop
-from minrnn.pipeline.recipe import build_recipe
+from local_hub import LocalHub
+from push_helpers import use_hub
+from run_helpers import Values, train
 
 SENTENCE = "the state of a lane goes on where it was cut and no document ever sees another one"
 WORDS = SENTENCE.split()
@@ -66,14 +65,15 @@ def values(tmp_path: Path, corpus: Path) -> Values:
 
 
 @pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
+    """An empty hub, used by this process."""
+    with LocalHub() as hub:
+        use_hub(hub, monkeypatch, tmp_path)
+        yield hub
+    huggingface_hub.close_session()
+
+
+@pytest.fixture
 def run_recipe() -> Callable[[Values], Path]:
     """Train a recipe in this process; returns the run's folder."""
-
-    def run(values: Values) -> Path:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-        PartialState._reset_state()
-        loop.train(build_recipe(values))
-        return Path(values["run"]["dir"])
-
-    return run
+    return train

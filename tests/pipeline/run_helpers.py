@@ -8,16 +8,27 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from minrnn.pipeline import loop
 from minrnn.pipeline.config import Recipe
 from minrnn.pipeline.optim import learning_rate
+from minrnn.pipeline.recipe import build_recipe
 
 Values = dict[str, dict[str, Any]]
 
 
 class Crash(BaseException):
     """Ends training immediately, as a kill would. Nothing catches it, so nothing is saved."""
+
+
+def train(values: Values) -> Path:
+    """Train a recipe in this process; returns the run's folder."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    PartialState._reset_state()
+    loop.train(build_recipe(values))
+    return Path(values["run"]["dir"])
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -9,7 +9,7 @@ from tiny_families import FIELDS, tiny_model
 
 from minrnn.data import LabelledTask, build_task, byte_tokenizer, model_vocab_size
 from minrnn.launch.cli import main
-from minrnn.pipeline.card import Generation, model_card
+from minrnn.pipeline.card import Generation, ModelFacts, TrainingFacts, model_card
 from minrnn.pipeline.classification import classifier_fields, new_model
 from minrnn.pipeline.export import export_model, model_config
 from minrnn.pipeline.recipe import build_recipe, resolved_config
@@ -69,5 +69,6 @@ def test_the_code_on_a_family_s_card_runs(name: str, fields: dict[str, Any], tmp
 def test_a_card_says_that_padding_is_read():
     config = resolved_config(build_recipe({}))
     for skips in (True, False):
-        text = model_card("name", "cell", 1, 1, "", config, Generation(has_state=False, skips_padding=skips))
+        model = ModelFacts("cell", 1, Generation(has_state=False, skips_padding=skips))
+        text = model_card("name", model, TrainingFacts(config, tokens=1))
         assert ("Padding before a text is read as text" in text) != skips

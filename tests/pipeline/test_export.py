@@ -12,7 +12,7 @@ from run_helpers import contents
 from minrnn.common.errors import UserError
 from minrnn.data.tokenizer import byte_tokenizer
 from minrnn.models import MinRNNForCausalLM
-from minrnn.pipeline.card import is_card
+from minrnn.pipeline.card.earlier import CARD
 from minrnn.pipeline.export import export_model, model_config
 from minrnn.pipeline.export_folder import LIST, STAGED, check_export, write_export
 from minrnn.pipeline.recipe import build_recipe, resolved_config
@@ -95,15 +95,22 @@ def test_a_folder_without_an_export_is_written_only_with_force(tmp_path: Path):
     assert MinRNNForCausalLM.from_pretrained(tmp_path).config.hidden_size == 16
 
 
+def write_card_of_version_0_1(out: Path) -> None:
+    """Replace the card by one as version 0.1 wrote it."""
+    fields = {"cell": "mingru", "name": "run", "parameters": 7, "corpus": "a.txt", "tokens": 9}
+    (out / "README.md").write_text(CARD.format(score="", config="run:\n  seed: 0\n", **fields))
+
+
 def test_an_old_export_without_a_list_is_replaced(out: Path):
     (out / LIST).unlink()
     (out / "model-00001-of-00002.safetensors").write_text("of the same export")
     (out / "notes.txt").write_text("mine")
-    assert is_card((out / "README.md").read_text())
+    write_card_of_version_0_1(out)
     assert export(out, 24)
     assert not (out / "model-00001-of-00002.safetensors").exists()
     assert (out / "notes.txt").exists()
     (out / LIST).unlink()
+    write_card_of_version_0_1(out)
     changed = (out / "README.md").read_text().replace("A minimal", "A very minimal")
     (out / "README.md").write_text(changed)
     assert not export(out)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_families import tiny_model
 
 from minrnn.common.errors import UserError
 from minrnn.data import byte_tokenizer
@@ -78,7 +79,7 @@ COMMANDS = {
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_tokenizer_s_code_runs_only_if_trusted(export: Path, command: str, monkeypatch, capsys):
-    """There is no prompt, which a pipe could answer. A model's own code is never run, but this package's."""
+    """A pipe cannot answer for a person. The code of a model of minrnn is never run, but this package's."""
     code, ran = export / "tokenization_own.py", export.parent / "code-was-run"
     code.write_text(
         "from pathlib import Path\n\nfrom transformers import PreTrainedTokenizerFast\n\n"
@@ -95,13 +96,74 @@ def test_a_tokenizer_s_code_runs_only_if_trusted(export: Path, command: str, mon
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
     stderr = errors_of([command, str(export), *COMMANDS[command]], capsys)
     assert stderr.startswith("error: MODEL: the tokenizer of ")
-    assert (
-        "brings code of its own, which is not run; read it, and add --trust-remote-code to run it" in stderr
-    )
+    assert "brings code of its own, which is not run; read it in" in stderr
     assert not ran.exists()
     if command == "generate":
         main([command, str(export), *COMMANDS[command], "--trust-remote-code"])
         assert ran.exists()
+
+
+OWN_MODEL = """
+from pathlib import Path
+
+from transformers import LlamaConfig, LlamaForCausalLM
+
+Path({ran!r}).touch()
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own_model"
+
+
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+@pytest.fixture
+def own_model(tmp_path: Path) -> Path:
+    """A model that only its own code can run. The code makes the file code-was-run."""
+    folder = tmp_path / "own" / "model"
+    tiny_model("llama").save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    (folder / "modeling_own.py").write_text(OWN_MODEL.format(ran=str(tmp_path / "code-was-run")))
+    code = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"}
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own_model", "architectures": ["OwnModel"], "auto_map": code}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+class Terminal(io.StringIO):
+    """A terminal at which a person types."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_model_s_code_runs_only_if_trusted(own_model: Path, monkeypatch, capsys):
+    ran, command = (
+        own_model.parent.parent / "code-was-run",
+        ["generate", str(own_model), "--max-new-tokens", "1"],
+    )
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+    stderr = errors_of(command, capsys)
+    assert "brings code of its own (modeling_own.py), which is not run; read it in" in stderr
+    assert "add --trust-remote-code to run it" in stderr
+    assert not ran.exists()
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("sys.stdin", Terminal("n\n"))
+    with pytest.raises(SystemExit):
+        main(command)
+    assert "It can do anything that you can. Run it? [y/N]" in capsys.readouterr().err
+    assert not ran.exists()
+    monkeypatch.setattr("sys.stdin", Terminal("y\n"))
+    main([*command, "--prompt", "def main"])
+    assert ran.exists()
+    ran.unlink()
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    main([*command, "--prompt", "def main", "--trust-remote-code"])
+    assert capsys.readouterr().out.startswith("def main")
 
 
 def test_every_load_passes_trust_remote_code():
