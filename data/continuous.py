@@ -181,7 +181,8 @@ def _emit(lane: _Lane, chunk: Chunk, row: int, column: int) -> int:
     chunk.input_ids[row, column + 1 : column + count] = targets[:-1]
     chunk.shift_labels[row, column : column + count] = targets
     chunk.document_starts[row, column] = lane.is_start
-    chunk.documents[row].append(lane.name)
+    if lane.is_start or not chunk.documents[row]:  # a document, or where in it the chunk begins
+        chunk.documents[row].append(lane.name)
     lane.offset, lane.input, lane.is_start = lane.offset + count, int(targets[-1]), False
     return count
 

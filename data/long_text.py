@@ -340,6 +340,11 @@ def open_long_text(source: Source, corpus: str, held_out: float, part: Split) ->
     files = source.files if isinstance(source, JoinedFiles) else source
     skip_broken = isinstance(files, TextFiles) and files.skip_broken
     pairs = [_document(name, paths, skip_broken) for name, paths in groups]
+    num_skipped = sum(skipped for _, skipped in pairs)
+    if num_skipped and not any(document.size for document, _ in pairs):
+        raise UserError(
+            "data.corpus", f"{corpus} holds no text: {num_skipped:,} files are left out as broken"
+        )
     ranges = _split([document for document, _ in pairs], held_out, part)
     if not ranges and part == "validation":
         raise UserError("data.validation_fraction", f"leaves no text of {corpus} for validation; raise it")
@@ -349,7 +354,7 @@ def open_long_text(source: Source, corpus: str, held_out: float, part: Split) ->
     smallest, largest = PASSAGE_BYTES if part == "train" else HELD_OUT_PASSAGE_BYTES
     num_bytes = sum(part.stop - part.start for part in ranges)
     size = min(max(num_bytes // (256 if part == "train" else 16), smallest), largest)
-    return LongText(corpus, ranges, size, skip_broken, sum(skipped for _, skipped in pairs))
+    return LongText(corpus, ranges, size, skip_broken, num_skipped)
 
 
 @dataclass

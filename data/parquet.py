@@ -12,6 +12,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from ..common.errors import UserError
 from .files import convert_read_errors, open_binary
 from .remote import RemotePath
 from .rows import RowFiles, check_columns, python_value
@@ -99,6 +100,8 @@ class Parquet(RowFiles):
                 index += len(batch)
             if index != group.rows.stop:
                 raise ValueError(f"{index - group.rows.start} rows instead of {len(group.rows)}")
+        except UserError:  # of a row, not of the file; it is a ValueError
+            raise
         except (OSError, ValueError) as error:  # truncated, changed since it was opened, or corrupted
             rows = f"rows {index} to {group.rows.stop - 1}"
             for number in range(index, group.rows.stop):

@@ -52,6 +52,8 @@ class Counts:
     """Documents of the other part."""
     skipped: int = 0
     """Broken parts that are left out."""
+    filtered: int = 0
+    """Parts that `data.filter` leaves out."""
     empty: int = 0
     is_whole: bool = False
     """Whether the corpus was read to its end."""
@@ -60,6 +62,11 @@ class Counts:
     def documents(self) -> int:
         """Number of documents of the part."""
         return len(self.lengths)
+
+    @property
+    def num_seen(self) -> int:
+        """Number of documents of both parts, those that are left out included."""
+        return self.documents + self.others + self.filtered + self.skipped
 
     @property
     def tokens(self) -> int:
@@ -74,6 +81,7 @@ def count(
     counts, end = Counts(), time.monotonic() + seconds
     for number, (document, is_in_part) in enumerate(documents, start=1):
         counts.skipped += document.num_skipped
+        counts.filtered += document.num_filtered
         if is_in_part:
             counts.lengths.append(len(encode_document(encoder, document)))
             counts.bytes += document.num_bytes

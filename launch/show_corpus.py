@@ -8,7 +8,6 @@ import argparse
 import contextlib
 import shutil
 import sys
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -25,17 +24,19 @@ from ..data import (
     MixtureSpec,
     PreparedCorpus,
     is_labelled,
-    open_source,
+    open_shares,
     run_tokenizer,
 )
-from ..data.corpus import Split
+from ..data.corpus import has_fixed_parts
 from ..data.loader import Share, open_readers
-from ..data.parquet import Parquet
+from ..data.parquet import Parquet, metadata_of
+from ..data.parts import Shares, units_of
 from ..data.sample import Counts, count, sample_documents
-from ..data.sources import TextFiles
+from ..data.sources import Part, TextFiles
 from ..pipeline.config import Recipe
 from ..pipeline.corpora import corpus_spec, reader_spec
 from ..pipeline.data_order import with_order
+from ..pipeline.evaluation import validation_errors, validation_spec
 from ..pipeline.options import new_parser
 from ..pipeline.recipe import read_recipe
 from .estimates import batch_shape
@@ -119,32 +120,42 @@ def shard_lines(source: Any) -> list[str]:
 
 
 def num_rows(source: Any) -> int | None:
-    """The number of documents of all parts that a source knows without reading them; None if it does not."""
+    """The number of documents of all parts that a source knows without reading them; None if it does not.
+
+    Those that are left out are included, except in a prepared corpus.
+    """
     if isinstance(source, PreparedCorpus):
         return sum(shard["documents"] for shard in source.manifest["shards"])
     if isinstance(source, TextFiles):
         return len(source.paths)
-    if isinstance(source, Parquet) and len(source.paths) <= 1000:
-        import pyarrow.parquet
-
+    if isinstance(source, Parquet) and len(source.paths) <= 1000 and isinstance(source.paths[0], Path):
         with contextlib.suppress(Exception):  # a damaged file is reported by reading it
-            return sum(pyarrow.parquet.read_metadata(path).num_rows for path in source.paths)
+            return sum(metadata_of(path).num_rows for path in source.paths)
     return None
 
 
-def count_lines(counts: Counts, source: Any, part: Split) -> list[str]:
-    """Documents, tokens and bytes of a part: counted, or estimated from a sample."""
+def share_of_units(shares: Shares) -> float:
+    """The part of a source's smallest units (row groups, pieces, files) that `shares` has."""
+    source = shares.source
+    of_all = sum(len(units_of(source, Part(shard))) for shard in range(source.num_shards))
+    return sum(len(units_of(source, part)) for part in shares.owned[0]) / max(of_all, 1)
+
+
+def count_lines(counts: Counts, shares: Shares) -> list[str]:
+    """Documents, tokens and bytes for training: counted, or estimated from a sample."""
     if not counts.documents:
-        return [f"documents   none of the first {counts.others:,} is for {part}"]
+        return [f"documents   none of the first {counts.num_seen:,} is for training"]
     bytes_per_token = counts.bytes / max(counts.tokens, 1)
     lengths = (
         f"{min(counts.lengths):,} to {max(counts.lengths):,} tokens (median {median(counts.lengths):,.0f})"
     )
-    share = counts.documents / (counts.documents + counts.others)
     if counts.is_whole:
         lines = [f"documents   {counts.documents:,} of {lengths}", f"tokens      {counts.tokens:,}"]
-    elif (rows := num_rows(source)) is not None:
-        documents = rows * share
+    elif (rows := num_rows(shares.source)) is not None:
+        seen = counts.num_seen
+        if isinstance(shares.source, PreparedCorpus):
+            seen -= counts.filtered + counts.skipped
+        documents = rows * share_of_units(shares) * counts.documents / seen
         tokens = documents * counts.tokens / counts.documents
         sample = f"estimated from {counts.documents:,}"
         lines = [
@@ -159,14 +170,30 @@ def count_lines(counts: Counts, source: Any, part: Split) -> list[str]:
     return [*lines, f"bytes/token {bytes_per_token:.3f}"]
 
 
-def left_out_line(counts: Counts, spec: CorpusSpec) -> str:
-    """What training does not read."""
+def held_out_shards(spec: CorpusSpec, num_shards: int) -> str:
+    """The shards, or the part of one, that are held out."""
+    parts = open_shares(spec, "validation", 1)[0].owned[0]
+    num_whole = sum(part.within is None for part in parts)
+    what = (
+        f"{num_whole:,} of {num_shards:,} shards" if num_whole else f"the end of one of {num_shards:,} shards"
+    )
+    return f"{what} held out for validation (data.hold_out)"
+
+
+def left_out_line(counts: Counts, shards: str | None = None) -> str:
+    """What training does not read.
+
+    Args:
+        shards: what is held out, if shards are.
+    """
     share = counts.others / max(counts.documents + counts.others, 1)
     parts = [f"{counts.others:,} documents held out for validation ({share:.2%})"] * (counts.others > 0)
+    parts += [f"{counts.filtered:,} that do not pass data.filter"] * (counts.filtered > 0)
     parts += [f"{counts.skipped:,} broken (data.skip_broken)"] * (counts.skipped > 0)
-    note = "" if counts.is_whole else ", of those that were read"
+    note = "" if counts.is_whole or not parts else ", of those that were read"
+    parts = [*([shards] if shards else []), *parts]
     empty = f"; {counts.empty:,} documents are empty" if counts.empty else ""
-    return f"left out    {'; '.join(parts) or 'nothing'}{note if parts else ''}{empty}"
+    return f"left out    {'; '.join(parts) or 'nothing'}{note}{empty}"
 
 
 def validation_lines(
@@ -177,16 +204,10 @@ def validation_lines(
     most = "all of them" if data.validation_tokens is None else f"up to {data.validation_tokens:,} tokens"
     if data.order == "windows" and data.validation is None:
         return [f"validation  the last {data.validation_fraction:.1%} of the text, {most}"]
-    part: Split = "validation"
-    if data.validation is not None:
-        spec = replace(spec, corpus=data.validation, split=data.validation_split, held_out=0.0)
-        part = "all"
-    try:
-        counts = count(sample_documents(spec, part), encoder, *limits)
-    except UserError as error:
-        if data.validation is None:
-            raise
-        raise error.with_keys({"data.corpus": "data.validation"}) from None
+    with validation_errors(recipe):
+        chosen, part = validation_spec(recipe, spec)
+        assert isinstance(chosen, CorpusSpec)
+        counts = count(sample_documents(chosen, part), encoder, *limits)
     name = f" of {data.validation}" if data.validation is not None else ", held out"
     amount = f"{counts.documents:,} documents of {counts.tokens:,} tokens"
     return [f"validation  {amount}{'' if counts.is_whole else ' in the sample'}{name}; {most} are read"]
@@ -237,13 +258,15 @@ def chunk_lines(recipe: Recipe, encoder: Encoder, tokenizer: Any, arguments: arg
 
 def corpus_lines(recipe: Recipe, spec: CorpusSpec, encoder: Encoder, limits: tuple[int, float]) -> list[str]:
     """Shards, counts and what is left out, of one corpus."""
-    source = open_source(spec, "train")
+    shares, is_by_hash = open_shares(spec, "train", 1)
+    source = shares.source
+    are_shards = not is_by_hash and not has_fixed_parts(spec, source)
     counts = count(sample_documents(spec, "train"), encoder, *limits)
     return [
         f"corpus      {spec.corpus}",
         *shard_lines(source),
-        *count_lines(counts, source, "train"),
-        left_out_line(counts, spec),
+        *count_lines(counts, shares),
+        left_out_line(counts, held_out_shards(spec, source.num_shards) if are_shards else None),
         *validation_lines(recipe, spec, encoder, limits),
     ]
 

@@ -21,7 +21,7 @@ class SourceSection(Section):
 
     corpus: str = Field(min_length=1)
     """As data.corpus, but no task."""
-    weight: float = Field(default=1.0, gt=0.0)
+    weight: float = Field(default=1.0, gt=0.0, allow_inf_nan=False)
     """The source's share of the tokens, relative to the weights of the others."""
     order: Literal["auto", "documents", "passages"] = "auto"
     """passages: read text files in passages of at most 32 KiB, each with a reset state, and hold out the end

@@ -90,8 +90,12 @@ def test_lanes_are_those_of_the_naive_reader(
     corpus = write_texts(tmp_path_factory.getbasetemp() / "naive", [lines(size) for size in sizes])
     spec = reader_spec(corpus, num_readers, lanes, seed=seed)
     for reader in range(num_readers):
-        for row, lane in enumerate(as_lanes(read(spec, reader, 40))):
+        chunks = read(spec, reader, 40)
+        for row, lane in enumerate(as_lanes(chunks)):
             assert list(map(tuple, lane.tolist())) == expected_lane(spec, reader * lanes + row, 640)
+        for chunk in chunks:
+            for names, starts in zip(chunk.documents, chunk.document_starts, strict=True):
+                assert len(names) == starts.sum() + (not starts[0]), "a name for each document"
 
 
 @settings(max_examples=15)

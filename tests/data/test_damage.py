@@ -170,6 +170,7 @@ def test_a_row_without_text_says_what_it_holds(kind: str, case: str, tmp_path: P
         read(make_source(kind, spec))
     assert problem in str(caught.value)
     assert "no field" not in str(caught.value)
+    assert "damaged" not in str(caught.value), "the file is whole"
     assert [
         document.num_skipped for document in read(make_source(kind, replace(spec, skip_broken=True)))
     ] == [1]

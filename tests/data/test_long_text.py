@@ -161,6 +161,10 @@ def test_binary_and_damaged_files_are_named_or_left_out(tmp_path: Path):
         open_text(CorpusSpec(str(tmp_path), passages=True), "train")
     text = open_text(CorpusSpec(str(tmp_path), passages=True, skip_broken=True), "train")
     assert (text.num_bytes, text.num_skipped) == (10, 1)
+    (tmp_path / "a.txt").unlink()
+    for part in ("train", "validation"):
+        with pytest.raises(UserError, match="holds no text: 1 files are left out as broken"):
+            open_text(CorpusSpec(str(tmp_path), passages=True, skip_broken=True), part)
 
 
 def test_a_file_that_becomes_shorter_is_an_error(tmp_path: Path):

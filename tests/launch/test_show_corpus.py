@@ -4,6 +4,9 @@ import json
 import re
 from pathlib import Path
 
+import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from minrnn.common.errors import UserError
@@ -54,6 +57,46 @@ def test_what_the_model_will_see(rows: str, capsys):
     assert text.count(" [rows/") >= 3, "documents that begin within a lane are marked"
     assert "\x1b" not in text
     assert "\x1b[36m" in shown(capsys, rows, *SMALL, "--color", "always")
+
+
+def test_filtered_documents_and_held_out_shards_are_named(rows: str, capsys, monkeypatch: pytest.MonkeyPatch):
+    options = ["--data.validation_fraction", "0.5", "--data.filter", "{min_bytes: 88}"]
+    text = shown(capsys, rows, *SMALL, *options)
+    filtered = int(found(r"(\d+) that do not pass data.filter", text))
+    documents, held_out = (
+        int(found(r"documents   (\d+) of", text)),
+        int(found(r"left out    (\d+) doc", text)),
+    )
+    assert filtered == 20, "those with a number below 10"
+    assert documents + held_out + filtered == 100
+    monkeypatch.setattr("minrnn.data.rows.STREAM_BYTES", 1)
+    text = shown(capsys, rows, *SMALL, *options)
+    assert "left out    1 of 2 shards held out for validation (data.hold_out); 10 that do not pass" in text
+    assert re.search(r"validation  [34]\d documents of", text)
+
+
+def test_estimates_leave_out_what_is_not_read(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
+    """Of 400 rows, half of the row groups are held out, and every second row does not pass."""
+    table = pyarrow.table(
+        {"text": [f"a row {i % 2} " * 20 for i in range(400)], "kind": [i % 2 for i in range(400)]}
+    )
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=10)
+    monkeypatch.setattr("minrnn.data.rows.STREAM_BYTES", 1)
+    options = ["--data.validation_fraction", "0.5", "--data.hold_out", "shards", "--data.filter", "{kind: 1}"]
+    text = shown(capsys, str(tmp_path), *SMALL, *options, "--documents", "50")
+    assert "documents   about 100, estimated from 25" in text
+    assert "left out    the end of one of 1 shards held out" in text
+
+
+def test_a_validation_corpus_has_settings_of_its_own(rows: str, tmp_path: Path, capsys):
+    parts = {"large": 30, "small": 3}
+    datasets.DatasetDict(
+        {name: datasets.Dataset.from_dict({"text": ["a text"] * size}) for name, size in parts.items()}
+    ).save_to_disk(tmp_path / "parts")
+    options = ["--data.validation", str(tmp_path / "parts"), "--data.validation_split", "small"]
+    assert "validation  3 documents of" in shown(capsys, rows, *SMALL, *options)
+    text = shown(capsys, rows, *SMALL, "--data.validation", "one.txt")
+    assert "validation  1 documents of 2,201 tokens of one.txt" in text
 
 
 def test_a_sample_is_marked_as_such(rows: str, capsys):

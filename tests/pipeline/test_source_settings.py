@@ -65,6 +65,7 @@ def test_all_errors_of_sources_are_reported():
         {"corpus": "a.txt", "weight": 3},
         {"corpus": "c", "weight": -1},
         {"corpus": "d", "weight": 0},
+        {"corpus": "e", "weight": float("inf")},
         {"corpus": "e", "order": "windows"},
     ]
     lines = errors_of(sources)
@@ -75,10 +76,11 @@ def test_all_errors_of_sources_are_reported():
         "corpus[4]: a.txt is in the list twice, also as corpus[0]",
         "corpus[5].weight: must be a positive number, not -1",
         "corpus[6].weight: must be a positive number, not 0",
-        "corpus[7].order: input should be 'auto', 'documents' or 'passages', not 'windows'",
+        "corpus[7].weight: must be a positive number, not inf",
+        "corpus[8].order: input should be 'auto', 'documents' or 'passages', not 'windows'",
     ):
         assert sum(line.startswith(f"error: data.{expected}") for line in lines) == 1
-    assert len(lines) == 7
+    assert len(lines) == 8
 
 
 @pytest.mark.parametrize(
