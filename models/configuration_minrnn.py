@@ -7,6 +7,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from .export_format import check_export_format
 from .minimal_coefficients import CANDIDATE_ACTIVATIONS
 from .registry import CELLS
 from .scan import BACKENDS
@@ -111,6 +112,7 @@ class MinRNNConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        check_export_format(kwargs.get("export_format"))
         if errors := self.errors():
             raise ValueError(
                 "MinRNNConfig: " + "; ".join(f"{name}: {problem}" for name, problem in errors.items())

@@ -5,6 +5,8 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from .export_format import check_export_format
+
 CELLS = ("gru", "lstm")
 
 
@@ -52,6 +54,7 @@ class TorchRNNConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        check_export_format(kwargs.get("export_format"))
         errors = []
         if self.cell not in CELLS:
             errors.append(f"cell: {self.cell!r} is none of {', '.join(CELLS)}")

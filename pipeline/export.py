@@ -1,5 +1,6 @@
 """Export a checkpoint as a `transformers` model, and generate samples from it."""
 
+import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,10 +14,11 @@ from ..common.output import warn
 from ..data import TextStream, num_token_ids, prompt_batch, prompt_tokens, run_tokenizer
 from ..models import MinRNNForCausalLM, MinRNNForSequenceClassification
 from ..models.dtypes import DTYPES
+from ..models.export_format import EXPORT_FORMAT
 from . import card
 from .checkpoint import checkpoint_name, load_parameters, newest_valid, read_manifest
 from .classification import classifier_fields, new_model
-from .export_folder import check_export, write_export
+from .export_folder import CONFIG, check_export, write_export
 from .families.decoding import FamilyDecoder, has_exact_cache
 from .families.limits import NO_PADDING
 from .families.registry import CARRYING, OURS, config_of, max_positions
@@ -73,6 +75,9 @@ def write_model(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
         suppress_tokens=padding_ids(model, tokenizer),
     )
     model.save_pretrained(folder, max_shard_size=NO_SHARDS)
+    values = json.loads((folder / CONFIG).read_text())
+    values["export_format"] = EXPORT_FORMAT
+    (folder / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
     tokenizer.save_pretrained(folder)
 
 

@@ -16,6 +16,7 @@ from ..common.output import warn
 from ..data.tokenizer import needs_code_trust
 from ..models import MinRNNConfig, MinRNNForCausalLM, MinRNNForSequenceClassification, TorchRNNConfig
 from ..models.dtypes import DTYPES
+from ..models.export_format import check_export_format
 from .code_trust import brings_code, require_code_trust
 from .families.build import causal_lm, check_memory
 from .families.limits import abilities
@@ -31,10 +32,11 @@ from .machine import (
 )
 
 OWN_CONFIGS: dict[str, Any] = {"minrnn": MinRNNConfig, "torch_rnn": TorchRNNConfig}
-# Fields of config.json that transformers adds.
+# Fields of config.json that transformers and exports add.
 NOT_SETTINGS = {
     "architectures",
     "auto_map",
+    "export_format",
     "model_type",
     "torch_dtype",
     "transformers_version",
@@ -158,6 +160,7 @@ def read_weights(
             runs_its_code = True
         else:
             _check_kind(name, values, key, wants_classifier)
+        check_export_format(values.get("export_format"))
         own_config = OWN_CONFIGS.get(values["model_type"])
         if own_config is not None:
             build = MinRNNForSequenceClassification if wants_classifier else causal_lm
