@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from run_helpers import Values
 
-from minrnn.pipeline import loop
+from minrnn.pipeline import loop, tracking
 from minrnn.pipeline.recipe import build_recipe
+from minrnn.pipeline.tracking_store import prepare_sqlite
 
 SENTENCE = "the state of a lane goes on where it was cut and no document ever sees another one"
 WORDS = SENTENCE.split()
@@ -77,3 +79,32 @@ def run_recipe() -> Callable[[Values], Path]:
         return Path(values["run"]["dir"])
 
     return run
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database after its first start, which takes seconds."""
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    prepare_sqlite(path)
+    return path
+
+
+@pytest.fixture
+def uri(empty_database: Path, tmp_path: Path, monkeypatch) -> str:
+    """The URI of a database of this test; artifacts go below the working directory."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(empty_database, tmp_path / "mlflow.db")
+    return f"sqlite:///{tmp_path / 'mlflow.db'}"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A run's folder."""
+    (tmp_path / "run").mkdir()
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def an_answer_may_take_long(monkeypatch):
+    """Allows slow answers, on a busy machine, in tests that are not about closing."""
+    monkeypatch.setattr(tracking, "ANSWER_SECONDS", 60.0)
