@@ -109,7 +109,9 @@ def check_unchanged(saved: dict[str, Any], recipe: Recipe, folder: str) -> None:
     if any(old[key] != new[key] for key in ("model.family", "data.corpus", "data.task")):
         allowed |= {"batch.carry_state", "batch.chunk"}  # their defaults follow from these
     different = [
-        key for key in new if old[key] != new[key] and key not in allowed and not key.startswith("tracking.")
+        key
+        for key in new
+        if old[key] != new[key] and key not in allowed and not key.startswith(("tracking.", "eval."))
     ]
 
     def message(key: str) -> str:
