@@ -1,8 +1,10 @@
 # The project's commands. Each installs its dependencies first, if they are missing.
 #   make setup      a .venv with the core, versions pinned by constraints.txt (TORCH_INDEX=URL chooses a
 #                   build of torch, PYTHON=python3.12 a Python)
-#   make setup-X    the core and an extra: eval, bench, deepspeed, search; test for all of them and the test tools
+#   make setup-X    the core and an extra: eval, bench, deepspeed, search, tensorboard, wandb, ui; test for all of
+#                   them and the test tools
 #   make train      the main job: three minutes of training on two cores, into runs/quickstart/
+#   make ui         MLflow's interface on the database that the runs wrote (RUNS=FOLDER for others than runs/)
 #   make bench      minrnn bench with all peers (BENCH="train --lengths 512" for another than the scan)
 #   make test       lint, types and tests, a few minutes
 #   make test-slow  what launches many processes or learns for long
@@ -27,10 +29,11 @@ endif
 endif
 
 .PHONY: setup setup-eval setup-bench setup-deepspeed setup-search setup-test train bench test test-slow test-multihost
-.PHONY: test-transformers sweep-demo soak clean from-nothing
+.PHONY: test-transformers sweep-demo soak ui setup-tensorboard setup-wandb setup-ui clean from-nothing
 
 setup: .venv/.ready
-setup-eval setup-bench setup-deepspeed setup-search setup-test: setup-%: .venv/.ready-%
+setup-eval setup-bench setup-deepspeed setup-search setup-tensorboard setup-wandb setup-ui setup-test: \
+setup-%: .venv/.ready-%
 
 define CHECK_PYTHON
 import sys
@@ -64,7 +67,7 @@ export CHECK_PYTHON
 	rm $(UNFINISHED)
 	touch $@
 
-.venv/.ready-test: EXTRAS := bench,deepspeed,eval,search,test
+.venv/.ready-test: EXTRAS := bench,deepspeed,eval,search,tensorboard,wandb,ui,test
 .venv/.ready-%: EXTRAS = $*
 .venv/.ready-%: .venv/.ready
 	touch $(UNFINISHED)
@@ -73,6 +76,9 @@ export CHECK_PYTHON
 	$(BIN)/python -m compileall -q -j 0 .venv/lib > /dev/null || true
 	rm $(UNFINISHED)
 	touch $@
+
+ui: .venv/.ready-ui
+	$(BIN)/minrnn ui $(or $(RUNS),runs)
 
 train: .venv/.ready
 	$(BIN)/minrnn train --config quickstart

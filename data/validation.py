@@ -8,6 +8,7 @@ With order `windows` the set is the last part of the text, cut into consecutive 
 as in the published set-up.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -41,7 +42,7 @@ class ValidationSet:
     source: str = ""
     """Name of its source in a mixture."""
 
-    @property
+    @functools.cached_property
     def num_positions(self) -> int:
         """Number of positions to read."""
         return sum(len(tokens) - 1 for documents in self.lanes for tokens in documents)

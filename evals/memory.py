@@ -9,6 +9,18 @@ import psutil
 import torch
 from torch import Tensor
 
+from ..pipeline.machine import current_memory, peak_memory
+
+__all__ = [
+    "available_bytes",
+    "current_memory",
+    "peak_memory",
+    "release_memory",
+    "reset_peak_memory",
+    "synchronize",
+    "tensor_bytes",
+]
+
 
 def synchronize(device: torch.device) -> None:
     """Wait for the device; nothing to do for the CPU."""
@@ -45,21 +57,3 @@ def reset_peak_memory(device: torch.device) -> None:
     with contextlib.suppress(OSError):  # without it, the peak is that of the whole process
         # man 5 proc: resets the peak of the resident set
         Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory(device: torch.device) -> int:
-    """Peak memory since `reset_peak_memory`, in bytes: allocated by torch on a GPU, resident on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        with open("/proc/self/status") as lines:
-            return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
-    except (OSError, StopIteration):  # not Linux: the current memory is a lower bound
-        return current_memory(device)
-
-
-def current_memory(device: torch.device) -> int:
-    """Current memory, counted as in `peak_memory`."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    return psutil.Process().memory_info().rss

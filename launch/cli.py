@@ -41,6 +41,8 @@ USAGE = """usage: minrnn COMMAND ...
                     minrnn bench train [--peers llama,mamba ...]
   report        put all results on one page, beside published numbers
                     minrnn report [PATH ...] [--out DIR]
+  ui            open MLflow's interface on the database that runs wrote
+                    minrnn ui [RUN]
   results       combine runs into one results file
                     minrnn results runs/0 runs/1 --as shakespeare
   rolling       score one long document through lm-eval
@@ -69,6 +71,7 @@ MODULES = {
     "rolling": "..evals.long_context.rolling",
     "lm-eval": "..evals.harness.model",
     "fit": "..evals.scaling.command",
+    "ui": ".ui",
     "sweep": ".sweep.command",
     "figures": "..evals.figures.command",
 }

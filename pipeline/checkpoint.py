@@ -237,15 +237,27 @@ def load_parameters(path: Path, model: nn.Module) -> None:
     Raises:
         ValueError: names or shapes differ from the model's.
     """
-    saved, own = read_with_retries(path / "model.safetensors", load_file), dict(model.named_parameters())
+    copy_parameters(read_with_retries(path / "model.safetensors", load_file), model, str(path))
+
+
+def copy_parameters(saved: dict[str, Tensor], model: nn.Module, name: str) -> None:
+    """Copy parameters by name into the model.
+
+    Args:
+        name: of where they are from, for messages.
+
+    Raises:
+        ValueError: names or shapes differ from the model's.
+    """
+    own = dict(model.named_parameters())
     if saved.keys() != own.keys():
-        raise ValueError(f"{path} holds another model: {sorted(saved.keys() ^ own.keys())[:4]} differ")
+        raise ValueError(f"{name} holds another model: {sorted(saved.keys() ^ own.keys())[:4]} differ")
     with torch.no_grad():
-        for name, parameter in own.items():
-            if parameter.shape != saved[name].shape:
-                shapes = f"{tuple(saved[name].shape)}, not {tuple(parameter.shape)}"
-                raise ValueError(f"{path} holds another model: {name} is {shapes}")
-            parameter.copy_(saved[name])
+        for key, parameter in own.items():
+            if parameter.shape != saved[key].shape:
+                shapes = f"{tuple(saved[key].shape)}, not {tuple(parameter.shape)}"
+                raise ValueError(f"{name} holds another model: {key} is {shapes}")
+            parameter.copy_(saved[key])
 
 
 def read_moments(path: Path) -> dict[str, Tensor]:

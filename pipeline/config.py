@@ -5,6 +5,7 @@ A recipe is YAML with these sections. `--section.field value` on the command lin
 """
 
 import os
+import warnings
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -14,6 +15,7 @@ from ..common.errors import UserError
 from ..data import LabelledTask, RetryPolicy, RowRules, Task, build_task, is_task
 from ..models.configuration_minrnn import PRESETS
 from .batch_settings import BatchSection
+from .eval_section import EvalSection
 from .families.fields import merged_fields
 from .families.registry import OURS
 from .model_section import NO_CONFIG_FIELDS, ModelSection
@@ -294,19 +296,37 @@ class ParallelSection(Section):
     its state to the next."""
 
 
+# The field shares its name with ABCMeta.register, which nobody calls on a section.
+warnings.filterwarnings("ignore", message='Field name "register" in "TrackingSection" shadows')
+
+
 class TrackingSection(Section):
-    """MLflow, as a mirror of metrics.jsonl. Training never waits for it or stops because of it. Lines that
-    could not be sent are sent later, at the latest by the next start of the run."""
+    """MLflow, as a mirror of metrics.jsonl, and other trackers (docs/tracking.md). Training never waits for
+    MLflow or stops because of it. What could not be sent is sent later, at the latest by the next start."""
 
     uri: str | None = Field(default="auto", min_length=1)
     """Tracking server or database; null for none. auto: the environment variable MLFLOW_TRACKING_URI, or
     sqlite:///mlflow.db. A relative database path stays relative to the folder where the run was started
     first."""
     experiment: str = "minrnn"
-    """Name of the MLflow experiment."""
+    """Name of the MLflow experiment, and of the project in W&B."""
     parent: str | None = Field(default=None, pattern=r"^[^'`]+$")
     """Name of the MLflow run in which this one is nested, with all others of the same name in the experiment
     and in neighbouring folders. The first of them creates it. A sweep sets it."""
+    register: str | None = Field(default=None, min_length=1)
+    """Name in MLflow's model registry: the exported model becomes its next version. null: the model stays in
+    run.dir/model only."""
+    system_metrics: bool = True
+    """Also log CPU, memory, disk, network and GPUs (with nvidia-ml-py installed) of the main process's
+    machine, with MLflow's own monitor."""
+    also: list[Literal["tensorboard", "wandb"]] = []
+    """Trackers besides MLflow, through Accelerate: tensorboard writes to run.dir/tensorboard, wandb is W&B,
+    the web service. Each needs the extra of its name (make setup-tensorboard)."""
+
+    def errors(self) -> dict[str, str]:
+        if self.register is None or self.uri is not None:
+            return {}
+        return {"register": "names a model in MLflow's registry, but tracking.uri is null; leave one out"}
 
     def resolved_uri(self) -> str | None:
         """`uri`, with auto resolved."""
@@ -328,6 +348,7 @@ class Recipe:
     parallel: ParallelSection
     tracking: TrackingSection
     push: PushSection
+    eval: EvalSection
 
     def task(self) -> Task | LabelledTask | None:
         """The task that the corpus names, or None for text."""
@@ -366,4 +387,5 @@ SECTIONS: dict[str, type[Section]] = {
     "parallel": ParallelSection,
     "tracking": TrackingSection,
     "push": PushSection,
+    "eval": EvalSection,
 }

@@ -2,13 +2,11 @@
 
 import dataclasses
 import os
-import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from tqdm import tqdm
 
 from ..common.errors import StorageError, UserError
 from ..common.output import warn
@@ -217,9 +215,13 @@ def prepare_held_out(
     fingerprint: dict[str, Any] | None,
     accelerator: Accelerator,
     watchdog: Watchdog,
+    report: Callable[[str], object],
 ) -> HeldOut | None:
     """The text for validation, from run.dir/validation; None for a task. The main process makes it in one
     pass if it is not there, and the first process of a machine that does not see it makes its own.
+
+    Args:
+        report: called with a summary of what was made.
 
     Raises:
         UserError: the corpus cannot be read, or nothing is held out.
@@ -247,7 +249,7 @@ def prepare_held_out(
         if load_held_out(folder, origin) is None:
             held_out = make_held_out(recipe, corpus, encoder, watchdog.move)
             save_held_out(folder, held_out, origin)
-            _report(held_out, spec.corpus, folder)
+            report(_held_out_summary(held_out, spec.corpus, folder))
 
     def load() -> HeldOut:
         if (held_out := load_held_out(folder, origin)) is None:
@@ -259,12 +261,11 @@ def prepare_held_out(
     return processes.run_on_all_ranks(accelerator, load)
 
 
-def _report(held_out: HeldOut, corpus: str, folder: Path) -> None:
+def _held_out_summary(held_out: HeldOut, corpus: str, folder: Path) -> str:
     count, tokens = len(held_out.lengths), len(held_out.tokens)
-    tqdm.write(
+    return (
         f"validation: {count:,} documents of {corpus}, {tokens:,} tokens; {held_out.num_read:,} documents "
-        f"were read to find them; kept in {folder}",
-        file=sys.stderr,
+        f"were read to find them; kept in {folder}"
     )
 
 

@@ -14,6 +14,7 @@ from .evaluation import validation_summary
 from .export import export_model, kept_card_warning, load_checkpoint, masks_padding, sample
 from .mixture_progress import progress_note, text_progress
 from .run import Run
+from .samples import write_samples
 
 
 def finish(run: Run) -> None:
@@ -72,7 +73,6 @@ def _write_samples(run: Run, model: PreTrainedModel, tokenizer: Any) -> None:
         if not run.engine.in_lockstep:  # a sharded model may not fit on one device
             nn.Module.to(model, run.accelerator.device)
         texts = sample(model, tokenizer, prompts, recipe.train.sample_tokens, recipe.run.seed)
-        blocks = (f"=== prompt {prompt!r}\n{text}\n\n" for prompt, text in zip(prompts, texts, strict=True))
-        (run.output.folder.path / "samples.txt").write_text("".join(blocks))
+        write_samples(run.output.folder, list(zip(prompts, texts, strict=True)))
     except Exception as error:
         warn(f"samples.txt could not be written: {type(error).__name__}: {error}")

@@ -18,11 +18,12 @@ FILES = (
     "samples.txt",
     "mlflow.json",
     "push.json",
+    "trackers.json",
     ".finished",
     ".run.json",
     ".lock",
 )
-FOLDERS = ("checkpoints", "model", "validation")
+FOLDERS = ("checkpoints", "model", "validation", "tensorboard", "wandb")
 LONGEST_NAME = Path("checkpoints", ".step-00000000.building", "optimizer.safetensors")
 # Sections of every config.yaml that a run has written, in any version.
 OLDEST_SECTIONS = {"run", "model", "data", "batch", "optim", "train"}

@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 from .config import Recipe
 from .run import Run
+from .run_log import in_words
 
 BACKWARD = 2  # forward passes that take as long as a backward pass, which validation has not
-UNITS = ((1.0, "s"), (60.0, "min"), (3600.0, "h"), (86400.0, "days"))
 
 
 class Forecast:
@@ -34,16 +34,22 @@ class Forecast:
         first, start = self._start
         self._is_done = True
         seconds_per_step = (self._clock() - start) / (run.step - first)
-        batch = run.recipe.batch
-        step_positions = max(len(run.data.readers), 1) * batch.tokens_per_step // batch.readers
-        validation_positions = sum(part.num_positions for part in run.data.validation)
-        forward_share = 1 / (batch.forward_passes + BACKWARD)
-        validation_steps = forward_share * validation_positions / step_positions
         steps, validations = run.recipe.train.steps - run.step, validations_left(run.recipe, run.step)
-        seconds = seconds_per_step * (steps + validations * validation_steps)
         run.report(
-            f"step {run.step}: {in_words(seconds)} to go ({steps} steps, validation {validations} times)"
+            f"step {run.step}: {in_words(seconds_left(run, seconds_per_step))} to go ({steps} steps, "
+            f"validation {validations} times)"
         )
+
+
+def seconds_left(run: Run, seconds_per_step: float) -> float:
+    """The time that the remaining steps and validations of a run take."""
+    batch = run.recipe.batch
+    step_positions = max(len(run.data.readers), 1) * batch.tokens_per_step // batch.readers
+    validation_positions = sum(part.num_positions for part in run.data.validation)
+    forward_share = 1 / (batch.forward_passes + BACKWARD)
+    validation_steps = forward_share * validation_positions / step_positions
+    steps, validations = run.recipe.train.steps - run.step, validations_left(run.recipe, run.step)
+    return seconds_per_step * (steps + validations * validation_steps)
 
 
 def validations_left(recipe: Recipe, step: int) -> int:
@@ -51,9 +57,3 @@ def validations_left(recipe: Recipe, step: int) -> int:
     steps, every = recipe.train.steps, recipe.train.eval_every
     due = set() if every is None else set(range(-(-step // every) * every, steps + 1, every))
     return len(due | {steps})
-
-
-def in_words(seconds: float) -> str:
-    """`about 3 min`, in the largest unit of which there are at least 1.5."""
-    size, unit = next(((size, unit) for size, unit in reversed(UNITS) if seconds >= 1.5 * size), UNITS[0])
-    return f"about {max(1, round(seconds / size))} {unit}"

@@ -21,6 +21,7 @@ from ..models.dtypes import DTYPES
 from .config import Recipe
 from .launcher_engines import deepspeed_key_errors, engine_errors
 from .machine import device_name, supports
+from .other_trackers import tracker_errors
 from .processes import all_gather_objects, launcher_holds_store, local_device, uses_deepspeed, world_size
 from .recipe import flatten, resolved_config
 
@@ -38,6 +39,7 @@ def check_launch(recipe: Recipe) -> None:
         engine_errors(device.type, world_size())
         + layout_errors(recipe, world_size())
         + _precision_errors(recipe)
+        + tracker_errors(recipe)
     )
     if uses_deepspeed():
         errors += _deepspeed_errors(recipe)

@@ -1,25 +1,22 @@
 """The training loop, top to bottom.
 
 train         set up (set_up.py) -> steps -> finish (finish.py)
-take_steps    agree on the next step -> take it (step.py) -> log, save, validate
+take_steps    agree on the next step -> take it (step.py) -> log (step_log.py), save, evaluate (pauses.py)
 """
 
 import contextlib
-import math
 import signal
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import transformers
 
-from ..common.errors import NonFiniteError, StorageError, UserError
+from ..common.errors import StorageError, UserError
 from ..common.output import warn
 from ..data import Batch, tokenizer_fingerprint
 from . import processes
 from .config import Recipe
-from .evaluation import ValidationSets, validate, validation_summary
 from .export import masks_padding
 from .finish import finish
 from .folder import RunFolder, open_folder
@@ -27,25 +24,28 @@ from .forecast import Forecast
 from .interrupt import Interrupt, exit_after_signal
 from .launch_checks import check_launch, check_same_recipe
 from .launcher_engines import check_engine
-from .machine import keep_freed_memory, training_flops_per_token
-from .mixture_progress import text_progress
-from .pictures import draw_accuracy, draw_loss
+from .machine import keep_freed_memory
+from .pauses import catch_up, evaluate_due, is_due
 from .push.beside import check_push, push_missed
 from .recipe import resolved_config
 from .run import Run
+from .run_log import SetUpPhases, Verbosity
 from .saving import snapshot
 from .set_up import collective_timeout, set_up
 from .step import take_step
-from .throughput import Rates, Throughput
+from .step_log import log_step
+from .throughput import Throughput
 from .tracking import send_missed
 from .watchdog import Watchdog
 
-SHOWN_WAITING = 0.03  # of the time of a step: the progress bar says when waiting for data takes more
 POLL_SECONDS = 0.5  # how long to wait for data before looking for signals
 
 
-def train(recipe: Recipe) -> None:
+def train(recipe: Recipe, verbosity: Verbosity = "normal") -> None:
     """Train a recipe to its end, from the newest checkpoint in its folder if there is one.
+
+    Args:
+        verbosity: of the log (run_log.py).
 
     Raises:
         UserError: something that the user can correct.
@@ -55,7 +55,8 @@ def train(recipe: Recipe) -> None:
     """
     check_launch(recipe)
     keep_freed_memory()
-    transformers.logging.set_verbosity_error()
+    if verbosity != "verbose":
+        transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     accelerator = processes.connect(collective_timeout(recipe), processes.local_device(recipe.train.device))
     check_engine(accelerator.distributed_type)
@@ -63,6 +64,8 @@ def train(recipe: Recipe) -> None:
         Watchdog.from_accelerator(accelerator, recipe.train.peer_timeout) as watchdog,
         contextlib.ExitStack() as stack,
     ):
+        if verbosity == "verbose" and accelerator.is_main_process:
+            watchdog.on_phase = SetUpPhases()
         watchdog.enter("comparing recipes", is_set_up=True)
         check_same_recipe(recipe, accelerator)
         watchdog.enter("opening the run's folder", is_set_up=True)
@@ -79,7 +82,7 @@ def train(recipe: Recipe) -> None:
         watchdog.enter("asking the hub", is_set_up=True)
         is_resumed = folder.checkpoint is not None
         processes.run_on_main(accelerator, lambda: check_push(recipe, folder.run_id, is_resumed, warn))
-        run = set_up(recipe, accelerator, folder, watchdog)
+        run = set_up(recipe, accelerator, folder, watchdog, verbosity)
         signal_number = _steps_and_finish(run)
         if signal_number is not None:
             saved = f"Saved step {run.step} of {recipe.train.steps}" if run.step else "Nothing to save yet"
@@ -123,10 +126,7 @@ def _steps_and_finish(run: Run) -> int | None:
 def take_steps(run: Run, interrupt: Interrupt) -> int | None:
     """Take all steps; returns the signal that stopped them, in all processes, if one did."""
     train, progress = run.recipe.train, run.progress
-    if _lacks(run, "validation"):
-        _validate(run)
-    if _lacks(run, "test"):
-        _test(run)
+    catch_up(run)
     throughput, forecast, saved_at = Throughput(progress.tokens), Forecast(), time.monotonic()
     while progress.step < train.steps:
         step = _agree_on_next_step(run, interrupt, _is_save_due(run, saved_at))
@@ -140,47 +140,25 @@ def take_steps(run: Run, interrupt: Interrupt) -> int | None:
 
         is_logged = progress.step % train.log_every == 0 or is_last or "skipped" in entry
         if is_logged:
-            _log(run, entry, throughput.measure(progress.tokens))
-        if run.output.bar is not None:
-            run.output.bar.update()
+            log_step(run, entry, throughput.measure(progress.tokens))
+        if run.output.log is not None:
+            run.output.log.advance()
         forecast.after_step(run, is_logged)
         with throughput.paused():
             is_save_due = step.is_save_due or progress.step in train.save_at
-            if is_last or is_save_due or _is_due(progress.step, train.save_every):
+            if is_last or is_save_due or is_due(progress.step, train.save_every):
                 _save(run, is_last)
                 saved_at = time.monotonic()
-            if is_last or _is_due(progress.step, train.eval_every):
-                _validate(run)  # after saving, since it can fail
-            if is_last and run.data.test:
-                _test(run)
+            evaluate_due(run)  # after saving, since it can fail
         if run.output.pusher is not None and not is_last:
             run.output.pusher.update(run.output.saver.newest)
     return None
-
-
-def _is_due(step: int, every: int | None) -> bool:
-    return every is not None and step % every == 0
 
 
 def _is_save_due(run: Run, saved_at: float) -> bool:
     """Whether train.save_minutes have passed. Only the main process's clock counts."""
     minutes = run.recipe.train.save_minutes
     return run.is_main and minutes is not None and time.monotonic() - saved_at >= 60 * minutes
-
-
-def _lacks(run: Run, kind: str) -> bool:
-    """Whether the run resumes from a step that was saved, but stopped before its validation or its test."""
-    train = run.recipe.train
-    is_due = run.step == train.steps
-    if kind == "test":
-        is_due = is_due and bool(run.data.test)
-    else:
-        is_due = is_due or _is_due(run.step, train.eval_every)
-    if run.step == 0 or not is_due:
-        return False
-    entries = run.output.folder.metrics.history.update().of_kind(kind) if run.is_main else []
-    is_there = any(entry["step"] == run.step for entry in entries)
-    return processes.broadcast_from_main(run.accelerator, not is_there)
 
 
 @dataclass(frozen=True)
@@ -271,100 +249,6 @@ def _stop(run: Run, step: NextStep, interrupt: Interrupt) -> int:
     if step.has_failed:
         raise UserError.from_list(dict.fromkeys(processes.all_gather_objects(run.accelerator, step.errors)))
     return interrupt.requested or signal.SIGTERM
-
-
-def _log(run: Run, entry: dict[str, Any], rates: Rates) -> None:
-    """Write a line of metrics.jsonl and update the progress bar. Collective."""
-    recipe, readers = run.recipe, run.data.readers.values()
-    tokens_per_second = rates.tokens_per_second
-    # All processes wait for the one that waits the longest.
-    data_seconds = processes.all_reduce_max(run.accelerator, round(1e6 * rates.data_seconds)) / 1e6
-    flops_per_second = tokens_per_second * training_flops_per_token(run.engine.num_parameters)
-    matmul_fraction = flops_per_second / (run.matmul_rate * run.accelerator.num_processes)
-    entry = {"kind": "train", "step": run.step, "tokens": run.progress.tokens, **entry}
-    entry |= {"tokens_per_second": round(tokens_per_second, 1), "matmul_fraction": round(matmul_fraction, 4)}
-    entry |= text_progress(run)
-    entry["data_seconds"] = data_seconds
-    if recipe.data.skip_broken and recipe.data.order in ("documents", "continuous"):
-        skipped = sum(reader.position["num_skipped"] for reader in readers if reader.position)
-        (skipped,) = processes.all_reduce_sum(run.accelerator, [skipped / run.layout.context])
-        entry["documents_skipped"] = int(skipped)
-    if recipe.data.has_filter and recipe.data.order == "documents":
-        filtered = sum(reader.position["num_filtered"] for reader in readers if reader.position)
-        (filtered,) = processes.all_reduce_sum(run.accelerator, [filtered / run.layout.context])
-        entry["documents_filtered"] = int(filtered)
-    _record(run, entry)
-    if run.output.bar is not None:
-        message = f"loss {entry['loss']:.3f}, {tokens_per_second:,.0f} tokens/s"
-        if (waiting := data_seconds / rates.step_seconds) > SHOWN_WAITING:
-            message += f", waits for data {waiting:.0%}"
-        run.output.bar.set_postfix_str(message, refresh=False)
-
-
-def _record(run: Run, entry: dict[str, Any]) -> None:
-    if run.is_main:
-        run.output.folder.restore()
-        run.output.folder.metrics.append(entry)
-        if run.output.tracker is not None:
-            run.output.tracker.notify()
-
-
-def _validate(run: Run) -> None:
-    """Validate, log the result and draw the pictures.
-
-    Raises:
-        NonFiniteError: the validation loss is not finite.
-    """
-    result = _score(run, "validation", run.data.validation)
-    run.report(
-        f"step {run.step}: held-out loss {result['loss']:.4f} nats/{run.unit}, {validation_summary(result)}"
-        + "".join(f", {bits:.4f} on {name}" for name, bits in result.get("by_source", {}).items())
-    )
-    if run.is_main:
-        _draw(run.output.folder, run.unit, draws_accuracy=bool(result.get("by_length")))
-
-
-def _test(run: Run) -> None:
-    """Score the test split, and log the result.
-
-    Raises:
-        NonFiniteError: its loss is not finite.
-    """
-    result = _score(run, "test", run.data.test)
-    run.report(f"step {run.step}: test {validation_summary(result)} on {result['examples']:,} examples")
-
-
-def _score(run: Run, kind: str, sets: ValidationSets) -> dict[str, Any]:
-    """Score these sets and write the result to metrics.jsonl as a line of this kind."""
-    start = time.perf_counter()
-    run.watchdog.enter(f"step {run.step}: {kind}")
-    result = validate(
-        run.engine.module,
-        sets,
-        run.accelerator,
-        run.recipe.batch.carry_state,
-        run.layout,
-        in_lockstep=run.engine.in_lockstep,
-        after_chunk=run.watchdog.move,
-    )
-    if not math.isfinite(result["loss"]):
-        raise NonFiniteError(
-            f"step {run.step}: the {kind} loss is {result['loss']}. Checkpoints are as they were."
-        )
-    entry = {"kind": kind, "step": run.step, "tokens": run.progress.tokens, **result}
-    _record(run, {**entry, "seconds": round(time.perf_counter() - start, 2)})
-    return result
-
-
-def _draw(folder: RunFolder, unit: str, draws_accuracy: bool) -> None:
-    """Draw the pictures. A failure is a warning and never stops the run."""
-    try:
-        history = folder.metrics.history.update()
-        draw_loss(history, folder.path / "loss.png", folder.path.name, unit)
-        if draws_accuracy:
-            draw_accuracy(history, folder.path / "accuracy_by_length.png", folder.path.name)
-    except Exception as error:
-        warn(f"the pictures could not be drawn: {error}")
 
 
 def _save(run: Run, is_last: bool) -> None:

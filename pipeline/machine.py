@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import psutil
 import torch
 
 from ..common.errors import UserError
@@ -229,3 +230,22 @@ def main_memory() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         return None
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak memory of the process since its start or a reset, in bytes: allocated by torch on a GPU, resident
+    on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        with open("/proc/self/status") as lines:
+            return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
+    except (OSError, StopIteration):  # not Linux: the current memory is a lower bound
+        return current_memory(device)
+
+
+def current_memory(device: torch.device) -> int:
+    """Current memory, counted as in `peak_memory`."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return psutil.Process().memory_info().rss

@@ -91,11 +91,12 @@ class History:
         self.tokens, self.losses = array("d"), array("d")
         """Of the training lines with a finite loss."""
         self.validations: list[dict[str, Any]] = []
-        self.tests: list[dict[str, Any]] = []
+        """The lines of kind validation."""
+        self._by_kind = {"validation": self.validations}
 
     def of_kind(self, kind: str) -> list[dict[str, Any]]:
-        """The lines of kind validation or test."""
-        return self.validations if kind == "validation" else self.tests
+        """The lines of a kind other than train: validation, test, eval or samples."""
+        return self._by_kind.get(kind, [])
 
     def update(self) -> "History":
         """Read the lines that are new since the last call."""
@@ -112,15 +113,13 @@ class History:
         return self
 
     def _add(self, entry: dict[str, Any]) -> None:
-        if entry.get("kind") == "validation":
-            self.validations.append(entry)
-        elif entry.get("kind") == "test":
-            self.tests.append(entry)
-        elif (
-            entry.get("kind") == "train" and isinstance(loss := entry["loss"], float) and math.isfinite(loss)
-        ):
-            self.tokens.append(entry["tokens"])
-            self.losses.append(loss)
+        kind = entry.get("kind")
+        if kind == "train":
+            if isinstance(loss := entry["loss"], float) and math.isfinite(loss):
+                self.tokens.append(entry["tokens"])
+                self.losses.append(loss)
+        elif kind is not None:
+            self._by_kind.setdefault(kind, []).append(entry)
 
 
 class MetricsFile:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path, PureWindowsPath
 from typing import Any
+from urllib.parse import unquote
 
 _SCHEME = re.compile(r"[A-Za-z][\w+.-]*://")
 _URI_IN_TEXT = re.compile(_SCHEME.pattern + r"[^\s\"'<>]+")
@@ -37,6 +38,14 @@ def without_credentials(value: str) -> str:
     elif "@" in authority:
         rest = rest[authority.rindex("@") + 1 :]
     return scheme + re.split(r"[?#]", rest, maxsplit=1)[0]
+
+
+def secret_parts(uri: str) -> set[str]:
+    """The words of a URI that `without_credentials` removes, as written and decoded; none shorter than three
+    characters."""
+    public, divider = without_credentials(uri), r"[/:@?#&=]"
+    words = {word for word in re.split(divider, uri) if len(word) > 2 and word not in public}
+    return words | {unquote(word) for word in words}
 
 
 def text_without_credentials(text: str, *uris: str) -> str:

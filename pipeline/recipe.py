@@ -16,6 +16,7 @@ from ..common.files import user_path
 from ..common.names import did_you_mean, nearest_names
 from .batch_settings import batch_errors
 from .config import SECTIONS, Recipe
+from .eval_section import eval_errors
 from .families.registry import OURS
 from .family_settings import family_errors, without_carried_state
 from .public import config_without_credentials
@@ -29,14 +30,16 @@ FIXED_ON_RESUME = ("model.", "batch.", "data.", "run.seed")
 # Except these: a text may move, since the text itself is compared.
 MOVABLE_ON_RESUME = ("data.corpus", "data.validation")
 
-USAGE = """usage: minrnn train --config RECIPE [--section.field VALUE ...]
+USAGE = """usage: minrnn train --config RECIPE [--section.field VALUE ...] [--quiet | --verbose]
        accelerate launch [--num_processes N ...] -m minrnn.pipeline.train --config RECIPE [...]
 
 Train a language model (a minimal RNN, or any model.family), or a classifier (data.corpus lra/NAME). RECIPE is
 a YAML file or the name of a recipe that comes with minrnn:
 {recipes}.
 
-The same command resumes a run that was interrupted. Examples:
+The same command resumes a run that was interrupted. On a terminal it shows a progress bar; elsewhere it
+prints a line every train.log_every steps. --quiet prints warnings and errors only. --verbose prints these
+lines on a terminal too, the phases of the set-up with their times, and the libraries' warnings. Examples:
 
   minrnn train --config quickstart
   minrnn train --config quickstart --run.dir runs/wide --model.hidden_size 384 --optim.lr 2e-3
@@ -196,7 +199,7 @@ def build_recipe(values: dict[str, Any]) -> Recipe:
     if errors:
         raise UserError.from_list(errors.items())
     recipe = with_prepared_tokenizer(with_whole_examples(Recipe(**sections)))
-    checks = (batch_errors, family_errors, task_errors, push_errors)
+    checks = (batch_errors, family_errors, task_errors, push_errors, eval_errors)
     if errors := {key: message for check in checks for key, message in check(recipe).items()}:
         raise UserError.from_list(errors.items())
     return without_carried_state(recipe)

@@ -108,7 +108,7 @@ def check_unchanged(saved: dict[str, Any], recipe: Recipe, folder: str) -> None:
         allowed |= {key for key in new if key.startswith("model.")} - {"model.family"}
     if any(old[key] != new[key] for key in ("model.family", "data.corpus", "data.task")):
         allowed |= {"batch.carry_state", "batch.chunk"}  # their defaults follow from these
-    outside = ("tracking.", "push.")  # what does not concern the training
+    outside = ("tracking.", "push.", "eval.")  # what does not concern the training
     different = [
         key for key in new if old[key] != new[key] and key not in allowed and not key.startswith(outside)
     ]

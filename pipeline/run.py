@@ -1,11 +1,9 @@
 """A run: everything that lasts from the first step to the last."""
 
-import sys
 from dataclasses import dataclass, field
 from typing import Any
 
 from accelerate import Accelerator
-from tqdm import tqdm
 
 from ..data import ChunkLoader, LabelledSet
 from .checkpoint import ReaderState
@@ -13,9 +11,12 @@ from .config import Recipe
 from .engine import Engine
 from .evaluation import ValidationSets
 from .folder import RunFolder
+from .other_trackers import OtherTrackers
 from .processes import ProcessLayout
 from .push.beside import Pusher
+from .run_log import RunLog
 from .saving import Saver
+from .task_evaluation import EvaluatedTasks
 from .tracking import Tracker
 from .watchdog import Watchdog
 
@@ -37,12 +38,13 @@ class RunData:
 
 @dataclass(frozen=True)
 class RunOutput:
-    """What this process writes. Only the main process has a tracker, a progress bar and a pusher."""
+    """What this process writes. Only the main process has trackers, a log and a pusher."""
 
     folder: RunFolder
     saver: Saver
     tracker: Tracker | None
-    bar: Any
+    others: OtherTrackers | None
+    log: RunLog | None
     pusher: Pusher | None = None
 
 
@@ -78,6 +80,8 @@ class Run:
     matmul_rate: float
     """Of one process's device, in FLOP/s."""
     progress: Progress
+    tasks: EvaluatedTasks
+    """Of lm-eval, evaluated during training."""
 
     @property
     def step(self) -> int:
@@ -94,7 +98,7 @@ class Run:
         return self.accelerator.is_main_process
 
     def close(self, status: str) -> None:
-        """Stop the loader, the saver and the tracker.
+        """Stop the loader, the saver and the trackers.
 
         Args:
             status: of the MLflow run: FINISHED, KILLED or FAILED.
@@ -103,14 +107,16 @@ class Run:
         self.output.saver.join(timeout=60)
         if self.is_main:
             self.output.folder.metrics.close()
-        if self.output.bar is not None:
-            self.output.bar.close()
+        if self.output.log is not None:
+            self.output.log.close()
         if self.output.pusher is not None and status != "FINISHED":  # else the last push is to come
             self.output.pusher.close()
+        if self.output.others is not None:
+            self.output.others.close()
         if self.output.tracker is not None:
             self.output.tracker.close(status)
 
     def report(self, message: str) -> None:
-        """Print a line above the progress bar, in the main process only."""
-        if self.is_main:
-            tqdm.write(message, file=sys.stderr)
+        """Print a line, in the main process only."""
+        if self.output.log is not None:
+            self.output.log.report(message)

@@ -6,13 +6,11 @@ precision, matmul rate -> layout -> corpus -> data and model -> engine -> folder
 import contextlib
 import dataclasses
 import socket
-import sys
 from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from tqdm import tqdm
 
 from ..common.errors import UserError
 from ..common.output import warn
@@ -40,12 +38,16 @@ from .families.adapter import FamilyModel
 from .family_settings import with_sizes
 from .folder import RunFolder
 from .machine import CHOICES, PrecisionChoice, choose_precision, device_name, measure_rates
+from .other_trackers import OtherTrackers
 from .processes import ProcessLayout
 from .push.beside import build_pusher
 from .recipe_on_resume import with_saved_settings
 from .run import Progress, Run, RunData, RunOutput
+from .run_log import RunLog, Verbosity, reporter
 from .saving import Saver
+from .task_evaluation import open_tasks
 from .tracking import build_tracker
+from .tracking_details import run_details
 from .watchdog import Watchdog
 
 
@@ -54,7 +56,13 @@ def collective_timeout(recipe: Recipe) -> timedelta:
     return timedelta(seconds=recipe.train.peer_timeout + 120)
 
 
-def set_up(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, watchdog: Watchdog) -> Run:
+def set_up(
+    recipe: Recipe,
+    accelerator: Accelerator,
+    folder: RunFolder,
+    watchdog: Watchdog,
+    verbosity: Verbosity = "normal",
+) -> Run:
     """A run ready for its next step: readers, model and optimizer as saved, tracking started.
 
     Raises:
@@ -69,10 +77,12 @@ def set_up(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, watchdog
     recipe = processes.run_on_all_ranks(
         accelerator, lambda: with_order(_with_sizes(recipe, folder), corpus_spec(recipe))
     )
-    data, model = _open_on_all_ranks(recipe, accelerator, folder, layout, watchdog)
+    data, model = _open_on_all_ranks(recipe, accelerator, folder, layout, watchdog, verbosity)
     recipe = _with_limits(recipe, model)
     if layout.group is not None:
         use_context_parallel(model, layout.group)
+    watchdog.enter("loading the tasks of lm-eval", is_set_up=True)
+    tasks = open_tasks(recipe, accelerator)
     watchdog.enter("building the engine", is_set_up=True)
     with contextlib.ExitStack() as on_failure:
         on_failure.callback(data.loader.close)
@@ -80,7 +90,7 @@ def set_up(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, watchdog
         processes.run_on_main(accelerator, lambda: folder.begin(recipe))
         on_failure.pop_all()
     progress = Progress.from_manifest(folder.manifest)
-    output = _open_output(recipe, accelerator, folder, progress.step)
+    output = _open_output(recipe, accelerator, folder, data.corpus, progress.step, verbosity)
     run = Run(
         recipe=recipe,
         accelerator=accelerator,
@@ -91,6 +101,7 @@ def set_up(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, watchdog
         watchdog=watchdog,
         matmul_rate=matmul_rate,
         progress=progress,
+        tasks=tasks,
     )
     if run.is_main:
         announce(run, precision)
@@ -135,7 +146,12 @@ def _with_limits(recipe: Recipe, model: TrainedModel) -> Recipe:
 
 
 def _open_on_all_ranks(
-    recipe: Recipe, accelerator: Accelerator, folder: RunFolder, layout: ProcessLayout, watchdog: Watchdog
+    recipe: Recipe,
+    accelerator: Accelerator,
+    folder: RunFolder,
+    layout: ProcessLayout,
+    watchdog: Watchdog,
+    verbosity: Verbosity,
 ) -> tuple[RunData, TrainedModel]:
     """Data and model of this process, returned when every process has opened its own.
 
@@ -147,7 +163,7 @@ def _open_on_all_ranks(
     watchdog.enter("reading the text for validation", is_set_up=True)
     processes.run_on_main(accelerator, lambda: warn_of_shares(recipe))
     encoder = Encoder.from_tokenizer(tokenizer, recipe.data.tokenizer)
-    held_out = prepare_held_out(recipe, encoder, corpus, accelerator, watchdog)
+    held_out = prepare_held_out(recipe, encoder, corpus, accelerator, watchdog, reporter(verbosity))
     watchdog.enter("opening data and model", is_set_up=True)
 
     def open_own() -> tuple[RunData, TrainedModel]:
@@ -229,7 +245,14 @@ def _start_loader(recipe: Recipe, encoder: Encoder, readers: dict[int, ReaderSta
     return ChunkLoader(reader_spec(recipe, encoder), list(readers), positions, recipe.data.workers)
 
 
-def _open_output(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, step: int) -> RunOutput:
+def _open_output(
+    recipe: Recipe,
+    accelerator: Accelerator,
+    folder: RunFolder,
+    corpus: dict[str, Any] | None,
+    step: int,
+    verbosity: Verbosity,
+) -> RunOutput:
     saver = Saver(
         folder.path / "checkpoints",
         accelerator,
@@ -242,13 +265,10 @@ def _open_output(recipe: Recipe, accelerator: Accelerator, folder: RunFolder, st
         always_keep=frozenset(recipe.train.save_at),
     )
     if not accelerator.is_main_process:
-        return RunOutput(folder, saver, tracker=None, bar=None)
-    tracker = build_tracker(folder.path, recipe, warn)
-    bar = tqdm(total=recipe.train.steps, initial=step, unit="step", dynamic_ncols=True)
-    pusher = build_pusher(recipe, folder.path, step, warn, _report)
-    return RunOutput(folder, saver, tracker, bar, pusher)
-
-
-def _report(message: str) -> None:
-    """Print a line above the progress bar."""
-    tqdm.write(message, file=sys.stderr)
+        return RunOutput(folder, saver, tracker=None, others=None, log=None)
+    details = run_details(recipe, accelerator.device, accelerator.num_processes, corpus, step)
+    tracker = build_tracker(folder.path, recipe, warn, details)
+    others = OtherTrackers(recipe, folder.path, step, warn)
+    log = RunLog(verbosity, recipe.train.steps, step)
+    pusher = build_pusher(recipe, folder.path, step, warn, log.report)
+    return RunOutput(folder, saver, tracker, others, log, pusher)

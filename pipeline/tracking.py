@@ -27,6 +27,16 @@ from ..common.files import write_text
 from .config import Recipe
 from .public import public_config, without_credentials
 from .recipe import flatten, resolved_config
+from .tracking_details import (
+    NO_DETAILS,
+    RunDetails,
+    SystemMetrics,
+    changed_tags,
+    is_refused,
+    register_model,
+    send_dataset,
+    send_tags,
+)
 from .tracking_parent import parent_tags
 from .tracking_store import (
     NOTE,
@@ -59,6 +69,7 @@ class Tracker:
         uri, experiment: of the MLflow run.
         parameters: the resolved configuration by key, as published.
         warn: called with a message, once for each kind of failure.
+        details: what is sent besides metrics and parameters.
         parent: name of the MLflow run that this one is nested in.
     """
 
@@ -69,6 +80,7 @@ class Tracker:
         experiment: str,
         parameters: dict[str, Any],
         warn: Callable[[str], object],
+        details: RunDetails = NO_DETAILS,
         parent: str | None = None,
     ):
         self.folder, self.uri, self.experiment, self._warn = folder, uri, experiment, warn
@@ -86,6 +98,8 @@ class Tracker:
         self._reason = ""
         """Of the latest failure."""
         self._warned: set[str] = set()
+        self._details, self._has_registry = details, details.register is not None
+        self._system_metrics: SystemMetrics | None = None
         self._wake.set()
         # requests hides this warning of its import, but the filters of warnings are not safe between threads.
         warnings.filterwarnings("ignore", message="SOCKS support in urllib3")
@@ -126,6 +140,8 @@ class Tracker:
                 if self._client is None:
                     self._client = self._connect()
                 self._send_lines()
+                if self._system_metrics is not None and status is None:
+                    self._system_metrics.keep(self._run_id)
                 if status is not None:
                     self._end(status)
                 pause = 1.0
@@ -181,8 +197,11 @@ class Tracker:
         }
         write_text(self.folder / NOTE, json.dumps(content))
         self._send_parameters(client, run.data.params)
+        self._send_details(client, run)
         if run.info.status != "RUNNING":
             self._call(client.update_run, self._run_id, status="RUNNING")
+        if self._details.has_system_metrics and self._system_metrics is None:
+            self._system_metrics = SystemMetrics(uri)
         # MLflow 3.17 has no public access to the steps.
         self._last_steps = {metric.key: metric.step for metric in run.data._metric_objs}
         return client
@@ -290,7 +309,38 @@ class Tracker:
             self._last_steps[key] = step
         return [Metric(key, value, now, step) for key, value in new.items()]
 
+    def _send_details(self, client: Any, run: Any) -> None:
+        """Send what is there once a start, and find out whether the server has a model registry."""
+        details = self._details
+        changed = changed_tags(self.parameters, run.data.params, run.data.tags, details.step)
+        send_tags(client, run, {**details.tags, **changed}, self._call)
+        if (dataset := details.dataset) is not None:
+            self._if_accepted("the dataset", lambda: send_dataset(client, run, dataset, self._call))
+        if self._has_registry:
+            self._register(lambda: self._call(client.search_registered_models, max_results=1))
+
+    def _register(self, request: Callable[[], object]) -> None:
+        """Make requests to the model registry, until one is refused."""
+        what = f"tracking.register (the model will be in {self.folder / 'model'})"
+        self._has_registry = self._if_accepted(what, request)
+
+    def _if_accepted(self, what: str, request: Callable[[], object]) -> bool:
+        """Make requests for something that not every server takes; returns whether this one does."""
+        try:
+            request()
+        except Exception as error:
+            if not is_refused(error):
+                raise
+            reason = error_line(error, self.uri)
+            self._warn_once(
+                what, f"{without_credentials(self.uri)} refuses {what}: {reason}; training goes on without it"
+            )
+            return False
+        return True
+
     def _end(self, status: str) -> None:
+        if self._system_metrics is not None:
+            self._call(self._system_metrics.stop)
         self._call(self._client.set_terminated, self._run_id, status)
         if status == "FINISHED":
             if (config := self.folder / "config.yaml").exists():
@@ -299,18 +349,25 @@ class Tracker:
             for name in ARTIFACTS:
                 if (self.folder / name).exists():
                     self._call(self._client.log_artifact, self._run_id, str(self.folder / name))
+            if self._has_registry and (name := self._details.register) is not None:
+                model = self.folder / "model"
+                self._register(
+                    lambda: register_model(self._client, self._run_id, model, name, self._step, self._call)
+                )
             note = {**(read_note(self.folder) or {}), "finished_step": self._step}
             write_text(self.folder / NOTE, json.dumps(note))
         self._complete = True
 
 
-def build_tracker(folder: Path, recipe: Recipe, warn: Callable[[str], object]) -> Tracker | None:
+def build_tracker(
+    folder: Path, recipe: Recipe, warn: Callable[[str], object], details: RunDetails = NO_DETAILS
+) -> Tracker | None:
     """The tracker of a run; None if the recipe has no tracking URI."""
     uri, experiment = recipe.tracking.resolved_uri(), recipe.tracking.experiment
     if uri is None:
         return None
     parameters = flatten(public_config(resolved_config(recipe)))
-    return Tracker(folder, uri, experiment, parameters, warn, recipe.tracking.parent)
+    return Tracker(folder, uri, experiment, parameters, warn, details, recipe.tracking.parent)
 
 
 def send_missed(folder: Path, recipe: Recipe, step: int, warn: Callable[[str], object]) -> None:
@@ -326,5 +383,6 @@ def send_missed(folder: Path, recipe: Recipe, step: int, warn: Callable[[str], o
         and is_about(note, recipe.tracking.resolved_uri() or "")
     ):
         return
-    if (tracker := build_tracker(folder, recipe, warn)) is not None:
+    details = RunDetails(register=recipe.tracking.register, step=step)
+    if (tracker := build_tracker(folder, recipe, warn, details)) is not None:
         tracker.close("FINISHED")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..common.locks import lock
-from .public import text_without_credentials, without_credentials
+from .public import secret_parts, text_without_credentials, without_credentials
 
 NOTE = "mlflow.json"
 SQLITE = re.compile(r"(sqlite(?:\+\w+)?:///)([^?]+)(.*)")
@@ -41,9 +41,13 @@ def note_uri(note: dict[str, Any]) -> str:
 
 
 def error_line(error: Exception, *uris: str) -> str:
-    """An error as one line, without the credentials of any URI."""
-    message = (str(error).strip().splitlines() or [""])[0][:300]
-    return text_without_credentials(f"{type(error).__name__}: {message}", *uris)
+    """An error as one line, without the credentials of any URI, whole or in parts: HTTP clients name the path
+    and the query of a request without its scheme."""
+    message = (str(error).strip().splitlines() or [""])[0]
+    message = text_without_credentials(message, *uris)
+    for secret in sorted({part for uri in uris for part in secret_parts(uri)}, key=len, reverse=True):
+        message = message.replace(secret, "...")
+    return f"{type(error).__name__}: {message[:300]}"
 
 
 def is_about(note: dict[str, Any], uri: str) -> bool:

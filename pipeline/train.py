@@ -13,6 +13,7 @@ def main(argv: list[str] | None = None) -> None:
     exit_if_final()
     from ..common.errors import NonFiniteError, StorageError, UserError
     from .recipe import help_text, read_recipe
+    from .run_log import take_verbosity
 
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
@@ -20,10 +21,11 @@ def main(argv: list[str] | None = None) -> None:
         return
     with exit_on_error("training"):
         try:
+            argv, verbosity = take_verbosity(argv)
             recipe = read_recipe(argv)
             from .loop import train
 
-            train(recipe)
+            train(recipe, verbosity)
         except (UserError, NonFiniteError, StorageError) as error:
             status = 2 if isinstance(error, UserError) else 1
             record_error(error, status)

@@ -17,6 +17,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +73,8 @@ class Watchdog:
         self._snapshots: list[list[Heartbeat]] = []
         self._answered_at, self._last_error = time.monotonic(), "no answer"
         self._threads: list[threading.Thread] = []
+        self.on_phase: Callable[[str, bool], object] = lambda phase, is_set_up: None
+        """Called when the process enters a phase."""
         self._store = None if store is None else c10d.PrefixStore("minrnn/watchdog", store)
         if store is not None:
             self._write()
@@ -90,6 +93,7 @@ class Watchdog:
         """The process enters a phase, which every process enters in its turn."""
         self._extra_seconds = SET_UP_SECONDS if is_set_up else 0.0
         self._phase, self._moves, self._activity = self._phase + 1, self._moves + 1, phase
+        self.on_phase(phase, is_set_up)
 
     def move(self) -> None:
         """The process makes progress within its phase."""

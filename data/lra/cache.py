@@ -201,7 +201,8 @@ def _counted(
     from tqdm import tqdm
 
     total = task.sizes()[split] if isinstance(task, GeneratedTask) and task.folder is None else None
-    for example in tqdm(examples, f"lra/{task.NAME}, {split}", total, unit=" examples", leave=False):
+    name = f"lra/{task.NAME}, {split}"
+    for example in tqdm(examples, name, total, unit=" examples", leave=False, disable=None):
         on_progress()
         yield example
 

@@ -21,7 +21,14 @@ from ...pipeline.processes import run_on_all_ranks
 from ...pipeline.public import public_config, public_value
 from ..output import default_out, out_errors, run_folder
 from .labelled import evaluate_labelled, labelled_names
-from .results import Results, merge, rename_windowed, track
+from .lm_eval_options import (
+    PASSED,
+    add_lm_eval_options,
+    evaluator_arguments,
+    lm_eval_option_errors,
+    metadata_text,
+)
+from .results import Results, merge, rename_windowed, track, write_samples
 from .tasks import evaluation_units, load_tasks, task_manager, task_names
 
 DESCRIPTION = """Evaluate a language model on tasks of lm-eval, or a classifier on the test splits of Long
@@ -32,10 +39,14 @@ EXAMPLES = """examples:
   minrnn eval runs/quickstart --tasks lambada_openai,hellaswag
   minrnn eval my-model --tasks my_task --include-path my-tasks --limit 100 --out results.json
   minrnn eval runs/lra-listops --tasks lra/listops
+  minrnn eval my-model --tasks gsm8k --log_samples --gen_kwargs temperature=0.7,do_sample=True --seed 1
   minrnn eval runs/quickstart --tasks wikitext --rolling-window 2048
       with the state carried through each document, and with the state reset every 2048 tokens"""
 
-LM_EVAL_OPTIONS = ("include_path", "num_fewshot", "rolling_window", "trust_remote_code", "bootstrap_iters")
+LM_EVAL_OPTIONS = (
+    *("include_path", "num_fewshot", "rolling_window", "trust_remote_code", "bootstrap_iters"),
+    *PASSED,
+)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -79,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         type=user_path,
         help="JSON file to write (default: RUN/evals/lm-eval-TIME.json, evals/results/ without a run)",
     )
+    add_lm_eval_options(parser)
     return parser
 
 
@@ -99,7 +111,7 @@ def _unused_option_errors(
     return [
         (f"--{name.replace('_', '-')}", f"is for {kind}; leave it out")
         for name in options
-        if getattr(arguments, name) != parser.get_default(name)
+        if getattr(arguments, name, None) != parser.get_default(name)
     ]
 
 
@@ -121,7 +133,7 @@ def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace, is_la
         )
     if arguments.include_path is not None and not arguments.include_path.is_dir():
         errors.append(("--include-path", f"{arguments.include_path} is no folder"))
-    errors += out_errors(arguments.out)
+    errors += lm_eval_option_errors(arguments) + out_errors(arguments.out)
     if errors:
         raise UserError.from_list(errors)
 
@@ -142,8 +154,8 @@ def evaluate(
         device=str(lm.device),
         limit=arguments.limit if arguments.limit is None or arguments.limit < 1 else int(arguments.limit),
         bootstrap_iters=arguments.bootstrap_iters,
-        log_samples=False,
         task_manager=manager,
+        **{"log_samples": False, **evaluator_arguments(arguments)},
     )
     if results is None:
         return None
@@ -203,7 +215,7 @@ def _evaluate(arguments: argparse.Namespace) -> list[str]:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    manager = task_manager(arguments.include_path)
+    manager = task_manager(arguments.include_path, metadata_text(arguments))
     names, run = task_names(manager, arguments.tasks), run_folder(arguments.model)
     lm = MinRNNLM(
         arguments.model,
@@ -224,6 +236,7 @@ def _evaluate(arguments: argparse.Namespace) -> list[str]:
         out.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(results, indent=2, default=utils.handle_non_serializable, ensure_ascii=False)
         write_text(out, text)
+        write_samples(out, new)
         if run is not None:
             track(run, new)
 

@@ -90,6 +90,7 @@ class MinRNNLM(TemplateLM):
             the state is carried through the document.
         max_gen_toks: maximum of new tokens for tasks that set none.
         trust_remote_code: run code that the tokenizer brings along.
+        show_progress: with a bar for each kind of request.
 
     Raises:
         UserError: the model cannot be loaded.
@@ -108,6 +109,7 @@ class MinRNNLM(TemplateLM):
         rolling_window: int | None = None,
         max_gen_toks: int = 256,
         trust_remote_code: bool = False,
+        show_progress: bool = True,
     ):
         super().__init__()
         batch_size = DEFAULT_BATCH if str(batch_size).startswith("auto") else batch_size
@@ -134,6 +136,7 @@ class MinRNNLM(TemplateLM):
         self.has_state, self.limits = isinstance(self.model, MinRNNForCausalLM), family_limits(self.model)
         self.batch_size, self.piece = int(batch_size), piece
         self.rolling_window, self.max_gen_toks = rolling_window, max_gen_toks
+        self._show_progress = show_progress
 
     def _decide_dtype(self, stored: torch.dtype, requested: str, device: torch.device) -> torch.dtype:
         """The dtype of the weights: the main process decides for all."""
@@ -165,6 +168,9 @@ class MinRNNLM(TemplateLM):
         if not self.has_state:
             return "the whole document at once"
         return "state carried through the document"
+
+    def _hides_progress(self, disable_tqdm: bool) -> bool:
+        return disable_tqdm or self.rank != 0 or not self._show_progress
 
     @functools.cached_property
     def _has_cache(self) -> bool:
@@ -244,7 +250,7 @@ class MinRNNLM(TemplateLM):
                 by_context[tuple(context)].append(number)
         contexts, members = [list(context) for context in by_context], list(by_context.values())
         scores: list[Score] = [(0.0, True)] * len(requests)
-        progress = tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="loglikelihood")
+        progress = tqdm(total=len(requests), disable=self._hides_progress(disable_tqdm), desc="loglikelihood")
         for batch, logits, cache in read_contexts(self.model, contexts, self.batch_size, self.piece):
             row_of = {number: row for row, context in enumerate(batch) for number in members[context]}
             for part in make_batches(list(row_of), lengths, self.batch_size):
@@ -270,7 +276,9 @@ class MinRNNLM(TemplateLM):
         numbers = [number for number, (_, _, continuation) in enumerate(requests) if continuation]
         begin = [self.prefix_token_id]
         rows = [(list(requests[number][1]) or begin, list(requests[number][2])) for number in numbers]
-        with tqdm(total=len(rows), disable=disable_tqdm or self.rank != 0, desc="loglikelihood") as progress:
+        with tqdm(
+            total=len(rows), disable=self._hides_progress(disable_tqdm), desc="loglikelihood"
+        ) as progress:
             values = score_rows(self.model, rows, self.batch_size, progress.update)
         for number, value in zip(numbers, values, strict=True):
             scores[number] = value
@@ -310,7 +318,9 @@ class MinRNNLM(TemplateLM):
             by_settings[repr(settings)].append(number)
         contexts = [self.tok_encode(context) or [self.prefix_token_id] for context, _ in arguments]
         texts = [""] * len(requests)
-        progress = tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="generate_until")
+        progress = tqdm(
+            total=len(requests), disable=self._hides_progress(disable_tqdm), desc="generate_until"
+        )
         for members in by_settings.values():
             kwargs: dict[str, Any] = {**normalize_gen_kwargs(arguments[members[0]][1], self.max_gen_toks)}
             for batch in self._generation_batches(members, contexts):

@@ -1,10 +1,12 @@
 """The results of `minrnn eval`: merged over tasks, named, and sent to the run's MLflow."""
 
+import json
 import re
 import time
 from pathlib import Path
 from typing import Any
 
+from ...common.files import write_text
 from ...common.output import warn
 from ...pipeline.tracking_store import error_line, note_uri, open_client, read_note, sqlite_file
 
@@ -31,21 +33,33 @@ def merge(results: Results, new: Results) -> Results:
     return merged
 
 
+def write_samples(out: Path, results: Results) -> None:
+    """Write the documents, requests and answers of each task beside the results: OUT-samples-TASK.jsonl."""
+    for task, samples in (results.get("samples") or {}).items():
+        lines = (json.dumps(sample, default=str, ensure_ascii=False) + "\n" for sample in samples)
+        write_text(out.with_name(f"{out.stem}-samples-{task}.jsonl"), "".join(lines))
+
+
 def rename_windowed(results: Results, window: int) -> Results:
     """Results of tasks that were read in windows, under their own names."""
     renamed = dict(results)
-    for key in MERGED:
-        if key in results:
+    for key in (*MERGED, "samples"):
+        if results.get(key):
             renamed[key] = {f"{name}_window_{window}": value for name, value in results[key].items()}
     for name, values in renamed["results"].items():
         values["alias"] = name
     return renamed
 
 
-def _metric_name(task: str, key: str) -> str:
-    """The name in MLflow of an lm-eval metric such as "acc,none": eval/TASK/METRIC."""
-    parts = (task, *key.removesuffix(",none").split(","))
-    return "/".join(["eval", *(re.sub(r"[^\w. /-]", "_", part) for part in parts)])
+def metric_values(results: Results) -> dict[str, float]:
+    """The numbers by TASK/METRIC, in the characters that MLflow allows, from lm-eval's "acc,none"."""
+    values = {}
+    for task, metrics in results["results"].items():
+        for key, value in metrics.items():
+            if "," in key and isinstance(value, int | float):
+                parts = (task, *key.removesuffix(",none").split(","))
+                values["/".join(re.sub(r"[^\w. /-]", "_", part) for part in parts)] = float(value)
+    return values
 
 
 def track(run: Path, results: Results) -> None:
@@ -62,12 +76,7 @@ def track(run: Path, results: Results) -> None:
             raise FileNotFoundError(f"{database} is not here")
         finished, now = run / ".finished", round(time.time() * 1000)
         step = int(finished.read_text()) if finished.exists() else 0
-        metrics = [
-            Metric(_metric_name(task, key), value, now, step)
-            for task, values in results["results"].items()
-            for key, value in values.items()
-            if "," in key and isinstance(value, int | float)
-        ]
+        metrics = [Metric(f"eval/{name}", value, now, step) for name, value in metric_values(results).items()]
         open_client(uri).log_batch(note["run_id"], metrics=metrics)
     except Exception as error:  # each store raises its own errors; the results are on disk
         warn(f"tracking: the metrics did not reach MLflow ({error_line(error, uri)}); the file has them all")

@@ -1,6 +1,7 @@
 """The tasks of `minrnn eval`: found by name, loaded with their data, and split into units of evaluation."""
 
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,15 @@ from ...common.names import did_you_mean, nearest_names
 
 
 @functools.cache
-def task_manager(include_path: Path | None) -> Any:
-    """lm-eval's index of tasks, cached: lm-eval reads thousands of files to make it, which takes seconds."""
+def task_manager(include_path: Path | None, metadata: str = "") -> Any:
+    """lm-eval's index of tasks, cached: lm-eval reads thousands of files to make it, which takes seconds.
+
+    Args:
+        metadata: for tasks that need some, as JSON.
+    """
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=include_path)
+    return TaskManager(include_path=include_path, metadata=json.loads(metadata) if metadata else None)
 
 
 def task_names(manager: Any, text: str) -> list[str]:

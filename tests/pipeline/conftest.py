@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +12,9 @@ import torch
 from local_hub import LocalHub
 from push_helpers import use_hub
 from run_helpers import Values, train
+
+from minrnn.pipeline import tracking
+from minrnn.pipeline.tracking_store import prepare_sqlite
 
 SENTENCE = "the state of a lane goes on where it was cut and no document ever sees another one"
 WORDS = SENTENCE.split()
@@ -77,3 +81,32 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LocalHub]:
 def run_recipe() -> Callable[[Values], Path]:
     """Train a recipe in this process; returns the run's folder."""
     return train
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database after its first start, which takes seconds."""
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    prepare_sqlite(path)
+    return path
+
+
+@pytest.fixture
+def uri(empty_database: Path, tmp_path: Path, monkeypatch) -> str:
+    """The URI of a database of this test; artifacts go below the working directory."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(empty_database, tmp_path / "mlflow.db")
+    return f"sqlite:///{tmp_path / 'mlflow.db'}"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A run's folder."""
+    (tmp_path / "run").mkdir()
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def an_answer_may_take_long(monkeypatch):
+    """Allows slow answers, on a busy machine, in tests that are not about closing."""
+    monkeypatch.setattr(tracking, "ANSWER_SECONDS", 60.0)

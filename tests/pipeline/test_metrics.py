@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from run_helpers import Values, losses
 
-from minrnn.pipeline import checkpoint, loop, pictures
+from minrnn.pipeline import checkpoint, loop, pauses, pictures
 from minrnn.pipeline.metrics import History, MetricsFile, cut_metrics, read_metrics
 
 Run = Callable[[Values], Path]
@@ -88,14 +88,14 @@ def test_a_run_without_its_last_lines_is_not_finished(
     values: Values, run_recipe: Run, monkeypatch: pytest.MonkeyPatch
 ):
     with monkeypatch.context() as patched:
-        original = loop._validate
+        original = pauses.validate_run
 
         def validate(run):
             if run.step == 12:
                 refuse_lines(patched)
             original(run)
 
-        patched.setattr(loop, "_validate", validate)
+        patched.setattr(pauses, "validate_run", validate)
         with pytest.raises(OSError, match="No space left"):
             run_recipe(values)
     assert not (Path(values["run"]["dir"]) / ".finished").exists()

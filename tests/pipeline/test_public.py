@@ -3,6 +3,7 @@
 import pytest
 
 from minrnn.pipeline.public import public_config, public_value, text_without_credentials, without_credentials
+from minrnn.pipeline.tracking_store import error_line
 
 SECRET = "s3cret"
 
@@ -81,3 +82,22 @@ def test_every_text_of_a_config_except_prompts_is_made_public():
         "run": {"change": ["c.txt"], "seed": 0},
         "train": {"prompts": ["/* a comment */", "https://x.org?y"]},
     }
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "http://me:s3cret@host:5000/path",
+        "https://host/path?token=s3cret",
+        "https://me:a%40s3cret@host/?token=s3cret#s3cret",
+    ],
+)
+@pytest.mark.parametrize("num_spaces", [0, 270, 280, 290])
+def test_an_error_names_no_part_of_a_secret(uri: str, num_spaces: int):
+    """However the client writes the URI, and wherever the message is cut."""
+    rest = uri.split("://")[1]
+    message = f"{' ' * num_spaces}x retries of {uri}, {rest}, url: {rest.partition('/')[2]} a@s3cret"
+    line = error_line(OSError(message), uri)
+    assert not any(part in line for part in ("s3cret", "s3cre", "s3c"))
+    assert line.startswith("OSError: ")
+    assert len(line) < 320

@@ -12,7 +12,7 @@ from run_helpers import Crash, Values, losses
 
 from minrnn.common import files
 from minrnn.common.errors import StorageError, UserError
-from minrnn.pipeline import checkpoint, loop
+from minrnn.pipeline import checkpoint, loop, pauses
 from minrnn.pipeline.interrupt import Interrupt
 from minrnn.pipeline.metrics import read_metrics
 from minrnn.pipeline.optim import learning_rate
@@ -139,7 +139,7 @@ def test_a_step_is_saved_before_its_validation_can_fail(
     values: Values, run_recipe: Run, undisturbed: Path, monkeypatch, step: int
 ):
     values["train"]["save_every"] = 6
-    original = loop.validate
+    original = pauses.validate
 
     def fail(*arguments, **options):
         if (Path(values["run"]["dir"]) / "metrics.jsonl").read_text().count("train") == step:
@@ -147,7 +147,7 @@ def test_a_step_is_saved_before_its_validation_can_fail(
         return original(*arguments, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "validate", fail)
+        patched.setattr(pauses, "validate", fail)
         with pytest.raises(RuntimeError, match="no memory"):
             run_recipe(values)
     folder = Path(values["run"]["dir"])

@@ -1,7 +1,6 @@
 """MLflow mirrors metrics.jsonl, every step once, despite failures; and failures of MLflow do not stop a
 run."""
 
-import json
 import os
 import re
 import shutil
@@ -14,111 +13,21 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 from mlflow import MlflowClient
 from run_helpers import Values, losses, recipe_file, stop_at_step_7
+from tracking_helpers import Warnings, check_mirrored, mirror, runs_of, write_lines
 
 from minrnn.evals.harness.results import track
 from minrnn.pipeline import tracking
 from minrnn.pipeline.tracking import Tracker
-from minrnn.pipeline.tracking_store import prepare_sqlite, read_note
+from minrnn.pipeline.tracking_store import read_note
 
 Run = Callable[[Values], Path]
 SECRET = "s3cret"
-
-
-@pytest.fixture(scope="session")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLflow database after its first start, which takes seconds."""
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    prepare_sqlite(path)
-    return path
-
-
-@pytest.fixture
-def uri(empty_database: Path, tmp_path: Path, monkeypatch) -> str:
-    """The URI of a database of this test; artifacts go below the working directory."""
-    monkeypatch.chdir(tmp_path)
-    shutil.copy(empty_database, tmp_path / "mlflow.db")
-    return f"sqlite:///{tmp_path / 'mlflow.db'}"
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A run's folder."""
-    (tmp_path / "run").mkdir()
-    return tmp_path / "run"
-
-
-@pytest.fixture(autouse=True)
-def an_answer_may_take_long(monkeypatch):
-    """Allows slow answers, on a busy machine, in tests that are not about closing."""
-    monkeypatch.setattr(tracking, "ANSWER_SECONDS", 60.0)
-
-
-def write_lines(folder: Path, *steps: int) -> None:
-    """Lines of metrics.jsonl, a validation at every third step."""
-    with (folder / "metrics.jsonl").open("a") as file:
-        for step in steps:
-            file.write(
-                json.dumps(
-                    {"kind": "train", "step": step, "loss": 1 / step, "tokens": 10 * step, "grad_norm": None}
-                )
-                + "\n"
-            )
-            if step % 3 == 0:
-                file.write(
-                    json.dumps(
-                        {"kind": "validation", "step": step, "loss": 2 / step, "by_length": {"8": 0.5}}
-                    )
-                    + "\n"
-                )
-
-
-class Warnings(list):
-    """The warnings of a tracker."""
-
-    def __call__(self, message: str) -> None:
-        self.append(message)
-
-    def wait(self) -> None:
-        end = time.monotonic() + 120
-        while not self:
-            assert time.monotonic() < end
-            time.sleep(0.05)
-
-
-def mirror(folder: Path, uri: str, status: str = "KILLED", **parameters: Any) -> list[str]:
-    """Start and close a tracker; returns its warnings."""
-    warnings = Warnings()
-    Tracker(folder, uri, "tests", parameters, warnings).close(status)
-    return warnings
-
-
-def values_of(folder: Path, key: str) -> list[tuple[int, float]]:
-    """(step, value) of `kind/name` in metrics.jsonl."""
-    kind, name = key.split("/")
-    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [(entry["step"], entry[name]) for entry in entries if entry["kind"] == kind]
-
-
-def check_mirrored(folder: Path, uri: str, *keys: str) -> Any:
-    """Check that MLflow has every step of metrics.jsonl once; returns the MLflow run."""
-    client, note = MlflowClient(tracking_uri=uri), read_note(folder)
-    assert note is not None
-    for key in keys or ("train/loss", "train/tokens", "validation/loss"):
-        history = client.get_metric_history(note["run_id"], key)
-        assert sorted((metric.step, metric.value) for metric in history) == values_of(folder, key), key
-    return client.get_run(note["run_id"])
-
-
-def runs_of(uri: str, experiment: str = "tests") -> list[Any]:
-    client = MlflowClient(tracking_uri=uri)
-    record = client.get_experiment_by_name(experiment)
-    return [] if record is None else list(client.search_runs([record.experiment_id]))
+pytestmark = pytest.mark.usefixtures("an_answer_may_take_long")
 
 
 def test_one_mlflow_run_per_training_resume_included(values: Values, run_recipe: Run, uri: str, monkeypatch):
