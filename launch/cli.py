@@ -19,7 +19,7 @@ USAGE = """usage: minrnn COMMAND ...
                     minrnn generate runs/quickstart/model --prompt "def main"
   plan          estimate memory, FLOPs and traffic of a run before it is started
                     minrnn plan --config fineweb-1b --processes 16
-  sweep         train a grid, a random search or a ladder of sizes and budgets, with any number of workers
+  sweep         train a grid, a search or a ladder of sizes and budgets, with any number of workers
                     minrnn sweep laptop --plan
   fit           fit a scaling law, with intervals, to a sweep, to runs or to a CSV file
                     minrnn fit runs/laptop

@@ -3,7 +3,7 @@
 | format | written by | what it adds |
 |---|---|---|
 | 1 | 0.1, and later commits; config.json does not name it | |
-| 2 | now | `export_format`; `num_tokens` (rows of the vocabulary that are padding); tokenizers that add `<bos>` themselves |
+| 2 | now | `export_format`; `num_tokens` (the other rows are padding); tokenizers that add `<bos>` themselves |
 
 A format is a new one if code for an older one would load the export without an error and compute something
 else. New settings and new cells are no new format: unknown ones are errors.

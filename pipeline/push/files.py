@@ -100,7 +100,7 @@ def stage_checkpoint(
     published = public_config(config)
     history = _stage_record(checkpoint, staged / RECORD, published)
     last = [entry for entry in history.validations if entry["step"] == checkpoint.step]
-    results = card.validation_results([*last, *history.tests], published["data"])
+    results = card.validation_results([*last, *history.of_kind("test")], published["data"])
     if _has_its_scores(run, checkpoint.step):
         results += card.lm_eval_results(_result_files(run))
     score = f", {validation_summary(last[-1])} on held-out data" if last else ""

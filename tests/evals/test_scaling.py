@@ -176,6 +176,7 @@ def test_the_command_writes_numbers_words_and_a_figure(tmp_path: Path, capsys: p
     ("text", "message"),
     [
         ("", "no column family, parameters, tokens, loss"),
+        ("family,parameters,tokens,loss,loss\na,1,2,3,4\n", "names a column twice: loss"),
         ("family,parameters,tokens,lss\n", r"no column loss \(did you mean lss\?\)"),
         (
             "family,parameters,tokens,loss\na,1e6,x,3\na,1e6,-5,3\na,1e6,5\n",
@@ -243,3 +244,12 @@ def test_failed_runs_of_a_sweep_are_left_out_only_if_told(tmp_path: Path):
     (family,) = read.families
     assert (family.family, family.parameters[0], family.compute[0]) == ("minGRU", 5000, 30_000)
     assert read.notes == ["1 failed: b"]
+
+
+def test_the_size_of_a_run_of_a_search_is_that_of_its_folder(tmp_path: Path):
+    plan = {"parameters": {"all": 5}, "flops_per_token": 1.0, "family": "", "trunk": None, "trial": 0}
+    (tmp_path / "sweep.json").write_text(json.dumps({"runs": [{"name": "search-0000", **plan}]}))
+    write_run(tmp_path / "runs" / "search-0000", "books", 3.0, 10)
+    (family,) = read_points(tmp_path, "all", False).families
+    assert family.family == "mingru"
+    assert family.parameters[0] > 40 * 32

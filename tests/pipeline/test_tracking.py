@@ -93,7 +93,7 @@ def test_only_missing_metrics_are_sent(uri: str, folder: Path):
 
 def test_more_than_one_batch_is_sent_in_order(uri: str, folder: Path):
     write_lines(folder, *range(1, 901))
-    assert mirror(folder, uri, **{f"key.{number}": "x" * 7000 for number in range(150)}) == []
+    assert mirror(folder, uri, parameters={f"key.{number}": "x" * 7000 for number in range(150)}) == []
     assert len(check_mirrored(folder, uri).data.params) == 150
 
 

@@ -10,6 +10,7 @@ import argparse
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,7 +21,7 @@ from minrnn.common.files import write_json
 from minrnn.evals.record import commit, machine, versions
 
 REPOSITORY = Path(__file__).parents[2]
-LADDER = {"families": {"minGRU": {}, "minLSTM": {"model.cell": "minlstm"}}}
+LADDER: dict[str, Any] = {"families": {"minGRU": {}, "minLSTM": {"model.cell": "minlstm"}}}
 
 
 def main() -> int:
