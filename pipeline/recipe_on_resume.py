@@ -42,6 +42,8 @@ FREE_ON_RESUME = {
     "train.sample_tokens",
 }
 
+FREE_SECTIONS = ("tracking.", "push.", "eval.")  # what is done with the results
+
 
 def schedule_steps_of(saved: dict[str, Any]) -> int:
     """Length of a saved run's learning rate schedule. Old runs have no schedule_steps; theirs is
@@ -108,9 +110,10 @@ def check_unchanged(saved: dict[str, Any], recipe: Recipe, folder: str) -> None:
         allowed |= {key for key in new if key.startswith("model.")} - {"model.family"}
     if any(old[key] != new[key] for key in ("model.family", "data.corpus", "data.task")):
         allowed |= {"batch.carry_state", "batch.chunk"}  # their defaults follow from these
-    outside = ("tracking.", "push.", "eval.")  # what does not concern the training
     different = [
-        key for key in new if old[key] != new[key] and key not in allowed and not key.startswith(outside)
+        key
+        for key in new
+        if old[key] != new[key] and key not in allowed and not key.startswith(FREE_SECTIONS)
     ]
 
     def message(key: str) -> str:

@@ -129,7 +129,7 @@ def test_a_non_finite_loss_stops_before_anything_is_saved(values: Values, run_re
 
     monkeypatch.setattr(MinRNNForCausalLM, "forward", forward)
     with pytest.raises(
-        loop.NonFiniteError, match=r"step 5: .*reader 1: .*words\.jsonl:\d+.*step-000004, is as it was"
+        NonFiniteError, match=r"step 5: .*reader 1: .*words\.jsonl:\d+.*step-000004, is as it was"
     ):
         run_recipe(values)
     folder = Path(values["run"]["dir"])

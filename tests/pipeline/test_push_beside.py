@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from local_hub import READ_TOKEN, LocalHub
 from run_helpers import Values, losses
@@ -64,6 +64,7 @@ class Process:
         (self.folder / "checkpoints" / f"step-{step:06d}").mkdir(parents=True, exist_ok=True)
 
 
+@settings(max_examples=30)
 @given(
     saves=st.lists(st.integers(1, 60), min_size=1, max_size=12, unique=True).map(sorted),
     every=st.integers(1, 20),

@@ -241,10 +241,10 @@ def test_a_new_run_with_other_settings_gets_another_mlflow_run(uri: str, folder:
     write_lines(folder, 1, 2, 3)
     assert mirror(folder, uri, lr=1) == []
     write_lines(folder, 4)
-    assert mirror(folder, uri, lr=2) == []  # a resumed run with a setting changed on purpose
+    assert mirror(folder, uri, parameters={"lr": 2}) == []  # a resumed run with a setting changed on purpose
     assert len(runs_of(uri)) == 1
     (folder / "metrics.jsonl").write_text("")
-    (warning,) = mirror(folder, uri, lr=2)
+    (warning,) = mirror(folder, uri, parameters={"lr": 2})
     assert "other settings" in warning
     assert len(runs_of(uri)) == 2
 

@@ -45,11 +45,15 @@ class Warnings(list):
 
 
 def mirror(
-    folder: Path, uri: str, status: str = "KILLED", details: RunDetails = NO_DETAILS, **parameters: Any
+    folder: Path,
+    uri: str,
+    status: str = "KILLED",
+    details: RunDetails = NO_DETAILS,
+    parameters: dict[str, Any] | None = None,
 ) -> list[str]:
     """Start and close a tracker; returns its warnings."""
     warnings = Warnings()
-    Tracker(folder, uri, "tests", parameters, warnings, details).close(status)
+    Tracker(folder, uri, "tests", parameters or {}, warnings, details).close(status)
     return warnings
 
 
