@@ -12,6 +12,7 @@
 #   make soak       half an hour of random faults against an undisturbed run (MINUTES=5 for less)
 #   make test-transformers  transformers' own model tests, from its source distribution (a download), on our
 #                   models and on three of its own
+#   make docs       write the generated parts of README.md and docs/ anew
 #   make test-multihost  two hosts made of network namespaces, as root; one is lost in the middle of a run
 PYTHON ?= python3
 BIN := .venv/bin
@@ -29,7 +30,7 @@ endif
 endif
 
 .PHONY: setup setup-eval setup-bench setup-deepspeed setup-search setup-test train bench test test-slow test-multihost
-.PHONY: test-transformers sweep-demo soak ui setup-tensorboard setup-wandb setup-ui clean from-nothing
+.PHONY: test-transformers sweep-demo soak docs ui setup-tensorboard setup-wandb setup-ui clean from-nothing
 
 setup: .venv/.ready
 setup-eval setup-bench setup-deepspeed setup-search setup-tensorboard setup-wandb setup-ui setup-test: \
@@ -109,6 +110,9 @@ test-transformers: .venv/.ready-test
 	$(BIN)/python -m pip install --quiet parameterized
 	mkdir -p .venv/transformers-tests && $(BIN)/python tests/mixins/prepare.py .venv/transformers-tests
 	PYTHONPATH=.venv/transformers-tests $(BIN)/python tests/mixins/count.py
+
+docs: .venv/.ready-test
+	$(BIN)/minrnn figures docs
 
 clean:
 	rm -rf .venv runs mlruns mlflow.db*

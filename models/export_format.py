@@ -3,7 +3,7 @@
 | format | written by | what it adds |
 |---|---|---|
 | 1 | 0.1, and later commits; config.json does not name it | |
-| 2 | now | `export_format`; `num_tokens` (the other rows are padding); tokenizers that add `<bos>` themselves |
+| 2 | now | `export_format`; `num_tokens`: the rows of the vocabulary after them are padding |
 
 A format is a new one if code for an older one would load the export without an error and compute something
 else. New settings and new cells are no new format: unknown ones are errors.
@@ -28,5 +28,5 @@ def check_export_format(export_format: object) -> None:
     if export_format > EXPORT_FORMAT:
         raise ValueError(
             f"export_format: is {export_format}, and this version of minrnn reads up to {EXPORT_FORMAT}; "
-            "upgrade minrnn, or load the model with transformers and trust_remote_code=True"
+            "upgrade minrnn, or load the model with trust_remote_code=True where minrnn is not imported"
         )

@@ -1,11 +1,10 @@
-"""`minrnn figures NAME ...`: the measurements of this repository, and the README's tables made from them."""
+"""`minrnn figures NAME ...`: the measurements of this repository, and the pages made from them."""
 
 import argparse
 import importlib
 
 FIGURES = {
-    "speed": "print the README's tables of speed, from the committed results",
-    "quality": "print the README's tables of quality, from the committed results",
+    "docs": "write the generated parts of README.md and docs/, from the committed results and the settings",
     "quickstart": "record the result of the quickstart run, after `make train`",
     "kernels": "compile the Triton kernels and record registers, spills and instructions (no GPU needed)",
     "families": "train all kinds of models on one text, with equal parameters and tokens, and compare them",

@@ -1,9 +1,5 @@
-"""`minrnn figures quality`: prints the README's tables of quality, from the committed results.
+"""Sentences and tables of quality for docs/, from the committed results."""
 
-`tests/launch/test_readme.py` compares them with the README.
-"""
-
-import argparse
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -44,10 +40,8 @@ def shakespeare_lines() -> list[str]:
             losses = [seed.best.loss for seed in entry.seeds if seed.best is not None]
             best = sum(losses) / len(losses)
             steps = f"{_steps(entry)} | {experiment.setup['train.steps']:,}"
-            lines.append(
-                f"| {row.model} | {row.value} | [{best:.3f}](evals/results/{name}) | {steps} | {len(losses)} "
-                "|"
-            )
+            ours = f"[{best:.3f}](../evals/results/{name})"
+            lines.append(f"| {row.model} | {row.value} | {ours} | {steps} | {len(losses)} |")
     return lines
 
 
@@ -69,7 +63,7 @@ def formal_lines() -> list[str]:
             )
             published_cell = "-" if published_value is None else f"{published_value} %"
             lines.append(
-                f"| [{experiment.title}](evals/results/{name}) | {cell} | {short:.0f} % | {long:.0f} % | "
+                f"| [{experiment.title}](../evals/results/{name}) | {cell} | {short:.0f} % | {long:.0f} % | "
                 f"{published_cell} | {_steps(entry)} |"
             )
     return lines
@@ -85,7 +79,7 @@ def long_context_line() -> str:
     )
     shortest = overall["cut"][min(overall["cut"], key=int)]
     return (
-        f"One document of {overall['tokens']:,} tokens ([file](evals/results/long-context-cpu.json)): "
+        f"One document of {overall['tokens']:,} tokens ([file](../evals/results/long-context-cpu.json)): "
         f"{overall['carried']['bits_per_byte']:.4f} bits per byte with the state carried, {cuts} tokens. "
         f"The first two differ by {shortest['carried_minus_cut']:+.4f} ± "
         f"{shortest['carried_minus_cut_error']:.4f} nats per token. With "
@@ -99,7 +93,7 @@ def rolling_line() -> str:
     result = _load("rolling-cpu")
     whole, windows = result["rows"][-2:]
     return (
-        f"Through lm-eval, on {whole['bytes']:,} bytes ([file](evals/results/rolling-cpu.json)): "
+        f"Through lm-eval, on {whole['bytes']:,} bytes ([file](../evals/results/rolling-cpu.json)): "
         f"{whole['bits_per_byte']:.4f} bits per byte with the state carried, {windows['bits_per_byte']:.4f} "
         f"in windows of {windows['window']:,}, in {whole['seconds']:.0f} seconds. A byte takes "
         f"{result['time_per_byte_whole_over_first']:.2f} of the time that a byte of the first sixteenth "
@@ -108,7 +102,7 @@ def rolling_line() -> str:
 
 
 def text() -> str:
-    """The README's section."""
+    """The tables of docs/results.md."""
     formal = (
         "Formal languages: accuracy, scaled so that guessing gives 0 %. Two default blocks of width 128 and "
         "1,500 steps of 128 strings, one seed; the published numbers are from 500,000 steps. Most languages "
@@ -125,8 +119,8 @@ def text() -> str:
     return "\n\n".join(blocks)
 
 
-def main(argv: list[str]) -> None:
-    """Print the tables."""
-    description = "Print the README's tables of quality."
-    argparse.ArgumentParser("minrnn figures quality", description=description).parse_args(argv)
-    print(text())
+def transformers_lines() -> str:
+    """How many of transformers' own tests passed, for each model."""
+    models = _load("transformers-tests")["models"]
+    rows = [f"| {name} | {m['passed']} | {len(m['failed'])} | {m['skipped']} |" for name, m in models.items()]
+    return "\n".join(["| model | passed | failed | skipped |", "|---|---|---|---|", *rows])

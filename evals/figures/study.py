@@ -1,9 +1,7 @@
-"""`minrnn figures study`: the committed study of scaling laws, and the pages' text made from it.
+"""`minrnn figures study`: the committed study of scaling laws, and the text of docs/sweeps.md made from it.
 
     runs of launch/sweeps/laptop.yaml -> minrnn fit -> evals/results/study-NAME.json and .png
-      -> text between the <!-- study --> marks of README.md and docs/sweeps.md
-
-`tests/launch/test_readme.py` compares the text with the results.
+      -> the part `study` of docs/sweeps.md (docs.py)
 """
 
 import json
@@ -21,22 +19,21 @@ from ..scaling import command as fit
 NAME = "books"
 NOT_TRAINED = "No study is committed yet."
 NUMBERS = ("E", "alpha", "beta")
-DESCRIPTION = """Fit the laws of a study's sweep and write evals/results/study-NAME.json and .png. Without
-SWEEP, print the text that README.md and docs/sweeps.md hold between the marks <!-- study -->."""
+DESCRIPTION = """Fit the laws of a study's sweep and write evals/results/study-NAME.json and .png. `make docs` then
+writes docs/sweeps.md anew."""
 EPILOG = """examples:
   minrnn sweep laptop --workers 2 --settings.data.corpus 'books/*.parquet' --out runs/books
-  minrnn figures study runs/books --name books
-  minrnn figures study"""
+  minrnn figures study runs/books --name books"""
 
 
 def main(argv: list[str]) -> None:
-    """Write the results of a study, or print the text.
+    """Write the results of a study.
 
     Raises:
         UserError: the sweep cannot be fitted.
     """
     parser = new_parser("minrnn figures study", DESCRIPTION, EPILOG)
-    parser.add_argument("sweep", type=user_path, nargs="?", metavar="SWEEP", help="folder of the sweep")
+    parser.add_argument("sweep", type=user_path, metavar="SWEEP", help="folder of the sweep")
     parser.add_argument("--name", default=NAME, help="of the study's text (default: %(default)s)")
     parser.add_argument(
         "--leave-out-failed", action="store_true", help="leave out runs that diverged or failed"
@@ -45,9 +42,6 @@ def main(argv: list[str]) -> None:
         "--replicates", type=int, default=400, help="resampled fits for the intervals (default: %(default)s)"
     )
     arguments = parser.parse_args(argv)
-    if arguments.sweep is None:
-        print(f"README.md:\n\n{readme_text()}\n\ndocs/sweeps.md:\n\n{docs_text()}")
-        return
     if not arguments.name.replace("-", "").isalnum():
         raise UserError("--name", f"must be of letters, digits and -, not {arguments.name!r}")
     with tempfile.TemporaryDirectory() as folder:
@@ -59,21 +53,12 @@ def main(argv: list[str]) -> None:
         write_json(result_path(arguments.name), record | {"command": command, "study": arguments.name})
         picture = (Path(folder) / "fit.png").read_bytes()
         result_path(arguments.name).with_suffix(".png").write_bytes(picture)
-    print(f"{result_path(arguments.name)} and .png written; `minrnn figures study` prints the pages' text")
+    print(f"{result_path(arguments.name)} and .png written; `make docs` writes docs/sweeps.md anew")
 
 
 def result_path(name: str) -> Path:
     """The results file of a study."""
     return RESULTS / f"study-{name}.json"
-
-
-def readme_text(name: str = NAME) -> str:
-    """The README's text: the figure, and the answer in words."""
-    record = _load(name)
-    if record is None:
-        return NOT_TRAINED
-    file = f"evals/results/study-{name}"
-    return f"![Scaling laws]({file}.png)\n\n{record['text']} [File]({file}.json)."
 
 
 def docs_text(name: str = NAME) -> str:
@@ -82,6 +67,8 @@ def docs_text(name: str = NAME) -> str:
     if record is None:
         return NOT_TRAINED
     lines = [
+        record["text"],
+        "",
         "| family | runs | E | alpha | beta | error on the largest run |",
         "|---|---|---|---|---|---|",
         *(_row(family, law) for family, law in record["families"].items()),

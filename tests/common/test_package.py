@@ -7,12 +7,14 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from setuptools import find_packages
 
 import minrnn
 
 REPOSITORY = Path(__file__).parents[2]
-SETTINGS = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]
+PYPROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+SETTINGS, PROJECT = PYPROJECT["tool"], PYPROJECT["project"]
 FOLDERS = {path.parent.name for path in REPOSITORY.glob("*/__init__.py")} - {"minrnn"}
 LIGHT = """
 import sys
@@ -27,6 +29,18 @@ def test_the_names_of_the_package_are_there():
     assert dir(minrnn) == sorted(minrnn.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'training'"):
         minrnn.training  # noqa: B018
+
+
+def test_the_citation_names_this_version():
+    citation = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())
+    assert (citation["cff-version"], citation["version"]) == ("1.2.0", minrnn.__version__)
+    assert citation["license"] == PROJECT["license"]
+    assert {"title", "message", "authors"} <= citation.keys()
+
+
+def test_every_extra_is_described():
+    page = (REPOSITORY / "docs" / "install.md").read_text()
+    assert not {name for name in PROJECT["optional-dependencies"] if f"\n| `{name}` |" not in page}
 
 
 def test_data_workers_load_no_torch_transformers_or_datasets():

@@ -1,7 +1,5 @@
-"""The command line, the recipes, and the commands in the README."""
+"""The command line and the recipes."""
 
-import re
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +15,10 @@ from minrnn.pipeline.export import export_model, model_config
 from minrnn.pipeline.families.registry import OURS
 from minrnn.pipeline.recipe import (
     build_recipe,
-    parse_arguments,
     read_recipe,
     resolved_config,
     shipped_recipes,
 )
-
-REPOSITORY = Path(__file__).parents[2]
-README = REPOSITORY / "README.md"
-
-
-def readme_commands() -> list[str]:
-    """Every command line in a shell block of the README."""
-    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.split("#")[0].strip() for line in lines if line.split("#")[0].strip()]
 
 
 @pytest.fixture(scope="module")
@@ -72,37 +59,6 @@ def test_each_recipe_parses_and_its_model_builds(name: str):
         "lra-pathx": (5e6, 9e6),
     }[name]
     assert expected[0] < model.num_parameters() < expected[1]
-
-
-def test_the_readme_trains_the_quickstart():
-    assert readme_commands()[:2] == ["make setup", "make train"]
-
-
-@pytest.mark.parametrize("command", [line for line in readme_commands() if not line.startswith("make ")])
-def test_the_commands_of_the_readme_run(command: str, export: Path, tmp_path: Path, monkeypatch, capsys):
-    """As written, except for what takes long: training recipes are only read, and generation and export use a
-    small model."""
-    words = shlex.split(command)
-    if "minrnn.pipeline.train" in words or words[:2] == ["minrnn", "train"]:
-        arguments = (
-            words[words.index("minrnn.pipeline.train") + 1 :]
-            if "minrnn.pipeline.train" in words
-            else words[2:]
-        )
-        if "--help" in arguments:
-            main(words[1:])
-            assert "--optim.lr" in capsys.readouterr().out
-        else:
-            assert parse_arguments(arguments)[0] in shipped_recipes()
-            read_recipe(arguments)
-        return
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "book.txt").write_text("It was the best of times")
-    replaced = [str(export) if word == "runs/quickstart/model" else word for word in words]
-    assert replaced[0] in ("minrnn", "tail", "mlflow", "pip", "source", ".venv/bin/minrnn")
-    if replaced[:2] == ["minrnn", "generate"]:
-        main([*replaced[1:], "--max-new-tokens", "5"])
-        assert capsys.readouterr().out
 
 
 def test_generate_reads_a_prompt_in_pieces(export: Path, tmp_path: Path, capsys):
