@@ -1,7 +1,7 @@
 """The data path: from text to chunks of tokens, from a position that can be saved and restored."""
 
 from .chunk import IGNORE_INDEX, Chunk
-from .corpus import CorpusSpec, has_fewer_texts, is_hub_dataset, open_source
+from .corpus import CorpusSpec, has_fewer_texts, has_splits, is_hub_dataset, open_source
 from .document_stream import DocumentStream, open_shares
 from .fingerprint import check_corpus, check_same_text, corpus_fingerprint
 from .hub import resolve_commit
@@ -65,6 +65,7 @@ __all__ = [
     "corpus_tokens",
     "has_fewer_texts",
     "has_fingerprint",
+    "has_splits",
     "held_out_documents",
     "held_out_text",
     "is_held_out_folder",

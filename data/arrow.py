@@ -18,9 +18,13 @@ BATCH_ROWS, PART_ROWS = 64, 256
 
 def is_saved_dataset(folder: Path) -> bool:
     """Whether a folder was written by `save_to_disk`."""
-    return (folder / DATASET_DICT).is_file() or (
-        (folder / DATASET).is_file() and (folder / "dataset_info.json").is_file()
-    )
+    is_dataset = (folder / DATASET).is_file() and (folder / "dataset_info.json").is_file()
+    return is_dataset or has_saved_splits(folder)
+
+
+def has_saved_splits(folder: Path) -> bool:
+    """Whether a folder is a DatasetDict, which has splits."""
+    return (folder / DATASET_DICT).is_file()
 
 
 @dataclass
@@ -51,7 +55,7 @@ class SavedDataset:
         if isinstance(saved, datasets.DatasetDict):
             if self.split not in saved:
                 suggested = map(repr, nearest_names(self.split, map(str, saved)))
-                advice = did_you_mean(suggested, otherwise="name one in data.split")
+                advice = did_you_mean(suggested, otherwise="name one of them")
                 known = ", ".join(map(repr, saved))
                 raise UserError(
                     "data.split", f"{self.folder} has no split {self.split!r}; it has {known} ({advice})"

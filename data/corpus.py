@@ -8,13 +8,13 @@ import itertools
 import os
 import re
 import sysconfig
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 from ..common.errors import UserError
-from .arrow import SavedDataset, is_saved_dataset
+from .arrow import SavedDataset, has_saved_splits, is_saved_dataset
 from .files import COMPRESSED, ROWS, Kind, binary_file_error, convert_read_errors, file_kind
 from .hold_out import HoldOut
 from .hub import HubDataset
@@ -97,7 +97,8 @@ def local_files(pattern: str, excluded: Sequence[str] = ()) -> tuple[list[Path],
         excluded: as in `CorpusSpec`.
 
     Raises:
-        UserError: a folder or a match contains a broken link, or something that is neither file nor folder.
+        UserError: a folder or a match contains a broken link, or something that is neither file nor folder;
+            or a folder cannot be listed.
     """
 
     def visible(paths: Iterable[Path], root: Path) -> list[Path]:
@@ -124,10 +125,10 @@ def local_files(pattern: str, excluded: Sequence[str] = ()) -> tuple[list[Path],
     path = Path(pattern)
     if path.is_file():
         return [path], path.parent
-    if path.exists() and not path.is_dir():
+    if (path.exists() or path.is_symlink()) and not path.is_dir():
         raise _not_a_file_error(path)
     if path.is_dir():
-        return visible(path.rglob("*"), path), path
+        return visible(_paths_below(path, (os.path.realpath(path),)), path), path
     if not any(character in pattern for character in "*?["):
         return [], path
     anchor = Path(path.anchor) if path.is_absolute() else Path()
@@ -135,6 +136,31 @@ def local_files(pattern: str, excluded: Sequence[str] = ()) -> tuple[list[Path],
     while not re.search(r"[*?[]", part := path.parts[len(anchor.parts)]) or (anchor / part).is_dir():
         anchor = anchor / part
     return visible(anchor.glob(str(path.relative_to(anchor))), anchor), anchor
+
+
+def _paths_below(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
+    """Everything below a folder that is neither hidden nor a folder.
+
+    Links to folders are followed if they lead out of the corpus, whose own folders are read anyway. Unlike
+    Path.rglob, a folder that cannot be listed is an error: its files would be left out silently.
+
+    Args:
+        above: the real paths of the corpus's folder, ..., of `folder`.
+
+    Raises:
+        UserError: a folder cannot be listed.
+    """
+    with convert_read_errors(folder), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if not entry.is_dir():
+                yield folder / entry.name
+                continue
+            is_link = entry.is_symlink()
+            real = os.path.realpath(entry.path) if is_link else os.path.join(above[-1], entry.name)
+            if real not in above and not (is_link and Path(real).is_relative_to(above[0])):
+                yield from _paths_below(folder / entry.name, (*above, real))
 
 
 def _not_a_file_error(path: Path) -> UserError:
@@ -254,20 +280,44 @@ def is_hub_dataset(corpus: str) -> bool:
     return _looks_like_hub_id(corpus)
 
 
+def has_splits(corpus: str) -> bool:
+    """Whether `data.split` names a part of a corpus: of a dataset of the hub, or of a DatasetDict.
+
+    Raises:
+        UserError: as `is_hub_dataset`.
+    """
+    return has_saved_splits(Path(os.path.expanduser(corpus))) or is_hub_dataset(corpus)
+
+
+def _refuse_settings(spec: CorpusSpec, kind: str, names: Sequence[str]) -> None:
+    """Raise if settings have values that would do nothing for a corpus of this kind.
+
+    Raises:
+        UserError: each such setting.
+    """
+    errors = []
+    for name in names:
+        value, default = getattr(spec, name), getattr(CorpusSpec, name)
+        if value != default:
+            problem = f"is {value!r}, but {shown_url(spec.corpus)} is {kind} and has no {name}"
+            errors.append((f"data.{name}", f"{problem}; leave it out (default: {default or 'null'})"))
+    if errors:
+        raise UserError.from_list(errors)
+
+
 def _looks_like_hub_id(corpus: str) -> bool:
     is_id = re.fullmatch(r"\w[\w-]*(/\w[\w.-]*)?", corpus) is not None
     return is_id and not corpus.lower().endswith(FILE_SUFFIXES)
 
 
 def _open_unjoined(spec: CorpusSpec, part: Split) -> Source:
-    if spec.corpus == PYTHON_STDLIB:
-        files, root = stdlib_files(part)
-        return _text_files(files, root, spec)
-    if spec.corpus == PYTHON_PACKAGES:
-        files, root = package_files(part)
+    if spec.corpus in SPLIT_BY_FILE:
+        _refuse_settings(spec, "source code", ("subset", "split", "revision"))
+        files, root = (stdlib_files if spec.corpus == PYTHON_STDLIB else package_files)(part)
         return _text_files(files, root, spec)
     folder = Path(os.path.expanduser(spec.corpus))
     if is_saved_dataset(folder):
+        _refuse_settings(spec, "a folder of save_to_disk", ("subset", "revision"))
         return SavedDataset(folder, spec.split, spec.text_field, spec.skip_broken, spec.join, spec.rules)
     files, root = corpus_files(spec)
     if not files and is_url(spec.corpus):
@@ -293,6 +343,7 @@ def _open_unjoined(spec: CorpusSpec, part: Split) -> Source:
             spec.rules,
             spec.network,
         )
+    _refuse_settings(spec, "made of files", ("subset", "split", "revision"))
     with convert_read_errors(spec.corpus):
         if all(path.stat().st_size == 0 for path in files):
             raise UserError("data.corpus", f"{spec.corpus} is empty")

@@ -27,9 +27,9 @@ from ..data import (
     concatenated,
     corpus_tokens,
     has_fewer_texts,
+    has_splits,
     held_out_documents,
     held_out_text,
-    is_prepared,
     source_specs,
 )
 from ..data.corpus import Split
@@ -54,8 +54,9 @@ def validation_spec(recipe: Recipe, corpus: AnyCorpus) -> tuple[AnyCorpus, Split
     if data.validation is None:
         return corpus, "validation"
     split = data.validation_split
-    if is_prepared(data.validation) and split == type(data).model_fields["validation_split"].default:
-        split = CorpusSpec.split  # left out: a prepared corpus has the split that it was made with
+    is_left_out = split == type(data).model_fields["validation_split"].default
+    if is_left_out and not has_splits(data.validation):
+        split = CorpusSpec.split
     spec = dataclasses.replace(
         source_specs(corpus)[0],
         corpus=data.validation,

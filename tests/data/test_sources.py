@@ -3,13 +3,16 @@ reported.
 """
 
 import bz2
+import errno
 import gzip
 import itertools
 import json
 import os
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -329,12 +332,51 @@ def test_what_is_no_file_in_a_folder_is_refused(tmp_path: Path):
     (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
     message = reading_error(CorpusSpec(str(tmp_path)))
     assert f"gone.txt is a link to {tmp_path / 'nowhere'}, which is not there; remove it" in message
+    assert "is a link to" in reading_error(CorpusSpec(str(tmp_path / "gone.txt")))
     (tmp_path / "gone.txt").unlink()
     os.mkfifo(tmp_path / "pipe")
     for name in (tmp_path, tmp_path / "pipe", tmp_path / "p*"):
         message = reading_error(CorpusSpec(str(name)))
         assert f"{tmp_path / 'pipe'} is a pipe, socket or device, not a file" in message
     assert texts_of(open_source(CorpusSpec(f"{tmp_path}/*.txt")).read(0, Position())) == ["one"]
+
+
+def test_links_to_folders_are_followed_once(tmp_path: Path):
+    disk, corpus = tmp_path / "disk", tmp_path / "corpus"
+    for folder in (disk / "deep", disk / ".hidden", corpus):
+        folder.mkdir(parents=True)
+        (folder / "a.txt").write_text(str(folder))
+    (corpus / "more").symlink_to(disk)
+    for loop in (corpus / "loop", disk / "deep" / "loop"):
+        loop.symlink_to(corpus)
+    texts = texts_of(open_source(CorpusSpec(str(corpus))).read(0, Position()))
+    assert texts == [str(corpus), str(disk / "deep")]
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "a.txt").write_text("one")
+    scandir = os.scandir
+
+    def refuse(path: str | Path) -> Any:
+        if Path(path).name == "closed":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    message = reading_error(CorpusSpec(str(tmp_path)))
+    assert f"{tmp_path / 'closed'} cannot be read (Permission denied)" in message
+
+
+@pytest.mark.parametrize("corpus", ["a.txt", "a.jsonl", "python-stdlib"])
+def test_settings_of_hub_datasets_are_refused_for_other_corpora(corpus: str, tmp_path: Path):
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}')
+    spec = CorpusSpec(corpus if corpus == "python-stdlib" else str(tmp_path / corpus))
+    with pytest.raises(UserError) as caught:
+        open_source(replace(spec, subset="en", split="test", revision="v2"))
+    assert [key for key, _ in caught.value.errors] == ["data.subset", "data.split", "data.revision"]
+    assert "has no split; leave it out (default: train)" in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["a[1]", "b*", "c?", "[!x]"])

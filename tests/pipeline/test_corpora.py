@@ -5,14 +5,16 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import datasets
 import pytest
 from run_helpers import Values, losses, stop_at_step_7
 
 from minrnn.common.errors import UserError
-from minrnn.data import CorpusSpec
+from minrnn.data import CorpusSpec, open_source
+from minrnn.data.sources import Position
 from minrnn.pipeline import corpora
 from minrnn.pipeline.corpora import corpus_spec, single_corpus_spec, with_commits
-from minrnn.pipeline.evaluation import validation_spec
+from minrnn.pipeline.evaluation import validation_errors, validation_spec
 from minrnn.pipeline.recipe import build_recipe, resolved_config
 from minrnn.pipeline.recipe_on_resume import check_unchanged, with_saved_settings
 
@@ -64,6 +66,27 @@ def test_a_run_goes_on_if_its_corpora_have_moved(
             run_recipe(values)
         path.write_text(text)
     assert losses(run_recipe(values)) == expected
+
+
+def test_a_validation_corpus_without_splits_needs_none(values: Values, tmp_path: Path):
+    """The default of data.validation_split is for datasets with splits. Another one is an error."""
+    whole = datasets.Dataset.from_dict({"text": ["a text"]})
+    whole.save_to_disk(tmp_path / "whole")
+    datasets.DatasetDict({"validation": whole}).save_to_disk(tmp_path / "parts")
+    for name, split in (("whole", "train"), ("parts", "validation")):
+        values["data"]["validation"] = str(tmp_path / name)
+        recipe = build_recipe(values)
+        spec, part = validation_spec(recipe, corpus_spec(recipe))
+        assert isinstance(spec, CorpusSpec)
+        assert spec.split == split
+        assert [document.text for document in open_source(spec, part).read(0, Position())] == ["a text"]
+    values["data"] |= {"validation": values["data"]["corpus"], "validation_split": "test"}
+    recipe = build_recipe(values)
+    spec, part = validation_spec(recipe, corpus_spec(recipe))
+    assert isinstance(spec, CorpusSpec)
+    problem = r"data\.validation_split: is 'test', but .* is made of files"
+    with pytest.raises(UserError, match=problem), validation_errors(recipe):
+        open_source(spec, part)
 
 
 def test_a_hub_revision_is_resolved_once_and_kept(monkeypatch: pytest.MonkeyPatch):
