@@ -128,7 +128,7 @@ def local_files(pattern: str, excluded: Sequence[str] = ()) -> tuple[list[Path],
     if (path.exists() or path.is_symlink()) and not path.is_dir():
         raise _not_a_file_error(path)
     if path.is_dir():
-        return visible(_paths_below(path, frozenset([os.path.realpath(path)])), path), path
+        return visible(_paths_below(path, (os.path.realpath(path),)), path), path
     if not any(character in pattern for character in "*?["):
         return [], path
     anchor = Path(path.anchor) if path.is_absolute() else Path()
@@ -138,11 +138,17 @@ def local_files(pattern: str, excluded: Sequence[str] = ()) -> tuple[list[Path],
     return visible(anchor.glob(str(path.relative_to(anchor))), anchor), anchor
 
 
-def _paths_below(folder: Path, above: frozenset[str]) -> Iterator[Path]:
+def _paths_below(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
     """Everything below a folder that is neither hidden nor a folder.
 
-    Links to folders are followed, except back to one of those `above` (links resolved). Unlike Path.rglob,
-    a folder that cannot be listed is an error: its files would be left out silently.
+    Links to folders are followed if they lead out of the corpus, whose own folders are read anyway. Unlike
+    Path.rglob, a folder that cannot be listed is an error: its files would be left out silently.
+
+    Args:
+        above: the real paths of the corpus's folder, ..., of `folder`.
+
+    Raises:
+        UserError: a folder cannot be listed.
     """
     with convert_read_errors(folder), os.scandir(folder) as entries:
         for entry in entries:
@@ -150,8 +156,11 @@ def _paths_below(folder: Path, above: frozenset[str]) -> Iterator[Path]:
                 continue
             if not entry.is_dir():
                 yield folder / entry.name
-            elif (real := os.path.realpath(entry.path)) not in above:
-                yield from _paths_below(folder / entry.name, above | {real})
+                continue
+            is_link = entry.is_symlink()
+            real = os.path.realpath(entry.path) if is_link else os.path.join(above[-1], entry.name)
+            if real not in above and not (is_link and Path(real).is_relative_to(above[0])):
+                yield from _paths_below(folder / entry.name, (*above, real))
 
 
 def _not_a_file_error(path: Path) -> UserError:
