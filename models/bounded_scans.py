@@ -9,7 +9,8 @@
 
 Each starts from the state before the batch, drops it at document starts, and passes it through padding
 (boundaries.py). The linear and the rotating recurrence can begin documents from a learnt state h0 in place of
-0: at a document start, (a, b) becomes (0, a h0 + b). Each also works on one process's slice of a text (context_parallel.py) and on a single token.
+0: at a document start, (a, b) becomes (0, a h0 + b). Each also works on one process's slice of a text
+(context_parallel.py) and on a single token.
 
 Shapes: B batch, T time, W width.
 """

@@ -51,8 +51,8 @@ class MinRNNConfig(PreTrainedConfig):
         gated_mlp: MLP as down(act(gate) * up) (as in Llama) instead of down(act(up)).
         memory_length: Before training, the channels' memory lengths 1 / (1 - a) are spread log-uniformly from
             2 to this many tokens; 2 starts every gate half open.
-        learn_h0: Learn the state before the first token of every document, one for each layer. It starts as 0,
-            the state without it. For cells with a state per channel; docs/cells.md lists them.
+        learn_h0: Learn the state before the first token of every document, one for each layer. It starts as
+            0, the state without it. For cells with a state per channel; docs/cells.md lists them.
         initializer_range: Standard deviation of the weights; `None` for fan_in ** -0.5.
         dropout: Probability of dropping an element of a block's output, in training.
         rms_norm_eps: Epsilon of the RMS norms.

@@ -46,7 +46,8 @@ class MinRNNMixer(nn.Module):
     has_full_convolution = False
     """The projections read the last K inputs of all channels, instead of one depthwise convolution."""
     learns_h0 = False
-    """The cell can begin documents from a learnt state (`config.learn_h0`): its scans take `initial_state`."""
+    """The cell can begin documents from a learnt state (`config.learn_h0`); its scans take `initial_state`
+    then."""
 
     def __init__(self, config: "MinRNNConfig", layer: int):
         super().__init__()

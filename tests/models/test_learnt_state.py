@@ -1,5 +1,6 @@
 """The learnt initial state: at the start of every document, however a text is cut, packed or padded."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -73,7 +74,7 @@ def naive(cell: str, mixer: Any, projected: Tensor, starts: Tensor, bound: tuple
     step |= {"rglru": rglru}
     edges = [0, *(t for t in range(1, TIME) if starts[t]), TIME]
     outputs, last = [], torch.empty(0)
-    for low, high in zip(edges, edges[1:], strict=False):
+    for low, high in itertools.pairwise(edges):
         parts = projected[:, low:high].split(mixer.widths, -1)
         h0 = naive_initial(cell, mixer.h0).unsqueeze(0)
         h, last = step[cell](mixer, parts[:-1] if mixer.gate else parts, h0, *bound)
@@ -140,7 +141,7 @@ def test_whole_cut_packed_and_separate_are_the_same(cell, starts, cuts):
         pieces, _ = chunked_logits(model, ids, edges, document_starts=starts)
         assert_close(pieces, whole, atol=1e-4)
     edges = [0, *(t for t in range(1, TIME) if starts[0, t]), TIME]
-    documents = [ids[0, low:high] for low, high in zip(edges, edges[1:], strict=False)]
+    documents = [ids[0, low:high] for low, high in itertools.pairwise(edges)]
     for side in ("left", "right"):
         batch, mask = padded(documents, side)
         logits = logits_of(model, batch, attention_mask=mask)
