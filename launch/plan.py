@@ -4,7 +4,6 @@ import argparse
 import math
 import re
 from collections.abc import Sequence
-from typing import Any
 
 from ..common.checks import option_minimum_errors
 from ..common.errors import UserError
@@ -77,7 +76,6 @@ def heading(
     micro_lanes = recipe.train.micro_lanes
     micro_lanes = "" if micro_lanes is None else f" ({micro_lanes} of {batch.lanes} lanes: train.micro_lanes)"
     note = " (train.precision auto, on a GPU)" if recipe.train.precision == "auto" else ""
-    is_text = isinstance(model, Model) and not is_task(recipe.data.corpus)
     return [
         f"parameters  {model.parameters:,}: {parts}",
         f"tokens      {tokens_per_step:,} a step ({shape}), {steps:,} steps: "
@@ -85,13 +83,11 @@ def heading(
         f"FLOPs       {flops:.3g} a token ({counted}), {flops * tokens:.3g} in all",
         f"a process   {workload.micro_batches} micro batches of {workload.tokens:,} tokens a step"
         f"{micro_lanes}; {workload.processes} processes{sharing}; {assumed_precision(recipe)}{note}",
-        *([memory_line(recipe, model.config)] if is_text and model.config.cell != "linear_attention" else []),
     ]
 
 
-def memory_line(recipe: Recipe, config: Any) -> str:
+def memory_line(recipe: Recipe, longest: float) -> str:
     """The channels' memory lengths before training, and how many are longer than gradients reach."""
-    longest = config.memory_length
     span = recipe.batch.chunk * recipe.batch.backprop_chunks
     beyond = 0.0 if longest <= 2 else min(max(math.log(longest / span) / math.log(longest / 2), 0.0), 1.0)
     return (
@@ -227,4 +223,6 @@ def main(argv: Sequence[str]) -> None:
     lines = heading(recipe, model, flops, counted, workload)
     if arguments.tflops is not None:
         lines.append(time_line(recipe, flops, workload, arguments.tflops, arguments.fraction))
+    if isinstance(model, Model) and not is_task(data.corpus) and model.config.cell != "linear_attention":
+        lines.append(memory_line(recipe, model.config.memory_length))
     print("\n".join([*lines, "", *table]))

@@ -10,7 +10,8 @@ With gradient accumulation, each of a step's batches is the next piece of the sa
 
 import inspect
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +96,7 @@ class MinRNNTrainer(Trainer):
         super().__init__(*args, **{"data_collator": default_data_collator, **kwargs})
         if errors := self._errors():
             raise ValueError("MinRNNTrainer: " + "; ".join(errors))
-        collate = self.data_collator
-        self.data_collator = lambda rows: with_labels(collate(rows))
+        self.data_collator = partial(with_labels, self.data_collator)  # workers may have to pickle it
         self.carried: MinRNNCache | None = None
         """The state after the last batch of the training."""
         self._carried_in_evaluation: MinRNNCache | None = None
@@ -197,6 +197,7 @@ class MinRNNTrainer(Trainer):
     def save_state_of_lanes(self, checkpoint: Path) -> None:
         """Write this process's state into a checkpoint."""
         if self.carried is not None:
+            checkpoint.mkdir(parents=True, exist_ok=True)  # on each node
             save_file(self.carried.state_dict(), self._state_file(checkpoint), metadata=self._layout())
 
     def _load_state(self, checkpoint: Path) -> MinRNNCache:
@@ -238,8 +239,9 @@ class _StateCallback(TrainerCallback):
             self.trainer.carried = None
 
 
-def with_labels(batch: dict[str, Any]) -> dict[str, Any]:
+def with_labels(collate: Callable[[Any], dict[str, Any]], rows: Any) -> dict[str, Any]:
     """A batch in which Trainer finds the targets that it counts: those of `shift_labels`."""
+    batch = collate(rows)
     return {**batch, "labels": batch["shift_labels"]} if "shift_labels" in batch else batch
 
 

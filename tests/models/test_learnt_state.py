@@ -6,16 +6,27 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_close, chunked_logits, generate, generator, logits_of, new_model, random_ids
+from helpers import (
+    assert_close,
+    assert_same_gradients,
+    chunked_logits,
+    generate,
+    generator,
+    gradients,
+    logits_of,
+    new_model,
+    random_ids,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive_cells import GATES, NAIVE, Parts, Result, leaky
 from torch import Tensor
 
-from minrnn.models import MinRNNConfig, MinRNNForCausalLM
+from minrnn.models import MinRNNConfig, MinRNNForCausalLM, backprop_through_chunks
 from minrnn.models.boundaries import Boundaries
 from minrnn.models.context_parallel import ContextGroup
 from minrnn.models.mixer import MinRNNMixer
+from minrnn.models.recompute import checkpointing_options
 from minrnn.models.registry import CELLS
 
 WITH_H0 = [cell for cell, mixer in CELLS.items() if mixer.learns_h0]
@@ -186,6 +197,30 @@ def test_every_step_has_a_gradient_of_it(cell):
     model(ids, labels=ids).loss.backward()
     for layer in model.model.layers:
         assert layer.mixer.h0.grad.any()
+
+
+@learning
+def test_gradients_through_chunks_are_those_of_one_pass(cell):
+    """`backprop_through_chunks` and recomputation, fp64, with documents."""
+    model = learnt(cell, torch.float64).train()
+    inputs = {"input_ids": random_ids(2, TIME), "shift_labels": random_ids(2, TIME, seed=1)}
+    inputs["document_starts"] = torch.rand(2, TIME, generator=generator(3)) < 0.2
+    expected = gradients(model, model(**inputs, skip_logits=True).loss)
+    for recompute in ("none", "selective"):
+        if (options := checkpointing_options(recompute)) is not None:
+            model.activation_checkpointing_enable(options)
+        parts = zip(*(tensor.split(5, 1) for tensor in inputs.values()), strict=True)
+        backprop_through_chunks(model, [dict(zip(inputs, part, strict=True)) for part in parts])
+        actual = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        assert_same_gradients(actual, expected, atol=1e-10)
+        model.zero_grad()
+
+
+def test_an_export_keeps_it(tmp_path):
+    model, ids = learnt("mingru"), random_ids(1, TIME)
+    model.save_pretrained(tmp_path)
+    loaded = MinRNNForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits_of(loaded, ids), logits_of(model, ids))
 
 
 @learning

@@ -2,8 +2,11 @@
 
 import copy
 import itertools
+import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +148,7 @@ def test_losses_are_those_of_a_loop_that_carries_the_state(cell, accumulate, tmp
         assert losses[step] == pytest.approx(loss.item(), rel=1e-6)
     carried = trainer.carried
     assert carried is not None
+    assert state is not None
     for actual, expected in zip(carried.tensors(), state.tensors(), strict=True):
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
 
@@ -303,3 +307,50 @@ def test_the_example_of_the_docs_runs(tmp_path, monkeypatch):
     exec(block.replace("MinRNNConfig(", small), names)
     assert names["trainer"].state.global_step == 2
     assert (tmp_path / "out" / "checkpoint-2" / "minrnn_state_0.safetensors").is_file()
+
+
+SCRIPT = """
+import json, sys
+import torch
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_trainer import TEXTS, TIME, Losses, new_model, trainer_of
+from minrnn.models.trainer import TextLanes
+
+folder, options = Path(sys.argv[1]), json.loads(sys.argv[2])
+trainer = trainer_of(folder, new_model(learn_h0=True), TextLanes(TEXTS, 4, TIME), **options)
+losses = Losses()
+trainer.add_callback(losses)
+trainer.train(*sys.argv[3:])
+if trainer.args.process_index == 0:
+    (folder / "losses.json").write_text(json.dumps(losses.by_step))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_lanes(tmp_path):
+    """Their losses are those of one process with all rows, also after a resume."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
+    saving = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+
+    def losses(name: str, processes: int, *arguments: str, **options: Any) -> dict[str, float]:
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={processes}",
+        ]
+        options = {**saving, "per_device_train_batch_size": 4 // processes, **options}
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        command += [str(script), str(folder), json.dumps(options), *arguments]
+        subprocess.run(command, check=True, timeout=1200)
+        return json.loads((folder / "losses.json").read_text())
+
+    one, two = losses("one", 1), losses("two", 2)
+    assert list(two) == ["1", "2", "3", "4"]
+    assert two == pytest.approx(one, rel=1e-5)
+    resumed = losses("two", 2, str(tmp_path / "two" / "checkpoint-2"))
+    assert resumed == {step: two[step] for step in ("3", "4")}
