@@ -28,7 +28,7 @@ def block_bytes(config: "MinRNNConfig", precision: str) -> dict[str, float]:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from ..models.block import MinRNNBlock
-    from ..models.boundaries import NO_BOUNDARIES
+    from ..models.boundaries import Boundaries
     from ..models.dtypes import DTYPES
     from ..models.registry import CELLS
 
@@ -42,6 +42,9 @@ def block_bytes(config: "MinRNNConfig", precision: str) -> dict[str, float]:
         for parameter in block.parameters():
             weights.add(parameter)
         x = torch.empty(1, TOKENS, config.hidden_size, dtype=dtype, requires_grad=True)
+        # With a learnt initial state, a chunk in which a document starts keeps more.
+        starts = torch.zeros(1, TOKENS, dtype=torch.bool) if config.learn_h0 else None
+        boundaries = Boundaries.of(starts, None, max(config.conv_kernel, 1))
         size = CELLS[config.cell].lower_bound_size(config)
         bound = torch.empty(size, dtype=dtype) if size else None
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
@@ -49,7 +52,7 @@ def block_bytes(config: "MinRNNConfig", precision: str) -> dict[str, float]:
             lambda tensor: remember(tensor, saved), lambda saved: saved.tensor
         )
         with autocast, hooks, recorder(results, weights):
-            output = block(x, None, None, NO_BOUNDARIES, bound)  # keeps its graph, and so what is saved
+            output = block(x, None, None, boundaries, bound)  # keeps its graph, and so what is saved
         kept = Storages()
         for reference in saved:
             if (entry := reference()) is not None and entry.tensor not in weights:

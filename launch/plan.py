@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ..common.checks import option_minimum_errors
 from ..common.errors import UserError
-from ..data import is_labelled
+from ..data import is_labelled, is_task
 from ..pipeline.config import Recipe
 from ..pipeline.options import new_parser
 from .estimates import (
@@ -84,6 +84,16 @@ def heading(
         f"a process   {workload.micro_batches} micro batches of {workload.tokens:,} tokens a step"
         f"{micro_lanes}; {workload.processes} processes{sharing}; {assumed_precision(recipe)}{note}",
     ]
+
+
+def memory_line(recipe: Recipe, longest: float) -> str:
+    """The channels' memory lengths before training, and how many are longer than gradients reach."""
+    span = recipe.batch.chunk * recipe.batch.backprop_chunks
+    beyond = 0.0 if longest <= 2 else min(max(math.log(longest / span) / math.log(longest / 2), 0.0), 1.0)
+    return (
+        f"memory      before training, channels remember 2 to {longest:,.0f} tokens (model.memory_length), "
+        f"{beyond:.0%} of them more than the {span:,} that gradients reach"
+    )
 
 
 def memory_table(model: Model, workload: Workload, precision: str, memory: float) -> list[str]:
@@ -213,4 +223,6 @@ def main(argv: Sequence[str]) -> None:
     lines = heading(recipe, model, flops, counted, workload)
     if arguments.tflops is not None:
         lines.append(time_line(recipe, flops, workload, arguments.tflops, arguments.fraction))
+    if isinstance(model, Model) and not is_task(data.corpus) and model.config.cell != "linear_attention":
+        lines.append(memory_line(recipe, model.config.memory_length))
     print("\n".join([*lines, "", *table]))

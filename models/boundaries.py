@@ -45,10 +45,19 @@ class Boundaries:
             return None
         return torch.arange(time, device=self.lengths.device) >= self.lengths.unsqueeze(1)
 
-    def bound(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """Decays and inputs [batch, time, width]: a is 0 at document starts, (a, b) is (1, 0) in padding."""
+    def bound(self, a: Tensor, b: Tensor, initial: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Decays and inputs [batch, time, width]: a is 0 at document starts, (a, b) is (1, 0) in padding.
+
+        Args:
+            initial: what a document that started at the token would have kept of a state before its first
+                token, a * h0 [batch, time, width]; added to b at document starts. None if documents start
+                from 0.
+        """
         if self.document_starts is not None:
-            a = a.masked_fill(self.document_starts.unsqueeze(-1), 0)
+            starts = self.document_starts.unsqueeze(-1)
+            if initial is not None:
+                b = (b + initial.masked_fill(~starts, 0)).to(b.dtype)
+            a = a.masked_fill(starts, 0)
         if (padding := self.padding(b.shape[1])) is not None:
             padding = padding.unsqueeze(-1)
             a, b = a.masked_fill(padding, 1), b.masked_fill(padding, 0)

@@ -8,7 +8,9 @@
     previous    h_{t-1}
 
 Each starts from the state before the batch, drops it at document starts, and passes it through padding
-(boundaries.py). Each also works on one process's slice of a text (context_parallel.py) and on a single token.
+(boundaries.py). The linear and the rotating recurrence can begin documents from a learnt state h0 in place of
+0: at a document start, (a, b) becomes (0, a h0 + b). Each also works on one process's slice of a text
+(context_parallel.py) and on a single token.
 
 Shapes: B batch, T time, W width.
 """
@@ -61,14 +63,19 @@ class BoundedScans:
     ):
         self.boundaries, self.backend, self.group = boundaries, backend, group
         self.is_single_token = is_single_token
+        self.starts_documents = boundaries.document_starts is not None
 
-    def linear(self, a: Tensor, b: Tensor, h0: Tensor | None) -> Scanned:
-        """The diagonal recurrence. a, b [B, T, W] (a may be [W]), h0 [B, W]; h in b's dtype."""
+    def linear(self, a: Tensor, b: Tensor, h0: Tensor | None, initial: Tensor | None = None) -> Scanned:
+        """The diagonal recurrence. a, b [B, T, W] (a may be [W]), h0 [B, W]; h in b's dtype.
+
+        initial [W] is the state before each document that starts in the batch; 0 if None.
+        """
         a = a.expand(b.shape)
         if self.is_single_token:
             last = at_least_fp32(b[:, 0]) if h0 is None else torch.addcmul(b[:, 0].to(h0.dtype), a[:, 0], h0)
             return Scanned(last.unsqueeze(1).to(b.dtype), last, _zeros(a, b) if h0 is None else h0)
-        a, b = self.boundaries.bound(a, b)
+        kept = a * initial if initial is not None and self.starts_documents else None
+        a, b = self.boundaries.bound(a, b, kept)
         h0 = _zeros(a, b) if h0 is None else h0
         if self.group is not None:
             backend = self.backend or default_backend(b.device, b.dtype)
@@ -76,7 +83,9 @@ class BoundedScans:
         h, last = linear_scan(a, b, h0, backend=self.backend)
         return Scanned(h, last, h0)
 
-    def rotating(self, a: Tensor, theta: Tensor, b: Tensor, h0: Tensor | None) -> Scanned:
+    def rotating(
+        self, a: Tensor, theta: Tensor, b: Tensor, h0: Tensor | None, initial: Tensor | None = None
+    ) -> Scanned:
         """The complex diagonal recurrence.
 
         Args:
@@ -84,6 +93,7 @@ class BoundedScans:
             theta: their angles in radians, [W/2].
             b: inputs, real parts | imaginary parts, [B, T, W].
             h0: state before the first token, as b, [B, W].
+            initial: state before each document that starts in the batch, as b, [W]; 0 if None.
 
         Returns:
             h as b, in at least fp32.
@@ -94,7 +104,10 @@ class BoundedScans:
             turned = _zeros(a, b) if h0 is None else rotate(h0, theta.cos(), theta.sin())
             last = torch.addcmul(b[:, 0], torch.cat([a, a], dim=-1)[:, 0], turned)
             return Scanned(last.unsqueeze(1), last, turned)
-        a, b = self.boundaries.bound(a, b)
+        kept = None
+        if initial is not None and self.starts_documents:
+            kept = torch.cat([a, a], dim=-1) * rotate(initial, theta.cos(), theta.sin())
+        a, b = self.boundaries.bound(a, b, kept)
         h0 = _zeros(a, b) if h0 is None else h0
         backend = self.backend or default_backend(b.device, b.dtype)
         if self.group is not None:
@@ -181,12 +194,16 @@ class BoundedScans:
         m, last = max_plus_scan(w, key, m0)
         return Scanned(m, last, m0)
 
-    def previous(self, scanned: Scanned, empty: float = 0.0) -> Tensor:
-        """h_{t-1} of a scan's result, `empty` at document starts: [B, T, W]."""
+    def previous(self, scanned: Scanned, empty: float | Tensor = 0.0) -> Tensor:
+        """h_{t-1} of a scan's result, `empty` (a number, or [W]) at document starts: [B, T, W]."""
         entering = scanned.entering.to(scanned.h.dtype).unsqueeze(1)
         before = torch.cat([entering, scanned.h], dim=1)[:, :-1]
         starts = self.boundaries.document_starts
-        return before if starts is None else before.masked_fill(starts.unsqueeze(-1), empty)
+        if starts is None:
+            return before
+        if isinstance(empty, Tensor):
+            return torch.where(starts.unsqueeze(-1), empty.to(before.dtype), before)
+        return before.masked_fill(starts.unsqueeze(-1), empty)
 
     def _last_real(self, h: Tensor, h0: Tensor) -> Tensor:
         """The state after the last real token of each row, as a rotation does not stand still in padding."""

@@ -28,6 +28,8 @@ class LRU(MinRNNMixer):
     C. Source: Orvieto et al., "Resurrecting Recurrent Neural Networks for Long Sequences", arXiv 2303.06349.
     """
 
+    learns_h0 = True
+
     def __init__(self, config: "MinRNNConfig", layer: int):
         super().__init__(config, layer)
         pairs = config.recurrent_size // 2
@@ -60,7 +62,7 @@ class LRU(MinRNNMixer):
     ) -> tuple[Tensor, Tensor]:
         rate, theta, scale = (at_least_fp32(x).exp() for x in (self.nu, self.theta, self.gamma))
         b = at_least_fp32(parts[0]) * torch.cat([scale, scale])
-        h = scans.rotating(torch.exp(-rate), theta, b, state)
+        h = scans.rotating(torch.exp(-rate), theta, b, state, self.initial_state())
         return h.h, h.last
 
 

@@ -52,6 +52,8 @@ class MinRNNConfig(PreTrainedConfig):
         gated_mlp: MLP as down(act(gate) * up) (as in Llama) instead of down(act(up)).
         memory_length: Before training, the channels' memory lengths 1 / (1 - a) are spread log-uniformly from
             2 to this many tokens; 2 starts every gate half open.
+        learn_h0: Learn the state before the first token of every document, one for each layer. It starts as
+            0, the state without it. For cells with a state per channel; docs/cells.md lists them.
         initializer_range: Standard deviation of the weights; `None` for fan_in ** -0.5.
         dropout: Probability of dropping an element of a block's output, in training.
         rms_norm_eps: Epsilon of the RMS norms.
@@ -93,6 +95,7 @@ class MinRNNConfig(PreTrainedConfig):
     hidden_act: str = "silu"
     gated_mlp: bool = True
     memory_length: int | float = 256.0
+    learn_h0: bool = False
     initializer_range: int | float | None = None
     dropout: int | float = 0.0
     rms_norm_eps: int | float = 1e-6
@@ -180,6 +183,11 @@ class MinRNNConfig(PreTrainedConfig):
             if self.cell not in cells and value != getattr(MinRNNConfig, name):
                 source = " (preset paper sets it)" if PRESETS["paper"].get(name) == value else ""
                 errors[name] = f"is for {', '.join(cells)}, and not for {self.cell}: leave it out{source}"
+        if self.learn_h0 and not CELLS[self.cell].learns_h0:
+            cells = ", ".join(cell for cell, mixer in CELLS.items() if mixer.learns_h0)
+            errors["learn_h0"] = (
+                f"is for cells with a state per channel ({cells}), and not for {self.cell}: leave it out"
+            )
         return errors
 
     @classmethod

@@ -35,6 +35,7 @@ class GILRLSTM(MinRNNMixer):
     """
 
     gate_activation = None
+    learns_h0 = True
 
     def __init__(self, config: "MinRNNConfig", layer: int):
         super().__init__(config, layer)
@@ -53,16 +54,26 @@ class GILRLSTM(MinRNNMixer):
         bias = gate_bias(memory)
         init.copy_(self.gate_bias, torch.stack([bias, bias, -bias]))
 
+    def initial_state(self) -> Tensor | None:
+        if (initial := super().initial_state()) is None:
+            return None
+        g, c = initial.chunk(2)
+        return torch.cat([g.tanh(), c])  # g is an average of tanh, in (-1, 1)
+
     def cell(
         self, parts: tuple[Tensor, ...], state: Tensor | None, scans: BoundedScans, *lower_bound: Tensor
     ) -> tuple[Tensor, Tensor]:
         g0, c0 = (None, None) if state is None else state.chunk(2, dim=-1)
+        initial = self.initial_state()
+        g_initial, c_initial = (None, None) if initial is None else initial.chunk(2)
         k = at_least_fp32(parts[0]) + self.gate_bias[0]
-        g = scans.linear(torch.sigmoid(k), (torch.sigmoid(-k) * torch.tanh(parts[1])).to(parts[1].dtype), g0)
-        hidden = self.hidden_in_proj(scans.previous(g)).split(self.widths[2:], dim=-1)
+        b = (torch.sigmoid(-k) * torch.tanh(parts[1])).to(parts[1].dtype)
+        g = scans.linear(torch.sigmoid(k), b, g0, g_initial)
+        before = scans.previous(g, empty=0.0 if g_initial is None else g_initial)
+        hidden = self.hidden_in_proj(before).split(self.widths[2:], dim=-1)
         f, i, z, *o = (x + y for x, y in zip(parts[2:], hidden, strict=True))
         f, i = at_least_fp32(f) + self.gate_bias[1], at_least_fp32(i) + self.gate_bias[2]
-        c = scans.linear(torch.sigmoid(f), (torch.sigmoid(i) * torch.tanh(z)).to(z.dtype), c0)
+        c = scans.linear(torch.sigmoid(f), (torch.sigmoid(i) * torch.tanh(z)).to(z.dtype), c0, c_initial)
         h = c.h * torch.sigmoid(o[0]) if o else c.h
         return h, torch.cat([g.last, c.last], dim=-1)
 
@@ -104,6 +115,7 @@ class QRNN(MinRNNMixer):
 
     gate_activation = "sigmoid"
     has_full_convolution = True
+    learns_h0 = True
 
     def __init__(self, config: "MinRNNConfig", layer: int):
         super().__init__(config, layer)
@@ -116,12 +128,17 @@ class QRNN(MinRNNMixer):
     def init_parameters(self, memory: Tensor) -> None:
         init.copy_(self.gate_bias, gate_bias(memory))
 
+    def initial_state(self) -> Tensor | None:
+        initial = super().initial_state()
+        return None if initial is None else initial.tanh()  # h is an average of tanh, in (-1, 1)
+
     def cell(
         self, parts: tuple[Tensor, ...], state: Tensor | None, scans: BoundedScans, *lower_bound: Tensor
     ) -> tuple[Tensor, Tensor]:
         f, u = parts
         f = at_least_fp32(f) + self.gate_bias[0]
-        h = scans.linear(torch.sigmoid(f), (torch.sigmoid(-f) * torch.tanh(u)).to(u.dtype), state)
+        b = (torch.sigmoid(-f) * torch.tanh(u)).to(u.dtype)
+        h = scans.linear(torch.sigmoid(f), b, state, self.initial_state())
         return h.h, h.last
 
 

@@ -12,7 +12,7 @@ from transformers import initialization as init
 
 from .boundaries import Boundaries
 from .cell_scan import cell_scan, one_token
-from .cell_spec import CellSpec
+from .cell_spec import CellInputs, CellSpec
 from .context_scan import context_cell_scan
 from .minimal_coefficients import MINIMAL_CELLS
 from .mixer import MinRNNMixer
@@ -25,6 +25,7 @@ class MinimalMixer(MinRNNMixer):
     """minGRU and minLSTM (Feng et al., arXiv 2410.01201), and their forms with decays in (-1, 1)."""
 
     own_fields = ("candidate_activation",)
+    learns_h0 = True
 
     def __init__(self, config: "MinRNNConfig", layer: int):
         super().__init__(config, layer)
@@ -51,7 +52,9 @@ class MinimalMixer(MinRNNMixer):
     def recur(
         self, projected: Tensor, state: Tensor | None, boundaries: Boundaries, *lower_bound: Tensor
     ) -> tuple[Tensor, Tensor]:
-        rows = self.channel_rows(*lower_bound)
+        rows, state = self.channel_rows(*lower_bound), self.entering(state, projected)
+        if state is not None and self.must_compose(boundaries):
+            return self.recur_composed(projected, rows, state, boundaries)
         if self.is_single_token(projected, boundaries):
             return one_token(projected, rows, state, self.spec)
         if self.context_group is not None:
@@ -65,6 +68,32 @@ class MinimalMixer(MinRNNMixer):
                 backend=self.backend,
             )
         return cell_scan(projected, rows, state, spec=self.spec, boundaries=boundaries, backend=self.backend)
+
+    def initial_state(self) -> Tensor | None:
+        initial = super().initial_state()  # averages of tanh are in (-1, 1)
+        return initial.tanh() if initial is not None and self.spec.activation == "tanh" else initial
+
+    def must_compose(self, boundaries: Boundaries) -> bool:
+        """Whether `cell_scan` would lack the learnt state: it starts documents inside a batch from 0, and
+        knows an RG-LRU's first token by a state of 0."""
+        return self.h0 is not None and (
+            boundaries.document_starts is not None or self.spec.equation.reads_starts
+        )
+
+    def recur_composed(
+        self, projected: Tensor, rows: Tensor, state: Tensor, boundaries: Boundaries
+    ) -> tuple[Tensor, Tensor]:
+        """As `recur`, from the parts of the cell scan's definition, with the learnt initial state."""
+        initial, group = self.initial_state(), self.context_group
+        assert initial is not None
+        is_empty = None
+        if self.spec.equation.reads_starts and (group is None or group.rank == 0):
+            is_empty = (state == initial).all(1)  # also after a piece of padding only
+        starts = CellInputs(projected, rows, state, boundaries, is_empty).starts()
+        projections = projected.split(rows.shape[1], dim=-1)
+        a, b = self.spec.coefficients(projections, rows, starts)
+        scanned = self.scans(projected, boundaries).linear(a, b, state, initial)
+        return self.spec.gated(scanned.h, projections), scanned.last
 
 
 class GILR(MinimalMixer):

@@ -20,6 +20,7 @@ from .boundaries import Boundaries
 from .bounded_scans import BoundedScans
 from .context_parallel import ContextGroup, context_conv, context_tail
 from .conv import causal_conv, causal_window, conv_one_token, next_conv_state
+from .dtypes import at_least_fp32
 from .numba_support import is_token_step
 from .ternary import linear
 
@@ -44,6 +45,9 @@ class MinRNNMixer(nn.Module):
     """Fields of the configuration that not every cell reads, but this one does."""
     has_full_convolution = False
     """The projections read the last K inputs of all channels, instead of one depthwise convolution."""
+    learns_h0 = False
+    """The cell can begin documents from a learnt state (`config.learn_h0`); its scans take `initial_state`
+    then."""
 
     def __init__(self, config: "MinRNNConfig", layer: int):
         super().__init__()
@@ -62,6 +66,7 @@ class MinRNNMixer(nn.Module):
         taps = self.kernel if self.has_full_convolution else 1
         self.in_proj = linear(config, taps * config.hidden_size, sum(self.widths))
         self.out_proj = linear(config, self.output_size(config), config.hidden_size)
+        self.h0 = nn.Parameter(torch.empty(self.state_size(config))) if config.learn_h0 else None
 
     @classmethod
     def projections(cls, config: "MinRNNConfig") -> dict[str, int]:
@@ -101,6 +106,28 @@ class MinRNNMixer(nn.Module):
             memory: memory lengths in tokens, fp32 [R], spread log-uniformly; at zero input, the decay of
                 channel r should be 1 - 1 / memory[r].
         """
+
+    def initial_state(self) -> Tensor | None:
+        """The learnt state before the first token of a document, [S] in at least fp32; None if it is 0.
+
+        It must be 0 where `h0` is, so that training begins as without it. A cell whose state is bounded maps
+        `h0` into its range.
+        """
+        return None if self.h0 is None else at_least_fp32(self.h0)
+
+    def entering(self, state: Tensor | None, projected: Tensor) -> Tensor | None:
+        """The state before the batch, [B, S]: the learnt one, if there is one, where a text begins."""
+        initial = self.initial_state()
+        if initial is None:
+            return state
+        initial = initial.to(projected.device)
+        # All processes of a group hold the total gradient of the state before the sequence, but gradients of
+        # parameters are summed over them: the first process counts this one.
+        is_first = self.context_group is None or self.context_group.rank == 0
+        if state is None:
+            state = (initial if is_first else initial.detach()).expand(len(projected), -1)
+        # DDP and ZeRO expect a gradient of every parameter in every step, and this batch may begin no text.
+        return state + 0 * initial if torch.is_grad_enabled() else state
 
     def cell(
         self, parts: tuple[Tensor, ...], state: Tensor | None, scans: BoundedScans, *lower_bound: Tensor
@@ -163,17 +190,21 @@ class MinRNNMixer(nn.Module):
         no_cut = boundaries.lengths is None and boundaries.document_starts is None
         return self.backend is None and self.context_group is None and no_cut and is_token_step(x)
 
-    def recur(
-        self, projected: Tensor, state: Tensor | None, boundaries: Boundaries, *lower_bound: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """projected [B, T, sum of widths] -> y [B, T, output_size] in its dtype, and the next state."""
-        scans = BoundedScans(
+    def scans(self, projected: Tensor, boundaries: Boundaries) -> BoundedScans:
+        """The scans of a batch."""
+        return BoundedScans(
             boundaries,
             self.backend,
             self.context_group,
             is_single_token=self.is_single_token(projected, boundaries),
         )
-        parts = projected.split(self.widths, dim=-1)
+
+    def recur(
+        self, projected: Tensor, state: Tensor | None, boundaries: Boundaries, *lower_bound: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """projected [B, T, sum of widths] -> y [B, T, output_size] in its dtype, and the next state."""
+        scans, parts = self.scans(projected, boundaries), projected.split(self.widths, dim=-1)
+        state = self.entering(state, projected)
         h, state = self.cell(parts[:-1] if self.gate else parts, state, scans, *lower_bound)
         y = h.to(projected.dtype)
         return (y * self.gate(parts[-1]) if self.gate else y), state

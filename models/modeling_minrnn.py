@@ -92,6 +92,8 @@ class MinRNNPreTrainedModel(PreTrainedModel):
                 init.normal_(module.conv_weight, std=module.kernel**-0.5)
             log_factor = torch.rand(self.config.recurrent_size) * math.log(self.config.memory_length / 2)
             module.init_parameters(2 * log_factor.exp())
+            if module.h0 is not None:
+                init.zeros_(module.h0)
         elif isinstance(module, MinRNNModel) and module.lower_bounds is not None:
             init.zeros_(module.lower_bounds)
 

@@ -104,6 +104,8 @@ def _load_export(model: Any, name: str) -> None:
         message = f"{name} is a {exported['model_type']} model, not {own['model_type']}; set model.family"
         raise UserError("model.init_from", message)
     different = [field for field in SHAPE_FIELDS if exported.get(field) != own.get(field)]
+    if exported.get("learn_h0") and not own.get("learn_h0"):
+        different.append("learn_h0")
     if own["model_type"] != "minrnn":
         shapes = {name: parameter.shape for name, parameter in source.named_parameters()}
         if shapes != {name: parameter.shape for name, parameter in model.named_parameters()}:
@@ -117,6 +119,7 @@ def _load_export(model: Any, name: str) -> None:
             for field in different
         )
     if isinstance(model, MinRNNForSequenceClassification):
-        model.model.load_state_dict(cast(MinRNNForCausalLM, source).model.state_dict())
-    else:
-        model.load_state_dict(source.state_dict())
+        model, source = model.model, cast(MinRNNForCausalLM, source).model
+    # An export without learnt initial states begins documents from 0, as new parameters do.
+    new = {key: tensor for key, tensor in model.state_dict().items() if key.endswith(".mixer.h0")}
+    model.load_state_dict({**new, **source.state_dict()})

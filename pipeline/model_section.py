@@ -84,6 +84,9 @@ class ModelSection(Section):
     memory_length: int | float = MinRNNConfig.memory_length
     """Before training, the channels' memory lengths 1 / (1 - a) are spread log-uniformly from 2 to
     this many tokens; 2 starts every gate half open."""
+    learn_h0: bool = MinRNNConfig.learn_h0
+    """Learn the state before the first token of every document, one for each layer. It starts as 0, the
+    state without it. For cells with a state per channel; docs/cells.md lists them."""
     initializer_range: int | float | None = MinRNNConfig.initializer_range
     """Standard deviation of the weights; `None` for fan_in ** -0.5."""
     dropout: int | float = MinRNNConfig.dropout

@@ -196,6 +196,26 @@ def test_a_plan_of_several_chunks(capsys):
     np.testing.assert_allclose(np.divide(sent[4], sent[1]), expected, rtol=0.01)
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], "2 to 256 tokens (model.memory_length), 0% of them more than the 4,096"),
+        (
+            ["--model.memory_length", "1e5"],
+            "2 to 100,000 tokens (model.memory_length), 30% of them more than the",
+        ),
+        (["--model.preset", "paper"], "2 to 2 tokens (model.memory_length), 0% of them more than the 4,096"),
+        (
+            ["--model.memory_length", "1e5", "--batch.backprop_chunks", "8"],
+            "10% of them more than the 32,768",
+        ),
+    ],
+)
+def test_a_plan_says_how_far_channels_remember(options, expected, capsys):
+    main(["plan", "--config", "fineweb-1b", "--vocab-size", "50264", *options])
+    assert expected in capsys.readouterr().out
+
+
 def test_micro_batches_are_counted_by_lanes_and_chunks():
     """As many as DeepSpeed accumulates; by_micro_lanes is for one chunk, however many a step has."""
     changes = [{}, {"backprop_chunks": 3}]

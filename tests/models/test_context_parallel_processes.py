@@ -50,6 +50,12 @@ LIGHT = [
     Case("minlstm fp64", {**MINLSTM, "conv_kernel": 6}, torch.float64),
     Case("bf16, selective", autocast=True, recompute="selective", chunks=2),
     *(Case(cell, {"cell": cell}, torch.float64) for cell in PUBLISHED),
+    *(
+        Case(f"{cell}, learnt state", {"cell": cell, "learn_h0": True}, torch.float64, carried=carried)
+        for cell in ("mingru", "gilr_lstm", "rglru", "lru")
+        for carried in (False, True)
+    ),
+    Case("learnt state, one text", {"learn_h0": True}, documents=False, carried=False, chunks=2),
 ]
 CASES = [
     *LIGHT,
