@@ -12,7 +12,7 @@ import pytest
 import torch
 from run_helpers import Values, losses, plain_update
 
-from minrnn.common.errors import UserError
+from minrnn.common.errors import NonFiniteError, UserError
 from minrnn.data import BYTES, Batch, Chunk, ChunkLoader, CorpusSpec, Encoder, ReaderSpec, load_tokenizer
 from minrnn.data.loader import Share, open_readers
 from minrnn.models import MinRNNForCausalLM
@@ -129,7 +129,7 @@ def test_a_non_finite_loss_stops_before_anything_is_saved(values: Values, run_re
 
     monkeypatch.setattr(MinRNNForCausalLM, "forward", forward)
     with pytest.raises(
-        loop.NonFiniteError, match=r"step 5: .*reader 1: .*words\.jsonl:\d+.*step-000004, is as it was"
+        NonFiniteError, match=r"step 5: .*reader 1: .*words\.jsonl:\d+.*step-000004, is as it was"
     ):
         run_recipe(values)
     folder = Path(values["run"]["dir"])
