@@ -6,11 +6,14 @@ take_steps    agree on the next step -> take it (step.py) -> log (step_log.py), 
 
 import contextlib
 import signal
+import sys
 import time
 from dataclasses import dataclass
 
+import datasets
 import torch
 import transformers
+from huggingface_hub.utils import disable_progress_bars
 
 from ..common.errors import StorageError, UserError
 from ..common.output import warn
@@ -55,9 +58,7 @@ def train(recipe: Recipe, verbosity: Verbosity = "normal") -> None:
     """
     check_launch(recipe)
     keep_freed_memory()
-    if verbosity != "verbose":
-        transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    _configure_libraries(verbosity)
     accelerator = processes.connect(collective_timeout(recipe), processes.local_device(recipe.train.device))
     check_engine(accelerator.distributed_type)
     with (
@@ -92,6 +93,16 @@ def train(recipe: Recipe, verbosity: Verbosity = "normal") -> None:
             folder.mark_finished(run.step)
             if run.output.pusher is not None:
                 run.output.pusher.push_last(run.step)
+
+
+def _configure_libraries(verbosity: Verbosity) -> None:
+    """Silence the warnings of transformers unless verbose, and progress bars where stderr is no terminal."""
+    if verbosity != "verbose":
+        transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+        disable_progress_bars()  # of huggingface_hub
 
 
 def _report_finished(recipe: Recipe, folder: RunFolder) -> None:

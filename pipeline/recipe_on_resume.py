@@ -12,6 +12,7 @@ from .recipe import FIXED_ON_RESUME, MOVABLE_ON_RESUME, flatten, resolved_config
 # Settings that may change on resume, because they do not affect the losses. Those of DECIDE_DROPOUT affect
 # them only with dropout (`free_on_resume`).
 DECIDE_DROPOUT = {"parallel.context", "train.micro_lanes"}
+FREE_SECTIONS = ("tracking.", "eval.")
 FREE_ON_RESUME = {
     "run.dir",
     "run.resume",

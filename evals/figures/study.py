@@ -1,7 +1,7 @@
 """`minrnn figures study`: the committed study of scaling laws, and the text of docs/sweeps.md made from it.
 
-    runs of launch/sweeps/laptop.yaml -> minrnn fit -> evals/results/study-NAME.json and .png
-      -> the part `study` of docs/sweeps.md (docs.py)
+runs of launch/sweeps/laptop.yaml -> minrnn fit -> evals/results/study-NAME.json and .png
+  -> the part `study` of docs/sweeps.md (docs.py)
 """
 
 import json

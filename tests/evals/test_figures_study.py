@@ -13,9 +13,7 @@ from minrnn.evals.report.scaling import scaling_section
 from minrnn.evals.report.sources import read_file
 
 
-def test_a_study_writes_its_results_and_the_text_of_the_page(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_study_writes_its_results_and_the_text_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(study, "RESULTS", tmp_path)
     assert study.docs_text() == study.NOT_TRAINED
     families = [points(CHINCHILLA, 0.01, seed, name) for seed, name in enumerate(["minGRU", "Llama"])]

@@ -65,7 +65,7 @@ def clone(tmp_path: Path) -> Clone:
 
 
 CORE = ["pip torch setuptools", "pip --no-build-isolation --editable ."]
-EVERYTHING = "pip --no-build-isolation --editable .[bench,deepspeed,eval,search,test]"
+EVERYTHING = "pip --no-build-isolation --editable .[bench,deepspeed,eval,search,tensorboard,wandb,ui,test]"
 
 
 def test_the_core_is_installed_first_and_extras_on_request(clone: Clone):
@@ -142,7 +142,8 @@ def test_a_missing_python_is_an_error(clone: Clone):
 def test_every_dependency_is_pinned():
     lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
     pinned = {canonicalize_name(line.split("==")[0]) for line in lines if not line.startswith("#")}
-    required, seen = [Requirement("minrnn[bench,deepspeed,eval,search,test]")], set()
+    everything = "minrnn[bench,deepspeed,eval,search,tensorboard,wandb,ui,test]"
+    required, seen = [Requirement(everything)], set()
     while required:
         requirement = required.pop()
         name = canonicalize_name(requirement.name)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from run_helpers import Values, losses, plain_update
 
-from minrnn.common.errors import UserError
+from minrnn.common.errors import NonFiniteError, UserError
 from minrnn.data import BYTES, Batch, Chunk, ChunkLoader, CorpusSpec, Encoder, ReaderSpec, load_tokenizer
 from minrnn.data.loader import Share, open_readers
 from minrnn.models import MinRNNForCausalLM

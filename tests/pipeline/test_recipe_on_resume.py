@@ -15,6 +15,8 @@ def test_only_settings_that_do_not_affect_losses_may_change():
         "train.steps": 5,
         "train.log_every": 3,
         "tracking.uri": None,
+        "tracking.also": ["wandb"],
+        "eval.tasks": ["arc_easy"],
         "data.workers": 4,
     }
     free["model.max_position_embeddings"] = 65_536  # an earlier default

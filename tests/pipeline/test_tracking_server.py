@@ -98,7 +98,7 @@ def server(empty_database: Path, tmp_path: Path) -> Iterator[Server]:
 
 
 def test_each_step_is_there_once_after_kills_of_the_server_and_of_the_run(
-    values: Values, server: Server, tmp_path: Path
+    values: Values, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """500 logged steps, three restarts of the server, two kills of the run; then the model is registered."""
     values["tracking"] = {"uri": server.url, "experiment": "tests", "register": "tiny"}
@@ -148,12 +148,8 @@ def test_each_step_is_there_once_after_kills_of_the_server_and_of_the_run(
     system = client.get_metric_history(tracked.info.run_id, "system/cpu_utilization_percentage")
     assert len({metric.step for metric in system}) == len(system)
     (version,) = client.search_model_versions("name = 'tiny'")
-    model = artifacts.download_artifacts(
-        artifact_uri=f"models:/tiny/{version.version}",
-        tracking_uri=server.url,
-        registry_uri=server.url,
-        dst_path=str(tmp_path),
-    )
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
+    model = artifacts.download_artifacts(f"models:/tiny/{version.version}", dst_path=str(tmp_path / "copy"))
     assert AutoModelForCausalLM.from_pretrained(model, trust_remote_code=True).config.hidden_size == 16
 
 
