@@ -49,14 +49,10 @@ class OtherTrackers:
         self._trackers: dict[str, Any] = {}
         config = flatten(public_config(resolved_config(recipe)))
         for name in recipe.tracking.also:
-            opened: list[Any] = []
-
-            def start(name: str = name, opened: list[Any] = opened) -> None:
-                opened.append(self._start(name, recipe.tracking.experiment, config, step))
-
-            self._guarded(name, start)
-            if opened:
-                self._trackers[name] = opened[0]
+            try:
+                self._trackers[name] = self._start(name, recipe.tracking.experiment, config, step)
+            except Exception as error:  # each library raises its own
+                self._leave_out(name, error)
 
     def log(self, entry: dict[str, Any]) -> None:
         """Send the numbers of a line of metrics.jsonl."""
@@ -65,22 +61,23 @@ class OtherTrackers:
             for key, value in entry.items()
             if isinstance(value, int | float) and not isinstance(value, bool) and key != "step"
         }
-        for name, tracker in list(self._trackers.items()) if values else ():
-            self._guarded(name, lambda tracker=tracker: tracker.log(values, step=entry["step"]))
+        if values:
+            self._call_each(lambda tracker: tracker.log(values, step=entry["step"]))
 
     def close(self) -> None:
         """Write what is left and end the trackers."""
-        for name, tracker in list(self._trackers.items()):
-            self._guarded(name, tracker.finish)
+        self._call_each(lambda tracker: tracker.finish())
 
-    def _guarded(self, name: str, act: Callable[[], object]) -> None:
-        try:
-            act()
-        except Exception as error:  # each library raises its own
-            self._trackers.pop(name, None)
-            self._warn(
-                f"tracking.also: {name} failed ({one_line_message(error)}); training goes on without it"
-            )
+    def _call_each(self, act: Callable[[Any], object]) -> None:
+        for name, tracker in list(self._trackers.items()):
+            try:
+                act(tracker)
+            except Exception as error:
+                self._leave_out(name, error)
+
+    def _leave_out(self, name: str, error: Exception) -> None:
+        self._trackers.pop(name, None)
+        self._warn(f"tracking.also: {name} failed ({one_line_message(error)}); training goes on without it")
 
     def _start(self, name: str, experiment: str, config: dict[str, Any], step: int) -> Any:
         from accelerate.tracking import TensorBoardTracker, WandBTracker

@@ -205,7 +205,8 @@ class SystemMetrics:
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
         if self._monitor is not None and self._monitor._run_id == run_id:
-            if self._monitor._process.is_alive():
+            thread = self._monitor._process
+            if thread is not None and thread.is_alive():
                 return
         elif self._monitor is not None:
             self._monitor._shutdown_event.set()  # of a run that was deleted
