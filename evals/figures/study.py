@@ -19,8 +19,8 @@ from ..scaling import command as fit
 NAME = "books"
 NOT_TRAINED = "No study is committed yet."
 NUMBERS = ("E", "alpha", "beta")
-DESCRIPTION = """Fit the laws of a study's sweep and write evals/results/study-NAME.json and .png. `make docs` then
-writes docs/sweeps.md anew."""
+DESCRIPTION = """Fit the laws of a study's sweep and write evals/results/study-NAME.json and .png.
+`make docs` then writes docs/sweeps.md anew."""
 EPILOG = """examples:
   minrnn sweep laptop --workers 2 --settings.data.corpus 'books/*.parquet' --out runs/books
   minrnn figures study runs/books --name books"""
