@@ -51,7 +51,7 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust-remote-code",
         action="store_true",
-        help="run code that the model or the tokenizer brings along; read it first (default: ask)",
+        help="run code that the model or the tokenizer brings along; read it first",
     )
 
 

@@ -28,6 +28,7 @@ from ..config import Recipe
 from .errors import HubError
 from .target import Identity, PushOptions, open_target
 
+NICE = 5  # of the worker, while the run trains
 LINKS = ".push-checkpoint"
 NOTE = "push.json"
 """In the run's folder: {"repo", "step"} of the last push."""
@@ -117,7 +118,7 @@ class Pusher:
             self._end()
         failure: str | None = "it was interrupted"
         try:
-            self._start(step)
+            self._start(step, nice=0)
             assert self._worker is not None
             self._worker.wait()
             failure = self._end(is_last=True)
@@ -147,7 +148,7 @@ class Pusher:
             self._warned.add(kind)
             self._warn(f"push: {message}; training goes on, and the next push tries again")
 
-    def _start(self, step: int) -> None:
+    def _start(self, step: int, nice: int = NICE) -> None:
         """Start the worker on a checkpoint.
 
         Raises:
@@ -157,6 +158,7 @@ class Pusher:
             "run": str(self.run),
             "checkpoint": str(_linked(self.run, step)),
             "trust": self.trust,
+            "nice": nice,
             "options": vars(self.options),
         }
         self._output, self._errors = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115

@@ -21,7 +21,8 @@ from .errors import LOG_IN, error_of, hub_error
 T = TypeVar("T")
 MARKER = "training/run.json"
 NOT_OF_A_MODEL = {".gitattributes", ".gitignore", "LICENSE", "LICENSE.md", CARD}
-"""Files that a repository may have before its first model. They stay when another model is replaced."""
+"""Files that a repository may have before its first model. All but the card stay when another model is
+replaced."""
 TIMEOUT = 120.0  # seconds without an answer or a byte
 
 

@@ -12,7 +12,7 @@ def main(argument: str) -> dict[str, Any]:
     """Push a checkpoint.
 
     Args:
-        argument: JSON of {"run", "checkpoint", "trust", "options"}.
+        argument: JSON of {"run", "checkpoint", "trust", "nice", "options"}.
 
     Returns:
         {"message", "warning", "step"}, or {"kind", "error"}.
@@ -45,7 +45,7 @@ def main(argument: str) -> dict[str, Any]:
 
 if __name__ == "__main__":
     with contextlib.suppress(AttributeError, OSError):  # Windows has no nice
-        os.nice(10)
+        os.nice(json.loads(sys.argv[1])["nice"])
     with contextlib.redirect_stdout(sys.stderr):  # libraries print
         result = main(sys.argv[1])
     print(json.dumps(result))

@@ -18,6 +18,7 @@ from run_helpers import train
 from minrnn.common.errors import UserError
 from minrnn.launch.cli import main
 from minrnn.pipeline.export import export_run
+from minrnn.pipeline.push import worker
 from minrnn.pipeline.push.commit import Pushed, push_export, push_run
 from minrnn.pipeline.push.errors import HubError
 from minrnn.pipeline.push.files import published_line
@@ -121,6 +122,20 @@ def test_scores_of_other_weights_are_not_on_the_card(run: Path, hub: LocalHub):
     assert max(steps) == 4
     assert "training/samples.txt" not in files
     assert "words.jsonl, held out" in text  # that of step 4
+
+
+def test_a_worker_says_what_it_pushed_or_why_not(run: Path, hub: LocalHub):
+    checkpoint = run / "checkpoints" / "step-000008"
+    argument = {"run": str(run), "checkpoint": str(checkpoint), "trust": False}
+    options = vars(replace(OPTIONS, in_recipe=True))
+    result = worker.main(json.dumps({**argument, "options": options}))
+    assert result["message"].startswith("pushed to me/model, step 8 (commit ")
+    assert (result["warning"], result["step"]) == (None, 8)
+    gone = {**argument, "checkpoint": f"{checkpoint}-gone", "options": options}
+    assert "step-000008-gone" in worker.main(json.dumps(gone))["error"]
+    hub.fault = lambda method, path: 0
+    result = worker.main(json.dumps({**argument, "options": options}))
+    assert (result["kind"], result["error"][:27]) == ("outage", "the hub cannot be reached: ")
 
 
 def test_the_same_push_again_sends_and_commits_nothing(run: Path, hub: LocalHub):
