@@ -96,8 +96,9 @@ class Search(Random):
     """Results that tpe needs; before that, it draws at random."""
 
     def errors(self) -> dict[str, str]:
-        fixed = {key: why for name, why in FIXED_IN_A_SEARCH.items() for key in self.settings if key == name}
-        return {f"settings.{key}": message for key, message in fixed.items()}
+        return {
+            f"settings.{key}": FIXED_IN_A_SEARCH[key] for key in self.settings if key in FIXED_IN_A_SEARCH
+        }
 
     def num_drawings(self) -> float:
         """How many different settings can be drawn; infinite with a continuous range."""
@@ -154,12 +155,16 @@ class Sweep(Section):
         if len(kinds) != 1:
             errors["sweep"] = f"must have one of {', '.join(KINDS)}, not {' and '.join(kinds) or 'none'}"
         errors |= {key: RESERVED[key] for key in self._keys() if key in RESERVED}
+        for kind, varied in self._varied().items():
+            errors |= {
+                key: f"is in settings and in {kind}; name it once" for key in varied if key in self.settings
+            }
         if self.grid == {}:
             errors["grid"] = "names no setting"
         elif self.grid is not None and (runs := math.prod(map(len, self.grid.values()))) > MAX_RUNS:
             errors["grid"] = f"has {runs:,} combinations, more than {MAX_RUNS:,}; use random for some of them"
-        for kind in ("random", "search"):
-            for key, drawn in getattr(getattr(self, kind), "settings", {}).items():
+        for kind, varied in self._varied().items():
+            for key, drawn in varied.items():
                 if isinstance(drawn, Range):
                     errors |= {f"{kind}.settings.{key}.{name}": m for name, m in drawn.errors().items()}
         if self.search is not None:
@@ -179,9 +184,13 @@ class Sweep(Section):
 
     def _keys(self) -> Iterable[str]:
         """All settings that the file names."""
-        drawn = [getattr(each, "settings", {}) for each in (self.random, self.search)]
         families = self.ladder.families.values() if self.ladder is not None else ()
-        return itertools.chain(self.settings, self.grid or {}, *drawn, *families)
+        return itertools.chain(self.settings, *self._varied().values(), *families)
+
+    def _varied(self) -> dict[str, dict[str, Any]]:
+        """What a grid, a random search and a search vary, by their names."""
+        drawn = {kind: getattr(getattr(self, kind), "settings", {}) for kind in ("random", "search")}
+        return {"grid": self.grid or {}, **drawn}
 
 
 def shipped_sweeps() -> dict[str, Path]:

@@ -129,6 +129,7 @@ def test_the_rules_are_those_of_the_published_ladder():
         ({}, "sweep: must have one of grid, random, search, ladder, not none"),
         ({"grid": {"optim.lr": [1e-3, 1e-3]}}, "have the same settings"),
         ({"grid": {"optim.weight_decay": [0, 0.0]}}, "have the same settings"),
+        ({"grid": {"batch.chunk": [16, 32]}}, r"batch\.chunk: is in settings and in grid; name it once"),
         ({"base": "nosuch", "grid": {"optim.lr": [1e-3]}}, "base: cannot read nosuch"),
         (
             {"search": {"runs": 3, "settings": {"optim.lr": [1e-3, 2e-3]}}},
@@ -142,7 +143,10 @@ def test_the_rules_are_those_of_the_published_ladder():
             "grid: has 160,000 combinations, more than 100,000",
         ),
         ({"grid": {"optim.lr": [-1.0, 2.0]}}, r"optim\.lr: .*greater than 0"),
-        ({"grid": {"train.precision": ["auto"]}}, r"train\.precision: auto is measured by each run"),
+        (
+            {"settings": {}, "grid": {"train.precision": ["auto"]}},
+            r"train\.precision: auto is measured by each run",
+        ),
         (
             {"ladder": {**LADDER, "budgets": [0.001]}},
             r"ladder\.budgets: minGRU-20k-0.001x would have 0 steps",
