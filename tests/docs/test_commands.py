@@ -116,9 +116,9 @@ def run_here(words: list[str]) -> None:
 
 def run(command: Command) -> None:
     """Run a command, made short."""
-    words = command.words
-    if words[:2] == ["minrnn", "train"]:
-        run_here(words[1:] if "--help" in words else ["train", *short_train(words[2:])])
+    words, recipe = command.words, command.recipe_words
+    if words[:2] == ["minrnn", "train"] and recipe is not None:
+        run_here(words[1:] if "--help" in words else ["train", *short_train(recipe)])
     elif words[0] == "minrnn":
         options = next((value for key, value in SHORT.items() if words[1:][: len(key)] == [*key]), {})
         words = list(words[1:])
@@ -129,7 +129,6 @@ def run(command: Command) -> None:
                 words += [option, value]
         run_here(words)
     elif words[:2] == ["accelerate", "launch"]:
-        recipe = command.recipe_words
         assert recipe is not None
         start = len(words) - len(recipe)
         launch = [str(Path(sys.executable).with_name("accelerate")), *words[1:start], *short_train(recipe)]
