@@ -96,6 +96,8 @@ def short_train(words: list[str]) -> list[str]:
             given.discard("data.task")
     else:
         small |= {"data.validation_tokens": "500", "batch.chunk": "32"}
+        if recipe.data.corpus != "python-stdlib":
+            small["data.validation_fraction"] = "0.1"
     # Later commands of a page may ask for more steps of the same run.
     steps = [index + 1 for index, word in enumerate(words) if word == "--train.steps"]
     short = [str(2 + int(word) // 500) if index in steps else word for index, word in enumerate(words)]
