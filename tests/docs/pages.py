@@ -11,10 +11,11 @@ MARKS = ("GPU", "network", "cluster", "minutes", "hours")
 # What a command needs that names these.
 IMPLIED = {
     "network": r"\b(train|prepare)\b.*(fineweb|HuggingFaceFW)|plan .*fineweb(?!.*--vocab-size)|\w+://"
-    r"|lambada|hellaswag|wikitext|^pip install",
+    r"|lambada|hellaswag|wikitext|^pip install|^hf |\bme/|--push\.|wandb"
+    r"|eval .*--tasks (?!my_task|lra/)|--eval\.tasks",
     "GPU": r"--multi_gpu|accelerate/(ddp|zero)",
     "cluster": r"\bsbatch\b|^torchrun|multi-node",
-    "hours": r"^minrnn (sweep (laptop|gpu)(?!.*--plan)|fit runs/laptop)",
+    "hours": r"^minrnn (sweep (laptop|rules|gpu)(?!.*--plan)|fit runs/(laptop|rules))",
 }
 
 
@@ -32,7 +33,7 @@ class Command:
     def recipe_words(self) -> list[str] | None:
         """The words that name a recipe and its settings, if the command trains."""
         if self.words[:2] == ["minrnn", "train"]:
-            return self.words[2:]
+            return [word for word in self.words[2:] if word not in ("--quiet", "--verbose")]
         if "minrnn.pipeline.train" in self.words:
             return self.words[self.words.index("minrnn.pipeline.train") + 1 :]
         scripts = [i for i, word in enumerate(self.words) if word.endswith("train.sbatch")]

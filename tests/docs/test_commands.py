@@ -96,6 +96,8 @@ def short_train(words: list[str]) -> list[str]:
             given.discard("data.task")
     else:
         small |= {"data.validation_tokens": "500", "batch.chunk": "32"}
+        if recipe.data.corpus != "python-stdlib":
+            small["data.validation_fraction"] = "0.1"
     # Later commands of a page may ask for more steps of the same run.
     steps = [index + 1 for index, word in enumerate(words) if word == "--train.steps"]
     short = [str(2 + int(word) // 500) if index in steps else word for index, word in enumerate(words)]
@@ -116,9 +118,9 @@ def run_here(words: list[str]) -> None:
 
 def run(command: Command) -> None:
     """Run a command, made short."""
-    words = command.words
-    if words[:2] == ["minrnn", "train"]:
-        run_here(words[1:] if "--help" in words else ["train", *short_train(words[2:])])
+    words, recipe = command.words, command.recipe_words
+    if words[:2] == ["minrnn", "train"] and recipe is not None:
+        run_here(words[1:] if "--help" in words else ["train", *short_train(recipe)])
     elif words[0] == "minrnn":
         options = next((value for key, value in SHORT.items() if words[1:][: len(key)] == [*key]), {})
         words = list(words[1:])
@@ -129,7 +131,6 @@ def run(command: Command) -> None:
                 words += [option, value]
         run_here(words)
     elif words[:2] == ["accelerate", "launch"]:
-        recipe = command.recipe_words
         assert recipe is not None
         start = len(words) - len(recipe)
         launch = [str(Path(sys.executable).with_name("accelerate")), *words[1:start], *short_train(recipe)]

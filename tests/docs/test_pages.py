@@ -101,7 +101,7 @@ def errors_of(command: Command) -> str | None:
         unknown = {word for word in words[1:] if "=" not in word} - {*targets, *setups}
         return f"no target {unknown}" if unknown else None
     if words[0] != "minrnn":
-        known = ("accelerate", "lm_eval", "pip", "sbatch", "source", "torchrun", "git")
+        known = ("accelerate", "git", "hf", "lm_eval", "pip", "sbatch", "source", "tensorboard", "torchrun")
         return None if words[0] in known else f"unknown command {words[0]}"
     if words[1] not in ("train", "export", *MODULES):
         return f"unknown command {words[1]}"

@@ -77,7 +77,8 @@ def test_a_wheel_trains_and_generates_outside_the_checkout(environment: Path, tm
     where, version = run("python", "-c", "import minrnn; print(minrnn.__file__, minrnn.__version__)").split()
     assert Path(where).is_relative_to(environment)
     assert version == "0.1.0"
-    run("minrnn", "train", "--config", "quickstart", "--train.steps", "20")
+    short = ("--train.steps", "20", "--data.validation_tokens", "2000", "--train.sample_tokens", "5")
+    run("minrnn", "train", "--config", "quickstart", *short)
     assert run(
         "minrnn", "generate", "runs/quickstart", "--prompt", "def ", "--max-new-tokens", "5"
     ).startswith("def ")
