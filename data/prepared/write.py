@@ -140,6 +140,11 @@ def _encode(job: ShardJob, documents: list[Document]) -> list[np.ndarray]:
     return [tokens[1:-1] for tokens in encode_documents(job.encoder, documents)]
 
 
+def _utf8(name: str) -> str:
+    """A name with ? for what is not Unicode: bytes of a file's name, half a surrogate pair of a JSON file."""
+    return name.encode(errors="replace").decode()
+
+
 def _batch(job: ShardJob, rows: list[tuple[Document, np.ndarray]], where: Places, summary: Shard) -> Any:
     """The rows as a record batch, counted in the summary."""
     import pyarrow as pa
@@ -162,7 +167,7 @@ def _batch(job: ShardJob, rows: list[tuple[Document, np.ndarray]], where: Places
             pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values)),
             pa.array(index),
             pa.array(where.of(index)),
-            [document.name for document in documents],
+            [_utf8(document.name) for document in documents],
             sizes,
             pa.array([0 if text is None else text_digest(text) for text in texts], pa.uint64()),
             pa.array(skipped, pa.int32()),
