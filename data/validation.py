@@ -20,6 +20,7 @@ from .corpus import CorpusSpec, Split
 from .document_stream import DocumentStream
 from .read_ahead import encode_document
 from .row_filter import EVERY_ROW
+from .sources import TextFiles
 from .tokenizer import Encoder
 
 VALIDATION_SEED = 0  # of the order in which held-out documents are taken: the same for every run
@@ -157,10 +158,10 @@ def held_out_documents(
     if total == 0:
         has_filter = replace(spec.rules, template=None) != EVERY_ROW
         documents = f"document of {spec.corpus}" + (" that passes data.filter" if has_filter else "")
-        raise UserError(
-            "data.validation_fraction",
-            f"no {documents} is held out; raise it, or name a corpus in data.validation",
-        )
+        advice = "raise it, or name a corpus in data.validation"
+        if isinstance(stream.shares.source, TextFiles):
+            advice += ", or hold out the end of the text with data.order continuous"
+        raise UserError("data.validation_fraction", f"no {documents} is held out; {advice}")
     if not sum(sizes):
         limit = "" if max_tokens is None else f" up to data.validation_tokens ({max_tokens})"
         raise UserError(

@@ -119,7 +119,9 @@ def summary_lines(manifest: dict, out: Path) -> list[str]:
     documents, skipped, tokens, size, disk = (
         sum(shard[key] for shard in shards) for key in ("documents", "skipped", "tokens", "bytes", "size")
     )
+    filtered = sum(shard.get("filtered", 0) for shard in shards)  # earlier versions did not count them
     left_out = f", {skipped:,} broken parts left out" if skipped else ""
+    left_out += f", {filtered:,} that do not pass data.filter" if filtered else ""
     return [
         f"{documents:,} documents{left_out}, {size:,} bytes of text, {tokens:,} tokens "
         f"({size / max(tokens, 1):.2f} bytes a token)",

@@ -94,15 +94,20 @@ def main(argv: list[str]) -> None:
         errors += error.errors
     if errors:
         raise UserError.from_list(errors)
+    sizes: list[int] = []  # a bar that is switched off (TQDM_DISABLE) does not count
     with _reading_bar(arguments.max_bytes) as bar:
-        texts = sample_texts(single_corpus_spec(recipe), arguments.max_bytes, bar.update)
+
+        def count(size: int) -> None:
+            sizes.append(size)
+            bar.update(size)
+
+        texts = sample_texts(single_corpus_spec(recipe), arguments.max_bytes, count)
         tokenizer = train_tokenizer(texts, arguments.vocab_size, show_progress=True)
-        num_read = bar.n
     try:
         tokenizer.save_pretrained(arguments.out)
     except OSError as error:
         raise UserError("--out", f"{arguments.out} cannot be written ({error.strerror or error})") from None
-    print(f"{len(tokenizer):,} tokens, learned from {num_read:,} bytes, are in {arguments.out}")
+    print(f"{len(tokenizer):,} tokens, learned from {sum(sizes):,} bytes, are in {arguments.out}")
     print(f"train with them with --data.tokenizer {arguments.out}")
 
 

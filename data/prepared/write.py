@@ -29,6 +29,8 @@ class Shard:
     """Number of documents that are not broken."""
     skipped: int = 0
     """Number of broken parts that were left out."""
+    filtered: int = 0
+    """Number of parts that `data.filter` left out; 0 in the manifests of earlier versions."""
     tokens: int = 0
     """Number of tokens of the texts, without bos and eos."""
     bytes: int = 0
@@ -140,6 +142,11 @@ def _encode(job: ShardJob, documents: list[Document]) -> list[np.ndarray]:
     return [tokens[1:-1] for tokens in encode_documents(job.encoder, documents)]
 
 
+def _utf8(name: str) -> str:
+    """A name with ? for what is not Unicode: bytes of a file's name, half a surrogate pair of a JSON file."""
+    return name.encode(errors="replace").decode()
+
+
 def _batch(job: ShardJob, rows: list[tuple[Document, np.ndarray]], where: Places, summary: Shard) -> Any:
     """The rows as a record batch, counted in the summary."""
     import pyarrow as pa
@@ -151,8 +158,10 @@ def _batch(job: ShardJob, rows: list[tuple[Document, np.ndarray]], where: Places
     texts = [document.text for document in documents]
     sizes = [0 if text is None else num_bytes(text) for text in texts]
     skipped = [document.num_skipped for document in documents]
+    filtered = [document.num_filtered for document in documents]
     summary.documents += sum(text is not None for text in texts)
     summary.skipped += sum(skipped)
+    summary.filtered += sum(filtered)
     summary.tokens += len(values)
     summary.bytes += sum(sizes)
     held_out = job.validation or frozenset()
@@ -162,11 +171,11 @@ def _batch(job: ShardJob, rows: list[tuple[Document, np.ndarray]], where: Places
             pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values)),
             pa.array(index),
             pa.array(where.of(index)),
-            [document.name for document in documents],
+            [_utf8(document.name) for document in documents],
             sizes,
             pa.array([0 if text is None else text_digest(text) for text in texts], pa.uint64()),
             pa.array(skipped, pa.int32()),
-            pa.array([document.num_filtered for document in documents], pa.int32()),
+            pa.array(filtered, pa.int32()),
             [text is None for text in texts],
             [document.index in held_out for document in documents],
         ],

@@ -103,7 +103,9 @@ def read(source: Source, position: Position | None = None) -> list[Document]:
     return list(source.read(0, position or Position()))
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("damaged", "workers"), [*((name, 0) for name in DAMAGED), ("a cut .gz", 1)], indirect=["damaged"]
+)
 def test_damage_is_reported_in_one_line(workers: int, damaged: tuple[Path, str]):
     path, problem = damaged
     spec = ReaderSpec(CorpusSpec(str(path)), "documents", ENCODER, 1, lanes=1, chunk=8, window=4, seed=1)

@@ -92,7 +92,7 @@ class CountedFile:
 def write_large_corpus(kind: str, folder: Path, num_shards: int) -> tuple[Counter[str], int]:
     """Shards of row groups of two rows, or of JSON lines; the texts, and the bytes of the files."""
     folder.mkdir()
-    size = max(40, 1600 // num_shards)
+    size = max(16, 1600 // num_shards)
     texts = [
         f"{shard}-{i} " + f"{i * i + shard:05}" * 200 for shard in range(num_shards) for i in range(size)
     ]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import random
 from pathlib import Path
 
@@ -219,6 +220,22 @@ def test_workers_write_the_same_files(tmp_path: Path):
     sizes = [[(s["documents"], s["tokens"], s["bytes"]) for s in made["shards"]] for made in (one, two)]
     assert sizes[0] == sizes[1]
     assert is_prepared(str(tmp_path / "two"))
+
+
+def test_names_of_files_that_are_not_unicode(tmp_path: Path):
+    """As in the original, a run can stop within such a file and go on from the other corpus."""
+    (tmp_path / "corpus").mkdir()
+    for number in range(3):
+        (tmp_path / "corpus" / os.fsdecode(b"caf\xe9%d.txt" % number)).write_text(f"text {number} " * 9)
+    original = CorpusSpec(str(tmp_path / "corpus"))
+    prepared = prepare_bytes(original, tmp_path / "out")
+    assert next(open_source(prepared).read(0, Position())).name == "caf?0.txt"
+    specs = [ReaderSpec(corpus, "documents", ENCODER, 1, 2, 16, 4, seed=0) for corpus in (original, prepared)]
+    readers = [DocumentReader(spec, 0) for spec in specs]
+    states = [json.loads(json.dumps(reader.next_chunk().state)) for reader in readers]
+    resumed = [DocumentReader(spec, 0, state) for spec, state in zip(specs, reversed(states), strict=True)]
+    for one, other in zip(readers, resumed, strict=True):
+        np.testing.assert_array_equal(one.next_chunk().input_ids, other.next_chunk().input_ids)
 
 
 def test_another_corpus_tokenizer_or_setting_is_refused(tmp_path: Path):

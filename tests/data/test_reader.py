@@ -24,7 +24,7 @@ from data_helpers import (
     without_hints,
     write_corpus,
 )
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from minrnn.common.errors import UserError
@@ -145,7 +145,7 @@ def test_chunks_equal_those_of_the_naive_reader(
             assert_same_chunk(chunk, same)
 
 
-@FEW_EXAMPLES
+@settings(max_examples=15)
 @given(data=st.data())
 def test_resuming_from_any_chunk_and_from_there_again(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory

@@ -1,5 +1,6 @@
 """`minrnn data show`, `minrnn prepare` and `minrnn tokenizer train`, as a user calls them."""
 
+import contextlib
 import json
 import re
 from pathlib import Path
@@ -8,6 +9,7 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
+from tqdm import tqdm
 
 from minrnn.common.errors import UserError
 from minrnn.launch import prepare, show_data, train_tokenizer
@@ -107,7 +109,12 @@ def test_a_sample_is_marked_as_such(rows: str, capsys):
 
 def test_a_prepared_corpus_is_shown_as_its_original(rows: str, capsys):
     prepare.main(["quickstart", "--out", "tokens", "--data.corpus", rows, *SKIP, "--workers", "0"])
-    assert "100 documents, 1 broken parts left out" in capsys.readouterr().out
+    assert "100 documents, 1 broken parts left out, " in capsys.readouterr().out
+    filtered = ["--data.filter", "{min_bytes: 88}", "--out", "some-tokens"]
+    prepare.main(["quickstart", "--data.corpus", rows, *SKIP, "--workers", "0", *filtered])
+    assert (
+        "80 documents, 1 broken parts left out, 20 that do not pass data.filter, " in capsys.readouterr().out
+    )
     texts = [shown(capsys, corpus, *SMALL) for corpus in (rows, "tokens")]
     same = [re.sub(r"corpus .*\n|shards .*\n +.*\n", "", text) for text in texts]
     assert same[0] == same[1]
@@ -115,9 +122,13 @@ def test_a_prepared_corpus_is_shown_as_its_original(rows: str, capsys):
     assert re.search(r"documents   about \d+, estimated from \d+", sample)
 
 
-def test_a_tokenizer_is_trained_and_a_corpus_prepared_with_it(rows: str, capsys):
+def test_a_tokenizer_is_trained_and_a_corpus_prepared_with_it(
+    rows: str, capsys, monkeypatch: pytest.MonkeyPatch
+):
+    no_bar = contextlib.nullcontext(tqdm(disable=True))  # as with TQDM_DISABLE: it does not count
+    monkeypatch.setattr(train_tokenizer, "_reading_bar", lambda _: no_bar)
     train_tokenizer.main(["train", rows, "--vocab-size", "280", "--out", "words", *SKIP])
-    assert "280 tokens, learned from" in capsys.readouterr().out
+    assert re.search(r"280 tokens, learned from 8,\d{3} bytes", capsys.readouterr().out)
     options = ["--data.corpus", rows, "--data.tokenizer", "words", *SKIP]
     prepare.main(["--config", "quickstart", "--out", "tokens", "--workers", "0", *options])
     assert "uint16 tokens" in capsys.readouterr().out
