@@ -199,12 +199,15 @@ def test_a_plan_of_several_chunks(capsys):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ([], "2 to 256 tokens (model.memory_length), 0% of them more than the 4,096"),
+        ([], "2 to 4,096 tokens (model.memory_length), 0% of them more than the 4,096"),
         (
             ["--model.memory_length", "1e5"],
             "2 to 100,000 tokens (model.memory_length), 30% of them more than the",
         ),
-        (["--model.preset", "paper"], "2 to 2 tokens (model.memory_length), 0% of them more than the 4,096"),
+        (
+            ["--model.memory_length", "2"],
+            "2 to 2 tokens (model.memory_length), 0% of them more than the 4,096",
+        ),
         (
             ["--model.memory_length", "1e5", "--batch.backprop_chunks", "8"],
             "10% of them more than the 32,768",
