@@ -45,7 +45,7 @@ class Warnings(list):
 
 
 def mirror(
-    folder: Path, uri: str, status: str = "KILLED", details: RunDetails = NO_DETAILS, **parameters: Any
+    folder: Path, uri: str, status: str = "KILLED", details: RunDetails = NO_DETAILS, /, **parameters: Any
 ) -> list[str]:
     """Start and close a tracker; returns its warnings."""
     warnings = Warnings()
