@@ -1,6 +1,6 @@
 """The section `eval` of a recipe: tasks of lm-eval and samples on the current weights, during training."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 from pydantic import Field, field_validator
 
@@ -15,7 +15,7 @@ class EvalSection(Section):
     """Tasks of lm-eval and samples on the current weights, while training pauses (docs/tracking.md).
     Validation is train.eval_every."""
 
-    tasks: list[Annotated[str, Field(min_length=1)]] = []
+    tasks: list[str] = []
     """Tasks, groups, tags or patterns of lm-eval, as `minrnn eval --tasks`. Their data are loaded before the
     first step. Results are lines of kind eval in metrics.jsonl. Needs the extra eval (make setup-eval)."""
     every: int | None = Field(default=None, ge=1)

@@ -93,7 +93,7 @@ def test_only_missing_metrics_are_sent(uri: str, folder: Path):
 
 def test_more_than_one_batch_is_sent_in_order(uri: str, folder: Path):
     write_lines(folder, *range(1, 901))
-    assert mirror(folder, uri, parameters={f"key.{number}": "x" * 7000 for number in range(150)}) == []
+    assert mirror(folder, uri, **{f"key.{number}": "x" * 7000 for number in range(150)}) == []
     assert len(check_mirrored(folder, uri).data.params) == 150
 
 
@@ -241,10 +241,10 @@ def test_a_new_run_with_other_settings_gets_another_mlflow_run(uri: str, folder:
     write_lines(folder, 1, 2, 3)
     assert mirror(folder, uri, lr=1) == []
     write_lines(folder, 4)
-    assert mirror(folder, uri, parameters={"lr": 2}) == []  # a resumed run with a setting changed on purpose
+    assert mirror(folder, uri, lr=2) == []  # a resumed run with a setting changed on purpose
     assert len(runs_of(uri)) == 1
     (folder / "metrics.jsonl").write_text("")
-    (warning,) = mirror(folder, uri, parameters={"lr": 2})
+    (warning,) = mirror(folder, uri, lr=2)
     assert "other settings" in warning
     assert len(runs_of(uri)) == 2
 

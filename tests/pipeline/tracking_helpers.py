@@ -45,15 +45,11 @@ class Warnings(list):
 
 
 def mirror(
-    folder: Path,
-    uri: str,
-    status: str = "KILLED",
-    details: RunDetails = NO_DETAILS,
-    parameters: dict[str, Any] | None = None,
+    folder: Path, uri: str, status: str = "KILLED", details: RunDetails = NO_DETAILS, /, **parameters: Any
 ) -> list[str]:
     """Start and close a tracker; returns its warnings."""
     warnings = Warnings()
-    Tracker(folder, uri, "tests", parameters or {}, warnings, details).close(status)
+    Tracker(folder, uri, "tests", parameters, warnings, details).close(status)
     return warnings
 
 
