@@ -63,7 +63,8 @@ class Server:
         words = ["-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
         words += ["--backend-store-uri", f"sqlite:///{self.folder / 'mlflow.db'}"]
         words += ["--artifacts-destination", str(self.folder / "artifacts")]
-        environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
+        off = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        environment = {**os.environ, **off}  # ten processes of the server that nothing here needs
         with (self.folder / "server.log").open("a") as log:
             self.process: Any = subprocess.Popen(
                 [sys.executable, *words], stdout=log, stderr=log, start_new_session=True, env=environment
