@@ -1,6 +1,6 @@
 """Kill a sweep's workers at random moments: `python tests/soak/sweep.py`.
 
-Two workers train a ladder of two families and three budgets, with branches. At random moments a
+Two workers train a ladder of two sizes, two families and three budgets, with branches. At random moments a
 worker, its training, or both get SIGKILL, and a worker is started in its place. At the end every run must be
 done once, have begun no step again that was saved, and be equal to the run of an undisturbed sweep to the
 bit: losses, validations and weights. Writes the results; the exit status is 1 if anything differs.
@@ -21,7 +21,10 @@ from minrnn.common.files import write_json
 from minrnn.evals.record import commit, machine, versions
 
 REPOSITORY = Path(__file__).parents[2]
-LADDER: dict[str, Any] = {"families": {"minGRU": {}, "minLSTM": {"model.cell": "minlstm"}}}
+LADDER: dict[str, Any] = {
+    "sizes": ["12k", "24k"],
+    "families": {"minGRU": {}, "minLSTM": {"model.cell": "minlstm"}},
+}
 
 
 def main() -> int:
