@@ -105,7 +105,9 @@ class MinRNNTrainer(Trainer):
 
     def _errors(self) -> list[str]:
         """What breaks the order of rows, or the state."""
-        args, dataset, model = self.args, self.train_dataset, self.model
+        args, dataset = self.args, self.train_dataset
+        model: Any = self.model
+        accelerator: Any = args.accelerator_config  # made from a dict or a file by TrainingArguments
         has_end = dataset is None or has_length(dataset)
         is_iterable = isinstance(dataset, IterableDataset)
         rows = args.per_device_train_batch_size * args.world_size
@@ -118,7 +120,7 @@ class MinRNNTrainer(Trainer):
                 args.auto_find_batch_size
             ),
             "ignore_data_skip resumes at other rows than the state's: leave it out": args.ignore_data_skip,
-            "split_batches divides rows in another way: leave it out": args.accelerator_config.split_batches,
+            "split_batches divides rows in another way: leave it out": accelerator.split_batches,
             f"train_sampling_strategy {args.train_sampling_strategy!r} would mix the rows: "
             "set it to 'sequential'": (
                 dataset is not None and has_end and args.train_sampling_strategy != "sequential"
@@ -165,9 +167,10 @@ class MinRNNTrainer(Trainer):
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
         state = self.carried if model.training else self._carried_in_evaluation
         inputs |= {"past_key_values": state, "use_cache": True, "skip_logits": not return_outputs}
-        loss, outputs = super().compute_loss(
+        result: Any = super().compute_loss(
             model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
         )
+        loss, outputs = result
         state = outputs["past_key_values"].detach_()
         if model.training:
             self.carried = state

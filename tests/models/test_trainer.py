@@ -223,7 +223,8 @@ def test_an_evaluation_has_its_own_state(tmp_path):
         for name in ("input_ids", "shift_labels", "document_starts")
     }
     with torch.no_grad():
-        expected = trainer.model.eval()(**row).loss.item()
+        trained: Any = trainer.model
+        expected = trained.eval()(**row).loss.item()
     with pytest.raises(
         ValueError, match="TextLanes has 3 lanes, but a global batch of an evaluation has 1 rows"
     ):
