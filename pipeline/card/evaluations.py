@@ -87,7 +87,7 @@ def _task_results(content: dict[str, Any], task: str, shots: Any) -> list[EvalRe
     arguments |= {"limit": limit} if limit else {}
     results = []
     for key, value in content["results"][task].items():
-        name, comma, kind = key.partition(",")
+        name, comma, kind = str(key).partition(",")
         if not comma or name.endswith("_stderr") or not _is_number(value):
             continue
         is_plain = kind in ("none", "")
