@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from ..common.errors import UserError
-from .families.registry import family_names
 
 
 def brings_code(values: dict[str, Any], own_types: Iterable[str]) -> bool:
@@ -17,7 +16,9 @@ def brings_code(values: dict[str, Any], own_types: Iterable[str]) -> bool:
     Args:
         own_types: model types of this package.
     """
-    is_known = str(values.get("model_type")) in (*own_types, *family_names())
+    from transformers import CONFIG_MAPPING
+
+    is_known = values.get("model_type") in own_types or values.get("model_type") in CONFIG_MAPPING
     return not is_known and "AutoModelForCausalLM" in (values.get("auto_map") or {})
 
 
