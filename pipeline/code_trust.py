@@ -18,7 +18,7 @@ def brings_code(values: dict[str, Any], own_types: Iterable[str]) -> bool:
     """
     from transformers import CONFIG_MAPPING
 
-    is_known = values.get("model_type") in own_types or values.get("model_type") in CONFIG_MAPPING
+    is_known = str(values.get("model_type")) in (*own_types, *CONFIG_MAPPING)
     return not is_known and "AutoModelForCausalLM" in (values.get("auto_map") or {})
 
 

@@ -247,7 +247,7 @@ def test_commands_take_a_run_of_any_family(
     main(["generate", str(folder), "--prompt", "the", "--max-new-tokens", "4", "--device", "cpu"])
     assert capsys.readouterr().out.startswith("the")
     card = (folder / "model" / "README.md").read_text()
-    assert ModelCard(card).data.tags == ["minrnn", name]
+    assert ModelCard(card).data.to_dict()["tags"] == ["minrnn", name]
     assert ("Its state has a fixed size" in card) == (name == "gru")
     arguments = [
         "long-context",
