@@ -6,15 +6,12 @@ The hub's client sends large files first, and the commit names them. So a push t
 repository as it was, and the next one sends only what is missing.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ...common.errors import UserError
 from ..card import NAME as CARD
 from ..run_id import new_run_id, read_run_id, write_run_id
-from .errors import hub_error
 from .files import (
     Checkpoint,
     checkpoint_of,
@@ -25,7 +22,7 @@ from .files import (
     weights_sha256,
     write_marker,
 )
-from .target import TIMEOUT, Identity, PushOptions, Target, open_target
+from .target import Identity, PushOptions, Target, call_hub, hub_api, open_target
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,7 @@ def push_run(
             write_run_id(run, run_id)
         identity = Identity(run_id)
         target = open_target(options, identity)
-        options = _with_name(options, target)
+        options = replace(options, repo=target.repo)
         stage_checkpoint(checkpoint, staged, options, dtype, trust_remote_code)
         write_marker(staged, identity, run.resolve().name, checkpoint.step, target.keeps_card)
         return _commit(target, staged, options, f"Step {checkpoint.step}", checkpoint.step)
@@ -90,34 +87,23 @@ def push_export(folder: Path, options: PushOptions, staged: Path) -> Pushed:
     return _commit(target, staged, options, "Upload the model", None)
 
 
-def _with_name(options: PushOptions, target: Target) -> PushOptions:
-    """The options with the full name of the repository."""
-    return PushOptions(**{**vars(options), "repo": target.repo})
-
-
 def _commit(target: Target, staged: Path, options: PushOptions, message: str, step: int | None) -> Pushed:
-    import huggingface_hub
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    huggingface_hub.get_session().timeout = TIMEOUT
     written = [path for path in staged_files(staged) if not (path == CARD and target.keeps_card)]
     operations: list[Any] = [
         CommitOperationAdd(path_in_repo=path, path_or_fileobj=staged / path) for path in written
     ]
     operations += [CommitOperationDelete(path_in_repo=path) for path in sorted(target.own - set(written))]
-    commit: Callable[..., Any] = huggingface_hub.HfApi(library_name="minrnn").create_commit
-    try:
-        info = commit(
-            target.repo,
-            operations,
-            commit_message=message,
-            revision=options.revision,
-            parent_commit=target.parent,
-        )
-    except UserError:
-        raise
-    except Exception as error:  # the client's own, of the network's library, of the file system
-        raise hub_error(error, target.repo, options.name("repo")) from None
+    info = call_hub(
+        options,
+        hub_api().create_commit,
+        target.repo,
+        operations,
+        commit_message=message,
+        revision=options.revision,
+        parent_commit=target.parent,
+    )
     return Pushed(target.repo, info.oid, info.oid != target.parent, target.keeps_card, step)
 
 

@@ -32,7 +32,7 @@ from ..metrics import History
 from ..pictures import draw_accuracy, draw_loss
 from ..public import public_config, public_value
 from .errors import error_of
-from .target import MARKER, Identity, PushOptions
+from .target import MARKER, TIMEOUT, Identity, PushOptions, hub_api
 
 STAGED, LOCK = ".push", ".push.lock"
 RECORD = "training"
@@ -186,16 +186,13 @@ def _result_files(run: Path) -> list[Path]:
 def dataset_licences(data: dict[str, Any]) -> dict[str, str]:
     """The licences of a run's hub datasets as the hub states them; those that it does not state are left
     out."""
-    from huggingface_hub import HfApi
-
-    licences = {}
+    api, licences = hub_api(), {}
     for source in card.data_sources(data):
         if not source.is_hub:
             continue
         with contextlib.suppress(Exception):  # a dataset that was removed, or a hub that does not answer
-            stated = (HfApi().dataset_info(source.name, revision=source.revision).card_data or {}).get(
-                "license"
-            )
+            info = api.dataset_info(source.name, revision=source.revision, timeout=TIMEOUT)
+            stated = (info.card_data or {}).get("license")
             if stated:
                 licences[source.name] = ", ".join(stated) if isinstance(stated, list) else str(stated)
     return licences

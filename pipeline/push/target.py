@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ...common.errors import UserError
 from ..card import NAME as CARD
 from .errors import LOG_IN, error_of, hub_error
 
@@ -97,8 +96,8 @@ def open_target(options: PushOptions, identity: Identity) -> Target:
     """
     if (problem := name_problem(options.repo)) is not None:
         raise error_of("name", options.name("repo"), problem)
-    call = functools.partial(_call, options)
-    api = _api()
+    call = functools.partial(call_hub, options)
+    api = hub_api()
     user = call(api.whoami)
     repo = options.repo if "/" in options.repo else f"{user['name']}/{options.repo}"
     _check_namespace(repo, user, options)
@@ -106,7 +105,7 @@ def open_target(options: PushOptions, identity: Identity) -> Target:
     call(api.auth_check, repo, write=True)
     if options.revision:
         call(api.create_branch, repo, branch=options.revision, exist_ok=True)
-    info = call(api.model_info, repo, revision=options.revision)
+    info = call(api.model_info, repo, revision=options.revision, timeout=TIMEOUT)
     if options.private and not info.private:
         message = f"{repo} is public; make it private in its settings on the hub, or leave this out"
         raise error_of("public", options.name("private"), message)
@@ -114,15 +113,30 @@ def open_target(options: PushOptions, identity: Identity) -> Target:
     return _target(repo, options, identity, info.sha, files)
 
 
-def _api() -> Any:
+def hub_api() -> Any:
+    """The hub's client. It gives up after TIMEOUT, except in methods that have a `timeout` of their own, where
+    the default is no limit (huggingface_hub 2.4)."""
     import huggingface_hub
 
-    # The client waits for ever otherwise.
-    huggingface_hub.get_session().timeout = TIMEOUT
+    _limit_waits()
     return huggingface_hub.HfApi(library_name="minrnn")
 
 
-def _call(options: PushOptions, function: Callable[..., T], *arguments: Any, **keywords: Any) -> T:
+@functools.cache
+def _limit_waits() -> None:
+    """Set the time-out of the client's sessions. It opens a new one after a connection that failed."""
+    from huggingface_hub import set_client_factory
+    from huggingface_hub.utils._http import default_client_factory
+
+    def limited_client() -> Any:
+        client = default_client_factory()
+        client.timeout = TIMEOUT
+        return client
+
+    set_client_factory(limited_client)
+
+
+def call_hub(options: PushOptions, function: Callable[..., T], *arguments: Any, **keywords: Any) -> T:
     """The answer to a request.
 
     Raises:
@@ -130,9 +144,7 @@ def _call(options: PushOptions, function: Callable[..., T], *arguments: Any, **k
     """
     try:
         return function(*arguments, **keywords)
-    except UserError:
-        raise
-    except Exception as error:  # the client's own, of the network's library, ValueError
+    except Exception as error:  # the client's own, of the network's library, of the file system, ValueError
         raise hub_error(error, options.repo, options.name("repo")) from None
 
 
@@ -178,7 +190,7 @@ def _target(
 
 def _download(repo: str, options: PushOptions, sha: str, path: str) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
-        file = _call(options, _api().hf_hub_download, repo, path, revision=sha, local_dir=folder)
+        file = call_hub(options, hub_api().hf_hub_download, repo, path, revision=sha, local_dir=folder)
         return Path(file).read_bytes()
 
 

@@ -2,10 +2,12 @@
 
 import contextlib
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import yaml
 from huggingface_hub import ModelCard
@@ -18,7 +20,7 @@ from run_helpers import train
 from minrnn.common.errors import UserError
 from minrnn.launch.cli import main
 from minrnn.pipeline.export import export_run
-from minrnn.pipeline.push import worker
+from minrnn.pipeline.push import target, worker
 from minrnn.pipeline.push.commit import Pushed, push_export, push_run
 from minrnn.pipeline.push.errors import HubError
 from minrnn.pipeline.push.files import published_line
@@ -267,6 +269,26 @@ def test_what_the_hub_refuses_is_said(
     with pytest.raises(HubError, match=message) as error:
         open_target(options, Identity("run"))
     assert error.value.errors[0][0] in (options.name("repo"), options.name("private"))
+
+
+@pytest.mark.parametrize("silent", ["/api/whoami-v2", "/api/models/me/public"])
+def test_a_hub_that_never_answers_is_an_error(silent: str, hub: LocalHub, monkeypatch):
+    hub.create("me/public")
+    monkeypatch.setattr(target, "TIMEOUT", 0.2)
+    huggingface_hub.close_session()
+    is_over = threading.Event()
+
+    def wait(method: str, path: str) -> None:
+        if path == silent:
+            is_over.wait(30)
+
+    hub.fault = wait
+    try:
+        with pytest.raises(HubError, match="the hub cannot be reached") as error:
+            open_target(PushOptions("me/public"), Identity("run"))
+    finally:
+        is_over.set()
+    assert error.value.kind == "outage"
 
 
 def test_a_push_that_meets_another_commit_changes_nothing(run: Path, hub: LocalHub):
