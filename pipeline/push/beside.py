@@ -31,7 +31,8 @@ from .target import Identity, PushOptions, open_target
 NICE = 5  # of the worker, while the run trains
 LINKS = ".push-checkpoint"
 NOTE = "push.json"
-"""In the run's folder: {"repo", "step"} of the last push."""
+"""In the run's folder: {"repo", "step"} of the last push of a finished run."""
+GOES_ON = "; training goes on, and the next push tries again"
 # Of launchers, which would make the worker a rank of the training.
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 LAUNCHER_PREFIXES = ("ACCELERATE_", "TORCHELASTIC_", "FSDP_", "GROUP_", "ROLE_")
@@ -108,16 +109,19 @@ class Pusher:
             self._end()
         if newest is not None and self.every and newest // self.every > self._last // self.every:
             self._last = newest
-            self._try(lambda: self._start(newest))
+            try:
+                self._start(newest)
+            except OSError as error:
+                self._warn_once("start", f"cannot be started ({error}){GOES_ON}")
 
     def push_last(self, step: int) -> None:
         """Push the checkpoint of the last step, after a push that is in progress. A failure is a warning with
         the command that finishes it."""
-        if self._worker is not None:
-            self._worker.wait()
-            self._end()
         failure: str | None = "it was interrupted"
         try:
+            if self._worker is not None:
+                self._worker.wait()
+                self._end()
             self._start(step, nice=0)
             assert self._worker is not None
             self._worker.wait()
@@ -137,16 +141,10 @@ class Pusher:
             self._worker = None
         shutil.rmtree(self.run / LINKS, ignore_errors=True)
 
-    def _try(self, function: Callable[[], object]) -> None:
-        try:
-            function()
-        except OSError as error:
-            self._warn_once("start", f"cannot be started ({error})")
-
     def _warn_once(self, kind: str, message: str) -> None:
         if kind not in self._warned:
             self._warned.add(kind)
-            self._warn(f"push: {message}; training goes on, and the next push tries again")
+            self._warn(f"push: {message}")
 
     def _start(self, step: int, nice: int = NICE) -> None:
         """Start the worker on a checkpoint.
@@ -163,7 +161,7 @@ class Pusher:
         }
         self._output, self._errors = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
         self._worker = subprocess.Popen(
-            [sys.executable, "-m", __name__.replace("beside", "worker"), json.dumps(argument)],
+            [sys.executable, "-m", f"{__package__}.worker", json.dumps(argument)],
             stdin=subprocess.DEVNULL,
             stdout=self._output,
             stderr=self._errors,
@@ -181,14 +179,20 @@ class Pusher:
             if is_last:
                 return result["error"]
             if result["kind"] != "busy":
-                self._warn_once(result["kind"], result["error"])
+                self._warn_once(result["kind"], result["error"] + GOES_ON)
             return None
         if result["warning"]:
             self._warn_once("card", result["warning"])
         self._report(result["message"])
-        content = {"repo": self.options.repo, "step": result["step"], "is_last": is_last}
-        self._try(lambda: write_text(self.run / NOTE, json.dumps(content) + "\n"))
+        if is_last:
+            self._note(result["step"])
         return None
+
+    def _note(self, step: int) -> None:
+        try:
+            write_text(self.run / NOTE, json.dumps({"repo": self.options.repo, "step": step}) + "\n")
+        except OSError as error:
+            self._warn(f"push: {NOTE} cannot be written ({error}); the next start of the run pushes again")
 
     def _result(self, status: int) -> dict[str, Any]:
         """What the worker printed."""
@@ -211,6 +215,7 @@ class Pusher:
         words = ["minrnn", "push", str(self.run), "--repo", options.repo]
         words += ["--private"] * options.private + ["--overwrite"] * options.overwrite
         words += ["--license", options.license] if options.license else []
+        words += ["--trust-remote-code"] * self.trust
         return shlex.join(words)
 
 
@@ -235,7 +240,7 @@ def _is_pushed(run: Path, repo: str | None, step: int) -> bool:
         note = json.loads((run / NOTE).read_text())
     except (OSError, ValueError):
         return False
-    return note == {"repo": repo, "step": step, "is_last": True}
+    return note == {"repo": repo, "step": step}
 
 
 def _linked(run: Path, step: int) -> Path:

@@ -52,7 +52,9 @@ class Process:
         self.warnings: list[str] = []
         self.reports: list[str] = []
         patch.setattr(beside.subprocess, "Popen", self._start)
-        recipe = build_recipe({"push": {"repo": "me/model", "every": every}})
+        recipe = build_recipe(
+            {"push": {"repo": "me/model", "every": every}, "data": {"trust_remote_code": True}}
+        )
         self.folder = folder
         self.pusher = Pusher(recipe, folder, 0, self.warnings.append, self.reports.append)
 
@@ -113,7 +115,7 @@ def test_a_failure_is_a_warning_once_of_each_kind(tmp_path: Path, monkeypatch):
     run.pusher.push_last(6)
     crash = "push: its process ended with status 1: no message"
     goes_on = "; training goes on, and the next push tries again"
-    command = f"`minrnn push {tmp_path} --repo me/model` finishes it"
+    command = f"`minrnn push {tmp_path} --repo me/model --trust-remote-code` finishes it"
     assert run.warnings == [
         f"push: a outage{goes_on}",
         f"push: a token{goes_on}",
@@ -132,6 +134,38 @@ def test_a_checkpoint_that_the_run_removes_is_still_pushed(tmp_path: Path, monke
     weights.unlink()
     assert (Path(run.workers[0].argument["checkpoint"]) / "model.safetensors").read_bytes() == b"weights"
     run.pusher.close()
+    assert run.workers[0].returncode == -15
+    assert not (tmp_path / beside.LINKS).exists()
+
+
+def test_a_push_that_cannot_be_noted_is_a_push(tmp_path: Path, monkeypatch):
+    run = Process(tmp_path, monkeypatch, every=1)
+    run.save(1)
+    (tmp_path / beside.NOTE).mkdir()
+    monkeypatch.setattr(
+        Worker, "wait", lambda worker: worker.finish(message="pushed", warning="kept", step=1)
+    )
+    run.pusher.push_last(1)
+    kept, warning = run.warnings
+    assert run.reports == ["pushed"]
+    assert kept == "push: kept"
+    assert warning.startswith("push: push.json cannot be written (")
+
+
+def test_a_last_push_that_is_interrupted_ends_the_one_before_it(tmp_path: Path, monkeypatch):
+    run = Process(tmp_path, monkeypatch, every=1)
+    run.save(1)
+    run.pusher.update(1)
+
+    def interrupt(worker: Worker) -> None:
+        if worker.returncode is None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Worker, "wait", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run.pusher.push_last(2)
+    (warning,) = run.warnings
+    assert warning.startswith("push: it was interrupted; `minrnn push ")
     assert run.workers[0].returncode == -15
     assert not (tmp_path / beside.LINKS).exists()
 
