@@ -138,27 +138,17 @@ def model_card(
         f"## Licence\n\n{_licence(model, publication)}",
         f"## Training configuration\n\n```yaml\n{_configuration(published)}```",
     ]
-    metadata = _metadata(name, model, training, publication, is_labelled(data["corpus"]))
-    return f"---\n{metadata}\n---\n\n" + "\n\n".join(parts) + "\n"
-
-
-def _metadata(
-    name: str, model: ModelFacts, training: TrainingFacts, publication: Publication, is_classifier: bool
-) -> str:
-    sources = data_sources(public_config(training.config["data"]))
     datasets = list(dict.fromkeys(source.name for source in sources if source.is_hub))
     metadata = ModelCardData(
         library_name="transformers",
-        pipeline_tag="text-classification" if is_classifier else "text-generation",
+        pipeline_tag="text-classification" if is_labelled(data["corpus"]) else "text-generation",
         tags=["minrnn", model.cell],
         license=publication.license,
         datasets=datasets or None,
-        model_name=name,
+        model_name=name if training.evaluations else None,  # the name of its model-index
         eval_results=list(training.evaluations) or None,
-    )
-    if not training.evaluations:
-        metadata.pop("model_name")
-    return metadata.to_yaml()
+    ).to_yaml()
+    return f"---\n{metadata}\n---\n\n" + "\n\n".join(parts) + "\n"
 
 
 def _language_model(model: ModelFacts, data: dict[str, Any], publication: Publication) -> tuple[str, str]:

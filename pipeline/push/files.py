@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from ...common.errors import UserError
-from ...common.files import sha256_of
+from ...common.files import sha256_of, write_json
 from ...common.locks import lock
 from ...data import is_labelled
 from .. import card
@@ -113,7 +113,7 @@ def stage_checkpoint(
         dataset_licences(published["data"]),
         f"{RECORD}/loss.png",
     )
-    text = edited_card(run / "model") if (run / "model").is_dir() else None
+    text = edited_card(run / "model")
     if text is None:
         text = card.model_card(name, model_facts(model, config), training, publication)
     (staged / card.NAME).write_text(text)
@@ -179,7 +179,7 @@ def _result_files(run: Path) -> list[Path]:
     """The results files of a run's exported model, oldest first. Those of an earlier export are left out."""
     weights = run / "model" / "model.safetensors"
     exported = weights.stat().st_mtime if weights.exists() else 0.0
-    files = [(path.stat().st_mtime, path) for path in sorted((run / "evals").glob("*.json"))]
+    files = [(path.stat().st_mtime, path) for path in (run / "evals").glob("*.json")]
     return [path for time, path in sorted(files) if time >= exported]
 
 
@@ -240,8 +240,7 @@ def write_marker(staged: Path, identity: Identity, name: str, step: int | None, 
         "name": name,
         "run": identity.run,
         "step": step,
-        "weights": weights_sha256(staged),
+        "weights": identity.weights or weights_sha256(staged),
         "files": files,
     }
-    (staged / MARKER).parent.mkdir(exist_ok=True)
-    (staged / MARKER).write_text(json.dumps(content, indent=1) + "\n")
+    write_json(staged / MARKER, content)

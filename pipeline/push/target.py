@@ -65,12 +65,10 @@ class Target:
     """A branch of a repository as it was when a push began."""
 
     repo: str
-    branch: str
     parent: str
     """Its newest commit, to which the push's commit is added."""
-    files: frozenset[str]
     own: frozenset[str]
-    """Those that the push may remove if it does not write them."""
+    """Its files that the push may remove if it does not write them."""
     keeps_card: bool
     """Its model card was written by hand and stays."""
 
@@ -114,8 +112,8 @@ def open_target(options: PushOptions, identity: Identity) -> Target:
 
 
 def hub_api() -> Any:
-    """The hub's client. It gives up after TIMEOUT, except in methods that have a `timeout` of their own, where
-    the default is no limit (huggingface_hub 2.4)."""
+    """The hub's client. It gives up after TIMEOUT, except in methods that have a `timeout` of their own: its
+    default is no limit (huggingface_hub 2.4)."""
     import huggingface_hub
 
     _limit_waits()
@@ -185,7 +183,7 @@ def _target(
         raise error_of("other", options.name("repo"), message + advice)
     own = files & written.keys() if is_same else others
     keeps_card = CARD in files and not options.overwrite and _is_edited(repo, options, sha, written.get(CARD))
-    return Target(repo, options.revision or "main", sha, files, frozenset(own) - {CARD}, keeps_card)
+    return Target(repo, sha, frozenset(own) - {CARD}, keeps_card)
 
 
 def _download(repo: str, options: PushOptions, sha: str, path: str) -> bytes:

@@ -17,16 +17,14 @@ def main(argument: str) -> dict[str, Any]:
     Returns:
         {"message", "warning", "step"}, or {"kind", "error"}.
     """
-    import torch
     import transformers
 
-    from ...common.errors import StorageError, UserError
+    from ...common.errors import UserError
     from ..checkpoint import read_manifest
     from .commit import kept_card_message, push_run, pushed_message
     from .files import Checkpoint
     from .target import PushOptions
 
-    torch.set_num_threads(1)  # training has the others
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     values = json.loads(argument)
@@ -37,7 +35,7 @@ def main(argument: str) -> dict[str, Any]:
     except UserError as error:
         message = "; ".join(text for _, text in error.errors)
         return {"kind": getattr(error, "kind", "setting"), "error": message}
-    except (StorageError, OSError, ValueError) as error:  # a checkpoint that was removed, a full disk
+    except (OSError, ValueError) as error:  # a checkpoint that was removed, a full disk
         return {"kind": type(error).__name__, "error": f"{path.name}: {error}"}
     warning = kept_card_message(pushed, options) if pushed.kept_card else None
     return {"message": pushed_message(pushed), "warning": warning, "step": pushed.step}

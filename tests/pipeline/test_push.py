@@ -23,7 +23,7 @@ from minrnn.pipeline.export import export_run
 from minrnn.pipeline.push import target, worker
 from minrnn.pipeline.push.commit import Pushed, push_export, push_run
 from minrnn.pipeline.push.errors import HubError
-from minrnn.pipeline.push.files import published_line
+from minrnn.pipeline.push.files import dataset_licences, published_line
 from minrnn.pipeline.push.target import MARKER, Identity, PushOptions, open_target
 from minrnn.pipeline.recipe import build_recipe
 
@@ -232,8 +232,6 @@ def test_a_branch_is_created_from_main(run: Path, hub: LocalHub):
 
 
 def test_licences_of_datasets_are_those_of_the_hub(hub: LocalHub):
-    from minrnn.pipeline.push.files import dataset_licences
-
     hub.licences = {"me/books": "cc-by-4.0"}
     sources = [{"corpus": name, "commit": "0" * 40} for name in ("me/books", "me/gone")]
     data = build_recipe({}).data.model_dump() | {"corpus": [*sources, {"corpus": "local.txt"}]}
