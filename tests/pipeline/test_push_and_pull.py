@@ -15,7 +15,6 @@ import pytest
 from local_hub import LocalHub
 from run_helpers import Values
 
-from minrnn.common.errors import UserError
 from minrnn.pipeline.push.commit import push_run
 from minrnn.pipeline.push.target import MARKER, PushOptions
 
@@ -50,10 +49,9 @@ def push_and_kill(run: Path, hub: LocalHub, at: int) -> int:
     if child == 0:
         try:
             push_run(run, OPTIONS)
-        except UserError:
-            os._exit(2)
-        finally:
             os._exit(0)
+        finally:  # after an error
+            os._exit(2)
 
     def kill(method: str, path: str) -> int | None:
         if len(hub.requests) > first + at:
