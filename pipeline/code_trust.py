@@ -22,13 +22,13 @@ def brings_code(values: dict[str, Any], own_types: Iterable[str]) -> bool:
     return not is_known and "AutoModelForCausalLM" in (values.get("auto_map") or {})
 
 
-def require_code_trust(name: str, what: str, classes: Iterable[str], is_trusted: bool) -> None:
+def require_code_trust(name: str, what: str, classes: Iterable[object], is_trusted: bool) -> None:
     """Return if the code of a model may be run.
 
     Args:
         name: of the model: a folder or a hub id.
         what: model or tokenizer.
-        classes: those that its code defines, for the message.
+        classes: those that its code defines, as in an auto_map, for the message.
         is_trusted: whether --trust-remote-code was given. Otherwise a person at the terminal is asked.
 
     Raises:
@@ -36,7 +36,8 @@ def require_code_trust(name: str, what: str, classes: Iterable[str], is_trusted:
     """
     if is_trusted:
         return
-    files = sorted({f"{path.rpartition('--')[2].partition('.')[0]}.py" for path in classes})
+    paths = [path for path in classes if isinstance(path, str)]  # tokenizers in an auto_map are lists
+    files = sorted({f"{path.rpartition('--')[2].partition('.')[0]}.py" for path in paths})
     where = name if Path(name).exists() else f"https://huggingface.co/{name}/tree/main"
     message = f"the {what} of {name} brings code of its own{' (' + ', '.join(files) + ')' if files else ''}"
     if sys.stdin.isatty() and sys.stderr.isatty():

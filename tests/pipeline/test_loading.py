@@ -14,6 +14,7 @@ from minrnn.data import byte_tokenizer
 from minrnn.launch.cli import main
 from minrnn.models import MinRNNConfig, MinRNNForCausalLM
 from minrnn.models.dtypes import DTYPES
+from minrnn.pipeline.code_trust import require_code_trust
 from minrnn.pipeline.loading import read_weights, weights_dtype
 from minrnn.pipeline.options import DTYPE_NAMES
 
@@ -139,6 +140,12 @@ class Terminal(io.StringIO):
 
     def isatty(self) -> bool:
         return True
+
+
+def test_a_tokenizer_in_the_auto_map_of_a_model_is_no_error():
+    classes = ["modeling_own.OwnModel", [None, "tokenization_own.OwnTokenizer"]]
+    with pytest.raises(UserError, match=r"brings code of its own \(modeling_own.py\), which is not run"):
+        require_code_trust("me/model", "model", classes, False)
 
 
 def test_a_model_s_code_runs_only_if_trusted(own_model: Path, monkeypatch, capsys):
