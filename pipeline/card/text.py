@@ -8,6 +8,7 @@ limits, licence, training configuration
 """
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +32,9 @@ inputs = tokenizer("def main", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens={count}, do_sample=True)[0]))
 """
 COMMAND = """minrnn generate {name} --prompt "def main" --max-new-tokens {count}
+"""
+# minrnn generate has no option for a branch.
+DOWNLOAD = """hf download {repo} --revision {revision} --local-dir {folder}
 """
 CLASSIFICATION = """from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -155,11 +159,10 @@ def _language_model(model: ModelFacts, data: dict[str, Any], publication: Public
     generation = model.generation
     limit = generation.max_positions
     count = NUM_TOKENS if limit is None else max(1, min(NUM_TOKENS, limit // 2))
-    command = _block("bash", COMMAND.format(name=publication.repo or "PATH", count=count))
+    command = _block("bash", _command(publication, count))
     trust = ", trust_remote_code=True" if generation.has_state else ""
     python = _block("python", GENERATION.format(path=_path(publication), trust=trust, count=count))
-    # The command has no option for a branch.
-    with_minrnn = "" if publication.revision else f"\n\nWith `minrnn`:\n\n{command}"
+    with_minrnn = f"\n\nWith `minrnn`:\n\n{command}"
     if generation.has_state:
         kind, note, code = "A minimal recurrent language model", STATE, python + with_minrnn
     else:
@@ -189,6 +192,16 @@ def _introduction(kind: str, trained: str, note: str) -> str:
 
 def _escaped(text: str) -> str:
     return text.replace("{", "{{").replace("}", "}}")
+
+
+def _command(publication: Publication, count: int) -> str:
+    """The commands that generate a text with minrnn."""
+    name = publication.repo or "PATH"
+    if publication.revision is None:
+        return COMMAND.format(name=name, count=count)
+    folder = name.rpartition("/")[2]
+    download = DOWNLOAD.format(repo=name, revision=shlex.quote(publication.revision), folder=folder)
+    return download + COMMAND.format(name=folder, count=count)
 
 
 def _path(publication: Publication) -> str:

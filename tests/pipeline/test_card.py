@@ -9,7 +9,7 @@ from tiny_families import FIELDS, tiny_model
 
 from minrnn.data import LabelledTask, build_task, byte_tokenizer, model_vocab_size
 from minrnn.launch.cli import main
-from minrnn.pipeline.card import Generation, ModelFacts, TrainingFacts, model_card
+from minrnn.pipeline.card import Generation, ModelFacts, Publication, TrainingFacts, model_card
 from minrnn.pipeline.classification import classifier_fields, new_model
 from minrnn.pipeline.export import export_model, model_config
 from minrnn.pipeline.recipe import build_recipe, resolved_config
@@ -64,6 +64,16 @@ def test_the_code_on_a_family_s_card_runs(name: str, fields: dict[str, Any], tmp
     else:
         exec(code, {"PATH": str(out)})
     assert "def main" in capsys.readouterr().out
+
+
+def test_the_command_of_a_branch_s_card_reads_that_branch():
+    """Also of a model that only minrnn generates with."""
+    training = TrainingFacts(resolved_config(build_recipe({})), tokens=1)
+    model = ModelFacts("cell", 1, Generation(has_state=False, has_exact_cache=False))
+    text = model_card("name", model, training, Publication("me/model", "step 4"))
+    commands = text.split("```bash\n")[1].splitlines()[:2]
+    assert commands[0] == "hf download me/model --revision 'step 4' --local-dir model"
+    assert commands[1].startswith("minrnn generate model ")
 
 
 def test_a_card_says_that_padding_is_read():
