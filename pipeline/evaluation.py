@@ -87,7 +87,8 @@ def validation_errors(recipe: Recipe) -> Iterator[None]:
             "data.subset": "data.validation_subset",
             "data.split": "data.validation_split",
             "data.revision": "data.validation_revision",
-            **{key: key for key in ("data.filter", "data.order")},  # of both corpora
+            "data.filter": "data.filter",  # this and data.order are of both corpora
+            "data.order": "data.order",
         }
         errors = ((keys.get(key, "data.validation"), message) for key, message in error.errors)
         raise UserError.from_list(errors) from None

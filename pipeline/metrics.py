@@ -32,6 +32,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         return [entry for line in file if (entry := _parse(line)) is not None]
 
 
+def numbers(entry: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a line by KIND/NAME, as trackers show them; without the step."""
+    return {
+        f"{entry['kind']}/{key}": float(value)
+        for key, value in entry.items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and key != "step"
+    }
+
+
 def cut_metrics(path: Path, step: int) -> int:
     """Remove, atomically, the lines after `step`; returns their number.
 

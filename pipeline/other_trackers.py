@@ -15,6 +15,7 @@ from typing import Any
 from ..common.errors import missing_package_error, one_line_message
 from ..common.files import write_text
 from .config import Recipe
+from .metrics import numbers
 from .public import public_config
 from .recipe import flatten, resolved_config
 
@@ -56,12 +57,7 @@ class OtherTrackers:
 
     def log(self, entry: dict[str, Any]) -> None:
         """Send the numbers of a line of metrics.jsonl."""
-        values = {
-            f"{entry['kind']}/{key}": float(value)
-            for key, value in entry.items()
-            if isinstance(value, int | float) and not isinstance(value, bool) and key != "step"
-        }
-        if values:
+        if values := numbers(entry):
             self._call_each(lambda tracker: tracker.log(values, step=entry["step"]))
 
     def close(self) -> None:

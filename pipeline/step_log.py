@@ -13,7 +13,7 @@ from .throughput import Rates
 
 def log_step(run: Run, entry: dict[str, Any], rates: Rates) -> None:
     """Write the line of a step to metrics.jsonl and show it. Collective."""
-    recipe, readers = run.recipe, run.data.readers.values()
+    recipe = run.recipe
     tokens_per_second = rates.tokens_per_second
     # All processes wait for the one that waits the longest.
     data_seconds = processes.all_reduce_max(run.accelerator, round(1e6 * rates.data_seconds)) / 1e6
@@ -24,13 +24,9 @@ def log_step(run: Run, entry: dict[str, Any], rates: Rates) -> None:
     entry |= text_progress(run)
     entry["data_seconds"] = data_seconds
     if recipe.data.skip_broken and recipe.data.order in ("documents", "continuous"):
-        skipped = sum(reader.position["num_skipped"] for reader in readers if reader.position)
-        (skipped,) = processes.all_reduce_sum(run.accelerator, [skipped / run.layout.context])
-        entry["documents_skipped"] = int(skipped)
+        entry["documents_skipped"] = _sum_over_readers(run, "num_skipped")
     if recipe.data.has_filter and recipe.data.order == "documents":
-        filtered = sum(reader.position["num_filtered"] for reader in readers if reader.position)
-        (filtered,) = processes.all_reduce_sum(run.accelerator, [filtered / run.layout.context])
-        entry["documents_filtered"] = int(filtered)
+        entry["documents_filtered"] = _sum_over_readers(run, "num_filtered")
     record(run, entry)
     memory = processes.all_reduce_max(run.accelerator, peak_memory(run.accelerator.device))
     if run.output.log is not None:
@@ -46,6 +42,13 @@ def log_step(run: Run, entry: dict[str, Any], rates: Rates) -> None:
                 seconds_left=seconds_left(run, rates.step_seconds),
             )
         )
+
+
+def _sum_over_readers(run: Run, count: str) -> int:
+    """The sum of a count in the positions of all readers. Collective."""
+    own = sum(reader.position[count] for reader in run.data.readers.values() if reader.position)
+    (total,) = processes.all_reduce_sum(run.accelerator, [own / run.layout.context])
+    return int(total)
 
 
 def record(run: Run, entry: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ import yaml
 
 from ..common.files import write_text
 from .config import Recipe
+from .metrics import numbers
 from .public import public_config, without_credentials
 from .recipe import flatten, resolved_config
 from .tracking_details import (
@@ -141,7 +142,7 @@ class Tracker:
                     self._client = self._connect()
                 self._send_lines()
                 if self._system_metrics is not None and status is None:
-                    self._system_metrics.keep(self._run_id)
+                    self._call(self._system_metrics.keep, self._run_id)
                 if status is not None:
                     self._end(status)
                 pause = 1.0
@@ -295,15 +296,10 @@ class Tracker:
 
         try:
             entry = json.loads(line)
-            kind, step = entry["kind"], entry["step"]
+            step, values = entry["step"], numbers(entry)
         except (ValueError, KeyError, TypeError):  # a damaged line; the others are good
             return []
         self._step = max(self._step, step)
-        values = {
-            f"{kind}/{key}": float(value)
-            for key, value in entry.items()
-            if isinstance(value, int | float) and not isinstance(value, bool) and key != "step"
-        }
         new = {key: value for key, value in values.items() if step > self._last_steps.get(key, -1)}
         for key in new:
             self._last_steps[key] = step

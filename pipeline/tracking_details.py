@@ -4,6 +4,7 @@ dataset, and the exported model in the model registry.
 All of it can be sent again without a second copy: tags replace their value, and what is there is not sent.
 """
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -12,7 +13,7 @@ import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -198,19 +199,20 @@ class SystemMetrics:
     """
 
     def __init__(self, uri: str):
-        self._uri, self._monitor = uri, cast(Any, None)
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        self._new_monitor = functools.partial(SystemMetricsMonitor, resume_logging=True, tracking_uri=uri)
+        self._monitor: Any = None
 
     def keep(self, run_id: str) -> None:
         """Start the monitor of an MLflow run if it does not run."""
-        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
-
         if self._monitor is not None and self._monitor._run_id == run_id:
             thread = self._monitor._process
             if thread is not None and thread.is_alive():
                 return
         elif self._monitor is not None:
             self._monitor._shutdown_event.set()  # of a run that was deleted
-        self._monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=self._uri)
+        self._monitor = self._new_monitor(run_id)
         self._monitor.start()
 
     def stop(self) -> None:

@@ -146,6 +146,9 @@ def evaluate(
 
     simple_evaluate: Any = evaluator.simple_evaluate  # its decorator hides its parameters from type checkers
     lm.rolling_window = window
+    passed = {"log_samples": False, **evaluator_arguments(arguments)}
+    if window is not None and "use_cache" in passed:  # which finds an answer by its request, the same here
+        passed["use_cache"] += f"_window_{window}"
     results = simple_evaluate(
         lm,
         tasks=objects,
@@ -155,7 +158,7 @@ def evaluate(
         limit=arguments.limit if arguments.limit is None or arguments.limit < 1 else int(arguments.limit),
         bootstrap_iters=arguments.bootstrap_iters,
         task_manager=manager,
-        **{"log_samples": False, **evaluator_arguments(arguments)},
+        **passed,
     )
     if results is None:
         return None

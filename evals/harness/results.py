@@ -35,8 +35,11 @@ def merge(results: Results, new: Results) -> Results:
 
 def write_samples(out: Path, results: Results) -> None:
     """Write the documents, requests and answers of each task beside the results: OUT-samples-TASK.jsonl."""
+    from lm_eval.utils import handle_non_serializable
+
+    encoder = json.JSONEncoder(default=handle_non_serializable, ensure_ascii=False)
     for task, samples in (results.get("samples") or {}).items():
-        lines = (json.dumps(sample, default=str, ensure_ascii=False) + "\n" for sample in samples)
+        lines = (encoder.encode(sample) + "\n" for sample in samples)
         write_text(out.with_name(f"{out.stem}-samples-{task}.jsonl"), "".join(lines))
 
 

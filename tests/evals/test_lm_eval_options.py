@@ -106,3 +106,12 @@ def test_combinations_that_lm_eval_refuses_are_user_errors(export: Path, capsys)
     with pytest.raises(SystemExit):
         main(["eval", str(export), "--tasks", "lra/listops", "--log_samples"])
     assert "error: --log-samples: is for tasks of lm-eval; leave it out" in capsys.readouterr().err
+
+
+def test_windows_do_not_read_the_cache_of_carried_states(export: Path, tmp_path: Path):
+    """lm-eval finds an answer by its request, which is the same for both."""
+    out, words = tmp_path / "results.json", ["--rolling-window", "16", "--use_cache", str(tmp_path / "cache")]
+    main(["eval", str(export), "--tasks", "tiny_document", *OPTIONS, *words, "--out", str(out)])
+    results = json.loads(out.read_text())["results"]
+    carried, windowed = (results[name] for name in ("tiny_document", "tiny_document_window_16"))
+    assert windowed["bits_per_byte,none"] != pytest.approx(carried["bits_per_byte,none"], rel=1e-5)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException, RestException
 from run_helpers import Values, stop_at_step_7
-from tracking_helpers import Warnings, check_mirrored, mirror, runs_of, write_lines
+from tracking_helpers import Warnings, check_mirrored, mirror, runs_of, wait_for, write_lines
 from transformers import AutoModelForCausalLM
 
 from minrnn.common.errors import UserError
@@ -104,14 +104,15 @@ def test_only_lasting_errors_are_refusals(code: str):
 
 def test_system_metrics_are_mlflows_own(uri: str, folder: Path, monkeypatch):
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.05")
+    client, key = MlflowClient(tracking_uri=uri), "system/cpu_utilization_percentage"
     for first in (1, 4):
         write_lines(folder, first, first + 1, first + 2)
         tracker = tracking.Tracker(folder, uri, "tests", {}, Warnings(), RunDetails(has_system_metrics=True))
-        client, key, count = MlflowClient(tracking_uri=uri), "system/cpu_utilization_percentage", 0
-        while count < first + 1:
-            count = max(
-                (len(client.get_metric_history(run.info.run_id, key)) for run in runs_of(uri)), default=0
-            )
+
+        def has_values(count: int = first + 1) -> bool:
+            return any(len(client.get_metric_history(run.info.run_id, key)) >= count for run in runs_of(uri))
+
+        wait_for(has_values)
         tracker.close("FINISHED")
     run = check_mirrored(folder, uri)
     steps = [metric.step for metric in client.get_metric_history(run.info.run_id, key)]

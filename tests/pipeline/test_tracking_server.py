@@ -8,8 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,12 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient, artifacts
 from run_helpers import Values, losses, recipe_file
-from tracking_helpers import Warnings, check_mirrored, runs_of, write_lines
+from tracking_helpers import SECONDS, Warnings, check_mirrored, runs_of, wait_for, write_lines
 from transformers import AutoModelForCausalLM
 
 from minrnn.pipeline.tracking import Tracker
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("an_answer_may_take_long")]
-SECONDS = 600.0  # for anything that a busy machine may delay
 # Waits before every hundredth step until the test allows it.
 GATED = """
 import sys, time
@@ -40,13 +38,6 @@ def take_step(run, number, *rest):
 loop.take_step = take_step
 train.main(sys.argv[2:])
 """
-
-
-def wait_for(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 class Server:

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from mlflow import MlflowClient
 from minrnn.pipeline.tracking import Tracker
 from minrnn.pipeline.tracking_details import NO_DETAILS, RunDetails
 from minrnn.pipeline.tracking_store import read_note
+
+SECONDS = 600.0  # for anything that a busy machine may delay
 
 
 def write_lines(folder: Path, *steps: int) -> None:
@@ -31,6 +34,13 @@ def write_lines(folder: Path, *steps: int) -> None:
                 )
 
 
+def wait_for(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
 class Warnings(list):
     """The warnings of a tracker."""
 
@@ -38,10 +48,7 @@ class Warnings(list):
         self.append(message)
 
     def wait(self) -> None:
-        end = time.monotonic() + 120
-        while not self:
-            assert time.monotonic() < end
-            time.sleep(0.05)
+        wait_for(lambda: self)
 
 
 def mirror(
