@@ -134,7 +134,7 @@ def trained(folder: Path, retries: int = 0, workers: int = 1, runs: int = 20, **
         return [sys.executable, "-c", FAKE, str(folder / "runs" / run["name"]), str(recipe)]
 
     study = Study(folder, search(**fields), numbers(runs))
-    leases = Leases(folder / "leases", heartbeat=0.05)
+    leases = Leases(folder / "leases", interval=0.05)
     runner = Runner(folder, entries, {}, command, retries, leases, poll=0.02, study=study)
     threads = [threading.Thread(target=runner.work, args=(Hardware(str(i)),)) for i in range(workers)]
     for thread in threads:
