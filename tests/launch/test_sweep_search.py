@@ -194,14 +194,14 @@ def test_the_plan_of_a_search_is_that_of_no_other(tmp_path: Path):
         chosen = {"runs": 3, "settings": lr, **fields}
         return Sweep.model_validate({"out": str(tmp_path / "out"), "settings": common, "search": chosen})
 
-    runs = publish(sweep(), planned(sweep()))
+    runs = publish(sweep(), planned(sweep(), expand(sweep())))
     assert [run["trial"] for run in runs] == [0, 1, 2]
     assert all("optim.lr" not in run["settings"] for run in runs)
-    assert publish(sweep(), planned(sweep())) == runs
+    assert publish(sweep(), planned(sweep(), expand(sweep()))) == runs
     assert expand(sweep())[0].recipe.optim.lr == pytest.approx(10**-2.5)
     for other in (sweep(seed=1), sweep(runs=4), sweep(settings={"optim.lr": {"low": 1e-4, "high": 1.0}})):
         with pytest.raises(UserError, match="holds another sweep"):
-            planned(other)
+            planned(other, expand(other))
 
 
 def test_without_optuna_the_extra_is_named(monkeypatch: pytest.MonkeyPatch):
