@@ -16,12 +16,12 @@ from typing import Any
 
 from ...common.errors import UserError
 from ...common.files import make_folder, sync
+from ...evals.scaling.points import PLAN
 from .checks import launch_errors
 from .expand import PlannedRun
 from .spec import Sweep
 
 FORMAT = 1
-PLAN = "sweep.json"
 OWN = ("name", "family", "settings", "trunk", "branch_step", "save_at", "trial")
 """What the file of the sweep says about a run; the rest is computed from it."""
 
