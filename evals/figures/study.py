@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
     """
     parser = new_parser("minrnn figures study", DESCRIPTION, EPILOG)
     parser.add_argument("sweep", type=user_path, metavar="SWEEP", help="folder of the sweep")
-    parser.add_argument("--name", default=NAME, help="of the study's text (default: %(default)s)")
+    parser.add_argument("--name", default=NAME, help="of the study, in its results file (default: %(default)s)")
     parser.add_argument(
         "--leave-out-failed", action="store_true", help="leave out runs that diverged or failed"
     )
