@@ -14,11 +14,12 @@ from ...common.files import user_path, write_json
 from ...pipeline.options import new_parser
 from ..output import RESULTS
 from ..record import command_line
+from ..report.page import table
+from ..report.scaling import COLUMNS, interval_text, law_cells
 from ..scaling import command as fit
 
 NAME = "books"
 NOT_TRAINED = "No study is committed yet."
-NUMBERS = ("E", "alpha", "beta")
 DESCRIPTION = """Fit the laws of a study's sweep and write evals/results/study-NAME.json and .png.
 `make docs` then writes docs/sweeps.md anew."""
 EPILOG = """examples:
@@ -34,7 +35,7 @@ def main(argv: list[str]) -> None:
     """
     parser = new_parser("minrnn figures study", DESCRIPTION, EPILOG)
     parser.add_argument("sweep", type=user_path, metavar="SWEEP", help="folder of the sweep")
-    parser.add_argument("--name", default=NAME, help="of the study's text (default: %(default)s)")
+    parser.add_argument("--name", default=NAME, help="of the study (default: %(default)s)")
     parser.add_argument(
         "--leave-out-failed", action="store_true", help="leave out runs that diverged or failed"
     )
@@ -66,20 +67,14 @@ def docs_text(name: str = NAME) -> str:
     record = _load(name)
     if record is None:
         return NOT_TRAINED
-    lines = [
+    laws = [[family, *law_cells(law)] for family, law in record["families"].items()]
+    blocks = [
         record["text"],
-        "",
-        "| family | runs | E | alpha | beta | error on the largest run |",
-        "|---|---|---|---|---|---|",
-        *(_row(family, law) for family, law in record["families"].items()),
-        "",
-        "| pair | difference of the loss | at FLOPs | verdict |",
-        "|---|---|---|---|",
-        *map(_pair, record["pairs"]),
-        "",
+        table(COLUMNS, laws),
+        table(("pair", "difference of the loss", "at FLOPs", "verdict"), [*map(_pair, record["pairs"])]),
         f"![Scaling laws](../evals/results/study-{name}.png)",
     ]
-    return "\n".join(lines)
+    return "\n\n".join(blocks)
 
 
 def _load(name: str) -> dict[str, Any] | None:
@@ -87,25 +82,16 @@ def _load(name: str) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def _row(family: str, law: dict[str, Any]) -> str:
-    numbers = " | ".join(_interval(law[name]) for name in NUMBERS)
-    held_out = law["leave_largest_out"]
-    error = "-" if held_out is None else f"{held_out['relative_error']:+.2%}"
-    return f"| {family} | {len(law['points'])} | {numbers} | {error} |"
-
-
-def _pair(pair: dict[str, Any]) -> str:
+def _pair(pair: dict[str, Any]) -> list[str]:
     lower, higher = pair["first"], pair["second"]
     if pair["difference"]["value"] > 0:
         lower, higher = higher, lower
     verdict = f"{lower} is lower" if pair["is_distinguishable"] else "not distinguishable"
     if pair["crossing"] is not None:
         verdict += f"; they cross at {pair['crossing']['value']:.2g} FLOPs"
-    return (
-        f"| {pair['first']} - {pair['second']} | {_interval(pair['difference'])} "
-        f"| {pair['compute'][1]:.2g} | {verdict} |"
-    )
-
-
-def _interval(interval: dict[str, float]) -> str:
-    return f"{interval['value']:.3g} ({interval['low']:.3g} to {interval['high']:.3g})"
+    return [
+        f"{pair['first']} - {pair['second']}",
+        interval_text(pair["difference"]),
+        f"{pair['compute'][1]:.2g}",
+        verdict,
+    ]

@@ -18,7 +18,7 @@ def scaling_section(sources: Sequence[ResultSource]) -> str:
 
 def fit_blocks(source: ResultSource) -> str:
     """The numbers of each family with intervals, and the paragraph of the fit."""
-    rows = [_cells(name, law, source.name) for name, law in source.data["families"].items()]
+    rows = [[link(text(name), source.name), *law_cells(law)] for name, law in source.data["families"].items()]
     return f"{table(COLUMNS, rows)}\n\n{text(source.data['text'])}"
 
 
@@ -27,12 +27,16 @@ def rules_line(source: ResultSource) -> str:
     return f"{text(source.data['text'])} From {link(text(source.name), source.name)}."
 
 
-def _cells(name: str, law: dict[str, Any], source: str) -> list[str]:
+def law_cells(law: dict[str, Any]) -> list[str]:
+    """What the columns say about a family's law, after its name."""
     held_out = law["leave_largest_out"]
-    numbers = ["{value:.3g} ({low:.3g} to {high:.3g})".format(**law[key]) for key in ("E", "alpha", "beta")]
     return [
-        link(text(name), source),
         str(len(law["points"])),
-        *numbers,
+        *(interval_text(law[key]) for key in ("E", "alpha", "beta")),
         "-" if held_out is None else f"{held_out['relative_error']:+.2%}",
     ]
+
+
+def interval_text(interval: dict[str, float]) -> str:
+    """A value with its interval."""
+    return "{value:.3g} ({low:.3g} to {high:.3g})".format(**interval)

@@ -24,6 +24,7 @@ Count = Literal["all", "without_embeddings", "blocks_and_head"]
 COUNTS: tuple[Count, ...] = ("all", "without_embeddings", "blocks_and_head")
 REQUIRED, OPTIONAL = ("family", "parameters", "tokens", "loss"), ("flops", "run")
 LOSS = "loss"
+PLAN = "sweep.json"  # in a sweep's folder
 MAX_ERRORS = 10  # broken rows that are listed
 # Two runs with different values of these do not have comparable losses.
 SAME_DATA = (
@@ -234,7 +235,7 @@ def _runs_in(path: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     if (path / "config.yaml").exists():
         yield path, {}
         return
-    plan = path / "sweep.json"
+    plan = path / PLAN
     if plan.exists():
         for entry in json.loads(plan.read_text())["runs"]:
             yield path / "runs" / entry["name"], entry
@@ -256,6 +257,16 @@ def last_validation(folder: Path) -> dict[str, Any] | None:
             entry = json.loads(line)
             end = entry if entry["kind"] == "validation" and entry["step"] == steps else end
     return end
+
+
+def held_out_loss(folder: Path) -> float | None:
+    """The loss of a run's last validation: bits per byte where they are known, else nats per token. Infinite
+    if it is not finite; None if the run is not finished."""
+    end = last_validation(folder)
+    if end is None:
+        return None
+    loss = end.get("bits_per_byte", end["loss"])
+    return loss if math.isfinite(loss) else math.inf
 
 
 def _of_run(folder: Path, entry: dict[str, Any], end: dict[str, Any], count: Count) -> tuple[Point, str]:

@@ -18,11 +18,10 @@ import yaml
 
 from ...common.errors import UserError
 from ..output import table
-from .points import last_validation
+from .points import PLAN, held_out_loss
 
 FACTOR = 1.5
 MIN_FACTORS, MIN_SIZES = 3, 3
-PLAN = "sweep.json"
 
 
 @dataclass(frozen=True)
@@ -69,26 +68,32 @@ class Curve:
         return float(np.exp(-b / (2 * a))) if a > 0 else None
 
     @property
-    def excess(self) -> float | None:
-        """Loss of the rule's learning rate less the lowest; None if the rule's was not measured."""
-        return None if 1.0 not in self.losses else self.losses[1.0] - self.losses[self.best]
+    def excess(self) -> float:
+        """Loss of the rule's learning rate less the lowest; infinite if the rule's diverged."""
+        own = self.losses[1.0]
+        return own - self.losses[self.best] if math.isfinite(own) else math.inf
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, with the verdict; a loss that is not finite is null."""
+        """All of it, with the verdict; null in place of a number that is not finite."""
         return {
             "family": self.family,
             "size": self.size,
             "tokens": self.tokens,
             "best": self.best,
             "optimum": self.optimum,
-            "excess": self.excess,
+            "excess": _finite(self.excess),
             "is_at_the_end": self.is_at_the_end,
             "holds": self.holds,
             "points": [
-                {"factor": factor, "lr": self.rates[factor], "loss": loss if math.isfinite(loss) else None}
+                {"factor": factor, "lr": self.rates[factor], "loss": _finite(loss)}
                 for factor, loss in self.losses.items()
             ],
         }
+
+
+def _finite(value: float) -> float | None:
+    """The value, or None if JSON has no number for it."""
+    return value if math.isfinite(value) else None
 
 
 def read_curves(path: Path) -> list[Curve]:
@@ -137,11 +142,7 @@ def _loss(path: Path, name: str) -> float | None:
     None if it is not finished."""
     if (path / "failed" / f"{name}.json").exists():
         return math.inf
-    end = last_validation(path / "runs" / name)
-    if end is None:
-        return None
-    loss = end.get("bits_per_byte", end["loss"])
-    return loss if math.isfinite(loss) else math.inf
+    return held_out_loss(path / "runs" / name)
 
 
 def optimizers_of(path: Path) -> list[str]:
@@ -164,8 +165,11 @@ def verdict(curves: list[Curve], optimizers: list[str]) -> str:
         if ends := [curve for curve in own if curve.is_at_the_end]:
             places = ", ".join(f"{curve.size:,}" for curve in ends)
             text += f" At {places} parameters the best is at the end of the grid; add lr_factors beyond it."
-        excess = [curve.excess for curve in own if curve.excess is not None]
-        text += f" It costs at most {max(excess):.4f} against the best that was measured."
+        if failed := [curve for curve in own if not math.isfinite(curve.excess)]:
+            places = ", ".join(f"{curve.size:,}" for curve in failed)
+            text += f" At {places} parameters the rule's learning rate diverged or failed."
+        if excess := [curve.excess for curve in own if math.isfinite(curve.excess)]:
+            text += f" It costs at most {max(excess):.4f} against the best that was measured."
         sentences.append(text)
     return " ".join([*sentences, f"Optimizers: {', '.join(optimizers)}."])
 
@@ -182,7 +186,7 @@ def rates_table(curves: list[Curve]) -> str:
         },
         "best": lambda curve: f"{curve['best']:g}",
         "minimum": lambda curve: "-" if curve["optimum"] is None else f"{curve['optimum']:.2f}",
-        "within 1.5": lambda curve: "yes" if curve["holds"] else "no",
+        f"within {FACTOR:g}": lambda curve: "yes" if curve["holds"] else "no",
     }
     rows = [{**curve.to_json(), "losses": curve.losses} for curve in curves]
     return table(rows, columns, "loss by factor of the rule's learning rate")

@@ -107,12 +107,14 @@ def main(argv: Sequence[str]) -> None:
     base = base_values(sweep)
     if sweep.search is not None:
         check_optuna()
+    expanded = expand(sweep)
     if arguments.plan:
-        print(_plan_text(planned(sweep), base, arguments))
+        precisions = {run.name: run.recipe.train.precision for run in expanded}
+        print(_plan_text(planned(sweep, expanded), precisions, arguments))
         return
-    check_corpora(expand(sweep))
+    check_corpora(expanded)
     shares = hardware_of(arguments.workers, sweep.processes)
-    folder, runs = Path(sweep.out), publish(sweep, planned(sweep))
+    folder, runs = Path(sweep.out), publish(sweep, planned(sweep, expanded))
     base = tracked_base(base, folder)
     runner = Runner(
         folder,
@@ -221,9 +223,12 @@ def _run(runner: Runner, shares: list[Hardware]) -> bool:
     return len(failed) > 0
 
 
-def _plan_text(runs: list[dict[str, Any]], base: dict[str, Any], arguments: argparse.Namespace) -> str:
-    """The runs, their FLOPs and the estimated time."""
-    precisions = {run["name"]: _precision(run, base) for run in runs}
+def _plan_text(runs: list[dict[str, Any]], precisions: dict[str, str], arguments: argparse.Namespace) -> str:
+    """The runs, their FLOPs and the estimated time.
+
+    Args:
+        precisions: of each run, by name.
+    """
     rates, source = _rates(set(precisions.values()), arguments)
 
     def hours(run: dict[str, Any]) -> float:
@@ -245,11 +250,6 @@ def _plan_text(runs: list[dict[str, Any]], base: dict[str, Any], arguments: argp
     time = f"{sum(map(hours, runs)):.3g} hours at {arguments.fraction:.0%} of {source}"
     lines.append(f"in all {total:.3g} FLOPs{saved}, {time}")
     return "\n".join(lines)
-
-
-def _precision(run: dict[str, Any], base: dict[str, Any]) -> str:
-    """The precision of a run, which its settings or the base recipe name, as the default is refused."""
-    return run["settings"].get("train.precision") or base["train"]["precision"]
 
 
 def _rates(precisions: set[str], arguments: argparse.Namespace) -> tuple[dict[str, float], str]:

@@ -1,13 +1,18 @@
-"""Who trains what: leases in a folder that all workers share.
+"""Who trains what: leases, which are files in a folder that all workers share.
 
     leases/NAME.000003      the third lease of a run: {"worker", "host", "pid", "started", "heartbeat", ...}
 
-A run's lease of the highest number counts. A worker takes a run by creating the next number with O_EXCL,
-which one process on all machines can do. It then writes a higher `heartbeat` every few seconds, and at the
-end an `outcome`: done, failed, refused (its settings) or stopped. A lease whose heartbeat does not change for
-EXPIRY seconds on the observer's own clock has expired, so clocks of machines are never compared; on the same
-machine it expires as soon as its process is gone. A worker that finds a higher number than its own has lost
-the run and stops training it.
+A lease is a worker's right to train a run. The worker takes it by creating the file of the next number with
+O_EXCL, which succeeds for one process on all machines. The newest lease of a run, that of the highest number,
+says who holds the run.
+
+While the worker trains, it counts up `heartbeat` in the file every few seconds. At the end it writes an
+`outcome`: done, failed, refused (training refused the settings) or stopped.
+
+A lease without an outcome expires when its worker seems dead, and then any worker may take the next one. On
+the worker's own machine that is as soon as its process is gone. Elsewhere it is when `heartbeat` has not
+changed for EXPIRY seconds on the clock of the machine that looks, so clocks are never compared. A worker that
+was only slow finds the newer lease: it has lost the run, and stops training it.
 """
 
 import contextlib
@@ -26,8 +31,8 @@ import psutil
 
 from ...common.files import make_folder, write_text
 
-HEARTBEAT = 10.0  # seconds between two
-EXPIRY = 90.0  # seconds; file servers may show a change after 60
+HEARTBEAT = 10.0  # seconds between two heartbeats
+EXPIRY = 90.0  # seconds without a heartbeat; file servers may show a change after 60
 DIGITS = 6
 FAILURES = ("failed", "refused")  # outcomes
 
@@ -54,20 +59,21 @@ class Leases:
 
     Args:
         folder: that all workers share.
-        heartbeat: seconds between two of a lease.
-        expiry: seconds without one after which a lease has expired.
-        clock: in seconds.
+        interval: seconds between two heartbeats of a lease.
+        expiry: seconds without a new heartbeat after which a lease has expired.
+        clock: the time in seconds, from any start.
     """
 
     def __init__(
         self,
         folder: Path,
-        heartbeat: float = HEARTBEAT,
+        interval: float = HEARTBEAT,
         expiry: float = EXPIRY,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self.folder, self.heartbeat, self.expiry, self._clock = folder, heartbeat, expiry, clock
-        self._seen: dict[str, tuple[Any, float]] = {}  # of each path: its heartbeat, and when it changed
+        self.folder, self.interval, self.expiry, self._clock = folder, interval, expiry, clock
+        # By file name: the newest heartbeat, and when it was first seen.
+        self._heartbeats: dict[str, tuple[Any, float]] = {}
         self._ended: dict[str, dict[str, Any]] = {}  # leases with an outcome, which never change
         self._lock = threading.Lock()
         make_folder(folder)
@@ -95,7 +101,7 @@ class Leases:
             return None
         me = psutil.Process()
         owner = {"worker": worker, "host": host(), "pid": me.pid, "started": me.create_time()}
-        return Lease(path, self._path(name, state.number + 2), owner, self.heartbeat)
+        return Lease(path, self._path(name, state.number + 2), owner, self.interval)
 
     def _path(self, name: str, number: int) -> Path:
         return self.folder / f"{name}.{number:0{DIGITS}d}"
@@ -128,47 +134,50 @@ class Leases:
         if content.get("host") == host() and not _is_running(content["pid"], content["started"]):
             return True
         key, heartbeat = self._path(name, number).name, content.get("heartbeat")
-        if key not in self._seen or self._seen[key][0] != heartbeat:
-            self._seen[key] = heartbeat, self._clock()
-        return self._clock() - self._seen[key][1] > self.expiry
+        if key not in self._heartbeats or self._heartbeats[key][0] != heartbeat:
+            self._heartbeats[key] = heartbeat, self._clock()
+        return self._clock() - self._heartbeats[key][1] > self.expiry
 
 
 class Lease:
-    """A run that this worker holds; a thread keeps it.
+    """A lease that this worker holds. A thread writes its heartbeats.
 
     Args:
-        path: of the lease; it exists.
-        next_path: of the lease that would supersede it.
-        owner: fields of the file.
-        heartbeat: seconds between two.
+        path: of the lease's file, which exists.
+        next_path: of the run's next lease. Once it exists, another worker has taken the run.
+        owner: the worker: {"worker", "host", "pid", "started"}.
+        interval: seconds between two heartbeats.
     """
 
-    def __init__(self, path: Path, next_path: Path, owner: dict[str, Any], heartbeat: float):
-        self.path, self._next, self._owner, self._heartbeat = path, next_path, owner, heartbeat
+    def __init__(self, path: Path, next_path: Path, owner: dict[str, Any], interval: float):
+        self.path, self._next_path, self._owner, self._interval = path, next_path, owner, interval
         self.is_lost = threading.Event()
+        """Set when another worker has taken the run."""
         self._ended = threading.Event()
-        self._count = 0
+        self._heartbeat = 0
         self._write({})
-        self._thread = threading.Thread(target=self._keep, name=f"lease of {path.name}", daemon=True)
+        self._thread = threading.Thread(
+            target=self._write_heartbeats, name=f"lease of {path.name}", daemon=True
+        )
         self._thread.start()
 
     def end(self, outcome: str, message: str = "") -> None:
-        """Write the outcome, so that the run is free at once, or done."""
+        """Write the outcome. Unless it is done, another worker may take the run at once."""
         self._ended.set()
         self._thread.join()
         self._write({"outcome": outcome, "message": message})
 
-    def _keep(self) -> None:
-        while not self._ended.wait(self._heartbeat):
-            if self._next.exists():
+    def _write_heartbeats(self) -> None:
+        while not self._ended.wait(self._interval):
+            if self._next_path.exists():
                 self.is_lost.set()
                 return
             with contextlib.suppress(OSError):  # a server that does not answer now
                 self._write({})
 
     def _write(self, more: dict[str, Any]) -> None:
-        self._count += 1
-        write_text(self.path, json.dumps({**self._owner, "heartbeat": self._count, **more}))
+        self._heartbeat += 1
+        write_text(self.path, json.dumps({**self._owner, "heartbeat": self._heartbeat, **more}))
 
 
 @cache

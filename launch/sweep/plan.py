@@ -16,31 +16,32 @@ from typing import Any
 
 from ...common.errors import UserError
 from ...common.files import make_folder, sync
+from ...evals.scaling.points import PLAN
 from .checks import launch_errors
-from .expand import PlannedRun, expand
+from .expand import PlannedRun
 from .spec import Sweep
 
 FORMAT = 1
-PLAN = "sweep.json"
 OWN = ("name", "family", "settings", "trunk", "branch_step", "save_at", "trial")
 """What the file of the sweep says about a run; the rest is computed from it."""
 
 
-def planned(sweep: Sweep) -> list[dict[str, Any]]:
-    """The runs of a sweep with their costs: those of its folder, if it holds this sweep, else computed now.
+def planned(sweep: Sweep, runs: list[PlannedRun]) -> list[dict[str, Any]]:
+    """The entries of a sweep's runs, with their costs: those of its folder, if it holds this sweep, else
+    computed now.
+
+    Args:
+        runs: of the sweep, from `expand`.
 
     Raises:
-        UserError: errors of the sweep; or its folder holds another.
+        UserError: errors of the launch; or the folder holds another sweep.
     """
-    runs = expand(sweep)
     if errors := dict.fromkeys(launch_errors(sweep, runs)):
         raise UserError.from_list(errors)
     path = Path(sweep.out) / PLAN
     if not path.exists():
         return _entries(runs)
-    document = json.loads(path.read_text())
-    _check_same(path, document, sweep, runs)
-    return document["runs"]
+    return _published(sweep, [_own(run) for run in runs])
 
 
 def sweep_id(folder: Path) -> str:
@@ -49,7 +50,10 @@ def sweep_id(folder: Path) -> str:
 
 
 def publish(sweep: Sweep, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Write the plan, unless another worker has; returns that of the folder.
+    """Write the plan, unless another worker has. Returns the entries in the folder.
+
+    Args:
+        runs: entries, from `planned`.
 
     Raises:
         UserError: the folder cannot be used, or holds another sweep.
@@ -66,7 +70,7 @@ def publish(sweep: Sweep, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     try:
         make_folder(folder)
         if path.exists():
-            return planned(sweep)
+            return _published(sweep, runs)
         if foreign := [entry.name for entry in folder.iterdir() if not entry.name.startswith(".")]:
             names = ", ".join(sorted(foreign)[:3])
             message = f"{folder} holds {names} and no {PLAN}; name a folder of the sweep's own"
@@ -77,7 +81,7 @@ def publish(sweep: Sweep, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         try:
             os.link(unfinished, path)  # fails if another worker was first
         except FileExistsError:
-            return planned(sweep)
+            return _published(sweep, runs)
         finally:
             unfinished.unlink()
     except OSError as error:
@@ -85,16 +89,25 @@ def publish(sweep: Sweep, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return runs
 
 
-def _check_same(path: Path, document: dict[str, Any], sweep: Sweep, runs: list[PlannedRun]) -> None:
-    saved = {entry["name"]: {key: entry.get(key) for key in OWN} for entry in document["runs"]}
-    new = {run.name: _own(run) for run in runs}
+def _published(sweep: Sweep, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The entries in the sweep's folder, which must be of these runs.
+
+    Raises:
+        UserError: the folder holds another sweep.
+    """
+    document = json.loads((Path(sweep.out) / PLAN).read_text())
+    saved, new = (
+        {entry["name"]: {key: entry.get(key) for key in OWN} for entry in entries}
+        for entries in (document["runs"], runs)
+    )
     different = [name for name in {**saved, **new} if saved.get(name) != new.get(name)]
     if document["sweep"].get("search") != sweep.model_dump(mode="json")["search"]:
         different.append("search")
     if different:
         more = f" and {len(different) - 1} more" if len(different) > 1 else ""
-        message = f"{path.parent} holds another sweep: {different[0]}{more} differ; name another folder"
+        message = f"{sweep.out} holds another sweep: {different[0]}{more} differ; name another folder"
         raise UserError("out", message)
+    return document["runs"]
 
 
 def _own(run: PlannedRun) -> dict[str, Any]:

@@ -24,7 +24,7 @@ import numpy as np
 
 from ...common.errors import missing_package_error
 from ...evals.output import table
-from ...evals.scaling.points import last_validation
+from ...evals.scaling.points import held_out_loss
 from .spec import Range, Search
 
 JOURNAL = "study.journal"
@@ -96,12 +96,11 @@ class Study:
         with self._lock:
             study = self._load(None)
             trial = self._trial(study, name)
-            if (
-                trial is None or trial.state.is_finished()
-            ):  # settings were never drawn, or a worker was killed
+            # None: the run failed before it was drawn. Finished: a worker that was killed then recorded it.
+            if trial is None or trial.state.is_finished():
                 return
-            score = math.inf if has_failed else self._score(name)
-            study.tell(trial.number, score if math.isfinite(score) else math.inf)
+            loss = None if has_failed else held_out_loss(self.folder / "runs" / name)
+            study.tell(trial.number, math.inf if loss is None else loss)
 
     def summary(self) -> str:
         """A table of the best runs with their settings."""
@@ -149,11 +148,6 @@ class Study:
         """Values of a trial's parameters: choices are stored as JSON."""
         is_range = {key: isinstance(among, Range) for key, among in self.search.settings.items()}
         return {key: value if is_range[key] else json.loads(value) for key, value in drawn.items()}
-
-    def _score(self, name: str) -> float:
-        """The loss of a finished run on held-out data; infinite without one."""
-        end = last_validation(self.folder / "runs" / name) or {}
-        return end.get("bits_per_byte", end.get("loss", math.inf))
 
 
 def _suggest(trial: Any, key: str, among: Range | list[Any]) -> Any:

@@ -40,6 +40,16 @@ def test_a_best_at_the_end_of_the_grid_shows_nothing(optimum: float):
     assert not narrow.holds
 
 
+def test_a_rule_whose_own_runs_diverged_is_said_to():
+    losses = {**curve(0.5).losses, 1: math.inf}
+    own = Curve("minGRU", 10**5, 10**6, dict.fromkeys(losses, 0.01), losses)
+    assert own.to_json()["excess"] is None
+    assert "At 100,000 parameters the rule's learning rate diverged or failed." in verdict([own], ["adamw"])
+    none = Curve("minGRU", 10**5, 10**6, own.rates, dict.fromkeys(losses, math.inf))
+    assert json.dumps(none.to_json(), allow_nan=False)
+    assert "nan" not in verdict([none], ["adamw"])
+
+
 def write_ladder(folder: Path, optimum: float = 1.0, sizes: int = 3) -> None:
     """A ladder whose runs are finished, except for the largest learning rate, at which runs failed."""
     runs = []

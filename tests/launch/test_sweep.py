@@ -197,8 +197,10 @@ def test_errors_of_a_sweep_come_before_training(tmp_path: Path, fields: dict[str
     ],
 )
 def test_processes_that_cannot_start_are_found_before_training(fields: dict[str, Any], message: str):
+    chosen = sweep(grid={"optim.lr": [1e-3]}, **fields)
+    runs = expand(chosen)
     with pytest.raises(UserError, match=message):
-        planned(sweep(grid={"optim.lr": [1e-3]}, **fields))
+        planned(chosen, runs)
 
 
 def test_a_corpus_that_cannot_be_opened_is_found_before_training(tmp_path: Path):
@@ -231,15 +233,15 @@ def test_settings_of_the_command_line_replace_those_of_the_file(
 
 def test_the_plan_is_the_same_for_all_workers_and_no_other_sweep(tmp_path: Path):
     first = sweep(out=str(tmp_path / "out"), ladder=LADDER)
-    runs = publish(first, planned(first))
-    assert publish(first, planned(first)) == runs
+    runs = publish(first, planned(first, expand(first)))
+    assert publish(first, planned(first, expand(first))) == runs
     for run in runs:
         assert run["parameters"]["all"] == pytest.approx(run["settings"]["model.num_parameters"], rel=0.02)
         steps = run["steps"] - run["branch_step"]
         assert run["flops"] == pytest.approx(run["flops_per_token"] * run["tokens"] * steps / run["steps"])
     other = sweep(out=str(tmp_path / "out"), ladder={**LADDER, "budgets": [4, 2]})
     with pytest.raises(UserError, match="holds another sweep"):
-        planned(other)
+        planned(other, expand(other))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").touch()
     with pytest.raises(UserError, match=r"holds thesis.txt and no sweep\.json"):
@@ -260,6 +262,16 @@ def test_plan_prints_runs_flops_and_hours_and_writes_nothing(
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_plan_of_a_search_that_draws_the_precision(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("optuna")
+    path = tmp_path / "sweep.yaml"
+    chosen = {"runs": 2, "settings": {"train.precision": ["fp32", "bf16"]}}
+    settings = {key: value for key, value in COMMON.items() if key != "train.precision"}
+    path.write_text(yaml.safe_dump({"out": str(tmp_path / "out"), "settings": settings, "search": chosen}))
+    main(["sweep", str(path), "--plan", "--tflops", "1"])
+    assert "2 runs" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", sorted(shipped_sweeps()))
 def test_shipped_sweeps_are_valid(name: str):
     assert len(expand(read_sweep(name))) >= 15
@@ -270,4 +282,4 @@ def test_shipped_sweeps_are_valid(name: str):
 def test_every_family_of_a_shipped_sweep_has_its_sizes(name: str, tmp_path: Path):
     shipped = read_sweep(name)
     shipped.out = str(tmp_path / "out")
-    assert all(run["flops"] > 0 for run in planned(shipped))
+    assert all(run["flops"] > 0 for run in planned(shipped, expand(shipped)))

@@ -134,7 +134,7 @@ def trained(folder: Path, retries: int = 0, workers: int = 1, runs: int = 20, **
         return [sys.executable, "-c", FAKE, str(folder / "runs" / run["name"]), str(recipe)]
 
     study = Study(folder, search(**fields), numbers(runs))
-    leases = Leases(folder / "leases", heartbeat=0.05)
+    leases = Leases(folder / "leases", interval=0.05)
     runner = Runner(folder, entries, {}, command, retries, leases, poll=0.02, study=study)
     threads = [threading.Thread(target=runner.work, args=(Hardware(str(i)),)) for i in range(workers)]
     for thread in threads:
@@ -194,14 +194,14 @@ def test_the_plan_of_a_search_is_that_of_no_other(tmp_path: Path):
         chosen = {"runs": 3, "settings": lr, **fields}
         return Sweep.model_validate({"out": str(tmp_path / "out"), "settings": common, "search": chosen})
 
-    runs = publish(sweep(), planned(sweep()))
+    runs = publish(sweep(), planned(sweep(), expand(sweep())))
     assert [run["trial"] for run in runs] == [0, 1, 2]
     assert all("optim.lr" not in run["settings"] for run in runs)
-    assert publish(sweep(), planned(sweep())) == runs
+    assert publish(sweep(), planned(sweep(), expand(sweep()))) == runs
     assert expand(sweep())[0].recipe.optim.lr == pytest.approx(10**-2.5)
     for other in (sweep(seed=1), sweep(runs=4), sweep(settings={"optim.lr": {"low": 1e-4, "high": 1.0}})):
         with pytest.raises(UserError, match="holds another sweep"):
-            planned(other)
+            planned(other, expand(other))
 
 
 def test_without_optuna_the_extra_is_named(monkeypatch: pytest.MonkeyPatch):

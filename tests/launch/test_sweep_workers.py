@@ -42,7 +42,7 @@ def runner(folder: Path, runs: list[dict[str, Any]], program: str = FAKE, **opti
         assert recipe.exists()
         return [sys.executable, "-c", program, str(folder), run["name"]]
 
-    leases = options.pop("leases", None) or Leases(folder / "leases", heartbeat=0.05)
+    leases = options.pop("leases", None) or Leases(folder / "leases", interval=0.05)
     return Runner(folder, runs, {}, command, options.pop("retries", 2), leases, poll=0.02)
 
 
@@ -149,7 +149,7 @@ def test_a_lease_expires_when_its_heartbeat_stands_still_on_the_observers_clock(
 
 
 def test_one_of_many_takes_a_run_and_learns_when_it_has_lost_it(tmp_path: Path):
-    leases = [Leases(tmp_path, heartbeat=0.02) for _ in range(8)]
+    leases = [Leases(tmp_path, interval=0.02) for _ in range(8)]
     states = [each.survey(["run"])["run"] for each in leases]
     taken = [each.take("run", state, "w") for each, state in zip(leases, states, strict=True)]
     (lease,) = [each for each in taken if isinstance(each, Lease)]

@@ -123,16 +123,15 @@ class KilledSweep:
         return True
 
     def _kill(self, fault: str) -> None:
-        """Kill at one worker, if it is alive and trains."""
-        trees = [tree for worker in self.workers if len(tree := _tree(worker.pid)) > 1]
+        """Kill one worker that trains, its training, or both."""
+        trees = [(worker, tree) for worker in self.workers if len(tree := _tree(worker.pid)) > 1]
         if not trees:
             return
-        worker, *training = self.draw.choice(trees)
-        for process in {"worker": [worker], "training": training, "both": [worker, *training]}[fault]:
+        worker, tree = self.draw.choice(trees)
+        for process in {"worker": tree[:1], "training": tree[1:], "both": tree}[fault]:
             _kill(process)
         if fault != "training":
-            with_status = next(each for each in self.workers if each.pid == worker.pid)
-            with_status.wait()
+            worker.wait()
         self.kills[fault] += 1
 
 

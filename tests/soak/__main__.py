@@ -24,7 +24,6 @@ must be equal. Writes evals/results/soak.json. The exit status is 1 if anything 
 disk need a C compiler.
 """
 
-import argparse
 import json
 import re
 import shutil
@@ -35,13 +34,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from disturbed import ENVIRONMENT, EVAL_EVERY, REPOSITORY, WEIGHTS, DisturbedRun, command
+from disturbed import ENVIRONMENT, EVAL_EVERY, WEIGHTS, DisturbedRun, command
+from results import origin, soak_parser
 from tqdm import tqdm
 
 from minrnn.common.files import write_json
-from minrnn.evals.record import commit, machine, versions
 from minrnn.pipeline.checkpoint import checkpoint_paths
 
 MAY_DIFFER = {"run.dir", "train.steps", "optim.schedule_steps"}  # settings
@@ -95,23 +93,17 @@ def differences(disturbed: Path, undisturbed: Path) -> list[str]:
 
 def main() -> int:
     """Train under faults, train undisturbed, compare, write the results. Returns the exit status."""
-    parser = argparse.ArgumentParser(
-        "python tests/soak", description="Train under random faults; compare with an undisturbed run."
+    parser = soak_parser(
+        "python tests/soak",
+        "Train under random faults; compare with an undisturbed run.",
+        "corpus, model and faults",
+        "soak.json",
     )
     parser.add_argument(
         "--minutes", type=float, default=30, help="for the disturbed run (default: %(default)s)"
     )
     parser.add_argument(
         "--kills", type=int, default=10**9, help="stop after this number of kill -9 (default: no limit)"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of corpus, model and faults (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=REPOSITORY / "evals" / "results" / "soak.json",
-        help="results (default: %(default)s)",
     )
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="minrnn-soak-"))
@@ -149,9 +141,7 @@ def main() -> int:
         "steps_repeated": sum(repeated),
         "checkpoints_refused": len(re.findall(r"is not used", soak.output())),
         "problems": [*soak.errors, *differences(soak.run, undisturbed)],
-        "commit": commit(),
-        "machine": machine(torch.device("cpu")),
-        "versions": versions(),
+        **origin(),
     }
     write_json(arguments.out, results)
     summary = {key: value for key, value in results.items() if key not in ("machine", "versions")}

@@ -6,21 +6,19 @@ done once, have begun no step again that was saved, and be equal to the run of a
 bit: losses, validations and weights. Writes the results; the exit status is 1 if anything differs.
 """
 
-import argparse
+import shutil
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
+from results import origin, soak_parser
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "shared"))
 from killed_sweep import KilledSweep, differences, start, start_steps, write_sweep
 
 from minrnn.common.files import write_json
-from minrnn.evals.record import commit, machine, versions
 
-REPOSITORY = Path(__file__).parents[2]
 LADDER: dict[str, Any] = {
     "sizes": ["12k", "24k"],
     "families": {"minGRU": {}, "minLSTM": {"model.cell": "minlstm"}},
@@ -29,15 +27,10 @@ LADDER: dict[str, Any] = {
 
 def main() -> int:
     """Train disturbed and undisturbed, compare, write the results. Returns the exit status."""
-    parser = argparse.ArgumentParser("python tests/soak/sweep.py", description="Kill a sweep's workers.")
-    parser.add_argument("--kills", type=int, default=20, help="of workers and runs (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the kills (default: %(default)s)")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=REPOSITORY / "evals" / "results" / "soak-sweep.json",
-        help="results (default: %(default)s)",
+    parser = soak_parser(
+        "python tests/soak/sweep.py", "Kill a sweep's workers.", "the kills", "soak-sweep.json"
     )
+    parser.add_argument("--kills", type=int, default=20, help="of workers and runs (default: %(default)s)")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="minrnn-sweep-"))
     out, undisturbed = folder / "killed", folder / "undisturbed"
@@ -59,13 +52,15 @@ def main() -> int:
         "runs": len(names),
         "starts": sum(len(start_steps(out / "logs" / f"{name}.log")) for name in names),
         "problems": problems,
-        "commit": commit(),
-        "machine": machine(torch.device("cpu")),
-        "versions": versions(),
+        **origin(),
     }
     write_json(arguments.out, results)
     print("\n".join([*problems, f"{results['kills']} kills, {len(problems)} problems; {arguments.out}"]))
-    return 1 if problems or results["kills"] < arguments.kills else 0
+    if problems or results["kills"] < arguments.kills:
+        print(f"the sweeps are in {folder}")
+        return 1
+    shutil.rmtree(folder)
+    return 0
 
 
 if __name__ == "__main__":
