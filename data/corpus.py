@@ -251,7 +251,7 @@ def open_text(spec: CorpusSpec, part: Split) -> LongText:
 
 
 def has_fewer_texts(spec: CorpusSpec, count: int) -> bool:
-    """Whether a corpus can be read from places within its text files (`open_text`), and has fewer than
+    """Whether a corpus is made of text files on this machine, which `open_text` reads, and has fewer than
     `count` documents that are not empty.
 
     Raises:

@@ -10,7 +10,7 @@ as in the published set-up.
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -19,7 +19,6 @@ from .chunk import Chunk, Lane, empty_chunk
 from .corpus import CorpusSpec, Split
 from .document_stream import DocumentStream
 from .read_ahead import encode_document
-from .row_filter import EVERY_ROW
 from .sources import TextFiles
 from .tokenizer import Encoder
 
@@ -156,8 +155,9 @@ def held_out_documents(
         if max_tokens is not None and total >= max_tokens:
             break
     if total == 0:
-        has_filter = replace(spec.rules, template=None) != EVERY_ROW
-        documents = f"document of {spec.corpus}" + (" that passes data.filter" if has_filter else "")
+        documents = f"document of {spec.corpus}"
+        if spec.rules.as_settings()["filter"]:
+            documents += " that passes data.filter"
         advice = "raise it, or name a corpus in data.validation"
         if isinstance(stream.shares.source, TextFiles):
             advice += ", or hold out the end of the text with data.order continuous"

@@ -92,8 +92,11 @@ class MinRNNTrainer(Trainer):
             batch without what is needed, or a checkpoint without the state of this layout.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"data_collator": default_data_collator, **kwargs})
+    def __init__(
+        self, model: Any = None, args: Any = None, data_collator: Any = None, *others: Any, **kwargs: Any
+    ) -> None:
+        # with a processing_class, Trainer's own default would be a collator that pads
+        super().__init__(model, args, data_collator or default_data_collator, *others, **kwargs)
         if errors := self._errors():
             raise ValueError("MinRNNTrainer: " + "; ".join(errors))
         self.data_collator = partial(with_labels, self.data_collator)  # workers may have to pickle it

@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -147,9 +148,7 @@ def run(arguments: argparse.Namespace, record: Record) -> None:
 def _run_contest(contest: Contest, documents: str) -> list[dict[str, Any]]:
     arguments, loaders = contest.arguments, []
     makers: dict[str, Callable[[], Turn]] = {
-        f"{name}, {count} worker(s)": lambda corpus=corpus, count=count: _loader(
-            contest, corpus, count, loaders
-        )
+        f"{name}, {count} worker(s)": partial(_loader, contest, corpus, count, loaders)
         for name, corpus in (("minrnn", contest.file), ("prepared", _prepared(contest)))
         for count in arguments.workers
     }

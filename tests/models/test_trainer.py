@@ -16,7 +16,14 @@ from helpers import VOCAB, new_model, random_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
 
 from minrnn.models import TorchRNNConfig, TorchRNNForCausalLM
 from minrnn.models.trainer import MinRNNTrainer, TextLanes
@@ -270,6 +277,12 @@ def test_other_datasets_and_models_that_are_refused(tmp_path):
         trainer_of(tmp_path, llama)
     with pytest.raises(ValueError, match=r": auto_.*; ignore_.*; TextLanes has 2 lanes"):
         trainer_of(tmp_path, auto_find_batch_size=True, ignore_data_skip=True, per_device_train_batch_size=1)
+
+
+def test_arguments_may_be_positional_as_those_of_trainer(tmp_path):
+    lanes = TextLanes(TEXTS, LANES, TIME)
+    trainer = MinRNNTrainer(new_model(), arguments(tmp_path, max_steps=1), default_data_collator, lanes)
+    assert list(train(trainer)) == [1]
 
 
 def test_a_batch_says_where_documents_start(tmp_path):
