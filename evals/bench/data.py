@@ -11,7 +11,8 @@
 All contenders of a section read the same text, with the same tokenizer, as documents of one length: short
 (about 1,000 characters) or long (about a million); own stands for the corpus's own documents. Rates are in
 tokens per second. A loader reads ahead during the turns of others, so as many tokens as it can hold ready are
-taken before the clock starts.
+taken before the clock starts. The default shape of a chunk is that of the recipe fineweb-350m; a smaller one
+costs more per token, since each chunk carries the position of every lane.
 """
 
 import argparse
@@ -54,6 +55,7 @@ TRAINING, RAW, ALONE, QUICKSTART = "training step", "raw read", "encode_batch", 
 TOKENIZERS = (BYTES, "bpe")
 LOGGED = 5  # steps of a line of the quickstart's metrics.jsonl
 MAP_BATCH = 64  # documents that datasets tokenizes at a time
+TRAINED = 512  # tokens of a lane in a step of the demand
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,8 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--documents", default="all", help="short, long, own, separated by commas (default: short,long)"
     )
     parser.add_argument("--tokenizers", default="all", help="bytes, bpe (default: both)")
-    parser.add_argument("--lanes", type=int, default=8, help="rows of a chunk (default: %(default)s)")
-    parser.add_argument("--chunk", type=int, default=512, help="tokens of a row (default: %(default)s)")
+    parser.add_argument("--lanes", type=int, default=16, help="rows of a chunk (default: %(default)s)")
+    parser.add_argument("--chunk", type=int, default=4096, help="tokens of a row (default: %(default)s)")
     parser.add_argument("--workers", default="0,1,2", help="worker processes to try (default: %(default)s)")
     parser.add_argument(
         "--window", type=int, default=1024, help="documents that are shuffled together (default: %(default)s)"
@@ -288,13 +290,13 @@ def _datasets(contest: Contest) -> Iterator[torch.Tensor]:
 
 
 def _training(arguments: argparse.Namespace) -> Turn:
-    """A turn of training steps of our default model, on chunks of this size."""
+    """A turn of training steps of our default model, with these lanes, on chunks of at most TRAINED tokens;
+    its seconds are those of a whole chunk."""
     names = ("params", "layers", "dtype", "device", "threads", "seed", "min_seconds", "compile")
     spec = {"family": "minrnn", **{name: getattr(arguments, name) for name in names}}
-    work = TrainingWork(
-        {**spec, "batch": arguments.lanes, "length": arguments.chunk, "chunk": arguments.chunk}
-    )
-    return lambda: {"seconds": work.turn()["seconds"]}
+    length = min(arguments.chunk, TRAINED)  # a step takes time in proportion to its tokens
+    work = TrainingWork({**spec, "batch": arguments.lanes, "length": length, "chunk": length})
+    return lambda: {"seconds": work.turn()["seconds"] * arguments.chunk / length}
 
 
 def _waiting(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -343,14 +345,26 @@ def _table(rows: list[dict[str, Any]], title: str) -> str:
 
 
 def draw(figure: Any, rows: list[dict[str, Any]]) -> None:
-    """Draw a bar for each contender."""
-    axes = figure.subplots()
-    shown = [row for row in rows if "tokens_per_second" in row]
-    names = [
-        ", ".join([row["contender"], *(row[key] for key in ("tokenizer", "documents") if key in row)])
-        for row in shown
-    ]
-    axes.barh(names, [row["tokens_per_second"] for row in shown])
-    axes.invert_yaxis()
-    axes.set_xscale("log")
-    axes.set_xlabel("tokens/s")
+    """Draw a panel for each tokenizer and length of documents: a bar for each contender, and the demand."""
+    demand = [row for row in rows if row["section"] == "demand"]
+    panels: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["section"] == "data":
+            panels.setdefault(f"{row['tokenizer']}, {row['documents']} documents", []).append(row)
+    num_rows, num_columns = max(-(-len(panels) // 2), 1), min(max(len(panels), 1), 2)
+    figure.set_size_inches(12, 1 + 3.2 * num_rows)
+    all_axes = figure.subplots(num_rows, num_columns, sharex=True, squeeze=False).flat
+    for axes, (title, of_panel) in zip(all_axes, panels.items(), strict=False):
+        bars = axes.barh(
+            [row["contender"] for row in of_panel], [row["tokens_per_second"] for row in of_panel]
+        )
+        axes.bar_label(bars, [si(row["tokens_per_second"]) for row in of_panel], padding=3, fontsize=8)
+        for row in demand:
+            axes.axvline(row["tokens_per_second"], color="C3", linestyle="--", label=row["contender"])
+        axes.set(title=title, xlabel="tokens/s", xscale="log")
+        axes.margins(x=0.15)
+        axes.invert_yaxis()
+    if demand and panels:
+        figure.axes[0].legend(fontsize=8)
+    for axes in figure.axes[len(panels) :]:
+        axes.set_axis_off()
