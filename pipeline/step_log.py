@@ -39,7 +39,7 @@ def log_step(run: Run, entry: dict[str, Any], rates: Rates) -> None:
                 matmul_fraction=matmul_fraction,
                 waiting=data_seconds / rates.step_seconds,
                 peak_memory=memory,
-                seconds_left=seconds_left(run, rates.step_seconds),
+                seconds_left=seconds_left(run, rates.usual_step_seconds),
             )
         )
 

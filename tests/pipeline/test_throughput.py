@@ -18,15 +18,26 @@ def test_rates_are_means_since_the_last_line(monkeypatch: pytest.MonkeyPatch):
     clock = [100.0]
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: clock[0])
     measured = Throughput(tokens=1000)
-    for wait in (0.5, 0.0, 1.0, 0.5):
+    for wait, seconds in ((0.5, 5.0), (0.0, 1.0), (1.0, 1.0), (0.5, 1.0)):
         measured.add_wait(wait)
-        clock[0] += 2.0
+        clock[0] += seconds
     with measured.paused():
         clock[0] += 50.0
-    assert measured.measure(1800) == Rates(tokens_per_second=100.0, data_seconds=0.5, step_seconds=2.0)
-    measured.add_wait(0.25)
-    clock[0] += 1.0
-    assert measured.measure(1810) == Rates(tokens_per_second=10.0, data_seconds=0.25, step_seconds=1.0)
+    assert measured.measure(1800) == Rates(100.0, 0.5, step_seconds=2.0, usual_step_seconds=1.0)
+    for seconds in (3.0, 1.0):
+        measured.add_wait(0.25)
+        clock[0] += seconds
+    assert measured.measure(1840) == Rates(10.0, 0.25, step_seconds=2.0, usual_step_seconds=2.0)
+
+
+def test_a_single_first_step_is_the_usual_one(monkeypatch: pytest.MonkeyPatch):
+    clock = [100.0]
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: clock[0])
+    measured = Throughput(tokens=0)
+    for _ in range(2):
+        measured.add_wait(0.0)
+        clock[0] += 5.0
+        assert measured.measure(10).usual_step_seconds == 5.0
 
 
 def test_a_run_says_how_long_it_waits_for_data(
