@@ -10,9 +10,10 @@
 
 All contenders of a section read the same text, with the same tokenizer, as documents of one length: short
 (about 1,000 characters) or long (about a million); own stands for the corpus's own documents. Rates are in
-tokens per second. A loader reads ahead during the turns of others, so as many tokens as it can hold ready are
-taken before the clock starts. The default shape of a chunk is that of the recipe fineweb-350m; a smaller one
-costs more per token, since each chunk carries the position of every lane.
+tokens per second. A loader reads ahead after its turn: the next turn waits until that has ended, and as many
+tokens as a loader can hold ready are taken before its clock starts. The default length of a chunk is that of
+the recipe fineweb-350m; a shorter one costs more per token, since each chunk carries the position of every
+lane.
 """
 
 import argparse
@@ -38,7 +39,7 @@ from ...pipeline.metrics import read_metrics
 from ..output import si, table
 from .command import Settings, parse_counts
 from .data_texts import DOCUMENTS, texts_of, trained_bpe
-from .measure import Timing, Turn, failure_reason, round_robin
+from .measure import Timing, Turn, failure_reason, round_robin, when_idle
 from .record import Record
 from .train import TrainingWork, add_model_arguments, resolve_model
 
@@ -68,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--documents", default="all", help="short, long, own, separated by commas (default: short,long)"
     )
     parser.add_argument("--tokenizers", default="all", help="bytes, bpe (default: both)")
-    parser.add_argument("--lanes", type=int, default=16, help="rows of a chunk (default: %(default)s)")
+    parser.add_argument("--lanes", type=int, default=8, help="rows of a chunk (default: %(default)s)")
     parser.add_argument("--chunk", type=int, default=4096, help="tokens of a row (default: %(default)s)")
     parser.add_argument("--workers", default="0,1,2", help="worker processes to try (default: %(default)s)")
     parser.add_argument(
@@ -180,7 +181,7 @@ def _measure(
     failed: dict[str, Timing] = {}
     for name, make in makers.items():
         try:
-            turns[name] = make()
+            turns[name] = when_idle(make())
         except Exception as error:
             failed[name] = Timing(reason=failure_reason(error))
     with tqdm(total=arguments.rounds * len(turns), desc=f"data, {title}", leave=False) as bar:

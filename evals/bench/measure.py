@@ -9,14 +9,17 @@ warms up (compilation, autotuning, page faults) outside the clock. A contender t
 reason. One that has used up its time limit gets no more turns; the number of its rounds shows that.
 """
 
+import contextlib
 import importlib
 import importlib.util
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import psutil
 import torch
 
 from ...common.output import warn
@@ -24,6 +27,7 @@ from ...models.dtypes import DTYPES as ALL_DTYPES
 from ...pipeline.machine import CHOICES, choose_precision, device_name, measure_rates
 from ..memory import synchronize
 
+IDLE_PERIOD, IDLE_LIMIT = 0.2, 20.0  # seconds, of `when_idle`
 DTYPES = {name: ALL_DTYPES[name] for name in CHOICES}
 
 
@@ -168,6 +172,30 @@ def round_robin(turns: Mapping[str, Turn], rounds: int, limit: float, bar: Any) 
             timing.seconds.append(result.pop("seconds"))
             timing.extra = {key: max(value, timing.extra.get(key, value)) for key, value in result.items()}
     return timings
+
+
+def when_idle(turn: Turn) -> Turn:
+    """The same turn, begun when this process and its workers use less than a fifth of a core, so have finished
+    what the turns before it have left; or after IDLE_LIMIT."""
+
+    def begin() -> dict[str, float]:
+        end, before = time.monotonic() + IDLE_LIMIT, -math.inf
+        while (now := _seconds_used()) - before > 0.2 * IDLE_PERIOD and time.monotonic() < end:
+            before = now
+            time.sleep(IDLE_PERIOD)
+        return turn()
+
+    return begin
+
+
+def _seconds_used() -> float:
+    """Processor time of this process and those below it, in seconds."""
+    current, seconds = psutil.Process(), 0.0
+    for process in (current, *current.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+            times = process.cpu_times()
+            seconds += times.user + times.system
+    return seconds
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,10 @@
 """Rotation of turns, ceilings, failure reasons, and contenders in processes of their own."""
 
 import math
+import subprocess
+import sys
 
+import psutil
 import pytest
 import torch
 
@@ -13,6 +16,7 @@ from minrnn.evals.bench.measure import (
     failure_reason,
     peer_module,
     round_robin,
+    when_idle,
     without_preparation,
 )
 from minrnn.evals.bench.worker import ProcessWork, run_contest
@@ -123,3 +127,15 @@ def test_a_table_shows_reasons():
         rows, {"": lambda row: row["contender"], "rate": lambda row: si(row["rate"], "B/s")}, "title"
     )
     assert text.splitlines()[1:] == ["title", "     rate", "a   2GB/s", "bc  - needs CUDA"]
+
+
+def test_a_turn_waits_for_workers_that_are_busy():
+    code = "import time\nend = time.process_time() + 1.5\nwhile time.process_time() < end: pass\ninput()"
+    worker = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
+    try:
+        ends = []
+        when_idle(lambda: ends.append(psutil.Process(worker.pid).cpu_times().user) or {})()
+        assert ends[0] >= 1.4
+    finally:
+        worker.kill()
+        worker.communicate()
