@@ -175,12 +175,12 @@ def round_robin(turns: Mapping[str, Turn], rounds: int, limit: float, bar: Any) 
 
 
 def when_idle(turn: Turn) -> Turn:
-    """The same turn, begun when this process and its workers use less than a fifth of a core, so have finished
-    what the turns before it have left; or after IDLE_LIMIT."""
+    """The same turn, begun when this process and its workers use hardly any processor time, so have
+    finished what the turns before it have left; or after IDLE_LIMIT."""
 
-    def begin() -> dict[str, float]:
+    def begin() -> Mapping[str, float]:
         end, before = time.monotonic() + IDLE_LIMIT, -math.inf
-        while (now := _seconds_used()) - before > 0.2 * IDLE_PERIOD and time.monotonic() < end:
+        while (now := _seconds_used()) - before > 0.1 * IDLE_PERIOD and time.monotonic() < end:
             before = now
             time.sleep(IDLE_PERIOD)
         return turn()

@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+import time
 
 import psutil
 import pytest
@@ -132,10 +133,12 @@ def test_a_table_shows_reasons():
 def test_a_turn_waits_for_workers_that_are_busy():
     code = "import time\nend = time.process_time() + 1.5\nwhile time.process_time() < end: pass\ninput()"
     worker = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
+    process, used = psutil.Process(worker.pid), []
     try:
-        ends = []
-        when_idle(lambda: ends.append(psutil.Process(worker.pid).cpu_times().user) or {})()
-        assert ends[0] >= 1.4
+        while sum(process.cpu_times()[:2]) < 0.1:
+            time.sleep(0.01)
+        when_idle(lambda: used.append(sum(process.cpu_times()[:2])) or {})()
+        assert used[0] >= 1.4
     finally:
         worker.kill()
         worker.communicate()
