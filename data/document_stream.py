@@ -9,6 +9,7 @@ and its k-th document is always the same. So a few numbers identify a document, 
 most W documents.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,8 +17,10 @@ from typing import Any
 import numpy as np
 
 from .corpus import CorpusSpec, Split, has_fixed_parts, open_source
-from .hold_out import held_out_parts, is_held_out
+from .hold_out import are_held_out, held_out_parts, is_held_out
 from .parts import Shares, divide
+from .prepared.source import PreparedCorpus
+from .prepared.table import Table, joined
 from .sources import Document, Part, Position
 
 
@@ -38,7 +41,7 @@ class Window:
     """W documents (fewer at the end of an epoch) in the order in which they are read."""
 
     address: WindowAddress
-    documents: list[Document]
+    documents: list[Document] | Table
     next_address: WindowAddress
     num_skipped: int
     num_filtered: int = 0
@@ -80,7 +83,8 @@ class DocumentStream:
         self.shares, self._by_hash = open_shares(spec, part, num_readers)
         self.num_read = 0
         """Documents read so far, those of other parts of the corpus included."""
-        self._documents: Iterator[Document] | None = None
+        self._documents: Iterator[Any] | None = None
+        """Documents of the shard that is being read; tables of them if the corpus is prepared."""
         self._next: WindowAddress | None = None
 
     def window(self, address: WindowAddress) -> Window:
@@ -89,21 +93,8 @@ class DocumentStream:
             self._order = self._shards(address.epoch)
             self._shard, self._index = address.shard, address.index
             self._documents = self._read(Position(address.index, address.hint))
-        documents: list[Document] = []
-        num_skipped = num_filtered = 0
-        while len(documents) < self.size:
-            document = next(self._documents, None)
-            if document is None:
-                self._shard, self._index = self._shard + 1, 0
-                if self._shard >= len(self._order):
-                    break
-                self._documents = self._read(Position())
-                continue
-            self._index, self.num_read = document.index + 1, self.num_read + 1
-            num_skipped += document.num_skipped
-            num_filtered += document.num_filtered
-            if not document.is_left_out and self.is_in_part(document):
-                documents.append(document)
+        is_prepared = isinstance(self.shares.source, PreparedCorpus)
+        documents, num_skipped, num_filtered = self._take_table() if is_prepared else self._take_documents()
         if self._shard >= len(self._order):
             next_address, self._next = WindowAddress(address.epoch + 1), None
         else:
@@ -116,8 +107,54 @@ class DocumentStream:
             )
         if self.seed is not None:
             generator = np.random.default_rng([self.seed, self.reader, address.epoch, address.number])
-            documents = [documents[i] for i in generator.permutation(len(documents))]
+            order = generator.permutation(len(documents))
+            documents = (
+                documents.take(order) if isinstance(documents, Table) else [documents[i] for i in order]
+            )
         return Window(address, documents, next_address, num_skipped, num_filtered)
+
+    def _take_documents(self) -> tuple[list[Document], int, int]:
+        """The next documents, at most a window, and the numbers of parts that were left out among them as
+        broken and by `data.filter`."""
+        assert self._documents is not None
+        documents: list[Document] = []
+        num_skipped = num_filtered = 0
+        while len(documents) < self.size and self._shard < len(self._order):
+            document = next(self._documents, None)
+            if document is None:
+                self._begin_next_shard()
+                continue
+            self._index, self.num_read = document.index + 1, self.num_read + 1
+            num_skipped += document.num_skipped
+            num_filtered += document.num_filtered
+            if not document.is_left_out and self.is_in_part(document):
+                documents.append(document)
+        return documents, num_skipped, num_filtered
+
+    def _take_table(self) -> tuple[Table | list[Document], int, int]:
+        """As `_take_documents`, of a prepared corpus."""
+        assert self._documents is not None
+        tables: list[Table] = []
+        num_taken = num_skipped = num_filtered = 0
+        while num_taken < self.size and self._shard < len(self._order):
+            table: Table | None = next(self._documents, None)
+            if table is None:
+                self._begin_next_shard()
+                continue
+            rows = np.flatnonzero(self._are_in_part(table))[: self.size - num_taken]
+            num_taken += len(rows)
+            end = int(rows[-1]) + 1 if num_taken == self.size else len(table)
+            if end < len(table):
+                self._documents = itertools.chain([table[end:]], self._documents)
+            self._index, self.num_read = int(table.indices[end - 1]) + 1, self.num_read + end
+            num_skipped += int(table.num_skipped[:end].sum())
+            num_filtered += int(table.num_filtered[:end].sum())
+            tables.append(table.take(rows))
+        return joined(tables) if tables else [], num_skipped, num_filtered
+
+    def _begin_next_shard(self) -> None:
+        self._shard, self._index = self._shard + 1, 0
+        self._documents = self._read(Position())
 
     @property
     def is_as_before(self) -> bool:
@@ -135,9 +172,14 @@ class DocumentStream:
         generator = np.random.default_rng([self.seed, self.reader, epoch, 0, 1])
         return [parts[i] for i in generator.permutation(len(parts))]
 
-    def _read(self, position: Position) -> Iterator[Document]:
-        if self._shard < len(self._order):  # a reader may own nothing
-            yield from self.shares.read(self._order[self._shard], position)
+    def _read(self, position: Position) -> Iterator[Any]:
+        """The documents of the current shard, or tables of them."""
+        if self._shard >= len(self._order):  # a reader may own nothing
+            return iter(())
+        source, part = self.shares.source, self._order[self._shard]
+        if isinstance(source, PreparedCorpus):
+            return source.read_tables(part, position)
+        return self.shares.read(part, position)
 
     def is_in_part(self, document: Document) -> bool:
         """Whether a document that is not left out belongs to the part that is read."""
@@ -145,6 +187,13 @@ class DocumentStream:
             return True
         text = document.prepared.digest if document.prepared else document.text or ""
         return is_held_out(text, self.spec.held_out) == (self.part == "validation")
+
+    def _are_in_part(self, table: Table) -> np.ndarray:
+        """Which documents of a table are not left out and belong to the part that is read, bool [n]."""
+        if not self._by_hash:
+            return ~table.is_left_out
+        is_held_out = are_held_out(table.digest, self.spec.held_out)
+        return ~table.is_left_out & (is_held_out == (self.part == "validation"))
 
     def one_epoch(self) -> Iterator[Document]:
         """Every document once."""

@@ -11,6 +11,7 @@ otherwise. All of it is a function of the corpus and the recipe, the same for ev
 """
 
 import hashlib
+import math
 from typing import Literal
 
 import numpy as np
@@ -35,6 +36,12 @@ def is_held_out(text: str | int, fraction: float) -> bool:
     Depends on its text alone, so copies of a document are treated alike.
     """
     return (text_digest(text) if isinstance(text, str) else text) < fraction * 2**64
+
+
+def are_held_out(digests: np.ndarray, fraction: float) -> np.ndarray:
+    """As `is_held_out` of each digest, uint64 -> bool."""
+    limit = math.ceil(fraction * 2**64)  # exact, unlike a comparison with the float
+    return digests < np.uint64(limit) if limit < 2**64 else np.ones(len(digests), bool)
 
 
 def held_out_parts(

@@ -22,6 +22,7 @@ import numpy as np
 
 from .document_stream import DocumentStream, Window, WindowAddress
 from .files import convert_read_errors
+from .prepared.table import Table
 from .sources import Document
 from .tokenizer import Encoder
 from .worker_process import ADVICE, Job, WorkerProcess
@@ -37,6 +38,8 @@ def encode_documents(encoder: Encoder, documents: Sequence[Document]) -> list[np
         UserError: the tokenizer fails, or a document does not fit into memory; the message names the
             document.
     """
+    if isinstance(documents, Table):
+        return encoder.with_bounds(documents.tokens)
     encoded = iter(_encode_texts(encoder, [document for document in documents if document.prepared is None]))
     prepared = iter(
         encoder.with_bounds([document.prepared.tokens for document in documents if document.prepared])
@@ -68,9 +71,20 @@ def _encode_texts(encoder: Encoder, documents: Sequence[Document]) -> list[np.nd
         raise
 
 
-def _size(document: Document) -> int:
-    """Characters of a document, or tokens if it is prepared."""
-    return len(document.text or "") if document.prepared is None else len(document.prepared.tokens)
+Documents = collections.deque[Document] | Table
+
+
+def _divide(documents: Documents) -> tuple[list[Document] | Table, Documents]:
+    """The first group of some documents, and the others."""
+    if isinstance(documents, Table):
+        sizes = np.cumsum([len(tokens) for tokens in documents.tokens])
+        count = max(int(np.searchsorted(sizes, GROUP_CHARACTERS)), 1)
+        return documents[:count], documents[count:]
+    group, size = [], 0
+    while documents and (not group or size + len(documents[0].text or "") < GROUP_CHARACTERS):
+        group.append(documents.popleft())
+        size += len(group[-1].text or "")
+    return group, documents
 
 
 @dataclass
@@ -132,13 +146,13 @@ class GroupStream:
         number: int = 0,
         helpers: int = 0,
     ):
-        self._stream, self._window, self._number = stream, window, number
+        self._stream, self._encoder, self._window, self._number = stream, encoder, window, number
         source = stream.spec.corpus
         self._encoders: list[Callable[[list[Document]], list[np.ndarray]]] = [
             lambda documents: encode_documents(encoder, documents),
             *(TokenizingProcess(encoder, source).encode for _ in range(helpers)),
         ]
-        self._waiting: collections.deque[Document] | None = None
+        self._waiting: Documents | None = None
         self._put_back: collections.deque[Group] = collections.deque()
         self._ahead: collections.deque[Future] = collections.deque()
         self._last_read: Future = Future()
@@ -178,28 +192,25 @@ class GroupStream:
             done.set_exception(error)
             raise
         done.set_result(None)
-        if any(document.prepared is None for document in documents):
+        if isinstance(documents, Table):  # no work for another process
+            group.documents = encode_documents(self._encoder, documents)
+        else:
             group.documents = encode(documents)
-        else:  # no work for another process
-            group.documents = self._encoders[0](documents)
         return group
 
-    def _read(self) -> tuple[Group, list[Document]]:
+    def _read(self) -> tuple[Group, list[Document] | Table]:
         """The next group, still without tokens, and its documents."""
         skipped = filtered = 0
         if self._waiting is None:
             if isinstance(self._window, WindowAddress):
                 self._window = self._stream.window(self._window)
             skipped, filtered = self._window.num_skipped, self._window.num_filtered
-            self._waiting = collections.deque(self._window.documents[self._number :])
+            documents = self._window.documents[self._number :]
+            self._waiting = documents if isinstance(documents, Table) else collections.deque(documents)
             self._window.documents = []  # a text is freed when it has been tokenized
         window, first = self._window, self._number
         assert isinstance(window, Window)
-        documents, size = [], 0
-        while self._waiting and (not documents or size + _size(self._waiting[0]) < GROUP_CHARACTERS):
-            document = self._waiting.popleft()
-            documents.append(document)
-            size += _size(document)
+        documents, self._waiting = _divide(self._waiting)
         self._number += len(documents)
         is_last = not self._waiting
         if is_last:
@@ -208,7 +219,7 @@ class GroupStream:
             window.address,
             asdict(window.address),
             first,
-            [document.name for document in documents],
+            documents.names if isinstance(documents, Table) else [document.name for document in documents],
             [],
             is_last,
             window.next_address,

@@ -4,6 +4,8 @@ Shards, indices, names and hashes of the texts are those of the original corpus.
 documents, what is held out and every chunk are the same, and a position in one is a position in the other.
 """
 
+import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +16,9 @@ import numpy as np
 from ...common.errors import UserError
 from ...common.files import user_path
 from ..files import convert_read_errors
-from ..sources import Document, Part, Position, PreparedText
+from ..sources import Document, Part, Position
 from .manifest import check_source_fields, read_manifest, shard_name
+from .table import Table
 
 if TYPE_CHECKING:
     from ..corpus import CorpusSpec, Split
@@ -51,27 +54,30 @@ class _Shard:
         parts = [batch.column(name).to_numpy(zero_copy_only=False) for batch in self._batches]
         return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
-    def documents(self, chosen: np.ndarray) -> Iterator[tuple[str, int, int, bool, PreparedText]]:
-        """(name, skipped and filtered parts, whether it is left out, text) of documents, by their positions
-        in `index`, int64 increasing."""
+    def tables(self, chosen: np.ndarray, index: np.ndarray) -> Iterator[Table]:
+        """Documents, by their positions in `index`, int64 increasing; a table for each batch of the file.
+
+        Args:
+            index: of each in the part that is read, int64.
+        """
         import pyarrow as pa
 
-        columns = ("name", "num_skipped", "num_filtered", "is_left_out", "num_bytes", "digest")
+        columns = ("num_skipped", "num_filtered", "is_left_out", "num_bytes", "digest")
         rows = self.rows[chosen]
         edges = np.searchsorted(rows, self._starts)
         for number in np.flatnonzero(np.diff(edges)):
-            batch = self._batches[number]
-            offsets = rows[edges[number] : edges[number + 1]] - self._starts[number]
+            batch, of_batch = self._batches[number], slice(edges[number], edges[number + 1])
+            offsets = rows[of_batch] - self._starts[number]
             picked = pa.array(offsets)
             tokens = batch.column("tokens")
             values, ends = tokens.values.to_numpy(), tokens.offsets.to_numpy()
-            cells = [batch.column(column).take(picked).to_pylist() for column in columns]
             begins, stops = ends[offsets].tolist(), ends[offsets + 1].tolist()
-            for begin, stop, name, skipped, filtered, is_left_out, num_bytes, digest in zip(
-                begins, stops, *cells, strict=True
-            ):
-                text = PreparedText(values[begin:stop], num_bytes, digest)
-                yield name, skipped, filtered, is_left_out, text
+            yield Table(
+                batch.column("name").take(picked).to_pylist(),
+                [values[begin:stop] for begin, stop in zip(begins, stops, strict=True)],
+                index[of_batch],
+                *(batch.column(name).take(picked).to_numpy(zero_copy_only=False) for name in columns),
+            )
 
 
 @dataclass
@@ -135,23 +141,24 @@ class PreparedCorpus:
         return self.read_part(Part(shard), start)
 
     def read_part(self, part: Part, start: Position) -> Iterator[Document]:
+        return itertools.chain.from_iterable(self.read_tables(part, start))
+
+    def read_tables(self, part: Part, start: Position) -> Iterator[Table]:
+        """As `read_part`, in tables."""
         opened = self._open(part.shard)
         first, last, lines_before = 0, len(opened.index), 0
         if part.within is not None:
             first, last = np.searchsorted(opened.place, part.within).tolist()
             lines_before = self._lines_before(part)
         index = opened.index[first:last] - lines_before
-        is_chosen = (index >= start.index) & (index % part.step == part.first)
-        chosen = np.flatnonzero(is_chosen)
-        documents = opened.documents(chosen + first)
+        chosen = np.flatnonzero((index >= start.index) & (index % part.step == part.first))
+        places = iter(opened.place[chosen + first].tolist())
         with convert_read_errors(self.folder / shard_name(part.shard)):
-            for number, place, (name, skipped, filtered, is_left_out, text) in zip(
-                index[chosen].tolist(), opened.place[chosen + first].tolist(), documents, strict=True
-            ):
+            for table in opened.tables(chosen + first, index[chosen]):
                 if lines_before:  # as in a part of JSON lines, where the number of the line is unknown
-                    name = f"{name.rpartition(':')[0]}@{place}"
-                prepared = None if is_left_out else text
-                yield Document(None, name, number, skipped, filtered, prepared=prepared)
+                    names = [f"{name.rpartition(':')[0]}@{next(places)}" for name in table.names]
+                    table = dataclasses.replace(table, names=names)
+                yield table
 
     def _lines_before(self, part: Part) -> int:
         """What is subtracted from indices in the shard for those in a part."""

@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from data_helpers import FEW_EXAMPLES, some_texts, texts_of, write_corpus
 from hypothesis import given, settings
@@ -13,6 +14,7 @@ from minrnn.common.errors import UserError
 from minrnn.data import CorpusSpec, DocumentStream
 from minrnn.data import rows as rows_module
 from minrnn.data.corpus import Split
+from minrnn.data.hold_out import are_held_out, is_held_out
 
 
 def texts_in(spec: CorpusSpec, part: Split, num_readers: int = 1) -> Counter[str]:
@@ -67,3 +69,12 @@ def test_too_few_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert texts_in(spec, "validation") == texts_in(replace(spec, hold_out="documents"), "validation")
     with pytest.raises(UserError, match=r"data\.hold_out: shards would hold out 33% of the corpus"):
         DocumentStream(replace(spec, hold_out="shards"), "train", 0, 1, 8, 0)
+
+
+@given(fraction=st.floats(0, 1), draw=st.data())
+def test_digests_are_held_out_together_as_alone(fraction: float, draw: st.DataObject):
+    limit = min(int(fraction * 2**64), 2**64 - 2)
+    near = st.integers(max(limit - 2, 0), limit + 1)
+    digests = draw.draw(st.lists(st.integers(0, 2**64 - 1) | near, max_size=20))
+    together = are_held_out(np.array(digests, np.uint64), fraction)
+    assert together.tolist() == [is_held_out(digest, fraction) for digest in digests]
