@@ -239,7 +239,7 @@ def _ladder(ladder: Ladder, sweep: Sweep, builder: Builder) -> Iterator[Named]:
         common = {**sweep.settings, **own}
         recipe = builder.build({**common, **ANY_RUN})
         batch = recipe.batch
-        rule = ladder.rules.settings(size, batch.readers, batch.chunk * batch.backprop_chunks)
+        rule = ladder.rules_of(family).settings(size, batch.readers, batch.chunk * batch.backprop_chunks)
         rule["optim.lr"] *= factor
         settings = {**rule, **common}
         built = builder.build({**settings, **ANY_RUN})

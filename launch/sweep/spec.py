@@ -120,10 +120,30 @@ class Ladder(Section):
     lr_factors: list[Annotated[float, Field(gt=0)]] = Field(default=[1.0], min_length=1)
     """Of the rule's learning rate, to check it."""
     rules: Rules = Rules()
+    family_rules: dict[str, Rules] = {}
+    """Numbers of `rules` that differ for a family, by its name: {Llama: {lr: 6e-4}}."""
     branch: bool = True
     """Train each size once, to the largest budget, and branch the decays of the others off it: equal to
     direct runs to the bit, in less time."""
     _sorted = field_validator("budgets")(sorted)
+
+    def rules_of(self, family: str) -> Rules:
+        """The rules of a family."""
+        own = self.family_rules.get(family, Rules())
+        return self.rules.model_copy(update={name: getattr(own, name) for name in own.model_fields_set})
+
+    def errors(self) -> dict[str, str]:
+        errors = {}
+        for name in ("sizes", "budgets", "lr_factors"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                errors[name] = f"names a value twice: {values}"
+        for family in self.family_rules.keys() - self.families.keys():
+            hint = did_you_mean(
+                nearest_names(family, self.families), f"families are {', '.join(self.families)}"
+            )
+            errors[f"family_rules.{family}"] = f"names no family ({hint})"
+        return errors
 
 
 class Sweep(Section):
@@ -174,10 +194,8 @@ class Sweep(Section):
                 errors["search.runs"] = message
             if len(self.seeds) > 1:
                 errors["seeds"] = "must be one for a search, which trains each drawing once"
-        for name in ("sizes", "budgets", "lr_factors"):
-            values = getattr(self.ladder, name, [])
-            if len(set(values)) < len(values):
-                errors[f"ladder.{name}"] = f"names a value twice: {values}"
+        if self.ladder is not None:
+            errors |= {f"ladder.{key}": message for key, message in self.ladder.errors().items()}
         if len(set(self.seeds)) < len(self.seeds):
             errors["seeds"] = f"names a seed twice: {self.seeds}"
         return errors
@@ -233,12 +251,10 @@ def read_sweep(name: str, settings: dict[str, str] | None = None) -> Sweep:
 def _error(error: Any) -> tuple[str, str]:
     key = ".".join(map(str, error["loc"]))
     if error["type"] == "extra_forbidden":
-        known = {
-            "ladder": Ladder,
-            "rules": Rules,
-            "random": Random,
-            "search": Search,
-        }.get(str(error["loc"][-2]) if len(error["loc"]) > 1 else "", Sweep)
+        sections = {"ladder": Ladder, "rules": Rules, "random": Random, "search": Search}
+        known = sections.get(str(error["loc"][-2]) if len(error["loc"]) > 1 else "", Sweep)
+        if "family_rules" in error["loc"]:
+            known = Rules
         hint = did_you_mean(nearest_names(str(error["loc"][-1]), known.model_fields), "there is no such key")
         return key, f"unknown key ({hint})"
     if error["type"] == "missing":

@@ -98,6 +98,24 @@ def test_a_ladder_s_batch_has_the_tokens_of_the_rule_for_any_number_of_chunks():
     assert batches[4].tokens_per_step == pytest.approx(batches[1].tokens_per_step, rel=0.02)
 
 
+def test_a_family_s_rules_change_its_own_runs_only():
+    """And only the numbers that they name: the others are those of the ladder."""
+    lr, warmup = 0.01, LADDER["rules"]["warmup"]
+    families = {"minGRU": {}, "minLSTM": {"model.cell": "minlstm"}}
+    plain, changed = (
+        expand(sweep(ladder={**LADDER, "families": families, "family_rules": own}))
+        for own in ({}, {"minLSTM": {"lr": lr}})
+    )
+    for before, after in zip(plain, changed, strict=True):
+        if after.family == "minLSTM":
+            assert after.settings.pop("optim.lr") != before.settings.pop("optim.lr")
+            rules = Rules(lr=lr, warmup=warmup)
+            assert after.recipe.optim.lr == pytest.approx(
+                rules.learning_rate(after.settings["model.num_parameters"]), rel=1e-5
+            )
+        assert after.settings == before.settings
+
+
 @given(st.integers(2, 400), st.integers(2, 400), st.floats(0.01, 0.9), st.integers(0, 30))
 def test_schedules_agree_until_a_branch_begins(steps: int, more: int, fraction: float, warmup: int):
     config = OptimSection(schedule="wsd", decay_fraction=fraction, warmup_steps=warmup)
@@ -154,6 +172,14 @@ def test_the_rules_are_those_of_the_published_ladder():
         ({"ladder": {**LADDER, "families": {"a": {"optim.schedule": "cosine"}}}}, r"ladder\.branch: is for"),
         ({"ladder": {**LADDER, "families": {"a": {"train.steps": 5}}}}, r"train\.steps: follows from"),
         ({"ladder": {**LADDER, "budgets": [1, 1]}}, r"ladder\.budgets: names a value twice"),
+        (
+            {"ladder": {**LADDER, "family_rules": {"minGru": {}}}},
+            r"ladder\.family_rules\.minGru: names no family \(did you mean minGRU\?\)",
+        ),
+        (
+            {"ladder": {**LADDER, "family_rules": {"minGRU": {"lrr": 1}}}},
+            r"family_rules\.minGRU\.lrr: unknown key \(did you mean lr\?\)",
+        ),
         ({"ladder": {**LADDER, "size": [1]}}, r"ladder\.size: unknown key \(did you mean sizes\?\)"),
         (
             {"random": {"runs": 1, "settings": {"optim.lr": {"low": 2, "high": 1}}}},
