@@ -61,9 +61,12 @@ class Parameters:
         """Short contours, if there is room for all."""
         return self.distractor_dashes // self.distractor_length
 
-    def with_contours(self, length: int) -> "Parameters":
-        """The same with long contours of `length` dashes."""
-        return dataclasses.replace(self, contour_length=length)
+    def with_contours(self, length: int, distractor_dashes: int | None = None) -> "Parameters":
+        """The same with long contours of `length` dashes, and so many dashes that distract (None: the same
+        number)."""
+        if distractor_dashes is None:
+            distractor_dashes = self.distractor_dashes
+        return dataclasses.replace(self, contour_length=length, distractor_dashes=distractor_dashes)
 
 
 PATHFINDER_32 = Parameters(

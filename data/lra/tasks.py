@@ -141,28 +141,36 @@ class Pathfinder(PixelTask, GeneratedTask):
 
     contour_length: int = 14
     """Dashes of a long contour. Long Range Arena's easier sets have 6 and 9."""
+    distractor_dashes: int | None = None
+    """Dashes of all short contours together, at most; None for the published number."""
 
     NAME: ClassVar[str] = "pathfinder"
     LABELS: ClassVar[tuple[str, ...]] = ("apart", "joined")
-    GENERATOR_OPTIONS: ClassVar[tuple[str, ...]] = ("data_seed", "contour_length")
+    GENERATOR_OPTIONS: ClassVar[tuple[str, ...]] = ("data_seed", "contour_length", "distractor_dashes")
     SIZES: ClassVar[tuple[int, int, int]] = (160_000, 20_000, 20_000)
     SIDE: ClassVar[int] = 32
     PARAMETERS: ClassVar[pathfinder.Parameters] = pathfinder.PATHFINDER_32
 
     @property
     def source(self) -> dict[str, Any]:
-        return {**super().source, "contour_length": self.contour_length}
+        source = {**super().source, "contour_length": self.contour_length}
+        if self.distractor_dashes is not None:  # else as before there was a choice, for caches that exist
+            source["distractor_dashes"] = self.distractor_dashes
+        return source
 
     def errors(self) -> dict[str, str]:
         errors = super().errors()
         if not pathfinder.MIN_CONTOUR <= self.contour_length <= self.PARAMETERS.contour_length:
             limits = f"{pathfinder.MIN_CONTOUR} to {self.PARAMETERS.contour_length}"
             errors["contour_length"] = f"must be {limits}, not {self.contour_length}"
+        most = self.PARAMETERS.distractor_dashes
+        if self.distractor_dashes is not None and not 0 <= self.distractor_dashes <= most:
+            errors["distractor_dashes"] = f"must be 0 to {most}, not {self.distractor_dashes}"
         return errors
 
     def block(self, number: int) -> list[Example]:
         generator = np.random.default_rng([self.data_seed, number])
-        parameters = self.PARAMETERS.with_contours(self.contour_length)
+        parameters = self.PARAMETERS.with_contours(self.contour_length, self.distractor_dashes)
         drawings = [pathfinder.draw(parameters, generator) for _ in range(self.BLOCK)]
         return [((drawing.image.tobytes(),), drawing.label) for drawing in drawings]
 

@@ -150,6 +150,7 @@ def marker_components(labels: np.ndarray, marker: tuple[int, int], scale: int) -
 PARAMETERS = [
     pathfinder.PATHFINDER_32,
     *(pathfinder.PATHFINDER_32.with_contours(length) for length in (3, 6, 9)),
+    pathfinder.PATHFINDER_32.with_contours(3, 0),
     pathfinder.PATHFINDER_128,
 ]
 

@@ -91,6 +91,11 @@ def errors(arguments: list[str]) -> str:
             "{contour_length: 2}",
             "of lra/pathfinder: contour_length: must be 3 to 14, not 2",
         ),
+        (
+            "lra/pathfinder",
+            "{distractor_dashes: 21}",
+            "of lra/pathfinder: distractor_dashes: must be 0 to 20, not 21",
+        ),
     ],
 )
 def test_wrong_tasks_for_a_classifier(run: Path, tasks: str, options: str, message: str):
