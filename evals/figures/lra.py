@@ -86,6 +86,14 @@ def write_results(name: str, recipe: str, folders: Sequence[Path]) -> None:
     learning_curves(by_experiment[experiment_of(recipe)], out.with_suffix(".png"))
 
 
+def draw_together(names: Sequence[str], recipe: str, picture: Path) -> None:
+    """Draw the curves of several names of one recipe in one picture, if all have results."""
+    files = [RESULTS / f"runs-lra-{name}.json" for name in names]
+    if all(file.exists() for file in files):
+        by_experiment, _ = pool([read_file(file, lambda source: None) for file in files])
+        learning_curves(by_experiment[experiment_of(recipe)], picture)
+
+
 def experiment_of(recipe: str) -> str:
     """The name of a recipe's task in published.yaml."""
     return recipe.replace("pathx", "path-x")
@@ -174,6 +182,9 @@ def main(argv: list[str]) -> None:
                 failures.append((folder.name, "failed; its messages are above"))
             if existing := [folder for folder in folders if steps_done(folder)]:
                 write_results(name, run["recipe"], existing)
+    for picture, names in yaml.safe_load(GRID.read_text()).get("pictures", {}).items():
+        if names_trained := [name for name in names if name in grid]:
+            draw_together(names, grid[names_trained[0]]["recipe"], RESULTS / f"runs-lra-{picture}.png")
     print(table(summary(grid, arguments.runs), COLUMNS, "Long Range Arena"))
     if failures:
         raise UserError.from_list(failures)

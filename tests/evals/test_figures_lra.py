@@ -16,7 +16,8 @@ from minrnn.evals.figures import lra
 from minrnn.evals.figures.lra import GRID, command_of, main
 from minrnn.pipeline.recipe import read_recipe
 
-RUNS = yaml.safe_load(GRID.read_text())["runs"]
+CONTENT = yaml.safe_load(GRID.read_text())
+RUNS = CONTENT["runs"]
 
 
 @pytest.mark.parametrize("name", sorted(RUNS))
@@ -26,6 +27,11 @@ def test_each_run_is_a_valid_recipe(name: str, tmp_path: Path):
     recipe = read_recipe(command[command.index("train") + 1 :])
     assert recipe.run.seed == 1
     assert recipe.data.task.get("folder", str(tmp_path)).startswith(str(tmp_path))
+
+
+def test_pictures_show_runs_of_one_recipe():
+    for names in CONTENT["pictures"].values():
+        assert len({RUNS[name]["recipe"] for name in names}) == 1
 
 
 def test_the_ablation_has_all_four_blocks():
@@ -81,6 +87,11 @@ def test_each_name_has_its_own_results_and_later_calls_keep_earlier_ones(trained
         "runs-lra-listops-short-mlp",
     ]
     assert re.search(r"listops-short-both +20, 20 +40.0, 40.0", capsys.readouterr().out)
+    names, picture = ["listops-short-mlp", "listops-short-both"], results / "several.png"
+    lra.draw_together([*names, "listops-short-none"], "lra-listops", picture)
+    assert not picture.exists()  # one of them has no results yet
+    lra.draw_together(names, "lra-listops", picture)
+    assert picture.exists()
 
 
 def test_a_run_that_fails_does_not_stop_the_others(trained, tmp_path: Path, capsys):
