@@ -234,8 +234,8 @@ def test_a_branch_is_created_from_main(run: Path, hub: LocalHub):
 
 def test_a_branch_is_named_and_not_empty(run: Path, hub: LocalHub, capsys):
     words = ["push", str(run), "--repo", "me/model", "--revision"]
-    for done in ("pushed to me/model, branch one, step 8", "me/model, branch one holds this model already"):
-        main([*words, "one"])
+    for done in ("pushed to me/model, branch a/b, step 8", "me/model, branch a/b holds this model already"):
+        main([*words, "a/b"])
         assert done in capsys.readouterr().out
     hub.requests.clear()
     with pytest.raises(SystemExit):
