@@ -13,3 +13,9 @@ def did_you_mean(names: Iterable[str], otherwise: str = "") -> str:
     """`did you mean A or B?`, or `otherwise` if there are no names."""
     suggested = " or ".join(names)
     return f"did you mean {suggested}?" if suggested else otherwise
+
+
+def counted(count: int, noun: str) -> str:
+    """`1 document`, `2,000 documents`; of a noun with a regular plural."""
+    sibilant = noun.endswith(("s", "x", "ch", "sh"))
+    return f"{count:,} {noun}" + ("" if count == 1 else "es" if sibilant else "s")

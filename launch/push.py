@@ -8,6 +8,7 @@ from ..common.errors import UserError
 from ..common.files import user_path
 from ..common.output import warn
 from ..pipeline.options import DTYPE_NAMES, add_trust, new_parser
+from ..pipeline.run_id import RUN_ID
 
 DESCRIPTION = """Push a model to the Hugging Face hub: weights, configuration, modeling code, tokenizer, model
 card, and of a run its training record (recipe without credentials and local paths, metrics, loss curve). The
@@ -62,16 +63,21 @@ def main(argv: list[str]) -> None:
     """Run `minrnn push`."""
     arguments = _parser().parse_args(argv)
     run = _run_of(arguments.model)
+    errors = [
+        (f"--{name}", "must not be empty; leave it out")
+        for name in ("revision", "license")
+        if getattr(arguments, name) == ""
+    ]
     if run is None:
-        errors = [
+        errors += [
             (f"--{name}", "is for a run; an export has its own, so leave it out")
             for name in ("step", "dtype", "license")
             if getattr(arguments, name) is not None
         ]
         if not arguments.model.is_dir():
             errors.append(("RUN", f"there is no folder {arguments.model}; name a run or an export"))
-        if errors:
-            raise UserError.from_list(errors)
+    if errors:
+        raise UserError.from_list(errors)
 
     import transformers
 
@@ -97,6 +103,6 @@ def main(argv: list[str]) -> None:
 def _run_of(path: Path) -> Path | None:
     """The run that a path names: its folder, or its model/. None for an export."""
     for folder in (path, path.resolve().parent) if path.resolve().name == "model" else (path,):
-        if (folder / "checkpoints").is_dir():
+        if (folder / "checkpoints").is_dir() or (folder / RUN_ID).is_file():  # a run that has saved nothing
             return folder
     return None

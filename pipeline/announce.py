@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from ..common.names import counted
 from ..common.output import warn
 from .config import OptimSection, Recipe
 from .data_order import order_note
@@ -27,7 +28,7 @@ def announce(run: Run, precision: PrecisionChoice) -> None:
     step_size = f"{batch.readers} x {batch.lanes} x {chunks}{batch.chunk} tokens a step"
     sharing = f"{run.engine.name}, " if layout.num_processes > 1 else ""
     sharing += f"{layout.context} to a sequence, " if layout.context > 1 else ""
-    device = f"{layout.num_processes} process(es) on {run.accelerator.device.type}"
+    device = f"{counted(layout.num_processes, 'process')} on {run.accelerator.device.type}"
     reason = f" ({precision.reason})" if precision.reason else ""
     begin = f"going on from step {run.step}" if run.step else "from the beginning"
     run.report(

@@ -22,6 +22,7 @@ from .model_section import NO_CONFIG_FIELDS, ModelSection
 from .push.settings import PushSection
 from .section import Section, expand_home
 from .source_settings import EXAMPLE, corpus_name, normalized_corpus, source_errors, with_source_commits
+from .tracking_store import uri_problem
 
 
 class RunSection(Section):
@@ -308,7 +309,7 @@ class TrackingSection(Section):
     """Tracking server or database; null for none. auto: the environment variable MLFLOW_TRACKING_URI, or
     sqlite:///mlflow.db. A relative database path stays relative to the folder where the run was started
     first."""
-    experiment: str = "minrnn"
+    experiment: str = Field(default="minrnn", min_length=1)
     """Name of the MLflow experiment, and of the project in W&B."""
     parent: str | None = Field(default=None, pattern=r"^[^'`]+$")
     """Name of the MLflow run in which this one is nested, with all others of the same name in the experiment
@@ -324,9 +325,12 @@ class TrackingSection(Section):
     the web service. Each needs the extra of its name (make setup-tensorboard)."""
 
     def errors(self) -> dict[str, str]:
-        if self.register is None or self.uri is not None:
+        if (uri := self.resolved_uri()) is None:
+            message = "names a model in MLflow's registry, but tracking.uri is null; leave one out"
+            return {} if self.register is None else {"register": message}
+        if (problem := uri_problem(uri)) is None:
             return {}
-        return {"register": "names a model in MLflow's registry, but tracking.uri is null; leave one out"}
+        return {"uri": problem if self.uri != "auto" else f"auto is MLFLOW_TRACKING_URI, which {problem}"}
 
     def resolved_uri(self) -> str | None:
         """`uri`, with auto resolved."""

@@ -9,6 +9,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from ..common.errors import StorageError, UserError
+from ..common.names import counted
 from ..common.output import warn
 from ..data import (
     AnyCorpus,
@@ -264,8 +265,8 @@ def prepare_held_out(
 def _held_out_summary(held_out: HeldOut, corpus: str, folder: Path) -> str:
     count, tokens = len(held_out.lengths), len(held_out.tokens)
     return (
-        f"validation: {count:,} documents of {corpus}, {tokens:,} tokens; {held_out.num_read:,} documents "
-        f"were read to find them; kept in {folder}"
+        f"validation: {counted(count, 'document')} of {corpus}, {tokens:,} tokens; "
+        f"{counted(held_out.num_read, 'document')} read for it; kept in {folder}"
     )
 
 

@@ -163,17 +163,23 @@ def find_checkpoint(run: Path, step: int | None) -> tuple[Path, dict[str, Any]]:
     Raises:
         UserError: there is no such run, or no such valid checkpoint.
     """
+    if not run.is_dir():
+        raise UserError("RUN", f"there is no folder {run}; name the folder of a run")
     folder = run / "checkpoints"
     if step is None:
         newest = newest_valid(folder, warn)
         if newest is None:
-            raise UserError("RUN", f"{run} holds no valid checkpoint")
+            raise UserError(
+                "RUN", f"{run} holds no valid checkpoint; name the folder of a run that has saved one"
+            )
         return newest
     path = folder / checkpoint_name(step)
+    available = ", ".join(sorted(p.name for p in folder.glob("step-*"))) or "none"
+    if not path.is_dir():
+        raise UserError("--step", f"{run} has no checkpoint of step {step}; those there: {available}")
     try:
         return path, read_manifest(path)
     except (OSError, ValueError) as error:
-        available = ", ".join(sorted(p.name for p in folder.glob("step-*"))) or "none"
         raise UserError("--step", f"{error}; checkpoints there: {available}") from None
 
 

@@ -7,6 +7,7 @@ steps after the first (which compiles) -> seconds per step x remaining steps and
 import time
 from collections.abc import Callable
 
+from ..common.names import counted
 from .config import Recipe
 from .run import Run
 from .run_log import in_words
@@ -36,8 +37,8 @@ class Forecast:
         seconds_per_step = (self._clock() - start) / (run.step - first)
         steps, validations = run.recipe.train.steps - run.step, validations_left(run.recipe, run.step)
         run.report(
-            f"step {run.step}: {in_words(seconds_left(run, seconds_per_step))} to go ({steps} steps, "
-            f"validation {validations} times)"
+            f"step {run.step}: {in_words(seconds_left(run, seconds_per_step))} to go "
+            f"({counted(steps, 'step')}, {counted(validations, 'validation')})"
         )
 
 

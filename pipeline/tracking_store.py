@@ -12,6 +12,7 @@ from .public import secret_parts, text_without_credentials, without_credentials
 
 NOTE = "mlflow.json"
 SQLITE = re.compile(r"(sqlite(?:\+\w+)?:///)([^?]+)(.*)")
+DATABRICKS = ("databricks", "databricks-uc", "uc")
 # Files beside a database.
 SQLITE_SUFFIXES = ("-journal", "-wal", "-shm", ".lock", ".building", ".building-journal")
 
@@ -68,6 +69,21 @@ def sqlite_file(uri: str) -> Path | None:
     """The file of a SQLite URI; None for any other URI."""
     match = SQLITE.fullmatch(uri)
     return Path(match[2]) if match and match[2] != ":memory:" else None
+
+
+def uri_problem(uri: str) -> str | None:
+    """Why MLflow cannot open a URI, or None. The text does not repeat the URI, which may hold a password.
+
+    A scheme that is not known here may be that of a plugin.
+    """
+    advice = "write sqlite:///FILE for a database, http://HOST:PORT for a server, or null for none"
+    if uri.startswith("sqlite"):
+        return None if SQLITE.fullmatch(uri) else f"is no SQLite database; {advice}"
+    if uri.partition(":")[0] in DATABRICKS or ("://" in uri and not uri.startswith("file:")):
+        return None
+    if os.environ.get("MLFLOW_ALLOW_FILE_STORE", "").lower() in ("true", "1"):
+        return None
+    return f"names no server (http://) but a folder, and MLflow no longer writes to folders; {advice}"
 
 
 def absolute_uri(uri: str) -> str:

@@ -61,7 +61,7 @@ RECALL = (
     "It remembers its context in a state of fixed size. It reads contexts of any length, but cannot repeat "
     "any part of a long one word by word, as attention can."
 )
-SCORES = "It was evaluated only as stated above."
+SCORES, NO_SCORES = "It was evaluated only as stated above.", "It was not evaluated."
 CODE_LICENCE = "The code in this repository (`*.py`) is part of `minrnn` and has the licence Apache-2.0."
 
 
@@ -138,7 +138,7 @@ def model_card(
         code,
         f"## Training data\n\n{sources_table(sources)}",
         *_evaluation(training, publication),
-        f"## Limits\n\n{_list(_limits(model, published))}",
+        f"## Limits\n\n{_list(_limits(model, published, training))}",
         f"## Licence\n\n{_licence(model, publication)}",
         f"## Training configuration\n\n```yaml\n{_configuration(published)}```",
     ]
@@ -227,12 +227,13 @@ def _evaluation(training: TrainingFacts, publication: Publication) -> list[str]:
     return ["\n\n".join(["## Evaluation", *parts])] if parts else []
 
 
-def _limits(model: ModelFacts, config: dict[str, Any]) -> list[str]:
+def _limits(model: ModelFacts, config: dict[str, Any], training: TrainingFacts) -> list[str]:
     data, batch = config["data"], config["batch"]
+    scores = SCORES if training.score or training.evaluations else NO_SCORES
     if is_labelled(data["corpus"]):
-        return [f"It knows only the labels of `{data['corpus']}`.", SCORES]
+        return [f"It knows only the labels of `{data['corpus']}`.", scores]
     if is_task(data["corpus"]):
-        return [f"It solves the synthetic task `{data['corpus']}`; it knows no language.", SCORES]
+        return [f"It solves the synthetic task `{data['corpus']}`; it knows no language.", scores]
     limits = [BASE_MODEL]
     if model.generation.has_state:
         limits.append(RECALL)
@@ -244,7 +245,7 @@ def _limits(model: ModelFacts, config: dict[str, Any]) -> list[str]:
     limits += [f"{model.cell}: {limit}." for limit in config["model"].get("limits") or []]
     if data["tokenizer"] == BYTES:
         limits.append("Its tokens are bytes, so it writes a character outside of ASCII in several steps.")
-    return [*limits, SCORES]
+    return [*limits, scores]
 
 
 def _licence(model: ModelFacts, publication: Publication) -> str:

@@ -37,6 +37,8 @@ class Pushed:
     kept_card: bool
     """A card that was written by hand stayed."""
     step: int | None
+    revision: str | None = None
+    """The branch; None for main."""
 
 
 def push_run(
@@ -104,12 +106,14 @@ def _commit(target: Target, staged: Path, options: PushOptions, message: str, st
         revision=options.revision,
         parent_commit=target.parent,
     )
-    return Pushed(target.repo, info.oid, info.oid != target.parent, target.keeps_card, step)
+    is_new = info.oid != target.parent
+    return Pushed(target.repo, info.oid, is_new, target.keeps_card, step, options.revision)
 
 
 def pushed_message(pushed: Pushed) -> str:
     """What a push did, in a line."""
-    done = f"pushed to {pushed.repo}" if pushed.is_new else f"{pushed.repo} holds this model already"
+    where = pushed.repo if pushed.revision is None else f"{pushed.repo}, branch {pushed.revision}"
+    done = f"pushed to {where}" if pushed.is_new else f"{where} holds this model already"
     at = f", step {pushed.step}" if pushed.step is not None else ""
     return f"{done}{at} (commit {pushed.commit[:7]})"
 

@@ -207,7 +207,7 @@ def stage_export(folder: Path, staged: Path) -> None:
     names = exported_files(folder)
     if not names or "config.json" not in names:
         message = f"{folder} is neither a run's folder nor an export of minrnn export, which lists its files"
-        raise UserError("RUN", message)
+        raise UserError("RUN", f"{message}; `hf upload` pushes other folders")
     for name in names:
         shutil.copyfile(folder / name, staged / name)
 

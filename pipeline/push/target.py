@@ -81,7 +81,8 @@ def name_problem(repo: str) -> str | None:
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        return f"{' '.join(str(error).split())} Write USER/NAME"
+        said = " ".join(str(error).split()).replace(" Use `repo_type` argument if needed.", "")
+        return f"{said} Write USER/NAME"
     return None
 
 

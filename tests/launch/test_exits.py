@@ -150,7 +150,7 @@ def test_home_in_the_arguments_of_commands(home: Path, export: Path, capsys: pyt
     assert (home / "page" / "report.md").exists()
     with pytest.raises(SystemExit):
         main(["export", "~/runs/none", "--out", "~/x"])
-    assert f"{home}/runs/none holds no valid checkpoint" in capsys.readouterr().err
+    assert f"there is no folder {home}/runs/none;" in capsys.readouterr().err
     assert not list((home / "work").iterdir()), "nothing is made in a folder named ~"
 
 

@@ -1,5 +1,6 @@
 """A wheel works in an environment that cannot see the checkout."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from local_hub import LocalHub
 
 REPOSITORY = Path(__file__).parents[2]
 NOT_COPIED = (".venv", ".git", "runs", "build", "__pycache__", "*.egg-info", "mlflow.db*")
@@ -63,8 +65,9 @@ def test_a_wheel_holds_the_files_that_commands_read_and_no_results(wheel: Path):
 
 
 @pytest.mark.slow
-def test_a_wheel_trains_and_generates_outside_the_checkout(environment: Path, tmp_path: Path):
+def test_a_wheel_trains_generates_and_pushes_outside_the_checkout(environment: Path, tmp_path: Path):
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    variables |= {"HF_HOME": str(tmp_path / "hf"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
 
     def run(program: str, *words: str) -> str:
         command = [str(environment / "bin" / program), *words]
@@ -79,8 +82,15 @@ def test_a_wheel_trains_and_generates_outside_the_checkout(environment: Path, tm
     assert version == "0.1.0"
     short = ("--train.steps", "20", "--data.validation_tokens", "2000", "--train.sample_tokens", "5")
     run("minrnn", "train", "--config", "quickstart", *short)
-    assert run(
-        "minrnn", "generate", "runs/quickstart", "--prompt", "def ", "--max-new-tokens", "5"
-    ).startswith("def ")
+    prompt = ("--prompt", "def ", "--max-new-tokens", "5", "--temperature", "0")
+    text = run("minrnn", "generate", "runs/quickstart", *prompt)
+    assert text.startswith("def ")
+    with LocalHub() as hub:
+        variables |= hub.environment()
+        assert "pushed to me/model, step 20" in run("minrnn", "push", "runs/quickstart", "--repo", "me/model")
+        files = hub.files("me/model")
+        assert {"model.safetensors", "modeling_minrnn.py", "README.md"} <= files.keys()
+        assert json.loads(files["training/run.json"])["step"] == 20
+        assert run("minrnn", "generate", "me/model", *prompt) == text
     assert "minrnn sweep" in run("minrnn", "--help")
     assert "parameters" in run("minrnn", "sweep", "demo", "--plan", "--tflops", "1")

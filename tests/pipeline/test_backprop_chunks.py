@@ -148,7 +148,7 @@ def test_the_forecast_counts_what_is_computed_twice(values: Values):
     values["batch"] |= {"readers": 1, "lanes": 2, "chunk": 50}
     values["train"] |= {"steps": 100, "eval_every": None}
     run = Steps(values, num_positions=1100 * 3)  # eleven steps' positions: three steps' work
-    assert run.take(5, 5) == ["step 5: about 3 min to go (95 steps, validation 1 times)"]
+    assert run.take(5, 5) == ["step 5: about 3 min to go (95 steps, 1 validation)"]
     assert run.recipe.batch.forward_passes == pytest.approx(2 - 1 / 3)
 
 

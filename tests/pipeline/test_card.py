@@ -76,6 +76,16 @@ def test_the_command_of_a_branch_s_card_reads_that_branch():
     assert commands[1].startswith("minrnn generate model ")
 
 
+def test_a_card_without_scores_says_so():
+    config = resolved_config(build_recipe({}))
+    for score, expected in (
+        ("", "It was not evaluated."),
+        (", 2.0", "It was evaluated only as stated above."),
+    ):
+        text = model_card("name", ModelFacts("mingru", 1), TrainingFacts(config, tokens=1, score=score))
+        assert expected in text
+
+
 def test_a_card_says_that_padding_is_read():
     config = resolved_config(build_recipe({}))
     for skips in (True, False):

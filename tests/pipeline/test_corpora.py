@@ -29,7 +29,7 @@ def test_validation_is_made_once_and_again_if_something_changed(
     monkeypatch.setattr(corpora, "make_held_out", lambda *a: calls.append(a) or original(*a))
     stop_at_step_7(values, run_recipe, monkeypatch)
     assert len(calls) == 1
-    assert "documents were read to find them; kept in" in capfd.readouterr().err
+    assert "documents read for it; kept in" in capfd.readouterr().err
     folder = run_recipe(values)
     assert len(calls) == 1, "a restart reads the file"
     assert len(list((folder / "validation").iterdir())) == 3

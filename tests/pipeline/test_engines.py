@@ -92,7 +92,7 @@ def test_a_run_resumes_with_other_engines_and_layouts(values: Values, run_recipe
     stages = [
         (zero(1), one_lane, "ZeRO-1"),
         (zero(3), one_lane, "ZeRO-3"),
-        (ddp(4), one_lane, "4 process(es) on cpu, DDP"),
+        (ddp(4), one_lane, "4 processes on cpu, DDP"),
         (ddp(2), ["--parallel.context", "2", *one_lane], "2 to a sequence"),
         (zero(2), ["--parallel.context", "2"], "ZeRO-2, 2 to a sequence"),
         (zero(0), one_lane, "ZeRO-0"),

@@ -39,7 +39,7 @@ def test_the_forecast_ignores_the_first_step(values: Values, done: int, log_ever
     run.step = done
     seconds = 2 * (100 - logged + 2 * 10)
     assert run.take(20, log_every) == [
-        f"step {logged}: {in_words(seconds)} to go ({100 - logged} steps, validation 2 times)"
+        f"step {logged}: {in_words(seconds)} to go ({100 - logged} steps, 2 validations)"
     ]
 
 
@@ -82,4 +82,4 @@ def test_every_run_reports_it_once(
     run_recipe(values)
     lines = [line for line in capsys.readouterr().err.splitlines() if "to go" in line]
     assert len(lines) == 1
-    assert re.fullmatch(r"step 2: about \d+ (s|min) to go \(10 steps, validation 2 times\)", lines[0].strip())
+    assert re.fullmatch(r"step 2: about \d+ (s|min) to go \(10 steps, 2 validations\)", lines[0].strip())

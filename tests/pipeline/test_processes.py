@@ -40,7 +40,7 @@ def test_two_processes_give_the_losses_of_one(values: Values, run_recipe: Run, t
     single = run_recipe(values)
     two = launch(recipe_file(values, tmp_path), "--run.dir", str(tmp_path / "two"), processes=2)
     assert two.returncode == 0, two.stderr[-3000:]
-    assert "2 process(es) on cpu, DDP, fp64" in two.stderr
+    assert "2 processes on cpu, DDP, fp64" in two.stderr
     for kind in ("train", "validation"):
         np.testing.assert_allclose(losses(tmp_path / "two", kind), losses(single, kind), rtol=1e-9)
     half = ("--run.dir", str(tmp_path / "half"))

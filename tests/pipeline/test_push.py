@@ -26,6 +26,7 @@ from minrnn.pipeline.push.errors import HubError
 from minrnn.pipeline.push.files import dataset_licences, published_line
 from minrnn.pipeline.push.target import MARKER, Identity, PushOptions, open_target
 from minrnn.pipeline.recipe import build_recipe
+from minrnn.pipeline.run_id import write_run_id
 
 OPTIONS = PushOptions("me/model")
 
@@ -231,6 +232,30 @@ def test_a_branch_is_created_from_main(run: Path, hub: LocalHub):
     assert b'"me/model", revision="step-4"' in hub.files("me/model", "step-4")["README.md"]
 
 
+def test_a_branch_is_named_and_not_empty(run: Path, hub: LocalHub, capsys):
+    words = ["push", str(run), "--repo", "me/model", "--revision"]
+    for done in ("pushed to me/model, branch a/b, step 8", "me/model, branch a/b holds this model already"):
+        main([*words, "a/b"])
+        assert done in capsys.readouterr().out
+    hub.requests.clear()
+    with pytest.raises(SystemExit):
+        main([*words, "", "--license", ""])
+    error = capsys.readouterr().err
+    assert "--revision: must not be empty" in error
+    assert "--license: must not be empty" in error
+    assert not hub.requests
+
+
+def test_a_run_without_a_checkpoint_is_a_run(tmp_path: Path, hub: LocalHub, capsys):
+    """It was stopped before its first save."""
+    write_run_id(tmp_path, "id")
+    for options, message in (([], "holds no valid checkpoint"), (["--step", "4"], "no checkpoint of step 4")):
+        with pytest.raises(SystemExit):
+            main(["push", str(tmp_path), "--repo", "me/model", *options])
+        assert message in capsys.readouterr().err
+    assert not hub.repositories
+
+
 def test_licences_of_datasets_are_those_of_the_hub(hub: LocalHub):
     hub.licences = {"me/books": "cc-by-4.0"}
     sources = [{"corpus": name, "commit": "0" * 40} for name in ("me/books", "me/gone")]
@@ -247,6 +272,7 @@ def test_licences_of_datasets_are_those_of_the_hub(hub: LocalHub):
         (PushOptions("you/model"), "hf_write", r"you is neither the user of this token .*; name me/model"),
         (PushOptions("a/b/c"), "hf_write", r"'a/b/c'.*Write USER/NAME"),
         (PushOptions("me/mo del"), "hf_write", "must use alphanumeric chars"),
+        (PushOptions("https://hub/me/model"), "hf_write", r"'https://hub/me/model'. Write USER/NAME"),
         (PushOptions("me/refused"), "hf_write", r"the hub refuses me/refused \(Invalid repo name"),
         (PushOptions("me/public", private=True), "hf_write", "me/public is public"),
         (PushOptions("me/public", revision="x" * 3, in_recipe=True), "hf_write", "push.overwrite: true"),

@@ -314,6 +314,40 @@ def test_the_environment_sets_the_tracking_uri_if_the_recipe_does_not(
     )
 
 
+@pytest.mark.parametrize(
+    "uri", ["localhost:5000", "me:secret@mlflow:5000", "mlruns", "./mlruns", "file:///tmp/x", "sqlite://a.db"]
+)
+def test_a_tracking_uri_that_mlflow_cannot_open_is_an_error_before_training(uri: str, monkeypatch):
+    monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE", raising=False)
+    (typed,) = errors(["--tracking.uri", uri])
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    (inherited,) = errors([])
+    for line in (typed, inherited):
+        assert line.startswith("error: tracking.uri: ")
+        assert "write sqlite:///FILE" in line
+        assert "secret" not in line
+    assert "MLFLOW_TRACKING_URI" in inherited
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "sqlite:///:memory:",
+        "sqlite+pysqlite:////a/b.db?x=1",
+        "postgresql://me:x@db/m",
+        "databricks",
+        "azureml://a",
+    ],
+)
+def test_tracking_uris_of_servers_and_databases_are_taken(uri: str):
+    assert read_recipe(["--tracking.uri", uri]).tracking.uri == uri
+
+
+def test_folders_are_taken_if_mlflow_may_write_to_them(monkeypatch):
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    assert read_recipe(["--tracking.uri", "mlruns"]).tracking.uri == "mlruns"
+
+
 def test_a_corpus_excludes_the_files_of_the_run(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     spec = corpus_spec(

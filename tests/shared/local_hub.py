@@ -120,7 +120,8 @@ class _Handler(BaseHTTPRequestHandler):
     do_HEAD = do_POST = do_PUT = do_DELETE = do_GET
 
     def _handle(self) -> None:
-        path = unquote(urlsplit(self.path).path)
+        quoted = urlsplit(self.path).path
+        path = unquote(quoted)
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if "chunked" in self.headers.get("Transfer-Encoding", ""):
             body = self._read_chunks()
@@ -133,7 +134,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._error(status, "", "a fault of the test")
             return
         with self.hub.lock:
-            self._route(path, body)
+            self._route(quoted, body)
 
     def _read_chunks(self) -> bytes:
         body = b""
@@ -144,6 +145,7 @@ class _Handler(BaseHTTPRequestHandler):
         return body
 
     def _route(self, path: str, body: bytes) -> None:
+        """Answer. The path is quoted, since the name of a branch may hold a slash."""
         for method, pattern, function in ROUTES:
             match = re.fullmatch(pattern, path)
             if match is not None and method == self.command.replace("HEAD", "GET"):
@@ -151,7 +153,7 @@ class _Handler(BaseHTTPRequestHandler):
                 if needs_write and not path.startswith("/lfs/") and self._role() != "write":
                     self._error(403 if self._role() else 401, "", "this token has no right to write")
                     return
-                function(self, body, **match.groupdict())
+                function(self, body, **{name: unquote(value) for name, value in match.groupdict("").items()})
                 return
         self._error(404, "", f"{self.command} {path} is not there")
 
