@@ -31,7 +31,7 @@ class Chunk:
     num_chunks: int = 1
     """Chunks of equal length that it holds."""
     distances: np.ndarray | None = None
-    """int64, as input_ids: how many positions back each answer lies, in the validation of tasks that say so."""
+    """int64, as input_ids: how many positions back each answer lies; only in the validation of some tasks."""
 
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled: ids as int16 if they fit, which takes 5 bytes per token instead of 17."""

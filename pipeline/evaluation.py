@@ -34,6 +34,7 @@ from ..data import (
 )
 from ..data.corpus import Split
 from ..data.synthetic import IN_DISTRIBUTION
+from ..data.synthetic.distance import NUM_DISTANCES, distance_powers
 from ..models import MinRNNCache
 from ..models.dtypes import at_least_fp32
 from .classification import open_labelled, score_labels
@@ -42,7 +43,6 @@ from .processes import ProcessLayout, all_reduce_max, all_reduce_sum, to_device
 from .source_settings import source_names
 
 ValidationSets = Sequence[ValidationSet] | Sequence[TaskValidation] | Sequence[LabelledSet]
-NUM_DISTANCES = 48  # powers of two
 PIECE = 8  # each process of a context group has a multiple of this many positions of a task's chunk
 
 
@@ -287,15 +287,14 @@ def _validate_task(
 
 
 def count_by_distance(chunk: Chunk, is_correct: np.ndarray) -> np.ndarray:
-    """Correct answers and all answers at distances from 2^i to 2^(i+1) - 1: int64 [NUM_DISTANCES, 2].
+    """Correct answers and all answers at distances from 2^i to 2^(i+1) - 1: fp64 [NUM_DISTANCES, 2].
 
     Args:
         chunk: with distances.
         is_correct: of each answer of the chunk, bool [answers].
     """
     assert chunk.distances is not None
-    distances = chunk.distances[chunk.shift_labels != IGNORE_INDEX]
-    powers = np.frexp(np.maximum(distances, 1))[1] - 1  # distances below 2^53 are exact
+    powers = distance_powers(chunk.distances[chunk.shift_labels != IGNORE_INDEX])
     columns = [np.bincount(powers, weights, NUM_DISTANCES) for weights in (is_correct, None)]
     return np.stack(columns, axis=1)
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from .task import Example, Task, unscored_labels
 
+NUM_DISTANCES = 48  # powers of two
 FRAME = 2  # positions of a segment before its first distance: `set` and the value
 
 
@@ -107,8 +108,13 @@ class Distant(Task):
 class DistantKey(Distant):
     """A key, told once at the start of a document and asked for at its end."""
 
-    most_segments: ClassVar[int] = 1
-    reads_of_segment: ClassVar[int] = 1
+    @property
+    def most_segments(self) -> int:
+        return 1
+
+    @property
+    def reads_of_segment(self) -> int:
+        return 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +138,11 @@ class DistantRegister(Distant):
         own = {name: getattr(self, name) for name in ("num_sets", "num_reads")}
         few = {name: f"must be at least 1, not {value}" for name, value in own.items() if value < 1}
         return super().errors() | few
+
+
+def distance_powers(distances: np.ndarray) -> np.ndarray:
+    """i for distances from 2^i to 2^(i+1) - 1, int64 [n]."""
+    return np.frexp(np.maximum(distances, 1))[1].astype(np.int64) - 1  # exact below 2^53
 
 
 def _log_uniform(generator: np.random.Generator, low: int, high: int, size: int | None = None) -> np.ndarray:

@@ -88,7 +88,8 @@ class TaskValidation:
     def num_positions(self) -> int:
         """Number of positions to read."""
         if self.piece is not None:
-            return sum(time * len(numbers) for length in self.lengths for numbers, time in self._groups(length))
+            groups = (group for length in self.lengths for group in self._groups(length))
+            return sum(time * len(numbers) for numbers, time in groups)
         return self._share * sum(length or self.task.max_train_length for length in self.lengths)
 
     @property
@@ -146,6 +147,8 @@ class TaskValidation:
                 generator, drawn = self._draw_length(length, number)
                 _write_example(chunk, row, self.task, generator, drawn, f"example {number}")
         chunk.document_starts[:, 0] = True
-        if self.piece is not None and (rows := [self.task.distances(ids) for ids in chunk.input_ids]):
-            chunk.distances = None if rows[0] is None else np.stack(rows)  # pyright: ignore[reportArgumentType]
+        if self.piece is not None:
+            rows = [self.task.distances(ids) for ids in chunk.input_ids]
+            given = [row for row in rows if row is not None]
+            chunk.distances = np.stack(given) if given else None
         return chunk
