@@ -209,9 +209,9 @@ def load_model(arguments: argparse.Namespace) -> tuple[MinRNNForCausalLM, Any]:
 
 
 def result_header(
-    command: str, argv: Sequence[str], model: MinRNNForCausalLM, document: LongDocument
+    command: str, argv: Sequence[str], model: MinRNNForCausalLM, text: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
-    """The head of the results: command, code, machine, model and document."""
+    """The head of the results: command, code, machine and model, then what is read: "document" or "task"."""
     config = {name: getattr(model.config, name) for name in type(model.config).__annotations__}
     device: torch.device = model.device
     return {
@@ -225,5 +225,5 @@ def result_header(
             "dtype": str(model.dtype).removeprefix("torch."),
             "config": config,
         },
-        "document": document.summary(),
+        **text,
     }
