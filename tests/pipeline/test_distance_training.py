@@ -84,14 +84,15 @@ def test_chunks_are_joined_for_long_documents_only():
 
 def learned(run_recipe: Run, folder: Path, **batch: Any) -> dict[str, Any]:
     """The last validation of a small model, with answers that lie 2 to 8 chunks back."""
-    task = {"min_distance": 64, "max_distance": 256, "num_values": 4, "num_reads": 4, "num_sets": 1}
+    task = {"min_distance": 64, "max_distance": 256, "num_values": 4, "num_reads": 4}
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "expansion_factor": 2, "intermediate_size": 0}
     values = {
         "run": {"dir": str(folder)},
-        "model": {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 0, "memory_length": 1000},
+        "model": {**shape, "memory_length": 1000},
         "data": {"corpus": "synthetic/distant-register", "task": task, "workers": 0},
         "batch": {"chunk": 32, **batch},
-        "optim": {"lr": 1e-2, "warmup_steps": 10},
-        "train": {"steps": 150, "log_every": 50, "precision": "fp32"},
+        "optim": {"lr": 5e-3},
+        "train": {"steps": 300, "log_every": 50, "precision": "fp32"},
         "tracking": {"uri": None},
     }
     return last_validation(run_recipe(values))
