@@ -55,7 +55,7 @@ def answers(model: MinRNNForCausalLM, cut: int | None) -> dict[int, list[tuple[b
     return found
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=3)
 @given(st.integers(1, 3000))
 def test_accuracies_are_those_of_whole_documents(piece: int):
     """For any size of pieces, carried and cut in one pass."""
@@ -73,6 +73,7 @@ def test_accuracies_are_those_of_whole_documents(piece: int):
             assert row["nats"][name] == pytest.approx(np.mean([nats for _, nats in own]))
 
 
+@settings(max_examples=15)
 @given(st.floats(-4, 8))
 def test_memory_lengths_are_those_of_the_decays(bias: float):
     model = tiny_model(conv_kernel=0)
@@ -88,7 +89,7 @@ def test_memory_lengths_are_those_of_the_decays(bias: float):
     torch.testing.assert_close(lengths, torch.full_like(lengths, 1 + np.exp(bias)), rtol=1e-4, atol=1e-4)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(st.integers(3, 150), st.integers(40, 500), st.booleans())
 def test_resetting_all_channels_is_a_cut_and_none_is_carrying(cut: int, piece: int, learn_h0: bool):
     model = tiny_model(conv_kernel=0, learn_h0=learn_h0)
