@@ -101,7 +101,7 @@ def measured_run(folder: Path, piece: int) -> dict[str, Any]:
         return json.loads(out.read_text())
     config = yaml.safe_load((folder / "config.yaml").read_text())
     data, chunk = config["data"], config["batch"]["chunk"]
-    model = require_state(load(str(folder), "fp32", "auto")[0])
+    model = require_state(load(str(folder), "fp32", "auto", spells_text=not is_task(data["corpus"]))[0])
     print(f"measuring {folder}", flush=True)
     if is_task(data["corpus"]):
         task = build_task(data["corpus"], data["task"])

@@ -253,7 +253,7 @@ def measure_task(
 ) -> dict[str, Any]:
     """Measure accuracy by distance on a task, write the file and draw it."""
     task = distance.stream_task(arguments)
-    model, tokenizer = documents.load_model(arguments)
+    model, tokenizer = documents.load_model(arguments, spells_text=False)
     distance.check_vocabulary(arguments.corpus, task, tokenizer)
     text = {"task": distance.task_summary(arguments.corpus, task)}
     result = documents.result_header("minrnn long-context", argv, model, text)
