@@ -30,6 +30,8 @@ class Chunk:
     """The reader's position after this chunk; JSON."""
     num_chunks: int = 1
     """Chunks of equal length that it holds."""
+    distances: np.ndarray | None = None
+    """int64, as input_ids: how many positions back each answer lies; only in the validation of some tasks."""
 
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled: ids as int16 if they fit, which takes 5 bytes per token instead of 17."""
@@ -55,7 +57,8 @@ class Chunk:
     def columns(self, select: Callable[[np.ndarray], np.ndarray], num_chunks: int) -> "Chunk":
         """The same with other columns: `select` of each array [lanes, time]."""
         arrays = {name: np.ascontiguousarray(select(getattr(self, name))) for name in ARRAYS}
-        return replace(self, **arrays, num_chunks=num_chunks)
+        distances = None if self.distances is None else np.ascontiguousarray(select(self.distances))
+        return replace(self, **arrays, num_chunks=num_chunks, distances=distances)
 
     def single_chunks(self) -> list["Chunk"]:
         """Its chunks in order of time, each with the position after the last."""

@@ -32,7 +32,7 @@ from .corpus import CorpusSpec
 from .lra import LabelledBatch, LabelledData
 from .mixture import MixtureReader, MixtureSpec
 from .reader import DocumentReader, ReaderSpec, WindowReader, corpus_tokens
-from .synthetic import TaskReader
+from .synthetic import StreamTaskReader, TaskReader
 from .worker_process import ADVICE, Job, WorkerProcess, next_ready
 
 Batch = Chunk | LabelledBatch
@@ -97,7 +97,12 @@ def open_readers(spec: ReaderSpec, share: Share, states: Sequence[dict[str, Any]
         opened = [spec.task.open_reader(reader, *shape, state) for reader, state in pairs]
     elif spec.task is not None:
         shape = (spec.lanes, spec.chunk, spec.seed)
-        opened = [TaskReader(spec.task, reader, *shape, state) for reader, state in pairs]
+        if spec.task.is_stream:
+            opened = [
+                StreamTaskReader(spec.task, reader, *shape, state, spec.num_chunks) for reader, state in pairs
+            ]
+        else:
+            opened = [TaskReader(spec.task, reader, *shape, state) for reader, state in pairs]
     else:
         assert isinstance(spec.corpus, CorpusSpec)
         tokens = corpus_tokens(spec.corpus, "train", spec.encoder)

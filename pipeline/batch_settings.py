@@ -47,7 +47,8 @@ def batch_errors(recipe: "Recipe") -> dict[str, str]:
     batch, data, family = recipe.batch, recipe.data, recipe.model.family
     if batch.backprop_chunks == 1:
         return {}
-    if is_task(data.corpus):
+    task = recipe.synthetic_task()
+    if is_task(data.corpus) and not (task and task.is_stream):
         reason = f"{data.corpus} has whole examples, none longer than a chunk"
     elif family not in CARRYING:
         reason = f"{family} has no state to carry from chunk to chunk"

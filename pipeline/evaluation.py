@@ -34,6 +34,8 @@ from ..data import (
 )
 from ..data.corpus import Split
 from ..data.synthetic import IN_DISTRIBUTION
+from ..data.synthetic.distance import NUM_DISTANCES, distance_powers
+from ..models import MinRNNCache
 from ..models.dtypes import at_least_fp32
 from .classification import open_labelled, score_labels
 from .config import Recipe
@@ -132,7 +134,14 @@ def validation_sets(recipe: Recipe, held_out: HeldOut | None, readers: range) ->
         return labelled.sets("validation", readers, batch.readers, batch.lanes)
     if (task := recipe.synthetic_task()) is not None:
         return [
-            TaskValidation(task, reader, batch.readers, batch.lanes, PIECE * recipe.parallel.context)
+            TaskValidation(
+                task,
+                reader,
+                batch.readers,
+                batch.lanes,
+                PIECE * recipe.parallel.context,
+                batch.chunk if task.is_stream else None,
+            )
             for reader in readers
         ]
     assert held_out is not None
@@ -161,7 +170,8 @@ def validate(
     """Mean loss in nats per token, bits per byte, and the number of tokens, over the sets of all processes.
 
     For a mixture, also the bits per byte of each source: `by_source`. For a synthetic task: loss and accuracy
-    at the lengths of training, and accuracy by length. For labelled examples: loss and accuracy
+    at the lengths of training, and accuracy by length; if its answers have distances, also accuracy by
+    distance, where "1024" stands for 1,024 to 2,047. For labelled examples: loss and accuracy
     (`score_labels`).
 
     Args:
@@ -174,7 +184,7 @@ def validate(
     if labelled := [part for part in sets if isinstance(part, LabelledSet)]:
         return score_labels(model, labelled, accelerator, after_chunk)
     if examples := [part for part in sets if isinstance(part, TaskValidation)]:
-        return _validate_task(model, examples, accelerator, layout, after_chunk)
+        return _validate_task(model, examples, accelerator, carry_state, layout, after_chunk)
     texts = [part for part in sets if isinstance(part, ValidationSet)]
     model.eval()
     sources = list(dict.fromkeys(part.source for part in texts))  # every process has a set of each
@@ -236,6 +246,7 @@ def _validate_task(
     model: nn.Module,
     sets: list[TaskValidation],
     accelerator: Accelerator,
+    carry_state: bool,
     layout: ProcessLayout,
     after_chunk: Callable[[], None],
 ) -> dict[str, Any]:
@@ -243,27 +254,59 @@ def _validate_task(
     collective match."""
     task, lengths = sets[0].task, sets[0].lengths
     sums = np.zeros((len(lengths), 3))  # correct, scored, nats
+    by_distance = np.zeros((NUM_DISTANCES, 2))  # correct, scored
     model.eval()
     for part in sets:
+        cache = None
         for length, chunk in part.chunks():
-            sums[lengths.index(length)] += _score(model, layout.piece(chunk), accelerator)
+            if chunk.document_starts[:, 0].any():
+                cache = None
+            chunk = layout.piece(chunk)
+            carries = carry_state and part.piece is not None
+            is_correct, nats, cache = _score(model, chunk, accelerator, cache, carries)
+            sums[lengths.index(length)] += is_correct.sum(), len(is_correct), nats
+            if chunk.distances is not None:
+                by_distance += count_by_distance(chunk, is_correct)
             after_chunk()
     model.train()
-    sums = np.reshape(all_reduce_sum(accelerator, sums.ravel().tolist()), sums.shape)
+    counts = all_reduce_sum(accelerator, [*sums.ravel().tolist(), *by_distance.ravel().tolist()])
+    by_distance = np.reshape(counts[sums.size :], by_distance.shape)
+    sums = np.reshape(counts[: sums.size], sums.shape)
     accuracies = dict(zip(lengths, (sums[:, 0] / sums[:, 1]).tolist(), strict=True))
     accuracy = accuracies.pop(IN_DISTRIBUTION)
+    distances = {str(2**i): correct / num for i, (correct, num) in enumerate(by_distance.tolist()) if num}
     return {
         "loss": float(sums[0, 2] / sums[0, 1]),
         "accuracy": accuracy,
         "accuracy_scaled": task.scaled_accuracy(accuracy),
         "chance": task.chance,
         "by_length": {str(length): value for length, value in accuracies.items()},
+        **({"by_distance": distances} if distances else {}),
         "validation_tokens": int(sums[0, 1]),
     }
 
 
-def _score(model: nn.Module, chunk: Chunk, accelerator: Accelerator) -> tuple[float, float, float]:
-    """The number of correct answers, of all answers, and their loss in nats.
+def count_by_distance(chunk: Chunk, is_correct: np.ndarray) -> np.ndarray:
+    """Correct answers and all answers at distances from 2^i to 2^(i+1) - 1: fp64 [NUM_DISTANCES, 2].
+
+    Args:
+        chunk: with distances.
+        is_correct: of each answer of the chunk, bool [answers].
+    """
+    assert chunk.distances is not None
+    powers = distance_powers(chunk.distances[chunk.shift_labels != IGNORE_INDEX])
+    columns = [np.bincount(powers, weights, NUM_DISTANCES) for weights in (is_correct, None)]
+    return np.stack(columns, axis=1)
+
+
+def _score(
+    model: nn.Module,
+    chunk: Chunk,
+    accelerator: Accelerator,
+    cache: MinRNNCache | None = None,
+    carry_state: bool = False,
+) -> tuple[np.ndarray, float, MinRNNCache | None]:
+    """Whether each answer is correct, bool [answers], their loss in nats, and the state if it is carried.
 
     Logits are computed only for columns that contain an answer.
     """
@@ -272,14 +315,15 @@ def _score(model: nn.Module, chunk: Chunk, accelerator: Accelerator) -> tuple[fl
     output = model(
         input_ids=to_device(chunk.input_ids, accelerator),
         document_starts=to_device(chunk.document_starts, accelerator),
-        use_cache=False,
+        past_key_values=cache,
+        use_cache=carry_state,
         logits_to_keep=to_device(columns, accelerator),
     )
     logits = output.logits[to_device(scored[:, columns], accelerator)]  # [answers, vocab_size]
     answers = to_device(chunk.shift_labels[scored], accelerator)
-    num_correct = float((logits.argmax(-1) == answers).sum())
+    is_correct = (logits.argmax(-1) == answers).cpu().numpy()
     nats = float(nn.functional.cross_entropy(at_least_fp32(logits), answers, reduction="sum"))
-    return num_correct, len(answers), nats
+    return is_correct, nats, output.past_key_values if carry_state else None
 
 
 def validation_summary(result: dict[str, Any]) -> str:
@@ -288,4 +332,7 @@ def validation_summary(result: dict[str, Any]) -> str:
         return f"{result['bits_per_byte']:.4f} bits/byte"
     accuracies = result.get("by_length", {})
     by_length = "".join(f", {accuracy:.3f} at {length}" for length, accuracy in accuracies.items())
+    if distances := result.get("by_distance"):
+        by_length += "; by distance"
+        by_length += "".join(f", {accuracy:.3f} from {least}" for least, accuracy in distances.items())
     return f"accuracy {result['accuracy']:.4f} ({result['accuracy_scaled']:.4f} scaled){by_length}"

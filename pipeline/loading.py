@@ -65,20 +65,24 @@ def model_folder(name: str, key: str = "MODEL") -> str:
 
 
 def load(
-    name: str, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+    name: str,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    spells_text: bool = True,
 ) -> tuple[PreTrainedModel, Any]:
     """Load the model (in eval mode) and the tokenizer of an export, a hub id or a run, of any family.
 
     Args:
         dtype: auto, fp32, bf16 or fp64, as in `weights_dtype`.
         device: as in `machine.resolve_device`.
-        trust_remote_code: as in `read_model`.
+        trust_remote_code, spells_text: as in `read_model`.
 
     Raises:
         UserError: as `read_model`; or the device does not exist or does not support the dtype.
     """
     target = resolve_device(device)  # before the slow part, so that a wrong name fails early
-    model, tokenizer = read_model(name, trust_remote_code)
+    model, tokenizer = read_model(name, trust_remote_code, spells_text)
     move_model(model, weights_dtype(model.dtype, dtype, target), target)
     return model, tokenizer
 
@@ -113,7 +117,9 @@ def move_model(model: PreTrainedModel, dtype: torch.dtype, device: torch.device)
     nn.Module.to(model, device=device, dtype=dtype)
 
 
-def read_model(name: str, trust_remote_code: bool = False) -> tuple[PreTrainedModel, Any]:
+def read_model(
+    name: str, trust_remote_code: bool = False, spells_text: bool = True
+) -> tuple[PreTrainedModel, Any]:
     """Read the model, in eval mode on the CPU in its stored dtype, and the tokenizer of an export, a hub id
     or a run.
 
@@ -121,6 +127,7 @@ def read_model(name: str, trust_remote_code: bool = False) -> tuple[PreTrainedMo
         trust_remote_code: run code that the model or the tokenizer contains. A model of minrnn always runs
             the code of this package, and one that transformers knows the code of transformers. Without it, a
             person at the terminal is asked.
+        spells_text: refuse the vocabulary of a synthetic task.
 
     Raises:
         UserError: they cannot be loaded, are of another kind or another version of the code, do not fit into
@@ -128,7 +135,10 @@ def read_model(name: str, trust_remote_code: bool = False) -> tuple[PreTrainedMo
     """
     model = read_weights(name, trust_remote_code=trust_remote_code)
     needs_both = isinstance(model, MinRNNForCausalLM)
-    return model.eval(), _read_tokenizer(name, model_folder(name), trust_remote_code, needs_both)
+    tokenizer = _read_tokenizer(name, model_folder(name), trust_remote_code, needs_both)
+    if spells_text:
+        _require_text(name, tokenizer)
+    return model.eval(), tokenizer
 
 
 def is_classifier(values: dict[str, Any]) -> bool:
@@ -258,7 +268,7 @@ def _read_tokenizer(name: str, folder: str, trust_remote_code: bool, needs_both:
         needs_both: documents stand between bos and eos, as in training; else one of them is enough.
 
     Raises:
-        UserError: there is none, its code is not trusted, it lacks these tokens, or it cannot spell text.
+        UserError: there is none, its code is not trusted, or it lacks these tokens.
     """
     try:
         try:
@@ -277,11 +287,19 @@ def _read_tokenizer(name: str, folder: str, trust_remote_code: bool, needs_both:
     if len(bounds) < (2 if needs_both else 1):
         missing = "no bos or no eos" if needs_both else "neither a bos nor an eos"
         raise UserError("MODEL", f"the tokenizer of {name} has {missing} token, so no document can begin")
+    return tokenizer
+
+
+def _require_text(name: str, tokenizer: Any) -> None:
+    """Refuse a tokenizer that cannot spell text.
+
+    Raises:
+        UserError: as said.
+    """
     ids = tokenizer.encode(SENTENCE, add_special_tokens=False)
     if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
         message = f"the tokenizer of {name} cannot spell text (a synthetic task's vocabulary?)"
         raise UserError("MODEL", f"{message}, so none can be scored")
-    return tokenizer
 
 
 def _check_memory(folder: str, key: str) -> None:

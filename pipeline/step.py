@@ -44,7 +44,8 @@ def take_step(run: Run, step: int, batch: list[Batch], num_scored: float) -> dic
         NonFiniteError: in every process, if the loss or the gradient is not finite; nothing was updated.
     """
     recipe, accelerator, engine, progress = run.recipe, run.accelerator, run.engine, run.progress
-    local_losses = _forward_backward(run, step, batch, num_scored)
+    # A step of a task may fall between two answers. Then its loss and its gradient are 0.
+    local_losses = _forward_backward(run, step, batch, max(num_scored, 1))
     (loss,) = processes.all_reduce_sum(accelerator, [sum(local_losses)])
     lr = learning_rate(recipe.optim, step, recipe.optim.schedule_steps or recipe.train.steps)
     entry: dict[str, Any] = {"loss": loss, "lr": lr}

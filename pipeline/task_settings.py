@@ -55,7 +55,8 @@ def task_errors(recipe: Recipe) -> dict[str, str]:
     if task is None:
         return errors
     longest = task.length if isinstance(task, LabelledTask) else task.max_train_length
-    if recipe.batch.chunk < longest:
+    is_stream = not isinstance(task, LabelledTask) and task.is_stream
+    if recipe.batch.chunk < longest and not is_stream:
         message = f"{recipe.batch.chunk} does not hold the longest sequence of {corpus}"
         errors["batch.chunk"] = f"{message}: set it to {longest} or more"
     for name, none in SAMPLES.items():

@@ -5,11 +5,13 @@ data.corpus synthetic/NAME, data.task {option: value} -> Task -> examples -> chu
 
 from .reader import IN_DISTRIBUTION, TaskReader, TaskValidation
 from .registry import SYNTHETIC_TASKS
+from .stream import StreamTaskReader
 from .task import Task
 
 __all__ = [
     "IN_DISTRIBUTION",
     "SYNTHETIC_TASKS",
+    "StreamTaskReader",
     "Task",
     "TaskReader",
     "TaskValidation",

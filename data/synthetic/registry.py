@@ -1,5 +1,6 @@
 """The synthetic tasks by name."""
 
+from .distance import DistantKey, DistantRegister
 from .formal import (
     BinaryMissingDuplicate,
     BucketSort5,
@@ -28,4 +29,6 @@ SYNTHETIC_TASKS: dict[str, type[Task]] = {
     "mqar": MultiQueryRecall,
     "induction-heads": InductionHeads,
     "needle": Needle,
+    "distant-key": DistantKey,
+    "distant-register": DistantRegister,
 }

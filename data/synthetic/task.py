@@ -5,7 +5,7 @@ generator.
 import functools
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -22,6 +22,9 @@ class Task(ABC):
 
     Lengths count all positions of a sequence, the answer included.
     """
+
+    is_stream: ClassVar[bool] = False
+    """Whether sequences may be longer than a chunk: then they are documents, which lanes read on through."""
 
     test_lengths: tuple[int, ...] = ()
     """Lengths that validation scores separately; they need not occur in training."""
@@ -59,6 +62,11 @@ class Task(ABC):
     @abstractmethod
     def example(self, generator: np.random.Generator, length: int) -> Example:
         """Draw a sequence of `fit_length(length)` positions."""
+
+    def distances(self, ids: np.ndarray) -> np.ndarray | None:
+        """How many positions back the answer at each position of a sequence lies, int64 [length]; None if the
+        task does not say."""
+        return None
 
     def errors(self) -> dict[str, str]:
         """Error messages by option. Subclasses add those of their own options."""

@@ -5,12 +5,13 @@ from the docstrings of the settings. `tests/docs/test_generated.py` compares eve
 """
 
 import argparse
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 from ..output import RESULTS
-from . import quality, settings, speed, study
+from . import carrying, quality, settings, speed, study
 
 REPOSITORY = RESULTS.parents[1]
 Parts = dict[str, Callable[[], str]]
@@ -22,6 +23,9 @@ PAGES: dict[str, Parts] = {
         "quality": quality.text,
     },
     "docs/guarantees.md": {"soak": speed.soak_line},
+    "docs/long-context.md": {
+        f"carrying-{name}": functools.partial(carrying.docs_text, name) for name in carrying.NAMES
+    },
     "docs/settings.md": {"settings": settings.text},
     "docs/sweeps.md": {"study": study.docs_text},
     "docs/transformers.md": {"counts": quality.transformers_lines},

@@ -1,7 +1,9 @@
 """`minrnn long-context`: how a model uses the context of one document of a million tokens.
 
 document -> loss with carried state, timed -> loss with the state reset every 2048, 8192, 32768 tokens
-  -> by position, and effective memory length -> JSON, figure
+  -> by position, and effective memory length -> the bands of memory length -> JSON, figure
+
+or, for a synthetic task of long documents, accuracy by distance (distance.py).
 
 The file is rewritten after each part, so finished measurements are kept.
 """
@@ -18,11 +20,11 @@ from tqdm import tqdm
 
 from ...common.errors import UserError
 from ...common.files import write_json
+from ...data import is_task
 from ...models import MinRNNForCausalLM
-from ...pipeline.pictures import save_figure
 from ..memory import current_memory, peak_memory, release_memory, reset_peak_memory, synchronize
-from ..output import default_out, si, table
-from . import documents
+from ..output import default_out
+from . import bands, distance, documents
 from .positions import (
     NUM_TARGETS,
     bucket_edges,
@@ -32,10 +34,12 @@ from .positions import (
     memory_curve,
     token_nats,
 )
+from .show import draw, tables
 
 DESCRIPTION = """Loss by position on one long document: with the state carried from first to last token, and
 with the state reset ("cut") every so many tokens. Also how many tokens back the model looks, time and
-memory. docs/long-context.md explains the results."""
+memory. --bands says which channels carry the context. With a task of long documents (synthetic/distant-key
+or distant-register), accuracy by distance. docs/long-context.md explains the results."""
 EXAMPLES = """examples:
   minrnn long-context runs/quickstart
       the longest held-out module of python-stdlib
@@ -43,7 +47,11 @@ EXAMPLES = """examples:
       the package "polys" of a library
   minrnn long-context my-model --corpus books.jsonl --join book_id
       the longest book, whose chapters are rows
-  minrnn long-context my-model --corpus novel.txt --tokens 200000 --cuts 512,4096 --out novel.json"""
+  minrnn long-context my-model --corpus novel.txt --tokens 200000 --cuts 512,4096 --out novel.json
+  minrnn long-context my-model --corpus novel.txt --cuts 1024 --bands 16,256,4096
+      which channels carry the gain: the loss if those of one memory length are reset every 1,024 tokens
+  minrnn long-context runs/far --corpus synthetic/distant-key --cuts 64 --task '{test_lengths: [65538]}'
+      accuracy by distance, on the task as the run was trained and at a distance of 65,536"""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -57,7 +65,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--cuts",
         default="2048,8192,32768",
-        help="reset the state every so many tokens, for comparison (default: %(default)s)",
+        help="reset the state every so many tokens, for comparison; all cuts are read in one pass "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--bands",
+        default="",
+        help="memory lengths in tokens that divide the channels into bands, e.g. 16,256,4096: the channels "
+        "of one band are reset at every cut (default: not measured)",
+    )
+    parser.add_argument(
+        "--task",
+        metavar="OPTIONS",
+        help="options of a synthetic task, as data.task (default: those of the run)",
     )
     parser.add_argument(
         "--anchors",
@@ -81,16 +101,29 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _cuts(arguments: argparse.Namespace) -> list[int]:
-    """The cuts in rising order, if all arguments are valid.
+def _numbers(text: str) -> tuple[list[int], list[str]]:
+    """The numbers of an option in rising order, and the words that are none."""
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    invalid = [word for word in words if not word.isdecimal() or int(word) < 1]
+    return sorted({int(word) for word in words if word not in invalid}), invalid
+
+
+def _cuts_and_bands(arguments: argparse.Namespace) -> tuple[list[int], list[int]]:
+    """The cuts and the edges of the bands in rising order, if all arguments are valid.
 
     Raises:
         UserError: all errors in the arguments.
     """
     errors = documents.argument_errors(arguments, ("tokens", "anchors", "memory_tokens"))
-    words = [word.strip() for word in arguments.cuts.split(",") if word.strip()]
-    if invalid := [word for word in words if not word.isdecimal() or int(word) < 1]:
-        errors.append(("--cuts", f"must be numbers of tokens, separated by commas, not {', '.join(invalid)}"))
+    cuts, edges = _numbers(arguments.cuts), _numbers(arguments.bands)
+    for name, (_, invalid) in (("--cuts", cuts), ("--bands", edges)):
+        if invalid:
+            message = f"must be numbers of tokens, separated by commas, not {', '.join(invalid)}"
+            errors.append((name, message))
+    if edges[0] and not cuts[0]:
+        errors.append(("--bands", "are reset at every cut; name one in --cuts"))
+    if arguments.task is not None and not is_task(arguments.corpus):
+        errors.append(("--task", f"is for synthetic/NAME, not for {arguments.corpus}; leave it out"))
     if not arguments.tolerance >= 0:
         errors.append(("--tolerance", f"must be 0 or more, not {arguments.tolerance:g}"))
     if not errors and not memory_contexts(2, arguments.anchors, arguments.memory_tokens):
@@ -103,7 +136,7 @@ def _cuts(arguments: argparse.Namespace) -> list[int]:
         )
     if errors:
         raise UserError.from_list(errors)
-    return sorted({int(word) for word in words})
+    return cuts[0], edges[0]
 
 
 class Stages:
@@ -166,10 +199,16 @@ def read_cut(
 
 
 def measure(
-    arguments: argparse.Namespace, cuts: Sequence[int], argv: Sequence[str], out: Path
+    arguments: argparse.Namespace, cuts: Sequence[int], edges: Sequence[int], argv: Sequence[str], out: Path
 ) -> dict[str, Any]:
-    """Measure everything, and write the file after each part."""
+    """Measure everything, and write the file after each part.
+
+    Args:
+        edges: of the bands; none leaves them out.
+    """
     model, tokenizer = documents.load_model(arguments)
+    if edges:
+        bands.require_channels(model)
     document = documents.find_document(arguments)
     encoder = documents.document_encoder(tokenizer)
     tokens = documents.document_tokens(document, encoder, arguments.tokens)
@@ -180,7 +219,8 @@ def measure(
     )
     for cut in [cut for cut in cuts if cut >= length]:
         print(f"a cut every {cut:,} tokens would leave it whole: not measured")
-    result = documents.result_header("minrnn long-context", argv, model, document)
+    text = {"document": document.summary()}
+    result = documents.result_header("minrnn long-context", argv, model, text)
     result["tokens"] = {
         "read": length,
         "asked_for": arguments.tokens,
@@ -199,130 +239,33 @@ def measure(
     with tqdm(desc="memory length", unit="tok", unit_scale=True) as bar:
         result["memory"] = memory_curve(model, tokens, carried, *options, on_progress=bar.update)
     write(result, out)
+    if edges:
+        with tqdm(total=len(cut) * length, desc="bands", unit="tok", unit_scale=True) as bar:
+            result["bands"] = bands.band_costs(
+                model, tokens, carried, list(cut), edges, arguments.piece, bar.update
+            )
+        write(result, out)
+    return result
+
+
+def measure_task(
+    arguments: argparse.Namespace, cuts: Sequence[int], edges: Sequence[int], argv: Sequence[str], out: Path
+) -> dict[str, Any]:
+    """Measure accuracy by distance on a task, write the file and draw it."""
+    task = distance.stream_task(arguments)
+    model, tokenizer = documents.load_model(arguments, spells_text=False)
+    distance.check_vocabulary(arguments.corpus, task, tokenizer)
+    text = {"task": distance.task_summary(arguments.corpus, task)}
+    result = documents.result_header("minrnn long-context", argv, model, text)
+    result |= distance.measure_task(model, task, cuts, edges, arguments.piece)
+    write(result, out)
+    distance.draw_task(result, arguments.corpus, out.with_suffix(".png"))
     return result
 
 
 def write(result: dict[str, Any], out: Path) -> None:
     """Write the file atomically."""
     write_json(out, result)
-
-
-def _number(value: float | None, form: str = ".4f") -> str:
-    return "-" if value is None else format(value, form)
-
-
-def tables(result: dict[str, Any]) -> str:
-    """The results as text."""
-    cuts = list(result["overall"]["cut"])
-    columns: dict[str, Any] = {
-        "position": lambda row: f"{row['from']:,} to {row['to'] - 1:,}",
-        "nats": lambda row: f"{row['carried']['nats']:.4f}",
-        "bits/byte": lambda row: _number(row["carried"]["bits_per_byte"]),
-    }
-    for cut in cuts:
-        columns[f"carried - cut {int(cut):,}"] = lambda row, cut=cut: (
-            f"{row['cut'][cut]['carried_minus_cut']:+.4f} ± "
-            + _number(row["cut"][cut]["carried_minus_cut_error"])
-        )
-    time_columns: dict[str, Any] = {
-        "tokens": lambda row: f"{row['tokens']:,}",
-        "seconds": lambda row: f"{row['seconds']:.2f}",
-        "tokens/s": lambda row: f"{row['tokens_per_second']:,.0f}",
-        "memory grew by": lambda row: si(row["peak_growth_bytes"], "B"),
-    }
-    memory_columns: dict[str, Any] = {
-        "tokens before": lambda row: f"{row['context']:,}",
-        "nats": lambda row: f"{row['nats']:.4f}",
-        "above all context": lambda row: f"{row['above_all']:+.4f} ± {_number(row['error'])}",
-    }
-    memory = result["memory"]
-    rows = [*result["buckets"], result["overall"]]
-    length = memory["effective_memory_length"]
-    length_text = f"{length:,} tokens" if length else f"more than {memory['curve'][-1]['context']:,} tokens"
-    position_title = "loss by position, state carried; last row: all (standard errors from blocks of tokens)"
-    memory_title = f"loss after so many tokens before {memory['anchors']} x {NUM_TARGETS} targets"
-    return "\n".join(
-        [
-            table(rows, columns, position_title),
-            table(result["stages"], time_columns, "time and memory, state carried"),
-            table(memory["curve"], memory_columns, memory_title),
-            f"\neffective memory length: {length_text} "
-            f"(within {memory['tolerance']:g} nats of all the context)",
-        ]
-    )
-
-
-def draw(result: dict[str, Any], path: Path) -> None:
-    """Draw loss by position, the gain of carrying the state, and loss by number of tokens read before."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 6), layout="constrained")
-    axes = figure.subplot_mosaic(
-        [["loss", "memory"], ["gain", "memory"]], height_ratios=(3, 2), width_ratios=(3, 2)
-    )
-    _draw_positions(axes, result)
-    _draw_memory(axes["memory"], result["memory"])
-    for name, panel in axes.items():
-        panel.set_xscale("log", base=2)
-        panel.grid(alpha=0.3)
-        if name != "gain":
-            panel.legend()
-    size = f"{result['model']['parameters'] / 1e6:.1f}M parameters"
-    figure.suptitle(f"{result['document']['name']}, {result['tokens']['read']:,} tokens; {size}", fontsize=10)
-    FigureCanvasAgg(figure)
-    save_figure(figure, path)
-
-
-def _draw_positions(axes: dict[str, Any], result: dict[str, Any]) -> None:
-    rows = result["buckets"]
-    positions = [(max(row["from"], 1) * row["to"]) ** 0.5 for row in rows]
-    axes["loss"].errorbar(
-        positions,
-        [row["carried"]["nats"] for row in rows],
-        _error_bars(row["carried"]["error"] for row in rows),
-        **_line(0, "carried"),
-    )
-    axes["gain"].axhline(0, color="tab:blue")
-    for number, cut in enumerate(result["overall"]["cut"], 1):
-        name = f"cut every {int(cut):,}"
-        losses = [row["cut"][cut] for row in rows]
-        axes["loss"].plot(positions, [loss["nats"] for loss in losses], **_line(number, name))
-        axes["gain"].errorbar(
-            positions,
-            [loss["carried_minus_cut"] for loss in losses],
-            _error_bars(loss["carried_minus_cut_error"] for loss in losses),
-            **_line(number, name),
-        )
-    axes["loss"].set(ylabel="loss (nats per token)", title="loss by position in the document", xticklabels=[])
-    axes["gain"].set(xlabel="position (tokens)", ylabel="carried minus cut (nats)\nbelow 0: carrying helps")
-
-
-def _draw_memory(axes: Any, memory: dict[str, Any]) -> None:
-    axes.errorbar(
-        [row["context"] for row in memory["curve"]],
-        [row["nats"] for row in memory["curve"]],
-        _error_bars(row["error"] for row in memory["curve"]),
-        **_line(0, None),
-    )
-    axes.axhline(memory["nats_with_all"], color="tab:gray", linestyle="--", label="all the context")
-    if (length := memory["effective_memory_length"]) is not None:
-        label = f"effective memory length: {length:,}"
-        axes.axvline(length, color="tab:red", linestyle=":", label=label)
-    axes.set(
-        xlabel="tokens read before the targets, from an empty state",
-        ylabel="loss (nats per token)",
-        title="how far back the model looks",
-    )
-
-
-def _line(number: int, label: str | None) -> dict[str, Any]:
-    return {"color": f"C{number}", "marker": "o", "markersize": 3, "linewidth": 1.2, "label": label}
-
-
-def _error_bars(errors: Any) -> list[float]:
-    """Lengths of error bars; NaN draws none."""
-    return [float("nan") if error is None else error for error in errors]
 
 
 def main(argv: list[str]) -> None:
@@ -332,8 +275,12 @@ def main(argv: list[str]) -> None:
         UserError: the arguments, the model or the document are unusable.
     """
     arguments = _parser().parse_args(argv)
-    cuts = _cuts(arguments)
+    cuts, edges = _cuts_and_bands(arguments)
     out = arguments.out or default_out(arguments.model, "long-context")
-    result = measure(arguments, cuts, argv, out)
-    draw(result, out.with_suffix(".png"))
-    print(tables(result), f"\n{out} and {out.with_suffix('.png').name} written", sep="\n")
+    if is_task(arguments.corpus):
+        text = distance.task_tables(measure_task(arguments, cuts, edges, argv, out))
+    else:
+        result = measure(arguments, cuts, edges, argv, out)
+        draw(result, out.with_suffix(".png"))
+        text = tables(result)
+    print(text, f"\n{out} and {out.with_suffix('.png').name} written", sep="\n")

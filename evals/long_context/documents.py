@@ -193,8 +193,11 @@ def document_tokens(document: LongDocument, encoder: Encoder, limit: int | None 
     return tokens
 
 
-def load_model(arguments: argparse.Namespace) -> tuple[MinRNNForCausalLM, Any]:
+def load_model(arguments: argparse.Namespace, spells_text: bool = True) -> tuple[MinRNNForCausalLM, Any]:
     """Load the model, on its device, and the tokenizer.
+
+    Args:
+        spells_text: refuse the vocabulary of a synthetic task.
 
     Raises:
         UserError: they cannot be loaded, the device does not exist, or the model has no state to carry.
@@ -204,14 +207,14 @@ def load_model(arguments: argparse.Namespace) -> tuple[MinRNNForCausalLM, Any]:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     options = (arguments.dtype, arguments.device, arguments.trust_remote_code)
-    model, tokenizer = load(arguments.model, *options)
+    model, tokenizer = load(arguments.model, *options, spells_text=spells_text)
     return require_state(model), tokenizer
 
 
 def result_header(
-    command: str, argv: Sequence[str], model: MinRNNForCausalLM, document: LongDocument
+    command: str, argv: Sequence[str], model: MinRNNForCausalLM, text: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
-    """The head of the results: command, code, machine, model and document."""
+    """The head of the results: command, code, machine and model, then what is read: "document" or "task"."""
     config = {name: getattr(model.config, name) for name in type(model.config).__annotations__}
     device: torch.device = model.device
     return {
@@ -225,5 +228,5 @@ def result_header(
             "dtype": str(model.dtype).removeprefix("torch."),
             "config": config,
         },
-        "document": document.summary(),
+        **text,
     }

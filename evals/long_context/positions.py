@@ -85,22 +85,40 @@ def token_nats(
     cache = MinRNNCache(model.config.num_hidden_layers)
     on_progress(0)
     for first, last in pieces(length, max(1, piece // len(cuts))):
-        part = torch.as_tensor(tokens[first : last + 1], dtype=torch.long, device=model.device).expand(
-            len(cuts), -1
-        )
-        positions = np.arange(first, last)
-        starts = np.stack(
-            [np.zeros(last - first, bool) if cut is None else positions % cut == 0 for cut in cuts]
-        )
-        output = model.model(
-            input_ids=part[:, :-1],
-            past_key_values=cache,
-            use_cache=True,
-            document_starts=torch.as_tensor(starts, device=model.device) if starts.any() else None,
-        )
-        nats[:, first:last] = _nats(model, output.last_hidden_state, part[:, 1:]).cpu().numpy()
+        starts = cut_starts(first, last, cuts)
+        nats[:, first:last] = score(model, tokens[first : last + 1], len(cuts), cache, starts)
         on_progress(last)
     return nats
+
+
+def cut_starts(first: int, last: int, cuts: Sequence[int | None]) -> np.ndarray:
+    """Where the state is reset between two positions of a document: bool [cuts, last - first]."""
+    positions = np.arange(first, last)
+    return np.stack([np.zeros(last - first, bool) if cut is None else positions % cut == 0 for cut in cuts])
+
+
+def score(
+    model: MinRNNForCausalLM,
+    tokens: np.ndarray,
+    num_rows: int,
+    cache: MinRNNCache,
+    starts: np.ndarray | None = None,
+) -> np.ndarray:
+    """Nats [num_rows, n] of each token but the first, from the state of each row, which moves on.
+
+    Args:
+        tokens: int [1 + n].
+        starts: where a row's state is reset, bool [num_rows, n].
+    """
+    part = torch.as_tensor(tokens, dtype=torch.long, device=model.device).expand(num_rows, -1)
+    is_reset = starts is not None and starts.any()
+    output = model.model(
+        input_ids=part[:, :-1],
+        past_key_values=cache,
+        use_cache=True,
+        document_starts=torch.as_tensor(starts, device=model.device) if is_reset else None,
+    )
+    return _nats(model, output.last_hidden_state, part[:, 1:]).cpu().numpy()
 
 
 def mean_and_error(values: np.ndarray) -> tuple[float, float | None]:

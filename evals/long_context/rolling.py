@@ -136,7 +136,7 @@ def main(argv: Sequence[str]) -> None:
     text = text_prefix(document.text, arguments.bytes)
     # checks the length
     documents.document_tokens(dataclasses.replace(document, text=text), documents.document_encoder(tokenizer))
-    head = documents.result_header("minrnn rolling", argv, model, document)
+    head = documents.result_header("minrnn rolling", argv, model, {"document": document.summary()})
     result = {**head, "bytes": {"read": num_bytes(text), "asked_for": arguments.bytes}}
     result |= measure(MinRNNLM(model, tokenizer, piece=arguments.piece), text)
     out = arguments.out or default_out(arguments.model, "rolling")

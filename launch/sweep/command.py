@@ -48,6 +48,8 @@ a grid:
   grid: {model.cell: [mingru, minlstm], optim.lr: [2.0e-3, 4.0e-3]}
 a search, each run drawn by Optuna from the results before it (make setup-search):
   search: {runs: 30, settings: {optim.lr: {low: 1.0e-4, high: 1.0e-2, log: true}}}
+runs by name, where several settings change together:
+  variants: {reset: {batch.carry_state: false}, carried: {batch.backprop_chunks: 4, batch.lanes: 4}}
 a ladder:
   ladder:
     sizes: [100k, 350k, 1M]

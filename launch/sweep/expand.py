@@ -159,6 +159,8 @@ def _parts(sweep: Sweep, builder: Builder) -> Iterator[Named]:
     """Name and own settings of each run."""
     if sweep.ladder is not None:
         named = _ladder(sweep.ladder, sweep, builder)
+    elif sweep.variants is not None:
+        named = ((name, {"settings": own, "family": name}) for name, own in sweep.variants.items())
     elif sweep.random is not None:
         named = _random(sweep.random)
     elif sweep.search is not None:

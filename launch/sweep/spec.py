@@ -9,6 +9,7 @@
 and one of
 
     grid: {model.cell: [mingru, minlstm], optim.lr: [1e-3, 2e-3]}  every combination
+    variants: {narrow: {model.hidden_size: 64, optim.lr: 4e-3}, wide: {model.hidden_size: 256}}
     random: {runs: 20, seed: 0, settings: {optim.lr: {low: 1e-4, high: 1e-2, log: true}}}
     search: {runs: 20, sampler: tpe, settings: {optim.lr: {low: 1e-4, high: 1e-2, log: true}}}
     ladder: {sizes: [100k, 1M], budgets: [5, 10, 20], families: {minGRU: {}, Llama: {model.family: llama}}}
@@ -34,7 +35,9 @@ from .rules import Rules
 
 Size = Annotated[int, BeforeValidator(parse_count), Field(ge=1)]
 Settings = dict[str, Any]
-KINDS = ("grid", "random", "search", "ladder")
+VariantName = Annotated[str, Field(pattern=r"^[\w.+-]+$", max_length=80)]
+Variants = dict[VariantName, Annotated[Settings, Field(min_length=1)]]
+KINDS = ("grid", "variants", "random", "search", "ladder")
 MAX_RUNS = 100_000
 # The sweep sets these for each run.
 RESERVED = {
@@ -164,6 +167,8 @@ class Sweep(Section):
     retries: int = Field(default=2, ge=0)
     """How often a run that failed is started again."""
     grid: dict[str, Annotated[list[Any], Field(min_length=1)]] | None = None
+    variants: Variants | None = Field(default=None, min_length=1)
+    """Runs by name, each with its own settings, where several settings change together."""
     random: Random | None = None
     search: Search | None = None
     ladder: Ladder | None = None
@@ -177,7 +182,9 @@ class Sweep(Section):
         errors |= {key: RESERVED[key] for key in self._keys() if key in RESERVED}
         for kind, varied in self._varied().items():
             errors |= {
-                key: f"is in settings and in {kind}; name it once" for key in varied if key in self.settings
+                key: f"is in settings and in {kind}; name it once"
+                for key in varied
+                if key in self.settings and kind != "variants"
             }
         if self.grid == {}:
             errors["grid"] = "names no setting"
@@ -206,9 +213,10 @@ class Sweep(Section):
         return itertools.chain(self.settings, *self._varied().values(), *families)
 
     def _varied(self) -> dict[str, dict[str, Any]]:
-        """What a grid, a random search and a search vary, by their names."""
+        """What a grid, variants, a random search and a search vary, by their names."""
         drawn = {kind: getattr(getattr(self, kind), "settings", {}) for kind in ("random", "search")}
-        return {"grid": self.grid or {}, **drawn}
+        variants = dict(itertools.chain.from_iterable(own.items() for own in (self.variants or {}).values()))
+        return {"grid": self.grid or {}, "variants": variants, **drawn}
 
 
 def shipped_sweeps() -> dict[str, Path]:

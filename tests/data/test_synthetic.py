@@ -18,6 +18,8 @@ SMALL = {
     "mqar": {"sizes": [[16, 4], [24, 2]], "vocab_size": 20, "test_lengths": [24]},
     "induction-heads": {"length": 10, "test_lengths": [3, 20]},
     "needle": {"length": 120, "test_lengths": [150]},
+    "distant-key": {"min_distance": 3, "max_distance": 40, "test_lengths": [50]},
+    "distant-register": {"min_distance": 3, "max_distance": 40, "test_lengths": [50]},
 }
 seeds = st.integers(0, 2**32)
 lengths = st.integers(2, 60)

@@ -66,6 +66,18 @@ def test_more_random_runs_leave_the_first_unchanged(seed: int, few: int, more: i
         assert isinstance(run.settings["batch.lanes"], int)
 
 
+def test_variants_are_runs_by_name_with_each_seed():
+    variants = {
+        "reset": {"batch.carry_state": False, "optim.lr": 1e-3},
+        "far-4": {"batch.backprop_chunks": 4},
+    }
+    runs = expand(sweep(settings={**COMMON, "optim.lr": 2e-3}, variants=variants, seeds=[0, 1]))
+    assert [run.name for run in runs] == ["reset-seed0", "reset-seed1", "far-4-seed0", "far-4-seed1"]
+    assert [run.family for run in runs] == ["reset", "reset", "far-4", "far-4"]
+    assert [run.recipe.optim.lr for run in runs] == [1e-3, 1e-3, 2e-3, 2e-3]
+    assert [run.recipe.batch.backprop_chunks for run in runs] == [1, 1, 4, 4]
+
+
 def test_a_ladder_branches_the_shorter_budgets_off_the_longest():
     runs = expand(sweep(ladder=LADDER, seeds=[0, 1]))
     assert len(runs) == 2 * 2 * 3 * 2

@@ -1,0 +1,238 @@
+"""`minrnn figures carrying`: what carrying the state buys, from the runs of distance.yaml or long-books.yaml.
+
+sweeps -> each finished run: its export reads the held-out documents, state carried and reset at its chunk
+          (SWEEP/runs/NAME/evals/carrying.json, so a run is measured once)
+       -> mean over seeds with its interval, by distance or by position
+       -> evals/results/carrying-NAME.json and .png -> the part `carrying-NAME` of docs/long-context.md
+"""
+
+import itertools
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from ...common.errors import UserError
+from ...common.files import make_folder, user_path, write_json
+from ...common.output import warn
+from ...data import Task, build_task, is_task, load_held_out
+from ...pipeline.loading import load, require_state
+from ...pipeline.options import new_parser
+from ...pipeline.pictures import save_figure
+from ..long_context.distance import measure_task
+from ..long_context.positions import bucket_edges, token_nats
+from ..output import RESULTS
+from ..record import command_line, commit
+from ..report.compare import estimate
+from ..report.page import table
+
+NAMES = {"distance": "accuracy (%)", "books": "nats per byte"}
+NOT_TRAINED = "No results are committed yet."
+MODES = ("carried", "reset")
+DESCRIPTION = """Measure the runs of the sweeps of evals/figures/distance.yaml or long-books.yaml, and write
+evals/results/carrying-NAME.json and .png. `make docs` then writes docs/long-context.md anew."""
+EPILOG = """examples:
+  minrnn figures carrying runs/distance runs/distance-later --name distance
+  minrnn figures carrying runs/long-books runs/long-books-later --name books"""
+
+
+def main(argv: list[str]) -> None:
+    """Measure what is finished, and write the results.
+
+    Raises:
+        UserError: a folder is no sweep, or no run is finished.
+    """
+    parser = new_parser("minrnn figures carrying", DESCRIPTION, EPILOG)
+    parser.add_argument("sweeps", nargs="+", type=user_path, metavar="SWEEP", help="folders of sweeps")
+    parser.add_argument("--name", choices=NAMES, required=True, help="of the study")
+    parser.add_argument(
+        "--piece", type=int, default=8192, help="tokens per forward pass (default: %(default)s)"
+    )
+    arguments = parser.parse_args(argv)
+    runs = [run for sweep in arguments.sweeps for run in finished_runs(sweep)]
+    if not runs:
+        raise UserError("SWEEP", f"no run of {', '.join(map(str, arguments.sweeps))} is finished yet")
+    measured = [(family, measured_run(folder, arguments.piece)) for family, folder in runs]
+    record = {
+        "kind": "carrying",
+        "study": arguments.name,
+        "command": command_line("minrnn figures carrying", argv),
+        "commit": commit(),
+        "rows": pooled(measured),
+        "chance": measured[0][1].get("chance"),
+    }
+    write_json(result_path(arguments.name), record)
+    draw(record, result_path(arguments.name).with_suffix(".png"))
+    print(docs_text(arguments.name))
+
+
+def result_path(name: str) -> Path:
+    """The results file of a study."""
+    return RESULTS / f"carrying-{name}.json"
+
+
+def finished_runs(sweep: Path) -> list[tuple[str, Path]]:
+    """(variant, folder) of the finished runs of a sweep. Variants that differ in the seed of the model that
+    they begin with are one: NAME-of-SEED.
+
+    Raises:
+        UserError: the folder is no sweep.
+    """
+    try:
+        planned = json.loads((sweep / "sweep.json").read_text())["runs"]
+    except (OSError, ValueError, KeyError):
+        raise UserError("SWEEP", f"{sweep} is not the folder of a sweep; minrnn sweep makes it") from None
+    runs = [(re.sub(r"-of-\d+$", "", run["family"]), sweep / "runs" / run["name"]) for run in planned]
+    finished = [(family, folder) for family, folder in runs if (folder / ".finished").exists()]
+    if len(finished) < len(runs):
+        warn(f"{len(runs) - len(finished)} of {len(runs)} runs of {sweep} are not finished and left out")
+    return finished
+
+
+def measured_run(folder: Path, piece: int) -> dict[str, Any]:
+    """What a run's model loses with the state carried and reset at its chunk: {"points": [{"from", "to",
+    "carried", "reset"}], "chance"}."""
+    out = folder / "evals" / "carrying.json"
+    if out.exists():
+        return json.loads(out.read_text())
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    data, chunk = config["data"], config["batch"]["chunk"]
+    model = require_state(load(str(folder), "fp32", "auto", spells_text=not is_task(data["corpus"]))[0])
+    print(f"measuring {folder}", flush=True)
+    if is_task(data["corpus"]):
+        task = build_task(data["corpus"], data["task"])
+        assert isinstance(task, Task)
+        result = measure_task(model, task, [chunk], [], piece)
+        points = [
+            {
+                "from": row["from"],
+                "to": row["to"],
+                "carried": 100 * row["accuracy"]["carried"],
+                "reset": 100 * row["accuracy"][str(chunk)],
+            }
+            for row in result["distance"][:-1]
+        ]
+        result = {"points": points, "chance": 100 * result["chance"]}
+    else:
+        documents = [
+            tokens.astype(np.int64) for tokens in held_out_documents(folder / "validation") if len(tokens) > 1
+        ]
+        nats = [token_nats(model, tokens, (None, chunk), piece) for tokens in documents]
+        result = {"points": position_points(nats)}
+    make_folder(out.parent)
+    write_json(out, result)
+    return result
+
+
+def held_out_documents(folder: Path) -> list[np.ndarray]:
+    """The tokens of each held-out document of a run."""
+    held_out = load_held_out(folder, json.loads((folder / "manifest.json").read_text())["made_from"])
+    assert held_out is not None
+    ends = np.cumsum(held_out.lengths)
+    return [held_out.tokens[end - length : end] for end, length in zip(ends, held_out.lengths, strict=True)]
+
+
+def position_points(nats: Sequence[np.ndarray]) -> list[dict[str, Any]]:
+    """Mean losses between positions that double, over the documents that reach them.
+
+    Args:
+        nats: of each document, carried and reset, [2, n].
+    """
+    points = []
+    for first, last in itertools.pairwise(bucket_edges(max(own.shape[1] for own in nats))):
+        values = np.concatenate([own[:, first:last] for own in nats], axis=1).mean(1)
+        points.append({"from": first, "to": last, **dict(zip(MODES, values.tolist(), strict=True))})
+    return points
+
+
+def pooled(measured: Sequence[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Mean over seeds of each variant and point: {"variant", "from", "to", "seeds", MODE: {"mean",
+    "half_width"}}."""
+    rows = []
+    for variant in dict.fromkeys(variant for variant, _ in measured):
+        seeds = [result["points"] for other, result in measured if other == variant]
+        for points in zip(*seeds, strict=True):
+            row = {"variant": variant, "from": points[0]["from"], "to": points[0]["to"], "seeds": len(seeds)}
+            for mode in MODES:
+                mean = estimate([point[mode] for point in points])
+                row[mode] = {"mean": mean.mean, "half_width": mean.half_width}
+            rows.append(row)
+    return rows
+
+
+def as_trained(variant: str) -> str:
+    """Whether a variant carries its state in training."""
+    return "reset" if variant.endswith("reset") else "carried"
+
+
+def draw(record: dict[str, Any], path: Path) -> None:
+    """Draw a curve for each variant: as it was trained, and dotted if tested with a carried state."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    variants = dict.fromkeys(row["variant"] for row in record["rows"])
+    for number, variant in enumerate(variants):
+        rows = [row for row in record["rows"] if row["variant"] == variant]
+        positions = [(max(row["from"], 1) * row["to"]) ** 0.5 for row in rows]
+        for mode in dict.fromkeys((as_trained(variant), "carried")):
+            label = variant if mode == as_trained(variant) else f"{variant}, tested carried"
+            axes.errorbar(
+                positions,
+                [row[mode]["mean"] for row in rows],
+                [row[mode]["half_width"] or 0 for row in rows],
+                color=f"C{number}",
+                linestyle="-" if mode == as_trained(variant) else ":",
+                marker="o",
+                markersize=3,
+                capsize=2,
+                label=label,
+            )
+    if record["chance"]:
+        axes.axhline(record["chance"], color="tab:gray", linestyle="--", label="chance")
+    axes.set_xscale("log", base=2)
+    what = "distance of the answer" if record["study"] == "distance" else "position in the document"
+    axes.set(xlabel=f"{what} (tokens)", ylabel=NAMES[record["study"]])
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    FigureCanvasAgg(figure)
+    save_figure(figure, path)
+
+
+def docs_text(name: str) -> str:
+    """The part of docs/long-context.md: a table and the figure."""
+    if not result_path(name).exists():
+        return NOT_TRAINED
+    record = json.loads(result_path(name).read_text())
+    lines: dict[tuple[str, str, int], dict[int, str]] = {}
+    for row in record["rows"]:
+        for mode in dict.fromkeys((as_trained(row["variant"]), "carried")):
+            line = lines.setdefault((row["variant"], mode, row["seeds"]), {})
+            line[row["from"]] = _cell(row[mode], name)
+    edges = sorted({row["from"] for row in record["rows"]})
+    header = ("trained", "tested", "seeds", *(f"{edge:,}" for edge in edges))
+    body = [
+        [variant, mode, str(seeds), *(line.get(edge, "-") for edge in edges)]
+        for (variant, mode, seeds), line in lines.items()
+    ]
+    kind = "distance of the answer" if name == "distance" else "position"
+    chance = f"; chance {record['chance']:.1f}" if record["chance"] else ""
+    caption = f"{NAMES[name]} by {kind}, from the number of tokens in the head to twice that{chance}"
+    return "\n\n".join(
+        [
+            f"{caption}; mean over seeds ± half of a 95 % t-interval. Made by `{record['command']}`.",
+            table(header, body),
+            f"![What carrying buys: {name}](../evals/results/carrying-{name}.png)",
+        ]
+    )
+
+
+def _cell(value: dict[str, Any], name: str) -> str:
+    digits = 1 if name == "distance" else 4
+    half = "" if value["half_width"] is None else f" ± {value['half_width']:.{digits}f}"
+    return f"{value['mean']:.{digits}f}{half}"
