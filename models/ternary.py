@@ -7,7 +7,7 @@ stay in full precision. This is the BitLinear layer of Zhu et al., "Scalable Mat
 arXiv 2406.02528, and of Ma et al., arXiv 2402.17764.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +60,7 @@ def linear(config: "MinRNNConfig", in_features: int, *widths: int) -> nn.Linear:
         widths: of the projections, side by side in the output. The attribute `widths` of the layer holds
             them for optimizers that treat each projection by itself.
     """
+    layer: Any
     if config.ternary:
         layer = TernaryLinear(in_features, sum(widths), config.rms_norm_eps)
     else:

@@ -26,6 +26,7 @@ def _matrices(model: Any) -> Iterator[tuple[nn.Parameter, Widths]]:
     is_ours = model.config.model_type == "minrnn"
     outer = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     outer |= {id(parameter) for parameter in _head_parameters(model)}
+    module: Any
     for module in (model.model.layers if is_ours else model).modules():
         if isinstance(module, nn.LSTM | nn.GRU):
             weights = (

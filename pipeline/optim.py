@@ -4,12 +4,12 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..common.errors import UserError
 from ..models.dtypes import DTYPES
 from .config import OptimSection
-from .matrices import block_matrices
+from .matrices import Widths, block_matrices
 from .muon import Muon
 
 # Decay to zero would half-open a gate, silence a norm, and erase the embedding of a rare token.
@@ -72,7 +72,9 @@ def build_optimizer(model: nn.Module, config: OptimSection, precision: str = "fp
     if not matrices:
         message = "muon finds no matrix in this model's blocks that it can update; use adamw"
         raise UserError("optim.name", message)
-    widths = {parameter: matrices[name] for name, parameter in named if name in matrices}
+    widths: dict[Tensor, Widths] = {
+        parameter: matrices[name] for name, parameter in named if name in matrices
+    }
     return Muon(groups, widths, config.momentum, DTYPES[precision], **adamw)
 
 

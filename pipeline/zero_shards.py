@@ -100,11 +100,11 @@ def zero_shards(
 Groups = dict[int, dict[str, Piece]]  # by the index of the flat shard
 
 
-def _local_pieces(optimizer: Any, parameters: dict[str, nn.Parameter], rank: int) -> Groups:
+def _local_pieces(optimizer: Any, parameters: dict[str, Any], rank: int) -> Groups:
     """The pieces of ZeRO 1 and 2 (DeepSpeed 0.19: tensor_fragment.py)."""
     groups: Groups = {}
     for name, parameter in parameters.items():
-        mapping: Any = parameter._hp_mapping
+        mapping = parameter._hp_mapping
         if mapping is not None:
             part, place = mapping.lp_fragment_address, mapping.hp_fragment_address
             pieces = groups.setdefault(mapping.param_group_index, {})
@@ -112,7 +112,7 @@ def _local_pieces(optimizer: Any, parameters: dict[str, nn.Parameter], rank: int
     return groups
 
 
-def _local_pieces_3(optimizer: Any, parameters: dict[str, nn.Parameter], rank: int) -> Groups:
+def _local_pieces_3(optimizer: Any, parameters: dict[str, Any], rank: int) -> Groups:
     """The pieces of ZeRO 3 (DeepSpeed 0.19: stage3.py, set_grad_positions). The last may be padded."""
     groups: Groups = {}
     for name, parameter in parameters.items():
