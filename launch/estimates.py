@@ -2,20 +2,23 @@
 
 Memory of a process, in bytes (N parameters, P processes that share the engine's states, w = 4; 8 in fp64):
 
-                 weights   gradients   two moments   own copy   buffers
-    DDP          w N       w N         2 w N         -          w N             buckets of gradients to send
-    ZeRO-1       w N       w N         2 w N / P     w N / P    w min(N, 5e8)   a bucket of gradients
-    ZeRO-2       w N       w N / P     2 w N / P     w N / P    w 5e8
-    ZeRO-3       w N / P   w N / P     2 w N / P     w N / P    w 5e8 + w min(N, 1e9)   and gathered weights
-    + offload    -         w N / P     -             -          as ZeRO-3       the others are in main memory
+                 weights   gradients   moments    own copy   buffers
+    DDP          w N       w N         w S        -          w N             buckets of gradients to send
+    ZeRO-1       w N       w N         w S / P    w N / P    w min(N, 5e8)   a bucket of gradients
+    ZeRO-2       w N       w N / P     w S / P    w N / P    w 5e8
+    ZeRO-3       w N / P   w N / P     w S / P    w N / P    w 5e8 + w min(N, 1e9)   and gathered weights
+    + offload    -         w N / P     -          -          as ZeRO-3       the others are in main memory
 
-w N four times is the 16 bytes per parameter of fp32 training with AdamW. The own copy is the one that
-DeepSpeed updates. The sizes of buckets are DeepSpeed's defaults. All engines also need autocast's copies of
-the matrices, activations (activation_memory.py), the loss (models/loss.py) and the carried states.
+S is 2 N with AdamW: with weights and gradients, the 16 bytes per parameter of fp32 training. With Muon, which
+has one number for each of the M elements of its matrices, S is 2 N - M. What an update itself needs is not
+counted, since activations are free then: with Muon, up to 2 M numbers. The own copy is the one that DeepSpeed
+updates. The sizes of buckets are DeepSpeed's defaults. All engines also need autocast's copies of the
+matrices, activations (activation_memory.py), the loss (models/loss.py) and the carried states.
 
-Sent per process and step, with ring algorithms and k micro batches per process, in units of w N (P - 1) / P:
-DDP and ZeRO-1 2, ZeRO-2 k + 1, ZeRO-3 3 k. With K = batch.backprop_chunks, k is K times as large; all but
-the last chunk are computed forward twice, for which ZeRO-3 gathers the weights once more; and the states
+Sent per process and step, with ring algorithms and k micro batches per process, in units of (P - 1) / P: DDP
+and ZeRO-1 2 w N, ZeRO-2 (k + 1) w N, ZeRO-3 3 k w N; with Muon, ZeRO sends M elements more, in the precision
+of the run. With K = batch.backprop_chunks, k is K times as large; all but the last chunk are computed forward
+twice, for which ZeRO-3 gathers the weights once more; and the states
 before K - 1 chunks and the gradient of one are kept.
 """
 
@@ -31,6 +34,9 @@ from .activation_memory import block_bytes
 BUCKET, MAX_LIVE = 5e8, 1e9  # elements: reduce_bucket_size, stage3_max_live_parameters
 
 
+Shapes = tuple[tuple[int, int], ...]
+
+
 @dataclass(frozen=True)
 class Model:
     """Sizes of a model."""
@@ -41,6 +47,8 @@ class Model:
     """Number of parameters of each part."""
     matrices: int
     """Number of parameters that autocast copies: the matrices of the blocks."""
+    muon: Shapes = ()
+    """Projections that Muon updates; none with AdamW."""
 
     @property
     def parameters(self) -> int:
@@ -108,7 +116,23 @@ def measure(recipe: Recipe, vocab_size: int) -> Model:
         config=config,
         parts={part: count for part, count in parts.items() if count},
         matrices=sum(layer.weight.numel() for layer in layers if isinstance(layer, nn.Linear)),
+        muon=muon_shapes(recipe, model),
     )
+
+
+def muon_shapes(recipe: Recipe, model: Any) -> Shapes:
+    """Shapes of the projections that Muon updates, of a model on any device; none with AdamW."""
+    from ..pipeline.matrices import block_matrices
+
+    if recipe.optim.name != "muon":
+        return ()
+    parameters, matrices = dict(model.named_parameters()), block_matrices(model)
+    return tuple((rows, parameters[name].shape[1]) for name, widths in matrices.items() for rows in widths)
+
+
+def num_moments(num_parameters: int, muon: Shapes) -> int:
+    """Numbers of the optimizer's state: one for each element of Muon's projections, two for the others."""
+    return 2 * num_parameters - sum(rows * columns for rows, columns in muon)
 
 
 def num_texts(recipe: Recipe) -> int:
@@ -199,18 +223,20 @@ def activations(model: Model, workload: Workload, precision: str, recompute: str
     return workload.tokens * (model.config.num_hidden_layers * kept + by_recompute["none"] - kept)
 
 
-def engine_memory(num_parameters: int, processes: int, precision: str, engine: str) -> dict[str, float]:
+def engine_memory(
+    num_parameters: int, processes: int, precision: str, engine: str, muon: Shapes = ()
+) -> dict[str, float]:
     """Bytes of a process for weights, gradients, moments, DeepSpeed's own copy and buffers (the table
     above)."""
     element = widths(precision)[0]
-    full = element * num_parameters
-    shard = full / processes
+    full, state = element * num_parameters, element * num_moments(num_parameters, muon)
+    shard, state_shard = full / processes, state / processes
     stage3 = element * (BUCKET + min(num_parameters, MAX_LIVE))
     weights, gradients, moments, own, buffers = {
-        "DDP": (full, full, 2 * full, 0, full if processes > 1 else 0),
-        "ZeRO-1": (full, full, 2 * shard, shard, element * min(num_parameters, BUCKET)),
-        "ZeRO-2": (full, shard, 2 * shard, shard, element * BUCKET),
-        "ZeRO-3": (shard, shard, 2 * shard, shard, stage3),
+        "DDP": (full, full, state, 0, full if processes > 1 else 0),
+        "ZeRO-1": (full, full, state_shard, shard, element * min(num_parameters, BUCKET)),
+        "ZeRO-2": (full, shard, state_shard, shard, element * BUCKET),
+        "ZeRO-3": (shard, shard, state_shard, shard, stage3),
         "ZeRO-3 + offload": (0, shard, 0, 0, stage3),
     }[engine]
     return {
@@ -222,12 +248,16 @@ def engine_memory(num_parameters: int, processes: int, precision: str, engine: s
     }
 
 
-def bytes_sent(num_parameters: int, workload: Workload, precision: str, engine: str) -> float:
+def bytes_sent(
+    num_parameters: int, workload: Workload, precision: str, engine: str, muon: Shapes = ()
+) -> float:
     """Bytes that a process sends per step. The states passed between the pieces of a chunk are negligible."""
-    ring = widths(precision)[0] * num_parameters * (workload.processes - 1) / workload.processes
+    (w, c), share = widths(precision), (workload.processes - 1) / workload.processes
     batches = workload.micro_batches
     repeated = batches - batches // workload.chunks  # forward passes without gradients
-    return ring * {"DDP": 2, "ZeRO-1": 2, "ZeRO-2": batches + 1}.get(engine, 3 * batches + repeated)
+    times = {"DDP": 2, "ZeRO-1": 2, "ZeRO-2": batches + 1}.get(engine, 3 * batches + repeated)
+    gathered = 0 if engine == "DDP" else c * sum(rows * columns for rows, columns in muon)
+    return share * (w * num_parameters * times + gathered)
 
 
 def is_classifier(model: Model) -> bool:

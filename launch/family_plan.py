@@ -6,7 +6,7 @@ Their activations and losses are not known here, so no engine is said to fit.
 from dataclasses import dataclass
 
 from ..pipeline.config import Recipe
-from .estimates import Workload, bytes_sent, engine_memory
+from .estimates import Shapes, Workload, bytes_sent, engine_memory, muon_shapes
 
 NOT_KNOWN = "not known for this family: memory of activations, loss and autocast"
 
@@ -19,6 +19,8 @@ class FamilySize:
     """Number of parameters of each part."""
     looked_up: int
     """Parameters of an embedding that is not the head, too: they cost no FLOPs."""
+    muon: Shapes = ()
+    """As in `estimates.Model`."""
 
     @property
     def parameters(self) -> int:
@@ -47,7 +49,8 @@ def measure_family(recipe: Recipe, vocab_size: int) -> FamilySize:
     outer = {*embeddings, *(head.parameters() if isinstance(head, nn.Module) else ())}
     number = sum(parameter.numel() for parameter in outer)
     looked_up = sum(weight.numel() for weight in embeddings if head is None or weight is not head.weight)
-    return FamilySize({"embeddings and head": number, "layers": num_parameters(model) - number}, looked_up)
+    parts = {"embeddings and head": number, "layers": num_parameters(model) - number}
+    return FamilySize(parts, looked_up, muon_shapes(recipe, model))
 
 
 def family_memory_table(
@@ -61,8 +64,8 @@ def family_memory_table(
         "GB".ljust(width) + "".join(f"{name:>11}" for name in (*columns, "in all", "sent")),
     ]
     for engine in engines:
-        states = engine_memory(size.parameters, workload.processes, precision, engine)
-        sent = bytes_sent(size.parameters, workload, precision, engine)
+        states = engine_memory(size.parameters, workload.processes, precision, engine, size.muon)
+        sent = bytes_sent(size.parameters, workload, precision, engine, size.muon)
         values = [*(states[name] for name in columns), sum(states.values()), sent]
         lines.append(engine.ljust(width) + "".join(f"{value / 1e9:>11.2f}" for value in values))
     return lines

@@ -96,6 +96,23 @@ def memory_line(recipe: Recipe, longest: float) -> str:
     )
 
 
+def muon_line(model: Model | FamilySize, flops: float, recipe: Recipe, workload: Workload) -> str:
+    """What Muon updates, and the FLOPs of its products beside those of a process's share of a step.
+
+    Args:
+        flops: of training per token.
+    """
+    from ..pipeline.muon import flops_per_step
+
+    elements = sum(rows * columns for rows, columns in model.muon)
+    own, tokens = flops_per_step(model.muon), num_texts(recipe) * recipe.batch.tokens_per_step
+    share = own / (flops * tokens / workload.processes)
+    return (
+        f"muon        {len(model.muon)} projections of {elements:,} parameters; {own:.3g} FLOPs a step "
+        f"in every process, {share:.2%} of its other FLOPs; DDP only"
+    )
+
+
 def memory_table(model: Model, workload: Workload, precision: str, memory: float) -> list[str]:
     """Memory per process for each engine and each train.recompute; totals that fit are marked."""
     from ..models.recompute import RECOMPUTE
@@ -115,12 +132,12 @@ def memory_table(model: Model, workload: Workload, precision: str, memory: float
         "GB".ljust(width) + "".join(header),
     ]
     for engine in ENGINES:
-        states = engine_memory(model.parameters, workload.processes, precision, engine)
+        states = engine_memory(model.parameters, workload.processes, precision, engine, model.muon)
         cells = [f"{states[name] / 1e9:>11.2f}" for name in columns]
         for recompute in RECOMPUTE:
             size = sum(states.values()) + sum(common.values()) + kept[recompute]
             cells.append(f"{size / 1e9:>9.1f} {'*' if size <= USABLE * memory else ' '} ")
-        sent = bytes_sent(model.parameters, workload, precision, engine) / 1e9
+        sent = bytes_sent(model.parameters, workload, precision, engine, model.muon) / 1e9
         lines.append(engine.ljust(width) + "".join(cells) + f"{sent:>10.2f}")
     lines.append(
         "none, selective, full: in all, by train.recompute. "
@@ -221,6 +238,8 @@ def main(argv: Sequence[str]) -> None:
         table = family_memory_table(model, workload, precision, ENGINES)
     flops, counted = training_flops(recipe, model, vocab_size)
     lines = heading(recipe, model, flops, counted, workload)
+    if model.muon:
+        lines.append(muon_line(model, flops, recipe, workload))
     if arguments.tflops is not None:
         lines.append(time_line(recipe, flops, workload, arguments.tflops, arguments.fraction))
     if isinstance(model, Model) and not is_task(data.corpus) and model.config.cell != "linear_attention":

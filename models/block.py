@@ -25,8 +25,8 @@ class MinRNNMLP(nn.Module):
         super().__init__()
         self.act, self.gated, self.backend = ACT2FN[config.hidden_act], config.gated_mlp, config.scan_backend
         self.is_swiglu = config.gated_mlp and config.hidden_act in ("silu", "swish")
-        width = config.intermediate_size * (2 if config.gated_mlp else 1)
-        self.up_proj = linear(config, config.hidden_size, width)
+        widths = [config.intermediate_size] * (2 if config.gated_mlp else 1)
+        self.up_proj = linear(config, config.hidden_size, *widths)
         self.down_proj = linear(config, config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ class GILRLSTM(MinRNNMixer):
     def __init__(self, config: "MinRNNConfig", layer: int):
         super().__init__(config, layer)
         self.gate_bias = nn.Parameter(torch.empty(3, config.recurrent_size))  # of k, f, i
-        self.hidden_in_proj = linear(config, config.recurrent_size, sum(self.widths[2:]))
+        self.hidden_in_proj = linear(config, config.recurrent_size, *self.widths[2:])
 
     @classmethod
     def projections(cls, config: "MinRNNConfig") -> dict[str, int]:

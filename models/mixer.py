@@ -64,7 +64,7 @@ class MinRNNMixer(nn.Module):
         if self.gate is not None:
             self.widths.append(self.output_size(config))
         taps = self.kernel if self.has_full_convolution else 1
-        self.in_proj = linear(config, taps * config.hidden_size, sum(self.widths))
+        self.in_proj = linear(config, taps * config.hidden_size, *self.widths)
         self.out_proj = linear(config, self.output_size(config), config.hidden_size)
         self.h0 = nn.Parameter(torch.empty(self.state_size(config))) if config.learn_h0 else None
 

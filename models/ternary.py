@@ -7,7 +7,7 @@ stay in full precision. This is the BitLinear layer of Zhu et al., "Scalable Mat
 arXiv 2406.02528, and of Ma et al., arXiv 2402.17764.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -53,8 +53,17 @@ class TernaryLinear(nn.Linear):
         return F.linear(x.to(dtype), weight.to(dtype))
 
 
-def linear(config: "MinRNNConfig", in_features: int, out_features: int) -> nn.Linear:
-    """A projection of the model, without bias: ternary if `config.ternary`."""
+def linear(config: "MinRNNConfig", in_features: int, *widths: int) -> nn.Linear:
+    """One or several projections of the model as one matrix, without bias: ternary if `config.ternary`.
+
+    Args:
+        widths: of the projections, side by side in the output. The attribute `widths` of the layer holds
+            them for optimizers that treat each projection by itself.
+    """
+    layer: Any
     if config.ternary:
-        return TernaryLinear(in_features, out_features, config.rms_norm_eps)
-    return nn.Linear(in_features, out_features, bias=False)
+        layer = TernaryLinear(in_features, sum(widths), config.rms_norm_eps)
+    else:
+        layer = nn.Linear(in_features, sum(widths), bias=False)
+    layer.widths = widths
+    return layer

@@ -2,7 +2,7 @@
 
     checkpoints/step-000200/
         model.safetensors         parameters, under their names
-        optimizer.safetensors     exp_avg.NAME, exp_avg_sq.NAME, step.NAME
+        optimizer.safetensors     exp_avg.NAME, exp_avg_sq.NAME, step.NAME; momentum_buffer.NAME with Muon
         reader-0000.safetensors   the carried state of a reader's lanes
         reader-0000.json          the reader's position in the corpus
         config.yaml               the resolved recipe
@@ -261,7 +261,7 @@ def copy_parameters(saved: dict[str, Tensor], model: nn.Module, name: str) -> No
 
 
 def read_moments(path: Path) -> dict[str, Tensor]:
-    """The optimizer's state: `exp_avg.NAME`, `exp_avg_sq.NAME`, `step.NAME`."""
+    """The optimizer's state: `exp_avg.NAME`, `exp_avg_sq.NAME`, `step.NAME`, or `momentum_buffer.NAME`."""
     return read_with_retries(path / "optimizer.safetensors", load_file)
 
 

@@ -208,10 +208,15 @@ class DataSection(Section):
 
 
 class OptimSection(Section):
-    """AdamW, without weight decay on gates, norms, biases, convolutions and embeddings."""
+    """The optimizer, without weight decay on gates, norms, biases, convolutions and embeddings, and the
+    learning rate."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """adamw: for all parameters. muon: Muon for the matrices of the blocks, AdamW for all others
+    (docs/optimizers.md). It cannot change within a run."""
     lr: float = Field(default=4e-3, gt=0)
-    """Peak learning rate."""
+    """Peak learning rate. Muon's steps are scaled to the size of AdamW's, so the same rate is a start for
+    both."""
     schedule: Literal["wsd", "cosine", "constant"] = "wsd"
     """Learning rate after the warmup. wsd: constant, then linear decay over the last `decay_fraction` of
     the steps. cosine: cosine decay. constant: no decay."""
@@ -233,8 +238,15 @@ class OptimSection(Section):
     """Decay rate of the second moment."""
     eps: float = Field(default=1e-8, gt=0.0)
     """Added to the square root of the second moment."""
+    momentum: float = Field(default=0.95, ge=0.0, lt=1.0)
+    """Decay rate of Muon's momentum (Nesterov's)."""
     clip: float | None = Field(default=1.0, gt=0.0)
     """Largest norm of the gradient; null for no clipping."""
+
+    def errors(self) -> dict[str, str]:
+        if self.name == "muon" or self.momentum == type(self).model_fields["momentum"].default:
+            return {}
+        return {"momentum": f"is for muon, not for {self.name}; leave it out, or set optim.name to muon"}
 
 
 class TrainSection(Section):

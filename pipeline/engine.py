@@ -10,6 +10,7 @@ with another engine.
 
 import contextlib
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +22,10 @@ from . import checkpoint, processes
 from .build_model import TrainedModel
 from .config import Recipe
 from .launch_checks import deepspeed_values
+from .matrices import block_matrices
+from .muon import Muon
 from .optim import build_optimizer
+from .zero_shards import zero_shards
 
 Tensors = dict[str, Tensor]
 
@@ -64,7 +68,7 @@ class Engine:
         self.accelerator, self.module, self.clip = accelerator, model, recipe.optim.clip or math.inf
         self.num_parameters = model.num_parameters()
         nn.Module.to(model, accelerator.device)
-        optimizer = build_optimizer(model, recipe.optim)
+        optimizer = build_optimizer(model, recipe.optim, recipe.train.precision)
         if saved is not None:
             checkpoint.load_moments(checkpoint.read_moments(saved), model, optimizer)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
@@ -108,7 +112,8 @@ class Engine:
         )
 
     def moments(self, keep: bool) -> Tensors:
-        """Copies of the optimizer's state: `exp_avg.NAME`, `exp_avg_sq.NAME`, `step.NAME`. As `weights`."""
+        """Copies of the optimizer's state: `exp_avg.NAME`, `exp_avg_sq.NAME`, `step.NAME`, or
+        `momentum_buffer.NAME` of Muon's matrices. As `weights`."""
         if not keep:
             return {}
         state = getattr(self.optimizer, "optimizer", self.optimizer).state
@@ -134,13 +139,26 @@ class DeepSpeedEngine(Engine):
         # Stage 0 does not report the gradient's norm, so it is clipped in `update`. The other stages clip
         # during their step and report the norm afterwards.
         config.update(deepspeed_values(recipe) | ({"gradient_clipping": 0.0} if self.stage == 0 else {}))
-        # torch's fused AdamW runs on CPUs too, and needs no compilation.
+        # torch's fused AdamW runs on CPUs too, and needs no compilation. Our Muon is unknown to DeepSpeed.
         config.setdefault("zero_force_ds_cpu_optimizer", False)
+        config.setdefault("zero_allow_untested_optimizer", True)
         config.setdefault("steps_per_print", 2**31)
         config.pop("bf16", None)
         config.pop("fp16", None)
-        self.model, _ = accelerator.prepare(model, build_optimizer(model, recipe.optim))
+        matrices = block_matrices(model) if recipe.optim.name == "muon" else {}
+        optimizer = build_optimizer(model, recipe.optim, recipe.train.precision)
+        self.model, _ = accelerator.prepare(model, optimizer)
         self.optimizer = self.model.optimizer
+        self.moment_keys = {
+            name: ("momentum_buffer",) if name in matrices else ("exp_avg", "exp_avg_sq")
+            for name, _ in self._named_parameters()
+        }
+        if matrices:
+            inner = self._inner
+            assert isinstance(inner, Muon), f"DeepSpeed has replaced Muon by {type(inner).__name__}"
+            if self.stage > 0:
+                named = dict(self._named_parameters())
+                inner.shards = zero_shards(self.optimizer, self.stage, named, matrices, accelerator)
         if saved is not None:
             self._load_moments(checkpoint.read_moments(saved))
         self.model.train()
@@ -181,7 +199,7 @@ class DeepSpeedEngine(Engine):
             return super().weights(keep)
         from deepspeed.utils import safe_get_full_fp32_param
 
-        return self._collect(keep, {"": safe_get_full_fp32_param})
+        return self._collect(keep, lambda name, parameter: {name: safe_get_full_fp32_param(parameter)})
 
     def moments(self, keep: bool) -> Tensors:
         if self.stage == 0:
@@ -190,25 +208,30 @@ class DeepSpeedEngine(Engine):
 
         self._link_moments()
 
-        def get(key: str) -> Any:
-            return lambda parameter: safe_get_full_optimizer_state(parameter, key)
+        def get(name: str, parameter: nn.Parameter) -> dict[str, Any]:
+            keys = self.moment_keys[name]
+            return {f"{key}.{name}": safe_get_full_optimizer_state(parameter, key) for key in keys}
 
-        tensors = self._collect(keep, {f"{key}.": get(key) for key in ("exp_avg", "exp_avg_sq")})
-        step = torch.as_tensor(next(iter(self._inner.state.values()))["step"], dtype=torch.float32).cpu()
-        return tensors | (
-            {f"step.{name}": step.clone() for name, _ in self._named_parameters()} if keep else {}
-        )
+        tensors = self._collect(keep, get)
+        if not keep:
+            return tensors
+        step = next(state["step"] for state in self._inner.state.values() if "step" in state)
+        step = torch.as_tensor(step, dtype=torch.float32).cpu()
+        counted = [name for name, keys in self.moment_keys.items() if "exp_avg" in keys]
+        return tensors | {f"step.{name}": step.clone() for name in counted}
 
-    def _collect(self, keep: bool, getters: dict[str, Any]) -> Tensors:
-        """Gather each tensor from the shards of all processes, one after the other. Ranks with `keep` False
-        discard them."""
+    def _collect(self, keep: bool, get: Callable[[str, nn.Parameter], dict[str, Any]]) -> Tensors:
+        """Gather the tensors of each parameter from the shards of all processes, one parameter after the
+        other. Ranks with `keep` False discard them.
+
+        Args:
+            get: collective; the name and a parameter -> whole tensors by their names.
+        """
         tensors: Tensors = {}
         for name, parameter in self._named_parameters():
-            for prefix, get in getters.items():
-                tensor = get(parameter)
-                if keep:
-                    shape = getattr(parameter, "ds_shape", parameter.shape)
-                    tensors[prefix + name] = _cpu_copy(tensor.view(shape))
+            whole, shape = get(name, parameter), getattr(parameter, "ds_shape", parameter.shape)
+            if keep:
+                tensors |= {key: _cpu_copy(tensor.view(shape)) for key, tensor in whole.items()}
         return tensors
 
     def _link_moments(self) -> None:
@@ -233,7 +256,11 @@ class DeepSpeedEngine(Engine):
             if self.stage == 3
             else self.optimizer.single_partition_of_fp32_groups
         )
+        shards = self._inner.shards if isinstance(self._inner, Muon) else {}
         for shard in flat:  # as the first step would create them
+            if shard in shards:
+                self._inner.state[shard] = {"momentum_buffer": torch.zeros_like(shard)}
+                continue
             self._inner.state[shard] = {
                 "step": step.to(shard.device, torch.float32, copy=True),
                 "exp_avg": torch.zeros_like(shard),
@@ -241,7 +268,7 @@ class DeepSpeedEngine(Engine):
             }
         self._link_moments()
         for name, parameter in self._named_parameters():
-            for key in ("exp_avg", "exp_avg_sq"):
+            for key in self.moment_keys[name]:
                 safe_set_full_optimizer_state(
                     parameter, saved[f"{key}.{name}"].to(self.accelerator.device), key
                 )

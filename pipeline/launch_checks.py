@@ -194,6 +194,9 @@ def deepspeed_values(recipe: Recipe) -> dict[str, Any]:
 
 def _deepspeed_errors(recipe: Recipe) -> Errors:
     errors: Errors = []
+    if recipe.optim.name == "muon":
+        message = "muon is for one process and DDP: its steps under DeepSpeed's ZeRO have not been tested"
+        errors.append(("optim.name", f"{message}; use adamw, or launch/accelerate/ddp.yaml"))
     if recipe.train.precision == "fp64":
         errors.append(("train.precision", "fp64 is for DDP: DeepSpeed keeps its weights and moments in fp32"))
     if recipe.train.skip_spikes is not None:
@@ -242,6 +245,9 @@ def _config_errors(recipe: Recipe, config: dict[str, Any], source: str) -> Error
         if key in config:
             message = f"{source} has one of its own, but the recipe's optim section decides; remove it"
             errors.append((f"deepspeed.{key}", message))
+    if recipe.optim.name == "muon" and config.get("zero_force_ds_cpu_optimizer") is True:
+        message = f"is true in {source}, which would replace Muon by DeepSpeed's Adam; remove it"
+        errors.append(("deepspeed.zero_force_ds_cpu_optimizer", message))
     for key in ("bf16", "fp16"):
         if config.get(key, {}).get("enabled") is True:
             message = (

@@ -1,12 +1,16 @@
-"""AdamW and the learning rate."""
+"""The optimizer and the learning rate."""
 
 import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ..common.errors import UserError
+from ..models.dtypes import DTYPES
 from .config import OptimSection
+from .matrices import Widths, block_matrices
+from .muon import Muon
 
 # Decay to zero would half-open a gate, silence a norm, and erase the embedding of a rare token.
 WITHOUT_DECAY = ("embed_tokens", "in_proj", "decay_proj", "norm")
@@ -38,21 +42,40 @@ def decaying_parameters(model: Any) -> set[str]:
     }
 
 
-def build_optimizer(model: nn.Module, config: OptimSection) -> torch.optim.AdamW:
-    """AdamW with two groups, with and without decay. The loop sets the learning rate before each step
-    (`learning_rate`)."""
+def build_optimizer(model: nn.Module, config: OptimSection, precision: str = "fp32") -> torch.optim.AdamW:
+    """AdamW with two groups, with and without decay; or Muon, which has such groups for its matrices too. The
+    loop sets the learning rate before each step (`learning_rate`).
+
+    Args:
+        precision: of the run, which Muon's products have.
+
+    Raises:
+        UserError: there is no matrix for Muon.
+    """
     named, decaying = list(model.named_parameters()), decaying_parameters(model)
-    groups = [
-        {"params": [p for n, p in named if n in decaying], "weight_decay": config.weight_decay},
-        {"params": [p for n, p in named if n not in decaying], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        fused=True,
-    )
+    adamw: dict[str, Any] = {
+        "lr": config.lr,
+        "betas": (config.beta1, config.beta2),
+        "eps": config.eps,
+        "fused": True,
+    }
+    matrices = block_matrices(model) if config.name == "muon" else {}
+    groups: list[dict[str, Any]] = []
+    for is_muon in (True, False):
+        of_kind = [(name, parameter) for name, parameter in named if (name in matrices) == is_muon]
+        for weight_decay, decays in ((config.weight_decay, True), (0.0, False)):
+            parameters = [parameter for name, parameter in of_kind if (name in decaying) == decays]
+            if parameters:
+                groups.append({"params": parameters, "weight_decay": weight_decay, "is_muon": is_muon})
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, **adamw)
+    if not matrices:
+        message = "muon finds no matrix in this model's blocks that it can update; use adamw"
+        raise UserError("optim.name", message)
+    widths: dict[Tensor, Widths] = {
+        parameter: matrices[name] for name, parameter in named if name in matrices
+    }
+    return Muon(groups, widths, config.momentum, DTYPES[precision], **adamw)
 
 
 def learning_rate(config: OptimSection, step: int, num_steps: int) -> float:

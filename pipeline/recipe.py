@@ -26,7 +26,7 @@ from .source_settings import is_source_list
 from .task_settings import task_errors, with_family_error, with_prepared_tokenizer, with_whole_examples
 
 # run.change may not name these, because saved positions and states would not fit.
-FIXED_ON_RESUME = ("model.", "batch.", "data.", "run.seed")
+FIXED_ON_RESUME = ("model.", "batch.", "data.", "run.seed", "optim.name")
 # Except these: a text may move, since the text itself is compared.
 MOVABLE_ON_RESUME = ("data.corpus", "data.validation")
 

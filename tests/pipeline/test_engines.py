@@ -76,12 +76,15 @@ def reader_positions(folder: Path) -> dict[str, dict]:
 
 
 @pytest.mark.slow
-def test_a_run_resumes_with_other_engines_and_layouts(values: Values, run_recipe: Run, tmp_path: Path):
+@pytest.mark.parametrize("optimizer", ["adamw"])
+def test_a_run_resumes_with_other_engines_and_layouts(
+    values: Values, run_recipe: Run, tmp_path: Path, optimizer: str
+):
     """One process, ZeRO-1, ZeRO-3, four processes, context parallel, ZeRO-2, ZeRO-0, one process, in fp32,
     most of them with micro-batches of one lane. Every step is as in an undisturbed run."""
     values["batch"]["readers"] = 4
     values["model"]["dropout"] = 0.0  # its masks differ if processes share a sequence
-    values["optim"]["schedule"] = "constant"
+    values["optim"] |= {"schedule": "constant", "name": optimizer}
     values["train"] |= {"steps": 24, "save_every": None, "eval_every": 3}
     undisturbed = run_recipe(values)
     run_recipe(
