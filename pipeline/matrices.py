@@ -35,12 +35,10 @@ def _matrices(model: Any) -> Iterator[tuple[nn.Parameter, Widths]]:
             yield from (
                 (weight, (module.hidden_size,) * (len(weight) // module.hidden_size)) for weight in weights
             )
-        elif (
-            isinstance(module, nn.Linear | Conv1D)
-            and id(module.weight) not in outer
-            and module.weight.ndim == 2
-        ):
-            yield module.weight, getattr(module, "widths", (len(module.weight),))
+        elif isinstance(module, nn.Linear | Conv1D) and id(module.weight) not in outer:
+            weight: Any = module.weight
+            if weight.ndim == 2:
+                yield weight, getattr(module, "widths", (len(weight),))
 
 
 def _head_parameters(model: Any) -> Iterator[nn.Parameter]:
