@@ -51,6 +51,7 @@ def test_each_recipe_parses_and_its_model_builds(name: str):
         "fineweb-1b": (950e6, 1050e6),
         "synthetic-formal": (0.4e6, 0.6e6),
         "synthetic-selective-copying": (0.2e6, 0.3e6),
+        "synthetic-distant": (50e3, 90e3),
         "lra-listops": (1.5e6, 3e6),
         "lra-text": (5e6, 9e6),
         "lra-retrieval": (1e6, 2.5e6),

@@ -156,7 +156,7 @@ def test_the_rules_are_those_of_the_published_ladder():
         ({"grid": {"optim.lrr": [1]}}, r"optim\.lrr: unknown key \(did you mean optim\.lr\?\)"),
         ({"grid": {}}, "grid: names no setting"),
         ({"grid": {"optim.lr": []}}, r"grid\.optim\.lr: "),
-        ({}, "sweep: must have one of grid, random, search, ladder, not none"),
+        ({}, "sweep: must have one of grid, variants, random, search, ladder, not none"),
         ({"grid": {"optim.lr": [1e-3, 1e-3]}}, "have the same settings"),
         ({"grid": {"optim.weight_decay": [0, 0.0]}}, "have the same settings"),
         ({"grid": {"batch.chunk": [16, 32]}}, r"batch\.chunk: is in settings and in grid; name it once"),
