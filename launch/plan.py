@@ -109,7 +109,7 @@ def muon_line(model: Model | FamilySize, flops: float, recipe: Recipe, workload:
     share = own / (flops * tokens / workload.processes)
     return (
         f"muon        {len(model.muon)} projections of {elements:,} parameters; {own:.3g} FLOPs a step "
-        f"in every process, {share:.2%} of its other FLOPs; DDP only"
+        f"in every process (ZeRO-1 and 2: its share), {share:.2%} of its other FLOPs"
     )
 
 

@@ -194,9 +194,6 @@ def deepspeed_values(recipe: Recipe) -> dict[str, Any]:
 
 def _deepspeed_errors(recipe: Recipe) -> Errors:
     errors: Errors = []
-    if recipe.optim.name == "muon":
-        message = "muon is for one process and DDP: its steps under DeepSpeed's ZeRO have not been tested"
-        errors.append(("optim.name", f"{message}; use adamw, or launch/accelerate/ddp.yaml"))
     if recipe.train.precision == "fp64":
         errors.append(("train.precision", "fp64 is for DDP: DeepSpeed keeps its weights and moments in fp32"))
     if recipe.train.skip_spikes is not None:

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from run_helpers import Values, losses, recipe_file
+from safetensors.torch import load_file
 
 from minrnn.pipeline.checkpoint import checkpoint_paths
 
@@ -76,7 +78,7 @@ def reader_positions(folder: Path) -> dict[str, dict]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["adamw"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_run_resumes_with_other_engines_and_layouts(
     values: Values, run_recipe: Run, tmp_path: Path, optimizer: str
 ):
@@ -109,6 +111,25 @@ def test_a_run_resumes_with_other_engines_and_layouts(
     for kind in ("train", "validation"):
         np.testing.assert_allclose(losses(folder, kind), losses(undisturbed, kind), rtol=0, atol=1e-5)
     assert reader_positions(folder) == reader_positions(undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_zero_takes_the_steps_of_one_process_with_muon(
+    values: Values, run_recipe: Run, tmp_path: Path, stage: int
+):
+    """From the first step, without a checkpoint of another engine."""
+    values["model"]["dropout"] = 0.0
+    values["optim"]["name"] = "muon"
+    values["train"] |= {"steps": 6, "save_every": None, "eval_every": None, "sample_tokens": 0}
+    single = run_recipe(values)
+    folder = tmp_path / "zero"
+    result = launch(zero(stage), recipe_file(values, tmp_path), "--run.dir", str(folder))
+    assert result.returncode == 0, result.stderr[-3000:]
+    np.testing.assert_allclose(losses(folder), losses(single), rtol=0, atol=2e-5)
+    weights, expected = (load_file(path / "model" / "model.safetensors") for path in (folder, single))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(weights[name], tensor, rtol=0, atol=1e-3, msg=name)
 
 
 @pytest.mark.slow

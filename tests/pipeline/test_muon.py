@@ -329,5 +329,5 @@ def test_settings_that_contradict_are_refused(values: Values, run_recipe: Run, t
     file.write_text(json.dumps({"zero_optimization": {"stage": 2}, "zero_force_ds_cpu_optimizer": True}))
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(file))
-    with pytest.raises(UserError, match=r"optim\.name: muon is for one process and DDP.*use adamw"):
+    with pytest.raises(UserError, match=r"zero_force_ds_cpu_optimizer: .* would replace Muon"):
         check_launch(build_recipe({"optim": {"name": "muon"}}))
