@@ -133,9 +133,11 @@ def test_zero_takes_the_steps_of_one_process_with_muon(
 
 
 @pytest.mark.slow
-def test_context_parallel_is_exact_in_fp64(values: Values, run_recipe: Run, tmp_path: Path):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_context_parallel_is_exact_in_fp64(values: Values, run_recipe: Run, tmp_path: Path, optimizer: str):
     """Two groups of two processes give the losses, validations and positions of a single process."""
     values["model"]["dropout"] = 0.0
+    values["optim"]["name"] = optimizer
     values["train"] |= {"precision": "fp64", "steps": 20, "save_every": 10, "eval_every": 10}
     single = run_recipe(values)
     two = launch(
