@@ -4,11 +4,12 @@ from typing import Any
 
 from ..common.names import counted
 from ..common.output import warn
-from .config import OptimSection, Recipe
+from .config import Recipe
 from .data_order import order_note
 from .families.registry import OURS, kernel_names
 from .machine import PrecisionChoice
 from .optim import learning_rate
+from .optim_section import OptimSection
 from .recipe_on_resume import schedule_steps_of
 from .run import Run
 

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from ..common.errors import UserError
 from ..models.dtypes import DTYPES
-from .config import OptimSection
 from .matrices import Widths, block_matrices
 from .muon import Muon
+from .optim_section import OptimSection
 
 # Decay to zero would half-open a gate, silence a norm, and erase the embedding of a rare token.
 WITHOUT_DECAY = ("embed_tokens", "in_proj", "decay_proj", "norm")

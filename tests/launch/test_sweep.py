@@ -15,8 +15,8 @@ from minrnn.launch.sweep.expand import expand
 from minrnn.launch.sweep.plan import planned, publish
 from minrnn.launch.sweep.rules import Rules, decay_start
 from minrnn.launch.sweep.spec import Sweep, read_sweep, shipped_sweeps
-from minrnn.pipeline.config import OptimSection
 from minrnn.pipeline.optim import learning_rate
+from minrnn.pipeline.optim_section import OptimSection
 
 COMMON = {"train.precision": "fp32", "batch.chunk": 32}
 LADDER: dict[str, Any] = {

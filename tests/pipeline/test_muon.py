@@ -20,12 +20,12 @@ from minrnn.launch.estimates import engine_memory, measure, num_moments
 from minrnn.models import MinRNNConfig, MinRNNForCausalLM
 from minrnn.models.registry import CELLS
 from minrnn.pipeline import muon
-from minrnn.pipeline.config import OptimSection
 from minrnn.pipeline.families.build import NO_SPECIAL_TOKENS, build_causal_lm
 from minrnn.pipeline.families.registry import config_of
 from minrnn.pipeline.launch_checks import check_launch
 from minrnn.pipeline.matrices import block_matrices
 from minrnn.pipeline.optim import build_optimizer
+from minrnn.pipeline.optim_section import OptimSection
 from minrnn.pipeline.recipe import build_recipe
 from minrnn.pipeline.zero_shards import Piece, Shard
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minrnn.models import MinRNNConfig, MinRNNForCausalLM
-from minrnn.pipeline.config import OptimSection
 from minrnn.pipeline.optim import build_optimizer, learning_rate
+from minrnn.pipeline.optim_section import OptimSection
 
 
 @pytest.mark.parametrize("tied", [True, False])
