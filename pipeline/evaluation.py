@@ -34,7 +34,7 @@ from ..data import (
 )
 from ..data.corpus import Split
 from ..data.synthetic import IN_DISTRIBUTION
-from ..data.synthetic.distance import NUM_DISTANCES, distance_powers
+from ..data.synthetic.distance import NUM_DISTANCES, sums_by_distance
 from ..models import MinRNNCache
 from ..models.dtypes import at_least_fp32
 from .classification import open_labelled, score_labels
@@ -266,7 +266,8 @@ def _validate_task(
             is_correct, nats, cache = _score(model, chunk, accelerator, cache, carries)
             sums[lengths.index(length)] += is_correct.sum(), len(is_correct), nats
             if chunk.distances is not None:
-                by_distance += count_by_distance(chunk, is_correct)
+                distances = chunk.distances[chunk.shift_labels != IGNORE_INDEX]
+                by_distance += sums_by_distance(distances, is_correct, None)
             after_chunk()
     model.train()
     counts = all_reduce_sum(accelerator, [*sums.ravel().tolist(), *by_distance.ravel().tolist()])
@@ -284,19 +285,6 @@ def _validate_task(
         **({"by_distance": distances} if distances else {}),
         "validation_tokens": int(sums[0, 1]),
     }
-
-
-def count_by_distance(chunk: Chunk, is_correct: np.ndarray) -> np.ndarray:
-    """Correct answers and all answers at distances from 2^i to 2^(i+1) - 1: fp64 [NUM_DISTANCES, 2].
-
-    Args:
-        chunk: with distances.
-        is_correct: of each answer of the chunk, bool [answers].
-    """
-    assert chunk.distances is not None
-    powers = distance_powers(chunk.distances[chunk.shift_labels != IGNORE_INDEX])
-    columns = [np.bincount(powers, weights, NUM_DISTANCES) for weights in (is_correct, None)]
-    return np.stack(columns, axis=1)
 
 
 def _score(

@@ -145,6 +145,20 @@ def distance_powers(distances: np.ndarray) -> np.ndarray:
     return np.frexp(np.maximum(distances, 1))[1].astype(np.int64) - 1  # exact below 2^53
 
 
+def sums_by_distance(distances: np.ndarray, *weights: np.ndarray | None) -> np.ndarray:
+    """The sum of each weight over answers at distances from 2^i to 2^(i+1) - 1; None counts the answers.
+
+    Args:
+        distances: of the answers, int64 [n].
+        weights: numbers [n] each.
+
+    Returns:
+        fp64 [NUM_DISTANCES, number of weights].
+    """
+    powers = distance_powers(distances)
+    return np.stack([np.bincount(powers, own, NUM_DISTANCES) for own in weights], axis=1)
+
+
 def _log_uniform(generator: np.random.Generator, low: int, high: int, size: int | None = None) -> np.ndarray:
     """Whole numbers from low to high, whose logarithms are uniform: int64, of shape [] or [size]."""
     drawn = np.exp(generator.uniform(math.log(low), math.log(high + 1), size))

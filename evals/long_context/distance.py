@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ...common.errors import UserError
 from ...data import IGNORE_INDEX, Chunk, Task, TaskValidation, build_task
-from ...data.synthetic.distance import NUM_DISTANCES, distance_powers
+from ...data.synthetic.distance import NUM_DISTANCES, sums_by_distance
 from ...models import MinRNNCache, MinRNNForCausalLM
 from ...models.dtypes import at_least_fp32
 from ..output import run_folder, table
@@ -89,17 +89,15 @@ def count_answers(logits: torch.Tensor, chunk: Chunk) -> Counts:
     """
     scored = chunk.shift_labels != IGNORE_INDEX
     assert chunk.distances is not None
-    powers = distance_powers(chunk.distances[scored])
+    distances = chunk.distances[scored]
     answers = torch.as_tensor(chunk.shift_labels[scored], device=logits.device)
     is_correct = (logits.argmax(-1) == answers).cpu().numpy()
     logits = at_least_fp32(logits)
     nats = F.cross_entropy(logits.flatten(0, 1), answers.repeat(len(logits)), reduction="none").view_as(
         logits[..., 0]
     )
-    rows = []
-    for correct, loss in zip(is_correct, nats.cpu().numpy(), strict=True):
-        rows.append([np.bincount(powers, weights, NUM_DISTANCES) for weights in (None, correct, loss)])
-    return np.array(rows).transpose(0, 2, 1)
+    pairs = zip(is_correct, nats.cpu().numpy(), strict=True)
+    return np.stack([sums_by_distance(distances, None, correct, loss) for correct, loss in pairs])
 
 
 @torch.no_grad()
