@@ -78,17 +78,17 @@ def zero_shards(
         parameters: all of the model's.
         widths: of the matrices.
     """
-    pieces = _local_pieces_3 if stage == 3 else _local_pieces
-    local = pieces(optimizer, {name: parameters[name] for name in widths}, accelerator.process_index)
-    everyone = all_gather_objects(accelerator, [local])
+    matrices, rank = {name: parameters[name] for name in widths}, accelerator.process_index
+    local = _local_pieces_3(optimizer, matrices, rank) if stage == 3 else _local_pieces(matrices)
+    of_processes = all_gather_objects(accelerator, [local])
     flat = optimizer.fp32_partitioned_groups_flat if stage == 3 else optimizer.single_partition_of_fp32_groups
     shards = {}
-    for group in sorted({group for groups in everyone for group in groups}):
-        of_group = [groups.get(group, {}) for groups in everyone]
+    for group in sorted({group for groups in of_processes for group in groups}):
+        of_group = [groups.get(group, {}) for groups in of_processes]
         names = {name for pieces in of_group for name in pieces}
         shapes = {name: getattr(parameters[name], "ds_shape", parameters[name].shape) for name in names}
         shards[flat[group]] = Shard(
-            accelerator.process_index,
+            rank,
             of_group,
             shapes,
             {name: widths[name] for name in names},
@@ -100,7 +100,7 @@ def zero_shards(
 Groups = dict[int, dict[str, Piece]]  # by the index of the flat shard
 
 
-def _local_pieces(optimizer: Any, parameters: dict[str, Any], rank: int) -> Groups:
+def _local_pieces(parameters: dict[str, Any]) -> Groups:
     """The pieces of ZeRO 1 and 2 (DeepSpeed 0.19: tensor_fragment.py)."""
     groups: Groups = {}
     for name, parameter in parameters.items():

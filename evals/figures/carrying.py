@@ -94,8 +94,8 @@ def finished_runs(sweep: Path) -> list[tuple[str, Path]]:
 
 
 def measured_run(folder: Path, piece: int) -> dict[str, Any]:
-    """What a run's model loses with the state carried and reset at its chunk: {"points": [{"from", "to",
-    "carried", "reset"}], "chance"}."""
+    """How a run was trained, and what its model loses with the state carried and reset at its chunk:
+    {"trained": MODE, "points": [{"from", "to", "carried", "reset"}], "chance"}."""
     out = folder / "evals" / "carrying.json"
     if out.exists():
         return json.loads(out.read_text())
@@ -116,13 +116,14 @@ def measured_run(folder: Path, piece: int) -> dict[str, Any]:
             }
             for row in result["distance"][:-1]
         ]
-        result = {"points": points, "chance": 100 * result["chance"]}
+        result: dict[str, Any] = {"points": points, "chance": 100 * result["chance"]}
     else:
         documents = [
             tokens.astype(np.int64) for tokens in held_out_documents(folder / "validation") if len(tokens) > 1
         ]
         nats = [token_nats(model, tokens, (None, chunk), piece) for tokens in documents]
         result = {"points": position_points(nats)}
+    result["trained"] = "carried" if config["batch"]["carry_state"] else "reset"
     make_folder(out.parent)
     write_json(out, result)
     return result
@@ -150,23 +151,19 @@ def position_points(nats: Sequence[np.ndarray]) -> list[dict[str, Any]]:
 
 
 def pooled(measured: Sequence[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Mean over seeds of each variant and point: {"variant", "from", "to", "seeds", MODE: {"mean",
+    """Mean over seeds of each variant and point: {"variant", "trained", "from", "to", "seeds", MODE: {"mean",
     "half_width"}}."""
     rows = []
-    for variant in dict.fromkeys(variant for variant, _ in measured):
+    for variant, trained in dict.fromkeys((variant, result["trained"]) for variant, result in measured):
         seeds = [result["points"] for other, result in measured if other == variant]
         for points in zip(*seeds, strict=True):
-            row = {"variant": variant, "from": points[0]["from"], "to": points[0]["to"], "seeds": len(seeds)}
+            row = {"variant": variant, "trained": trained, "seeds": len(seeds)}
+            row |= {edge: points[0][edge] for edge in ("from", "to")}
             for mode in MODES:
                 mean = estimate([point[mode] for point in points])
                 row[mode] = {"mean": mean.mean, "half_width": mean.half_width}
             rows.append(row)
     return rows
-
-
-def as_trained(variant: str) -> str:
-    """Whether a variant carries its state in training."""
-    return "reset" if variant.endswith("reset") else "carried"
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
@@ -176,18 +173,18 @@ def draw(record: dict[str, Any], path: Path) -> None:
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    variants = dict.fromkeys(row["variant"] for row in record["rows"])
-    for number, variant in enumerate(variants):
+    variants = dict.fromkeys((row["variant"], row["trained"]) for row in record["rows"])
+    for number, (variant, trained) in enumerate(variants):
         rows = [row for row in record["rows"] if row["variant"] == variant]
         positions = [(max(row["from"], 1) * row["to"]) ** 0.5 for row in rows]
-        for mode in dict.fromkeys((as_trained(variant), "carried")):
-            label = variant if mode == as_trained(variant) else f"{variant}, tested carried"
+        for mode in dict.fromkeys((trained, "carried")):
+            label = variant if mode == trained else f"{variant}, tested carried"
             axes.errorbar(
                 positions,
                 [row[mode]["mean"] for row in rows],
                 [row[mode]["half_width"] or 0 for row in rows],
                 color=f"C{number}",
-                linestyle="-" if mode == as_trained(variant) else ":",
+                linestyle="-" if mode == trained else ":",
                 marker="o",
                 markersize=3,
                 capsize=2,
@@ -211,7 +208,7 @@ def docs_text(name: str) -> str:
     record = json.loads(result_path(name).read_text())
     lines: dict[tuple[str, str, int], dict[int, str]] = {}
     for row in record["rows"]:
-        for mode in dict.fromkeys((as_trained(row["variant"]), "carried")):
+        for mode in dict.fromkeys((row["trained"], "carried")):
             line = lines.setdefault((row["variant"], mode, row["seeds"]), {})
             line[row["from"]] = _cell(row[mode], name)
     edges = sorted({row["from"] for row in record["rows"]})

@@ -86,7 +86,7 @@ def write_results(name: str, recipe: str, folders: Sequence[Path]) -> None:
     learning_curves(by_experiment[experiment_of(recipe)], out.with_suffix(".png"))
 
 
-def draw_together(names: Sequence[str], recipe: str, picture: Path) -> None:
+def draw_comparison(names: Sequence[str], recipe: str, picture: Path) -> None:
     """Draw the curves of several names of one recipe in one picture, if all have results."""
     files = [RESULTS / f"runs-lra-{name}.json" for name in names]
     if all(file.exists() for file in files):
@@ -184,7 +184,7 @@ def main(argv: list[str]) -> None:
                 write_results(name, run["recipe"], existing)
     for picture, names in yaml.safe_load(GRID.read_text()).get("pictures", {}).items():
         if names_trained := [name for name in names if name in grid]:
-            draw_together(names, grid[names_trained[0]]["recipe"], RESULTS / f"runs-lra-{picture}.png")
+            draw_comparison(names, grid[names_trained[0]]["recipe"], RESULTS / f"runs-lra-{picture}.png")
     print(table(summary(grid, arguments.runs), COLUMNS, "Long Range Arena"))
     if failures:
         raise UserError.from_list(failures)

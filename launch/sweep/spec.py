@@ -124,7 +124,7 @@ class Ladder(Section):
     """Of the rule's learning rate, to check it."""
     rules: Rules = Rules()
     family_rules: dict[str, Rules] = {}
-    """Numbers of `rules` that differ for a family, by its name: {Llama: {lr: 6e-4}}."""
+    """Numbers of `rules` that differ for a family, by its name: {Llama: {lr: 2.8e-4}}."""
     branch: bool = True
     """Train each size once, to the largest budget, and branch the decays of the others off it: equal to
     direct runs to the bit, in less time."""
@@ -182,9 +182,7 @@ class Sweep(Section):
         errors |= {key: RESERVED[key] for key in self._keys() if key in RESERVED}
         for kind, varied in self._varied().items():
             errors |= {
-                key: f"is in settings and in {kind}; name it once"
-                for key in varied
-                if key in self.settings and kind != "variants"
+                key: f"is in settings and in {kind}; name it once" for key in varied if key in self.settings
             }
         if self.grid == {}:
             errors["grid"] = "names no setting"
@@ -210,13 +208,13 @@ class Sweep(Section):
     def _keys(self) -> Iterable[str]:
         """All settings that the file names."""
         families = self.ladder.families.values() if self.ladder is not None else ()
-        return itertools.chain(self.settings, *self._varied().values(), *families)
+        variants = (self.variants or {}).values()
+        return itertools.chain(self.settings, *self._varied().values(), *families, *variants)
 
     def _varied(self) -> dict[str, dict[str, Any]]:
-        """What a grid, variants, a random search and a search vary, by their names."""
+        """What a grid, a random search and a search vary, by their names."""
         drawn = {kind: getattr(getattr(self, kind), "settings", {}) for kind in ("random", "search")}
-        variants = dict(itertools.chain.from_iterable(own.items() for own in (self.variants or {}).values()))
-        return {"grid": self.grid or {}, "variants": variants, **drawn}
+        return {"grid": self.grid or {}, **drawn}
 
 
 def shipped_sweeps() -> dict[str, Path]:
@@ -259,10 +257,14 @@ def read_sweep(name: str, settings: dict[str, str] | None = None) -> Sweep:
 def _error(error: Any) -> tuple[str, str]:
     key = ".".join(map(str, error["loc"]))
     if error["type"] == "extra_forbidden":
-        sections = {"ladder": Ladder, "rules": Rules, "random": Random, "search": Search}
-        known = sections.get(str(error["loc"][-2]) if len(error["loc"]) > 1 else "", Sweep)
-        if "family_rules" in error["loc"]:
-            known = Rules
+        sections = {
+            "ladder": Ladder,
+            "rules": Rules,
+            "family_rules": Rules,
+            "random": Random,
+            "search": Search,
+        }
+        known = next((sections[part] for part in reversed(error["loc"][:-1]) if part in sections), Sweep)
         hint = did_you_mean(nearest_names(str(error["loc"][-1]), known.model_fields), "there is no such key")
         return key, f"unknown key ({hint})"
     if error["type"] == "missing":

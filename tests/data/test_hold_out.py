@@ -72,9 +72,9 @@ def test_too_few_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 @given(fraction=st.floats(0, 1), draw=st.data())
-def test_digests_are_held_out_together_as_alone(fraction: float, draw: st.DataObject):
+def test_an_array_of_digests_is_held_out_as_each_alone(fraction: float, draw: st.DataObject):
     limit = min(int(fraction * 2**64), 2**64 - 2)
     near = st.integers(max(limit - 2, 0), limit + 1)
     digests = draw.draw(st.lists(st.integers(0, 2**64 - 1) | near, max_size=20))
-    together = are_held_out(np.array(digests, np.uint64), fraction)
-    assert together.tolist() == [is_held_out(digest, fraction) for digest in digests]
+    is_chosen = are_held_out(np.array(digests, np.uint64), fraction)
+    assert is_chosen.tolist() == [is_held_out(digest, fraction) for digest in digests]

@@ -48,7 +48,9 @@ def made_up_sweep(folder: Path) -> Path:
         (run_folder / "evals").mkdir(parents=True)
         (run_folder / ".finished").touch()
         points = [{"from": 64, "to": 128, "carried": 20.0 + number, "reset": 10.0}]
-        (run_folder / "evals" / "carrying.json").write_text(json.dumps({"points": points, "chance": 6.25}))
+        trained = "reset" if run["family"] == "reset" else "carried"
+        result = {"trained": trained, "points": points, "chance": 6.25}
+        (run_folder / "evals" / "carrying.json").write_text(json.dumps(result))
     (folder / "sweep.json").write_text(json.dumps({"runs": planned}))
     return folder
 

@@ -88,9 +88,9 @@ def test_each_name_has_its_own_results_and_later_calls_keep_earlier_ones(trained
     ]
     assert re.search(r"listops-short-both +20, 20 +40.0, 40.0", capsys.readouterr().out)
     names, picture = ["listops-short-mlp", "listops-short-both"], results / "several.png"
-    lra.draw_together([*names, "listops-short-none"], "lra-listops", picture)
+    lra.draw_comparison([*names, "listops-short-none"], "lra-listops", picture)
     assert not picture.exists()  # one of them has no results yet
-    lra.draw_together(names, "lra-listops", picture)
+    lra.draw_comparison(names, "lra-listops", picture)
     assert picture.exists()
 
 
