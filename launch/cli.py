@@ -21,6 +21,8 @@ USAGE = """usage: minrnn COMMAND ...
                     minrnn plan --config fineweb-1b --processes 16
   sweep         train a grid, a search or a ladder of sizes and budgets, with any number of workers
                     minrnn sweep laptop --plan
+  ablate        compare variants of a recipe: learning rates tuned, paired over seeds, with intervals
+                    minrnn ablate block --plan
   fit           fit a scaling law, with intervals, to a sweep, to runs or to a CSV file
                     minrnn fit runs/laptop
   prepare       write the tokens of a corpus to disk, for runs that start at once
@@ -73,6 +75,7 @@ MODULES = {
     "fit": "..evals.scaling.command",
     "ui": ".ui",
     "sweep": ".sweep.command",
+    "ablate": ".ablate.command",
     "figures": "..evals.figures.command",
 }
 

@@ -2,9 +2,13 @@
 
     x + mixer(norm(x)),   then   x + mlp(norm(x))
 
+With `residual_scales`, the block reads s x + r x0 in place of x, where x0 is the embedding (as in
+github.com/KellerJordan/modded-nanogpt).
+
 Shapes: B batch, T time, H hidden_size.
 """
 
+import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -44,6 +48,7 @@ class MinRNNBlock(GradientCheckpointingLayer):
 
     def __init__(self, config: MinRNNConfig, layer: int):
         super().__init__()
+        self.residual_scales = nn.Parameter(torch.empty(2)) if config.residual_scales else None
         self.mixer_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.scan_backend)
         self.mixer = CELLS[config.cell](config, layer)
         self.reverse = None
@@ -72,11 +77,16 @@ class MinRNNBlock(GradientCheckpointingLayer):
         conv: Tensor | None,
         boundaries: Boundaries,
         lower_bound: Tensor | None = None,
+        x0: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """x [B, T, H] -> [B, T, H], and the state after it.
+        """x [B, T, H] -> [B, T, H], and the state after it. x0 [B, T, H] is the embedding, for
+        `residual_scales`.
 
         The state is not a tuple, because reentrant checkpointing ignores gradients inside of tuples.
         """
+        if self.residual_scales is not None:
+            scale, scale0 = self.residual_scales
+            x = scale * x + scale0 * x0
         normed = self.mixer_norm(x)
         mixed, (recurrent, conv) = self.mixer(normed, (recurrent, conv), boundaries, lower_bound)
         if self.reverse is not None:

@@ -27,6 +27,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 POOLINGS = ("last", "mean")
+FINITE = (
+    "expansion_factor",
+    "memory_length",
+    "logit_softcap",
+    "initializer_range",
+    "dropout",
+    "rms_norm_eps",
+)
 
 
 @strict
@@ -41,7 +49,7 @@ class MinRNNConfig(PreTrainedConfig):
         hidden_size: Width of the residual stream.
         num_hidden_layers: Number of blocks.
         cell: Name of the recurrent cell: `"mingru"` or `"minlstm"` with decays in (0, 1), `"mingru_signed"`
-            or `"minlstm_signed"` in (-1, 1), or a published one: docs/cells.md lists all.
+            or `"minlstm_signed"` in (-1, 1), or another one: docs/cells.md lists all.
         expansion_factor: Recurrent width / hidden_size (the paper's alpha).
         candidate_activation: Activation of the candidate: `"g"` (x + 0.5 for x >= 0, else sigmoid), `"none"`,
             `"tanh"` or `"silu"`.
@@ -54,6 +62,13 @@ class MinRNNConfig(PreTrainedConfig):
             2 to this many tokens; 2 starts every gate half open.
         learn_h0: Learn the state before the first token of every document, one for each layer. It starts as
             0, the state without it. For cells with a state per channel; docs/cells.md lists them.
+        output_norm: RMS norm of the cell's output before the output gate, over groups of 64 channels (or the
+            nearest number that divides the cell's width).
+        residual_scales: Each block reads s x + r x0 in place of x: x0 is the embedding, and s and r are
+            learnt numbers, 1 and 0 before training.
+        zero_init_residual: Start the projections into the residual stream at zero: every block then begins as
+            the identity.
+        logit_softcap: Bound the logits to softcap tanh(logits / softcap); `None` for no bound.
         initializer_range: Standard deviation of the weights; `None` for fan_in ** -0.5.
         dropout: Probability of dropping an element of a block's output, in training.
         rms_norm_eps: Epsilon of the RMS norms.
@@ -96,6 +111,10 @@ class MinRNNConfig(PreTrainedConfig):
     gated_mlp: bool = True
     memory_length: int | float = 256.0
     learn_h0: bool = False
+    output_norm: bool = False
+    residual_scales: bool = False
+    zero_init_residual: bool = False
+    logit_softcap: int | float | None = None
     initializer_range: int | float | None = None
     dropout: int | float = 0.0
     rms_norm_eps: int | float = 1e-6
@@ -158,7 +177,9 @@ class MinRNNConfig(PreTrainedConfig):
             errors["initializer_range"] = (
                 f"must be positive, or null for fan_in ** -0.5, not {self.initializer_range}"
             )
-        for name in ("expansion_factor", "memory_length", "initializer_range", "dropout", "rms_norm_eps"):
+        if self.logit_softcap is not None and self.logit_softcap <= 0:
+            errors["logit_softcap"] = f"must be positive, or null for no bound, not {self.logit_softcap}"
+        for name in FINITE:
             if getattr(self, name) is not None and not math.isfinite(getattr(self, name)):
                 errors[name] = f"must be finite, not {getattr(self, name)}"
         if "expansion_factor" not in errors and "hidden_size" not in errors and self.recurrent_size < 1:
@@ -183,6 +204,11 @@ class MinRNNConfig(PreTrainedConfig):
             if self.cell not in cells and value != getattr(MinRNNConfig, name):
                 source = " (preset paper sets it)" if PRESETS["paper"].get(name) == value else ""
                 errors[name] = f"is for {', '.join(cells)}, and not for {self.cell}: leave it out{source}"
+        if self.output_norm and not CELLS[self.cell].takes_output_norm:
+            cells = ", ".join(cell for cell, mixer in CELLS.items() if mixer.takes_output_norm)
+            errors["output_norm"] = (
+                f"is for {cells}; {self.cell} has a norm or a gate of its own: leave it out"
+            )
         if self.learn_h0 and not CELLS[self.cell].learns_h0:
             cells = ", ".join(cell for cell, mixer in CELLS.items() if mixer.learns_h0)
             errors["learn_h0"] = (

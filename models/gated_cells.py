@@ -14,7 +14,7 @@ from transformers import initialization as init
 from .bounded_scans import BoundedScans
 from .cell_spec import CellSpec
 from .dtypes import at_least_fp32
-from .minimal_cells import MinimalMixer
+from .minimal_cells import MinimalMixer, has_fused_gate
 from .mixer import MinRNNMixer, gate_bias, inverse_softplus
 from .ternary import linear
 
@@ -35,6 +35,7 @@ class GILRLSTM(MinRNNMixer):
     """
 
     gate_activation = None
+    takes_output_norm = False
     learns_h0 = True
 
     def __init__(self, config: "MinRNNConfig", layer: int):
@@ -90,7 +91,7 @@ class HGRN(MinimalMixer):
 
     @classmethod
     def cell_spec(cls, config: "MinRNNConfig") -> CellSpec:
-        return CellSpec("hgrn", "silu", config.output_gate)
+        return CellSpec("hgrn", "silu", has_fused_gate(config))
 
     @classmethod
     def lower_bound_size(cls, config: "MinRNNConfig") -> int:
@@ -160,7 +161,7 @@ class RGLRU(MinimalMixer):
 
     @classmethod
     def cell_spec(cls, config: "MinRNNConfig") -> CellSpec:
-        return CellSpec("rglru", "none", config.output_gate)
+        return CellSpec("rglru", "none", has_fused_gate(config))
 
     def init_parameters(self, memory: Tensor) -> None:
         init.zeros_(self.gate_bias)

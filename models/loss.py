@@ -35,6 +35,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         scale: Tensor,
         block: int,
         num_tokens: int | None,
+        softcap: float | None,
     ) -> Tensor:
         dtype = compute_dtype(hidden)
         cast_hidden, cast_weight = hidden.to(dtype), weight.to(dtype)
@@ -45,7 +46,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_blocks, target_blocks = cast_hidden.split(block), targets.split(block)
         grad_blocks = (None,) * len(hidden_blocks) if grad_hidden is None else grad_hidden.split(block)
         for rows, labels, grad_rows in zip(hidden_blocks, target_blocks, grad_blocks, strict=True):
-            logits = without_padding(rows @ cast_weight.t(), num_tokens)
+            logits, slope = rows @ cast_weight.t(), None
+            if softcap is not None:
+                logits, slope = softcapped(logits, softcap)
+            logits = without_padding(logits, num_tokens)
             log_probabilities = F.log_softmax(logits, dim=-1, dtype=scale.dtype)
             loss += F.nll_loss(log_probabilities, labels, ignore_index=IGNORE_INDEX, reduction="sum")
             if grad_rows is not None and grad_weight is not None:
@@ -53,7 +57,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 difference = log_probabilities.exp_().scatter_add_(
                     1, labels.clamp(min=0).unsqueeze(1), -scored.to(scale.dtype)
                 )
-                difference = difference.masked_fill_(~scored, 0).mul_(scale).to(dtype)
+                difference = difference.masked_fill_(~scored, 0).mul_(scale)
+                difference = (difference if slope is None else difference.mul_(slope)).to(dtype)
                 torch.mm(difference, cast_weight, out=grad_rows)
                 grad_weight += difference.t() @ rows
         ctx.save_for_backward(grad_hidden, grad_weight)
@@ -62,17 +67,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_loss: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx, grad_loss: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         grad_hidden, grad_weight = ctx.saved_tensors
         hidden_dtype, weight_dtype = ctx.dtypes
-        return (
-            (grad_hidden * grad_loss).to(hidden_dtype),
-            (grad_weight * grad_loss).to(weight_dtype),
-            None,
-            None,
-            None,
-            None,
-        )
+        d_hidden, d_weight = grad_hidden * grad_loss, grad_weight * grad_loss
+        return d_hidden.to(hidden_dtype), d_weight.to(weight_dtype), *(None,) * 5
+
+
+def softcapped(logits: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
+    """softcap tanh(logits / softcap) in at least fp32, and its derivative.
+
+    Source: Gemma Team, "Gemma 2", arXiv 2408.00118, section 2.
+    """
+    tanh = torch.tanh(at_least_fp32(logits) / softcap)
+    return softcap * tanh, 1 - tanh.square()
 
 
 def without_padding(logits: Tensor, num_tokens: int | None) -> Tensor:
@@ -92,6 +100,7 @@ def linear_cross_entropy(
     num_items: int | float | Tensor | None = None,
     block: int | None = None,
     num_tokens: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Cross-entropy in nats of `hidden @ weight.T` against `targets`, without the logits.
 
@@ -102,6 +111,7 @@ def linear_cross_entropy(
         num_items: what the summed loss is divided by; the number of scored tokens if None.
         block: tokens whose logits are held at once; by default as many as make 2^25 logits.
         num_tokens: rows of the weight from this one on are padding and have no probability; None: none are.
+        softcap: bound of the logits (`softcapped`); None for none.
 
     Returns:
         A scalar in fp32 (fp64 if hidden is).
@@ -114,7 +124,7 @@ def linear_cross_entropy(
     )
     scale = count.to(torch.promote_types(hidden.dtype, torch.float32)).reciprocal()
     return _LinearCrossEntropy.apply(
-        rows, weight, labels, scale, block or max(1, BLOCK_ELEMENTS // len(weight)), num_tokens
+        rows, weight, labels, scale, block or max(1, BLOCK_ELEMENTS // len(weight)), num_tokens, softcap
     )
 
 
@@ -163,17 +173,25 @@ class LMHead(nn.Linear):
 
     Args:
         num_tokens: rows from this one on pad the vocabulary: they never have any probability. None: none are.
+        softcap: bound of the logits (`softcapped`); None for none.
         others: as in nn.Linear.
     """
 
-    def __init__(self, *args: Any, num_tokens: int | None = None, **kwargs: Any):
+    def __init__(
+        self, *args: Any, num_tokens: int | None = None, softcap: float | None = None, **kwargs: Any
+    ):
         super().__init__(*args, **kwargs)
-        self.num_tokens = num_tokens
+        self.num_tokens, self.softcap = num_tokens, softcap
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, x: Tensor, targets: Tensor | None = None, num_items: int | float | Tensor | None = None
     ) -> Tensor:
         """[..., hidden_size] -> logits [..., vocab_size], or the loss if `targets` is given."""
-        if targets is None:
-            return without_padding(super().forward(x), self.num_tokens)
-        return linear_cross_entropy(x, self.weight, targets, num_items, num_tokens=self.num_tokens)
+        if targets is not None:
+            return linear_cross_entropy(
+                x, self.weight, targets, num_items, num_tokens=self.num_tokens, softcap=self.softcap
+            )
+        logits = super().forward(x)
+        if self.softcap is not None:
+            logits = softcapped(logits, self.softcap)[0].to(logits.dtype)
+        return without_padding(logits, self.num_tokens)

@@ -9,7 +9,6 @@ recurrence and the norm of its output are the cell, and our block is around it.
 Shapes: B batch, T time, N heads.
 """
 
-import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,28 +20,18 @@ from .bounded_scans import BoundedScans
 from .dtypes import at_least_fp32
 from .layers import RMSNorm
 from .max_plus import EMPTY
-from .mixer import MinRNNMixer, gate_bias
+from .mixer import GROUP, MinRNNMixer, gate_bias, nearest_divisor
 from .ternary import linear
 
 if TYPE_CHECKING:
     from .configuration_minrnn import MinRNNConfig
 
-DEFAULT_HEAD = 64  # V, if the recurrent width is a multiple of it
 SMALLEST_HEAD, LARGEST_HEAD = 16, 256  # which the default never leaves in wide models
-
-
-def nearest_divisor(number: int, target: int) -> int:
-    """The divisor of `number` that is nearest to `target`, as a ratio."""
-    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
-    return min(
-        (*small, *(number // divisor for divisor in small)),
-        key=lambda divisor: abs(math.log(divisor / target)),
-    )
 
 
 def head_size(config: "MinRNNConfig") -> int:
     """V: `config.head_dim`, or its default."""
-    return config.head_dim or nearest_divisor(config.recurrent_size, DEFAULT_HEAD)
+    return config.head_dim or nearest_divisor(config.recurrent_size, GROUP)
 
 
 def num_heads(config: "MinRNNConfig") -> int:
@@ -54,6 +43,7 @@ class MatrixMixer(MinRNNMixer):
     """Base of the cells with a state matrix in each head."""
 
     own_fields = ("head_dim", "state_expansion")
+    takes_output_norm = False
     has_normalizer = False
     """The state has one more column, the decayed sum of k, which scales y."""
     has_decay = True
@@ -101,7 +91,7 @@ class MatrixMixer(MinRNNMixer):
             )
         elif config.head_dim is None and width > LARGEST_HEAD and not SMALLEST_HEAD <= size <= LARGEST_HEAD:
             errors["head_dim"] = (
-                f"expansion_factor * hidden_size = {width} has no divisor near {DEFAULT_HEAD}, and heads of "
+                f"expansion_factor * hidden_size = {width} has no divisor near {GROUP}, and heads of "
                 f"{size} would be far from it: choose another hidden_size, or set head_dim to a divisor"
             )
         return errors
@@ -136,6 +126,7 @@ class LinearAttention(MatrixMixer):
     has_normalizer = True
     has_decay = False
     has_head_norm = False
+    takes_output_norm = True
     smallest = 1e-6
     """Added to z, which is 0 where phi(q) and all phi(k) underflow."""
 

@@ -1,4 +1,4 @@
-"""The cells that `cell_scan` computes: minGRU, minLSTM, their signed forms, and GILR.
+"""The cells that `cell_scan` computes: minGRU, minLSTM, their signed and normalized forms, and GILR.
 
 `minimal_coefficients.py` holds their equations, `cell_scan.py` computes cell, scan and output gate as one
 operation.
@@ -21,8 +21,14 @@ if TYPE_CHECKING:
     from .configuration_minrnn import MinRNNConfig
 
 
+def has_fused_gate(config: "MinRNNConfig") -> bool:
+    """Whether the cell scan applies the output gate; with a norm before the gate, the mixer does."""
+    return config.output_gate and not config.output_norm
+
+
 class MinimalMixer(MinRNNMixer):
-    """minGRU and minLSTM (Feng et al., arXiv 2410.01201), and their forms with decays in (-1, 1)."""
+    """minGRU and minLSTM (Feng et al., arXiv 2410.01201), their forms with decays in (-1, 1), and those
+    with the input scaled by sqrt(1 - a^2)."""
 
     own_fields = ("candidate_activation",)
     learns_h0 = True
@@ -35,7 +41,7 @@ class MinimalMixer(MinRNNMixer):
     @classmethod
     def cell_spec(cls, config: "MinRNNConfig") -> CellSpec:
         """What the cell scan computes."""
-        return CellSpec(config.cell, config.candidate_activation, config.output_gate)
+        return CellSpec(config.cell, config.candidate_activation, has_fused_gate(config))
 
     @classmethod
     def projections(cls, config: "MinRNNConfig") -> dict[str, int]:
@@ -53,6 +59,16 @@ class MinimalMixer(MinRNNMixer):
         self, projected: Tensor, state: Tensor | None, boundaries: Boundaries, *lower_bound: Tensor
     ) -> tuple[Tensor, Tensor]:
         rows, state = self.channel_rows(*lower_bound), self.entering(state, projected)
+        if self.output_norm is None:
+            return self.scan_cell(projected, rows, state, boundaries)
+        width = self.spec.num_projections * rows.shape[1]
+        y, state = self.scan_cell(projected[..., :width], rows, state, boundaries)
+        return self.gated(y, projected[..., width:]), state
+
+    def scan_cell(
+        self, projected: Tensor, rows: Tensor, state: Tensor | None, boundaries: Boundaries
+    ) -> tuple[Tensor, Tensor]:
+        """The cell, and the output gate if `spec` has it: y [B, T, R], and the state after it."""
         if state is not None and self.must_compose(boundaries):
             return self.recur_composed(projected, rows, state, boundaries)
         if self.is_single_token(projected, boundaries):
@@ -106,4 +122,4 @@ class GILR(MinimalMixer):
 
     @classmethod
     def cell_spec(cls, config: "MinRNNConfig") -> CellSpec:
-        return CellSpec("mingru", "tanh", config.output_gate)
+        return CellSpec("mingru", "tanh", has_fused_gate(config))

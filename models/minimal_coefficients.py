@@ -9,6 +9,10 @@ recurrence is linear and the whole sequence is one scan.
 with pre-activations k, p, q, u = W x and c the candidate activation. Source: Feng et al., arXiv 2410.01201,
 sections 3.1 and 3.2; minGRU with c = tanh is GILR of Martin & Cundy (ICLR 2018).
 
+`NAME_normalized` has sqrt(1 - a^2) in place of 1 - a before the candidate, as the RG-LRU has (De et al.,
+arXiv 2402.19427): the state of independent candidates then has their variance for every memory length. With
+1 - a, a channel with a memory of 256 tokens puts out about 0.04 of what it takes in.
+
 Each cell has a variant with decays in (-1, 1), `NAME_signed`: 2 a - 1 in place of a, the same b. A state that
 can change its sign at every token can count modulo 2, which decays in (0, 1) cannot (Grazzi et al.,
 "Unlocking State-Tracking in Linear RNNs Through Negative Eigenvalues", arXiv 2411.12537).
@@ -51,11 +55,31 @@ def minlstm(p: Tensor, q: Tensor, u: Tensor, activation: str) -> tuple[Tensor, T
 
     p (forget), q (input), u [batch, time, width] -> a (at least fp32), b (dtype of u).
 
-    a = f / (f + i) = sigmoid(-d) with d = log(i / f) = softplus(-p) - softplus(-q), which neither overflows
-    nor divides.
+    a = f / (f + i) = sigmoid(-d) with d = log(i / f), which neither overflows nor divides.
     """
-    d = F.softplus(-at_least_fp32(p)) - F.softplus(-at_least_fp32(q))
-    return torch.sigmoid(-d), (torch.sigmoid(d) * candidate(at_least_fp32(u), activation)).to(u.dtype)
+    return mingru(_log_input_over_forget(p, q), u, activation)
+
+
+def _log_input_over_forget(p: Tensor, q: Tensor) -> Tensor:
+    """log(i / f) = softplus(-p) - softplus(-q) of a minLSTM, in at least fp32."""
+    return F.softplus(-at_least_fp32(p)) - F.softplus(-at_least_fp32(q))
+
+
+def mingru_normalized(k: Tensor, u: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """`mingru` with b = sqrt(1 - a^2) c(u).
+
+    1 - a^2 = z (1 + a) with z = 1 - a = sigmoid(k). The root is an exponential of logarithms, whose gradient
+    is finite where z underflows.
+    """
+    k = at_least_fp32(k)
+    a = torch.sigmoid(-k)
+    scale = torch.exp((F.logsigmoid(k) + torch.log1p(a)) / 2)
+    return a, (scale * candidate(at_least_fp32(u), activation)).to(u.dtype)
+
+
+def minlstm_normalized(p: Tensor, q: Tensor, u: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """`minlstm` with b = sqrt(1 - a^2) c(u)."""
+    return mingru_normalized(_log_input_over_forget(p, q), u, activation)
 
 
 @dataclass(frozen=True)
@@ -101,4 +125,7 @@ MINIMAL_CELLS = {
     "mingru": MinimalCell(num_gates=1, coefficients=mingru, gate_bias=_mingru_bias),
     "minlstm": MinimalCell(num_gates=2, coefficients=minlstm, gate_bias=_minlstm_bias),
 }
-MINIMAL_CELLS |= {f"{name}_signed": _signed(cell) for name, cell in MINIMAL_CELLS.items()}
+MINIMAL_CELLS |= {f"{name}_signed": _signed(cell) for name, cell in MINIMAL_CELLS.items()} | {
+    "mingru_normalized": MinimalCell(num_gates=1, coefficients=mingru_normalized, gate_bias=_mingru_bias),
+    "minlstm_normalized": MinimalCell(num_gates=2, coefficients=minlstm_normalized, gate_bias=_minlstm_bias),
+}

@@ -1,6 +1,7 @@
 """The mixer: the part of a block that reads earlier tokens. Every cell is a subclass.
 
-    mixer:  x -> causal convolution -> projections -> cell [* activation(output gate)] -> down-projection
+    mixer:  x -> causal convolution -> projections -> cell [-> norm] [* activation(output gate)]
+              -> down-projection
 
 A cell is the recurrence in it: a subclass names its projections and its state, and computes outputs and the
 next state from them in `cell`. It uses the scans of `BoundedScans`, which handle document starts, padding,
@@ -10,6 +11,7 @@ docs/new-cell.md adds one step by step.
 Shapes: B batch, T time, H hidden_size, R recurrent_size, K conv_kernel, S state_size.
 """
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,12 +23,14 @@ from .bounded_scans import BoundedScans
 from .context_parallel import ContextGroup, context_conv, context_tail
 from .conv import causal_conv, causal_window, conv_one_token, next_conv_state
 from .dtypes import at_least_fp32
+from .layers import RMSNorm
 from .numba_support import is_token_step
 from .ternary import linear
 
 if TYPE_CHECKING:
     from .configuration_minrnn import MinRNNConfig
 
+GROUP = 64  # channels that the output norm takes together, if the width is a multiple of it
 State = tuple[Tensor | None, Tensor | None]  # recurrent [B, S] fp32, conv inputs [B, K-1, H]
 
 
@@ -45,6 +49,8 @@ class MinRNNMixer(nn.Module):
     """Fields of the configuration that not every cell reads, but this one does."""
     has_full_convolution = False
     """The projections read the last K inputs of all channels, instead of one depthwise convolution."""
+    takes_output_norm = True
+    """The mixer can norm the cell's output before the output gate (`config.output_norm`)."""
     learns_h0 = False
     """The cell can begin documents from a learnt state (`config.learn_h0`); its scans take `initial_state`
     then."""
@@ -63,6 +69,10 @@ class MinRNNMixer(nn.Module):
         self.gate = ACT2FN[self.gate_activation] if self.gate_activation and config.output_gate else None
         if self.gate is not None:
             self.widths.append(self.output_size(config))
+        self.output_norm = None
+        if config.output_norm:
+            group = nearest_divisor(self.output_size(config), GROUP)
+            self.output_norm = RMSNorm(group, config.rms_norm_eps, config.scan_backend)
         taps = self.kernel if self.has_full_convolution else 1
         self.in_proj = linear(config, taps * config.hidden_size, *self.widths)
         self.out_proj = linear(config, self.output_size(config), config.hidden_size)
@@ -206,8 +216,24 @@ class MinRNNMixer(nn.Module):
         scans, parts = self.scans(projected, boundaries), projected.split(self.widths, dim=-1)
         state = self.entering(state, projected)
         h, state = self.cell(parts[:-1] if self.gate else parts, state, scans, *lower_bound)
-        y = h.to(projected.dtype)
-        return (y * self.gate(parts[-1]) if self.gate else y), state
+        return self.gated(h.to(projected.dtype), parts[-1]), state
+
+    def gated(self, y: Tensor, gate: Tensor) -> Tensor:
+        """The cell's output y [B, T, output_size], normed, times the activated output gate; each only if the
+        configuration has it."""
+        if self.output_norm is not None:
+            groups = y.unflatten(-1, (-1, self.output_norm.weight.numel()))
+            y = self.output_norm(groups).flatten(-2).to(y.dtype)
+        return y if self.gate is None else y * self.gate(gate)
+
+
+def nearest_divisor(number: int, target: int) -> int:
+    """The divisor of `number` that is nearest to `target`, as a ratio."""
+    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    return min(
+        (*small, *(number // divisor for divisor in small)),
+        key=lambda divisor: abs(math.log(divisor / target)),
+    )
 
 
 def gate_bias(memory: Tensor, bound: float = 0.0) -> Tensor:

@@ -83,8 +83,13 @@ class MinRNNPreTrainedModel(PreTrainedModel):
         if isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=std or self.config.hidden_size**-0.5)
         elif isinstance(module, nn.Linear):
-            scale = getattr(module, "residual_scale", 1.0)
-            init.normal_(module.weight, std=(std or module.in_features**-0.5) * scale)
+            scale = getattr(module, "residual_scale", None)  # of projections into the residual stream
+            if scale is not None and self.config.zero_init_residual:
+                init.zeros_(module.weight)
+            else:
+                init.normal_(module.weight, std=(std or module.in_features**-0.5) * (scale or 1.0))
+        elif isinstance(module, MinRNNBlock) and module.residual_scales is not None:
+            init.copy_(module.residual_scales, torch.tensor([1.0, 0.0]))
         elif isinstance(module, RMSNorm):
             init.ones_(module.weight)
         elif isinstance(module, MinRNNMixer):
@@ -178,9 +183,9 @@ class MinRNNModel(MinRNNPreTrainedModel):
         self, x: Tensor, states: list[State], boundaries: Boundaries
     ) -> tuple[Tensor, list[State]]:
         """All blocks: x [B, T, H] -> [B, T, H], from the state before each block to the states after them."""
-        after = []
+        after, x0 = [], x if self.config.residual_scales else None
         for block, state, bound in zip(self.layers, states, self.layer_bounds(), strict=True):
-            x, *state = block(x, *state, boundaries, bound)
+            x, *state = block(x, *state, boundaries, bound, x0)
             after.append(tuple(state))
         return x, after
 
@@ -248,7 +253,13 @@ class MinRNNForCausalLM(MinRNNPreTrainedModel, StateGenerationMixin):
         if config.bidirectional:
             raise ValueError("bidirectional is for classifiers: a language model reads from left to right.")
         self.model = MinRNNModel(config)
-        self.lm_head = LMHead(config.hidden_size, config.vocab_size, bias=False, num_tokens=config.num_tokens)
+        self.lm_head = LMHead(
+            config.hidden_size,
+            config.vocab_size,
+            bias=False,
+            num_tokens=config.num_tokens,
+            softcap=config.logit_softcap,
+        )
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
@@ -256,12 +267,27 @@ class MinRNNForCausalLM(MinRNNPreTrainedModel, StateGenerationMixin):
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         if not isinstance(new_embeddings, LMHead):  # a resized vocabulary comes as a plain nn.Linear
-            head = LMHead(new_embeddings.in_features, new_embeddings.out_features, bias=False, device="meta")
+            sizes, softcap = (new_embeddings.in_features, new_embeddings.out_features), self.lm_head.softcap
+            head = LMHead(*sizes, bias=False, device="meta", softcap=softcap)
             head.weight = new_embeddings.weight
             # Without this flag post_init would draw the weights again.
             head.__dict__["_is_hf_initialized"] = getattr(new_embeddings, "_is_hf_initialized", False)
             new_embeddings, self.config.num_tokens = head, None  # the new size is that of the user's tokens
         self.lm_head = new_embeddings
+
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> nn.Module:
+        """As in transformers. Rows that padded the vocabulary become tokens, and those that
+        `pad_to_multiple_of` adds are padding."""
+        embeddings: Any = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        if new_num_tokens is not None:
+            has_padding = new_num_tokens < len(embeddings.weight)
+            self.config.num_tokens = self.lm_head.num_tokens = new_num_tokens if has_padding else None
+        return embeddings
 
     @can_return_tuple
     def forward(

@@ -12,6 +12,8 @@ CELLS: dict[str, type[MinRNNMixer]] = {
     "minlstm": MinimalMixer,
     "mingru_signed": MinimalMixer,
     "minlstm_signed": MinimalMixer,
+    "mingru_normalized": MinimalMixer,
+    "minlstm_normalized": MinimalMixer,
     "gilr": GILR,
     "gilr_lstm": GILRLSTM,
     "hgrn": HGRN,

@@ -65,7 +65,7 @@ class ModelSection(Section):
     """Number of blocks."""
     cell: str = MinRNNConfig.cell
     """Name of the recurrent cell: `"mingru"` or `"minlstm"` with decays in (0, 1), `"mingru_signed"`
-    or `"minlstm_signed"` in (-1, 1), or a published one: docs/cells.md lists all."""
+    or `"minlstm_signed"` in (-1, 1), or another one: docs/cells.md lists all."""
     expansion_factor: int | float = MinRNNConfig.expansion_factor
     """Recurrent width / hidden_size (the paper's alpha)."""
     candidate_activation: str = MinRNNConfig.candidate_activation
@@ -87,6 +87,17 @@ class ModelSection(Section):
     learn_h0: bool = MinRNNConfig.learn_h0
     """Learn the state before the first token of every document, one for each layer. It starts as 0, the
     state without it. For cells with a state per channel; docs/cells.md lists them."""
+    output_norm: bool = MinRNNConfig.output_norm
+    """RMS norm of the cell's output before the output gate, over groups of 64 channels (or the
+    nearest number that divides the cell's width)."""
+    residual_scales: bool = MinRNNConfig.residual_scales
+    """Each block reads s x + r x0 in place of x: x0 is the embedding, and s and r are learnt
+    numbers, 1 and 0 before training."""
+    zero_init_residual: bool = MinRNNConfig.zero_init_residual
+    """Start the projections into the residual stream at zero: every block then begins as the
+    identity."""
+    logit_softcap: int | float | None = MinRNNConfig.logit_softcap
+    """Bound the logits to softcap tanh(logits / softcap); `None` for no bound."""
     initializer_range: int | float | None = MinRNNConfig.initializer_range
     """Standard deviation of the weights; `None` for fan_in ** -0.5."""
     dropout: int | float = MinRNNConfig.dropout

@@ -21,12 +21,13 @@ from ...common.files import make_folder, user_path, write_json
 from ...common.output import warn
 from ...data import Task, build_task, is_task, load_held_out
 from ...pipeline.loading import load, require_state
+from ...pipeline.machine import resolve_device
 from ...pipeline.options import new_parser
 from ...pipeline.pictures import save_figure
 from ..long_context.distance import measure_task
 from ..long_context.positions import bucket_edges, token_nats
 from ..output import RESULTS
-from ..record import command_line, commit
+from ..record import command_line, commit, machine, versions
 from ..report.compare import estimate
 from ..report.page import table
 
@@ -62,6 +63,8 @@ def main(argv: list[str]) -> None:
         "study": arguments.name,
         "command": command_line("minrnn figures carrying", argv),
         "commit": commit(),
+        "machine": machine(resolve_device("auto")),
+        "versions": versions(),
         "rows": pooled(measured),
         "chance": measured[0][1].get("chance"),
     }

@@ -10,6 +10,7 @@ FIGURES = {
     "families": "train all kinds of models on one text, with equal parameters and tokens, and compare them",
     "lra": "train classifiers on the tasks of Long Range Arena, at sizes that a CPU takes",
     "carrying": "measure what carrying the state buys, from the runs of distance.yaml or long-books.yaml",
+    "ablation": "keep the results of an ablation",
     "study": "fit the scaling laws of a study's sweep and record them",
     "gpu": "run every check and measurement that needs a GPU, within a time limit",
 }

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..output import RESULTS
-from . import carrying, quality, settings, speed, study
+from . import ablation, carrying, quality, settings, speed, study
 
 REPOSITORY = RESULTS.parents[1]
 Parts = dict[str, Callable[[], str]]
@@ -21,6 +21,9 @@ PAGES: dict[str, Parts] = {
         "speed": speed.text,
         "gpu": speed.gpu_lines,
         "quality": quality.text,
+    },
+    "docs/ablations.md": {
+        f"ablation-{name}": functools.partial(ablation.docs_text, name) for name in ablation.NAMES
     },
     "docs/guarantees.md": {"soak": speed.soak_line},
     "docs/long-context.md": {

@@ -181,13 +181,11 @@ def _family(each: Fitted) -> dict[str, Any]:
 
 def _frontier(each: Fitted) -> list[dict[str, Any]]:
     """The compute-optimal sizes from the smallest run to BEYOND times the largest."""
-    compute, laws = each.points.compute, each.columns()
+    compute = each.points.compute
     rows = []
     for flops in np.geomspace(compute.min(), BEYOND * compute.max(), NUM_FRONTIER):
-        best, replicates = (law.optimum(flops, each.cost) for law in (each.law, laws))
+        values, others = (each.frontier(flops, laws) for laws in (each.law, each.columns()))
         row: dict[str, Any] = {"flops": float(flops)}
-        values = (*best, each.law.loss(*best))
-        others = (*replicates, laws.loss(*replicates))
         for name, value, other in zip(("parameters", "tokens", "loss"), values, others, strict=True):
             row[name] = interval_of(value, other[:, 0]).to_json()
         rows.append(row)

@@ -87,8 +87,7 @@ def compare(first: Fitted, second: Fitted) -> Comparison | None:
 
 def _frontier(fitted: Fitted, computes: Array, of_replicates: bool) -> Array:
     """The lowest loss at each compute, [R, C]; [1, C] for the law itself."""
-    laws = fitted.columns() if of_replicates else fitted.law
-    return np.atleast_2d(laws.loss(*laws.optimum(computes, fitted.cost)))
+    return np.atleast_2d(fitted.frontier(computes, fitted.columns() if of_replicates else fitted.law)[2])
 
 
 def _crossing(computes: Array, differences: Array) -> float:

@@ -44,9 +44,8 @@ def _draw_frontier(axes: Any, each: Fitted, color: str) -> None:
     compute = each.points.compute
     axes.plot(compute, each.points.losses, ".", color=color)
     grid = np.geomspace(compute.min(), BEYOND * compute.max(), NUM_COMPUTES)
-    axes.plot(grid, each.law.loss(*each.law.optimum(grid, each.cost)), color=color, label=each.points.family)
-    laws = each.columns()
-    losses = laws.loss(*laws.optimum(grid, each.cost))
+    axes.plot(grid, each.frontier(grid, each.law)[2], color=color, label=each.points.family)
+    losses = each.frontier(grid, each.columns())[2]
     tail = (100 - LEVEL) / 2
     axes.fill_between(grid, *np.percentile(losses, [tail, 100 - tail], axis=0), color=color, alpha=0.2, lw=0)
     axes.axvline(compute.max(), color=color, lw=0.8, ls=":")
@@ -75,5 +74,5 @@ def _draw_iso_flops(axes: Any, each: Fitted, color: str, grid: Array, is_labelle
             axes.annotate(f"{compute:.1g} FLOPs", (parameters[-1], losses[-1]), fontsize=7, ha="right")
         is_near = np.abs(np.log(points.compute / compute)) < NEAR
         axes.plot(points.parameters[is_near], points.losses[is_near], ".", color=color)
-        best, tokens = each.law.optimum(compute, each.cost)
-        axes.plot(best, each.law.loss(best, tokens), "*", color=color)
+        best, _, loss = each.frontier(compute, each.law)
+        axes.plot(best, loss, "*", color=color)

@@ -42,15 +42,19 @@ class Law:
         return np.asarray(self.E + self.A * parameters**-self.alpha + self.B * tokens**-self.beta)
 
     def optimum(self, compute: float | Array, cost: "Cost") -> tuple[Array, Array]:
-        """N and D with the lowest loss among those with cost.flops(N, D) = compute.
+        """N and D with the lowest loss among those with cost.flops(N, D) = compute."""
+        parameters = self.optimal_parameters(compute, cost)
+        return parameters, cost.tokens(compute, parameters)
 
-        On that line D = C / (c N^p), and the derivative of L by log N is 0:
+    def optimal_parameters(self, compute: float | Array, cost: "Cost") -> Array:
+        """N of `optimum`; 0 where alpha is.
+
+        On the line D = C / (c N^p), and the derivative of L by log N is 0:
         alpha A N^-alpha = p beta B D^-beta.
         """
         ratio = self.alpha * self.A / (cost.power * self.beta * self.B)
         exponent = self.alpha + cost.power * self.beta
-        parameters = (ratio * (compute / cost.factor) ** self.beta) ** (1 / exponent)
-        return np.asarray(parameters), np.asarray(cost.tokens(compute, parameters))
+        return np.asarray((ratio * (compute / cost.factor) ** self.beta) ** (1 / exponent))
 
     def exponent_of_compute(self, cost: "Cost") -> float | Array:
         """a in N_opt ~ C^a."""
@@ -78,8 +82,13 @@ class Cost:
         return np.asarray(self.factor * parameters**self.power * tokens)
 
     def tokens(self, compute: float | Array, parameters: float | Array) -> Array:
-        """Tokens that a compute budget is enough for."""
-        return np.asarray(compute / (self.factor * parameters**self.power))
+        """Tokens that a compute budget is enough for; infinite for no parameters."""
+        with np.errstate(divide="ignore"):
+            return np.asarray(compute / (self.factor * np.asarray(parameters) ** self.power))
+
+    def parameters(self, compute: float | Array, ratio: float) -> Array:
+        """N that a compute budget is enough for, with D = ratio N."""
+        return np.asarray((compute / (self.factor * ratio)) ** (1 / (1 + self.power)))
 
 
 class Fit:

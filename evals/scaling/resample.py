@@ -60,6 +60,40 @@ class Fitted:
         """The replicates as columns [R, 1]."""
         return Law(*(np.asarray(getattr(self.replicates, name))[:, None] for name in NAMES))
 
+    def frontier(self, compute: float | Array, laws: Law) -> tuple[Array, Array, Array]:
+        """N, D and L at the lowest loss of each compute, with D / N between the smallest and the largest that
+        was measured.
+
+        A law of few runs may have its optimum where nothing was measured (at no parameters, if alpha is near
+        0); its loss there means nothing.
+
+        Args:
+            compute: [C], or one.
+            laws: the law, or all replicates as `columns`.
+        """
+        least, most = (self.cost.parameters(compute, ratio) for ratio in self.ratios[::-1])
+        parameters = np.clip(laws.optimal_parameters(compute, self.cost), least, most)
+        tokens = self.cost.tokens(compute, parameters)
+        return parameters, tokens, laws.loss(parameters, tokens)
+
+    @property
+    def ratios(self) -> tuple[float, float]:
+        """The smallest and the largest number of tokens per parameter."""
+        ratios = self.points.tokens / self.points.parameters
+        return float(ratios.min()), float(ratios.max())
+
+    @property
+    def middle_compute(self) -> float:
+        """The geometric middle of the smallest and the largest run's FLOPs."""
+        return float(np.sqrt(self.points.compute.min() * self.points.compute.max()))
+
+    def side_of_the_optimum(self) -> int:
+        """Whether the law's optimum at `middle_compute` has fewer tokens per parameter than any run (-1),
+        more (1), or a number that was measured (0)."""
+        parameters, tokens = self.law.optimum(self.middle_compute, self.cost)
+        least, most = self.ratios
+        return int(tokens > most * parameters) - int(tokens < least * parameters)
+
     def intervals(self) -> dict[str, Interval]:
         """The five numbers."""
         return {name: interval_of(getattr(self.law, name), getattr(self.replicates, name)) for name in NAMES}

@@ -48,6 +48,12 @@ def _law(each: Fitted, unit: str) -> str:
         )
     if len(points.losses) < FEW * 5:
         text += f" {len(points.losses)} runs are few for five numbers."
+    if side := each.side_of_the_optimum():
+        where, which = ("more", "largest") if side > 0 else ("fewer", "smallest")
+        text += (
+            f" At {each.middle_compute:.2g} FLOPs the optimum has {where} tokens per parameter than any run, "
+            f"so its frontier is that of the {which} ratio, {each.ratios[side > 0]:.3g}."
+        )
     if intervals["E"].low < 0.01 * points.losses.min():
         text += " The data do not bound E away from 0."
     return text

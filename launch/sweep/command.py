@@ -18,14 +18,14 @@ from ...evals.output import si, table
 from ...pipeline.machine import num_cores
 from ...pipeline.options import new_parser
 from .checks import check_corpora
-from .expand import base_values, expand
+from .expand import PlannedRun, base_values, expand
 from .leases import Leases
 from .parent import end_parent, tracked_base
 from .plan import planned, publish
 from .progress import DONE, FAILED, Display, progress_table
 from .runner import Hardware, Runner, train_command
 from .search import Study, check_optuna
-from .spec import read_sweep, shipped_sweeps
+from .spec import Sweep, read_sweep, shipped_sweeps
 
 REFRESH = 5.0  # seconds
 SETTINGS = "--settings."
@@ -64,6 +64,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "sweep", metavar="SWEEP", help="a YAML file, or the name of a sweep that comes with minrnn"
     )
+    add_options(parser, "SWEEP")
+    return parser
+
+
+def add_options(parser: argparse.ArgumentParser, file: str) -> None:
+    """The options of a command that trains runs.
+
+    Args:
+        file: what the command line calls the file with the runs.
+    """
     parser.add_argument("--plan", action="store_true", help="print runs, FLOPs and estimated hours, and stop")
     parser.add_argument(
         "--workers",
@@ -71,11 +81,11 @@ def _parser() -> argparse.ArgumentParser:
         default=1,
         help="runs at the same time; they share the GPUs or the cores (default: 1)",
     )
-    parser.add_argument("--out", help="the sweep's folder, in place of that in SWEEP")
+    parser.add_argument("--out", help=f"the folder of the runs, in place of that in {file}")
     parser.add_argument(
         "--settings.SECTION.FIELD",
         metavar="VALUE",
-        help="a setting of every run, in place of that in SWEEP's settings",
+        help=f"a setting of every run, in place of that in {file}'s settings",
     )
     parser.add_argument(
         "--tflops", type=float, help="rate of matrix products, for --plan (default: measured on this machine)"
@@ -86,7 +96,6 @@ def _parser() -> argparse.ArgumentParser:
         default=0.3,
         help="fraction of that rate that training reaches, for --plan (default: %(default)s, an assumption)",
     )
-    return parser
 
 
 def main(argv: Sequence[str]) -> None:
@@ -97,25 +106,32 @@ def main(argv: Sequence[str]) -> None:
     """
     words, overrides = settings_options(argv)
     arguments = _parser().parse_args(words)
-    errors = option_minimum_errors(arguments, workers=1)
-    for name in ("tflops", "fraction"):
-        if (value := getattr(arguments, name)) is not None and not value > 0:
-            errors.append((f"--{name}", f"must be positive, not {value:g}"))
-    if errors:
-        raise UserError.from_list(errors)
+    check_options(arguments)
     sweep = read_sweep(arguments.sweep, overrides)
     if arguments.out is not None:
         sweep.out = os.path.expanduser(arguments.out)
-    base = base_values(sweep)
     if sweep.search is not None:
         check_optuna()
     expanded = expand(sweep)
     if arguments.plan:
-        precisions = {run.name: run.recipe.train.precision for run in expanded}
-        print(_plan_text(planned(sweep, expanded), precisions, arguments))
-        return
+        print(plan_text(sweep, expanded, arguments))
+    elif train_sweep(sweep, expanded, arguments.workers):
+        raise SystemExit(1)
+
+
+def train_sweep(sweep: Sweep, expanded: list[PlannedRun], workers: int) -> bool:
+    """Train all runs. Returns whether runs failed.
+
+    Args:
+        expanded: the sweep's runs, from `expand`.
+
+    Raises:
+        UserError: a corpus cannot be opened, the folder holds another sweep, or there are too few GPUs.
+        SystemExit: a signal arrived; training has saved.
+    """
+    base = base_values(sweep)
     check_corpora(expanded)
-    shares = hardware_of(arguments.workers, sweep.processes)
+    shares = hardware_of(workers, sweep.processes)
     folder, runs = Path(sweep.out), publish(sweep, planned(sweep, expanded))
     base = tracked_base(base, folder)
     runner = Runner(
@@ -129,8 +145,17 @@ def main(argv: Sequence[str]) -> None:
     )
     has_failed = _run(runner, shares)
     end_parent(base, sweep.settings, "FAILED" if has_failed else "FINISHED")
-    if has_failed:
-        raise SystemExit(1)
+    return has_failed
+
+
+def check_options(arguments: argparse.Namespace) -> None:
+    """Raises UserError for values of `add_options` that are too small."""
+    errors = option_minimum_errors(arguments, workers=1)
+    for name in ("tflops", "fraction"):
+        if (value := getattr(arguments, name)) is not None and not value > 0:
+            errors.append((f"--{name}", f"must be positive, not {value:g}"))
+    if errors:
+        raise UserError.from_list(errors)
 
 
 def settings_options(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -225,12 +250,15 @@ def _run(runner: Runner, shares: list[Hardware]) -> bool:
     return len(failed) > 0
 
 
-def _plan_text(runs: list[dict[str, Any]], precisions: dict[str, str], arguments: argparse.Namespace) -> str:
+def plan_text(sweep: Sweep, expanded: list[PlannedRun], arguments: argparse.Namespace) -> str:
     """The runs, their FLOPs and the estimated time.
 
     Args:
-        precisions: of each run, by name.
+        expanded: the sweep's runs, from `expand`.
+        arguments: with `tflops` and `fraction` of `add_options`.
     """
+    runs = planned(sweep, expanded)
+    precisions = {run.name: run.recipe.train.precision for run in expanded}
     rates, source = _rates(set(precisions.values()), arguments)
 
     def hours(run: dict[str, Any]) -> float:

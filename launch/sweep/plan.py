@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ...common.errors import UserError
-from ...common.files import make_folder, sync
+from ...common.files import make_folder, sync, write_json
 from ...evals.scaling.points import PLAN
 from .checks import launch_errors
 from .expand import PlannedRun
@@ -41,7 +41,9 @@ def planned(sweep: Sweep, runs: list[PlannedRun]) -> list[dict[str, Any]]:
     path = Path(sweep.out) / PLAN
     if not path.exists():
         return _entries(runs)
-    return _published(sweep, [_own(run) for run in runs])
+    saved = {entry["name"]: entry for entry in _published(sweep, [_own(run) for run in runs])}
+    added = {entry["name"]: entry for entry in _entries([run for run in runs if run.name not in saved])}
+    return [{**saved, **added}[run.name] for run in runs]
 
 
 def sweep_id(folder: Path) -> str:
@@ -50,7 +52,8 @@ def sweep_id(folder: Path) -> str:
 
 
 def publish(sweep: Sweep, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Write the plan, unless another worker has. Returns the entries in the folder.
+    """Write the plan, unless another worker has, and what a sweep of variants has gained since. Returns the
+    entries in the folder.
 
     Args:
         runs: entries, from `planned`.
@@ -70,7 +73,9 @@ def publish(sweep: Sweep, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     try:
         make_folder(folder)
         if path.exists():
-            return _published(sweep, runs)
+            if len(_published(sweep, runs)) < len(runs):
+                write_json(path, json.loads(path.read_text()) | {"sweep": document["sweep"], "runs": runs})
+            return runs
         if foreign := [entry.name for entry in folder.iterdir() if not entry.name.startswith(".")]:
             names = ", ".join(sorted(foreign)[:3])
             message = f"{folder} holds {names} and no {PLAN}; name a folder of the sweep's own"
@@ -90,7 +95,7 @@ def publish(sweep: Sweep, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _published(sweep: Sweep, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The entries in the sweep's folder, which must be of these runs.
+    """The entries in the sweep's folder, which must be of these runs; a sweep of variants may have fewer.
 
     Raises:
         UserError: the folder holds another sweep.
@@ -101,6 +106,8 @@ def _published(sweep: Sweep, runs: list[dict[str, Any]]) -> list[dict[str, Any]]
         for entries in (document["runs"], runs)
     )
     different = [name for name in {**saved, **new} if saved.get(name) != new.get(name)]
+    if sweep.variants is not None and saved.items() <= new.items():
+        different = []  # it gains variants or seeds
     if document["sweep"].get("search") != sweep.model_dump(mode="json")["search"]:
         different.append("search")
     if different:

@@ -267,6 +267,12 @@ def _error(error: Any) -> tuple[str, str]:
         known = next((sections[part] for part in reversed(error["loc"][:-1]) if part in sections), Sweep)
         hint = did_you_mean(nearest_names(str(error["loc"][-1]), known.model_fields), "there is no such key")
         return key, f"unknown key ({hint})"
+    return value_error(error)
+
+
+def value_error(error: Any) -> tuple[str, str]:
+    """Key and message of an error of pydantic, other than an unknown key."""
+    key = ".".join(map(str, error["loc"]))
     if error["type"] == "missing":
         return key, "is missing"
     if error["type"] == "too_short" and not error["input"]:

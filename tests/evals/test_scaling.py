@@ -15,6 +15,7 @@ from minrnn.evals.scaling.compare import compare
 from minrnn.evals.scaling.law import Cost, Fit, Law
 from minrnn.evals.scaling.points import Points, read_points
 from minrnn.evals.scaling.resample import NAMES, fit_family
+from minrnn.evals.scaling.words import paragraph
 
 CHINCHILLA = Law(1.82, 482.0, 2085.0, 0.348, 0.366)
 SIZES, RATIOS = np.geomspace(1e6, 1e8, 5), (5, 10, 20, 40, 80)
@@ -107,6 +108,31 @@ def test_the_optimum_has_the_lowest_loss_of_its_compute(law: Law, power: float, 
     assert law.loss(parameters, tokens) <= losses.min() * (1 + 1e-9)
     more = law.optimum(compute * 10, cost)[0]
     assert np.log10(more / parameters) == pytest.approx(law.exponent_of_compute(cost))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("a", "alpha", "side"), [(1.0, 1e-6, 1), (482.0, 0.348, 0), (6000.0, 0.348, -1)])
+def test_the_frontier_has_tokens_per_parameter_as_measured(a: float, alpha: float, side: int):
+    """A law whose optimum lies elsewhere says so, and is compared where it was measured."""
+    law = Law(0.2, a, 2085.0, alpha, 0.366)
+    fitted = fit_family(points(law, 0.003), 40, 0)
+    compute = fitted.points.compute
+    grid = np.geomspace(compute.min(), 10 * compute.max(), 20)
+    for laws in (fitted.law, fitted.columns()):
+        parameters, tokens, losses = fitted.frontier(grid, laws)
+        ratios = tokens / parameters
+        assert ratios.min() >= RATIOS[0] * (1 - 1e-9)
+        assert ratios.max() <= RATIOS[-1] * (1 + 1e-9)
+        flops = np.broadcast_to(fitted.cost.flops(parameters, tokens), losses.shape)
+        np.testing.assert_allclose(flops, np.broadcast_to(grid, losses.shape))
+    assert fitted.side_of_the_optimum() == side
+    worse = Law(law.E, law.A * 1.1, law.B * 1.1, law.alpha, law.beta)
+    comparison = compare(fitted, fit_family(points(worse, 0.003, 1, "worse"), 40, 1))
+    assert comparison is not None
+    assert comparison.is_distinguishable
+    assert comparison.difference.value < 0
+    text = paragraph([fitted], [], "bits per byte", [])
+    assert ("so its frontier is that of the" in text) == (side != 0)
 
 
 def test_the_cost_is_that_of_the_runs():

@@ -152,7 +152,8 @@ def test_shapes_that_do_not_fit_are_refused():
 
 def test_names_and_devices_that_do_not_fit_are_refused():
     refused(
-        "There is no cell 'lstm'; choose one of mingru, minlstm, mingru_signed, minlstm_signed, hgrn, rglru.",
+        "There is no cell 'lstm'; choose one of mingru, minlstm, mingru_signed, minlstm_signed, "
+        "mingru_normalized, minlstm_normalized, hgrn, rglru.",
         cell="lstm",
     )
     refused("There is no candidate activation 'relu'; choose one of g, none, tanh, silu.", activation="relu")

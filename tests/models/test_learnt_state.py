@@ -25,6 +25,7 @@ from torch import Tensor
 from minrnn.models import MinRNNConfig, MinRNNForCausalLM, backprop_through_chunks
 from minrnn.models.boundaries import Boundaries
 from minrnn.models.context_parallel import ContextGroup
+from minrnn.models.minimal_coefficients import MINIMAL_CELLS
 from minrnn.models.mixer import MinRNNMixer
 from minrnn.models.recompute import checkpointing_options
 from minrnn.models.registry import CELLS
@@ -60,7 +61,8 @@ def minimal(cell: Any, parts: Parts, h0: Tensor) -> Result:
     gates = [torch.sigmoid(part + bias) for part, bias in zip(parts, cell.gate_bias, strict=False)]
     a = 1 - gates[0] if len(gates) == 1 else gates[0] / (gates[0] + gates[1])
     decay = 2 * a - 1 if cell.spec.cell.endswith("signed") else a
-    return leaky(decay, (1 - a) * parts[len(gates)], h0)
+    scale = (1 - a**2).sqrt() if cell.spec.cell.endswith("normalized") else 1 - a
+    return leaky(decay, scale * parts[len(gates)], h0)
 
 
 def rglru(cell: Any, parts: Parts, h0: Tensor) -> Result:
@@ -81,7 +83,7 @@ def naive_initial(cell: str, h0: Tensor) -> Tensor:
 
 def naive(cell: str, mixer: Any, projected: Tensor, starts: Tensor, bound: tuple[Tensor, ...]) -> Tensor:
     """Outputs and last state of one row [1, T, P], as one tensor."""
-    step = {**NAIVE, **dict.fromkeys(("mingru", "minlstm", "mingru_signed", "minlstm_signed"), minimal)}
+    step = {**NAIVE, **dict.fromkeys(MINIMAL_CELLS, minimal)}
     step |= {"rglru": rglru}
     edges = [0, *(t for t in range(1, TIME) if starts[t]), TIME]
     outputs, last = [], torch.empty(0)

@@ -121,8 +121,22 @@ def test_padding_of_the_vocabulary_never_wins(dtype):
     assert (new < 11).all()
 
 
-def test_a_resized_vocabulary_has_no_padding():
-    model = new_model(num_tokens=11, tie_word_embeddings=False)
-    model.resize_token_embeddings(model.config.vocab_size + 8, mean_resizing=False)
+@pytest.mark.parametrize("is_tied", [True, False])
+@pytest.mark.parametrize("more", [0, 8])
+def test_a_resized_vocabulary_has_no_padding(is_tied, more):
+    """Also where the padded rows are enough for the new tokens."""
+    model = new_model(num_tokens=11, tie_word_embeddings=is_tied)
+    model.resize_token_embeddings(model.config.vocab_size + more, mean_resizing=False)
     assert model.config.num_tokens is None
     assert (model(random_ids(1, 3)).logits > -1e30).all()
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_rows_that_a_resize_adds_beyond_the_tokens_are_padding(is_tied):
+    model = new_model(num_tokens=11, tie_word_embeddings=is_tied)
+    model.resize_token_embeddings(50, pad_to_multiple_of=64, mean_resizing=False)
+    assert (model.config.vocab_size, model.config.num_tokens) == (64, 50)
+    logits = model(random_ids(1, 3)).logits
+    assert logits is not None
+    assert (logits[..., :50] > -1e30).all()
+    assert (logits[..., 50:] < -1e30).all()

@@ -15,6 +15,7 @@ from minrnn.models.minimal_coefficients import (
 
 activations = pytest.mark.parametrize("activation", CANDIDATE_ACTIVATIONS)
 SIGNED = [name for name in MINIMAL_CELLS if name.endswith("_signed")]
+NORMALIZED = [name for name in MINIMAL_CELLS if name.endswith("_normalized")]
 
 
 def sigmoid(x: Tensor) -> Tensor:
@@ -97,7 +98,7 @@ def test_long_and_short_memories_keep_their_digits(name, gate):
     So is 1 - a, in b.
     """
     one = torch.ones(1, 1, 1)
-    gates = [one * gate] if name == "mingru" else [one * -gate, one * gate]
+    gates = [one * gate] if name.startswith("mingru") else [one * -gate, one * gate]
     a, b = MINIMAL_CELLS[name].coefficients(*gates, one, "none")
     exact_a, exact_b = MINIMAL_CELLS[name].coefficients(*(x.double() for x in gates), one.double(), "none")
     assert (a.double() - exact_a).abs() <= 2**-24  # half a unit just below 1
@@ -113,6 +114,28 @@ def test_gate_bias_gives_the_memory_lengths(name):
     assert biases.shape == (cell.num_gates, 64)
     a, _ = cell.coefficients(*biases, torch.zeros(64, dtype=torch.float64), "none")
     assert_close(1 / (1 - a), memory, atol=0, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", NORMALIZED)
+@activations
+def test_a_normalized_cell_scales_its_input_by_the_root(name, activation):
+    """The decay is that of the plain cell, and b is sqrt(1 - a^2) c(u)."""
+    cell, plain = MINIMAL_CELLS[name], MINIMAL_CELLS[name.removesuffix("_normalized")]
+    arguments = [x.double() for x in pre_activations(cell.num_gates + 1)]
+    a, b = cell.coefficients(*arguments, activation)
+    plain_a, _ = plain.coefficients(*arguments, activation)
+    assert torch.equal(a, plain_a)
+    assert_close(b, (1 - a.square()).sqrt() * candidate(arguments[-1], activation), atol=1e-13, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", NORMALIZED)
+def test_a_normalized_cell_keeps_the_variance_of_its_input(name):
+    """The state of independent inputs has their variance, for memories of 2 to 1,000 tokens."""
+    memory = torch.tensor([2.0, 16.0, 128.0, 1000.0], dtype=torch.float64)
+    cell = MINIMAL_CELLS[name]
+    gates = [bias.expand(1, 1, -1) for bias in cell.gate_bias(memory)]
+    a, b = cell.coefficients(*gates, torch.ones(1, 1, 4, dtype=torch.float64), "none")
+    assert_close(b.square() / (1 - a.square()), torch.ones_like(a), atol=1e-9)
 
 
 @pytest.mark.parametrize("name", SIGNED)

@@ -180,8 +180,8 @@ def test_bf16_is_near_fp64(name):
     [
         (
             {"cell": "hgrn", "candidate_activation": "g"},
-            "candidate_activation: is for mingru, minlstm, mingru_signed, minlstm_signed, and not for hgrn: "
-            "leave it out \\(preset paper sets it\\)",
+            "candidate_activation: is for mingru, minlstm, mingru_signed, minlstm_signed, mingru_normalized, "
+            "minlstm_normalized, and not for hgrn: leave it out \\(preset paper sets it\\)",
         ),
         ({"cell": "gilr", "candidate_activation": "silu"}, "and not for gilr: leave it out$"),
         (
