@@ -1,6 +1,7 @@
 """`minrnn ablate`: tune the learning rate of each variant, train each with each seed, compare."""
 
 import argparse
+import json
 import math
 import os
 from collections.abc import Sequence
@@ -13,12 +14,13 @@ from ...common.output import warn
 from ...evals.ablation.measure import compared, read_runs, tuned_rates
 from ...evals.ablation.show import draw, text
 from ...evals.record import command_line, commit, machine, versions
+from ...evals.scaling.points import PLAN
 from ...pipeline.machine import resolve_device
 from ...pipeline.options import new_parser
 from ..sweep.command import add_options, check_options, plan_text, settings_options, train_sweep
 from ..sweep.expand import expand
 from ..sweep.spec import Sweep
-from .spec import Ablation, read_ablation, shipped_ablations
+from .spec import LR, Ablation, read_ablation, shipped_ablations
 
 RESULT = "ablation.json"
 DESCRIPTION = """Compare variants of a recipe. The learning rate of each variant is tuned on a grid; then each
@@ -79,6 +81,7 @@ def main(argv: Sequence[str]) -> None:
     tuned = [] if tuning is None else _tune(ablation, tuning, arguments.workers)
     rates |= {row["variant"]: row["lr"] for row in tuned}
     comparison = ablation.sweep(rates)
+    _check_rates(Path(comparison.out), rates)
     has_failed = train_sweep(comparison, expand(comparison), arguments.workers)
     runs = read_runs(Path(comparison.out))
     rows = compared(runs, ablation.reference)
@@ -103,6 +106,21 @@ def main(argv: Sequence[str]) -> None:
     print(f"\n{text(record)}\n{out / RESULT}, .txt and .png written")
     if has_failed:
         raise SystemExit(1)
+
+
+def _check_rates(folder: Path, rates: dict[str, float]) -> None:
+    """Raises UserError if runs of the comparison have another learning rate: the grid has changed since."""
+    try:
+        planned = json.loads((folder / PLAN).read_text())["runs"]
+    except FileNotFoundError:
+        return
+    for entry in planned:
+        best, trained = rates.get(entry["family"]), entry["settings"][LR]
+        if best is not None and best != trained:
+            message = (
+                f"the best rate of {entry['family']} is now {best:g}, and {folder} has runs at {trained:g}"
+            )
+            raise UserError("tuning", f"{message}; name another out")
 
 
 def _finite(losses: dict[float, float]) -> dict[str, float | None]:

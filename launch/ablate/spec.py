@@ -72,6 +72,8 @@ class Ablation(Section):
         rates = self.tuning.learning_rates
         if len({f"{rate:g}" for rate in rates}) < len(rates):
             errors["tuning.learning_rates"] = f"names a rate twice: {rates}"
+        if len(set(self.seeds)) < len(self.seeds):
+            errors["seeds"] = f"names a seed twice: {self.seeds}"
         if self.tuning.seed in self.seeds:
             message = f"is one of seeds: {self.tuning.seed}; the rate would be chosen on a compared run"
             errors["tuning.seed"] = message

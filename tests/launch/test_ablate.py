@@ -175,7 +175,16 @@ def test_tuned_compared_and_extended(
     assert [row["variant"] for row in record["rows"]] == ["default", "norm", "scales"]
     assert record["tuning"][0]["losses"]["0.01"] is None
     assert [row["is_at_the_end"] for row in record["rows"]] == [False, True, False]
-    with pytest.raises(UserError, match=r"holds another sweep: norm-lr0\.001"):
+    tuning = {"learning_rates": [1e-3, 4e-3, 1e-2, 2e-3], "settings": {"train.steps": 3}}
+    monkeypatch.setattr(
+        command, "tuned_rates", lambda *_: [{**record["tuning"][1], "losses": {2e-3: 1.0}, "lr": 2e-3}]
+    )
+    message = r"the best rate of default is now 0\.001, and .*runs has runs at 0\.004; name another out"
+    with pytest.raises(UserError, match=message):
+        command.main([write(tmp_path, variants=more, tuning=tuning)])
+    monkeypatch.undo()
+    monkeypatch.setattr(command, "train_sweep", trained)
+    with pytest.raises(UserError, match="holds another sweep"):
         command.main([write(tmp_path, variants={"default": {}})])
     with pytest.raises(UserError, match="every run of default, norm, scales failed"):
         command.main(
