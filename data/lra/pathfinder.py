@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .contours import Layout, Shapes
 
 ANTIALIAS = 2  # lines are drawn this many times larger, then reduced
-MIN_CONTOUR = 3  # dashes of a long contour: a short one has a third of them
+MIN_CONTOUR = 3  # dashes of a long contour where there are short ones, which have a third of them
 CLEAR_ABOVE = 0.02  # of the reduced mask of a dash: no other dash may use a pixel that it touches
 
 
@@ -59,7 +59,7 @@ class Parameters:
     @property
     def num_distractors(self) -> int:
         """Short contours, if there is room for all."""
-        return self.distractor_dashes // self.distractor_length
+        return self.distractor_dashes // self.distractor_length if self.distractor_dashes else 0
 
     def with_contours(self, length: int, distractor_dashes: int | None = None) -> "Parameters":
         """The same with long contours of `length` dashes, and so many dashes that distract (None: the same

@@ -140,7 +140,8 @@ class Pathfinder(PixelTask, GeneratedTask):
     """Pathfinder: whether a dashed contour joins two marked ends, in images of 32 x 32."""
 
     contour_length: int = 14
-    """Dashes of a long contour. Long Range Arena's easier sets have 6 and 9."""
+    """Dashes of a long contour. Long Range Arena's easier sets have 6 and 9; 2 needs
+    distractor_dashes 0."""
     distractor_dashes: int | None = None
     """Dashes of all short contours together, at most; None for the published number."""
 
@@ -160,8 +161,9 @@ class Pathfinder(PixelTask, GeneratedTask):
 
     def errors(self) -> dict[str, str]:
         errors = super().errors()
-        if not pathfinder.MIN_CONTOUR <= self.contour_length <= self.PARAMETERS.contour_length:
-            limits = f"{pathfinder.MIN_CONTOUR} to {self.PARAMETERS.contour_length}"
+        least = 2 if self.distractor_dashes == 0 else pathfinder.MIN_CONTOUR
+        if not least <= self.contour_length <= self.PARAMETERS.contour_length:
+            limits = f"{least} to {self.PARAMETERS.contour_length}"
             errors["contour_length"] = f"must be {limits}, not {self.contour_length}"
         most = self.PARAMETERS.distractor_dashes
         if self.distractor_dashes is not None and not 0 <= self.distractor_dashes <= most:

@@ -150,7 +150,7 @@ def marker_components(labels: np.ndarray, marker: tuple[int, int], scale: int) -
 PARAMETERS = [
     pathfinder.PATHFINDER_32,
     *(pathfinder.PATHFINDER_32.with_contours(length) for length in (3, 6, 9)),
-    pathfinder.PATHFINDER_32.with_contours(3, 0),
+    *(pathfinder.PATHFINDER_32.with_contours(length, 0) for length in (2, 3)),
     pathfinder.PATHFINDER_128,
 ]
 
@@ -172,7 +172,7 @@ def test_a_drawing_has_the_published_parts(parameters: pathfinder.Parameters):
         assert drawing.image.shape == (parameters.size, parameters.size)
         assert drawing.image.max() == 255
         targets = 2 * parameters.contour_length
-        num_distractors, rest = divmod(len(drawing.dashes) - targets, parameters.distractor_length)
+        num_distractors, rest = divmod(len(drawing.dashes) - targets, max(parameters.distractor_length, 1))
         assert rest == 0
         assert 0 <= num_distractors <= parameters.num_distractors
         assert drawing.margin in parameters.margins

@@ -93,6 +93,11 @@ def errors(arguments: list[str]) -> str:
         ),
         (
             "lra/pathfinder",
+            "{contour_length: 1, distractor_dashes: 0}",
+            "of lra/pathfinder: contour_length: must be 2 to 14, not 1",
+        ),
+        (
+            "lra/pathfinder",
             "{distractor_dashes: 21}",
             "of lra/pathfinder: distractor_dashes: must be 0 to 20, not 21",
         ),
