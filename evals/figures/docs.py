@@ -16,7 +16,11 @@ from . import ablation, carrying, quality, settings, speed, study
 REPOSITORY = RESULTS.parents[1]
 Parts = dict[str, Callable[[], str]]
 PAGES: dict[str, Parts] = {
-    "README.md": {"quickstart": speed.quickstart_line, "comparison": speed.comparison},
+    "README.md": {
+        "quickstart": speed.quickstart_line,
+        "comparison": speed.comparison,
+        "scaling": study.readme_text,
+    },
     "docs/results.md": {
         "speed": speed.text,
         "gpu": speed.gpu_lines,

@@ -12,11 +12,12 @@ from typing import Any
 from ...common.errors import UserError
 from ...common.files import user_path, write_json
 from ...pipeline.options import new_parser
-from ..output import RESULTS
+from ..output import RESULTS, si
 from ..record import command_line
 from ..report.page import table
 from ..report.scaling import COLUMNS, interval_text, law_cells
 from ..scaling import command as fit
+from ..scaling.words import BEYOND
 
 NAME = "books"
 NOT_TRAINED = "No study is committed yet."
@@ -75,6 +76,40 @@ def docs_text(name: str = NAME) -> str:
         f"![Scaling laws](../evals/results/study-{name}.png)",
     ]
     return "\n\n".join(blocks)
+
+
+def readme_text(name: str = NAME) -> str:
+    """The part `scaling` of README.md: the range, the figure, and the verdicts against Llama."""
+    record = _load(name)
+    if record is None:
+        return NOT_TRAINED
+    points = [point for law in record["families"].values() for point in law["points"]]
+    sizes = [point["parameters"] for point in points]
+    ratios = [point["tokens"] / point["parameters"] for point in points]
+    compute = max(point["flops"] for point in points)
+    pairs = [pair for pair in record["pairs"] if "Llama" in (pair["first"], pair["second"])]
+    verdicts = [verdict_against("Llama", pair) for pair in pairs]
+    return "\n\n".join(
+        [
+            f"{len(points)} byte models of books with {si(min(sizes))} to {si(max(sizes))} parameters, trained "
+            f"on {min(ratios):.0f} to {max(ratios):.0f} bytes per parameter with two CPU cores "
+            "([the laws, and how they were made](docs/sweeps.md)):",
+            f"![Scaling laws](evals/results/study-{name}.png)",
+            f"{' '.join(verdicts)} Nothing here says anything about more than {BEYOND * compute:.0e} FLOPs.",
+        ]
+    )
+
+
+def verdict_against(other: str, pair: dict[str, Any]) -> str:
+    """A sentence on how a pair's other family differs from this one at the largest compute of both."""
+    sign = 1 if pair["second"] == other else -1
+    family = pair["first"] if sign > 0 else pair["second"]
+    if not pair["is_distinguishable"]:
+        return f"{family} and {other} cannot be told apart."
+    value, *sides = (sign * pair["difference"][name] for name in ("value", "low", "high"))
+    low, high = sorted(map(abs, sides))
+    kind = "lower" if value < 0 else "higher"
+    return f"{family} is {kind} than {other} by {abs(value):.2f} ({low:.2f} to {high:.2f}) bits per byte."
 
 
 def _load(name: str) -> dict[str, Any] | None:
