@@ -101,7 +101,7 @@ def readme_text(name: str = NAME) -> str:
 
 
 def verdict_against(other: str, pair: dict[str, Any]) -> str:
-    """A sentence on how a pair's other family differs from this one at the largest compute of both."""
+    """A sentence on how the pair's other family differs from this one, at the largest compute."""
     sign = 1 if pair["second"] == other else -1
     family = pair["first"] if sign > 0 else pair["second"]
     if not pair["is_distinguishable"]:
