@@ -91,8 +91,8 @@ def readme_text(name: str = NAME) -> str:
     verdicts = [verdict_against("Llama", pair) for pair in pairs]
     return "\n\n".join(
         [
-            f"{len(points)} byte models of books with {si(min(sizes))} to {si(max(sizes))} parameters, trained "
-            f"on {min(ratios):.0f} to {max(ratios):.0f} bytes per parameter with two CPU cores "
+            f"{len(points)} byte models of books with {si(min(sizes))} to {si(max(sizes))} parameters, "
+            f"trained on {min(ratios):.0f} to {max(ratios):.0f} bytes per parameter with two CPU cores "
             "([the laws, and how they were made](docs/sweeps.md)):",
             f"![Scaling laws](evals/results/study-{name}.png)",
             f"{' '.join(verdicts)} Nothing here says anything about more than {BEYOND * compute:.0e} FLOPs.",
