@@ -45,6 +45,7 @@ class Case:
 
 MINLSTM = {"cell": "minlstm", "preset": "paper"}  # no output gate
 PUBLISHED = [cell for cell in CELLS if cell not in MINIMAL_CELLS]
+OPTIONS = {"output_norm": True, "residual_scales": True, "logit_softcap": 2.0}
 LIGHT = [
     Case("two chunks", chunks=2),
     Case("minlstm fp64", {**MINLSTM, "conv_kernel": 6}, torch.float64),
@@ -54,6 +55,10 @@ LIGHT = [
         Case(f"{cell}, learnt state", {"cell": cell, "learn_h0": True}, torch.float64, carried=carried)
         for cell in ("mingru", "gilr_lstm", "rglru", "lru")
         for carried in (False, True)
+    ),
+    *(
+        Case(f"{cell}, options of the block", {"cell": cell, **OPTIONS}, torch.float64)
+        for cell in ("mingru", "minlstm_normalized", "lru")
     ),
     Case("learnt state, one text", {"learn_h0": True}, documents=False, carried=False, chunks=2),
 ]
@@ -68,6 +73,7 @@ CASES = [
     Case("slices of different lengths", uneven=True, dtype=torch.float64, chunks=2),
     Case("selective", recompute="selective", chunks=2),
     Case("full", recompute="full", chunks=2),
+    Case("options of the block, full", OPTIONS, recompute="full", chunks=2),
     Case("full, fp64", {"cell": "minlstm"}, torch.float64, recompute="full", chunks=2),
     Case("bf16", autocast=True),
     Case("compiled", compiled=True, chunks=2),
