@@ -47,12 +47,15 @@ def block_bytes(config: "MinRNNConfig", precision: str) -> dict[str, float]:
         boundaries = Boundaries.of(starts, None, max(config.conv_kernel, 1))
         size = CELLS[config.cell].lower_bound_size(config)
         bound = torch.empty(size, dtype=dtype) if size else None
+        x0 = torch.empty_like(x, requires_grad=True) if config.residual_scales else None
+        if x0 is not None:
+            weights.add(x0)  # one tensor for all blocks
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
         hooks = torch.autograd.graph.saved_tensors_hooks(
             lambda tensor: remember(tensor, saved), lambda saved: saved.tensor
         )
         with autocast, hooks, recorder(results, weights):
-            output = block(x, None, None, boundaries, bound)  # keeps its graph, and so what is saved
+            output = block(x, None, None, boundaries, bound, x0)  # keeps its graph, and so what is saved
         kept = Storages()
         for reference in saved:
             if (entry := reference()) is not None and entry.tensor not in weights:

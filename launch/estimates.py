@@ -87,6 +87,10 @@ def batch_shape(recipe: Recipe) -> str:
     return f"{batch.readers} readers x {batch.lanes} lanes x {batch.chunk}{chunks}"
 
 
+PARTS = {".mixer.": "mixers", ".mlp.": "MLPs", "norm": "norms", "residual_scales": "norms"}
+"""Of the model, by what is in the names of their parameters; all others are embedding and head."""
+
+
 def measure(recipe: Recipe, vocab_size: int) -> Model:
     """The sizes of the recipe's model, counted on the meta device."""
     import torch
@@ -103,11 +107,7 @@ def measure(recipe: Recipe, vocab_size: int) -> Model:
     parts: dict[str, int] = dict.fromkeys(("embedding and head", "mixers", "MLPs", "norms"), 0)
     for name, parameter in model.named_parameters():
         part = next(
-            (
-                part
-                for key, part in ((".mixer.", "mixers"), (".mlp.", "MLPs"), ("norm", "norms"))
-                if key in name
-            ),
+            (part for key, part in PARTS.items() if key in name),
             "embedding and head",
         )
         parts[part] += parameter.numel()

@@ -63,7 +63,7 @@ class MinRNNConfig(PreTrainedConfig):
         learn_h0: Learn the state before the first token of every document, one for each layer. It starts as
             0, the state without it. For cells with a state per channel; docs/cells.md lists them.
         output_norm: RMS norm of the cell's output before the output gate, over groups of 64 channels (or the
-            nearest number that divides the cell's width).
+            nearest number that divides the cell's width). Not for gilr_lstm, hgrn2, mlstm and gla.
         residual_scales: Each block reads s x + r x0 in place of x: x0 is the embedding, and s and r are
             learnt numbers, 1 and 0 before training.
         zero_init_residual: Start the projections into the residual stream at zero: every block then begins as

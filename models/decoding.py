@@ -108,7 +108,7 @@ class TokenStep:
             for old, new in zip(state, after, strict=True):
                 if old is not None and new is not None:
                     old.copy_(new)
-        return self.model.lm_head(model.norm(x))[:, -1]
+        return self.model.logits(model.norm(x))[:, -1]
 
     def _capture(self) -> None:
         """Record `_forward` on the model's device, which need not be the current one."""

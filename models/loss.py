@@ -12,6 +12,7 @@ nothing is computed twice. Sums are in fp32 (fp64 in fp64), whatever the dtype o
 chunked `linear_cross_entropy` (2.13) returns the loss in bf16 under autocast, with an error of 1 %.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,9 +47,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_blocks, target_blocks = cast_hidden.split(block), targets.split(block)
         grad_blocks = (None,) * len(hidden_blocks) if grad_hidden is None else grad_hidden.split(block)
         for rows, labels, grad_rows in zip(hidden_blocks, target_blocks, grad_blocks, strict=True):
-            logits, slope = rows @ cast_weight.t(), None
-            if softcap is not None:
-                logits, slope = softcapped(logits, softcap)
+            logits = softcapped(rows @ cast_weight.t(), softcap)
+            # The slope is that of tanh; padding would overflow in it.
+            slope = None if softcap is None or grad_rows is None else 1 - (logits / softcap).square()
             logits = without_padding(logits, num_tokens)
             log_probabilities = F.log_softmax(logits, dim=-1, dtype=scale.dtype)
             loss += F.nll_loss(log_probabilities, labels, ignore_index=IGNORE_INDEX, reduction="sum")
@@ -74,13 +75,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return d_hidden.to(hidden_dtype), d_weight.to(weight_dtype), *(None,) * 5
 
 
-def softcapped(logits: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
-    """softcap tanh(logits / softcap) in at least fp32, and its derivative.
+def softcapped(logits: Tensor, softcap: float | None) -> Tensor:
+    """softcap tanh(logits / softcap) in at least fp32; the logits themselves without a bound.
 
     Source: Gemma Team, "Gemma 2", arXiv 2408.00118, section 2.
     """
-    tanh = torch.tanh(at_least_fp32(logits) / softcap)
-    return softcap * tanh, 1 - tanh.square()
+    return logits if softcap is None else softcap * torch.tanh(at_least_fp32(logits) / softcap)
 
 
 def without_padding(logits: Tensor, num_tokens: int | None) -> Tensor:
@@ -141,7 +141,7 @@ def next_token_loss(logits: Tensor, targets: Tensor, num_items: int | float | Te
 
 
 def loss_of_module_head(
-    head: nn.Module,
+    head: Callable[[Tensor], Tensor],
     hidden: Tensor,
     targets: Tensor,
     num_items: int | float | Tensor | None = None,
@@ -191,7 +191,4 @@ class LMHead(nn.Linear):
             return linear_cross_entropy(
                 x, self.weight, targets, num_items, num_tokens=self.num_tokens, softcap=self.softcap
             )
-        logits = super().forward(x)
-        if self.softcap is not None:
-            logits = softcapped(logits, self.softcap)[0].to(logits.dtype)
-        return without_padding(logits, self.num_tokens)
+        return super().forward(x)

@@ -70,9 +70,9 @@ class MinRNNMixer(nn.Module):
         if self.gate is not None:
             self.widths.append(self.output_size(config))
         self.output_norm = None
+        self.norm_group = nearest_divisor(self.output_size(config), GROUP)
         if config.output_norm:
-            group = nearest_divisor(self.output_size(config), GROUP)
-            self.output_norm = RMSNorm(group, config.rms_norm_eps, config.scan_backend)
+            self.output_norm = RMSNorm(self.norm_group, config.rms_norm_eps, config.scan_backend)
         taps = self.kernel if self.has_full_convolution else 1
         self.in_proj = linear(config, taps * config.hidden_size, *self.widths)
         self.out_proj = linear(config, self.output_size(config), config.hidden_size)
@@ -222,7 +222,7 @@ class MinRNNMixer(nn.Module):
         """The cell's output y [B, T, output_size], normed, times the activated output gate; each only if the
         configuration has it."""
         if self.output_norm is not None:
-            groups = y.unflatten(-1, (-1, self.output_norm.weight.numel()))
+            groups = y.unflatten(-1, (-1, self.norm_group))
             y = self.output_norm(groups).flatten(-2).to(y.dtype)
         return y if self.gate is None else y * self.gate(gate)
 

@@ -40,7 +40,7 @@ from .context_parallel import ContextGroup
 from .dtypes import at_least_fp32
 from .generation import PREFILL, StateGenerationMixin
 from .layers import RMSNorm
-from .loss import LMHead, loss_of_module_head, next_token_loss
+from .loss import LMHead, loss_of_module_head, next_token_loss, softcapped, without_padding
 from .mixer import MinRNNMixer, State
 from .registry import CELLS
 
@@ -267,7 +267,8 @@ class MinRNNForCausalLM(MinRNNPreTrainedModel, StateGenerationMixin):
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         if not isinstance(new_embeddings, LMHead):  # a resized vocabulary comes as a plain nn.Linear
-            sizes, softcap = (new_embeddings.in_features, new_embeddings.out_features), self.lm_head.softcap
+            sizes = new_embeddings.in_features, new_embeddings.out_features
+            softcap = getattr(self.config, "logit_softcap", None)  # other models use this method, too
             head = LMHead(*sizes, bias=False, device="meta", softcap=softcap)
             head.weight = new_embeddings.weight
             # Without this flag post_init would draw the weights again.
@@ -283,11 +284,19 @@ class MinRNNForCausalLM(MinRNNPreTrainedModel, StateGenerationMixin):
     ) -> nn.Module:
         """As in transformers. Rows that padded the vocabulary become tokens, and those that
         `pad_to_multiple_of` adds are padding."""
+        num_tokens = new_num_tokens or self.config.num_tokens or self.config.vocab_size
         embeddings: Any = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
-        if new_num_tokens is not None:
-            has_padding = new_num_tokens < len(embeddings.weight)
-            self.config.num_tokens = self.lm_head.num_tokens = new_num_tokens if has_padding else None
+        if new_num_tokens is not None or pad_to_multiple_of is not None:
+            has_padding = num_tokens < len(embeddings.weight)
+            self.config.num_tokens = self.lm_head.num_tokens = num_tokens if has_padding else None
         return embeddings
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states [..., H] -> logits [..., vocab_size], bounded by `config.logit_softcap`; those of the
+        vocabulary's padding are the lowest number."""
+        logits = self.lm_head(hidden)
+        capped = softcapped(logits, getattr(self.config, "logit_softcap", None)).to(logits.dtype)
+        return without_padding(capped, self.config.num_tokens)
 
     @can_return_tuple
     def forward(
@@ -369,11 +378,11 @@ class MinRNNForCausalLM(MinRNNPreTrainedModel, StateGenerationMixin):
             if isinstance(self.lm_head, LMHead):
                 loss = self.lm_head(hidden, shift_labels, num_items_in_batch)
             else:  # wrapped by an adapter (LoRA), whose forward takes no targets
-                loss = loss_of_module_head(self.lm_head, hidden, shift_labels, num_items_in_batch)
+                loss = loss_of_module_head(self.logits, hidden, shift_labels, num_items_in_batch)
         else:
             is_count = isinstance(logits_to_keep, int)
             positions = slice(-logits_to_keep, None) if is_count else logits_to_keep.to(hidden.device)
-            logits = self.lm_head(hidden[:, positions])
+            logits = self.logits(hidden[:, positions])
             if shift_labels is not None:
                 loss = next_token_loss(logits, shift_labels, num_items_in_batch)
         return CausalLMOutputWithPast(

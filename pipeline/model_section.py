@@ -89,7 +89,7 @@ class ModelSection(Section):
     state without it. For cells with a state per channel; docs/cells.md lists them."""
     output_norm: bool = MinRNNConfig.output_norm
     """RMS norm of the cell's output before the output gate, over groups of 64 channels (or the
-    nearest number that divides the cell's width)."""
+    nearest number that divides the cell's width). Not for gilr_lstm, hgrn2, mlstm and gla."""
     residual_scales: bool = MinRNNConfig.residual_scales
     """Each block reads s x + r x0 in place of x: x0 is the embedding, and s and r are learnt
     numbers, 1 and 0 before training."""

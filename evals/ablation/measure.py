@@ -37,7 +37,10 @@ class AblationRun:
     lr: float
 
     def step_reaching(self, loss: float) -> float | None:
-        """The first step with at most this loss, interpolated between validations; None for no step."""
+        """The first step with at most this loss, interpolated between validations; None for no step, or with
+        a single validation."""
+        if len(self.curve) < 2:
+            return None
         if self.curve and self.curve[0][1] <= loss:
             return float(self.curve[0][0])
         for (step, above), (next_step, below) in itertools.pairwise(self.curve):

@@ -1,45 +1,11 @@
-"""An ablation as a table, a figure, and text."""
+"""An ablation as text and as a figure. The report (report/ablations.py) shows the same columns."""
 
 from pathlib import Path
 from typing import Any
 
 from ...pipeline.pictures import save_figure
-from ..output import si, table
-
-
-def difference_text(row: dict[str, Any]) -> str:
-    """`-2.31 ± 0.20 %`."""
-    value, half_width = row["difference"]["value"], row["difference"]["half_width"]
-    return f"{value:+.2f} %" if half_width is None else f"{value:+.2f} ± {half_width:.2f} %"
-
-
-def _fraction(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
-
-
-COLUMNS: dict[str, Any] = {
-    "variant": lambda row: row["variant"],
-    "parameters": lambda row: si(row["parameters"]),
-    "lr": lambda row: f"{row['lr']:g}" + ("*" if row.get("is_at_the_end") else ""),
-    "seeds": lambda row: str(len(row["seeds"])),
-    "loss": lambda row: f"{row['loss']:.4f}",
-    "difference": difference_text,
-    "tokens/s": lambda row: si(row["tokens_per_second"]),
-    "steps": lambda row: _fraction(row["steps"]),
-    "seconds": lambda row: _fraction(row["seconds"]),
-}
-
-
-def caption(record: dict[str, Any]) -> str:
-    """What the columns mean."""
-    rows = record["rows"]
-    text = (
-        f"Held-out loss in {record['unit']}, after {si(rows[0]['tokens'])} tokens. difference: from "
-        f"{record['base']}, in percent, paired by seed, with a 95 % interval. steps, seconds: to the loss "
-        f"that {record['base']} has at its end, as a fraction of its own."
-    )
-    ends = any(row.get("is_at_the_end") for row in rows)
-    return text + (" *: the best learning rate is at the end of the grid." if ends else "")
+from ..output import table
+from ..report.ablations import COLUMNS, caption
 
 
 def text(record: dict[str, Any]) -> str:

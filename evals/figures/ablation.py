@@ -11,9 +11,9 @@ from typing import Any
 from ...common.errors import UserError
 from ...common.files import user_path, write_json
 from ...pipeline.options import new_parser
-from ..ablation.show import COLUMNS, caption, draw
+from ..ablation.show import draw
 from ..output import RESULTS
-from ..report.page import table, text
+from ..report.ablations import ablation_blocks
 
 NAMES = {"python": "Python's standard library", "books": "books"}
 NOT_TRAINED = "No results are committed yet."
@@ -54,11 +54,6 @@ def docs_text(name: str) -> str:
     if not result_path(name).exists():
         return NOT_TRAINED
     record = json.loads(result_path(name).read_text())
-    rows = [[text(cell(row)) for cell in COLUMNS.values()] for row in record["rows"]]
-    return "\n\n".join(
-        [
-            f"{caption(record)} Made by `{record['command']}`, commit {record['commit']}.",
-            table(tuple(COLUMNS), rows),
-            f"![Differences from {record['base']}](../evals/results/ablation-{name}.png)",
-        ]
-    )
+    picture = f"![Differences from {record['base']}](../evals/results/ablation-{name}.png)"
+    made_by = f"Made by `{record['command']}`, commit {record['commit']}."
+    return f"{ablation_blocks(record)}\n\n{made_by}\n\n{picture}"

@@ -28,10 +28,9 @@ from ..long_context.distance import measure_task
 from ..long_context.positions import bucket_edges, token_nats
 from ..output import RESULTS
 from ..record import command_line, commit, machine, versions
+from ..report.carrying import UNITS, carrying_blocks
 from ..report.compare import estimate
-from ..report.page import table
 
-NAMES = {"distance": "accuracy (%)", "books": "nats per byte"}
 NOT_TRAINED = "No results are committed yet."
 MODES = ("carried", "reset")
 DESCRIPTION = """Measure the runs of the sweeps of evals/figures/distance.yaml or long-books.yaml, and write
@@ -49,7 +48,7 @@ def main(argv: list[str]) -> None:
     """
     parser = new_parser("minrnn figures carrying", DESCRIPTION, EPILOG)
     parser.add_argument("sweeps", nargs="+", type=user_path, metavar="SWEEP", help="folders of sweeps")
-    parser.add_argument("--name", choices=NAMES, required=True, help="of the study")
+    parser.add_argument("--name", choices=UNITS, required=True, help="of the study")
     parser.add_argument(
         "--piece", type=int, default=8192, help="tokens per forward pass (default: %(default)s)"
     )
@@ -197,7 +196,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
         axes.axhline(record["chance"], color="tab:gray", linestyle="--", label="chance")
     axes.set_xscale("log", base=2)
     what = "distance of the answer" if record["study"] == "distance" else "position in the document"
-    axes.set(xlabel=f"{what} (tokens)", ylabel=NAMES[record["study"]])
+    axes.set(xlabel=f"{what} (tokens)", ylabel=UNITS[record["study"]])
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     FigureCanvasAgg(figure)
@@ -209,30 +208,5 @@ def docs_text(name: str) -> str:
     if not result_path(name).exists():
         return NOT_TRAINED
     record = json.loads(result_path(name).read_text())
-    lines: dict[tuple[str, str, int], dict[int, str]] = {}
-    for row in record["rows"]:
-        for mode in dict.fromkeys((row["trained"], "carried")):
-            line = lines.setdefault((row["variant"], mode, row["seeds"]), {})
-            line[row["from"]] = _cell(row[mode], name)
-    edges = sorted({row["from"] for row in record["rows"]})
-    header = ("trained", "tested", "seeds", *(f"{edge:,}" for edge in edges))
-    body = [
-        [variant, mode, str(seeds), *(line.get(edge, "-") for edge in edges)]
-        for (variant, mode, seeds), line in lines.items()
-    ]
-    kind = "distance of the answer" if name == "distance" else "position"
-    chance = f"; chance {record['chance']:.1f}" if record["chance"] else ""
-    caption = f"{NAMES[name]} by {kind}, from the number of tokens in the head to twice that{chance}"
-    return "\n\n".join(
-        [
-            f"{caption}; mean over seeds ± half of a 95 % t-interval. Made by `{record['command']}`.",
-            table(header, body),
-            f"![What carrying buys: {name}](../evals/results/carrying-{name}.png)",
-        ]
-    )
-
-
-def _cell(value: dict[str, Any], name: str) -> str:
-    digits = 1 if name == "distance" else 4
-    half = "" if value["half_width"] is None else f" ± {value['half_width']:.{digits}f}"
-    return f"{value['mean']:.{digits}f}{half}"
+    picture = f"![What carrying buys: {name}](../evals/results/carrying-{name}.png)"
+    return f"{carrying_blocks(record)}\n\n{picture}"

@@ -31,7 +31,7 @@ PAGES: dict[str, Parts] = {
     },
     "docs/guarantees.md": {"soak": speed.soak_line},
     "docs/long-context.md": {
-        f"carrying-{name}": functools.partial(carrying.docs_text, name) for name in carrying.NAMES
+        f"carrying-{name}": functools.partial(carrying.docs_text, name) for name in carrying.UNITS
     },
     "docs/settings.md": {"settings": settings.text},
     "docs/sweeps.md": {"study": study.docs_text},

@@ -54,7 +54,7 @@ def _nats(model: MinRNNForCausalLM, hidden: Tensor, targets: Tensor) -> Tensor:
     step = max(1, NUM_LOGITS // (model.config.vocab_size * len(hidden)))
     nats = []
     for part, part_targets in zip(hidden.split(step, 1), targets.split(step, 1), strict=True):
-        logits = at_least_fp32(model.lm_head(part)).flatten(0, 1)
+        logits = at_least_fp32(model.logits(part)).flatten(0, 1)
         losses = F.cross_entropy(logits, part_targets.flatten(), reduction="none")
         nats.append(losses.view_as(part_targets))
     return torch.cat(nats, 1)

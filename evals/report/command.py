@@ -14,7 +14,7 @@ from ...common.files import user_path, write_text
 from ...common.output import warn
 from ...pipeline.options import new_parser
 from ..output import RESULTS
-from . import lm_eval, others, pictures, quality_tables, scaling
+from . import ablations, carrying, lm_eval, others, pictures, quality_tables, scaling
 from .compare import METRICS, PooledRuns, pool
 from .families import families_blocks
 from .page import NOT_RUN, code, link, table, text, to_html
@@ -88,6 +88,10 @@ def check(source: ResultSource) -> None:
         scaling.fit_blocks(source)
     elif source.kind == "rules":
         scaling.rules_line(source)
+    elif source.kind == "ablation":
+        ablations.ablation_blocks(source.data)
+    elif source.kind == "carrying":
+        carrying.carrying_blocks(source.data)
     elif source.kind == "quickstart":
         others.quickstart_row([source])
     elif source.kind == "transformers":
@@ -251,6 +255,8 @@ def make(
     blocks += _family_blocks(sources, out)
     blocks += _other_files(sources, out)
     blocks += ["## Scaling laws", scaling.scaling_section(sources)]
+    blocks += ["## Ablations", ablations.ablation_section(sources)]
+    blocks += ["## The carried state", carrying.carrying_section(sources)]
     blocks += ["## Speed", others.speed_section(sources), *kernels]
     blocks += ["## Tests of transformers", others.transformers_section(sources)]
     blocks += ["## Endurance", others.soak_section(sources), *_missing_blocks(quality)]

@@ -26,10 +26,13 @@ Kind = Literal[
     "sweep soak",
     "fit",
     "rules",
+    "ablation",
+    "carrying",
     "quickstart",
     "kernels",
     "transformers",
 ]
+NAMED = ("runs", "families", "long-context", "sweep soak", "fit", "rules", "ablation", "carrying")
 # Kinds of files without a field `kind`, by fields that only they have.
 FIELDS: tuple[tuple[Kind, set[str]], ...] = (
     ("bench", {"bench", "rows"}),
@@ -91,7 +94,7 @@ def detect_kind(data: Any) -> Kind:
     if not isinstance(data, dict):
         raise UnreadableError(f"holds no results ({type(data).__name__} instead of an object); {MADE_BY}")
     if "kind" in data:
-        if data["kind"] in ("runs", "families", "long-context", "sweep soak", "fit", "rules"):
+        if data["kind"] in NAMED:
             return data["kind"]
         raise UnreadableError(f"is of the unknown kind {data['kind']!r}; {MADE_BY}")
     for kind, keys in FIELDS:

@@ -14,13 +14,13 @@ from ...common.output import warn
 from ...evals.ablation.measure import compared, read_runs, tuned_rates
 from ...evals.ablation.show import draw, text
 from ...evals.record import command_line, commit, machine, versions
-from ...evals.scaling.points import PLAN
+from ...evals.scaling.points import PLAN, SAME_DATA
 from ...pipeline.machine import resolve_device
 from ...pipeline.options import new_parser
 from ..sweep.command import add_options, check_options, plan_text, settings_options, train_sweep
-from ..sweep.expand import expand
+from ..sweep.expand import PlannedRun, expand
 from ..sweep.spec import Sweep
-from .spec import LR, Ablation, read_ablation, shipped_ablations
+from .spec import COMPARISON, LR, Ablation, read_ablation, shipped_ablations
 
 RESULT = "ablation.json"
 DESCRIPTION = """Compare variants of a recipe. The learning rate of each variant is tuned on a grid; then each
@@ -63,42 +63,21 @@ def main(argv: Sequence[str]) -> None:
     ablation = read_ablation(arguments.ablation, overrides)
     if arguments.out is not None:
         ablation.out = os.path.expanduser(arguments.out)
-    rates = dict.fromkeys(ablation.variants, ablation.tuning.learning_rates[0])
-    tuning, comparison = ablation.tuning_sweep(), ablation.sweep(rates)
-    errors: dict[tuple[str, str], None] = {}
-    for sweep in filter(None, (tuning, comparison)):
-        try:
-            expand(sweep)
-        except UserError as error:
-            errors |= dict.fromkeys(error.errors)
-    if errors:
-        raise UserError.from_list(errors)
+    tuning, runs = ablation.tuning_sweep(), ablation.sweep(_first_rates(ablation))
+    _check_runs([sweep for sweep in (tuning, runs) if sweep is not None])
     if arguments.plan:
-        for title, sweep in (("tuning", tuning), ("comparison", comparison)):
+        for title, sweep in (("tuning", tuning), ("comparison", runs)):
             if sweep is not None:
                 print(f"{title}: {plan_text(sweep, expand(sweep), arguments)}\n")
         return
     tuned = [] if tuning is None else _tune(ablation, tuning, arguments.workers)
-    rates |= {row["variant"]: row["lr"] for row in tuned}
+    rates = {row["variant"]: row["lr"] for row in tuned}
+    rates = rates or dict.fromkeys(ablation.variants, ablation.tuning.learning_rates[0])
+    _check_rates(Path(runs.out), rates)
     comparison = ablation.sweep(rates)
-    _check_rates(Path(comparison.out), rates)
-    has_failed = train_sweep(comparison, expand(comparison), arguments.workers)
-    runs = read_runs(Path(comparison.out))
-    rows = compared(runs, ablation.reference)
-    if not rows:
-        raise UserError("ablate", f"no run of {ablation.reference} is finished, so nothing can be compared")
-    at_the_end = {row["variant"]: row["is_at_the_end"] for row in tuned}
-    record = {
-        "kind": "ablation",
-        "command": command_line("minrnn ablate", argv),
-        "commit": commit(),
-        "machine": machine(resolve_device("auto")),
-        "versions": versions(),
-        "base": ablation.reference,
-        "unit": runs[0].unit,
-        "tuning": [{**row, "losses": _finite(row["losses"])} for row in tuned],
-        "rows": [{**row, "is_at_the_end": at_the_end.get(row["variant"], False)} for row in rows],
-    }
+    expanded = expand(comparison)
+    has_failed = train_sweep(comparison, expanded, arguments.workers)
+    record = _result(ablation, tuned, expanded, argv)
     out = Path(ablation.out)
     write_json(out / RESULT, record)
     write_text((out / RESULT).with_suffix(".txt"), text(record) + "\n")
@@ -108,33 +87,108 @@ def main(argv: Sequence[str]) -> None:
         raise SystemExit(1)
 
 
-def _check_rates(folder: Path, rates: dict[str, float]) -> None:
-    """Raises UserError if runs of the comparison have another learning rate: the grid has changed since."""
+def _first_rates(ablation: Ablation) -> dict[str, float]:
+    """The learning rates that runs of the comparison have, or the grid's first for those not yet planned."""
+    trained = _trained_rates(Path(ablation.out) / COMPARISON)
+    return {name: trained.get(name, ablation.tuning.learning_rates[0]) for name in ablation.variants}
+
+
+def _trained_rates(folder: Path) -> dict[str, float]:
+    """The learning rate of each variant in the plan of a comparison; empty before it is planned."""
     try:
         planned = json.loads((folder / PLAN).read_text())["runs"]
     except FileNotFoundError:
-        return
-    for entry in planned:
-        best, trained = rates.get(entry["family"]), entry["settings"][LR]
-        if best is not None and best != trained:
-            message = (
-                f"the best rate of {entry['family']} is now {best:g}, and {folder} has runs at {trained:g}"
-            )
-            raise UserError("tuning", f"{message}; name another out")
+        return {}
+    return {entry["family"]: entry["settings"][LR] for entry in planned}
 
 
-def _finite(losses: dict[float, float]) -> dict[str, float | None]:
-    """Losses by learning rate for JSON, which has no number for those of failed runs."""
-    return {f"{rate:g}": loss if math.isfinite(loss) else None for rate, loss in losses.items()}
+def _check_runs(sweeps: Sequence[Sweep]) -> None:
+    """Raises UserError for all errors of all runs, and for runs whose losses would not compare."""
+    errors: dict[tuple[str, str], None] = {}
+    for sweep in sweeps:
+        try:
+            data = {run.family: _data(run) for run in expand(sweep)}
+        except UserError as error:
+            errors |= dict.fromkeys(error.errors)
+            continue
+        reference = next(iter(data.values()))
+        if reference["is_task"]:
+            message = "is a task; minrnn ablate compares losses on texts, and minrnn sweep trains tasks"
+            errors["data.corpus", message] = None
+        for family, own in data.items():
+            if different := [key for key, value in own.items() if value != reference[key]]:
+                message = f"differs in {', '.join(different)}: losses on different data do not compare"
+                errors[f"variants.{family}", message] = None
+    if errors:
+        raise UserError.from_list(errors)
+
+
+def _data(run: PlannedRun) -> dict[str, Any]:
+    """What must be equal for losses to compare; tokenizers may differ, as bits per byte do compare."""
+    own = run.recipe.data.model_dump(mode="json")
+    keys = (key for key in SAME_DATA if key != "data.tokenizer")
+    data = {key: own.get(key.removeprefix("data.")) for key in keys}
+    return {"is_task": run.recipe.task() is not None, **data}
 
 
 def _tune(ablation: Ablation, sweep: Sweep, workers: int) -> list[dict[str, Any]]:
-    """Train the tuning; the rows of `tuned_rates`."""
+    """Train the tuning; the rows of `tuned_rates`, without variants of which every run failed."""
     if train_sweep(sweep, expand(sweep), workers):
         warn("runs of the tuning failed, as those with too high a learning rate do; they count as the worst")
     grid = ablation.tuning.learning_rates
     names = {ablation.tuning_name(name, rate): name for name in ablation.variants for rate in grid}
     tuned = tuned_rates(read_runs(Path(sweep.out), names), list(ablation.variants), grid)
-    if failed := [row["variant"] for row in tuned if not math.isfinite(min(row["losses"].values()))]:
-        raise UserError("tuning", f"every run of {', '.join(failed)} failed; {sweep.out}/logs say why")
-    return tuned
+    failed = [row["variant"] for row in tuned if not math.isfinite(min(row["losses"].values()))]
+    if ablation.reference in failed:
+        message = f"every run of {ablation.reference} failed, which all others are compared with"
+        raise UserError("tuning", f"{message}; {sweep.out}/logs say why")
+    for name in failed:
+        warn(f"every run of the tuning of {name} failed, so it is left out; {sweep.out}/logs say why")
+    return [row for row in tuned if row["variant"] not in failed]
+
+
+def _check_rates(folder: Path, rates: dict[str, float]) -> None:
+    """Raises UserError if runs of the comparison have another learning rate: the grid has changed since."""
+    for variant, trained in _trained_rates(folder).items():
+        if (best := rates.get(variant, trained)) != trained:
+            message = f"the best rate of {variant} is now {best:g}, and {folder} has runs at {trained:g}"
+            raise UserError("tuning", f"{message}; name another out")
+
+
+def _result(
+    ablation: Ablation, tuned: list[dict[str, Any]], expanded: list[PlannedRun], argv: Sequence[str]
+) -> dict[str, Any]:
+    """The content of the results file.
+
+    Args:
+        tuned: from `_tune`.
+        expanded: the runs of the comparison.
+
+    Raises:
+        UserError: no run of the reference is finished.
+    """
+    runs = [run for run in read_runs(Path(ablation.out) / COMPARISON) if run.variant in ablation.variants]
+    rows = compared(runs, ablation.reference)
+    if not rows:
+        raise UserError("ablate", f"no run of {ablation.reference} is finished, so nothing can be compared")
+    finished, trained = {(run.variant, run.seed) for run in runs}, {run.family for run in expanded}
+    missing = [run.name for run in expanded if (run.family, run.recipe.run.seed) not in finished]
+    missing += [f"{name} (its tuning failed)" for name in ablation.variants if name not in trained]
+    at_the_end = {row["variant"]: row["is_at_the_end"] for row in tuned}
+    return {
+        "kind": "ablation",
+        "command": command_line("minrnn ablate", argv),
+        "commit": commit(),
+        "machine": machine(resolve_device("auto")),
+        "versions": versions(),
+        "base": ablation.reference,
+        "unit": runs[0].unit,
+        "missing": missing,
+        "tuning": [{**row, "losses": _finite(row["losses"])} for row in tuned],
+        "rows": [{**row, "is_at_the_end": at_the_end.get(row["variant"], False)} for row in rows],
+    }
+
+
+def _finite(losses: dict[float, float]) -> dict[str, float | None]:
+    """Losses by learning rate for JSON, which has no number for those of failed runs."""
+    return {f"{rate:g}": loss if math.isfinite(loss) else None for rate, loss in losses.items()}

@@ -24,9 +24,10 @@ from ...common.files import user_path
 from ...common.names import did_you_mean, nearest_names
 from ...pipeline.recipe import setting_value
 from ...pipeline.section import Section, expand_home
-from ..sweep.spec import Settings, Sweep, VariantName, value_error
+from ..sweep.spec import LONGEST_NAME, RESERVED, Settings, Sweep, VariantName, value_error
 
 LR = "optim.lr"
+TUNING, COMPARISON = "tuning", "runs"  # folders
 
 
 class Tuning(Section):
@@ -82,6 +83,13 @@ class Ablation(Section):
         for place, settings in places.items():
             if LR in settings:
                 errors[place] = f"sets {LR}, which is tuned; name its values in tuning.learning_rates"
+            errors |= {f"{place}.{key}": RESERVED[key] for key in settings if key in RESERVED}
+        longest = max(len(self.tuning_name(name, rate)) for name in self.variants for rate in rates)
+        if longest > LONGEST_NAME:
+            message = (
+                f"names with their learning rates have up to {longest} characters, and {LONGEST_NAME} fit"
+            )
+            errors["variants"] = message
         return errors
 
     def tuning_sweep(self) -> Sweep | None:
@@ -95,7 +103,7 @@ class Ablation(Section):
             for rate in rates
         }
         settings = {**self.settings, **self.tuning.settings}
-        return self._sweep("tuning", settings, [self.tuning.seed], variants)
+        return self._sweep(TUNING, settings, [self.tuning.seed], variants)
 
     @staticmethod
     def tuning_name(variant: str, rate: float) -> str:
@@ -106,10 +114,10 @@ class Ablation(Section):
         """Each variant with each seed.
 
         Args:
-            rates: learning rate of each variant.
+            rates: learning rate of each variant that is trained.
         """
-        variants = {name: {**own, LR: rates[name]} for name, own in self.variants.items()}
-        return self._sweep("runs", self.settings, self.seeds, variants)
+        variants = {name: {**self.variants[name], LR: rate} for name, rate in rates.items()}
+        return self._sweep(COMPARISON, self.settings, self.seeds, variants)
 
     def _sweep(self, folder: str, settings: Settings, seeds: list[int], variants: dict[str, Any]) -> Sweep:
         return Sweep(

@@ -16,9 +16,8 @@ from ...common.errors import UserError
 from ...pipeline.config import SECTIONS, Recipe
 from ...pipeline.recipe import build_recipe, recipe_values, unknown_key_error
 from .rules import decay_start
-from .spec import Ladder, Random, Range, Search, Sweep
+from .spec import LONGEST_NAME, Ladder, Random, Range, Search, Sweep
 
-LONGEST_NAME = 80
 ANY_RUN = {"run.seed": 0, "train.steps": 1}
 # A ladder sets these for each run.
 OF_THE_LADDER = ("train.steps", "model.num_parameters", "optim.schedule_steps")

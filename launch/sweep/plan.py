@@ -16,6 +16,7 @@ from typing import Any
 
 from ...common.errors import UserError
 from ...common.files import make_folder, sync, write_json
+from ...common.locks import lock
 from ...evals.scaling.points import PLAN
 from .checks import launch_errors
 from .expand import PlannedRun
@@ -73,9 +74,7 @@ def publish(sweep: Sweep, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     try:
         make_folder(folder)
         if path.exists():
-            if len(_published(sweep, runs)) < len(runs):
-                write_json(path, json.loads(path.read_text()) | {"sweep": document["sweep"], "runs": runs})
-            return runs
+            return _with_new_variants(path, sweep, document)
         if foreign := [entry.name for entry in folder.iterdir() if not entry.name.startswith(".")]:
             names = ", ".join(sorted(foreign)[:3])
             message = f"{folder} holds {names} and no {PLAN}; name a folder of the sweep's own"
@@ -86,7 +85,7 @@ def publish(sweep: Sweep, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         try:
             os.link(unfinished, path)  # fails if another worker was first
         except FileExistsError:
-            return _published(sweep, runs)
+            return _with_new_variants(path, sweep, document)
         finally:
             unfinished.unlink()
     except OSError as error:
@@ -94,8 +93,23 @@ def publish(sweep: Sweep, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return runs
 
 
+def _with_new_variants(path: Path, sweep: Sweep, document: dict[str, Any]) -> list[dict[str, Any]]:
+    """Add the runs of a document that the published plan lacks, and return those of the document.
+
+    Runs of variants that are no longer in the sweep's file stay in the plan, and are not trained.
+    """
+    with (path.parent / f".{PLAN}.lock").open("a") as file:
+        lock(file, wait=True)
+        saved = {entry["name"] for entry in _published(sweep, document["runs"])}
+        if added := [entry for entry in document["runs"] if entry["name"] not in saved]:
+            old = json.loads(path.read_text())
+            write_json(path, old | {"sweep": document["sweep"], "runs": [*old["runs"], *added]})
+    return document["runs"]
+
+
 def _published(sweep: Sweep, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The entries in the sweep's folder, which must be of these runs; a sweep of variants may have fewer.
+    """The entries in the sweep's folder, which must be of these runs. Of a sweep of variants, those of the
+    same name must be.
 
     Raises:
         UserError: the folder holds another sweep.
@@ -105,9 +119,10 @@ def _published(sweep: Sweep, runs: list[dict[str, Any]]) -> list[dict[str, Any]]
         {entry["name"]: {key: entry.get(key) for key in OWN} for entry in entries}
         for entries in (document["runs"], runs)
     )
-    different = [name for name in {**saved, **new} if saved.get(name) != new.get(name)]
-    if sweep.variants is not None and saved.items() <= new.items():
-        different = []  # it gains variants or seeds
+    names = list({**saved, **new})
+    if sweep.variants and document["sweep"].get("variants"):  # they come and go
+        names = [name for name in saved if name in new] or names
+    different = [name for name in names if saved.get(name) != new.get(name)]
     if document["sweep"].get("search") != sweep.model_dump(mode="json")["search"]:
         different.append("search")
     if different:

@@ -35,7 +35,8 @@ from .rules import Rules
 
 Size = Annotated[int, BeforeValidator(parse_count), Field(ge=1)]
 Settings = dict[str, Any]
-VariantName = Annotated[str, Field(pattern=r"^[\w.+-]+$", max_length=80)]
+LONGEST_NAME = 80
+VariantName = Annotated[str, Field(pattern=r"^[\w.+-]+$", max_length=LONGEST_NAME)]
 Variants = dict[VariantName, Annotated[Settings, Field(min_length=1)]]
 KINDS = ("grid", "variants", "random", "search", "ladder")
 MAX_RUNS = 100_000

@@ -58,12 +58,19 @@ def test_the_way_to_the_loss_of_the_base():
     assert (worse["steps"], worse["seconds"]) == (None, None)
     assert fast["difference"] == {"value": -50.0, "half_width": None}
     record = {"rows": [base, {**fast, "is_at_the_end": True}, worse], "base": "base", "unit": "bits per byte"}
+    record["missing"] = ["worse-seed1"]
     lines = text(record).splitlines()
     assert [line.split()[0] for line in lines[:4]] == ["variant", "base", "fast", "worse"]
     assert "0.001*" in lines[2]
     assert "-50.00 %" in lines[2]
     assert lines[3].split()[-2:] == ["-", "-"]
     assert "at the end of the grid" in lines[4]
+    assert "Not finished, and left out: worse-seed1." in lines[4]
+
+
+def test_a_single_validation_shows_no_way():
+    base, better = compared([run("base", 0, 2.0), run("better", 0, 1.0)], "base")
+    assert (base["steps"], better["steps"], better["seconds"]) == (None, None, None)
 
 
 def test_a_base_without_a_finished_run_has_no_rows():

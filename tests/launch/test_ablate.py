@@ -11,7 +11,7 @@ from minrnn.common.errors import UserError
 from minrnn.launch.ablate import command
 from minrnn.launch.ablate.spec import read_ablation, shipped_ablations
 from minrnn.launch.cli import main
-from minrnn.launch.sweep.expand import expand
+from minrnn.launch.sweep.expand import PlannedRun, expand
 from minrnn.launch.sweep.spec import Sweep
 
 SETTINGS = {
@@ -64,7 +64,10 @@ def test_a_single_rate_is_not_tuned(tmp_path: Path):
         ({"tuning": {"learning_rates": [1e-3, 1e-3]}}, r"tuning\.learning_rates: names a rate twice"),
         ({"tuning": {"learning_rates": [1e-3], "seed": 1}}, r"tuning\.seed: is one of seeds: 1"),
         ({"tuning": {"learning_rates": []}}, r"tuning\.learning_rates: is empty"),
-        ({"tuning": {"learning_rate": [1e-3]}}, r"tuning\.learning_rate: unknown key \(did you mean tuning"),
+        (
+            {"tuning": {"learning_rate": [1e-3]}},
+            r"tuning\.learning_rate: unknown .*learning_rates",
+        ),
         ({"tuning": {"learning_rates": [0.0]}}, r"tuning\.learning_rates\.0: .*greater than 0"),
         ({"variant": {}}, r"variant: unknown key \(did you mean variants\?\)"),
         ({"variants": {}}, "variants: is empty"),
@@ -72,10 +75,19 @@ def test_a_single_rate_is_not_tuned(tmp_path: Path):
         ({"variants": {"default": {"optim.lr": 1.0}}}, r"variants\.default: sets optim\.lr, which is tuned"),
         ({"settings": {"optim.lr": 1.0}}, r"settings: sets optim\.lr, which is tuned"),
         ({"seeds": [0, 0]}, "seeds: names a seed twice"),
+        ({"variants": {"default": {"run.resume": "never"}}}, r"variants\.default\.run\.resume: is set by"),
+        ({"variants": {"x" * 78: {}}}, "variants: names with their learning rates have up to 86 characters"),
+        (
+            {"settings": {**SETTINGS, "data.corpus": "synthetic/parity", "batch.chunk": 40}},
+            r"data\.corpus: is a task; minrnn abl",
+        ),
+        (
+            {"variants": {"default": {}, "other": {"data.corpus": "shakespeare"}}},
+            r"variants\.other: differs in data\.corpus: losses on different data do not compare",
+        ),
     ],
 )
 def test_errors_of_the_file(tmp_path: Path, changes: dict[str, Any], message: str):
-    message = message.replace("did you mean tuning", "did you mean learning_rates")
     with pytest.raises(UserError, match=message):
         command.main([write(tmp_path, **changes), "--plan"])
 
@@ -179,23 +191,51 @@ def test_tuned_compared_and_extended(
     monkeypatch.setattr(
         command, "tuned_rates", lambda *_: [{**record["tuning"][1], "losses": {2e-3: 1.0}, "lr": 2e-3}]
     )
-    message = r"the best rate of default is now 0\.001, and .*runs has runs at 0\.004; name another out"
+    message = r"the best rate of norm is now 0\.002, and .*runs has runs at 0\.001; name another out"
     with pytest.raises(UserError, match=message):
         command.main([write(tmp_path, variants=more, tuning=tuning)])
     monkeypatch.undo()
     monkeypatch.setattr(command, "train_sweep", trained)
+    main(["ablate", write(tmp_path, variants=more), "--plan", "--tflops", "1"])
+    assert "comparison: 6 runs" in capsys.readouterr().out
+    command.main([write(tmp_path, variants={"default": {}, "scales": {"model.residual_scales": True}})])
+    record = json.loads((tmp_path / "out" / "ablation.json").read_text())
+    assert [row["variant"] for row in record["rows"]] == ["default", "scales"]
+    planned = json.loads((tmp_path / "out" / "runs" / "sweep.json").read_text())["runs"]
+    assert len(planned) == 6  # those of `norm` stay
+    changed = {"default": {"model.hidden_size": 8}, "norm": {"model.output_norm": True}}
+    with pytest.raises(UserError, match=r"holds another sweep: default-lr0\.001"):
+        command.main([write(tmp_path, variants=changed)])
     with pytest.raises(UserError, match="holds another sweep"):
-        command.main([write(tmp_path, variants={"default": {}})])
-    with pytest.raises(UserError, match="every run of default, norm, scales failed"):
+        command.main([write(tmp_path, variants={"another": {}})])
+
+
+def test_a_variant_that_always_fails_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """And so is a run that is not finished; both are named. Without the first variant nothing is compared."""
+
+    def failing(sweep: Sweep, expanded: list[PlannedRun], workers: int) -> bool:
+        trained(sweep, expanded, workers)
+        for folder in (Path(sweep.out) / "runs").iterdir():
+            if folder.name.startswith("norm-lr") or folder.name == "scales-seed1":
+                (folder / ".finished").unlink()
+        return True
+
+    monkeypatch.setattr(command, "train_sweep", failing)
+    variants = {**FIELDS["variants"], "scales": {"model.residual_scales": True}}
+    with pytest.raises(SystemExit):
+        command.main([write(tmp_path, variants=variants)])
+    record = json.loads((tmp_path / "out" / "ablation.json").read_text())
+    assert [(row["variant"], row["seeds"]) for row in record["rows"]] == [
+        ("default", [0, 1]),
+        ("scales", [0]),
+    ]
+    assert record["missing"] == ["scales-seed1", "norm (its tuning failed)"]
+    assert "every run of the tuning of norm failed" in capsys.readouterr().err
+    with pytest.raises(UserError, match="every run of norm failed, which all others are compared with"):
         command.main(
-            [
-                write(
-                    tmp_path,
-                    out=str(tmp_path / "new"),
-                    variants=more,
-                    tuning={"learning_rates": [1e-2, 2e-2]},
-                )
-            ]
+            [write(tmp_path, out=str(tmp_path / "new"), variants={"norm": {"model.output_norm": True}})]
         )
 
 

@@ -120,6 +120,9 @@ def kept_by(loss: Callable[[], torch.Tensor]) -> int:
         ("fp32", {"cell": "rwkv4"}),
         ("fp64", {"cell": "s4d"}),
         ("fp64", {"ternary": True}),
+        ("fp32", {"residual_scales": True}),
+        ("bf16", {"residual_scales": True, "output_norm": True}),
+        ("fp32", {"cell": "lru", "output_norm": True}),
     ],
 )
 def test_activations_are_what_the_blocks_keep(precision: str, fields: dict, recompute: str):

@@ -132,11 +132,12 @@ def test_a_resized_vocabulary_has_no_padding(is_tied, more):
 
 
 @pytest.mark.parametrize("is_tied", [True, False])
-def test_rows_that_a_resize_adds_beyond_the_tokens_are_padding(is_tied):
+@pytest.mark.parametrize(("new", "expected"), [(50, 50), (None, 11)])
+def test_rows_that_a_resize_adds_beyond_the_tokens_are_padding(is_tied, new, expected):
     model = new_model(num_tokens=11, tie_word_embeddings=is_tied)
-    model.resize_token_embeddings(50, pad_to_multiple_of=64, mean_resizing=False)
-    assert (model.config.vocab_size, model.config.num_tokens) == (64, 50)
+    model.resize_token_embeddings(new, pad_to_multiple_of=64, mean_resizing=False)
+    assert (model.config.vocab_size, model.config.num_tokens) == (64, expected)
     logits = model(random_ids(1, 3)).logits
     assert logits is not None
-    assert (logits[..., :50] > -1e30).all()
-    assert (logits[..., 50:] < -1e30).all()
+    assert (logits[..., :expected] > -1e30).all()
+    assert (logits[..., expected:] < -1e30).all()

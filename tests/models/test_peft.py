@@ -17,9 +17,11 @@ TARGETS = {
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("cell", ["mingru", "minlstm"])
-def test_adapters(target, cell):
-    base, ids = new_model(dtype=torch.float64, cell=cell, tie_word_embeddings=False), random_ids(2, 9)
+@pytest.mark.parametrize(
+    "fields", [{"cell": "mingru"}, {"cell": "minlstm"}, {"logit_softcap": 0.5, "num_tokens": 39}]
+)
+def test_adapters(target, fields):
+    base, ids = new_model(dtype=torch.float64, tie_word_embeddings=False, **fields), random_ids(2, 9) % 39
     plain = logits_of(base, ids)
     options = peft.LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=False, **TARGETS[target])
     model = peft.get_peft_model(base, options)
@@ -39,4 +41,7 @@ def test_adapters(target, cell):
         assert_close(actual, expected, atol=1e-12)
     assert not torch.allclose(logits_of(base, ids), plain), "the adapter does nothing: a weak test"
     output = model.generate(input_ids=ids, max_new_tokens=5, do_sample=False)
-    assert torch.equal(generate(model.merge_and_unload(), ids, 5), output)
+    adapted = logits_of(model, ids)
+    merged = model.merge_and_unload()
+    assert torch.equal(generate(merged, ids, 5), output)
+    assert_close(logits_of(merged, ids), adapted, atol=1e-9)

@@ -118,8 +118,8 @@ def test_a_run_resumes_with_other_engines_and_layouts(
 def test_zero_takes_the_steps_of_one_process_with_muon(
     values: Values, run_recipe: Run, tmp_path: Path, stage: int
 ):
-    """From the first step, without a checkpoint of another engine."""
-    values["model"]["dropout"] = 0.0
+    """From the first step, without a checkpoint of another engine; with options of the block."""
+    values["model"] |= {"dropout": 0.0, "output_norm": True, "residual_scales": True, "logit_softcap": 15}
     values["optim"]["name"] = "muon"
     values["train"] |= {"steps": 6, "save_every": None, "eval_every": None, "sample_tokens": 0}
     single = run_recipe(values)
