@@ -85,6 +85,7 @@ class MinRNNBlock(GradientCheckpointingLayer):
         The state is not a tuple, because reentrant checkpointing ignores gradients inside of tuples.
         """
         if self.residual_scales is not None:
+            assert x0 is not None
             scale, scale0 = self.residual_scales
             x = scale * x + scale0 * x0
         normed = self.mixer_norm(x)

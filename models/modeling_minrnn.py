@@ -277,15 +277,12 @@ class MinRNNForCausalLM(MinRNNPreTrainedModel, StateGenerationMixin):
         self.lm_head = new_embeddings
 
     def resize_token_embeddings(
-        self,
-        new_num_tokens: int | None = None,
-        pad_to_multiple_of: int | None = None,
-        mean_resizing: bool = True,
-    ) -> nn.Module:
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args, **kwargs
+    ) -> nn.Embedding:
         """As in transformers. Rows that padded the vocabulary become tokens, and those that
         `pad_to_multiple_of` adds are padding."""
         num_tokens = new_num_tokens or self.config.num_tokens or self.config.vocab_size
-        embeddings: Any = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        embeddings: Any = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, *args, **kwargs)
         if new_num_tokens is not None or pad_to_multiple_of is not None:
             has_padding = num_tokens < len(embeddings.weight)
             self.config.num_tokens = self.lm_head.num_tokens = num_tokens if has_padding else None

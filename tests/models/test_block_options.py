@@ -1,6 +1,6 @@
 """Options of the block: norm of the output, residual scales, zero projections, bounded logits."""
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -32,6 +32,10 @@ normed = pytest.mark.parametrize("cell", NORMED)
 starts_in = st.lists(st.booleans(), min_size=TIME, max_size=TIME)
 
 
+def mixer_of(model: MinRNNForCausalLM) -> Any:
+    return cast(Any, model.model.layers)[0].mixer
+
+
 def test_which_cells_take_the_norm():
     assert [cell for cell in CELLS if cell not in NORMED] == ["gilr_lstm", "hgrn2", "mlstm", "gla"]
 
@@ -53,8 +57,8 @@ def test_a_bound_of_logits_must_be_a_positive_number(bound):
 def test_the_norm_is_that_of_each_group_of_the_ungated_output(cell, output_gate):
     """Against the mixer without norm and gate, with the same weights."""
     sizes: dict[str, Any] = {"cell": cell, "hidden_size": 64, "expansion_factor": 2, "num_hidden_layers": 1}
-    mixer = new_model(**sizes, output_norm=True, output_gate=output_gate).model.layers[0].mixer
-    plain = new_model(**sizes, output_gate=False).model.layers[0].mixer
+    mixer = mixer_of(new_model(**sizes, output_norm=True, output_gate=output_gate))
+    plain = mixer_of(new_model(**sizes, output_gate=False))
     width = plain.in_proj.weight.shape[0]
     with torch.no_grad():
         for name, parameter in plain.named_parameters():
@@ -148,8 +152,8 @@ def test_zero_projections_make_every_block_the_identity(sizes):
     model = MinRNNForCausalLM(config).eval()
     ids = random_ids(2, TIME)
     x = model.model.norm(model.model.embed_tokens(ids))
-    assert_close(logits_of(model, ids), model.lm_head(x), atol=1e-6)
-    assert all(block.mixer.in_proj.weight.any() for block in model.model.layers)
+    assert_close(logits_of(model, ids), model.logits(x), atol=1e-6)
+    assert all(block.get_parameter("mixer.in_proj.weight").any() for block in model.model.layers)
 
 
 @given(st.integers(1, 30), st.sampled_from([None, 30]), st.floats(0.5, 30), st.integers(1, 40))
