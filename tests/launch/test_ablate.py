@@ -24,6 +24,7 @@ SETTINGS = {
     "model.hidden_size": 16,
     "model.num_hidden_layers": 1,
     "tracking.uri": None,
+    "data.validation_tokens": 1000,
 }
 FIELDS: dict[str, Any] = {
     "settings": SETTINGS,
