@@ -68,7 +68,7 @@ class MinRNNBlock(GradientCheckpointingLayer):
         if self.mlp is not None:
             projections.append(self.mlp.down_proj)
         for projection in projections:
-            projection.residual_scale = (config.num_hidden_layers * len(projections)) ** -0.5
+            projection.initial_scale = (config.num_hidden_layers * len(projections)) ** -0.5
 
     def forward(
         self,

@@ -13,7 +13,6 @@ chunked `linear_cross_entropy` (2.13) returns the loss in bf16 under autocast, w
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -170,25 +169,20 @@ class LMHead(nn.Linear):
 
     The loss is computed inside the module because engines that shard parameters (ZeRO-3) gather them around a
     module's forward.
-
-    Args:
-        num_tokens: rows from this one on pad the vocabulary: they never have any probability. None: none are.
-        softcap: bound of the logits (`softcapped`); None for none.
-        others: as in nn.Linear.
     """
 
-    def __init__(
-        self, *args: Any, num_tokens: int | None = None, softcap: float | None = None, **kwargs: Any
-    ):
-        super().__init__(*args, **kwargs)
-        self.num_tokens, self.softcap = num_tokens, softcap
-
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, x: Tensor, targets: Tensor | None = None, num_items: int | float | Tensor | None = None
+        self,
+        x: Tensor,
+        targets: Tensor | None = None,
+        num_items: int | float | Tensor | None = None,
+        num_tokens: int | None = None,
+        softcap: float | None = None,
     ) -> Tensor:
-        """[..., hidden_size] -> logits [..., vocab_size], or the loss if `targets` is given."""
-        if targets is not None:
-            return linear_cross_entropy(
-                x, self.weight, targets, num_items, num_tokens=self.num_tokens, softcap=self.softcap
-            )
-        return super().forward(x)
+        """[..., hidden_size] -> logits [..., vocab_size], unbounded, also those of padding; or the loss of
+        `linear_cross_entropy` if `targets` is given."""
+        if targets is None:
+            return super().forward(x)
+        return linear_cross_entropy(
+            x, self.weight, targets, num_items, num_tokens=num_tokens, softcap=softcap
+        )

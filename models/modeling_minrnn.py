@@ -83,7 +83,7 @@ class MinRNNPreTrainedModel(PreTrainedModel):
         if isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=std or self.config.hidden_size**-0.5)
         elif isinstance(module, nn.Linear):
-            scale = getattr(module, "residual_scale", None)  # of projections into the residual stream
+            scale = getattr(module, "initial_scale", None)  # of projections into the residual stream
             if scale is not None and self.config.zero_init_residual:
                 init.zeros_(module.weight)
             else:
@@ -253,13 +253,7 @@ class MinRNNForCausalLM(MinRNNPreTrainedModel, StateGenerationMixin):
         if config.bidirectional:
             raise ValueError("bidirectional is for classifiers: a language model reads from left to right.")
         self.model = MinRNNModel(config)
-        self.lm_head = LMHead(
-            config.hidden_size,
-            config.vocab_size,
-            bias=False,
-            num_tokens=config.num_tokens,
-            softcap=config.logit_softcap,
-        )
+        self.lm_head = LMHead(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
@@ -267,9 +261,7 @@ class MinRNNForCausalLM(MinRNNPreTrainedModel, StateGenerationMixin):
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         if not isinstance(new_embeddings, LMHead):  # a resized vocabulary comes as a plain nn.Linear
-            sizes = new_embeddings.in_features, new_embeddings.out_features
-            softcap = getattr(self.config, "logit_softcap", None)  # other models use this method, too
-            head = LMHead(*sizes, bias=False, device="meta", softcap=softcap)
+            head = LMHead(new_embeddings.in_features, new_embeddings.out_features, bias=False, device="meta")
             head.weight = new_embeddings.weight
             # Without this flag post_init would draw the weights again.
             head.__dict__["_is_hf_initialized"] = getattr(new_embeddings, "_is_hf_initialized", False)
@@ -285,15 +277,19 @@ class MinRNNForCausalLM(MinRNNPreTrainedModel, StateGenerationMixin):
         embeddings: Any = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, *args, **kwargs)
         if new_num_tokens is not None or pad_to_multiple_of is not None:
             has_padding = num_tokens < len(embeddings.weight)
-            self.config.num_tokens = self.lm_head.num_tokens = num_tokens if has_padding else None
+            self.config.num_tokens = num_tokens if has_padding else None
         return embeddings
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., H] -> logits [..., vocab_size], bounded by `config.logit_softcap`; those of the
         vocabulary's padding are the lowest number."""
         logits = self.lm_head(hidden)
-        capped = softcapped(logits, getattr(self.config, "logit_softcap", None)).to(logits.dtype)
-        return without_padding(capped, self.config.num_tokens)
+        return without_padding(softcapped(logits, self.softcap).to(logits.dtype), self.config.num_tokens)
+
+    @property
+    def softcap(self) -> float | None:
+        """Bound of the logits; the configurations of gru and lstm have none."""
+        return getattr(self.config, "logit_softcap", None)
 
     @can_return_tuple
     def forward(
@@ -373,7 +369,8 @@ class MinRNNForCausalLM(MinRNNPreTrainedModel, StateGenerationMixin):
             if shift_labels is None:
                 raise ValueError("skip_logits leaves nothing to return without labels or shift_labels.")
             if isinstance(self.lm_head, LMHead):
-                loss = self.lm_head(hidden, shift_labels, num_items_in_batch)
+                bounds = self.config.num_tokens, self.softcap
+                loss = self.lm_head(hidden, shift_labels, num_items_in_batch, *bounds)
             else:  # wrapped by an adapter (LoRA), whose forward takes no targets
                 loss = loss_of_module_head(self.logits, hidden, shift_labels, num_items_in_batch)
         else:

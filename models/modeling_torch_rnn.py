@@ -156,7 +156,7 @@ class TorchRNNForCausalLM(TorchRNNPreTrainedModel, MinRNNForCausalLM):
     def __init__(self, config: TorchRNNConfig):
         MinRNNPreTrainedModel.__init__(self, config)
         self.model = TorchRNNModel(config)
-        self.lm_head = LMHead(config.hidden_size, config.vocab_size, bias=False, num_tokens=config.num_tokens)
+        self.lm_head = LMHead(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
 

@@ -41,7 +41,7 @@ class AblationRun:
         a single validation."""
         if len(self.curve) < 2:
             return None
-        if self.curve and self.curve[0][1] <= loss:
+        if self.curve[0][1] <= loss:
             return float(self.curve[0][0])
         for (step, above), (next_step, below) in itertools.pairwise(self.curve):
             if below <= loss < above:

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..output import si
-from .page import NOT_RUN, link, table, text
-from .sources import ResultSource
+from .page import NOT_RUN, table, text
+from .sources import ResultSource, blocks_by_file
 
 
 def difference_text(row: dict[str, Any]) -> str:
@@ -54,9 +54,7 @@ def ablation_blocks(record: dict[str, Any]) -> str:
 
 def ablation_section(sources: Sequence[ResultSource]) -> str:
     """One block for each file."""
-    blocks = [
-        f"From {link(text(source.name), source.name)}:\n\n{ablation_blocks(source.data)}"
-        for source in sources
-        if source.kind == "ablation"
-    ]
-    return "\n\n".join(blocks) or f"Changes to a recipe, one at a time: {NOT_RUN}."
+    return (
+        blocks_by_file(sources, "ablation", ablation_blocks)
+        or f"Changes to a recipe, one at a time: {NOT_RUN}."
+    )

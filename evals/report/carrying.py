@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from .page import NOT_RUN, link, table, text
-from .sources import ResultSource
+from .page import NOT_RUN, table
+from .sources import ResultSource, blocks_by_file
 
 UNITS = {"distance": "accuracy (%)", "books": "nats per byte"}
 """Of each study."""
@@ -39,9 +39,5 @@ def _cell(value: dict[str, Any], study: str) -> str:
 
 def carrying_section(sources: Sequence[ResultSource]) -> str:
     """One block for each file."""
-    blocks = [
-        f"From {link(text(source.name), source.name)}:\n\n{carrying_blocks(source.data)}"
-        for source in sources
-        if source.kind == "carrying"
-    ]
-    return "\n\n".join(blocks) or f"Models trained with the state carried and reset: {NOT_RUN}."
+    blocks = blocks_by_file(sources, "carrying", carrying_blocks)
+    return blocks or f"Models trained with the state carried and reset: {NOT_RUN}."

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from ...common.errors import UserError
 from ...pipeline.source_settings import corpus_name
+from .page import link, text
 from .published import published
 from .runs import Entry, Results, is_run, read_run
 
@@ -144,6 +145,17 @@ def read_file(path: Path, check: Callable[[ResultSource], object]) -> ResultSour
             f"lacks what a file of kind {source.kind} has ({reason}); write it again, or leave it out"
         ) from None
     return source
+
+
+def blocks_by_file(
+    sources: Sequence[ResultSource], kind: Kind, blocks: Callable[[dict[str, Any]], str]
+) -> str:
+    """A link to each file of a kind, and its blocks; empty without such files."""
+    return "\n\n".join(
+        f"From {link(text(source.name), source.name)}:\n\n{blocks(source.data)}"
+        for source in sources
+        if source.kind == kind
+    )
 
 
 def run_source(path: Path) -> ResultSource:

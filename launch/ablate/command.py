@@ -3,7 +3,6 @@
 import argparse
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,10 @@ from ...evals.record import command_line, commit, machine, versions
 from ...evals.scaling.points import PLAN, SAME_DATA
 from ...pipeline.machine import resolve_device
 from ...pipeline.options import new_parser
-from ..sweep.command import add_options, check_options, plan_text, settings_options, train_sweep
+from ..sweep.command import add_options, parse, plan_text, train_sweep
 from ..sweep.expand import PlannedRun, expand
 from ..sweep.spec import Sweep
-from .spec import COMPARISON, LR, Ablation, read_ablation, shipped_ablations
+from .spec import COMPARISON, LR, Ablation
 
 RESULT = "ablation.json"
 DESCRIPTION = """Compare variants of a recipe. The learning rate of each variant is tuned on a grid; then each
@@ -43,9 +42,8 @@ ABLATION.yaml:
 
 
 def _parser() -> argparse.ArgumentParser:
-    names = ", ".join(shipped_ablations()) or "none"
-    parser = new_parser("minrnn ablate", DESCRIPTION.format(names=names), EPILOG)
-    parser.add_argument("ablation", metavar="ABLATION", help="a YAML file, or the name of a shipped ablation")
+    parser = new_parser("minrnn ablate", DESCRIPTION.format(names=", ".join(Ablation.shipped())), EPILOG)
+    parser.add_argument("file", metavar="ABLATION", help="a YAML file, or the name of a shipped ablation")
     add_options(parser, "ABLATION")
     return parser
 
@@ -54,30 +52,27 @@ def main(argv: Sequence[str]) -> None:
     """Plan an ablation, or train and compare. The exit status is 1 if a compared run failed.
 
     Raises:
-        UserError: all errors of the ablation and the options, before anything is trained; or every run of a
-            variant's tuning failed.
+        UserError: all errors of the ablation and the options, before anything is trained; or every run of the
+            first variant's tuning failed.
     """
-    words, overrides = settings_options(argv)
-    arguments = _parser().parse_args(words)
-    check_options(arguments)
-    ablation = read_ablation(arguments.ablation, overrides)
-    if arguments.out is not None:
-        ablation.out = os.path.expanduser(arguments.out)
-    tuning, runs = ablation.tuning_sweep(), ablation.sweep(_first_rates(ablation))
-    _check_runs([sweep for sweep in (tuning, runs) if sweep is not None])
+    ablation, arguments = parse(_parser(), argv, Ablation)
+    parts = {"tuning": ablation.tuning_sweep(), "comparison": ablation.sweep(_first_rates(ablation))}
+    expanded = _expand_all([sweep for sweep in parts.values() if sweep is not None])
     if arguments.plan:
-        for title, sweep in (("tuning", tuning), ("comparison", runs)):
+        for title, sweep in parts.items():
             if sweep is not None:
-                print(f"{title}: {plan_text(sweep, expand(sweep), arguments)}\n")
+                print(f"{title}: {plan_text(sweep, expanded[sweep.out], arguments)}\n")
         return
-    tuned = [] if tuning is None else _tune(ablation, tuning, arguments.workers)
+    tuned = []
+    if (tuning := parts["tuning"]) is not None:
+        tuned = _tune(ablation, tuning, expanded[tuning.out], arguments.workers)
     rates = {row["variant"]: row["lr"] for row in tuned}
     rates = rates or dict.fromkeys(ablation.variants, ablation.tuning.learning_rates[0])
-    _check_rates(Path(runs.out), rates)
     comparison = ablation.sweep(rates)
-    expanded = expand(comparison)
-    has_failed = train_sweep(comparison, expanded, arguments.workers)
-    record = _result(ablation, tuned, expanded, argv)
+    _check_rates(Path(comparison.out), rates)
+    runs = expand(comparison)
+    has_failed = train_sweep(comparison, runs, arguments.workers)
+    record = _result(ablation, tuned, runs, argv)
     out = Path(ablation.out)
     write_json(out / RESULT, record)
     write_text((out / RESULT).with_suffix(".txt"), text(record) + "\n")
@@ -102,15 +97,21 @@ def _trained_rates(folder: Path) -> dict[str, float]:
     return {entry["family"]: entry["settings"][LR] for entry in planned}
 
 
-def _check_runs(sweeps: Sequence[Sweep]) -> None:
-    """Raises UserError for all errors of all runs, and for runs whose losses would not compare."""
+def _expand_all(sweeps: Sequence[Sweep]) -> dict[str, list[PlannedRun]]:
+    """The runs of each sweep, by its folder.
+
+    Raises:
+        UserError: all errors of all runs, and runs whose losses would not compare.
+    """
     errors: dict[tuple[str, str], None] = {}
+    expanded = {}
     for sweep in sweeps:
         try:
-            data = {run.family: _data(run) for run in expand(sweep)}
+            runs = expanded[sweep.out] = expand(sweep)
         except UserError as error:
             errors |= dict.fromkeys(error.errors)
             continue
+        data = {run.family: _data(run) for run in runs}
         reference = next(iter(data.values()))
         if reference["is_task"]:
             message = "is a task; minrnn ablate compares losses on texts, and minrnn sweep trains tasks"
@@ -121,6 +122,7 @@ def _check_runs(sweeps: Sequence[Sweep]) -> None:
                 errors[f"variants.{family}", message] = None
     if errors:
         raise UserError.from_list(errors)
+    return expanded
 
 
 def _data(run: PlannedRun) -> dict[str, Any]:
@@ -131,9 +133,13 @@ def _data(run: PlannedRun) -> dict[str, Any]:
     return {"is_task": run.recipe.task() is not None, **data}
 
 
-def _tune(ablation: Ablation, sweep: Sweep, workers: int) -> list[dict[str, Any]]:
-    """Train the tuning; the rows of `tuned_rates`, without variants of which every run failed."""
-    if train_sweep(sweep, expand(sweep), workers):
+def _tune(ablation: Ablation, sweep: Sweep, expanded: list[PlannedRun], workers: int) -> list[dict[str, Any]]:
+    """Train the tuning; the rows of `tuned_rates`, without variants of which every run failed.
+
+    Args:
+        expanded: the runs of the sweep.
+    """
+    if train_sweep(sweep, expanded, workers):
         warn("runs of the tuning failed, as those with too high a learning rate do; they count as the worst")
     grid = ablation.tuning.learning_rates
     names = {ablation.tuning_name(name, rate): name for name in ablation.variants for rate in grid}

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 from ...common.checks import option_minimum_errors
 from ...common.errors import UserError
@@ -24,8 +24,9 @@ from .parent import end_parent, tracked_base
 from .plan import planned, publish
 from .progress import DONE, FAILED, Display, progress_table
 from .runner import Hardware, Runner, train_command
+from .runs_file import RunsFile
 from .search import Study, check_optuna
-from .spec import Sweep, read_sweep, shipped_sweeps
+from .spec import Sweep
 
 REFRESH = 5.0  # seconds
 SETTINGS = "--settings."
@@ -58,11 +59,9 @@ a ladder:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = new_parser(
-        "minrnn sweep", DESCRIPTION.format(sweeps=", ".join(shipped_sweeps()) or "none"), EPILOG
-    )
+    parser = new_parser("minrnn sweep", DESCRIPTION.format(sweeps=", ".join(Sweep.shipped())), EPILOG)
     parser.add_argument(
-        "sweep", metavar="SWEEP", help="a YAML file, or the name of a sweep that comes with minrnn"
+        "file", metavar="SWEEP", help="a YAML file, or the name of a sweep that comes with minrnn"
     )
     add_options(parser, "SWEEP")
     return parser
@@ -104,12 +103,7 @@ def main(argv: Sequence[str]) -> None:
     Raises:
         UserError: all errors of the sweep and the options, before anything is trained.
     """
-    words, overrides = settings_options(argv)
-    arguments = _parser().parse_args(words)
-    check_options(arguments)
-    sweep = read_sweep(arguments.sweep, overrides)
-    if arguments.out is not None:
-        sweep.out = os.path.expanduser(arguments.out)
+    sweep, arguments = parse(_parser(), argv, Sweep)
     if sweep.search is not None:
         check_optuna()
     expanded = expand(sweep)
@@ -148,14 +142,32 @@ def train_sweep(sweep: Sweep, expanded: list[PlannedRun], workers: int) -> bool:
     return has_failed
 
 
-def check_options(arguments: argparse.Namespace) -> None:
-    """Raises UserError for values of `add_options` that are too small."""
+File = TypeVar("File", bound=RunsFile)
+
+
+def parse(
+    parser: argparse.ArgumentParser, argv: Sequence[str], kind: type[File]
+) -> tuple[File, argparse.Namespace]:
+    """The file that a command line names, with `--out` and `--settings` in it; and the other options.
+
+    Args:
+        parser: with `add_options`, and the positional argument `file`.
+
+    Raises:
+        UserError: all errors of the options, or of the file.
+    """
+    words, overrides = settings_options(argv)
+    arguments = parser.parse_args(words)
     errors = option_minimum_errors(arguments, workers=1)
     for name in ("tflops", "fraction"):
         if (value := getattr(arguments, name)) is not None and not value > 0:
             errors.append((f"--{name}", f"must be positive, not {value:g}"))
     if errors:
         raise UserError.from_list(errors)
+    content = kind.read(arguments.file, overrides)
+    if arguments.out is not None:
+        content.out = os.path.expanduser(arguments.out)
+    return content, arguments
 
 
 def settings_options(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:

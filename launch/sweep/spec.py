@@ -18,23 +18,19 @@ and one of
 import itertools
 import math
 from collections.abc import Iterable
-from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BeforeValidator, Field, ValidationError, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
-from ...common.errors import UserError
-from ...common.files import user_path
 from ...common.names import did_you_mean, nearest_names
 from ...evals.scaling.points import SAME_DATA
 from ...pipeline.families.fields import parse_count
-from ...pipeline.recipe import setting_value
-from ...pipeline.section import Section, expand_home
+from ...pipeline.section import Section
 from .rules import Rules
+from .runs_file import RunsFile, Settings
 
 Size = Annotated[int, BeforeValidator(parse_count), Field(ge=1)]
-Settings = dict[str, Any]
 LONGEST_NAME = 80
 VariantName = Annotated[str, Field(pattern=r"^[\w.+-]+$", max_length=LONGEST_NAME)]
 Variants = dict[VariantName, Annotated[Settings, Field(min_length=1)]]
@@ -150,34 +146,25 @@ class Ladder(Section):
         return errors
 
 
-class Sweep(Section):
+class Sweep(RunsFile):
     """A sweep."""
 
-    out: str = Field(min_length=1)
-    """The sweep's folder."""
-    base: str | None = None
-    """A recipe for all runs: a name or a file."""
-    settings: Settings = {}
-    """Settings of every run, over those of `base`."""
-    seeds: list[Annotated[int, Field(ge=0)]] = Field(default=[0], min_length=1)
-    """Every run is made with each."""
-    processes: int = Field(default=1, ge=1)
-    """Processes of each run."""
-    launcher: str | None = None
-    """A configuration file for accelerate launch, if a run has several processes."""
-    retries: int = Field(default=2, ge=0)
-    """How often a run that failed is started again."""
+    FOLDER = "sweeps"
+    CONTENT = f"out, and one of {', '.join(KINDS)}"
+    SECTIONS = MappingProxyType(
+        {"ladder": Ladder, "rules": Rules, "family_rules": Rules, "random": Random, "search": Search}
+    )
+
     grid: dict[str, Annotated[list[Any], Field(min_length=1)]] | None = None
     variants: Variants | None = Field(default=None, min_length=1)
     """Runs by name, each with its own settings, where several settings change together."""
     random: Random | None = None
     search: Search | None = None
     ladder: Ladder | None = None
-    _expand = field_validator("out", "launcher")(expand_home)
 
     def errors(self) -> dict[str, str]:
         kinds = [kind for kind in KINDS if getattr(self, kind) is not None]
-        errors = {}
+        errors = super().errors()
         if len(kinds) != 1:
             errors["sweep"] = f"must have one of {', '.join(KINDS)}, not {' and '.join(kinds) or 'none'}"
         errors |= {key: RESERVED[key] for key in self._keys() if key in RESERVED}
@@ -202,8 +189,6 @@ class Sweep(Section):
                 errors["seeds"] = "must be one for a search, which trains each drawing once"
         if self.ladder is not None:
             errors |= {f"ladder.{key}": message for key, message in self.ladder.errors().items()}
-        if len(set(self.seeds)) < len(self.seeds):
-            errors["seeds"] = f"names a seed twice: {self.seeds}"
         return errors
 
     def _keys(self) -> Iterable[str]:
@@ -216,66 +201,3 @@ class Sweep(Section):
         """What a grid, a random search and a search vary, by their names."""
         drawn = {kind: getattr(getattr(self, kind), "settings", {}) for kind in ("random", "search")}
         return {"grid": self.grid or {}, **drawn}
-
-
-def shipped_sweeps() -> dict[str, Path]:
-    """Sweeps that come with the package, by name."""
-    folder = Path(__file__).resolve().parent.parent / "sweeps"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
-
-
-def read_sweep(name: str, settings: dict[str, str] | None = None) -> Sweep:
-    """The sweep of a file, or of a name of `shipped_sweeps`.
-
-    Args:
-        settings: of the command line, as text, in place of those in the file's `settings`.
-
-    Raises:
-        UserError: all errors of the file and of the settings' keys.
-    """
-    path = shipped_sweeps().get(name, user_path(name))
-    try:
-        values = yaml.safe_load(path.read_text())
-    except OSError as error:
-        shipped = ", ".join(shipped_sweeps())
-        raise UserError(
-            name, f"cannot be read: {error.strerror}; sweeps that come with minrnn: {shipped}"
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(name, f"is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise UserError(name, f"must hold out, and one of {', '.join(KINDS)}")
-    try:
-        sweep = Sweep.model_validate(values)
-    except ValidationError as invalid:
-        raise UserError.from_list(_error(error) for error in invalid.errors()) from None
-    sweep.settings |= {key: setting_value(key, text) for key, text in (settings or {}).items()}
-    if errors := sweep.errors():
-        raise UserError.from_list(errors.items())
-    return sweep
-
-
-def _error(error: Any) -> tuple[str, str]:
-    key = ".".join(map(str, error["loc"]))
-    if error["type"] == "extra_forbidden":
-        sections = {
-            "ladder": Ladder,
-            "rules": Rules,
-            "family_rules": Rules,
-            "random": Random,
-            "search": Search,
-        }
-        known = next((sections[part] for part in reversed(error["loc"][:-1]) if part in sections), Sweep)
-        hint = did_you_mean(nearest_names(str(error["loc"][-1]), known.model_fields), "there is no such key")
-        return key, f"unknown key ({hint})"
-    return value_error(error)
-
-
-def value_error(error: Any) -> tuple[str, str]:
-    """Key and message of an error of pydantic, other than an unknown key."""
-    key = ".".join(map(str, error["loc"]))
-    if error["type"] == "missing":
-        return key, "is missing"
-    if error["type"] == "too_short" and not error["input"]:
-        return key, "is empty"
-    return key, f"{error['msg'][0].lower()}{error['msg'][1:]}, not {error['input']!r}"

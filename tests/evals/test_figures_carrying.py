@@ -9,13 +9,13 @@ import pytest
 from minrnn.common.errors import UserError
 from minrnn.evals.figures import carrying
 from minrnn.launch.sweep.expand import PlannedRun, expand
-from minrnn.launch.sweep.spec import read_sweep
+from minrnn.launch.sweep.spec import Sweep
 
 FOLDER = Path(carrying.__file__).parent
 
 
 def runs_of(name: str) -> list[PlannedRun]:
-    return expand(read_sweep(str(FOLDER / f"{name}.yaml")))
+    return expand(Sweep.read(str(FOLDER / f"{name}.yaml")))
 
 
 @pytest.mark.parametrize("name", ["distance", "long-books"])

@@ -25,22 +25,20 @@ def test_a_study_writes_its_results_and_the_text_of_the_page(tmp_path: Path, mon
     assert table.count("\n| minGRU | 25 | ") == table.count("\n| minGRU - Llama | ") == 1
     assert record["text"] in table
     assert "50 byte models of books with 1M to 100M parameters" in study.readme_text()
-    assert "minGRU and Llama cannot be told apart." in study.readme_text()
+    assert "bits per byte with 95 % intervals: minGRU " in study.readme_text()
     section = scaling_section([read_file(tmp_path / "study-books.json", report.check)])
     assert "minGRU" in section
     assert "10 times the largest run" in section
 
 
-@pytest.mark.parametrize(("first", "second"), [("minGRU", "Llama"), ("Llama", "minGRU")])
-@pytest.mark.parametrize(("sign", "kind"), [(-1, "lower"), (1, "higher")])
-def test_a_verdict_is_the_same_in_both_orders(first: str, second: str, sign: int, kind: str):
-    """minGRU is lower or higher than Llama, in whatever order the pair has."""
-    sign *= 1 if first == "minGRU" else -1
-    low, high = sorted((sign * 0.1, sign * 0.3))
-    difference = {"value": sign * 0.2, "low": low, "high": high}
-    pair = {"first": first, "second": second, "is_distinguishable": True, "difference": difference}
-    expected = f"minGRU is {kind} than Llama by 0.20 (0.10 to 0.30) bits per byte."
-    assert study.verdict_against("Llama", pair) == expected
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_a_difference_is_the_same_in_both_orders(sign: int):
+    """minGRU's loss less Llama's, in whatever order the pair has."""
+    difference = {"value": -0.2 * sign, "low": -0.3 if sign > 0 else 0.1, "high": -0.1 if sign > 0 else 0.3}
+    first, second = ("minGRU", "Llama")[::sign]
+    pair = {"first": first, "second": second, "difference": difference, "compute": [1e12, 1.6e13]}
+    expected = "minGRU -0.20 (-0.30 to -0.10) at 1.6e+13 FLOPs"
+    assert study.difference_from("Llama", pair) == expected
 
 
 def test_a_name_that_is_no_file_name_is_refused():

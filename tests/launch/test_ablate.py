@@ -9,7 +9,7 @@ import yaml
 
 from minrnn.common.errors import UserError
 from minrnn.launch.ablate import command
-from minrnn.launch.ablate.spec import read_ablation, shipped_ablations
+from minrnn.launch.ablate.spec import Ablation
 from minrnn.launch.cli import main
 from minrnn.launch.sweep.expand import PlannedRun, expand
 from minrnn.launch.sweep.spec import Sweep
@@ -41,7 +41,7 @@ def write(folder: Path, **changes: Any) -> str:
 
 
 def test_the_two_sweeps(tmp_path: Path):
-    ablation = read_ablation(write(tmp_path))
+    ablation = Ablation.read(write(tmp_path))
     tuning = ablation.tuning_sweep()
     assert tuning is not None
     assert [run.name for run in expand(tuning)] == [
@@ -56,7 +56,7 @@ def test_the_two_sweeps(tmp_path: Path):
 
 
 def test_a_single_rate_is_not_tuned(tmp_path: Path):
-    assert read_ablation(write(tmp_path, tuning={"learning_rates": [1e-3]})).tuning_sweep() is None
+    assert Ablation.read(write(tmp_path, tuning={"learning_rates": [1e-3]})).tuning_sweep() is None
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_a_single_rate_is_not_tuned(tmp_path: Path):
         ({"variants": {"default": {"run.resume": "never"}}}, r"variants\.default\.run\.resume: is set by"),
         ({"variants": {"x" * 78: {}}}, "variants: names with their learning rates have up to 86 characters"),
         (
-            {"settings": {**SETTINGS, "data.corpus": "synthetic/parity", "batch.chunk": 40}},
+            {"settings": {"train.precision": "fp32", "data.corpus": "synthetic/parity"}},
             r"data\.corpus: is a task; minrnn abl",
         ),
         (
@@ -116,9 +116,9 @@ def test_a_file_that_is_none(tmp_path: Path):
         command.main([str(tmp_path / "x.yaml")])
 
 
-@pytest.mark.parametrize("name", sorted(shipped_ablations()))
+@pytest.mark.parametrize("name", sorted(Ablation.shipped()))
 def test_shipped_ablations_are_valid(name: str):
-    ablation = read_ablation(name)
+    ablation = Ablation.read(name)
     tuning = ablation.tuning_sweep()
     assert tuning is not None
     assert len(expand(tuning)) >= 3 * len(ablation.variants)
@@ -168,7 +168,7 @@ def trained(sweep: Sweep, expanded: Any, workers: int) -> bool:
 def test_tuned_compared_and_extended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    """With stand-ins for training. Variants that are added later leave the finished runs as they are."""
+    """With stand-ins for training. Variants and rates may be added, and variants taken out."""
     monkeypatch.setattr(command, "train_sweep", trained)
     command.main([write(tmp_path)])
     record = json.loads((tmp_path / "out" / "ablation.json").read_text())

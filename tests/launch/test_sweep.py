@@ -14,7 +14,7 @@ from minrnn.launch.sweep import command
 from minrnn.launch.sweep.expand import expand
 from minrnn.launch.sweep.plan import planned, publish
 from minrnn.launch.sweep.rules import Rules, decay_start
-from minrnn.launch.sweep.spec import Sweep, read_sweep, shipped_sweeps
+from minrnn.launch.sweep.spec import Sweep
 from minrnn.pipeline.optim import learning_rate
 from minrnn.pipeline.optim_section import OptimSection
 
@@ -224,7 +224,7 @@ def test_errors_of_a_sweep_come_before_training(tmp_path: Path, fields: dict[str
     path = tmp_path / "sweep.yaml"
     path.write_text(yaml.safe_dump({"out": str(tmp_path / "out"), "settings": COMMON, **fields}))
     with pytest.raises(UserError, match=message):
-        expand(read_sweep(str(path)))
+        expand(Sweep.read(str(path)))
 
 
 @pytest.mark.parametrize(
@@ -261,12 +261,12 @@ def test_settings_of_the_command_line_replace_those_of_the_file(
         ["--settings.batch.chunk", "64", str(path), "--settings.data.corpus=a=b", "--plan"]
     )
     assert words == [str(path), "--plan"]
-    read = read_sweep(str(path), given)
+    read = Sweep.read(str(path), given)
     assert read.settings == {**COMMON, "batch.chunk": 64, "data.corpus": "a=b"}
     with pytest.raises(UserError, match=r"--settings\.optim\.lr: lacks a value"):
         command.settings_options([str(path), "--settings.optim.lr", "--plan"])
     with pytest.raises(UserError, match=r"data\.corpsu: unknown key \(did you mean data\.corpus\?\)"):
-        expand(read_sweep(str(path), {"data.corpsu": "x"}))
+        expand(Sweep.read(str(path), {"data.corpsu": "x"}))
 
 
 def test_the_plan_is_the_same_for_all_workers_and_no_other_sweep(tmp_path: Path):
@@ -310,14 +310,14 @@ def test_plan_of_a_search_that_draws_the_precision(tmp_path: Path, capsys: pytes
     assert "2 runs" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", sorted(shipped_sweeps()))
+@pytest.mark.parametrize("name", sorted(Sweep.shipped()))
 def test_shipped_sweeps_are_valid(name: str):
-    assert len(expand(read_sweep(name))) >= 15
+    assert len(expand(Sweep.read(name))) >= 15
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(shipped_sweeps()))
+@pytest.mark.parametrize("name", sorted(Sweep.shipped()))
 def test_every_family_of_a_shipped_sweep_has_its_sizes(name: str, tmp_path: Path):
-    shipped = read_sweep(name)
+    shipped = Sweep.read(name)
     shipped.out = str(tmp_path / "out")
     assert all(run["flops"] > 0 for run in planned(shipped, expand(shipped)))

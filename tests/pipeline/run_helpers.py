@@ -62,6 +62,17 @@ def stop_at_step_7(
             run_recipe(values)
 
 
+def run_that_resumes_to_the_bit(
+    values: Values, run_recipe: Callable[[Values], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """The folder of a whole run, whose losses a run that was stopped and resumed equals."""
+    whole = run_recipe(values)
+    values["run"]["dir"] = str(tmp_path / "stopped")
+    stop_at_step_7(values, run_recipe, monkeypatch)
+    assert losses(run_recipe(values)) == losses(whole)
+    return whole
+
+
 def plain_update(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: torch.Tensor, recipe: Recipe, step: int
 ) -> None:

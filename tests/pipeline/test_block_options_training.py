@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from run_helpers import Values, losses, stop_at_step_7
+from run_helpers import Values, run_that_resumes_to_the_bit
 
 from minrnn.models import MinRNNConfig, MinRNNForCausalLM
 from minrnn.pipeline.matrices import block_matrices
@@ -22,10 +22,7 @@ def test_a_run_resumes_and_exports(
     """To the bit; the options have learnt."""
     values["model"] |= {**OPTIONS, "cell": "mingru_normalized"}
     values["optim"]["name"] = optimizer
-    whole = run_recipe(values)
-    values["run"]["dir"] = str(tmp_path / "stopped")
-    stop_at_step_7(values, run_recipe, monkeypatch)
-    assert losses(run_recipe(values)) == losses(whole)
+    whole = run_that_resumes_to_the_bit(values, run_recipe, tmp_path, monkeypatch)
     exported = MinRNNForCausalLM.from_pretrained(whole / "model")
     assert exported.config.logit_softcap == 15
     for layer in exported.model.layers:

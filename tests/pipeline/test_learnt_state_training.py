@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from run_helpers import Values, losses, stop_at_step_7
+from run_helpers import Values, losses, run_that_resumes_to_the_bit
 from safetensors.torch import load_file
 
 from minrnn.common.errors import UserError
@@ -19,10 +19,7 @@ def test_a_run_resumes_and_exports(
 ):
     """To the bit; the state has been learnt, and the first step is that of a run without it."""
     values["model"]["learn_h0"] = True
-    whole = run_recipe(values)
-    values["run"]["dir"] = str(tmp_path / "stopped")
-    stop_at_step_7(values, run_recipe, monkeypatch)
-    assert losses(run_recipe(values)) == losses(whole)
+    whole = run_that_resumes_to_the_bit(values, run_recipe, tmp_path, monkeypatch)
     exported = MinRNNForCausalLM.from_pretrained(whole / "model")
     for layer in exported.model.layers:
         assert layer.get_parameter("mixer.h0").all()
