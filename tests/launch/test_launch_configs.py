@@ -155,7 +155,7 @@ def test_launch_files_are_in_the_package():
     settings = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["setuptools"]
     folder = REPOSITORY / "launch"
     shipped = {path for pattern in settings["package-data"]["minrnn.launch"] for path in folder.glob(pattern)}
-    recipes = [path for kind in ("recipes", "sweeps") for path in (folder / kind).glob("*.yaml")]
+    recipes = [path for kind in ("recipes", "sweeps", "ablations") for path in (folder / kind).glob("*.yaml")]
     assert shipped == {*CONFIGS, *recipes, SCRIPT, SCRIPT.with_name("sweep.sbatch")}
 
 
