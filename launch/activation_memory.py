@@ -18,11 +18,12 @@ if TYPE_CHECKING:
 TOKENS = 1024  # of the fake chunk; what does not grow with it (a cell's own parameters) is negligible
 
 
-def block_bytes(config: "MinRNNConfig", precision: str) -> dict[str, float]:
+def block_bytes(config: "MinRNNConfig", precision: str, layer: int = 0) -> dict[str, float]:
     """Bytes per token that a block keeps, by `train.recompute`.
 
     Args:
         precision: fp32, bf16 (autocast over an fp32 residual stream) or fp64.
+        layer: index of the block, since blocks may have different mixers.
     """
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -38,7 +39,7 @@ def block_bytes(config: "MinRNNConfig", precision: str) -> dict[str, float]:
     config.scan_backend = None  # the recipe's may not run on this machine
     dtype = DTYPES["fp64" if precision == "fp64" else "fp32"]
     with FakeTensorMode(), default_dtype(dtype):
-        block = MinRNNBlock(config, 0)
+        block = MinRNNBlock(config, layer)
         for parameter in block.parameters():
             weights.add(parameter)
         x = torch.empty(1, TOKENS, config.hidden_size, dtype=dtype, requires_grad=True)

@@ -22,6 +22,7 @@ twice, for which ZeRO-3 gathers the weights once more; and the states
 before K - 1 chunks and the gradient of one are kept.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -176,15 +177,15 @@ def widths(precision: str) -> tuple[int, int]:
 
 def working_memory(model: Model, workload: Workload, precision: str) -> dict[str, float]:
     """Bytes that do not depend on the engine, by purpose."""
-    (w, c), config = widths(precision), model.config
-    state = config.state_size * w + max(config.conv_kernel - 1, 0) * config.hidden_size * c
+    w, c = widths(precision)
+    shapes = model.config.state_shapes(batch=1)
+    state = sum(w * math.prod(recurrent or (0,)) + c * math.prod(tail or (0,)) for recurrent, tail in shapes)
     of_chunks = workload.chunks if workload.chunks > 1 else 0
     num_lanes = workload.readers * workload.lanes + of_chunks * workload.micro_lanes
-    num_states = num_lanes * config.num_hidden_layers
     return {
         "bf16 copies": c * model.matrices if c < w else 0,
         "loss": _loss_memory(model, workload, precision),
-        "carried states": num_states * state if workload.carries_state else 0,
+        "carried states": num_lanes * state if workload.carries_state else 0,
     }
 
 
@@ -218,9 +219,13 @@ def by_micro_lanes(model: Model, workload: Workload, precision: str, kept: float
 
 def activations(model: Model, workload: Workload, precision: str, recompute: str) -> float:
     """Bytes kept by all blocks, plus those of one block that is computed again."""
-    by_recompute = block_bytes(model.config, precision)
-    kept = by_recompute[recompute]
-    return workload.tokens * (model.config.num_hidden_layers * kept + by_recompute["none"] - kept)
+    from ..models.registry import mixer_classes
+
+    mixers = mixer_classes(model.config)
+    by_mixer = {mixer: block_bytes(model.config, precision, mixers.index(mixer)) for mixer in set(mixers)}
+    blocks = [by_mixer[mixer] for mixer in mixers]
+    largest = max(sizes["none"] - sizes[recompute] for sizes in blocks)
+    return workload.tokens * (sum(sizes[recompute] for sizes in blocks) + largest)
 
 
 def engine_memory(

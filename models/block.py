@@ -18,7 +18,7 @@ from .boundaries import Boundaries
 from .configuration_minrnn import MinRNNConfig
 from .layers import RMSNorm, swiglu
 from .mixer import MinRNNMixer
-from .registry import CELLS
+from .registry import mixer_class
 from .ternary import linear
 
 
@@ -50,10 +50,10 @@ class MinRNNBlock(GradientCheckpointingLayer):
         super().__init__()
         self.residual_scales = nn.Parameter(torch.empty(2)) if config.residual_scales else None
         self.mixer_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.scan_backend)
-        self.mixer = CELLS[config.cell](config, layer)
+        self.mixer = mixer_class(config, layer)(config, layer)
         self.reverse = None
         if config.bidirectional:
-            self.reverse = ReverseMixer(CELLS[config.cell](config, layer))
+            self.reverse = ReverseMixer(mixer_class(config, layer)(config, layer))
         self.mlp_norm = (
             RMSNorm(config.hidden_size, config.rms_norm_eps, config.scan_backend)
             if config.intermediate_size

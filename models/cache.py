@@ -2,7 +2,8 @@
 
 One object serves three purposes: `generate()` carries it from token to token, training carries it from chunk
 to chunk, and a checkpoint stores it. Its size does not depend on the number of tokens read: per layer, the
-recurrent state [batch, width] in fp32 and the last conv inputs [batch, kernel-1, hidden].
+recurrent state [batch, width] in fp32 and the last conv inputs [batch, kernel-1, hidden]; of a layer of
+attention, keys and values of the window.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,12 +25,13 @@ class MinRNNLayerCache(LinearAttentionLayer):
 
     @property
     def recurrent(self) -> Tensor | None:
-        """h after the last token, [batch, width]; None before the first."""
+        """h after the last token, [batch, width]; None before the first, and in a layer of attention."""
         return self.recurrent_states[0]
 
     @property
     def conv(self) -> Tensor | None:
-        """Last inputs of the convolution, [batch, kernel-1, hidden], or None."""
+        """Last inputs of the convolution, [batch, kernel-1, hidden], or keys and values of the last tokens,
+        [batch, window-1, 2 hidden + 1]; None for none."""
         return self.conv_states[0]
 
     def replace(self, recurrent: Tensor | None, conv: Tensor | None, num_tokens: int) -> None:
@@ -37,7 +39,8 @@ class MinRNNLayerCache(LinearAttentionLayer):
         self.recurrent_states[0], self.conv_states[0] = recurrent, conv
         self.is_recurrent_states_initialized[0] = self.has_previous_state[0] = recurrent is not None
         self.is_conv_states_initialized[0] = conv is not None
-        self.device = None if recurrent is None else recurrent.device
+        first = conv if recurrent is None else recurrent
+        self.device = None if first is None else first.device
         if self.num_tokens is not None:
             self.num_tokens += num_tokens
 
@@ -168,9 +171,11 @@ class MinRNNCache(Cache):
         Raises:
             ValueError: tensors for layers that this state does not have, or a layer without tensors.
         """
-        layers = {f"layers.{i}.recurrent" for i in range(len(self.layers))}
-        known = layers | {f"layers.{i}.conv" for i in range(len(self.layers))} | {"num_tokens"}
-        if state and (unmatched := sorted(state.keys() - known | layers - state.keys())):
+        layers = [{f"layers.{i}.recurrent", f"layers.{i}.conv"} for i in range(len(self.layers))]
+        unknown = state.keys() - {"num_tokens"}.union(*layers)
+        # A layer of attention has no recurrent state.
+        missing = {max(layer) for layer in layers if state and not layer & state.keys()}
+        if unmatched := sorted(unknown | missing):
             names = ", ".join(unmatched[:4])
             raise ValueError(
                 f"The saved state is not one of {len(self.layers)} layers: "
@@ -186,16 +191,12 @@ class MinRNNCache(Cache):
         return self
 
 
-def check_state(
-    state: Any, num_layers: int, recurrent_shape: tuple[int, ...], conv_shape: tuple[int, ...] | None
-) -> None:
+def check_state(state: Any, shapes: Sequence[tuple[tuple[int, ...] | None, tuple[int, ...] | None]]) -> None:
     """Refuse a state that does not belong to this model and batch.
 
     Args:
         state: The `past_key_values` argument.
-        num_layers: The model's layers.
-        recurrent_shape: [batch, width] of a layer.
-        conv_shape: [batch, kernel-1, hidden] of a layer; None without a convolution.
+        shapes: `MinRNNConfig.state_shapes` of the model and the batch.
 
     Raises:
         ValueError: another library's cache, or one of another model or batch.
@@ -207,14 +208,14 @@ def check_state(
             "past_key_values must be a MinRNNCache, or None to begin a text, "
             f"but is a {type(state).__name__}."
         )
-    if len(layers) != num_layers:
+    if len(layers) != len(shapes):
         raise ValueError(
-            f"past_key_values is the state of a model of {len(layers)} layers, but this one has {num_layers}."
+            f"past_key_values is the state of a model of {len(layers)} layers, "
+            f"but this one has {len(shapes)}."
         )
     is_empty = layers[0].recurrent is None
-    expected = {"recurrent": None if is_empty else recurrent_shape, "conv": None if is_empty else conv_shape}
-    for i, layer in enumerate(layers):
-        for kind, shape in expected.items():
+    for i, (layer, expected) in enumerate(zip(layers, shapes, strict=True)):
+        for kind, shape in zip(("recurrent", "conv"), (None, None) if is_empty else expected, strict=True):
             tensor = getattr(layer, kind)
             actual = None if tensor is None else tuple(tensor.shape)
             if actual == shape:

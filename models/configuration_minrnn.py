@@ -9,7 +9,7 @@ from transformers.activations import ACT2FN
 
 from .export_format import check_export_format
 from .minimal_coefficients import CANDIDATE_ACTIVATIONS
-from .registry import CELLS
+from .registry import CELLS, mixer_classes
 from .scan import BACKENDS
 
 # "paper" is the block as published (Feng et al., arXiv 2410.01201): norm, causal conv of width 4, cell with
@@ -64,6 +64,9 @@ class MinRNNConfig(PreTrainedConfig):
             0, the state without it. For cells with a state per channel; docs/cells.md lists them.
         output_norm: RMS norm of the cell's output before the output gate, over groups of 64 channels (or the
             nearest number that divides the cell's width). Not for gilr_lstm, hgrn2, mlstm and gla.
+        attention_every: Attention over a sliding window instead of the cell in every block whose number, from
+            1, is a multiple of this; `None` for none.
+        attention_window: Tokens that such a block reads, the own one included.
         residual_scales: Each block reads s x + r x0 in place of x: x0 is the embedding, and s and r are
             learnt numbers, 1 and 0 before training.
         zero_init_residual: Start the projections into the residual stream at zero: every block then begins as
@@ -112,6 +115,8 @@ class MinRNNConfig(PreTrainedConfig):
     memory_length: int | float = 256.0
     learn_h0: bool = False
     output_norm: bool = False
+    attention_every: int | None = None
+    attention_window: int = 512
     residual_scales: bool = False
     zero_init_residual: bool = False
     logit_softcap: int | float | None = None
@@ -186,6 +191,14 @@ class MinRNNConfig(PreTrainedConfig):
             errors["expansion_factor"] = (
                 f"times hidden_size must round to at least 1 channel, not {self.recurrent_size}"
             )
+        every = self.attention_every
+        if every is not None and not 2 <= every <= self.num_hidden_layers:
+            errors["attention_every"] = (
+                f"must be from 2 to num_hidden_layers ({self.num_hidden_layers}), or null for no attention, "
+                f"not {every}"
+            )
+        if self.attention_window < 1:
+            errors["attention_window"] = f"must be at least 1 token, not {self.attention_window}"
         if self.num_tokens is not None and not 0 < self.num_tokens <= self.vocab_size:
             errors["num_tokens"] = f"must be from 1 to vocab_size ({self.vocab_size}), not {self.num_tokens}"
         for name in ("head_dim", "state_expansion"):
@@ -209,6 +222,8 @@ class MinRNNConfig(PreTrainedConfig):
             errors["output_norm"] = (
                 f"is for {cells}; {self.cell} has a norm or a gate of its own: leave it out"
             )
+        if self.attention_every is None and self.attention_window != MinRNNConfig.attention_window:
+            errors["attention_window"] = "is for models with attention: set attention_every, or leave it out"
         if self.learn_h0 and not CELLS[self.cell].learns_h0:
             cells = ", ".join(cell for cell, mixer in CELLS.items() if mixer.learns_h0)
             errors["learn_h0"] = (
@@ -230,5 +245,14 @@ class MinRNNConfig(PreTrainedConfig):
 
     @property
     def state_size(self) -> int:
-        """Numbers of the recurrent state in each layer and row."""
+        """Numbers of the recurrent state in each layer and row, but for those with attention."""
         return CELLS[self.cell].state_size(self)
+
+    def state_shapes(self, batch: int) -> list[tuple[tuple[int, int] | None, tuple[int, int, int] | None]]:
+        """Shapes of the state of each layer: recurrent [batch, width] and the last inputs [batch, tokens,
+        width]; None for what a layer does not have."""
+        shapes = []
+        for mixer in mixer_classes(self):
+            width, tail = mixer.state_size(self), mixer.tail_shape(self)
+            shapes.append(((batch, width) if width else None, (batch, *tail) if tail else None))
+        return shapes

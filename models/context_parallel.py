@@ -224,7 +224,8 @@ def _checked_state(x: Tensor, state: Tensor | None, taps: int) -> Tensor:
     batch, time, width = x.shape
     if time < taps:
         raise ValueError(
-            f"A slice must hold conv_kernel - 1 = {taps} tokens, but this one has {time}: "
+            f"A slice must hold the {taps} tokens that the next one reads (conv_kernel - 1, or "
+            f"attention_window - 1), but this one has {time}: "
             "use longer chunks, or fewer processes for a sequence."
         )
     return x.new_zeros(batch, taps, width) if state is None else state.to(x.dtype)

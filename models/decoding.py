@@ -71,7 +71,7 @@ class TokenStep:
     """
 
     def __init__(self, model: MinRNNForCausalLM, cache: MinRNNCache, graph: bool | None = None):
-        if any(layer.recurrent is None for layer in cache.layers):
+        if cache.layers[0].recurrent is None:
             raise ValueError(
                 "TokenStep goes on from a prompt, but this cache has read none: call prefill first."
             )

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .configuration_minrnn import MinRNNConfig
 
 GROUP = 64  # channels that the output norm takes together, if the width is a multiple of it
-State = tuple[Tensor | None, Tensor | None]  # recurrent [B, S] fp32, conv inputs [B, K-1, H]
+State = tuple[Tensor | None, Tensor | None]  # recurrent [B, S] fp32, conv inputs [B, K-1, H] (`tail_shape`)
 
 
 class MinRNNMixer(nn.Module):
@@ -49,6 +49,8 @@ class MinRNNMixer(nn.Module):
     """Fields of the configuration that not every cell reads, but this one does."""
     has_full_convolution = False
     """The projections read the last K inputs of all channels, instead of one depthwise convolution."""
+    takes_convolution = True
+    """The mixer begins with a causal convolution (`config.conv_kernel`)."""
     takes_output_norm = True
     """The mixer can norm the cell's output before the output gate (`config.output_norm`)."""
     learns_h0 = False
@@ -60,7 +62,7 @@ class MinRNNMixer(nn.Module):
         self.layer, self.num_layers = layer, config.num_hidden_layers
         self.backend = config.scan_backend
         self.context_group: ContextGroup | None = None  # see `use_context_parallel`
-        self.kernel = max(config.conv_kernel, 1)
+        self.kernel = max(config.conv_kernel, 1) if self.takes_convolution else 1
         is_depthwise = self.kernel > 1 and not self.has_full_convolution
         self.conv_weight = (
             nn.Parameter(torch.empty(config.hidden_size, self.kernel)) if is_depthwise else None
@@ -71,12 +73,13 @@ class MinRNNMixer(nn.Module):
             self.widths.append(self.output_size(config))
         self.output_norm = None
         self.norm_group = nearest_divisor(self.output_size(config), GROUP)
-        if config.output_norm:
+        if config.output_norm and self.takes_output_norm:
             self.output_norm = RMSNorm(self.norm_group, config.rms_norm_eps, config.scan_backend)
         taps = self.kernel if self.has_full_convolution else 1
         self.in_proj = linear(config, taps * config.hidden_size, *self.widths)
         self.out_proj = linear(config, self.output_size(config), config.hidden_size)
-        self.h0 = nn.Parameter(torch.empty(self.state_size(config))) if config.learn_h0 else None
+        has_h0 = config.learn_h0 and self.learns_h0
+        self.h0 = nn.Parameter(torch.empty(self.state_size(config))) if has_h0 else None
 
     @classmethod
     def projections(cls, config: "MinRNNConfig") -> dict[str, int]:
@@ -89,10 +92,21 @@ class MinRNNMixer(nn.Module):
         return config.recurrent_size
 
     @classmethod
+    def tail_shape(cls, config: "MinRNNConfig") -> tuple[int, int] | None:
+        """Tokens and numbers of each of the last inputs that are kept, for the convolution; None for none."""
+        taps = config.conv_kernel - 1
+        return (taps, config.hidden_size) if taps > 0 else None
+
+    @classmethod
     def recurrence_flops(cls, config: "MinRNNConfig") -> int:
         """Operations (additions, products) of the recurrence and its readout per token, without what is
         computed from the input alone. a h + b takes 2 for each number of the state."""
         return 2 * cls.state_size(config)
+
+    @classmethod
+    def attention_flops(cls, config: "MinRNNConfig") -> int:
+        """Operations of scores and values of an attention per token."""
+        return 0
 
     @classmethod
     def output_size(cls, config: "MinRNNConfig") -> int:
@@ -159,17 +173,21 @@ class MinRNNMixer(nn.Module):
         self, x: Tensor, state: State, boundaries: Boundaries, lower_bound: Tensor | None = None
     ) -> tuple[Tensor, State]:
         """x [B, T, H] -> [B, T, H], and the state after it."""
-        boundaries = boundaries.to(x.device)
-        if self.context_group is not None and boundaries.lengths is not None:
-            raise ValueError(
-                "A sequence that is cut between processes cannot be padded: "
-                "pass no attention_mask, or use_context_parallel(model, None)."
-            )
+        boundaries = self.on_device(boundaries, x)
         recurrent, conv = state
         x, conv = self.convolve(x, conv, boundaries)
         bounds = () if lower_bound is None else (lower_bound.to(x.device),)
         y, recurrent = self.recur(self.in_proj(x), recurrent, boundaries, *bounds)
         return self.out_proj(y), (recurrent, conv)
+
+    def on_device(self, boundaries: Boundaries, x: Tensor) -> Boundaries:
+        """The boundaries where x is. Raises ValueError for padding in a row that is cut between processes."""
+        if self.context_group is not None and boundaries.lengths is not None:
+            raise ValueError(
+                "A sequence that is cut between processes cannot be padded: "
+                "pass no attention_mask, or use_context_parallel(model, None)."
+            )
+        return boundaries.to(x.device)
 
     def convolve(
         self, x: Tensor, conv: Tensor | None, boundaries: Boundaries

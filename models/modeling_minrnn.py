@@ -221,9 +221,7 @@ class MinRNNModel(MinRNNPreTrainedModel):
                 f"document_starts must be [batch, time] = {shape}, but is {tuple(document_starts.shape)}."
             )
         if state is not None:
-            config, taps = self.config, self.config.conv_kernel - 1
-            conv_shape = (batch, taps, config.hidden_size) if taps > 0 else None
-            check_state(state, config.num_hidden_layers, (batch, config.state_size), conv_shape)
+            check_state(state, self.config.state_shapes(batch))
         continues = state is not None and state.layers[0].recurrent is not None
         num_read = 0 if state is None else state.layers[0].num_tokens
         if (

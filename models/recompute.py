@@ -32,9 +32,9 @@ _EXPENSIVE_OPERATORS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default,
 
 
 def is_expensive(operator: Any) -> bool:
-    """Whether "selective" keeps the operator's results: matrix products and scans."""
+    """Whether "selective" keeps the operator's results: matrix products, scans and attention."""
     is_scan = operator.namespace.startswith("minrnn_") and "_scan" in str(operator)
-    return operator in _EXPENSIVE_OPERATORS or is_scan
+    return operator in _EXPENSIVE_OPERATORS or is_scan or "_scaled_dot_product" in str(operator)
 
 
 _keeps_nothing = ContextVar("keeps_nothing", default=False)

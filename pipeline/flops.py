@@ -4,8 +4,8 @@ Counted, per token of the forward pass, with an addition and a product as one op
 
     products      2 per weight of each matrix that multiplies a token; an embedding that is looked up costs 0
     convolution   2 per weight
-    attention     2 x 2 x length x width per layer: scores and values over the whole length, as torch's
-                  counter counts them, though a causal kernel can leave out half
+    attention     2 x 2 x length x width per layer: scores and values over the whole length (or window), as
+                  torch's counter counts them, though a causal kernel can leave out half
     recurrence    the operations of the recurrence as it is written, not those of chunks that compute the same
 
 Training takes three times as many: a product has two of its size in the backward pass. Norms, activations,
@@ -28,7 +28,7 @@ from transformers import PreTrainedConfig
 
 from ..common.errors import UserError, one_line_message
 from ..models import MinRNNConfig, TorchRNNConfig
-from ..models.registry import CELLS
+from ..models.registry import mixer_classes
 from .classification import classifier_fields, new_model
 from .config import Recipe
 from .families.build import NO_SPECIAL_TOKENS
@@ -167,9 +167,10 @@ def _counted_by_formula(model: Any) -> Flops:
     assert isinstance(config, MinRNNConfig)
     weights = [getattr(layer, "conv_weight", None) for layer in layers]
     convolution = sum(weight.numel() for weight in weights if weight is not None)
-    directions = 2 if config.bidirectional else 1
-    recurrence = CELLS[config.cell].recurrence_flops(config) * config.num_hidden_layers * directions
-    return Flops(2 * products, 2 * convolution, 0, recurrence)
+    directions, mixers = 2 if config.bidirectional else 1, mixer_classes(config)
+    recurrence = directions * sum(mixer.recurrence_flops(config) for mixer in mixers)
+    attention = directions * sum(mixer.attention_flops(config) for mixer in mixers)
+    return Flops(2 * products, 2 * convolution, attention, recurrence)
 
 
 def _counted_by_torch(name: str, config: PreTrainedConfig, length: int) -> Flops:

@@ -90,6 +90,11 @@ class ModelSection(Section):
     output_norm: bool = MinRNNConfig.output_norm
     """RMS norm of the cell's output before the output gate, over groups of 64 channels (or the
     nearest number that divides the cell's width). Not for gilr_lstm, hgrn2, mlstm and gla."""
+    attention_every: int | None = MinRNNConfig.attention_every
+    """Attention over a sliding window instead of the cell in every block whose number, from 1, is a multiple
+    of this; `None` for none (docs/cells.md)."""
+    attention_window: int = MinRNNConfig.attention_window
+    """Tokens that such a block reads, the own one included."""
     residual_scales: bool = MinRNNConfig.residual_scales
     """Each block reads s x + r x0 in place of x: x0 is the embedding, and s and r are learnt
     numbers, 1 and 0 before training."""

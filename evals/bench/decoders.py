@@ -163,8 +163,8 @@ def _minrnn_tensors(state: MinRNNCache) -> list[Tensor]:
 def _minrnn_with_tensors(state: MinRNNCache, tensors: list[Tensor]) -> MinRNNCache:
     tensors = tensors.copy()
     for layer in state.layers:
-        recurrent = tensors.pop(0)
-        layer.replace(recurrent, None if layer.conv is None else tensors.pop(0), num_tokens=0)
+        states = (None if old is None else tensors.pop(0) for old in (layer.recurrent, layer.conv))
+        layer.replace(*states, num_tokens=0)
     return state
 
 

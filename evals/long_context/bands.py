@@ -39,7 +39,8 @@ def require_channels(model: MinRNNForCausalLM) -> list[MinimalMixer]:
     own = [mixer for mixer in mixers if isinstance(mixer, MinimalMixer)]
     if not own or len(own) < len(mixers):
         cell = getattr(model.config, "cell", model.config.model_type)
-        message = f"needs a decay for each channel, and {cell} has other states; leave it out"
+        owner = "attention" if getattr(model.config, "attention_every", None) else cell
+        message = f"needs a decay for each channel, and {owner} has other states; leave it out"
         raise UserError("--bands", message)
     return own
 

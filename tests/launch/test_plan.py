@@ -141,6 +141,22 @@ def test_activations_are_what_the_blocks_keep(precision: str, fields: dict, reco
     assert measured / TOKENS == pytest.approx(block_bytes(model.config, precision)[recompute], rel=0.04)
 
 
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_activations_of_blocks_with_attention(precision: str, recompute: str):
+    """Of every second block of four; the others keep what they keep in a model without attention."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4}
+    sizes |= {"attention_every": 2, "attention_window": 256}
+    recipe = build_recipe({"model": sizes, "train": {"precision": precision}})
+    model = estimates.measure(recipe, 16)
+    measured = (kept_bytes(recipe, recompute, 6) - kept_bytes(recipe, recompute, 2)) / 2
+    if recompute == "none" and precision == "bf16":
+        copies = estimates.working_memory(model, estimates.workload_of(recipe, 1), precision)["bf16 copies"]
+        measured -= copies / 2
+    pair = sum(block_bytes(model.config, precision, layer)[recompute] for layer in (0, 1))
+    assert measured / TOKENS == pytest.approx(pair, rel=0.04)
+
+
 @pytest.mark.parametrize(("corpus", "texts"), [("lra/image", 1), ("lra/retrieval", 2)])
 @pytest.mark.parametrize("pooling", ["mean", "last"])
 def test_a_classifier_has_no_logits_of_tokens(corpus: str, texts: int, pooling: str):

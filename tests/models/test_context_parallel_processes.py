@@ -45,6 +45,7 @@ class Case:
 
 MINLSTM = {"cell": "minlstm", "preset": "paper"}  # no output gate
 PUBLISHED = [cell for cell in CELLS if cell not in MINIMAL_CELLS]
+ATTENTION = {"attention_every": 2, "attention_window": 5}
 OPTIONS = {"output_norm": True, "residual_scales": True, "logit_softcap": 2.0}
 LIGHT = [
     Case("two chunks", chunks=2),
@@ -60,6 +61,7 @@ LIGHT = [
         Case(f"{cell}, options of the block", {"cell": cell, **OPTIONS}, torch.float64)
         for cell in ("mingru", "minlstm_normalized", "lru")
     ),
+    Case("attention", {**ATTENTION, "cell": "minlstm"}, torch.float64, chunks=2),
     Case("learnt state, one text", {"learn_h0": True}, documents=False, carried=False, chunks=2),
 ]
 CASES = [
@@ -74,6 +76,8 @@ CASES = [
     Case("selective", recompute="selective", chunks=2),
     Case("full", recompute="full", chunks=2),
     Case("options of the block, full", OPTIONS, recompute="full", chunks=2),
+    Case("attention, bf16", ATTENTION, autocast=True, recompute="selective", chunks=2),
+    Case("attention, full", {**ATTENTION, **OPTIONS}, recompute="full", uneven=True),
     Case("full, fp64", {"cell": "minlstm"}, torch.float64, recompute="full", chunks=2),
     Case("bf16", autocast=True),
     Case("compiled", compiled=True, chunks=2),
@@ -102,12 +106,16 @@ def document_starts(case: Case, size: int) -> Tensor | None:
 
 def carried_state(model: MinRNNForCausalLM, case: Case) -> MinRNNCache:
     cache, random = MinRNNCache(model.config.num_hidden_layers), generator(3)
-    for layer in cache.layers if case.carried else []:
-        recurrent = torch.rand(  # positive, as the denominators of averages are
-            BATCH, model.config.state_size, generator=random, dtype=case.dtype
-        ).requires_grad_()
-        inputs = BATCH, max(model.config.conv_kernel - 1, 0), model.config.hidden_size
-        conv = torch.randn(inputs, generator=random, dtype=case.dtype).requires_grad_() if inputs[1] else None
+    shapes = model.config.state_shapes(BATCH) if case.carried else []
+    for layer, (width, inputs) in zip(cache.layers, shapes, strict=case.carried):
+        recurrent = conv = None
+        if width is not None:  # positive, as the denominators of averages are
+            recurrent = torch.rand(width, generator=random, dtype=case.dtype).requires_grad_()
+        if inputs is not None:
+            conv = torch.randn(inputs, generator=random, dtype=case.dtype)
+            if width is None:
+                conv[..., -1] = 1  # keys and values of tokens
+            conv.requires_grad_()
         layer.replace(recurrent, conv, 0)
     return cache
 
@@ -263,7 +271,7 @@ def check_refusals(group: ContextGroup) -> None:
     use_context_parallel(model, group)
     with pytest.raises(
         ValueError,
-        match="must hold conv_kernel - 1 = 3 tokens, but this one has 2: "
+        match=r"must hold the 3 tokens that the next one reads \(.*\), but this one has 2: "
         "use longer chunks, or fewer processes",
     ):
         model(ids[:, :2])

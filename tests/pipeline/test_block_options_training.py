@@ -13,6 +13,7 @@ from minrnn.pipeline.optim import decaying_parameters
 
 Run = Callable[[Values], Path]
 OPTIONS = {"output_norm": True, "residual_scales": True, "zero_init_residual": True, "logit_softcap": 15}
+ATTENTION = {"attention_every": 2, "attention_window": 20}
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -20,7 +21,7 @@ def test_a_run_resumes_and_exports(
     values: Values, run_recipe: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
 ):
     """To the bit; the options have learnt."""
-    values["model"] |= {**OPTIONS, "cell": "mingru_normalized"}
+    values["model"] |= {**OPTIONS, **ATTENTION, "cell": "mingru_normalized"}
     values["optim"]["name"] = optimizer
     whole = run_that_resumes_to_the_bit(values, run_recipe, tmp_path, monkeypatch)
     exported = MinRNNForCausalLM.from_pretrained(whole / "model")

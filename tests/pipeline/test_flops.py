@@ -56,6 +56,18 @@ def test_products_of_every_cell_are_those_that_torch_counts(cell: str, fields: d
     assert flops.recurrence >= 2 * config.recurrent_size * config.num_hidden_layers
 
 
+def test_attention_reads_a_window_in_every_nth_layer():
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 5, "vocab_size": VOCAB}
+    plain = count_flops("minrnn", new_model("minrnn", MinRNNConfig(**sizes)), TOKENS)
+    config = MinRNNConfig(**sizes, attention_every=2, attention_window=100)
+    model = new_model("minrnn", config).eval()
+    flops = count_flops("minrnn", model, TOKENS)
+    assert flops.attention == 2 * 4 * 100 * 32
+    assert flops.recurrence == plain.recurrence * 3 / 5
+    assert flops.convolution == plain.convolution * 3 / 5
+    assert flops.products == products_of_torch(model)
+
+
 def test_a_real_state_takes_two_operations_and_a_matrix_five():
     def recurrence(cell: str, **fields: Any) -> float:
         recipe = build_recipe({"model": {"cell": cell, "hidden_size": 64, "num_hidden_layers": 3, **fields}})
