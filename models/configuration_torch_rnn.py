@@ -79,6 +79,10 @@ class TorchRNNConfig(PreTrainedConfig):
         """Channels of a layer's state: h, and for an LSTM also c."""
         return self.hidden_size * (2 if self.cell == "lstm" else 1)
 
+    def state_shapes(self, batch: int) -> list[tuple[tuple[int, int], None]]:
+        """As `MinRNNConfig.state_shapes`."""
+        return [((batch, self.state_size), None)] * self.num_hidden_layers
+
     @property
     def conv_kernel(self) -> int:
         """There is no convolution."""

@@ -4,8 +4,9 @@ The logits of a long sequence over a large vocabulary are the largest tensor of 
 x 50,000 symbols in fp32 are 13 GB, and their gradient is as large. Here each block of tokens is projected,
 scored and differentiated before the next: with p = softmax(logits),
 
-    loss = sum over scored tokens of  logsumexp(logits) - logits[target]
-    d logits = p - onehot(target)    d hidden = d logits @ W    d W = sum over blocks of  d logits^T @ hidden
+    loss = sum over scored tokens of  Z - logits[target] + z_loss Z^2,        Z = logsumexp(logits)
+    d logits = (1 + 2 z_loss Z) p - onehot(target)
+    d hidden = d logits @ W          d W = sum over blocks of  d logits^T @ hidden
 
 The backward pass needs only d hidden and d W. This takes three matrix products, as the usual way does, and
 nothing is computed twice. Sums are in fp32 (fp64 in fp64), whatever the dtype of the products. torch's own
@@ -36,6 +37,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         block: int,
         num_tokens: int | None,
         softcap: float | None,
+        z_loss: float,
     ) -> Tensor:
         dtype = compute_dtype(hidden)
         cast_hidden, cast_weight = hidden.to(dtype), weight.to(dtype)
@@ -52,11 +54,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = without_padding(logits, num_tokens)
             log_probabilities = F.log_softmax(logits, dim=-1, dtype=scale.dtype)
             loss += F.nll_loss(log_probabilities, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+            log_z = logits.to(scale.dtype).logsumexp(-1, keepdim=True) if z_loss else None
+            if log_z is not None:
+                loss += z_loss * log_z.square()[labels != IGNORE_INDEX].sum()
             if grad_rows is not None and grad_weight is not None:
                 scored = (labels != IGNORE_INDEX).unsqueeze(1)
-                difference = log_probabilities.exp_().scatter_add_(
-                    1, labels.clamp(min=0).unsqueeze(1), -scored.to(scale.dtype)
-                )
+                p = log_probabilities.exp_()
+                p = p if log_z is None else p.mul_(1 + 2 * z_loss * log_z)
+                difference = p.scatter_add_(1, labels.clamp(min=0).unsqueeze(1), -scored.to(scale.dtype))
                 difference = difference.masked_fill_(~scored, 0).mul_(scale)
                 difference = (difference if slope is None else difference.mul_(slope)).to(dtype)
                 torch.mm(difference, cast_weight, out=grad_rows)
@@ -71,7 +76,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.saved_tensors
         hidden_dtype, weight_dtype = ctx.dtypes
         d_hidden, d_weight = grad_hidden * grad_loss, grad_weight * grad_loss
-        return d_hidden.to(hidden_dtype), d_weight.to(weight_dtype), *(None,) * 5
+        return d_hidden.to(hidden_dtype), d_weight.to(weight_dtype), *(None,) * 6
 
 
 def softcapped(logits: Tensor, softcap: float | None) -> Tensor:
@@ -100,6 +105,7 @@ def linear_cross_entropy(
     block: int | None = None,
     num_tokens: int | None = None,
     softcap: float | None = None,
+    z_loss: float = 0.0,
 ) -> Tensor:
     """Cross-entropy in nats of `hidden @ weight.T` against `targets`, without the logits.
 
@@ -111,6 +117,8 @@ def linear_cross_entropy(
         block: tokens whose logits are held at once; by default as many as make 2^25 logits.
         num_tokens: rows of the weight from this one on are padding and have no probability; None: none are.
         softcap: bound of the logits (`softcapped`); None for none.
+        z_loss: weight of the square of logsumexp(logits), which is added to each token's loss and keeps the
+            logits near 0 (Chowdhery et al., "PaLM", arXiv 2204.02311, section 5).
 
     Returns:
         A scalar in fp32 (fp64 if hidden is).
@@ -122,21 +130,26 @@ def linear_cross_entropy(
         else torch.as_tensor(num_items, device=hidden.device)
     )
     scale = count.to(torch.promote_types(hidden.dtype, torch.float32)).reciprocal()
-    return _LinearCrossEntropy.apply(
-        rows, weight, labels, scale, block or max(1, BLOCK_ELEMENTS // len(weight)), num_tokens, softcap
-    )
+    block = block or max(1, BLOCK_ELEMENTS // len(weight))
+    return _LinearCrossEntropy.apply(rows, weight, labels, scale, block, num_tokens, softcap, z_loss)
 
 
-def next_token_loss(logits: Tensor, targets: Tensor, num_items: int | float | Tensor | None = None) -> Tensor:
+def next_token_loss(
+    logits: Tensor,
+    targets: Tensor,
+    num_items: int | float | Tensor | None = None,
+    z_loss: float = 0.0,
+) -> Tensor:
     """The same from logits [..., vocab_size].
 
     As transformers' ForCausalLMLoss, which however rounds fp64 to fp32.
     """
     logits, targets = at_least_fp32(logits).flatten(0, -2), targets.to(logits.device).flatten()
-    if num_items is None:
-        return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX)
-    count = torch.as_tensor(num_items, device=logits.device)
-    return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum") / count
+    loss = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+    scored = targets != IGNORE_INDEX
+    if z_loss:
+        loss = loss + z_loss * logits.logsumexp(-1).square().masked_fill(~scored, 0).sum()
+    return loss / (scored.sum() if num_items is None else torch.as_tensor(num_items, device=logits.device))
 
 
 def loss_of_module_head(
@@ -145,6 +158,7 @@ def loss_of_module_head(
     targets: Tensor,
     num_items: int | float | Tensor | None = None,
     block: int = 1024,
+    z_loss: float = 0.0,
 ) -> Tensor:
     """`linear_cross_entropy` for a head that is not just a matrix, such as one with an adapter.
 
@@ -152,12 +166,12 @@ def loss_of_module_head(
 
     Args:
         head: [..., hidden_size] -> logits [..., vocab_size].
-        hidden, targets, num_items: As in `linear_cross_entropy`.
+        hidden, targets, num_items, z_loss: As in `linear_cross_entropy`.
     """
     rows, labels = hidden.flatten(0, -2), targets.to(hidden.device).flatten()
 
     def summed_loss(rows: Tensor, labels: Tensor) -> Tensor:
-        return next_token_loss(head(rows), labels, num_items=1)
+        return next_token_loss(head(rows), labels, num_items=1, z_loss=z_loss)
 
     parts = zip(rows.split(block), labels.split(block), strict=True)
     losses = [checkpoint(summed_loss, part, targets, use_reentrant=False) for part, targets in parts]
@@ -178,11 +192,12 @@ class LMHead(nn.Linear):
         num_items: int | float | Tensor | None = None,
         num_tokens: int | None = None,
         softcap: float | None = None,
+        z_loss: float = 0.0,
     ) -> Tensor:
         """[..., hidden_size] -> logits [..., vocab_size], unbounded, also those of padding; or the loss of
         `linear_cross_entropy` if `targets` is given."""
         if targets is None:
             return super().forward(x)
         return linear_cross_entropy(
-            x, self.weight, targets, num_items, num_tokens=num_tokens, softcap=softcap
+            x, self.weight, targets, num_items, num_tokens=num_tokens, softcap=softcap, z_loss=z_loss
         )

@@ -303,6 +303,7 @@ class MinRNNForCausalLM(MinRNNPreTrainedModel, StateGenerationMixin):
         num_items_in_batch: int | Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         skip_logits: bool = False,
+        z_loss: float = 0.0,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Logits of the next token, the loss, and the state.
@@ -326,6 +327,7 @@ class MinRNNForCausalLM(MinRNNPreTrainedModel, StateGenerationMixin):
             logits_to_keep: Compute logits for the last n positions (0: all), or for these positions.
             skip_logits: Compute the loss without holding all logits (see `loss.linear_cross_entropy`), and
                 return no logits. Needs targets.
+            z_loss: Weight of the square of logsumexp(logits) in the loss (see `loss.linear_cross_entropy`).
             kwargs: `position_ids`, `seq_idx`, `cu_seq_lens_q`: other forms of `document_starts` (see
                 batches.py); and what transformers passes to every model (`output_hidden_states`,
                 `return_dict`, ...).
@@ -368,15 +370,17 @@ class MinRNNForCausalLM(MinRNNPreTrainedModel, StateGenerationMixin):
                 raise ValueError("skip_logits leaves nothing to return without labels or shift_labels.")
             if isinstance(self.lm_head, LMHead):
                 bounds = self.config.num_tokens, self.softcap
-                loss = self.lm_head(hidden, shift_labels, num_items_in_batch, *bounds)
+                loss = self.lm_head(hidden, shift_labels, num_items_in_batch, *bounds, z_loss)
             else:  # wrapped by an adapter (LoRA), whose forward takes no targets
-                loss = loss_of_module_head(self.logits, hidden, shift_labels, num_items_in_batch)
+                loss = loss_of_module_head(
+                    self.logits, hidden, shift_labels, num_items_in_batch, z_loss=z_loss
+                )
         else:
             is_count = isinstance(logits_to_keep, int)
             positions = slice(-logits_to_keep, None) if is_count else logits_to_keep.to(hidden.device)
             logits = self.logits(hidden[:, positions])
             if shift_labels is not None:
-                loss = next_token_loss(logits, shift_labels, num_items_in_batch)
+                loss = next_token_loss(logits, shift_labels, num_items_in_batch, z_loss)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -242,8 +242,10 @@ def _config_errors(recipe: Recipe, config: dict[str, Any], source: str) -> Error
         if key in config:
             message = f"{source} has one of its own, but the recipe's optim section decides; remove it"
             errors.append((f"deepspeed.{key}", message))
-    if recipe.optim.name == "muon" and config.get("zero_force_ds_cpu_optimizer") is True:
-        message = f"is true in {source}, which would replace Muon by DeepSpeed's Adam; remove it"
+    is_own = recipe.optim.name == "muon" or recipe.optim.cautious_decay
+    if is_own and config.get("zero_force_ds_cpu_optimizer") is True:
+        own = "Muon" if recipe.optim.name == "muon" else "the one with cautious decay"
+        message = f"is true in {source}, which would replace {own} by DeepSpeed's Adam; remove it"
         errors.append(("deepspeed.zero_force_ds_cpu_optimizer", message))
     for key in ("bf16", "fp16"):
         if config.get(key, {}).get("enabled") is True:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .adamw import AdamW, cautious_decay, is_cautious
 from .matrices import Widths
 from .zero_shards import Shard
 
@@ -33,7 +34,7 @@ RMS = 0.2  # of AdamW's updates, in units of the learning rate
 BATCH_ELEMENTS = 2**26  # of matrices that are multiplied together, which bounds the memory
 
 
-class Muon(torch.optim.AdamW):
+class Muon(AdamW):
     """Muon for the groups with `is_muon`, AdamW for the others.
 
     The state of a matrix is `momentum_buffer`, in its shape.
@@ -86,7 +87,10 @@ class Muon(torch.optim.AdamW):
             directions = [self._direction(matrix) for matrix in parameters]
             updates = orthogonal_updates(directions, [self.widths[matrix] for matrix in parameters])
         for (parameter, group), update in zip(pairs, updates, strict=True):
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            if is_cautious(group):
+                parameter.sub_(cautious_decay(parameter, update.to(parameter.dtype), group))
+            else:
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
             parameter.add_(update, alpha=-group["lr"])
 
     def _direction(self, parameter: Tensor) -> Tensor:

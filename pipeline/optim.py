@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..common.errors import UserError
 from ..models.dtypes import DTYPES
+from .adamw import AdamW
 from .matrices import Widths, block_matrices
 from .muon import Muon
 from .optim_section import OptimSection
@@ -66,9 +67,11 @@ def build_optimizer(model: nn.Module, config: OptimSection, precision: str = "fp
         for weight_decay, decays in ((config.weight_decay, True), (0.0, False)):
             parameters = [parameter for name, parameter in of_kind if (name in decaying) == decays]
             if parameters:
-                groups.append({"params": parameters, "weight_decay": weight_decay, "is_muon": is_muon})
+                group = {"params": parameters, "weight_decay": weight_decay, "is_muon": is_muon}
+                groups.append({**group, "is_cautious": config.cautious_decay})
     if config.name == "adamw":
-        return torch.optim.AdamW(groups, **adamw)
+        # DeepSpeed knows torch's own class.
+        return (AdamW if config.cautious_decay else torch.optim.AdamW)(groups, **adamw)
     if not matrices:
         message = "muon finds no matrix in this model's blocks that it can update; use adamw"
         raise UserError("optim.name", message)

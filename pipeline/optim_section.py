@@ -32,6 +32,8 @@ class OptimSection(Section):
     [optim.schedule_steps]` computes the schedule anew, over train.steps if this is null."""
     weight_decay: float = Field(default=0.1, ge=0.0)
     """Decoupled weight decay of the output and MLP projections."""
+    cautious_decay: bool = False
+    """Decay only the numbers that the step moves towards 0 (arXiv 2510.12402)."""
     beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
     """Decay rate of the first moment."""
     beta2: float = Field(default=0.95, ge=0.0, lt=1.0)
@@ -42,6 +44,10 @@ class OptimSection(Section):
     """Decay rate of Muon's momentum (Nesterov's)."""
     clip: float | None = Field(default=1.0, gt=0.0)
     """Largest norm of the gradient; null for no clipping."""
+
+    z_loss: float = Field(default=0.0, ge=0.0)
+    """Weight of the square of log Z in the training loss, where Z is the softmax's denominator: it keeps the
+    logits near 0 (1e-4 in PaLM). The log's training loss contains it, the validation's does not."""
 
     def errors(self) -> dict[str, str]:
         if self.name == "muon" or self.momentum == type(self).model_fields["momentum"].default:

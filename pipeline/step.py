@@ -172,7 +172,10 @@ def _through_chunks(
 def _to_device(run: Run, piece: _MicroBatch, index: int) -> dict[str, Any]:
     """The arguments of the model for a chunk."""
     arrays = piece.chunks[index].items()
-    return {name: processes.to_device(array, run.accelerator) for name, array in arrays}
+    inputs: dict[str, Any] = {name: processes.to_device(array, run.accelerator) for name, array in arrays}
+    if piece.is_text and run.recipe.optim.z_loss:
+        inputs["z_loss"] = run.recipe.optim.z_loss
+    return inputs
 
 
 def _seed(piece: _MicroBatch, index: int) -> None:

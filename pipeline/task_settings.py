@@ -75,6 +75,8 @@ def _labelled_errors(recipe: Recipe, task: LabelledTask) -> dict[str, str]:
         errors["model.tie_word_embeddings"] = "is for the head of a language model; leave it out"
     if model.logit_softcap is not None:
         errors["model.logit_softcap"] = "is for the head of a language model; leave it out"
+    if recipe.optim.z_loss:
+        errors["optim.z_loss"] = "is for language models; leave it out"
     if recipe.batch.carry_state and "carry_state" in recipe.batch.model_fields_set:
         errors["batch.carry_state"] = f"{corpus} has whole examples and no state to carry; use false"
     if task.train_examples is not None and task.train_examples < recipe.batch.readers:

@@ -60,6 +60,7 @@ class FamilyModel(nn.Module):
         skip_logits: bool = False,
         num_items_in_batch: float | Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
+        z_loss: float = 0.0,
     ) -> CausalLMOutputWithPast:
         """As `MinRNNForCausalLM.forward`, without a state."""
         assert past_key_values is None, "this family carries no state"
@@ -70,10 +71,12 @@ class FamilyModel(nn.Module):
         if skip_logits and self.abilities.has_plain_head:
             hidden = self.inner.base_model(**inputs)[0]
             head: Any = self.inner.get_output_embeddings()
-            loss = head(hidden, shift_labels, num_items_in_batch)
+            loss = head(hidden, shift_labels, num_items_in_batch, z_loss=z_loss)
             return CausalLMOutputWithPast(loss=loss)
         logits = self.inner(**inputs).logits
-        loss = None if shift_labels is None else next_token_loss(logits, shift_labels, num_items_in_batch)
+        loss = None
+        if shift_labels is not None:
+            loss = next_token_loss(logits, shift_labels, num_items_in_batch, z_loss)
         if skip_logits:
             return CausalLMOutputWithPast(loss=loss)
         is_count = isinstance(logits_to_keep, int)

@@ -8,7 +8,14 @@ from helpers import assert_close, new_model, random_ids
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minrnn.models.loss import LMHead, linear_cross_entropy, next_token_loss
+from minrnn.models.loss import (
+    LMHead,
+    linear_cross_entropy,
+    loss_of_module_head,
+    next_token_loss,
+    softcapped,
+    without_padding,
+)
 
 
 def problem(num_tokens: int, vocab: int, seed: int = 0, dtype: torch.dtype = torch.float64):
@@ -37,6 +44,39 @@ def test_any_block_gives_loss_and_gradients_of_the_whole(num_tokens, vocab, bloc
         strict=True,
     ):
         assert_close(grad, other, atol=1e-12)
+
+
+@given(
+    z_loss=st.floats(1e-4, 0.5),
+    block=st.integers(1, 25),
+    softcap=st.sampled_from([None, 3.0]),
+    num_items=st.sampled_from([None, 3]),
+)
+def test_the_square_of_log_z_is_added_to_the_loss(z_loss, block, softcap, num_items):
+    """Also by the loss from logits, and by that of any head; padding of the vocabulary has no part in Z."""
+    hidden, weight, targets = problem(20, 9)
+    targets = targets.clamp(max=6)
+    targets[0] = 0
+    logits = (hidden @ weight.t())[:, :7]
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    scored = targets != -100
+    count = num_items or scored.sum()
+    log_z = logits[scored].exp().sum(1).log()
+    expected = (log_z - logits[scored, targets[scored]] + z_loss * log_z.square()).sum() / count
+
+    def head(rows: torch.Tensor) -> torch.Tensor:
+        return without_padding(softcapped(rows @ weight.t(), softcap), 7)
+
+    losses = [
+        linear_cross_entropy(hidden, weight, targets, num_items, block, 7, softcap, z_loss),
+        next_token_loss(head(hidden), targets, num_items, z_loss),
+        loss_of_module_head(head, hidden, targets, num_items, block, z_loss),
+    ]
+    gradients = torch.autograd.grad(expected, (hidden, weight), retain_graph=True)
+    for loss in losses:
+        assert_close(loss, expected, atol=1e-10)
+        for actual, gradient in zip(torch.autograd.grad(loss, (hidden, weight)), gradients, strict=True):
+            assert_close(actual, gradient, atol=1e-10)
 
 
 def test_bf16_products_are_summed_in_fp32():

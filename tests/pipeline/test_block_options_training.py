@@ -22,7 +22,7 @@ def test_a_run_resumes_and_exports(
 ):
     """To the bit; the options have learnt."""
     values["model"] |= {**OPTIONS, **ATTENTION, "cell": "mingru_normalized"}
-    values["optim"]["name"] = optimizer
+    values["optim"] |= {"name": optimizer, "z_loss": 1e-3, "cautious_decay": True}
     whole = run_that_resumes_to_the_bit(values, run_recipe, tmp_path, monkeypatch)
     exported = MinRNNForCausalLM.from_pretrained(whole / "model")
     assert exported.config.logit_softcap == 15

@@ -121,7 +121,7 @@ def test_zero_takes_the_steps_of_one_process_with_muon(
     """From the first step, without a checkpoint of another engine; with options of the block."""
     values["model"] |= {"dropout": 0.0, "output_norm": True, "residual_scales": True, "logit_softcap": 15}
     values["model"] |= {"attention_every": 2, "attention_window": 20}
-    values["optim"]["name"] = "muon"
+    values["optim"] |= {"name": "muon", "z_loss": 1e-3, "cautious_decay": True}
     values["train"] |= {"steps": 6, "save_every": None, "eval_every": None, "sample_tokens": 0}
     single = run_recipe(values)
     folder = tmp_path / "zero"

@@ -331,3 +331,7 @@ def test_settings_that_contradict_are_refused(values: Values, run_recipe: Run, t
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(file))
     with pytest.raises(UserError, match=r"zero_force_ds_cpu_optimizer: .* would replace Muon"):
         check_launch(build_recipe({"optim": {"name": "muon"}}))
+    with pytest.raises(
+        UserError, match=r"zero_force_ds_cpu_optimizer: .* would replace the one with cautious"
+    ):
+        check_launch(build_recipe({"optim": {"cautious_decay": True}}))
