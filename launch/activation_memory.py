@@ -45,7 +45,7 @@ def block_bytes(config: "MinRNNConfig", precision: str, layer: int = 0) -> dict[
         x = torch.empty(1, TOKENS, config.hidden_size, dtype=dtype, requires_grad=True)
         # With a learnt initial state, a chunk in which a document starts keeps more.
         starts = torch.zeros(1, TOKENS, dtype=torch.bool) if config.learn_h0 else None
-        boundaries = Boundaries.of(starts, None, max(config.conv_kernel, 1))
+        boundaries = Boundaries.of(starts, None, config.num_taps)
         size = CELLS[config.cell].lower_bound_size(config)
         bound = torch.empty(size, dtype=dtype) if size else None
         x0 = torch.empty_like(x, requires_grad=True) if config.residual_scales else None

@@ -64,6 +64,8 @@ class MinRNNConfig(PreTrainedConfig):
             0, the state without it. For cells with a state per channel; docs/cells.md lists them.
         output_norm: RMS norm of the cell's output before the output gate, over groups of 64 channels (or the
             nearest number that divides the cell's width). Not for gilr_lstm, hgrn2, mlstm and gla.
+        two_tap_input: The cell's input is b_t + lambda b_{t-1}, with a learnt lambda in each channel, 0
+            before training; in place of the convolution.
         attention_every: Attention over a sliding window instead of the cell in every block whose number, from
             1, is a multiple of this; `None` for none.
         attention_window: Tokens that such a block reads, the own one included.
@@ -115,6 +117,7 @@ class MinRNNConfig(PreTrainedConfig):
     memory_length: int | float = 256.0
     learn_h0: bool = False
     output_norm: bool = False
+    two_tap_input: bool = False
     attention_every: int | None = None
     attention_window: int = 512
     residual_scales: bool = False
@@ -222,6 +225,11 @@ class MinRNNConfig(PreTrainedConfig):
             errors["output_norm"] = (
                 f"is for {cells}; {self.cell} has a norm or a gate of its own: leave it out"
             )
+        if self.two_tap_input and not CELLS[self.cell].takes_two_taps:
+            cells = ", ".join(cell for cell, mixer in CELLS.items() if mixer.takes_two_taps)
+            errors["two_tap_input"] = f"is for {cells}, and not for {self.cell}: leave it out"
+        elif self.two_tap_input and self.conv_kernel > 1:
+            errors["two_tap_input"] = "takes the place of the convolution: set conv_kernel to 0"
         if self.attention_every is None and self.attention_window != MinRNNConfig.attention_window:
             errors["attention_window"] = "is for models with attention: set attention_every, or leave it out"
         if self.learn_h0 and not CELLS[self.cell].learns_h0:
@@ -242,6 +250,11 @@ class MinRNNConfig(PreTrainedConfig):
     def recurrent_size(self) -> int:
         """Channels of the recurrence."""
         return round(self.hidden_size * self.expansion_factor)
+
+    @property
+    def num_taps(self) -> int:
+        """Tokens that the convolution or the cell's input reads, the own one included."""
+        return max(self.conv_kernel, 2 if self.two_tap_input else 1)
 
     @property
     def state_size(self) -> int:

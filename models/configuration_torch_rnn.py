@@ -84,9 +84,9 @@ class TorchRNNConfig(PreTrainedConfig):
         return [((batch, self.state_size), None)] * self.num_hidden_layers
 
     @property
-    def conv_kernel(self) -> int:
+    def num_taps(self) -> int:
         """There is no convolution."""
-        return 0
+        return 1
 
     @property
     def bidirectional(self) -> bool:

@@ -18,6 +18,7 @@ decays; H hidden_size, K conv_kernel, w bytes of an activation):
 
                        forward          backward
     convolution        w B (K-1) H      w B (K-1) H       the last inputs; their gradients
+    attention          w B (W-1) (2 H + 1), both ways         keys and values of a window of W tokens
     each scan          4 B (A + S)      4 B S             (A, s); d
     running maximum    8 B S            -                 how far it falls in the slice; the slice's own
 

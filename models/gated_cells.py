@@ -99,6 +99,7 @@ class HGRN(MinimalMixer):
 
     def init_parameters(self, memory: Tensor) -> None:
         init.copy_(self.gate_bias, gate_bias(memory, bound=self.layer / self.num_layers))
+        self.init_tap()
 
     def channel_rows(self, *lower_bound: Tensor) -> Tensor:
         (bound,) = lower_bound
@@ -154,6 +155,7 @@ class RGLRU(MinimalMixer):
 
     own_fields = ()
     gate_activation = "gelu"
+    takes_two_taps = False
 
     def __init__(self, config: "MinRNNConfig", layer: int):
         super().__init__(config, layer)

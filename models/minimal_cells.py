@@ -15,7 +15,7 @@ from .cell_scan import cell_scan, one_token
 from .cell_spec import CellInputs, CellSpec
 from .context_scan import context_cell_scan
 from .minimal_coefficients import MINIMAL_CELLS
-from .mixer import MinRNNMixer
+from .mixer import MinRNNMixer, State
 
 if TYPE_CHECKING:
     from .configuration_minrnn import MinRNNConfig
@@ -32,11 +32,15 @@ class MinimalMixer(MinRNNMixer):
 
     own_fields = ("candidate_activation",)
     learns_h0 = True
+    takes_two_taps = True
 
     def __init__(self, config: "MinRNNConfig", layer: int):
         super().__init__(config, layer)
         self.spec = self.cell_spec(config)
         self.gate_bias = nn.Parameter(torch.empty(self.spec.num_gates, config.recurrent_size))
+        self.input_tap = None
+        if config.two_tap_input:
+            self.input_tap, self.kernel = nn.Parameter(torch.empty(config.recurrent_size)), 2
 
     @classmethod
     def cell_spec(cls, config: "MinRNNConfig") -> CellSpec:
@@ -48,12 +52,47 @@ class MinimalMixer(MinRNNMixer):
         gates = [f"gate_{i}" for i in range(cls.cell_spec(config).num_gates)]
         return dict.fromkeys([*gates, "candidate"], config.recurrent_size)
 
+    @classmethod
+    def tail_shape(cls, config: "MinRNNConfig") -> tuple[int, int] | None:
+        return (1, config.recurrent_size) if config.two_tap_input else super().tail_shape(config)
+
+    @classmethod
+    def recurrence_flops(cls, config: "MinRNNConfig") -> int:
+        return (4 if config.two_tap_input else 2) * config.recurrent_size
+
     def init_parameters(self, memory: Tensor) -> None:
         init.copy_(self.gate_bias, MINIMAL_CELLS[self.spec.cell].gate_bias(memory))
+        self.init_tap()
+
+    def init_tap(self) -> None:
+        """The second tap is 0 before training."""
+        if self.input_tap is not None:
+            init.zeros_(self.input_tap)
 
     def channel_rows(self, *lower_bound: Tensor) -> Tensor:
         """The gates' biases and the cell's constants, [spec.num_rows, R]."""
         return self.gate_bias
+
+    def forward(
+        self, x: Tensor, state: State, boundaries: Boundaries, lower_bound: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """x [B, T, H] -> [B, T, H], and the state after it."""
+        if self.input_tap is None:
+            return super().forward(x, state, boundaries, lower_bound)
+        boundaries = self.on_device(boundaries, x)
+        bounds = () if lower_bound is None else (lower_bound.to(x.device),)
+        projected, (recurrent, before) = self.in_proj(x), state
+        rows, recurrent = self.channel_rows(*bounds), self.entering(recurrent, projected)
+        width, num_projections = rows.shape[1], self.spec.num_projections
+        projections = projected.split(width, dim=-1)
+        a, b = self.spec.coefficients(projections, rows)
+        taps = torch.stack([self.input_tap, torch.ones_like(self.input_tap)], dim=1)
+        b, before = self.convolve_channels(b, taps, before, boundaries)
+        scanned = self.scans(projected, boundaries).linear(a, b, recurrent, self.initial_state())
+        y = self.spec.gated(scanned.h, projections[:num_projections])
+        if self.output_norm is not None:
+            y = self.gated(y, projected[..., num_projections * width :])
+        return self.out_proj(y.to(projected.dtype)), (scanned.last, before)
 
     def recur(
         self, projected: Tensor, state: Tensor | None, boundaries: Boundaries, *lower_bound: Tensor

@@ -53,6 +53,8 @@ class MinRNNMixer(nn.Module):
     """The mixer begins with a causal convolution (`config.conv_kernel`)."""
     takes_output_norm = True
     """The mixer can norm the cell's output before the output gate (`config.output_norm`)."""
+    takes_two_taps = False
+    """The cell's input can be b_t + lambda b_{t-1} (`config.two_tap_input`)."""
     learns_h0 = False
     """The cell can begin documents from a learnt state (`config.learn_h0`); its scans take `initial_state`
     then."""
@@ -195,21 +197,29 @@ class MinRNNMixer(nn.Module):
         """The convolution's output [B, T, H] ([B, T, K H] if it is full) and its next state."""
         if self.kernel == 1:
             return x, None
+        if self.conv_weight is not None:
+            return self.convolve_channels(x, self.conv_weight, conv, boundaries)
         if self.context_group is not None:
             return self.convolve_slice(x, conv, boundaries.reach, self.context_group)
-        if self.conv_weight is not None and self.is_single_token(x, boundaries):
-            return conv_one_token(x, self.conv_weight, conv)
         next_conv = next_conv_state(x, conv, self.kernel, boundaries.document_starts, boundaries.lengths)
-        if self.conv_weight is None:
-            return causal_window(x, self.kernel, conv, boundaries.reach), next_conv
-        return causal_conv(x, self.conv_weight, conv, boundaries.reach, self.backend), next_conv
+        return causal_window(x, self.kernel, conv, boundaries.reach), next_conv
+
+    def convolve_channels(
+        self, x: Tensor, weight: Tensor, conv: Tensor | None, boundaries: Boundaries
+    ) -> tuple[Tensor, Tensor]:
+        """A depthwise convolution with `weight` [W, kernel]: x [B, T, W] -> [B, T, W], and its next state."""
+        if self.context_group is not None:
+            return context_conv(x, weight, conv, boundaries.reach, self.context_group, self.backend)
+        if self.is_single_token(x, boundaries):
+            return conv_one_token(x, weight, conv)
+        starts, lengths = boundaries.document_starts, boundaries.lengths
+        next_conv = next_conv_state(x, conv, weight.shape[1], starts, lengths)
+        return causal_conv(x, weight, conv, boundaries.reach, self.backend), next_conv
 
     def convolve_slice(
         self, x: Tensor, conv: Tensor | None, reach: Tensor | None, group: ContextGroup
     ) -> tuple[Tensor, Tensor]:
-        """As `convolve`, for one process's slice of a text."""
-        if self.conv_weight is not None:
-            return context_conv(x, self.conv_weight, conv, reach, group, self.backend)
+        """A full convolution's window for one process's slice of a text."""
         entering, last = context_tail(x, self.kernel - 1, conv, reach, group)
         return causal_window(x, self.kernel, entering, reach), last
 

@@ -162,7 +162,7 @@ class MinRNNModel(MinRNNPreTrainedModel):
             lengths = attention_mask[:, attention_mask.shape[1] - time :].bool().sum(1)
             x = x.gather(1, order.unsqueeze(-1).expand_as(x))
             document_starts = None if document_starts is None else document_starts.gather(1, order)
-        boundaries = Boundaries.of(document_starts, lengths, max(self.config.conv_kernel, 1))
+        boundaries = Boundaries.of(document_starts, lengths, self.config.num_taps)
         num_tokens = time if self.context_group is None else time * self.context_group.size
 
         layers = [] if past_key_values is None else past_key_values.layers

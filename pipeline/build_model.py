@@ -43,6 +43,12 @@ SHAPE_FIELDS = (
     "state_expansion",
     "ternary",
     "bidirectional",
+    "output_norm",
+    "residual_scales",
+    "logit_softcap",
+    "two_tap_input",
+    "attention_every",
+    "attention_window",
 )
 
 

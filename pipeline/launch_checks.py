@@ -87,13 +87,25 @@ def layout_errors(recipe: Recipe, num_processes: int) -> Errors:
         possible = [n * context for n in range(1, batch.readers + 1) if batch.readers % n == 0]
         message = f"{batch.readers} readers cannot be shared evenly by {sharing}"
         errors.append(("batch.readers", f"{message}; use {possible} processes or more readers"))
-    reach = recipe.resolved_model_fields().get("conv_kernel", 0) - 1
+    reach, reader = _longest_reach(recipe)
     if context > 1 and (batch.chunk % context or batch.chunk // context < reach):
         message = f"{batch.chunk} tokens must divide by the {context} processes of parallel.context"
         if reach > 1:
-            message += f" and leave each at least the {reach} tokens that the convolution looks back"
+            message += f" and leave each at least the {reach} tokens that the {reader} looks back"
         errors.append(("batch.chunk", message))
     return errors
+
+
+def _longest_reach(recipe: Recipe) -> tuple[int, str]:
+    """How many tokens before its own a layer of the model reads at once, and which layer that is."""
+    fields = recipe.resolved_model_fields()
+    reach = {
+        "convolution": fields.get("conv_kernel", 0) - 1,
+        "cell's input": int(fields.get("two_tap_input", 0)),
+    }
+    if fields.get("attention_every"):
+        reach["attention"] = fields["attention_window"] - 1
+    return max((tokens, reader) for reader, tokens in reach.items())
 
 
 def _machine_errors(device: torch.device) -> Errors:

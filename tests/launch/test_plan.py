@@ -123,6 +123,7 @@ def kept_by(loss: Callable[[], torch.Tensor]) -> int:
         ("fp32", {"residual_scales": True}),
         ("bf16", {"residual_scales": True, "output_norm": True}),
         ("fp32", {"cell": "lru", "output_norm": True}),
+        ("fp32", {"two_tap_input": True, "conv_kernel": 0}),
     ],
 )
 def test_activations_are_what_the_blocks_keep(precision: str, fields: dict, recompute: str):
@@ -316,7 +317,12 @@ def test_more_engines_fit_with_more_memory(capsys):
         (
             ["--context", "8", "--batch.chunk", "16"],
             "error: batch.chunk: 16 tokens must divide by the 8 processes of parallel.context and leave each "
-            "at least the 3 tokens",
+            "at least the 3 tokens that the convolution looks back",
+        ),
+        (
+            ["--context", "2", "--batch.chunk", "64", "--model.attention_every", "2"],
+            "error: batch.chunk: 64 tokens must divide by the 2 processes of parallel.context and leave each "
+            "at least the 511 tokens that the attention looks back",
         ),
         (
             ["--processes", "6", "--context", "2"],

@@ -46,6 +46,7 @@ class Case:
 MINLSTM = {"cell": "minlstm", "preset": "paper"}  # no output gate
 PUBLISHED = [cell for cell in CELLS if cell not in MINIMAL_CELLS]
 ATTENTION = {"attention_every": 2, "attention_window": 5}
+TWO_TAP = {"two_tap_input": True, "conv_kernel": 0}
 OPTIONS = {"output_norm": True, "residual_scales": True, "logit_softcap": 2.0}
 LIGHT = [
     Case("two chunks", chunks=2),
@@ -60,6 +61,10 @@ LIGHT = [
     *(
         Case(f"{cell}, options of the block", {"cell": cell, **OPTIONS}, torch.float64)
         for cell in ("mingru", "minlstm_normalized", "lru")
+    ),
+    *(
+        Case(f"{cell}, two taps of the input", {"cell": cell, **TWO_TAP}, torch.float64, chunks=2)
+        for cell in ("mingru", "hgrn")
     ),
     Case("attention", {**ATTENTION, "cell": "minlstm"}, torch.float64, chunks=2),
     Case("learnt state, one text", {"learn_h0": True}, documents=False, carried=False, chunks=2),

@@ -149,6 +149,12 @@ def test_warm_start_takes_the_weights_of_an_export(values: Values, run_recipe: R
     values["model"]["hidden_size"] = 24
     with pytest.raises(UserError, match=r"model\.hidden_size: is 24, but .* has 16"):
         run_recipe(values)
+    del values["model"]["hidden_size"]
+    values["model"] |= {"hidden_size": 16, "output_norm": True, "attention_every": 2}
+    with pytest.raises(
+        UserError, match=r"model\.output_norm: is True, (.|\n)*model\.attention_every: is 2, "
+    ):
+        run_recipe(values)
 
 
 def test_a_run_writes_the_files_that_the_readme_lists(values: Values, run_recipe: Run):

@@ -3,7 +3,7 @@
 import copy
 import itertools
 import math
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -68,7 +68,9 @@ def test_the_schedules_at_known_points():
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 @given(st.integers(0, 10**6), st.floats(0.01, 0.5))
 @settings(max_examples=10)
-def test_cautious_decay_leaves_alone_what_a_step_moves_from_zero(name: str, seed: int, decay: float):
+def test_cautious_decay_leaves_alone_what_a_step_moves_from_zero(
+    name: Literal["adamw", "muon"], seed: int, decay: float
+):
     """Against a step without decay, and one with all of it."""
     torch.manual_seed(seed)
     model = MinRNNForCausalLM(MinRNNConfig(hidden_size=8, num_hidden_layers=1, intermediate_size=8))
