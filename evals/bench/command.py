@@ -18,6 +18,7 @@ from ...pipeline.options import add_device, new_parser
 KINDS = {
     "scan": "the recurrence alone, and whole layers",
     "train": "a training step: ours and seven peers, at equal numbers of parameters",
+    "chunks": "gradients through 1 to 1,024 chunks of a text: rate and memory",
     "generate": "reading a context and decoding after it, from 1,024 to 1,048,576 tokens",
     "data": "the data path, compared with the consumption of a training step",
 }

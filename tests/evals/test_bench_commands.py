@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from minrnn.evals.bench import data_texts, generate, scan, train, worker
+from minrnn.evals.bench import chunks, data_texts, generate, scan, train, worker
 from minrnn.evals.bench.command import main, run_bench
 from minrnn.launch.cli import main as minrnn
 
@@ -116,6 +116,23 @@ def test_train_measures_the_loop(tmp_path: Path):
     assert (step["contender"], in_loop["contender"]) == ("step", "loop")
     assert in_loop["overhead"] == pytest.approx(in_loop["median_seconds"] / step["median_seconds"] - 1)
     assert step["parameters"] == in_loop["parameters"]
+
+
+def test_chunks_measures_every_number_of_chunks(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setattr(chunks, "run_contest", run_without_processes)
+    monkeypatch.setattr(chunks, "LONG", 100)  # 16 chunks are measured once
+    options = [*MODEL, "--chunk", "16", "--counts", "1,4,16", "--rounds", "2"]
+    rows = run("chunks", options, tmp_path)["rows"]
+    assert [row["count"] for row in rows] == [1, 4, 16]
+    assert [len(row["seconds"]) for row in rows] == [2, 2, 1]
+    state = rows[0]["state_bytes"]
+    assert state > 0
+    for row in rows:
+        assert row["state_bytes"] == state
+        assert row["tokens_per_second"] == pytest.approx(16 * row["count"] / row["median_seconds"])
+        assert row["expected_more_bytes"] == (row["count"] - 1) * (state + 256)
+        assert row["of_first"] > 0
+    assert "states and text" in capsys.readouterr().out
 
 
 def test_generate_measures_all_contenders(tmp_path: Path, monkeypatch):
