@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..output import RESULTS
-from . import ablation, carrying, quality, settings, speed, study
+from . import ablation, carrying, families_table, quality, settings, speed, study
 
 REPOSITORY = RESULTS.parents[1]
 Parts = dict[str, Callable[[], str]]
@@ -29,6 +29,7 @@ PAGES: dict[str, Parts] = {
     "docs/ablations.md": {
         f"ablation-{name}": functools.partial(ablation.docs_text, name) for name in ablation.NAMES
     },
+    "docs/compare.md": {"families": families_table.docs_text},
     "docs/guarantees.md": {"soak": speed.soak_line},
     "docs/long-context.md": {
         f"carrying-{name}": functools.partial(carrying.docs_text, name) for name in carrying.UNITS

@@ -1,10 +1,14 @@
 """The table and the picture of `minrnn figures families`: what was measured of each model."""
 
+import json
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from ..output import RESULTS
 
 Curve = list[tuple[int, float]]
 """Tokens read, and bits per byte of the held-out text."""
@@ -73,6 +77,33 @@ COLUMNS = {
     "hours left": lambda row: f"{row.get('hours_left', 0):.2f}",
     "limits": lambda row: "; ".join(row.get("limits", [])),
 }
+
+
+def docs_text(name: str = "books") -> str:
+    """The part of docs/compare.md: the table of a results file, the best first; models that were not trained
+    have the hours that they would take."""
+    source = RESULTS / f"families-{name}.json"
+    record = json.loads(source.read_text())
+    grid, rows = record["grid"], record["rows"]
+    rows = sorted(rows, key=lambda row: statistics.mean(row["final"].values()) if row["final"] else math.inf)
+    lines = ["| model | bits per byte | learning rate | tokens/s | limits |", "|---|---|---|---|---|"]
+    for row in rows:
+        result = COLUMNS["bits/byte"](row)
+        if not row["final"]:
+            result = f"not trained: {row['hours_left']:.1f} hours" if "hours_left" in row else "not measured"
+        cells = (row["model"], result, *(COLUMNS[column](row) for column in ("lr", "tokens/s", "limits")))
+        lines.append(f"| {' | '.join(cells)} |")
+    size = grid["recipe"]["model"]["num_parameters"]
+    rates = ", ".join(f"{rate:g}" for rate in grid["learning_rates"])
+    machine = record["machine"]
+    head = (
+        f"English {name}, {size / 1e6:.1f}M parameters (embeddings included), {grid['tokens']:,} tokens (bytes), "
+        f"{len(grid['seeds'])} seeds; of the learning rates {rates}, the best after {grid['tuning_tokens']:,} "
+        f"tokens. {machine['cores']} cores of an {machine['cpu']}, {rows[0]['precision']} "
+        f"([file](../evals/results/{source.name})). Llama, Mamba-2, GRU and LSTM run as `transformers` and torch "
+        "compute them on a CPU:"
+    )
+    return "\n\n".join([head, "\n".join(lines), f"![Learning curves](../evals/results/{source.stem}.png)"])
 
 
 def draw_curves(rows: Sequence[dict[str, Any]], picture: Path) -> None:
