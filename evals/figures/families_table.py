@@ -97,11 +97,11 @@ def docs_text(name: str = "books") -> str:
     rates = ", ".join(f"{rate:g}" for rate in grid["learning_rates"])
     machine = record["machine"]
     head = (
-        f"English {name}, {size / 1e6:.1f}M parameters (embeddings included), {grid['tokens']:,} tokens (bytes), "
-        f"{len(grid['seeds'])} seeds; of the learning rates {rates}, the best after {grid['tuning_tokens']:,} "
-        f"tokens. {machine['cores']} cores of an {machine['cpu']}, {rows[0]['precision']} "
-        f"([file](../evals/results/{source.name})). Llama, Mamba-2, GRU and LSTM run as `transformers` and torch "
-        "compute them on a CPU:"
+        f"English {name}, {size / 1e6:.1f}M parameters (embeddings included), {grid['tokens']:,} tokens "
+        f"(bytes), {len(grid['seeds'])} seeds; of the learning rates {rates}, the best after "
+        f"{grid['tuning_tokens']:,} tokens. {machine['cores']} cores of an {machine['cpu']}, "
+        f"{rows[0]['precision']} ([file](../evals/results/{source.name})). Llama, Mamba-2, GRU and LSTM "
+        "run as `transformers` and torch compute them on a CPU:"
     )
     return "\n\n".join([head, "\n".join(lines), f"![Learning curves](../evals/results/{source.stem}.png)"])
 
