@@ -15,15 +15,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ..models import MinRNNConfig
 
-TOKENS = 1024  # of the fake chunk; what does not grow with it (a cell's own parameters) is negligible
+TOKENS = 1024  # of the fake chunk, without attention: what does not grow with it is negligible
 
 
-def block_bytes(config: "MinRNNConfig", precision: str, layer: int = 0) -> dict[str, float]:
+def block_bytes(
+    config: "MinRNNConfig", precision: str, layer: int = 0, tokens: int = TOKENS
+) -> dict[str, float]:
     """Bytes per token that a block keeps, by `train.recompute`.
 
     Args:
         precision: fp32, bf16 (autocast over an fp32 residual stream) or fp64.
         layer: index of the block, since blocks may have different mixers.
+        tokens: of the chunk, on which the bytes per token of a block with attention depend.
     """
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -42,9 +45,9 @@ def block_bytes(config: "MinRNNConfig", precision: str, layer: int = 0) -> dict[
         block = MinRNNBlock(config, layer)
         for parameter in block.parameters():
             weights.add(parameter)
-        x = torch.empty(1, TOKENS, config.hidden_size, dtype=dtype, requires_grad=True)
+        x = torch.empty(1, tokens, config.hidden_size, dtype=dtype, requires_grad=True)
         # With a learnt initial state, a chunk in which a document starts keeps more.
-        starts = torch.zeros(1, TOKENS, dtype=torch.bool) if config.learn_h0 else None
+        starts = torch.zeros(1, tokens, dtype=torch.bool) if config.learn_h0 else None
         boundaries = Boundaries.of(starts, None, config.num_taps)
         size = CELLS[config.cell].lower_bound_size(config)
         bound = torch.empty(size, dtype=dtype) if size else None
@@ -64,9 +67,9 @@ def block_bytes(config: "MinRNNConfig", precision: str, layer: int = 0) -> dict[
         del output
     own = x.numel() * x.element_size()
     return {
-        "none": sum(kept.sizes.values()) / TOKENS,
-        "selective": (own + sum(results.sizes.values())) / TOKENS,
-        "full": own / TOKENS,
+        "none": sum(kept.sizes.values()) / tokens,
+        "selective": (own + sum(results.sizes.values())) / tokens,
+        "full": own / tokens,
     }
 
 

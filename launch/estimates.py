@@ -219,11 +219,21 @@ def by_micro_lanes(model: Model, workload: Workload, precision: str, kept: float
 
 def activations(model: Model, workload: Workload, precision: str, recompute: str) -> float:
     """Bytes kept by all blocks, plus those of one block that is computed again."""
+    from ..models.attention import WindowAttention
     from ..models.registry import mixer_classes
 
     mixers = mixer_classes(model.config)
-    by_mixer = {mixer: block_bytes(model.config, precision, mixers.index(mixer)) for mixer in set(mixers)}
+    by_mixer = {
+        mixer: block_bytes(
+            model.config,
+            precision,
+            mixers.index(mixer),
+            **({"tokens": workload.tokens // workload.micro_lanes} if mixer is WindowAttention else {}),
+        )
+        for mixer in set(mixers)
+    }
     blocks = [by_mixer[mixer] for mixer in mixers]
+    # What the block that is computed again keeps meanwhile.
     largest = max(sizes["none"] - sizes[recompute] for sizes in blocks)
     return workload.tokens * (sum(sizes[recompute] for sizes in blocks) + largest)
 

@@ -7,8 +7,9 @@ of which only differences matter, so a sequence can be cut anywhere: the state i
 and the values of the last W - 1 tokens. Hybrids of a recurrence and local attention: De et al., "Griffin",
 arXiv 2402.19427.
 
-The tokens are divided into blocks of at least W, and each block reads itself and the W - 1 tokens before it,
-so the work grows with T W and not with T^2.
+The tokens are divided into blocks of W (at least `BLOCK`), and each block reads itself and the W - 1 tokens
+before it. So a query has scores for about 2 W keys, half of which are masked, and the work grows with T W and
+not with T^2.
 
 Shapes: B batch, T time, H hidden_size, W attention_window, N heads, D channels of a head.
 """
@@ -60,12 +61,12 @@ class WindowAttention(MinRNNMixer):
     @classmethod
     def tail_shape(cls, config: "MinRNNConfig") -> tuple[int, int] | None:
         """Key, value, and whether there is a token: of each of the last W - 1 tokens."""
-        width = 2 * config.hidden_size + 1
-        return (config.attention_window - 1, width) if config.attention_window > 1 else None
+        return config.attention_window - 1, 2 * config.hidden_size + 1
 
     @classmethod
     def attention_flops(cls, config: "MinRNNConfig") -> int:
-        return 4 * config.attention_window * config.hidden_size
+        num_keys = max(config.attention_window, BLOCK) + config.attention_window - 1
+        return 4 * num_keys * config.hidden_size
 
     def forward(
         self, x: Tensor, state: State, boundaries: Boundaries, lower_bound: Tensor | None = None
@@ -80,7 +81,7 @@ class WindowAttention(MinRNNMixer):
             reach = reach_within_document(boundaries.document_starts, self.window)
         before, tail = self.neighbours(tokens, state[1], reach, boundaries)
         y = window_attention(q, torch.cat([before, tokens], dim=1), reach, self.window, self.num_heads)
-        return self.out_proj(y), (None, tail if self.window > 1 else None)
+        return self.out_proj(y), (None, tail)
 
     def normed(self, x: Tensor) -> Tensor:
         """x [B, T, H] with a mean square of 1 in each head."""

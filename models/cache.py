@@ -37,9 +37,10 @@ class MinRNNLayerCache(LinearAttentionLayer):
     def replace(self, recurrent: Tensor | None, conv: Tensor | None, num_tokens: int) -> None:
         """Set both states, after `num_tokens` more tokens."""
         self.recurrent_states[0], self.conv_states[0] = recurrent, conv
-        self.is_recurrent_states_initialized[0] = self.has_previous_state[0] = recurrent is not None
-        self.is_conv_states_initialized[0] = conv is not None
         first = conv if recurrent is None else recurrent
+        self.is_recurrent_states_initialized[0] = recurrent is not None
+        self.is_conv_states_initialized[0] = conv is not None
+        self.has_previous_state[0] = first is not None
         self.device = None if first is None else first.device
         if self.num_tokens is not None:
             self.num_tokens += num_tokens

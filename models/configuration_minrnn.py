@@ -200,8 +200,8 @@ class MinRNNConfig(PreTrainedConfig):
                 f"must be from 2 to num_hidden_layers ({self.num_hidden_layers}), or null for no attention, "
                 f"not {every}"
             )
-        if self.attention_window < 1:
-            errors["attention_window"] = f"must be at least 1 token, not {self.attention_window}"
+        if self.attention_window < 2:
+            errors["attention_window"] = f"must be at least 2 tokens, not {self.attention_window}"
         if self.num_tokens is not None and not 0 < self.num_tokens <= self.vocab_size:
             errors["num_tokens"] = f"must be from 1 to vocab_size ({self.vocab_size}), not {self.num_tokens}"
         for name in ("head_dim", "state_expansion"):

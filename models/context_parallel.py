@@ -7,17 +7,19 @@ The recurrence: context_scan.py.
 
 The convolution. Slice c needs the last K-1 inputs of slice c-1. While they are sent, the slice is convolved
 with zeros before it; then only its first K-1 outputs are computed again. In the backward pass, the slice's
-gradients are computed while the gradients of the K-1 inputs are sent back.
+gradients are computed while the gradients of the K-1 inputs are sent back. Attention waits for the keys and
+values of the window before its slice.
 
 Replicated values. The states before and after the sequence have the same bits on every process, and each
 process holds their total gradients, which are never summed. The gradients of parameters are each slice's
 share, to be summed over the processes, as DDP and ZeRO do.
 
 Messages per layer, to each other process, in bytes (B batch; S numbers of the state of a scan, A of its
-decays; H hidden_size, K conv_kernel, w bytes of an activation):
+decays; H hidden_size, R recurrent_size, K conv_kernel, w bytes of an activation):
 
                        forward          backward
     convolution        w B (K-1) H      w B (K-1) H       the last inputs; their gradients
+    two taps           w B R            w B R             the last input of the cell
     attention          w B (W-1) (2 H + 1), both ways         keys and values of a window of W tokens
     each scan          4 B (A + S)      4 B S             (A, s); d
     running maximum    8 B S            -                 how far it falls in the slice; the slice's own
@@ -226,7 +228,7 @@ def _checked_state(x: Tensor, state: Tensor | None, taps: int) -> Tensor:
     if time < taps:
         raise ValueError(
             f"A slice must hold the {taps} tokens that the next one reads (conv_kernel - 1, or "
-            f"attention_window - 1), but this one has {time}: "
+            f"attention_window - 1; two taps read 1), but this one has {time}: "
             "use longer chunks, or fewer processes for a sequence."
         )
     return x.new_zeros(batch, taps, width) if state is None else state.to(x.dtype)

@@ -122,6 +122,9 @@ def linear_cross_entropy(
 
     Returns:
         A scalar in fp32 (fp64 if hidden is).
+
+    Raises:
+        ValueError: a z_loss that is negative or not finite.
     """
     rows, labels = hidden.flatten(0, -2), targets.to(hidden.device).flatten()
     count = (
@@ -130,6 +133,7 @@ def linear_cross_entropy(
         else torch.as_tensor(num_items, device=hidden.device)
     )
     scale = count.to(torch.promote_types(hidden.dtype, torch.float32)).reciprocal()
+    _check_z_loss(z_loss)
     block = block or max(1, BLOCK_ELEMENTS // len(weight))
     return _LinearCrossEntropy.apply(rows, weight, labels, scale, block, num_tokens, softcap, z_loss)
 
@@ -144,12 +148,18 @@ def next_token_loss(
 
     As transformers' ForCausalLMLoss, which however rounds fp64 to fp32.
     """
+    _check_z_loss(z_loss)
     logits, targets = at_least_fp32(logits).flatten(0, -2), targets.to(logits.device).flatten()
     loss = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
     scored = targets != IGNORE_INDEX
     if z_loss:
         loss = loss + z_loss * logits.logsumexp(-1).square().masked_fill(~scored, 0).sum()
     return loss / (scored.sum() if num_items is None else torch.as_tensor(num_items, device=logits.device))
+
+
+def _check_z_loss(z_loss: float) -> None:
+    if not 0 <= z_loss < float("inf"):
+        raise ValueError(f"z_loss must be at least 0 and finite, not {z_loss}.")
 
 
 def loss_of_module_head(

@@ -1,4 +1,4 @@
-"""The mixer: the part of a block that reads earlier tokens. Every cell is a subclass.
+"""The mixer: the part of a block that reads earlier tokens. Every cell is a subclass, and so is attention.
 
     mixer:  x -> causal convolution -> projections -> cell [-> norm] [* activation(output gate)]
               -> down-projection

@@ -26,7 +26,7 @@ from .machine import compile_error
 TrainedModel = MinRNNForCausalLM | MinRNNForSequenceClassification | FamilyModel
 """What the loop trains; `TorchRNNForCausalLM` is a `MinRNNForCausalLM`."""
 
-SHAPE_FIELDS = (
+COMPARED_FIELDS = (
     "hidden_size",
     "num_hidden_layers",
     "vocab_size",
@@ -109,7 +109,10 @@ def _load_export(model: Any, name: str) -> None:
     if exported["model_type"] != own["model_type"]:
         message = f"{name} is a {exported['model_type']} model, not {own['model_type']}; set model.family"
         raise UserError("model.init_from", message)
-    different = [field for field in SHAPE_FIELDS if exported.get(field) != own.get(field)]
+    fields = set(COMPARED_FIELDS)
+    if isinstance(model, MinRNNForSequenceClassification):
+        fields.remove("logit_softcap")  # of the head, which it does not take
+    different = [name for name in COMPARED_FIELDS if name in fields and exported.get(name) != own.get(name)]
     if exported.get("learn_h0") and not own.get("learn_h0"):
         different.append("learn_h0")
     if own["model_type"] != "minrnn":

@@ -4,8 +4,9 @@ Counted, per token of the forward pass, with an addition and a product as one op
 
     products      2 per weight of each matrix that multiplies a token; an embedding that is looked up costs 0
     convolution   2 per weight
-    attention     2 x 2 x length x width per layer: scores and values over the whole length (or window), as
-                  torch's counter counts them, though a causal kernel can leave out half
+    attention     2 x 2 x length x width per layer: scores and values over the whole length, as torch's
+                  counter counts them, though a causal kernel can leave out half; over a window of
+                  minrnn, all keys of which scores are computed (models/attention.py)
     recurrence    the operations of the recurrence as it is written, not those of chunks that compute the same
 
 Training takes three times as many: a product has two of its size in the backward pass. Norms, activations,

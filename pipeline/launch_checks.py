@@ -99,10 +99,7 @@ def layout_errors(recipe: Recipe, num_processes: int) -> Errors:
 def _longest_reach(recipe: Recipe) -> tuple[int, str]:
     """How many tokens before its own a layer of the model reads at once, and which layer that is."""
     fields = recipe.resolved_model_fields()
-    reach = {
-        "convolution": fields.get("conv_kernel", 0) - 1,
-        "cell's input": int(fields.get("two_tap_input", 0)),
-    }
+    reach = {"convolution": fields.get("conv_kernel", 0) - 1}
     if fields.get("attention_every"):
         reach["attention"] = fields["attention_window"] - 1
     return max((tokens, reader) for reader, tokens in reach.items())

@@ -92,7 +92,7 @@ class ModelSection(Section):
     nearest number that divides the cell's width). Not for gilr_lstm, hgrn2, mlstm and gla."""
     two_tap_input: bool = MinRNNConfig.two_tap_input
     """The cell's input is b_t + lambda b_{t-1}, with a learnt lambda in each channel, 0 before training. In
-    place of the convolution; for cells that docs/cells.md lists."""
+    place of the convolution (set conv_kernel to 0); for cells that docs/cells.md lists."""
     attention_every: int | None = MinRNNConfig.attention_every
     """Attention over a sliding window instead of the cell in every block whose number, from 1, is a multiple
     of this; `None` for none (docs/cells.md)."""

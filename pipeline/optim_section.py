@@ -50,6 +50,8 @@ class OptimSection(Section):
     logits near 0 (1e-4 in PaLM). The log's training loss contains it, the validation's does not."""
 
     def errors(self) -> dict[str, str]:
+        if self.cautious_decay and self.weight_decay == 0:
+            return {"cautious_decay": "has no effect with weight_decay 0: leave it out, or set a decay"}
         if self.name == "muon" or self.momentum == type(self).model_fields["momentum"].default:
             return {}
         return {"momentum": f"is for muon, not for {self.name}; leave it out, or set optim.name to muon"}

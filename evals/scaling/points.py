@@ -289,11 +289,13 @@ def _of_run(folder: Path, entry: dict[str, Any], end: dict[str, Any], count: Cou
 
 
 def _family_of(model: dict[str, Any]) -> str:
-    """The name of a run's model in a fit: its family; of minrnn its cell, and its preset if not default."""
+    """The name of a run's model in a fit: its family; of minrnn its cell, attention, and its preset if not
+    default."""
     family = model.get("family", "minrnn")
     if family != "minrnn":
         return family
-    return model["cell"] + ("" if model["preset"] == "default" else f" ({model['preset']})")
+    attention = " + attention" if model.get("attention_every") else ""
+    return model["cell"] + attention + ("" if model["preset"] == "default" else f" ({model['preset']})")
 
 
 def _size(folder: Path) -> dict[str, Any]:

@@ -154,8 +154,10 @@ def test_activations_of_blocks_with_attention(precision: str, recompute: str):
     if recompute == "none" and precision == "bf16":
         copies = estimates.working_memory(model, estimates.workload_of(recipe, 1), precision)["bf16 copies"]
         measured -= copies / 2
-    pair = sum(block_bytes(model.config, precision, layer)[recompute] for layer in (0, 1))
+    pair = sum(block_bytes(model.config, precision, layer, TOKENS)[recompute] for layer in (0, 1))
     assert measured / TOKENS == pytest.approx(pair, rel=0.04)
+    short = [block_bytes(model.config, precision, 1, tokens)["none"] for tokens in (64, 2048)]
+    assert short[0] > 1.2 * short[1]  # the keys before the chunk
 
 
 @pytest.mark.parametrize(("corpus", "texts"), [("lra/image", 1), ("lra/retrieval", 2)])

@@ -79,6 +79,17 @@ def test_the_square_of_log_z_is_added_to_the_loss(z_loss, block, softcap, num_it
             assert_close(actual, gradient, atol=1e-10)
 
 
+@pytest.mark.parametrize("z_loss", [-1e-4, float("nan"), float("inf")])
+def test_a_weight_of_log_z_must_be_a_number(z_loss):
+    hidden, weight, targets = problem(3, 5)
+    for loss in (
+        lambda: linear_cross_entropy(hidden, weight, targets, z_loss=z_loss),
+        lambda: next_token_loss(hidden @ weight.t(), targets, z_loss=z_loss),
+    ):
+        with pytest.raises(ValueError, match="z_loss must be at least 0 and finite"):
+            loss()
+
+
 def test_bf16_products_are_summed_in_fp32():
     """Under autocast the loss keeps fp32's digits, and gradients those of bf16 products."""
     hidden, weight, targets = problem(4000, 50, dtype=torch.float32)

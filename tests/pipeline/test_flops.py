@@ -6,9 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from minrnn.models import MinRNNConfig
+from minrnn.models.attention import WindowAttention
+from minrnn.models.boundaries import NO_BOUNDARIES
 from minrnn.models.registry import CELLS
 from minrnn.pipeline.classification import new_model
 from minrnn.pipeline.families.build import NO_SPECIAL_TOKENS
@@ -62,10 +65,21 @@ def test_attention_reads_a_window_in_every_nth_layer():
     config = MinRNNConfig(**sizes, attention_every=2, attention_window=100)
     model = new_model("minrnn", config).eval()
     flops = count_flops("minrnn", model, TOKENS)
-    assert flops.attention == 2 * 4 * 100 * 32
+    assert flops.attention == 2 * 4 * (128 + 99) * 32
     assert flops.recurrence == plain.recurrence * 3 / 5
     assert flops.convolution == plain.convolution * 3 / 5
     assert flops.products == products_of_torch(model)
+
+
+@pytest.mark.parametrize("window", [2, 100, 300])
+def test_a_window_costs_what_torch_counts(window: int):
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "attention_every": 2}
+    config = MinRNNConfig(**sizes, attention_window=window)
+    mixer, length = WindowAttention(config, 1), 600 if window == 300 else 256
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        mixer(torch.randn(1, length, 32), (None, None), NO_BOUNDARIES)
+    products = 2 * length * 4 * 32 * 32
+    assert counter.get_total_flops() - products == length * WindowAttention.attention_flops(config)
 
 
 def test_a_real_state_takes_two_operations_and_a_matrix_five():
