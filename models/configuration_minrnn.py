@@ -65,9 +65,10 @@ class MinRNNConfig(PreTrainedConfig):
         output_norm: RMS norm of the cell's output before the output gate, over groups of 64 channels (or the
             nearest number that divides the cell's width). Not for gilr_lstm, hgrn2, mlstm and gla.
         two_tap_input: The cell's input is b_t + lambda b_{t-1}, with a learnt lambda in each channel, 0
-            before training; in place of the convolution.
+            before training. In place of the convolution (set conv_kernel to 0); for cells that docs/cells.md
+            lists.
         attention_every: Attention over a sliding window instead of the cell in every block whose number, from
-            1, is a multiple of this; `None` for none.
+            1, is a multiple of this; `None` for none (docs/cells.md).
         attention_window: Tokens that such a block reads, the own one included.
         residual_scales: Each block reads s x + r x0 in place of x: x0 is the embedding, and s and r are
             learnt numbers, 1 and 0 before training.
