@@ -19,6 +19,7 @@ DATA = {
     for folder, pattern in (
         ("launch/recipes", "*.yaml"),
         ("launch/sweeps", "*.yaml"),
+        ("launch/ablations", "*.yaml"),
         ("launch/accelerate", "*.yaml"),
         ("launch/slurm", "*.sbatch"),
         ("evals/report", "published.yaml"),
