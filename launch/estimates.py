@@ -30,7 +30,7 @@ from ..common.errors import UserError
 from ..data import LabelledTask
 from ..pipeline.config import Recipe
 from ..pipeline.launch_checks import layout_errors
-from .activation_memory import block_bytes
+from .activation_memory import TOKENS, block_bytes
 
 BUCKET, MAX_LIVE = 5e8, 1e9  # elements: reduce_bucket_size, stage3_max_live_parameters
 
@@ -223,15 +223,11 @@ def activations(model: Model, workload: Workload, precision: str, recompute: str
     from ..models.registry import mixer_classes
 
     mixers = mixer_classes(model.config)
-    by_mixer = {
-        mixer: block_bytes(
-            model.config,
-            precision,
-            mixers.index(mixer),
-            **({"tokens": workload.tokens // workload.micro_lanes} if mixer is WindowAttention else {}),
-        )
-        for mixer in set(mixers)
-    }
+    length = workload.tokens // workload.micro_lanes
+    by_mixer = {}
+    for mixer in set(mixers):
+        tokens = length if mixer is WindowAttention else TOKENS
+        by_mixer[mixer] = block_bytes(model.config, precision, mixers.index(mixer), tokens)
     blocks = [by_mixer[mixer] for mixer in mixers]
     # What the block that is computed again keeps meanwhile.
     largest = max(sizes["none"] - sizes[recompute] for sizes in blocks)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .boundaries import Boundaries, reach_within_document
 from .context_parallel import context_tail
-from .conv import next_conv_state
+from .conv import last_inputs
 from .dtypes import at_least_fp32
 from .mixer import MinRNNMixer, State, nearest_divisor
 
@@ -79,8 +79,8 @@ class WindowAttention(MinRNNMixer):
         reach = None
         if boundaries.document_starts is not None:
             reach = reach_within_document(boundaries.document_starts, self.window)
-        before, tail = self.neighbours(tokens, state[1], reach, boundaries)
-        y = window_attention(q, torch.cat([before, tokens], dim=1), reach, self.window, self.num_heads)
+        extended, tail = self.extend(tokens, state[1], reach, boundaries)
+        y = window_attention(q, extended, reach, self.window, self.num_heads)
         return self.out_proj(y), (None, tail)
 
     def normed(self, x: Tensor) -> Tensor:
@@ -88,17 +88,18 @@ class WindowAttention(MinRNNMixer):
         heads = at_least_fp32(x).unflatten(-1, (self.num_heads, -1))
         return F.rms_norm(heads, heads.shape[-1:], eps=1e-6).flatten(-2).to(x.dtype)
 
-    def neighbours(
+    def extend(
         self, tokens: Tensor, tail: Tensor | None, reach: Tensor | None, boundaries: Boundaries
     ) -> tuple[Tensor, Tensor]:
-        """The W - 1 tokens before the first of `tokens` [B, T, 2 H + 1], and the last W - 1 after them."""
-        batch, _, width = tokens.shape
+        """`tokens` [B, T, 2 H + 1] with the W - 1 tokens before them, and the last W - 1 of all."""
         if self.context_group is not None:
-            return context_tail(tokens, self.window - 1, tail, reach, self.context_group)
+            tail, last = context_tail(tokens, self.window - 1, tail, reach, self.context_group)
+            return torch.cat([tail, tokens], dim=1), last
         if tail is None:
-            tail = tokens.new_zeros(batch, self.window - 1, width)
+            tail = tokens.new_zeros(tokens.shape[0], self.window - 1, tokens.shape[2])
+        extended = torch.cat([tail.to(tokens.dtype), tokens], dim=1)
         starts, lengths = boundaries.document_starts, boundaries.lengths
-        return tail.to(tokens.dtype), next_conv_state(tokens, tail, self.window, starts, lengths)
+        return extended, last_inputs(extended, self.window, starts, lengths)
 
 
 def window_attention(q: Tensor, tokens: Tensor, reach: Tensor | None, window: int, num_heads: int) -> Tensor:

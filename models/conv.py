@@ -171,20 +171,31 @@ def next_conv_state(
     Returns:
         [batch, kernel-1, width].
     """
-    batch, time, width = x.shape
+    batch, _, width = x.shape
     if state is None:
         state = x.new_zeros(batch, kernel - 1, width)
     extended = torch.cat([state.to(x.dtype), x], dim=1)
+    return last_inputs(extended, kernel, document_starts, lengths)
+
+
+def last_inputs(
+    extended: Tensor,
+    kernel: int,
+    document_starts: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """`next_conv_state`, where `extended` [batch, kernel-1 + time, width] is its state and x side by side."""
+    batch, time, width = extended.shape[0], extended.shape[1] - (kernel - 1), extended.shape[2]
     if lengths is None and document_starts is None:
         return extended[:, time:].clone()
     if lengths is None:
-        lengths = torch.full((batch,), time, device=x.device)
+        lengths = torch.full((batch,), time, device=extended.device)
     # [batch, kernel-1], into `extended`
-    index = lengths.unsqueeze(1) + torch.arange(kernel - 1, device=x.device)
+    index = lengths.unsqueeze(1) + torch.arange(kernel - 1, device=extended.device)
     last = extended.gather(1, index.unsqueeze(-1).expand(-1, -1, width))
     if document_starts is None:
         return last
-    positions = torch.arange(time, device=x.device)
+    positions = torch.arange(time, device=extended.device)
     if time:
         newest_start = torch.where(document_starts, positions, -kernel).amax(1)
     else:

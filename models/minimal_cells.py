@@ -83,16 +83,11 @@ class MinimalMixer(MinRNNMixer):
         bounds = () if lower_bound is None else (lower_bound.to(x.device),)
         projected, (recurrent, before) = self.in_proj(x), state
         rows, recurrent = self.channel_rows(*bounds), self.entering(recurrent, projected)
-        width, num_projections = rows.shape[1], self.spec.num_projections
-        projections = projected.split(width, dim=-1)
-        a, b = self.spec.coefficients(projections, rows)
-        taps = torch.stack([self.input_tap, torch.ones_like(self.input_tap)], dim=1)
-        b, before = self.convolve_channels(b, taps, before, boundaries)
-        scanned = self.scans(projected, boundaries).linear(a, b, recurrent, self.initial_state())
-        y = self.spec.gated(scanned.h, projections[:num_projections])
+        width = self.spec.num_projections * rows.shape[1]
+        y, *state_after = self.recur_composed(projected[..., :width], rows, recurrent, boundaries, before)
         if self.output_norm is not None:
-            y = self.gated(y, projected[..., num_projections * width :])
-        return self.out_proj(y.to(projected.dtype)), (scanned.last, before)
+            y = self.gated(y, projected[..., width:])
+        return self.out_proj(y.to(projected.dtype)), (state_after[0], state_after[1])
 
     def recur(
         self, projected: Tensor, state: Tensor | None, boundaries: Boundaries, *lower_bound: Tensor
@@ -109,7 +104,7 @@ class MinimalMixer(MinRNNMixer):
     ) -> tuple[Tensor, Tensor]:
         """The cell, and the output gate if `spec` has it: y [B, T, R], and the state after it."""
         if state is not None and self.must_compose(boundaries):
-            return self.recur_composed(projected, rows, state, boundaries)
+            return self.recur_composed(projected, rows, state, boundaries)[:2]
         if self.is_single_token(projected, boundaries):
             return one_token(projected, rows, state, self.spec)
         if self.context_group is not None:
@@ -136,19 +131,37 @@ class MinimalMixer(MinRNNMixer):
         )
 
     def recur_composed(
-        self, projected: Tensor, rows: Tensor, state: Tensor, boundaries: Boundaries
-    ) -> tuple[Tensor, Tensor]:
-        """As `recur`, from the parts of the cell scan's definition, with the learnt initial state."""
+        self,
+        projected: Tensor,
+        rows: Tensor,
+        state: Tensor | None,
+        boundaries: Boundaries,
+        before: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As `scan_cell`, from the parts of the cell scan's definition, with the learnt initial state and the
+        second tap of the input.
+
+        Args:
+            before: the input b before the first token, [B, 1, R], for the second tap; None for none.
+
+        Returns:
+            y [B, T, R], the state after it, and the last input if there is a second tap.
+        """
         initial, group = self.initial_state(), self.context_group
-        assert initial is not None
-        is_empty = None
-        if self.spec.equation.reads_starts and (group is None or group.rank == 0):
-            is_empty = (state == initial).all(1)  # also after a piece of padding only
-        starts = CellInputs(projected, rows, state, boundaries, is_empty).starts()
+        starts = None
+        if self.spec.equation.reads_starts:
+            assert state is not None
+            assert initial is not None
+            # Also after a piece of padding only.
+            is_empty = (state == initial).all(1) if group is None or group.rank == 0 else None
+            starts = CellInputs(projected, rows, state, boundaries, is_empty).starts()
         projections = projected.split(rows.shape[1], dim=-1)
         a, b = self.spec.coefficients(projections, rows, starts)
+        if self.input_tap is not None:
+            taps = torch.stack([self.input_tap, torch.ones_like(self.input_tap)], dim=1)
+            b, before = self.convolve_channels(b, taps, before, boundaries)
         scanned = self.scans(projected, boundaries).linear(a, b, state, initial)
-        return self.spec.gated(scanned.h, projections), scanned.last
+        return self.spec.gated(scanned.h, projections), scanned.last, before
 
 
 class GILR(MinimalMixer):

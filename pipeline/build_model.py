@@ -109,10 +109,9 @@ def _load_export(model: Any, name: str) -> None:
     if exported["model_type"] != own["model_type"]:
         message = f"{name} is a {exported['model_type']} model, not {own['model_type']}; set model.family"
         raise UserError("model.init_from", message)
-    fields = set(COMPARED_FIELDS)
-    if isinstance(model, MinRNNForSequenceClassification):
-        fields.remove("logit_softcap")  # of the head, which it does not take
-    different = [name for name in COMPARED_FIELDS if name in fields and exported.get(name) != own.get(name)]
+    different = [field for field in COMPARED_FIELDS if exported.get(field) != own.get(field)]
+    if isinstance(model, MinRNNForSequenceClassification) and "logit_softcap" in different:
+        different.remove("logit_softcap")  # of the head, which it does not take
     if exported.get("learn_h0") and not own.get("learn_h0"):
         different.append("learn_h0")
     if own["model_type"] != "minrnn":

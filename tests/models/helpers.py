@@ -2,13 +2,14 @@
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from minrnn.models import MinRNNCache, MinRNNConfig, MinRNNForCausalLM
+from minrnn.models import MinRNNCache, MinRNNConfig, MinRNNForCausalLM, backprop_through_chunks
+from minrnn.models.recompute import checkpointing_options
 from minrnn.models.registry import CELLS
 
 VOCAB = 40
@@ -125,6 +126,31 @@ def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor]
     for name, gradient in expected.items():
         assert gradient.abs().max() > 0, f"{name} has no gradient to compare"
         assert_close(actual[name], gradient, atol=atol, name=name)
+
+
+def assert_gradients_through_chunks(
+    model: MinRNNForCausalLM, inputs: dict[str, Tensor], length: int, recomputations: Sequence[str]
+) -> dict[str, Tensor]:
+    """`backprop_through_chunks` gives the gradients of one pass, fp64, with every recomputation.
+
+    Args:
+        model: in training mode.
+        inputs: of the whole text, [batch, time] each.
+        length: tokens of a chunk.
+
+    Returns:
+        The gradients of all parameters.
+    """
+    expected = gradients(model, model(**inputs, skip_logits=True).loss)
+    for recompute in recomputations:
+        if (options := checkpointing_options(recompute)) is not None:
+            model.activation_checkpointing_enable(options)
+        parts = zip(*(tensor.split(length, 1) for tensor in inputs.values()), strict=True)
+        backprop_through_chunks(model, [dict(zip(inputs, part, strict=True)) for part in parts])
+        actual = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        assert_same_gradients(actual, expected, atol=1e-10)
+        model.zero_grad()
+    return expected
 
 
 def run_and_differentiate(function: Callable[..., Tensor], *leaves: Tensor) -> tuple[Tensor, ...]:

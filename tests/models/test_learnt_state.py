@@ -8,11 +8,10 @@ import torch
 import torch.nn.functional as F
 from helpers import (
     assert_close,
-    assert_same_gradients,
+    assert_gradients_through_chunks,
     chunked_logits,
     generate,
     generator,
-    gradients,
     logits_of,
     new_model,
     random_ids,
@@ -22,12 +21,11 @@ from hypothesis import strategies as st
 from naive_cells import GATES, NAIVE, Parts, Result, leaky
 from torch import Tensor
 
-from minrnn.models import MinRNNConfig, MinRNNForCausalLM, backprop_through_chunks
+from minrnn.models import MinRNNConfig, MinRNNForCausalLM
 from minrnn.models.boundaries import Boundaries
 from minrnn.models.context_parallel import ContextGroup
 from minrnn.models.minimal_coefficients import MINIMAL_CELLS
 from minrnn.models.mixer import MinRNNMixer
-from minrnn.models.recompute import checkpointing_options
 from minrnn.models.registry import CELLS
 
 WITH_H0 = [cell for cell, mixer in CELLS.items() if mixer.learns_h0]
@@ -206,15 +204,7 @@ def test_gradients_through_chunks_are_those_of_one_pass(cell):
     model = learnt(cell, torch.float64).train()
     inputs = {"input_ids": random_ids(2, TIME), "shift_labels": random_ids(2, TIME, seed=1)}
     inputs["document_starts"] = torch.rand(2, TIME, generator=generator(3)) < 0.2
-    expected = gradients(model, model(**inputs, skip_logits=True).loss)
-    for recompute in ("none", "selective"):
-        if (options := checkpointing_options(recompute)) is not None:
-            model.activation_checkpointing_enable(options)
-        parts = zip(*(tensor.split(5, 1) for tensor in inputs.values()), strict=True)
-        backprop_through_chunks(model, [dict(zip(inputs, part, strict=True)) for part in parts])
-        actual = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        assert_same_gradients(actual, expected, atol=1e-10)
-        model.zero_grad()
+    assert_gradients_through_chunks(model, inputs, 5, ("none", "selective"))
 
 
 def test_an_export_keeps_it(tmp_path):
